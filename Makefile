@@ -1,0 +1,32 @@
+# make demo: the main job on data it makes itself.  make test: everything CI checks but lint.  make lint: ruff.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow lint format clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m bevfn.experiments.bevfusion --scale mini --data generated --steps 60 --run-dir runs/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check bevfn kernels experiments tests
+	$(BIN)/ruff format --check bevfn kernels experiments tests
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix bevfn kernels experiments tests
+	$(BIN)/ruff format bevfn kernels experiments tests
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info

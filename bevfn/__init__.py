@@ -1,0 +1,1 @@
+"""Bird's-eye-view 3D detectors as stateless functions; see README.md."""

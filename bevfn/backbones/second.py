@@ -1,0 +1,51 @@
+"""SECOND's BEV backbone: plain stages of 3x3 convolutions (Yan et al. 2018, section 3.2).
+
+Source: mmdetection3d mmdet3d/models/backbones/second.py, read for its behaviour.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bevfn.layers import conv_norm
+
+
+@dataclass(frozen=True)
+class Config:
+    channels_in: int = 256
+    channels: tuple[int, ...] = (128, 256)
+    """output channels of each stage"""
+    layers: int = 5
+    """3x3 convolutions of a stage after its first"""
+    strides: tuple[int, ...] = (1, 2)
+    norm_eps: float = 1e-3
+    norm_momentum: float = 0.01
+
+
+def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    """(params, state): {"blocks": [stage][layer]{"conv", "norm"}}."""
+    blocks, states, channels_in = [], [], config.channels_in
+    for channels in config.channels:
+        widths = [channels_in] + [channels] * config.layers
+        made = [conv_norm.init(width, channels, 3, generator=generator) for width in widths]
+        blocks.append([params for params, _ in made])
+        states.append([state for _, state in made])
+        channels_in = channels
+    return {"blocks": blocks}, {"blocks": states}
+
+
+def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: bool) -> tuple[list[Tensor], dict]:
+    """x [B C X Y] -> (one map per stage [B C_s X/stride Y/stride], new state)."""
+    maps, states = [], []
+    for block, statistics, stride in zip(params["blocks"], state["blocks"], config.strides):
+        new = []
+        for i, (layer, old) in enumerate(zip(block, statistics)):
+            x, seen = conv_norm.apply(
+                layer, old, x, train=train, stride=stride if i == 0 else 1, padding=1,
+                momentum=config.norm_momentum, eps=config.norm_eps,
+            )
+            new.append(seen)
+        maps.append(x)
+        states.append(new)
+    return maps, {"blocks": states}

@@ -1,0 +1,150 @@
+"""BEVFusion's sparse encoder: voxels to a BEV map through residual sparse 3-D convolutions.
+
+Every level has a fixed capacity of active sites per sample; what does not fit is counted in `overflow`.
+Source: mmdetection3d projects/BEVFusion/bevfusion/sparse_encoder.py (behaviour); SECOND (Yan et al. 2018).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bevfn.kernels import neighbours
+from bevfn.layers import batch_norm, sparse_conv
+
+KERNEL = (3, 3, 3)
+
+
+@dataclass(frozen=True)
+class Config:
+    channels_in: int = 5
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    """width of each level; the last one's convolutions keep their resolution"""
+    channels_out: int = 128
+    blocks: int = 2
+    """residual blocks of a level"""
+    paddings: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (1, 1, 1), (1, 1, 0))
+    """padding (x, y, z) of the stride-2 convolutions between levels"""
+    capacities: tuple[int, ...] = (200_000, 150_000, 80_000, 64_800)
+    """active sites per sample after each stride-2 convolution and after conv_out"""
+    norm_eps: float = 1e-3
+    norm_momentum: float = 0.01
+
+    def __post_init__(self) -> None:
+        levels = len(self.channels)
+        if len(self.paddings) != levels - 1 or len(self.capacities) != levels:
+            raise ValueError(
+                f"sparse encoder with {levels} channels needs {levels - 1} paddings and {levels} capacities "
+                f"(one per stride-2 convolution, and conv_out), got {len(self.paddings)} and {len(self.capacities)}"
+            )
+
+
+def output_grid(config: Config, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(X, Y, Z) of the BEV map for voxels in `grid`."""
+    for padding in config.paddings:
+        grid = neighbours.out_grid(grid, KERNEL, (2, 2, 2), padding)
+    return neighbours.out_grid(grid, (1, 1, 3), (1, 1, 2), (0, 0, 0))
+
+
+def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    """(params, state): conv_input, stages[level]{blocks, down}, conv_out."""
+    first, first_state = sparse_conv.init(config.channels_in, config.channels[0], KERNEL, generator)
+    params: dict = {"conv_input": first, "stages": []}
+    state: dict = {"conv_input": first_state, "stages": []}
+    for level, width in enumerate(config.channels):
+        made = [_init_block(width, generator) for _ in range(config.blocks)]
+        stage, stage_state = {"blocks": [p for p, _ in made]}, {"blocks": [s for _, s in made]}
+        if level + 1 < len(config.channels):
+            stage["down"], stage_state["down"] = sparse_conv.init(width, config.channels[level + 1], KERNEL, generator)
+        params["stages"].append(stage)
+        state["stages"].append(stage_state)
+    params["conv_out"], state["conv_out"] = sparse_conv.init(
+        config.channels[-1], config.channels_out, (1, 1, 3), generator
+    )
+    return params, state
+
+
+def _init_block(width: int, generator: torch.Generator) -> tuple[dict, dict]:
+    norms = [batch_norm.init(width) for _ in range(2)]
+    params = {
+        "conv1": sparse_conv.init_weight(width, width, KERNEL, generator), "norm1": norms[0][0],
+        "conv2": sparse_conv.init_weight(width, width, KERNEL, generator), "norm2": norms[1][0],
+    }
+    return params, {"norm1": norms[0][1], "norm2": norms[1][1]}
+
+
+def apply(
+    params: dict, state: dict, features: Tensor, coords: Tensor, valid: Tensor, *, config: Config,
+    grid: tuple[int, int, int], train: bool,
+) -> tuple[dict, dict]:
+    """Encodes voxels.
+
+    Args:
+        features: [B V C_in] in the compute dtype; coords: [B V 3] int32 (x, y, z) cells of `grid`; valid: [B V] bool.
+        grid: cells (X, Y, Z) of the voxel grid; the published one has one more in z than the voxelizer (41 for 40).
+
+    Returns:
+        outputs: "bev" [B C_out*Z X Y], channel = c * Z + z, rows = x, columns = y; per stage ("conv_input",
+        "encoder_layer1".., "conv_out") {"features" [W C], "coords" [W 4] (b, x, y, z), "valid" [W]}; "overflow":
+        {level: sites that did not fit}; and the new state.
+    """
+    B = features.shape[0]
+    norm = {"train": train, "momentum": config.norm_momentum, "eps": config.norm_eps}
+    x = features.flatten(0, 1)  # V C, V = B * voxels per sample
+    batch_index = torch.arange(B, dtype=torch.int32, device=coords.device)[:, None, None].expand(-1, coords.shape[1], 1)
+    sites = torch.cat([batch_index, coords], dim=2).flatten(0, 1)  # V 4
+    active = valid.flatten()  # V
+    table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid)  # K V
+    x, new_input = sparse_conv.apply(
+        params["conv_input"], state["conv_input"], x, table, table.flip(0), active, **norm
+    )
+    outputs: dict = {"conv_input": {"features": x, "coords": sites, "valid": active}, "overflow": {}}
+    stages = []
+    for level, (stage, old) in enumerate(zip(params["stages"], state["stages"])):
+        new: dict = {"blocks": []}
+        for block, statistics in zip(stage["blocks"], old["blocks"]):
+            x, seen = _block(block, statistics, x, table, active, norm)
+            new["blocks"].append(seen)
+        if "down" in stage:
+            sites, active, down, inverse, found = neighbours.strided(
+                sites, active, kernel=KERNEL, stride=(2, 2, 2), padding=config.paddings[level], grid=grid,
+                capacity=B * config.capacities[level], batch=B,
+            )
+            x, new["down"] = sparse_conv.apply(stage["down"], old["down"], x, down, inverse, active, **norm)
+            grid = neighbours.out_grid(grid, KERNEL, (2, 2, 2), config.paddings[level])
+            table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid)
+            outputs["overflow"][f"voxels_l{level + 1}"] = (found - B * config.capacities[level]).clamp(min=0)
+        outputs[f"encoder_layer{level + 1}"] = {"features": x, "coords": sites, "valid": active}
+        stages.append(new)
+    sites, active, down, inverse, found = neighbours.strided(
+        sites, active, kernel=(1, 1, 3), stride=(1, 1, 2), padding=(0, 0, 0), grid=grid,
+        capacity=B * config.capacities[-1], batch=B,
+    )
+    x, new_out = sparse_conv.apply(params["conv_out"], state["conv_out"], x, down, inverse, active, **norm)
+    outputs["conv_out"] = {"features": x, "coords": sites, "valid": active}
+    outputs["overflow"]["voxels_out"] = (found - B * config.capacities[-1]).clamp(min=0)
+    outputs["bev"] = to_bev(x, sites, active, B, neighbours.out_grid(grid, (1, 1, 3), (1, 1, 2), (0, 0, 0)))
+    return outputs, {"conv_input": new_input, "stages": stages, "conv_out": new_out}
+
+
+def _block(
+    params: dict, state: dict, x: Tensor, table: Tensor, active: Tensor, norm: dict
+) -> tuple[Tensor, dict]:
+    """relu(norm(conv(relu(norm(conv(x))))) + x), x [V C] on the sites of a submanifold table [K V]."""
+    inverse = table.flip(0)  # offset k seen from the other end is offset K-1-k
+    y = sparse_conv.convolve(params["conv1"], x, table, inverse)
+    y, norm1 = batch_norm.apply(params["norm1"], state["norm1"], y, valid=active, **norm)
+    y = sparse_conv.convolve(params["conv2"], torch.relu(y), table, inverse)
+    y, norm2 = batch_norm.apply(params["norm2"], state["norm2"], y, valid=active, **norm)
+    return torch.relu(y + x), {"norm1": norm1, "norm2": norm2}
+
+
+def to_bev(x: Tensor, sites: Tensor, active: Tensor, B: int, grid: tuple[int, int, int]) -> Tensor:
+    """Rows [W C] at sites [W 4] (b, x, y, z) -> dense map [B C*Z X Y], zero elsewhere; memory is B X Y (C Z)."""
+    X, Y, Z = grid
+    b, ix, iy, iz = sites.long().unbind(1)
+    cell = ((b * X + ix) * Y + iy) * Z + iz  # W
+    cell = torch.where(active, cell, B * X * Y * Z)  # one more row takes what is padding (zeros)
+    dense = x.new_zeros(B * X * Y * Z + 1, x.shape[1]).index_add(0, cell, x)[:-1]
+    dense = dense.view(B, X, Y, Z, -1).transpose(3, 4)  # B X Y C Z: the published channel order is c * Z + z
+    return dense.reshape(B, X, Y, -1).permute(0, 3, 1, 2)

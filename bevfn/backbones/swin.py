@@ -1,0 +1,207 @@
+"""Swin transformer (Liu et al. 2021, arXiv 2103.14030), numerically mmdetection's, tokens kept as [M H W C].
+
+M images, H W token rows and columns of a stage, S = window^2 tokens of a window, L windows of an image, A heads.
+Source: mmdetection mmdet/models/backbones/swin.py; golden case bevfusion_lidar_cam.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bevfn import rng
+from bevfn.layers import conv, layer_norm, linear
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are Swin-T as BEVFusion uses it."""
+
+    patch: int = 4  # pixels per side of a token of stage 0
+    channels: int = 96  # of stage 0; every later stage has twice as many
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks per stage
+    heads: tuple[int, ...] = (3, 6, 12, 24)  # per stage
+    window: int = 7  # tokens per side
+    mlp_ratio: int = 4
+    drop_path: float = 0.2  # rate of the last block; the first has 0, linear in between
+    out_stages: tuple[int, ...] = (1, 2, 3)
+
+    def __post_init__(self):
+        if len(self.depths) != len(self.heads):
+            raise ValueError(f"heads {self.heads} must give one number per stage of depths {self.depths}")
+        for stage, heads in enumerate(self.heads):
+            if self.width(stage) % heads:
+                raise ValueError(f"heads[{stage}] = {heads} does not divide the {self.width(stage)} channels of its stage")
+        if any(not 0 <= stage < len(self.depths) for stage in self.out_stages):
+            raise ValueError(f"out_stages {self.out_stages} must lie in 0..{len(self.depths) - 1}")
+
+    def width(self, stage: int) -> int:
+        """Channels of a stage."""
+        return self.channels * 2**stage
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per token of the last stage."""
+        return self.patch * 2 ** (len(self.depths) - 1)
+
+
+TINY = Config()
+SMALL = Config(depths=(2, 2, 18, 2), drop_path=0.3)
+BASE = Config(channels=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), drop_path=0.5)
+MINI = Config(channels=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=4)  # for tests and small machines
+
+
+def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    """(params, {}): upstream's initialisation from scratch."""
+    stages = []
+    for stage, depth in enumerate(config.depths):
+        width = config.width(stage)
+        blocks = [_init_block(width, config.heads[stage], config, generator) for _ in range(depth)]
+        stages.append({"blocks": blocks})
+        if stage + 1 < len(config.depths):
+            reduction = linear.init(4 * width, 2 * width, bias=False, generator=generator, std=0.02)
+            stages[-1]["downsample"] = {"norm": layer_norm.init(4 * width), "reduction": reduction}
+    params = {
+        "patch_embed": {
+            "conv": conv.init(3, config.channels, (config.patch,) * 2, bias=True, generator=generator),
+            "norm": layer_norm.init(config.channels),
+        },
+        "stages": stages,
+        "out_norms": [layer_norm.init(config.width(stage)) for stage in config.out_stages],
+    }
+    return params, {}
+
+
+def _init_block(width: int, heads: int, config: Config, generator: torch.Generator) -> dict:
+    # Upstream's normal distribution is truncated at +-2, which is 100 standard deviations.
+    table = torch.empty((2 * config.window - 1) ** 2, heads).normal_(0, 0.02, generator=generator)
+    hidden = config.mlp_ratio * width
+    return {
+        "norm1": layer_norm.init(width),
+        "attn": {
+            "qkv": linear.init(width, 3 * width, bias=True, generator=generator, std=0.02),
+            "bias_table": table,
+            "proj": linear.init(width, width, bias=True, generator=generator, std=0.02),
+        },
+        "norm2": layer_norm.init(width),
+        "mlp": {
+            "fc1": linear.init(width, hidden, bias=True, generator=generator, std=0.02),
+            "fc2": linear.init(hidden, width, bias=True, generator=generator, std=0.02),
+        },
+    }
+
+
+def apply(params: dict, images: Tensor, *, config: Config, train: bool, key: Tensor | None = None) -> list[Tensor]:
+    """images [M 3 H W], normalised, any float dtype -> one [M C H/s W/s] per out stage, channels-last in memory.
+
+    `key` drives the drop path of training; None switches it off. Raises ValueError if H or W is no multiple of
+    `config.stride`.
+    """
+    height, width = images.shape[-2:]
+    if height % config.stride or width % config.stride:
+        raise ValueError(f"images of {height}x{width} pixels: choose a height and width that are multiples of {config.stride}")
+    x = conv.apply(params["patch_embed"]["conv"], images, stride=config.patch).permute(0, 2, 3, 1)  # M H W C
+    x = layer_norm.apply(params["patch_embed"]["norm"], x)
+    outputs, index, last = [], 0, max(sum(config.depths) - 1, 1)
+    for stage, stage_params in enumerate(params["stages"]):
+        for place, block in enumerate(stage_params["blocks"]):
+            site = None if key is None or not train else rng.fold(key, index)
+            shift = config.window // 2 if place % 2 else 0
+            rate = config.drop_path * index / last
+            x = _block(block, x, heads=config.heads[stage], window=config.window, shift=shift, rate=rate, key=site)
+            index += 1
+        if stage in config.out_stages:
+            norm = params["out_norms"][config.out_stages.index(stage)]
+            outputs.append(layer_norm.apply(norm, x).permute(0, 3, 1, 2))  # M C H W
+        if "downsample" in stage_params:
+            x = merge_patches(stage_params["downsample"], x)
+    return outputs
+
+
+def _block(params: dict, x: Tensor, *, heads: int, window: int, shift: int, rate: float, key: Tensor | None) -> Tensor:
+    sites = (None, None) if key is None else (rng.fold(key, 0), rng.fold(key, 1))
+    per_image = (x.shape[0], 1, 1, 1)  # drop path drops a branch of a whole image
+    y = window_attention(params["attn"], layer_norm.apply(params["norm1"], x), heads=heads, window=window, shift=shift)
+    x = x + rng.dropout(y, rate, sites[0], shape=per_image)
+    y = linear.apply(params["mlp"]["fc1"], layer_norm.apply(params["norm2"], x))
+    y = linear.apply(params["mlp"]["fc2"], F.gelu(y))
+    return x + rng.dropout(y, rate, sites[1], shape=per_image)
+
+
+def merge_patches(params: dict, x: Tensor) -> Tensor:
+    """x [M H W C] -> [M H/2 W/2 2C]; the 4C vector is ordered (channel, row, column) as nn.Unfold's."""
+    M, H, W, C = x.shape
+    x = x.view(M, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 5, 2, 4).reshape(M, H // 2, W // 2, 4 * C)
+    return linear.apply(params["reduction"], layer_norm.apply(params["norm"], x))
+
+
+def window_attention(params: dict, x: Tensor, *, heads: int, window: int, shift: int) -> Tensor:
+    """Attention of x [M H W C] within windows of the map rolled up and left by `shift` and padded to full windows.
+
+    Padding holds zero tokens at the right and bottom, before the roll, which attend and are attended to like others; so
+    their queries, keys and values are the bias, and neither they nor their outputs need a product with a weight.
+    """
+    M, H, W, C = x.shape
+    size, rows, columns = C // heads, -(-H // window), -(-W // window)
+    # 1/sqrt(size) scales the queries, as part of the weight.
+    scale = torch.ones(3 * C, device=x.device)
+    scale = torch.where(torch.arange(3 * C, device=x.device) < C, size**-0.5, scale)
+    qkv = {"weight": params["qkv"]["weight"] * scale[:, None], "bias": params["qkv"]["bias"] * scale}
+    y = linear.apply(qkv, x)  # M H W 3C
+    fill = qkv["bias"].to(x.dtype)
+    y = _roll_and_pad(y, 1, rows * window, shift, fill)
+    y = _roll_and_pad(y, 2, columns * window, shift, fill)
+    y = y.view(M, rows, window, columns, window, 3, heads, size).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = y.reshape(3 * M * rows * columns * heads, window * window, size).chunk(3)  # MLA S size
+    logits = torch.bmm(q, k.transpose(1, 2)).view(M, rows * columns, heads, window**2, window**2)  # M L A S S
+    bias = position_bias(params["bias_table"], window)  # A S S
+    if shift:
+        bias = bias + shift_mask(rows, columns, window, shift, x.device)[:, None]  # L A S S
+    weight = torch.softmax(logits.float() + bias, -1).to(x.dtype)
+    y = torch.bmm(weight.view(-1, window**2, window**2), v)  # MLA S size
+    y = y.view(M, rows, columns, heads, window, window, size).permute(0, 1, 4, 2, 5, 3, 6)
+    y = y.reshape(M, rows * window, columns * window, C)
+    return linear.apply(params["proj"], _crop_and_unroll(_crop_and_unroll(y, 1, H, shift), 2, W, shift))
+
+
+def position_bias(table: Tensor, window: int) -> Tensor:
+    """[A S S] float32 from the table [(2 window - 1)^2 A]: row (2w-1)(qi - ki + w - 1) + (qj - kj + w - 1)."""
+    place = torch.arange(window, device=table.device)
+    offset = place[:, None] - place + window - 1  # query key
+    index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]  # qi qj ki kj
+    return table.index_select(0, index.reshape(-1)).t().reshape(-1, window**2, window**2)
+
+
+def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """[L S S]: -100 between tokens that the roll brought together from opposite edges of the map, else 0."""
+    regions = []
+    for count in (rows, columns):
+        place = torch.arange(count * window, device=device)
+        edge = count * window
+        regions.append((place >= edge - window).int() + (place >= edge - shift).int())
+    region = regions[0][:, None] * 3 + regions[1]  # H W
+    region = region.view(rows, window, columns, window).permute(0, 2, 1, 3).reshape(rows * columns, window**2)  # L S
+    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+
+
+def _roll_and_pad(x: Tensor, dim: int, size: int, shift: int, fill: Tensor) -> Tensor:
+    """x, padded at its end to `size` rows of `fill` [C], moved towards its start by `shift`."""
+    wrapped, kept = x.split([shift, x.shape[dim] - shift], dim) if shift else (None, x)
+    pieces = [kept]
+    if size > x.shape[dim]:
+        shape = list(x.shape)
+        shape[dim] = size - x.shape[dim]
+        pieces.append(fill.expand(shape))
+    if shift:
+        pieces.append(wrapped)
+    return torch.cat(pieces, dim) if len(pieces) > 1 else x
+
+
+def _crop_and_unroll(x: Tensor, dim: int, size: int, shift: int) -> Tensor:
+    """The inverse of `_roll_and_pad`."""
+    padding = x.shape[dim] - size
+    if shift:
+        kept, _, wrapped = x.split([size - shift, padding, shift], dim)
+        return torch.cat([wrapped, kept], dim)
+    return x.narrow(dim, 0, size) if padding else x

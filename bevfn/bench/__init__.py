@@ -1,0 +1,1 @@
+"""Measured figures against peers and against the machine's limits."""

@@ -1,0 +1,72 @@
+"""What this machine can do at best: the yardsticks of every benchmark, measured in the same run."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def best_seconds(run: Callable[[], object], *, repeats: int = 5, warm_up: int = 1) -> float:
+    """Median wall-clock seconds of `run`, after `warm_up` calls; waits for CUDA where there is one."""
+    seconds = []
+    for i in range(warm_up + repeats):
+        _synchronize()
+        started = time.perf_counter()
+        run()
+        _synchronize()
+        if i >= warm_up:
+            seconds.append(time.perf_counter() - started)
+    return median(seconds)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def gemm_gflops(*, size: int = 2048, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
+    """GFLOP/s of a square matrix product: what "peak" means in every figure here."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = min(best_seconds(lambda: a @ b, repeats=3) for _ in range(3))
+    return 2 * size**3 / seconds / 1e9
+
+
+def copy_gbps(*, megabytes: int = 512, device: str = "cpu") -> float:
+    """GB/s of a copy between two buffers beyond any cache, read + written bytes."""
+    source = torch.zeros(megabytes * 2**20 // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = min(best_seconds(lambda: target.copy_(source), repeats=3) for _ in range(3))
+    return 2 * source.numel() * 4 / seconds / 1e9
+
+
+def describe(device: str = "cpu") -> dict:
+    """Processor, cores, threads, memory, software and commit: what a result file names."""
+    return {
+        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {k.strip(): v.strip() for k, v in fields.items()}
+    return f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family')}, model {fields.get('model')})"
+
+
+def _commit() -> str | None:
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or None

@@ -1,0 +1,92 @@
+"""`bevfn checkpoint import|export|show`: published checkpoints in, published layout out, every key accounted for."""
+
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from bevfn import tree, upstream
+from bevfn.upstream import recognise
+
+Model = Literal["bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages"]
+
+
+def import_checkpoint(source: Path, output: Path, *, model: Model, every_key: bool = False) -> None:
+    """Reads a published checkpoint and writes it as one .safetensors file under our names.
+
+    Args:
+        source: .pth (read with weights_only=True) or .safetensors, both with upstream's key names.
+        output: the .safetensors file to write; nothing is written unless every key is accounted for.
+        model: what the checkpoint holds.
+        every_key: also list where each key went.
+    """
+    if Path(output).suffix != ".safetensors":
+        raise ValueError(f"output {output}: the name must end in .safetensors.")
+    try:
+        params, state, report = upstream.import_state(upstream.read_state_dict(source), model)
+    except upstream.Refused as refusal:
+        print(refusal.report.text(every_key=every_key))
+        raise ValueError(f"{source}: {refusal}") from refusal
+    except ValueError as error:
+        raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
+    upstream.write_imported(output, params, state, report, source=Path(source).name)
+    print(report.text(every_key=every_key))
+    print(f"wrote {output}")
+
+
+def export_checkpoint(
+    source: Path, output: Path, *, sparse: Literal["as-imported", "spconv2", "mmcv"] = "as-imported"
+) -> None:
+    """Writes an imported checkpoint back in upstream's layout, bit for bit what was imported.
+
+    Args:
+        source: a .safetensors file of `bevfn checkpoint import`.
+        output: .pth (as mmengine stores a model) or .safetensors.
+        sparse: layout of the sparse kernels: [out kx ky kz in] (spconv2) or [kx ky kz in out] (mmcv).
+    """
+    if Path(output).suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"output {output}: the name must end in .pth or .safetensors.")
+    read = upstream.read_imported(source)
+    about = read.metadata
+    layout = about["sparse"] if sparse == "as-imported" else sparse
+    found = upstream.export_state(
+        read.params, read.state, about["model"], read.carried,
+        sparse=layout, naming=about["naming"], prefix=about["prefix"],
+    )
+    upstream.write_state_dict(output, found, sparse=layout)
+    print(f"wrote {output}: {len(found)} tensors of {about['model']}, sparse kernels {layout}")
+
+
+def show_checkpoint(source: Path, *, every_key: bool = False) -> None:
+    """Says what a checkpoint file holds: an imported one by our names, a published one by upstream's.
+
+    Args:
+        source: .safetensors or .pth.
+        every_key: list every tensor with its type and shape, else totals per part of the model.
+    """
+    source = Path(source)
+    try:
+        read = upstream.read_imported(source)
+    except ValueError:  # not ours: the reader of foreign files has the better message
+        tensors = upstream.read_state_dict(source)
+        looks = recognise.recognise(tensors)
+        print(f"{source}: {looks.what}" + (f", import it with --model {looks.model}" if looks.model else ""))
+        print(_table(tensors, every_key, depth=1))
+        return
+    print(f"{source}: {read.metadata['model']}, imported from {read.metadata['source']}")
+    tensors = {f"params.{path}": leaf for path, leaf in tree.flatten(read.params).items()}
+    tensors |= {f"state.{path}": leaf for path, leaf in tree.flatten(read.state).items()}
+    print(_table(tensors, every_key, depth=3))
+    if read.carried:
+        print(f"  and {len(read.carried)} upstream tensors kept for export")
+
+
+def _table(tensors: dict[str, Tensor], every_key: bool, *, depth: int) -> str:
+    """One line per tensor, or per group of names with the same first `depth` parts."""
+    if every_key:
+        return "\n".join(f"  {name}  {tree.describe(leaf)}" for name, leaf in tensors.items())
+    groups: dict[str, list[int]] = {}
+    for name, leaf in tensors.items():
+        groups.setdefault(".".join(name.split(".")[:depth]), []).append(leaf.numel())
+    width = max(map(len, groups))
+    return "\n".join(f"  {name:<{width}}  {len(n):4d} tensors  {sum(n):12,d} numbers" for name, n in groups.items())

@@ -1,0 +1,52 @@
+"""`bevfn parity CASE_DIR`: is our model the published one?"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from bevfn.files import write_atomically
+
+
+def parity(
+    case_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CASE_DIR")],
+    *,
+    only: Literal["eval", "train"] | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    device: str = "cpu",
+) -> int:
+    """Compare a model with the implementation that published it, on a golden case.
+
+    Draws the case's checkpoint, imports it like a published file, runs our model on the stored inputs and prints one
+    line per stored boundary: name, relative L2 error, tolerance, ok or FAIL. Exit code 1 if any fails.
+
+    Args:
+        case_dir: folder with manifest.json, inputs, outputs and stats, such as ../shared/goldens/bevfusion_lidar
+        only: compare evaluation or one training step alone; both by default
+        json_file: also write the table there
+        device: torch device to run on
+    """
+    from bevfn.parity import bevfusion, case, compare  # noqa: PLC0415  models and kernels load only when needed
+
+    started = time.perf_counter()
+    read = case.read(case_dir)
+    table = compare.Table(str(case_dir))
+    print(f"{'boundary':<44} {'error':>10} {'tolerance':>10}")
+    upstream_class = read.manifest.get("upstream", {}).get("class", "")
+    if not upstream_class.endswith("BEVFusion"):
+        raise ValueError(
+            f"{case_dir}/manifest.json is a case of {upstream_class or 'an unnamed model'}; bevfn has BEVFusion so far"
+        )
+    torch.manual_seed(0)  # nothing here draws random numbers; a difference between runs would be a bug
+    bevfusion.run(read, table, only=only, device=device)
+    failed = [line.name for line in table.lines if not line.ok]
+    print(
+        f"{len(table.lines) - len(failed)} of {len(table.lines)} ok in {time.perf_counter() - started:.0f} s"
+        + (f"; FAILED: {', '.join(failed)}" if failed else "")
+    )
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(table.to_json(), indent=1).encode())
+    return 0 if table.ok else 1

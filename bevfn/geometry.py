@@ -1,0 +1,164 @@
+"""Frames, projection, the camera frustum and BEV cells, with upstream's float32 rounding.
+
+Frames: pixel (u right, v down, of the network's input image), camera, LiDAR; "augmented" is the LiDAR frame after the
+3D augmentation, in which points, boxes and the BEV grid live. Matrices are `target_from_source`.
+
+One ulp moves frustum points across cell borders (54 of 1,993,728 in the golden case bevfusion_lidar_cam), and one such
+point is 1/118 of a context vector, so the order of the float32 operations below is part of the contract: products of
+a matrix and a point are written out as (a0 b0 + a1 b1) + a2 b2, each operation rounded. A matrix product would leave
+that to the machine's library (fused multiply-add, TF32) and moves pixels of the golden case; this gives its bits.
+Source: mmdetection3d projects/BEVFusion/bevfusion/depth_lss.py.
+"""
+
+import torch
+from torch import Tensor
+
+Planes = tuple[Tensor, Tensor, Tensor]  # x, y, z apart, broadcastable: most factors vary along one or two axes only
+
+
+def invert(matrix: Tensor) -> Tensor:
+    """Inverse of [... 3 3] float32 by elimination with partial pivoting, every operation rounded; for the host.
+
+    torch.inverse depends on the machine: for intrinsics, LAPACK here rounds -c/f where the golden case's rounded
+    -(c (1/f)), which moves 10 frustum points to another cell. This order of operations gives the golden case's bits.
+    """
+    rows = torch.cat([matrix, torch.eye(3, dtype=matrix.dtype).expand_as(matrix)], -1)  # ... 3 6
+    place = torch.arange(3)
+    for k in range(3):
+        candidates = rows[..., k].abs().masked_fill(place < k, -1.0)  # ... 3
+        pivot = candidates.argmax(-1, keepdim=True)  # ... 1
+        order = torch.where(place == k, pivot, torch.where(place == pivot, k, place))  # ... 3
+        rows = rows.gather(-2, order[..., None].expand_as(rows))
+        factor = rows[..., k : k + 1] / rows[..., k : k + 1, k : k + 1]  # ... 3 1
+        below = (place > k)[:, None]  # 3 1
+        rows = torch.where(below, rows - factor * rows[..., k : k + 1, :], rows)
+    upper, right = rows[..., :3], rows[..., 3:]
+    for k in (2, 1, 0):
+        solved = right[..., k : k + 1, :] * (1.0 / upper[..., k : k + 1, k : k + 1])  # ... 1 3
+        rest = torch.where((place < k)[:, None], right - upper[..., k : k + 1] * solved, right)
+        right = torch.where((place == k)[:, None], solved, rest)
+    return right
+
+
+def host_inverses(
+    image_aug: Tensor, lidar_from_camera: Tensor, intrinsics: Tensor, lidar_aug: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(undo_image_aug, lidar_from_pixel, undo_lidar_aug) [... 3 3] of a batch, from its matrices [... 4 4].
+
+    lidar_from_pixel takes a homogeneous pixel of the original image times its depth to camera-centred LiDAR axes.
+    Computed on the host while a batch is made, so that a compiled step needs no matrix inversion.
+    """
+    rotation, inverse = lidar_from_camera[..., :3, :3], invert(intrinsics[..., :3, :3])
+    column = inverse.unbind(-1)
+    lidar_from_pixel = torch.stack([torch.stack(rotate(rotation, c.unbind(-1)), -1) for c in column], -1)
+    return invert(image_aug[..., :3, :3]), lidar_from_pixel, invert(lidar_aug[..., :3, :3])
+
+
+def rotate(matrix: Tensor, point: Planes) -> Planes:
+    """matrix [S 3 3] times a point whose planes are [S ...] or broadcast to it -> planes [S ...]."""
+    x, y, z = point
+    tail = (1,) * (max(p.dim() for p in point) - (matrix.dim() - 2))
+    m = [[matrix[..., i, j].reshape(*matrix.shape[:-2], *tail) for j in range(3)] for i in range(3)]
+    a, b, c = (row[0] * x + row[1] * y + row[2] * z for row in m)
+    return a, b, c
+
+
+def translate(offset: Tensor, point: Planes) -> Planes:
+    """Adds offset [S 3] to planes [S ...]."""
+    tail = (1,) * (max(p.dim() for p in point) - (offset.dim() - 1))
+    x, y, z = (p + offset[..., i].reshape(*offset.shape[:-1], *tail) for i, p in enumerate(point))
+    return x, y, z
+
+
+def frustum(
+    image_size: tuple[int, int], feature_size: tuple[int, int], depth_m: tuple[float, float, float], device: torch.device
+) -> Planes:
+    """Pixel x [1 1 W], pixel y [1 H 1] and depth in m [D 1 1] of the frustum's points.
+
+    Features sit on a grid whose corners are the image's corner pixels: linspace(0, size - 1), no half-pixel shift.
+    """
+    (image_h, image_w), (h, w) = image_size, feature_size
+    x = torch.linspace(0.0, image_w - 1.0, w, dtype=torch.float32, device=device)
+    y = torch.linspace(0.0, image_h - 1.0, h, dtype=torch.float32, device=device)
+    depth = torch.arange(*depth_m, dtype=torch.float32, device=device)
+    return x.view(1, 1, -1), y.view(1, -1, 1), depth.view(-1, 1, 1)
+
+
+def frustum_in_lidar(
+    point: Planes, *, image_aug: Tensor, undo_image_aug: Tensor, lidar_from_pixel: Tensor, lidar_from_camera: Tensor,
+    lidar_aug: Tensor,
+) -> Planes:
+    """Frustum points (see `frustum`) in the augmented LiDAR frame: planes [B N D H W], m.
+
+    image_aug, lidar_from_camera [B N 4 4]; undo_image_aug, lidar_from_pixel [B N 3 3]; lidar_aug [B 4 4].
+    """
+    point = translate(-image_aug[..., :3, 3], tuple(p[None, None] for p in point))
+    x, y, depth = rotate(undo_image_aug, point)  # pixels of the original image
+    point = rotate(lidar_from_pixel, (x * depth, y * depth, depth))
+    point = translate(lidar_from_camera[..., :3, 3], point)
+    return translate(lidar_aug[..., :3, 3], rotate(lidar_aug[..., :3, :3], point))
+
+
+def bev_cells(
+    point: Planes, bounds_m: tuple[tuple[float, float, float], ...], *, truncate_toward_zero: bool
+) -> Tensor:
+    """Cell of every point: int32 [B N D H W], ((b X + x) Y + y) Z + z, or -1 outside. bounds_m: (low, high, step) each.
+
+    truncate_toward_zero keeps upstream's rule: points up to one cell below a lower bound land in cell 0. In the golden
+    case 232,806 of 1,835,478 kept points are kept only by it. False takes the floor.
+    """
+    shape = torch.broadcast_shapes(*(p.shape for p in point))
+    cell = torch.arange(shape[0], dtype=torch.int32, device=point[0].device).view(-1, *(1,) * (len(shape) - 1))
+    inside = None
+    for coordinate, (low, high, step) in zip(point, bounds_m):
+        count = num_cells((low, high, step))
+        # Tensors, because CUDA divides by a Python number through its reciprocal; the lower bound as upstream's bx - dx/2.
+        size, centre = (coordinate.new_full((), value) for value in (step, low + step / 2))
+        place = (coordinate - (centre - size / 2)) / size
+        place = place.trunc() if truncate_toward_zero else place.floor()
+        within = (place >= 0) & (place < count)
+        inside = within if inside is None else inside & within
+        cell = cell * count + place.to(torch.int32)
+    return torch.where(inside, cell, -1)
+
+
+def num_cells(bounds_m: tuple[float, float, float]) -> int:
+    """Cells of one axis of a grid (low, high, step)."""
+    low, high, step = bounds_m
+    return round((high - low) / step)
+
+
+def project(
+    points: Tensor, *, undo_lidar_aug: Tensor, lidar_aug: Tensor, image_from_lidar: Tensor, image_aug: Tensor
+) -> Planes:
+    """Augmented LiDAR points [B P 3+] in the input images: u, v (pixels) and depth (m), each [B N P].
+
+    undo_lidar_aug [B 3 3], lidar_aug [B 4 4], image_from_lidar and image_aug [B N 4 4]. The depth is clamped to
+    [1e-5, 1e5] before the division and not tested for its sign: upstream counts on points behind a camera landing far
+    outside.
+    """
+    point = translate(-lidar_aug[:, :3, 3], points[..., :3].unbind(-1))
+    x, y, z = rotate(undo_lidar_aug, point)  # B P, original LiDAR frame
+    point = rotate(image_from_lidar[..., :3, :3], (x[:, None], y[:, None], z[:, None]))
+    x, y, z = translate(image_from_lidar[..., :3, 3], point)  # B N P
+    depth = z.clamp(1e-5, 1e5)
+    u, v, _ = translate(image_aug[..., :3, 3], rotate(image_aug[..., :3, :3], (x / depth, y / depth, depth)))
+    return u, v, depth
+
+
+def depth_map(pixel_depth: Planes, valid: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Sparse depth images [B N H W] in m, 0 where no point falls, from `project`'s planes and valid [B P].
+
+    Of several points on a pixel the last in point order counts, on every backend.
+    """
+    u, v, depth = pixel_depth
+    (B, N, P), (H, W) = u.shape, image_size
+    inside = (u >= 0) & (u < W) & (v >= 0) & (v < H) & valid[:, None]
+    pixel = torch.where(inside, v.to(torch.int64) * W + u.to(torch.int64), H * W).view(B * N, P)
+    # No two keys are equal, so any sort gives this order; then every pixel is written once and the scatter is determined.
+    index = torch.sort(pixel * P + torch.arange(P, device=u.device), 1)[1]
+    pixel = pixel.gather(1, index)
+    last = torch.cat([pixel[:, 1:] != pixel[:, :-1], torch.ones_like(inside[:, :, 0].reshape(-1, 1))], 1)
+    pixel = torch.where(last, pixel, H * W)  # the others go where points outside go, behind the image
+    image = depth.new_zeros(B * N, H * W + 1).scatter(1, pixel, depth.reshape(B * N, P).gather(1, index))
+    return image[:, : H * W].reshape(B, N, H, W)

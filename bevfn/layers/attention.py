@@ -1,0 +1,51 @@
+"""Multi-head attention, written out (Vaswani et al. 2017): the fused function has no Ascend converter on CPU traces."""
+
+import torch
+from torch import Tensor
+
+from bevfn import rng
+from bevfn.layers import linear
+
+
+def init(channels: int, generator: torch.Generator) -> dict:
+    """{"in_proj": {weight [3C C], bias}, "out_proj": {weight [C C], bias}}, matrices Xavier uniform, biases 0."""
+    def xavier(rows: int, columns: int) -> Tensor:
+        bound = (6.0 / (rows + columns)) ** 0.5
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+    return {
+        "in_proj": {"weight": xavier(3 * channels, channels), "bias": torch.zeros(3 * channels)},
+        "out_proj": {"weight": xavier(channels, channels), "bias": torch.zeros(channels)},
+    }
+
+
+def apply(
+    params: dict, query: Tensor, key: Tensor, value: Tensor, *, heads: int, dropout: float = 0.0,
+    random: Tensor | None = None,
+) -> Tensor:
+    """query [B Q C], key and value [B S C] -> [B Q C].
+
+    Softmax in float32. `dropout` acts on the attention weights when a `random` key is given.
+    """
+    C = query.shape[-1]
+    weights = params["in_proj"]["weight"].split(C)
+    biases = params["in_proj"]["bias"].split(C)
+    q, k, v = (
+        _split(linear.apply({"weight": w, "bias": b}, x), heads) for w, b, x in zip(weights, biases, (query, key, value))
+    )  # B*h Q d, B*h S d
+    logits = torch.bmm(q * (q.shape[-1] ** -0.5), k.transpose(1, 2))  # B*h Q S
+    attention = torch.softmax(logits.float(), dim=-1).to(v.dtype)
+    attention = rng.dropout(attention, dropout, random)
+    return linear.apply(params["out_proj"], _join(torch.bmm(attention, v), heads))
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """[B S C] -> [B*heads S C/heads]."""
+    B, S, C = x.shape
+    return x.view(B, S, heads, C // heads).transpose(1, 2).reshape(B * heads, S, C // heads)
+
+
+def _join(x: Tensor, heads: int) -> Tensor:
+    """[B*heads S d] -> [B S heads*d]."""
+    Bh, S, d = x.shape
+    return x.view(Bh // heads, heads, S, d).transpose(1, 2).reshape(Bh // heads, S, heads * d)

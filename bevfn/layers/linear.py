@@ -1,0 +1,27 @@
+"""Linear layers over the last axis. Weights [out in], or [out in 1] where a published checkpoint has a Conv1d."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def init(channels_in: int, channels_out: int, *, bias: bool, generator: torch.Generator, std: float | None = None) -> dict:
+    """{"weight": [C_out C_in], "bias": [C_out]}, float32: torch's default, or normal of `std` with bias 0."""
+    bound = channels_in**-0.5
+    weight = torch.empty(channels_out, channels_in)
+    if std is None:
+        params = {"weight": weight.uniform_(-bound, bound, generator=generator)}
+        if bias:
+            params["bias"] = torch.empty(channels_out).uniform_(-bound, bound, generator=generator)
+        return params
+    params = {"weight": weight.normal_(0, std, generator=generator)}
+    return {**params, "bias": torch.zeros(channels_out)} if bias else params
+
+
+def apply(params: dict, x: Tensor) -> Tensor:
+    """x [... C_in] -> [... C_out], dtype of x. A product of two matrices whatever the rank of x:
+    the gradient of a 3-D times 2-D product is wrong in stock torchair (shared/npu/COVERAGE.md, first risk)."""
+    bias = params.get("bias")
+    rows = x.reshape(-1, x.shape[-1])  # R C_in
+    y = F.linear(rows, params["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,245 @@
+"""BEVFusion (Liu et al. 2022, arXiv 2205.13542): camera and LiDAR features fused in bird's-eye view, TransFusion head.
+
+LiDAR-only, camera-only and LiDAR-camera are the same code with a modality's config set to None.
+
+    config = bevfusion.lidar_camera()
+    params, state = bevfusion.init(config, seed=0)
+    outputs, state = bevfusion.apply(params, state, batch, config=config, train=False, policy=Policy())
+    detections = bevfusion.decode(outputs, config)
+
+Source: mmdetection3d v1.4.0 projects/BEVFusion (behaviour; goldens bevfusion_lidar, bevfusion_lidar_cam).
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bevfn import rng
+from bevfn.backbones import second, sparse_encoder, swin
+from bevfn.data.batch import Batch
+from bevfn.heads import transfusion, transfusion_loss
+from bevfn.kernels.voxelize import voxelize
+from bevfn.layers import conv_norm
+from bevfn.necks import lss_fpn, second_fpn
+from bevfn.precision import Policy
+from bevfn.views import lift_splat
+
+IMAGE_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
+IMAGE_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """The LiDAR range and its voxel grid; every other size follows from it."""
+
+    lower: tuple[float, float, float] = (-54.0, -54.0, -5.0)
+    upper: tuple[float, float, float] = (54.0, 54.0, 3.0)
+    size: tuple[float, float, float] = (0.075, 0.075, 0.2)
+    """metres"""
+    max_points: int = 10
+    """the first so many points of a voxel, in point order, are averaged"""
+    max_voxels: tuple[int, int] = (120_000, 160_000)
+    """per sample, in training and in evaluation; later new voxels are dropped with their points"""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Cells in x, y and z."""
+        x, y, z = (round((u - l) / s) for l, u, s in zip(self.lower, self.upper, self.size))
+        return x, y, z
+
+
+@dataclass(frozen=True)
+class Lidar:
+    encoder: sparse_encoder.Config = field(default_factory=sparse_encoder.Config)
+
+
+@dataclass(frozen=True)
+class Camera:
+    backbone: swin.Config = field(default_factory=swin.Config)
+    neck: lss_fpn.Config = field(default_factory=lss_fpn.Config)
+    view: lift_splat.Config = field(default_factory=lift_splat.Config)
+
+
+@dataclass(frozen=True)
+class Config:
+    voxels: Voxels = field(default_factory=Voxels)
+    lidar: Lidar | None = field(default_factory=Lidar)
+    camera: Camera | None = field(default_factory=Camera)
+    fused_channels: int = 256
+    backbone: second.Config = field(default_factory=second.Config)
+    neck: second_fpn.Config = field(default_factory=second_fpn.Config)
+    head: transfusion.Config = field(default_factory=transfusion.Config)
+
+    def __post_init__(self) -> None:
+        if self.lidar is None and self.camera is None:
+            raise ValueError("a BEVFusion model needs lidar, camera or both; both are None")
+        if self.lidar is not None:
+            X, Y, _ = sparse_encoder.output_grid(self.lidar.encoder, self.sparse_grid)
+            if (X, Y) != self.head.cells:
+                raise ValueError(f"the sparse encoder makes {X} x {Y} BEV cells, head.cells is {self.head.cells}")
+
+    @property
+    def sparse_grid(self) -> tuple[int, int, int]:
+        """The encoder's grid has one cell more in z than the voxelizer's (41 for 40), as published."""
+        x, y, z = self.voxels.grid
+        return x, y, z + 1
+
+
+def lidar_camera() -> Config:
+    """The published LiDAR-camera model (mmdetection3d bevfusion_lidar-cam_voxel0075_second_secfpn)."""
+    return Config()
+
+
+def lidar_only() -> Config:
+    """The published LiDAR-only model (mmdetection3d bevfusion_lidar_voxel0075_second_secfpn)."""
+    return Config(camera=None)
+
+
+def camera_only() -> Config:
+    """Cameras alone, with a depth net that sees no LiDAR (the MIT code's LSSTransform), on the same BEV layers."""
+    camera = Camera()
+    return Config(lidar=None, camera=replace(camera, view=replace(camera.view, lidar_depth=False)))
+
+
+def init(config: Config, seed: int) -> tuple[dict, dict]:
+    """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    params: dict = {}
+    state: dict = {}
+
+    def add(name: str, made: tuple[dict, dict]) -> None:
+        params[name], state[name] = made
+
+    fused = 0
+    if config.camera is not None:
+        made = {
+            "backbone": (swin.init(config.camera.backbone, generator), {}),
+            "neck": lss_fpn.init(config.camera.neck, generator),
+            "view": lift_splat.init(config.camera.view, generator),
+        }
+        add("camera", ({k: p for k, (p, _) in made.items()}, {k: s for k, (_, s) in made.items()}))
+        fused += config.camera.view.channels_out
+    if config.lidar is not None:
+        add("lidar", sparse_encoder.init(config.lidar.encoder, generator))
+        fused += config.lidar.encoder.channels_out * sparse_encoder.output_grid(config.lidar.encoder, config.sparse_grid)[2]
+    if config.camera is not None:
+        add("fuser", conv_norm.init(fused, config.fused_channels, 3, generator=generator))
+    backbone, neck = second.init(config.backbone, generator), second_fpn.init(config.neck, generator)
+    add("bev", ({"backbone": backbone[0], "neck": neck[0]}, {"backbone": backbone[1], "neck": neck[1]}))
+    add("head", transfusion.init(config.head, generator))
+    return params, state
+
+
+def apply(
+    params: dict, state: dict, batch: Batch, *, config: Config, train: bool, policy: Policy = Policy(),  # noqa: B008
+    key: Tensor | None = None,
+) -> tuple[dict, dict]:
+    """Runs the detector.
+
+    Args:
+        batch: see `data.batch.Batch`; camera fields may be None for a LiDAR-only model.
+        train: batch statistics, training capacities; `key`: dropout and stochastic depth, None switches both off.
+
+    Returns:
+        outputs naming every boundary ("voxel", "sparse", "swin", "lssfpn", "vt", "fuser", "second", "secfpn", "head",
+        "overflow") and the new state.
+    """
+    outputs: dict = {"overflow": {}}
+    new: dict = {}
+    bev = []
+    if config.camera is not None:
+        camera, new["camera"] = _camera_branch(params["camera"], state["camera"], batch, config, train, policy, key)
+        outputs |= camera
+        bev.append(camera["vt"]["bev"].to(policy.compute))
+    if config.lidar is not None:
+        lidar, new["lidar"] = _lidar_branch(params["lidar"], state["lidar"], batch, config, train, policy)
+        outputs["overflow"] |= lidar.pop("overflow")
+        outputs |= lidar
+        bev.append(lidar["sparse"]["bev"])
+    x = bev[0]
+    if config.camera is not None:
+        x, new["fuser"] = conv_norm.apply(params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train, padding=1)
+        outputs["fuser"] = x
+    maps, backbone_state = second.apply(
+        params["bev"]["backbone"], state["bev"]["backbone"], x, config=config.backbone, train=train
+    )
+    x, neck_state = second_fpn.apply(params["bev"]["neck"], state["bev"]["neck"], maps, config=config.neck, train=train)
+    new["bev"] = {"backbone": backbone_state, "neck": neck_state}
+    outputs["second"], outputs["secfpn"] = maps, x
+    head_key = None if key is None else rng.fold(key, 1)
+    outputs["head"], new["head"] = transfusion.apply(
+        params["head"], state["head"], x, config=config.head, train=train, key=head_key
+    )
+    return outputs, new
+
+
+def _camera_branch(
+    params: dict, state: dict, batch: Batch, config: Config, train: bool, policy: Policy, key: Tensor | None
+) -> tuple[dict, dict]:
+    assert config.camera is not None
+    images = normalise(batch.images).flatten(0, 1).to(policy.compute)  # B*N 3 H W
+    swin_key = None if key is None else rng.fold(key, 0)
+    features = swin.apply(params["backbone"], images, config=config.camera.backbone, train=train, key=swin_key)
+    fpn, neck_state = lss_fpn.apply(params["neck"], state["neck"], features, train=train)
+    # Upstream forces the view transform to float32 under autocast.
+    view, view_state = lift_splat.apply(
+        params["view"], state["view"], fpn[0].float(), batch, config=config.camera.view, train=train
+    )
+    return {"swin": features, "lssfpn": fpn, "vt": view}, {"backbone": {}, "neck": neck_state, "view": view_state}
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 RGB [B N H W 3] -> float32 [B N 3 H W] (channels-last memory), ImageNet mean 0 and deviation 1."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device)
+    std = torch.tensor(IMAGE_STD, device=images.device)
+    return ((images.float() - mean) / std).permute(0, 1, 4, 2, 3)
+
+
+def _lidar_branch(
+    params: dict, state: dict, batch: Batch, config: Config, train: bool, policy: Policy
+) -> tuple[dict, dict]:
+    assert config.lidar is not None
+    voxels, overflow = voxelise(batch.points, batch.points_valid, config.voxels, train=train)
+    sparse, new = sparse_encoder.apply(
+        params, state, voxels["features"].to(policy.compute), voxels["coords"], voxels["count"] > 0,
+        config=config.lidar.encoder, grid=config.sparse_grid, train=train,
+    )
+    overflow |= sparse.pop("overflow")
+    return {"voxel": voxels, "sparse": sparse, "overflow": overflow}, new
+
+
+def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: bool) -> tuple[dict, dict]:
+    """points [B P 5] -> {"features" [B V 5], "coords" [B V 3], "count" [B V]}, {"voxels_l0": voxels dropped}."""
+    features, coords, count, found = voxelize(
+        points, valid, lower=config.lower, size=config.size, grid=config.grid, max_points=config.max_points,
+        max_voxels=config.max_voxels[0 if train else 1],
+    )
+    dropped = (found - features.shape[1]).clamp(min=0).sum()
+    return {"features": features, "coords": coords, "count": count}, {"voxels_l0": dropped}
+
+
+def loss(
+    params: dict, state: dict, batch: Batch, key: Tensor | None = None, *, config: Config, policy: Policy = Policy(),  # noqa: B008
+) -> tuple[Tensor, tuple[dict, dict]]:
+    """Training loss, in the form that `train.make_step` takes once config and policy are bound.
+
+    Returns:
+        total (0-d float32) and (new state, metrics: loss terms "loss/*", "matched_iou", "num_pos", "overflow/*").
+    """
+    outputs, new = apply(params, state, batch, config=config, train=True, policy=policy, key=key)
+    total, terms = transfusion_loss.loss(
+        outputs["head"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head
+    )
+    metrics = {"loss/total": total.detach(), "matched_iou": terms["matched_iou"], "num_pos": terms["num_pos"]}
+    metrics |= {f"loss/{k}": v.detach() for k, v in terms.items() if k.split("/")[-1] in ("heatmap", "cls", "bbox")}
+    metrics |= {f"overflow/{k}": v for k, v in outputs["overflow"].items()}
+    return total, (new, metrics)
+
+
+def predict(
+    params: dict, state: dict, batch: Batch, *, config: Config, policy: Policy = Policy()  # noqa: B008
+) -> dict[str, Tensor]:
+    """Detections of a batch in evaluation mode: see `heads.transfusion.decode`."""
+    outputs, _ = apply(params, state, batch, config=config, train=False, policy=policy)
+    return transfusion.decode(outputs["head"], config.head)

@@ -1,0 +1,1 @@
+"""Numeric comparison of a model with the implementation that published it: `bevfn parity CASE_DIR`."""

@@ -1,0 +1,173 @@
+"""What a training run says: progress in the terminal, every step's metrics in JSON lines and TensorBoard, peak memory.
+
+Counters (`overflow/...` did not fit a capacity, `bad/...` broken data, `empty/...` nothing to learn from) are metrics
+like others, and a sentence warns the first time that one is not zero.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import resource
+import statistics
+import sys
+from collections import deque
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+METRICS_FILE = "metrics.jsonl"
+# What a counter's first non-zero value means to the user; the longest matching beginning of its name counts.
+WARNINGS = {
+    "overflow/": "did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss",
+    "overflow/points": "points did not fit and were dropped; raise capacities.points, or accept the loss",
+    "overflow/boxes": "annotated boxes did not fit and were dropped; raise capacities.boxes",
+    "overflow/voxels": "voxels did not fit and were dropped; raise the model's voxel capacity of that level",
+    "bad/": "items of the data are broken and were dropped; check the files",
+    "bad/points": "points are NaN or infinite and were dropped; check the point files",
+    "empty/": "samples have nothing to learn from; check the range and the data",
+    "empty/points": "samples have no point in range; check the point files and point_cloud_range",
+    "empty/boxes": "samples have no annotated box in range and teach background only",
+}
+COUNTERS = ("overflow/", "bad/", "empty/")
+
+
+class Reporter:
+    """Context manager; holds the run folder's open files and the recent step times.
+
+    with Reporter(Path("runs/demo"), total_steps=300) as reporter:
+        reporter.log(1, {"loss": 3.2, "overflow/points": 0}, seconds=0.8)
+
+    In a terminal one live line shows step, step time, remaining time and losses; otherwise a plain line every `every`
+    steps, and the first and the last. A run folder that already has metrics is continued: of a step that comes twice,
+    the later line counts.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        *,
+        every: int = 10,
+        shown: tuple[str, ...] = ("loss", "lr", "grad_norm"),
+        console: Console | None = None,
+    ) -> None:
+        """`shown`: metrics whose name contains one of these appear in the terminal (besides counters that are not 0).
+
+        Raises ValueError if total_steps or every is below 1, or if run_dir is a file.
+        """
+        self.run_dir = Path(run_dir)
+        if total_steps < 1 or every < 1:
+            raise ValueError(f"Reporter got total_steps {total_steps} and every {every}; both must be at least 1.")
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            raise ValueError(
+                f"{self.run_dir} is a file, so no run folder can be made there; choose another run folder."
+            )
+        self.total_steps = total_steps
+        self.every = every
+        self.shown = shown
+        self.console = console or Console()
+        self._seconds: deque[float] = deque(maxlen=20)  # recent steps, without the one that compiles
+        self._logged = 0
+        self._warned: set[str] = set()
+        self._totals: dict[str, float] = {}
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Reporter":
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only training needs it
+
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self._jsonl = stack.enter_context(open(self.run_dir / METRICS_FILE, "a"))
+            self._board = stack.enter_context(SummaryWriter(str(self.run_dir / "tensorboard")))
+            self._progress = None
+            if self.console.is_terminal:
+                plain = {"markup": False}
+                self._progress = Progress(
+                    MofNCompleteColumn(),
+                    BarColumn(bar_width=20),
+                    TextColumn("{task.fields[pace]}", **plain),
+                    TextColumn("{task.description}", **plain),
+                    console=self.console,
+                    refresh_per_second=2,  # the cores are for training
+                )
+                stack.enter_context(self._progress)
+                self._task = self._progress.add_task("first step, compiling", total=self.total_steps, pace="")
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._open.close()
+        self._finish()
+
+    def log(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Reports one step. step: steps done, 1..total_steps; metrics: numbers or 0-d tensors; seconds: its wall time.
+
+        The line is in the file when this returns. Values that are not finite are written as "nan", "inf", "-inf".
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        record = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._jsonl.write(json.dumps({"step": step, "seconds": round(seconds, 6), **record}) + "\n")
+        self._jsonl.flush()
+        for name, value in {**values, "seconds": seconds}.items():
+            self._board.add_scalar(name, value, step)
+        self._warn(step, values)
+
+        self._logged += 1
+        if self._logged == 1:
+            self.console.print(Text(f"first step: {seconds:.2f} s, compilation included"))
+        else:
+            self._seconds.append(seconds)
+        pace = self._pace(step, seconds)
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name, value))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=terms, pace=pace)
+        elif self._logged == 1 or step % self.every == 0 or step == self.total_steps:
+            self.console.print(Text(f"step {step}/{self.total_steps}  {pace}  {terms}"), soft_wrap=True)
+
+    def _pace(self, step: int, seconds: float) -> str:
+        usual = statistics.median(self._seconds or [seconds])
+        remaining = datetime.timedelta(seconds=round(usual * max(0, self.total_steps - step)))
+        return f"{usual:.3g} s/step  ETA {remaining}"
+
+    def _is_shown(self, name: str, value: float) -> bool:
+        return value != 0 if name.startswith(COUNTERS) else any(part in name for part in self.shown)
+
+    def _warn(self, step: int, values: dict[str, float]) -> None:
+        """One sentence the first time a counter is not zero, or another metric not finite."""
+        for name, value in values.items():
+            if name.startswith(COUNTERS):
+                self._totals[name] = self._totals.get(name, 0.0) + (value if math.isfinite(value) else 0.0)
+                meaning = WARNINGS[max((key for key in WARNINGS if name.startswith(key)), key=len)]
+                sentence = f"warning: {name} at step {step}: {value:g} {meaning}." if value else ""
+            else:
+                sentence = "" if math.isfinite(value) else f"warning: {name} is {value} at step {step}."
+            if sentence and name not in self._warned:
+                self._warned.add(name)
+                self.console.print(Text(sentence, style="yellow"), soft_wrap=True)
+
+    def _finish(self) -> None:
+        lost = ", ".join(f"{name} {total:g}" for name, total in self._totals.items() if total)
+        if lost:
+            self.console.print(Text(f"warning: in all {self._logged} steps: {lost}.", style="yellow"), soft_wrap=True)
+        memory = ", ".join(f"{where} {size / 2**30:.2f} GiB" for where, size in peak_memory().items())
+        self.console.print(Text(f"peak memory: {memory}; metrics in {self.run_dir / METRICS_FILE}"), soft_wrap=True)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The steps of a run folder in order, of a step that comes twice the later one; every value a float."""
+    lines = (Path(run_dir) / METRICS_FILE).read_text().splitlines()
+    records = [{name: float(value) for name, value in json.loads(line).items()} for line in lines]
+    return [record for _, record in sorted({record["step"]: record for record in records}.items())]
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: `host`, the largest resident set of this process so far, and `device`, the largest sum of tensors there."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("cuda", "npu"):
+        peak["device"] = torch.accelerator.max_memory_allocated()
+    return peak

@@ -1,0 +1,57 @@
+"""Counter-based randomness: numbers are a pure function of (key, index).
+
+No generator and no hidden state: the same key gives the same numbers in eager mode, under every compiler and on every
+device, a resumed run repeats the run that was never stopped, and a seed is not baked into a compiled graph (which is
+what happens to torch's random operators on Ascend, shared/npu/COVERAGE.md).
+
+A key is an int64 scalar tensor in [0, 2^32). `fold` derives the key of a step, a layer, a site:
+
+    key = rng.fold(rng.key(seed), step)
+    x = rng.dropout(x, 0.1, rng.fold(key, 3))
+"""
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def key(seed: int) -> Tensor:
+    """int64 [] from any Python integer."""
+    return _mix(torch.tensor(seed & _MASK) ^ _mix(torch.tensor((seed >> 32) & _MASK)))
+
+
+def fold(key: Tensor, site: int | Tensor) -> Tensor:
+    """The key of `site` under `key`: a Python int or an int64 [] tensor (such as the step), 0 <= site < 2^32."""
+    site = torch.full_like(key, site) if isinstance(site, int) else site
+    return _mix(_mix(site ^ 0x5BD1E995) ^ key)
+
+
+def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32 of `shape`, uniform in [0, 1) in steps of 2^-24; at most 2^32 elements."""
+    count = 1
+    for size in shape:
+        count *= size
+    index = torch.arange(count, device=key.device)
+    return ((_mix(_mix(index) ^ key) >> 8).float() * 2.0**-24).view(shape)
+
+
+def dropout(x: Tensor, rate: float, key: Tensor | None, *, shape: tuple[int, ...] | None = None) -> Tensor:
+    """x with elements zeroed with probability `rate` and the others scaled by 1 / (1 - rate); x itself without a key.
+
+    `shape` is the shape of the mask, broadcast against x: (B, 1, 1) drops whole samples (stochastic depth).
+    """
+    if key is None or rate == 0.0:
+        return x
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout rate {rate} is outside [0, 1)")
+    keep = uniform(key, tuple(x.shape) if shape is None else shape) >= rate
+    return torch.where(keep, x * (1.0 / (1.0 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _mix(x: Tensor) -> Tensor:
+    # A bijection of 32-bit integers with almost no bias (lowbias32, Chris Wellons, nullprogram.com/blog/2018/07/31).
+    # int64 so that nothing overflows into undefined behaviour: the second factor is 0x846CA68B - 2^32.
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * -0x7B935975) & _MASK
+    return x ^ (x >> 16)

@@ -1,0 +1,114 @@
+"""Pytrees: nested dicts, lists and dataclasses whose leaves are tensors (or None: absent, never a leaf).
+
+The dotted path of a leaf, `head.decoder.0.norms.1.weight`, is its name in checkpoints, optimizer groups and errors.
+The traversal is torch's own (`torch.utils._pytree`), which Dynamo traces, so all of this works inside a train step.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+
+def register(cls: type) -> type:
+    """Class decorator: makes a dataclass a pytree node whose children are its fields."""
+    pytree.register_dataclass(cls)
+    return cls
+
+
+def map(f: Callable, tree: Any, *rest: Any) -> Any:
+    """The tree of f(leaf, *leaves of rest at the same place); None stays None.
+
+    Raises ValueError where a tree of `rest` has other paths (the order of a dict's keys does not matter).
+    """
+    firsts, spec = pytree.tree_flatten(tree)
+    columns = [firsts, *(_aligned(other, tree) for other in rest)]
+    return pytree.tree_unflatten([None if row[0] is None else f(*row) for row in zip(*columns)], spec)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors in the order of `flatten`."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if leaf is not None]
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{dotted path: leaf}, in traversal order (dicts in insertion order), without None."""
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return {_dotted(path): leaf for path, leaf in pairs if leaf is not None}
+
+
+def unflatten(flat: dict[str, Any], like: Any) -> Any:
+    """The tree shaped `like` with the leaves of `flat` (order free).
+
+    Raises ValueError that names the paths which are missing or unknown.
+    """
+    pairs, spec = pytree.tree_flatten_with_path(like)
+    names = [None if leaf is None else _dotted(path) for path, leaf in pairs]
+    missing = [n for n in names if n is not None and n not in flat]
+    unknown = [n for n in flat if n not in set(names)]
+    if missing or unknown:
+        parts = [f"{what}: {_some(paths)}" for what, paths in (("missing", missing), ("unknown", unknown)) if paths]
+        raise ValueError("tree.unflatten: " + "; ".join(parts))
+    return pytree.tree_unflatten([None if n is None else flat[n] for n in names], spec)
+
+
+def diff(a: Any, b: Any) -> list[str]:
+    """One line per path where the trees differ in structure, shape or dtype; empty if they agree."""
+    flat_a, flat_b = flatten(a), flatten(b)
+    lines = [f"{path}: {describe(leaf)} only in the first" for path, leaf in flat_a.items() if path not in flat_b]
+    lines += [f"{path}: {describe(leaf)} only in the second" for path, leaf in flat_b.items() if path not in flat_a]
+    both = [(path, describe(flat_a[path]), describe(flat_b[path])) for path in flat_a if path in flat_b]
+    return lines + [f"{path}: {one} in the first, {two} in the second" for path, one, two in both if one != two]
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """Floating-point leaves in `dtype`; integer and bool leaves as they are."""
+    return map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
+
+
+def to(tree: Any, device: torch.device | str) -> Any:
+    """All leaves on `device`."""
+    return map(lambda leaf: leaf.to(device), tree)
+
+
+def num_elements(tree: Any) -> int:
+    """Elements of all leaves, e.g. the number of parameters."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def describe(leaf: Any) -> str:
+    """`float32 [64, 3]` for a tensor, else the type's name."""
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    return f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
+
+
+def _aligned(other: Any, tree: Any) -> list:
+    """The leaves of `other`, None included, in the order of `tree`'s."""
+    leaves, spec = pytree.tree_flatten(tree)
+    others, other_spec = pytree.tree_flatten(other)
+    if spec == other_spec and all((a is None) == (b is None) for a, b in zip(leaves, others)):
+        return others
+    if differing := [line for line in diff(tree, other) if " only in the " in line]:
+        raise ValueError("tree.map: the trees differ in structure: " + "; ".join(differing[:5]))
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    by_path = flatten(other)
+    return [by_path.get(_dotted(path)) for path, _ in pairs]
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(_name(key) for key in path)
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):  # MappingKey, SequenceKey, GetAttrKey
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    raise TypeError(f"no name for pytree key {key!r}")
+
+
+def _some(paths: Iterable[str], limit: int = 5) -> str:
+    paths = list(paths)
+    return ", ".join(paths[:limit]) + (f" and {len(paths) - limit} more" if len(paths) > limit else "")

@@ -1,0 +1,255 @@
+"""Foreign state dicts to our trees and back, every key accounted for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bevfn import tree
+from bevfn.upstream import names, recognise
+from bevfn.upstream.names import PUBLISHED, Entry, Naming, Sizes
+from bevfn.upstream.recognise import SparseLayout
+
+
+@dataclass
+class Report:
+    """What became of every upstream key and of every leaf of ours."""
+
+    model: str
+    what: str  # what the file looks like
+    prefix: str  # in front of the model's keys
+    naming: Naming
+    sparse: SparseLayout
+    used: dict[str, str] = field(default_factory=dict)  # upstream key: our name
+    unused: dict[str, str] = field(default_factory=dict)  # upstream key: reason
+    unknown: list[str] = field(default_factory=list)  # upstream keys that this model should not have
+    missing: dict[str, str] = field(default_factory=dict)  # our name: the upstream key that is not there
+    initial: dict[str, str] = field(default_factory=dict)  # our name: the optional upstream key that is not there
+    mismatched: dict[str, str] = field(default_factory=dict)  # upstream key: both shapes
+    warnings: list[str] = field(default_factory=list)
+    carried: dict[str, Tensor] = field(default_factory=dict)  # upstream key: tensor kept for an exact export
+
+    def problem(self) -> str | None:
+        """One sentence that names what keeps the file from being this model, None if it is."""
+        parts = [f"it lacks {key} (our {name})" for name, key in self.missing.items()]
+        parts += [f"{key} is {shapes}" for key, shapes in self.mismatched.items()]
+        parts += [f"it holds {key}, which this model does not have" for key in self.unknown]
+        if not parts:
+            return None
+        more = f"; and {len(parts) - 3} more" if len(parts) > 3 else ""
+        return f"the checkpoint does not fit --model {self.model}: {'; '.join(parts[:3])}{more}."
+
+    def text(self, *, every_key: bool = False) -> str:
+        """The report for a terminal; unused keys are grouped by reason unless `every_key`."""
+        lines = [f"{self.what}, read as {self.model}"]
+        lines += [f"  layout     sparse kernels {self.sparse}, {self.naming} naming, key prefix {self.prefix!r}"]
+        lines += [f"  used       {len(self.used)} tensors"]
+        lines += [f"  unused     {count} {reason}" for reason, count in _count(self.unused.values()).items()]
+        lines += [f"  at init    {name} (no {key})" for name, key in self.initial.items()]
+        lines += [f"  missing    {name} (no {key})" for name, key in self.missing.items()]
+        lines += [f"  mismatched {key}: {shapes}" for key, shapes in self.mismatched.items()]
+        lines += [f"  unknown    {key}" for key in self.unknown]
+        lines += [f"  warning    {line}" for line in self.warnings]
+        if every_key:
+            lines += [f"  {key} -> {name}" for key, name in self.used.items()]
+            lines += [f"  {key}: {reason}" for key, reason in self.unused.items()]
+        return "\n".join(lines)
+
+
+class Refused(ValueError):
+    """The state dict is not the model that was asked for; `report` says all about it."""
+
+    def __init__(self, message: str, report: Report):
+        super().__init__(message)
+        self.report = report
+
+
+def import_state(upstream: Mapping[str, Tensor], model: str, *, sizes: Sizes = PUBLISHED) -> tuple[dict, dict, Report]:
+    """(params, state, report) of a foreign state dict; floating tensors become float32.
+
+    Raises ValueError if it looks like another model or mixes sparse layouts, Refused (a ValueError) if keys are
+    missing, unknown or of another shape. `params` of a lone Swin lacks the leaves of `report.initial`.
+    """
+    if model not in names.MODELS:
+        raise ValueError(f"unknown model {model!r}: choose one of {', '.join(names.MODELS)}.")
+    source = recognise.recognise(upstream)
+    if source.model != model:
+        remedy = f"use --model {source.model}" if source.model else f"bevfn reads {', '.join(names.MODELS)}"
+        raise ValueError(f"the checkpoint looks like {source.what}, not like {model}: {remedy}.")
+    entries = names.entries(model, sizes, source.naming)
+    inside = {key.removeprefix(source.prefix): t for key, t in upstream.items() if key.startswith(source.prefix)}
+    layout = recognise.sparse_layout(inside, entries)
+    report = Report(model, source.what, source.prefix, source.naming, layout)
+    flat: dict[str, dict[str, Tensor]] = {"params": {}, "state": {}, "upstream": {}}
+    for entry in entries:
+        leaf = _take(entry, inside, report)
+        if leaf is not None:
+            flat[entry.tree][entry.path] = leaf
+    report.carried.update(flat["upstream"])
+    _account_for_the_rest(inside, entries, sizes, report)
+    for key in upstream:
+        if not key.startswith(source.prefix):
+            report.unused[key] = f"outside {source.prefix!r}, where the model is"
+    problem = report.problem()
+    if problem:
+        raise Refused(problem, report)
+    return nest(flat["params"]), nest(flat["state"]), report
+
+
+def _take(entry: Entry, upstream: Mapping[str, Tensor], report: Report) -> Tensor | None:
+    """The entry's leaf in our layout, or None with the reason in the report."""
+    source = upstream.get(entry.key)
+    if source is None:
+        if entry.tree != "upstream":  # a missing batch count changes nothing
+            (report.initial if entry.optional else report.missing)[entry.name] = entry.key
+        return None
+    expected = _upstream_shape(entry, report.sparse)
+    if tuple(source.shape) != expected:
+        hint = " (another window size)" if entry.key.endswith("relative_position_bias_table") else ""
+        report.mismatched[entry.key] = f"{list(source.shape)} where the model has {list(expected)}{hint}"
+        return None
+    if entry.tree == "upstream":
+        report.unused[entry.key] = "batch counts of batch norms, kept for export"
+        return source.detach().clone()
+    if source.dtype != entry.dtype:
+        report.warnings.append(f"{entry.key} is {_dtype(source)} and becomes {str(entry.dtype)[6:]}")
+    report.used[entry.key] = entry.name
+    return _to_ours(source.detach(), entry, report.sparse).to(entry.dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _account_for_the_rest(upstream: Mapping[str, Tensor], entries: list[Entry], sizes: Sizes, report: Report) -> None:
+    """Files every key that no entry names under unused or unknown; keeps what the export could not recompute."""
+    named = {entry.key for entry in entries}
+    computed = names.derived(report.model, sizes, report.naming)
+    for key, source in upstream.items():
+        if key in named:
+            continue
+        if key in computed:
+            report.unused[key] = "derived from the configuration"
+            difference = _difference(source, computed[key])
+            if difference:
+                report.unused[key] += ", not equal"
+                report.warnings.append(f"{key} {difference}, bevfn uses its own")
+            if not _same_bits(source, computed[key]):
+                report.carried[key] = source.detach().clone()
+            continue
+        reason = recognise.reason_unused(key, report.model)
+        if reason is None:
+            report.unknown.append(key)
+        else:
+            report.unused[key] = reason
+            report.carried[key] = source.detach().clone()
+
+
+def export_state(
+    params: dict, state: dict, model: str, carried: Mapping[str, Tensor], *,
+    sizes: Sizes = PUBLISHED, sparse: SparseLayout = "spconv2", naming: Naming = "mmdet", prefix: str = "",
+) -> dict[str, Tensor]:
+    """The upstream state dict, in upstream's order: the inverse of `import_state`, bit for bit.
+
+    Derived buffers are recomputed and batch counts are 0 unless `carried` (Report.carried) holds them. Leaves that a
+    lone Swin may lack are left out. Raises ValueError that names a leaf which is missing, unknown or of another shape.
+    """
+    flat = {f"params.{path}": leaf for path, leaf in tree.flatten(params).items()}
+    flat |= {f"state.{path}": leaf for path, leaf in tree.flatten(state).items()}
+    found: dict[str, Tensor] = {}
+    entries = names.entries(model, sizes, naming)
+    unknown = sorted(set(flat) - {entry.name for entry in entries})
+    if unknown:
+        raise ValueError(f"{model} has no {unknown[0]} (nor {len(unknown) - 1} more): export it as the model it is.")
+    for entry in entries:
+        if entry.tree == "upstream":
+            found[entry.key] = carried.get(entry.key, torch.zeros(entry.shape, dtype=entry.dtype)).clone()
+        elif entry.name in flat:
+            leaf = flat[entry.name].detach().cpu()
+            if tuple(leaf.shape) != entry.shape:
+                raise ValueError(f"{entry.name} is {list(leaf.shape)} where {model} has {list(entry.shape)}.")
+            found[entry.key] = _to_upstream(leaf, entry, sparse).clone(memory_format=torch.contiguous_format)
+        elif not entry.optional:
+            raise ValueError(f"{entry.name} is missing: {model} cannot be exported without it.")
+    found |= {key: carried.get(key, buffer).clone() for key, buffer in names.derived(model, sizes, naming).items()}
+    found |= {key: kept.clone() for key, kept in carried.items() if key not in found}
+    return {prefix + key: leaf for key, leaf in found.items()}
+
+
+def nest(flat: Mapping[str, Tensor]) -> dict:
+    """Nested dicts and lists from dotted paths; a level whose names are all numbers is a list, without gaps."""
+    root: dict = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split(".")
+        node = root
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return _lists(root, "")
+
+
+def _lists(node: dict, path: str):
+    if not isinstance(node, dict):
+        return node
+    children = {name: _lists(child, f"{path}{name}.") for name, child in node.items()}
+    if not children or not all(name.isdigit() for name in children):
+        return children
+    if sorted(children, key=int) != [str(i) for i in range(len(children))]:
+        raise ValueError(f"the list {path[:-1]} has gaps: its items are {', '.join(sorted(children, key=int))}.")
+    return [children[str(i)] for i in range(len(children))]
+
+
+# --- layouts -----------------------------------------------------------------------------------------------------
+
+
+def _upstream_shape(entry: Entry, sparse: SparseLayout) -> tuple[int, ...]:
+    if entry.layout == "sparse" and sparse == "spconv2":
+        return (entry.shape[4], *entry.shape[:4])
+    return (*entry.shape, 1) if entry.layout == "sequence" else entry.shape
+
+
+def _to_ours(x: Tensor, entry: Entry, sparse: SparseLayout) -> Tensor:
+    if entry.layout == "sparse" and sparse == "spconv2":
+        return x.permute(1, 2, 3, 4, 0)  # kx ky kz in out
+    if entry.layout == "sequence":
+        return x.squeeze(-1)  # out in
+    if entry.layout == "merged":
+        # Original Swin stacks blocks of C: (row, column) = (0,0) (1,0) (0,1) (1,1). Ours takes C channels of row-major
+        # 2x2 patches, as torch's unfold.
+        blocks = x.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :]  # ... 4 C
+        return blocks.transpose(-1, -2).flatten(-2)
+    return x
+
+
+def _to_upstream(x: Tensor, entry: Entry, sparse: SparseLayout) -> Tensor:
+    if entry.layout == "sparse" and sparse == "spconv2":
+        return x.permute(4, 0, 1, 2, 3)  # out kx ky kz in
+    if entry.layout == "sequence":
+        return x.unsqueeze(-1)
+    if entry.layout == "merged":
+        return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
+    return x
+
+
+# --- small things ------------------------------------------------------------------------------------------------
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _difference(stored: Tensor, computed: Tensor) -> str | None:
+    """How a stored buffer differs from the configuration's, None if only by rounding."""
+    if stored.shape != computed.shape:
+        return f"is {list(stored.shape)} where the configuration gives {list(computed.shape)}"
+    error = (stored.double() - computed.double()).abs().max().item()
+    # 1e-4: float32 rounding of pixel coordinates up to 703 is 6e-5
+    return None if error <= 1e-4 else f"differs from the configuration's by up to {error:.3g}"
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _count(reasons) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for reason in reasons:
+        found[reason] = found.get(reason, 0) + 1
+    return found

@@ -1,0 +1,75 @@
+"""Starting weights from several checkpoints, as the recipes do: a LiDAR-only detector and a nuImages Swin into a
+camera + LiDAR detector."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bevfn import tree
+
+
+@dataclass
+class Merge:
+    """Where each leaf of the merged trees comes from; names are `params.<path>` and `state.<path>`."""
+
+    filled: dict[str, str] = field(default_factory=dict)  # name: source
+    initial: list[str] = field(default_factory=list)  # names that keep their initial value
+
+    def text(self) -> str:
+        """One line per source and per group of leaves that stay at init."""
+        lines = []
+        for source in dict.fromkeys(self.filled.values()):
+            count = sum(origin == source for origin in self.filled.values())
+            lines.append(f"{count} tensors from {source}")
+        groups: dict[str, int] = {}
+        for name in self.initial:
+            group = ".".join(name.split(".")[1:3])
+            groups[group] = groups.get(group, 0) + 1
+        return "\n".join([*lines, *(f"{count} tensors of {group} at init" for group, count in groups.items())])
+
+
+def load_into(
+    params: dict, state: dict, loaded: Mapping[str, tuple[dict, dict]], *, allow_missing: tuple[str, ...] = ()
+) -> tuple[dict, dict, Merge]:
+    """(params, state, merge): the given trees with the leaves of `loaded` = {source: (params, state)} in their places.
+
+    Leaves that no source holds keep their value, where their path starts with one of `allow_missing` (a path or its
+    beginning, e.g. "camera", "fuser"). Loaded leaves are copied to the dtype and device of those they replace.
+
+    Raises ValueError for a leaf that is not in the trees, comes from two sources, has another shape, or is missing.
+    """
+    ours = {f"params.{path}": leaf for path, leaf in tree.flatten(params).items()}
+    ours |= {f"state.{path}": leaf for path, leaf in tree.flatten(state).items()}
+    flat, merge = dict(ours), Merge()
+    for source, trees in loaded.items():
+        for prefix, part in zip(("params", "state"), trees):
+            for path, leaf in tree.flatten(part).items():
+                flat[f"{prefix}.{path}"] = _place(f"{prefix}.{path}", leaf, ours, source, merge)
+    merge.initial = [name for name in ours if name not in merge.filled]
+    lost = [name for name in merge.initial if not _below(name.partition(".")[2], allow_missing)]
+    if lost:
+        raise ValueError(
+            f"no checkpoint of {', '.join(loaded) or 'none'} holds {lost[0]}"
+            + (f" and {len(lost) - 1} more leaves" if len(lost) > 1 else "")
+            + ": load one that does, or name its path in allow_missing to keep the initial value."
+        )
+    new_params = tree.unflatten({path: flat[f"params.{path}"] for path in tree.flatten(params)}, params)
+    new_state = tree.unflatten({path: flat[f"state.{path}"] for path in tree.flatten(state)}, state)
+    return new_params, new_state, merge
+
+
+def _place(name: str, leaf: Tensor, ours: Mapping[str, Tensor], source: str, merge: Merge) -> Tensor:
+    if name not in ours:
+        raise ValueError(f"{source} holds {name}, which the model lacks: it is a checkpoint of another model.")
+    if name in merge.filled:
+        raise ValueError(f"both {merge.filled[name]} and {source} hold {name}: load only one of them.")
+    if leaf.shape != ours[name].shape:
+        raise ValueError(f"{name} is {list(leaf.shape)} in {source} but {list(ours[name].shape)} in the model.")
+    merge.filled[name] = source
+    return torch.empty_like(ours[name], requires_grad=False).copy_(leaf.detach())
+
+
+def _below(path: str, prefixes: tuple[str, ...]) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)

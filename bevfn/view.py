@@ -1,0 +1,170 @@
+"""A picture of one frame: the cameras with boxes projected into them, and the scene from above."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
+from PIL import Image
+
+from bevfn.data.batch import Sample
+from bevfn.data.frame import corners
+from bevfn.files import write_atomically
+
+# One colour a class, in label order; further classes start over.
+COLOURS = (
+    "#3b82f6", "#f97316", "#eab308", "#dc2626", "#92400e", "#f472b6", "#06b6d4", "#65a30d", "#9333ea", "#0f766e",
+)  # fmt: skip
+ANNOTATED = {"linewidth": 0.9, "linestyle": (0, (4, 2))}
+# corner numbers of `frame.corners`: the twelve edges, and the bottom's outline
+EDGES = ((0, 1), (0, 2), (0, 4), (1, 3), (1, 5), (2, 3), (2, 6), (3, 7), (4, 5), (4, 6), (5, 7), (6, 7))
+OUTLINE = (0, 2, 6, 4, 0)
+NEAR = 0.1  # m, edges are cut at this depth in front of the camera
+# rows of two, so that left cameras are on the left; cameras of other names follow
+ORDER = ("CAM_FRONT", "CAM_BACK", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+ROWS = 3
+
+
+def draw(
+    frame: Sample,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    path: Path,
+    *,
+    score_threshold: float = 0.1,
+    range_m: float = 54.0,
+    title: str = "",
+) -> None:
+    """Writes a PNG: predictions solid with their score, the frame's annotations thin and dashed.
+
+    frame: what was predicted on; its original image files are opened again. boxes [Q,>=7] bottom-centre form, scores
+    [Q], labels [Q], in the frame's (augmented) lidar frame; numpy or CPU tensors. Predictions below score_threshold
+    and boxes that are not finite are left out. range_m: half side of the view from above. The file appears complete or not at all.
+
+    Raises ValueError if the lengths differ, a label has no class name, or `path` is no PNG.
+    """
+    boxes, scores, labels = np.asarray(boxes, dtype=np.float64), np.asarray(scores), np.asarray(labels)
+    path = Path(path)
+    if not (len(boxes) == len(scores) == len(labels)) or boxes.ndim != 2 or boxes.shape[1] < 7:
+        raise ValueError(
+            f"draw got boxes {list(boxes.shape)}, {len(scores)} scores and {len(labels)} labels; give boxes [Q,7 or "
+            "more] and one score and label for each."
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(frame.class_names):
+        raise ValueError(f"draw got label {labels.max()}, but the frame has {len(frame.class_names)} class names.")
+    if path.suffix != ".png":
+        raise ValueError(f"{path}: pictures are written as PNG; let the name end in .png.")
+    order = np.argsort(scores, kind="stable")  # ascending: the surest are drawn last, on top
+    order = order[(scores[order] >= score_threshold) & np.isfinite(boxes[order]).all(axis=1)]
+    shown = {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
+    heading = (
+        f"{title or frame.token}   {len(order)} predicted with score ≥ {score_threshold:g} (fainter: lower score), "
+    )
+    write_atomically(path, _render(frame, shown, range_m, heading + f"{len(frame.boxes)} annotated (dashed)"))
+
+
+def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading: str) -> bytes:
+    """The PNG's bytes: cameras on the left, the view from above on the right."""
+    names = frame.camera_names
+    cameras = sorted(range(len(names)), key=lambda n: ORDER.index(names[n]) if names[n] in ORDER else len(ORDER))
+    columns = -(-len(cameras) // ROWS)
+    figure = Figure(figsize=(5.1 * columns + 9.4, 10.1), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(h_pad=0.08)  # inches
+    grid = figure.add_gridspec(ROWS, columns + 1, width_ratios=[5.1] * columns + [9.4])
+    for slot, n in enumerate(cameras):
+        _draw_camera(figure.add_subplot(grid[slot // columns, slot % columns]), frame, n, shown)
+    _draw_above(figure.add_subplot(grid[:, columns]), frame, shown, range_m)
+    used = sorted({*shown["labels"].tolist(), *frame.labels.tolist()})
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=frame.class_names[i]) for i in used]
+    handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **ANNOTATED))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    figure.suptitle(heading, fontsize=12)
+    encoded = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(encoded, format="png", dpi=110)  # not pyplot: no global figure, no display
+    return encoded.getvalue()
+
+
+def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]) -> None:
+    """One original image with both kinds of boxes, and the scores where there is room."""
+    with Image.open(frame.image_paths[n]) as file:
+        picture = np.asarray(file.convert("RGB"))
+    height, width = picture.shape[:2]
+    axes.imshow(picture, interpolation="antialiased")
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axes.set_title(frame.camera_names[n], fontsize=9)
+    pixel_from_augmented = frame.image_from_lidar[n] @ np.linalg.inv(frame.lidar_aug.astype(np.float64))
+    boxes = np.concatenate([frame.boxes[:, :7], shown["boxes"][:, :7]])
+    projected = [_project(box, pixel_from_augmented, width, height) for box in corners(boxes.astype(np.float64))]
+
+    annotated = [line for lines in projected[: len(frame.boxes)] for line in lines]
+    axes.add_collection(LineCollection(annotated, colors="black", linewidths=1.6, alpha=0.4))
+    axes.add_collection(LineCollection(annotated, colors="white", **_plural(ANNOTATED)))
+    labelled: list[np.ndarray] = []
+    for i in reversed(range(len(shown["boxes"]))):  # the surest first, they get the labels
+        lines, score = projected[len(frame.boxes) + i], float(shown["scores"][i])
+        if not lines:
+            continue
+        colour = COLOURS[shown["labels"][i] % len(COLOURS)]
+        axes.add_collection(LineCollection(lines, colors=colour, linewidths=1.5, alpha=_alpha(score), zorder=3 + score))
+        corner = np.clip(np.concatenate(lines).min(axis=0), [0, 0.04 * height], [0.94 * width, height])
+        if all((np.abs(corner - other) > [0.055 * width, 0.045 * height]).any() for other in labelled):
+            labelled.append(corner)
+            style = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+            axes.text(*corner, f"{score:.2f}", color="white", fontsize=6.5, zorder=5, va="bottom", bbox=style)
+
+
+def _project(box: np.ndarray, pixel_from_lidar: np.ndarray, width: int, height: int) -> list[np.ndarray]:
+    """The edges of one box, corners [8,3], as pixel lines [2,2] cut at the near plane; none if out of the picture."""
+    points = box @ pixel_from_lidar[:3, :3].T + pixel_from_lidar[:3, 3]  # 8 3: u*depth, v*depth, depth
+    lines = []
+    for a, b in EDGES:
+        far, near = (points[a], points[b]) if points[a, 2] >= points[b, 2] else (points[b], points[a])
+        if far[2] <= NEAR:
+            continue
+        if near[2] < NEAR:
+            near = near + (far - near) * (NEAR - near[2]) / (far[2] - near[2])
+        lines.append(np.stack([far[:2] / far[2], near[:2] / near[2]]))
+    if not lines:
+        return []
+    ends = np.concatenate(lines)
+    return lines if (ends.min(axis=0) < [width, height]).all() and (ends.max(axis=0) > 0).all() else []
+
+
+def _draw_above(axes: Axes, frame: Sample, shown: dict[str, np.ndarray], range_m: float) -> None:
+    """Points (darker: higher), and boxes with their heading; x to the right and y up, metres."""
+    x, y, z = frame.points[:, :3].T
+    axes.scatter(x, y, c=z, s=0.8, cmap="Greys", vmin=-4.5, vmax=1.5, linewidths=0)
+    for radius in np.arange(10.0, range_m * 1.5, 10.0):
+        axes.add_patch(Circle((0, 0), radius, fill=False, color="0.85", linewidth=0.6, zorder=0))
+    axes.plot(0, 0, marker="+", color="black", markersize=9)
+    for box, score, label in zip(shown["boxes"], shown["scores"], shown["labels"]):
+        colour = COLOURS[label % len(COLOURS)]
+        axes.add_collection(
+            LineCollection(_footprint(box), colors=colour, linewidths=1.7, alpha=_alpha(score), zorder=3)
+        )
+    annotated = [line for box in frame.boxes for line in _footprint(box)]
+    axes.add_collection(LineCollection(annotated, colors="black", zorder=4, **_plural(ANNOTATED)))
+    axes.set(xlim=(-range_m, range_m), ylim=(-range_m, range_m), aspect="equal")
+    axes.set(xlabel="x right [m]", ylabel="y forward [m]")
+    axes.set_title(f"from above, lidar frame, {len(frame.points):,} points; a box's tick is its front", fontsize=9)
+
+
+def _footprint(box: np.ndarray) -> list[np.ndarray]:
+    """Lines in x, y: the outline [5,2], and a tick [2,2] from the middle of the front outwards."""
+    heading = np.array([np.cos(box[6]), np.sin(box[6])])
+    front = box[:2] + heading * box[3] / 2
+    return [corners(box[None].astype(np.float64))[0, list(OUTLINE), :2], np.stack([front, front + heading * 0.9])]
+
+
+def _alpha(score: float) -> float:
+    return 0.35 + 0.65 * min(max(float(score), 0.0), 1.0)
+
+
+def _plural(style: dict) -> dict:
+    return {f"{name}s": value for name, value in style.items()}  # a LineCollection's names of a line's properties

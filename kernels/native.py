@@ -1,0 +1,76 @@
+"""Compiles an op's `cpu.cpp` with the host's C++ compiler on first use and loads it with ctypes.
+
+The sources are plain C++17 with `extern "C"` entry points over raw pointers: no torch headers, so a build takes
+seconds and one binary serves every torch version. Inductor needs the same compiler on a CPU anyway. Binaries are
+cached under `$BEVFN_CACHE` (default `~/.cache/bevfn`), keyed by source, flags, compiler and processor.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wall")
+# -ffp-contract=off: voxel and cell indices must round exactly as the published code does. Kernels whose inner loop is
+# a dot product call __builtin_fma (or vector intrinsics) where a fused multiply-add is wanted.
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels: `$BEVFN_CACHE` or `~/.cache/bevfn`."""
+    return Path(os.environ.get("BEVFN_CACHE") or Path.home() / ".cache" / "bevfn")
+
+
+def _compiler() -> str:
+    name = os.environ.get("CXX") or "g++"
+    path = shutil.which(name) or shutil.which("clang++")
+    if path is None:
+        raise RuntimeError(
+            f"bevfn's CPU kernels need a C++17 compiler and {name!r} is not on PATH: install g++ (Debian: "
+            "`apt-get install g++`) or set CXX; inductor needs one too."
+        )
+    return path
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL:
+    """The shared library of `source`, compiled once per machine.
+
+    Raises:
+        RuntimeError: there is no compiler, or it refuses the source (its message is quoted).
+    """
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key = "\0".join([source.read_text(), *FLAGS, version, platform.machine(), _cpu_flags()])
+    target = cache_dir() / f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # same file system, so the rename is atomic
+            built = Path(folder) / "kernel.so"
+            done = subprocess.run([compiler, *FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{compiler} cannot build {source}: {done.stderr.strip()[-2000:]}")
+            os.replace(built, target)
+    return ctypes.CDLL(str(target))
+
+
+def _cpu_flags() -> str:
+    """What -march=native means here: a cache shared between machines must not mix instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Address of a contiguous CPU tensor's first element."""
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"kernel operand must be a contiguous CPU tensor, got {tensor.device}, strides {tensor.stride()}")
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,227 @@
+// Neighbour tables on the host. Active cells live in a hashed bitmap: 64 consecutive cells (along z, then y, then x) share
+// a word, so the three z neighbours of a column cost one look-up, and ranks come from counting bits.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int64_t CHUNK = 256;  // rows per unit of work: their table entries for 27 offsets fit the L1 cache
+constexpr int64_t MAX_BATCH = 1 << 13;  // keys stay below 2^62 for any grid that the contract allows
+
+struct Word {
+    int64_t index = -1;  // cell number / 64; -1: free slot
+    uint64_t bits = 0;   // active cells
+    int64_t base = 0;    // rank of the first of them
+};
+
+class CellSet {
+    std::vector<Word> slots;
+    size_t words = 0;
+
+    size_t slot_of(int64_t index) const {
+        const size_t mask = slots.size() - 1;
+        size_t slot = (uint64_t(index) * 0x9E3779B97F4A7C15u >> 20) & mask;
+        while (slots[slot].index >= 0 && slots[slot].index != index) slot = (slot + 1) & mask;
+        return slot;
+    }
+    void grow() {
+        std::vector<Word> old(4 * slots.size());
+        old.swap(slots);
+        for (const Word& word : old)
+            if (word.index >= 0) slots[slot_of(word.index)] = word;
+    }
+
+public:
+    explicit CellSet(int64_t expected) {
+        size_t size = 64;
+        while (size < 2 * size_t(expected)) size *= 2;
+        slots.resize(size);
+    }
+    void insert(int64_t cell) {
+        Word& word = slots[slot_of(cell >> 6)];
+        word.bits |= uint64_t(1) << (cell & 63);
+        if (word.index < 0) {
+            word.index = cell >> 6;
+            if (2 * ++words > slots.size()) grow();
+        }
+    }
+    // Ranks the cells in ascending order; returns the active words, ascending.
+    std::vector<Word> rank_ascending() {
+        std::vector<std::pair<int64_t, size_t>> order;
+        order.reserve(words);
+        for (size_t slot = 0; slot < slots.size(); ++slot)
+            if (slots[slot].index >= 0) order.emplace_back(slots[slot].index, slot);
+        std::sort(order.begin(), order.end());
+        std::vector<Word> ranked;
+        ranked.reserve(words);
+        int64_t base = 0;
+        for (const auto& [index, slot] : order) {
+            slots[slot].base = base;
+            base += __builtin_popcountll(slots[slot].bits);
+            ranked.push_back(slots[slot]);
+        }
+        return ranked;
+    }
+    void rank_any_order() {
+        int64_t base = 0;
+        for (Word& word : slots) {
+            word.base = base;
+            base += __builtin_popcountll(word.bits);
+        }
+    }
+    const Word& word(int64_t index) const { return slots[slot_of(index)]; }  // a free slot has no bits set
+
+    static int64_t rank(const Word& word, int64_t cell) {  // -1 if not active
+        const uint64_t bit = uint64_t(1) << (cell & 63);
+        return word.bits & bit ? word.base + __builtin_popcountll(word.bits & (bit - 1)) : -1;
+    }
+    int64_t rank(int64_t cell) const { return rank(word(cell >> 6), cell); }
+};
+
+template <class Work>
+void parallel(int64_t units, int threads, Work work) {  // units write disjoint memory
+    std::atomic<int64_t> next{0};
+    auto loop = [&] {
+        for (int64_t unit; (unit = next.fetch_add(1)) < units;) work(unit);
+    };
+    std::vector<std::thread> pool;
+    for (int64_t i = 1; i < std::min<int64_t>(threads, units); ++i) pool.emplace_back(loop);
+    loop();
+    for (auto& thread : pool) thread.join();
+}
+
+int64_t cell_of(int64_t b, const int64_t* p, const int64_t* grid) {
+    return ((b * grid[0] + p[0]) * grid[1] + p[1]) * grid[2] + p[2];
+}
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+// First valid row outside the grid or the batch, or -1.
+int64_t misplaced(const int32_t* coords, const uint8_t* valid, int64_t V, const int64_t* grid, int64_t batch) {
+    for (int64_t v = 0; v < V; ++v) {
+        if (!valid[v]) continue;
+        const int32_t* c = coords + 4 * v;
+        bool in = c[0] >= 0 && c[0] < batch;
+        for (int a = 0; a < 3; ++a) in &= c[1 + a] >= 0 && c[1 + a] < grid[a];
+        if (!in) return v;
+    }
+    return -1;
+}
+
+int64_t count_valid(const uint8_t* valid, int64_t V) {
+    int64_t n = 0;
+    for (int64_t v = 0; v < V; ++v) n += valid[v];
+    return n;
+}
+
+}  // namespace
+
+// coords [V 4], valid [V] -> table [K V]. Returns the first valid row outside the grid, or -1 if all are fine.
+extern "C" int64_t submanifold(const int32_t* coords, const uint8_t* valid, int64_t V, const int64_t* kernel,
+                               const int64_t* grid, int32_t* table, int threads) {
+    const int64_t wrong = misplaced(coords, valid, V, grid, MAX_BATCH);
+    if (wrong >= 0) return wrong;
+    const int64_t active = count_valid(valid, V), K = kernel[0] * kernel[1] * kernel[2];
+    auto site = [&](int64_t v, int64_t* p) {
+        for (int a = 0; a < 3; ++a) p[a] = coords[4 * v + 1 + a];
+        return cell_of(coords[4 * v], p, grid);
+    };
+    CellSet cells(active);
+    int64_t p[3];
+    for (int64_t v = 0; v < V; ++v)
+        if (valid[v]) cells.insert(site(v, p));
+    cells.rank_any_order();
+    std::vector<int32_t> row(active);
+    for (int64_t v = 0; v < V; ++v)
+        if (valid[v]) row[cells.rank(site(v, p))] = int32_t(v);
+
+    parallel((V + CHUNK - 1) / CHUNK, threads, [&](int64_t unit) {
+        const int64_t begin = unit * CHUNK, end = std::min(V, begin + CHUNK);
+        for (int64_t k = 0; k < K; ++k) std::memset(table + k * V + begin, 0xff, size_t(end - begin) * 4);  // -1
+        for (int64_t v = begin; v < end; ++v) {
+            if (!valid[v]) continue;
+            int64_t p[3];
+            site(v, p);
+            int64_t k = 0;
+            for (int64_t kx = 0; kx < kernel[0]; ++kx)
+                for (int64_t ky = 0; ky < kernel[1]; ++ky, k += kernel[2]) {
+                    int64_t q[3] = {p[0] - kernel[0] / 2 + kx, p[1] - kernel[1] / 2 + ky, 0};
+                    if (q[0] < 0 || q[0] >= grid[0] || q[1] < 0 || q[1] >= grid[1]) continue;
+                    const int64_t column = cell_of(coords[4 * v], q, grid), z = p[2] - kernel[2] / 2;
+                    const Word* word = nullptr;
+                    for (int64_t kz = std::max<int64_t>(0, -z); kz < kernel[2] && z + kz < grid[2]; ++kz) {
+                        const int64_t cell = column + z + kz;
+                        if (!word || (cell & 63) == 0) word = &cells.word(cell >> 6);
+                        const int64_t rank = CellSet::rank(*word, cell);
+                        if (rank >= 0) table[(k + kz) * V + v] = row[rank];
+                    }
+                }
+        }
+    });
+    return -1;
+}
+
+// coords [V 4], valid [V] -> out_coords [W 4], out_valid [W], table [K W], inverse [K V], found. Returns as submanifold.
+extern "C" int64_t strided(const int32_t* coords, const uint8_t* valid, int64_t V, const int64_t* kernel, const int64_t* stride,
+                           const int64_t* padding, const int64_t* grid, const int64_t* out_grid, int64_t W, int64_t batch,
+                           int32_t* out_coords, uint8_t* out_valid, int32_t* table, int32_t* inverse, int32_t* found,
+                           int threads) {
+    const int64_t wrong = misplaced(coords, valid, V, grid, batch);
+    if (wrong >= 0) return wrong;
+    const int64_t K = kernel[0] * kernel[1] * kernel[2];
+
+    // Calls visit(k, output cell) for every output that row v feeds: offset k = position + padding - output * stride.
+    auto for_outputs = [&](int64_t v, auto visit) {
+        int64_t first[3], last[3], shifted[3];
+        for (int a = 0; a < 3; ++a) {
+            shifted[a] = coords[4 * v + 1 + a] + padding[a];
+            first[a] = std::max<int64_t>(0, floor_div(shifted[a] - kernel[a], stride[a]) + 1);
+            last[a] = std::min(out_grid[a] - 1, shifted[a] / stride[a]);
+        }
+        int64_t q[3];
+        for (q[0] = first[0]; q[0] <= last[0]; ++q[0])
+            for (q[1] = first[1]; q[1] <= last[1]; ++q[1])
+                for (q[2] = first[2]; q[2] <= last[2]; ++q[2]) {
+                    int64_t k = 0;
+                    for (int a = 0; a < 3; ++a) k = k * kernel[a] + shifted[a] - q[a] * stride[a];
+                    visit(k, cell_of(coords[4 * v], q, out_grid));
+                }
+    };
+    CellSet cells(count_valid(valid, V));
+    for (int64_t v = 0; v < V; ++v)
+        if (valid[v]) for_outputs(v, [&](int64_t, int64_t cell) { cells.insert(cell); });
+
+    std::memset(out_coords, 0xff, size_t(W) * 16);  // -1
+    std::memset(out_valid, 0, size_t(W));
+    int64_t outputs = 0;
+    for (const Word& word : cells.rank_ascending())
+        for (uint64_t bits = word.bits; bits; bits &= bits - 1, ++outputs) {
+            if (outputs >= W) continue;  // only counted
+            int64_t cell = word.index * 64 + __builtin_ctzll(bits);
+            out_valid[outputs] = 1;
+            for (int a = 2; a >= 0; --a, cell /= out_grid[a + 1]) out_coords[4 * outputs + 1 + a] = int32_t(cell % out_grid[a]);
+            out_coords[4 * outputs] = int32_t(cell);
+        }
+    *found = int32_t(outputs);
+
+    parallel(K, threads, [&](int64_t k) { std::memset(table + k * W, 0xff, size_t(W) * 4); });
+    parallel((V + CHUNK - 1) / CHUNK, threads, [&](int64_t unit) {
+        const int64_t begin = unit * CHUNK, end = std::min(V, begin + CHUNK);
+        for (int64_t k = 0; k < K; ++k) std::memset(inverse + k * V + begin, 0xff, size_t(end - begin) * 4);
+        for (int64_t v = begin; v < end; ++v)
+            if (valid[v])
+                for_outputs(v, [&](int64_t k, int64_t cell) {
+                    const int64_t rank = cells.rank(cell);
+                    if (rank >= W) return;
+                    inverse[k * V + v] = int32_t(rank);
+                    table[k * W + rank] = int32_t(v);
+                });
+    });
+    return -1;
+}

@@ -1,0 +1,95 @@
+"""Sparse convolution over a neighbour table: gather, multiply, sum; differentiable in features and weight."""
+
+import torch
+from torch import Tensor
+
+from bevfn.kernels.sparse_conv import reference
+
+_library = torch.library.Library("bevfn", "FRAGMENT")
+_library.define("sparse_conv(Tensor x, Tensor weight, Tensor table) -> Tensor")
+_library.define("sparse_conv_weight_grad(Tensor x, Tensor grad, Tensor table) -> Tensor")
+
+
+def sparse_conv(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
+    """y[w] = sum over k of x[table[k, w]] @ weight[k], leaving out entries of -1.
+
+    Sums run in float32 for half-precision inputs. First derivatives only.
+
+    Args:
+        x: [V C_in] features, float16, bfloat16, float32 or float64.
+        weight: [K C_in C_out], dtype of x.
+        table: [K W] int32, input row of output row w under offset k, or -1 (see `bevfn.kernels.neighbours`).
+        inverse: [K V] int32, output row that input row v feeds under offset k, or -1; the same pairs as `table`,
+            read only by the gradient. For a submanifold convolution with odd kernel `table.flip(0)`.
+
+    Returns:
+        [W C_out], dtype of x.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+        RuntimeError: a table entry is not a row (CPU).
+    """
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"sparse_conv: x [V, C_in] and weight [K, C_in, C_out] must agree in C_in and dtype, "
+            f"got {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}."
+        )
+    K = weight.shape[0]
+    for name, index in (("table", table), ("inverse", inverse)):
+        if index.ndim != 2 or index.shape[0] != K or index.dtype != torch.int32:
+            raise ValueError(
+                f"sparse_conv: {name} must be int32 [{K}, rows] for {K} kernel offsets, got {index.dtype} {list(index.shape)}."
+            )
+    if inverse.shape[1] != x.shape[0]:
+        raise ValueError(
+            f"sparse_conv: inverse has {inverse.shape[1]} columns for {x.shape[0]} input rows; were table and inverse swapped?"
+        )
+    return _SparseConv.apply(x, weight, table, inverse)
+
+
+class _SparseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, table, inverse):
+        return torch.ops.bevfn.sparse_conv(x, weight, table)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, table, inverse = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:  # an input feeds along `inverse` what its outputs read along `table`
+            grad_x = torch.ops.bevfn.sparse_conv(grad, weight.transpose(1, 2), inverse)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.ops.bevfn.sparse_conv_weight_grad(x, grad, table)
+        return grad_x, grad_weight, None, None
+
+
+def _forward_cpu(x, weight, table):
+    from bevfn.kernels.sparse_conv import cpu
+
+    return cpu.sparse_conv(x, weight, table)
+
+
+def _weight_grad_cpu(x, grad, table):
+    from bevfn.kernels.sparse_conv import cpu
+
+    return cpu.weight_grad(x, grad, table)
+
+
+@torch.library.register_fake("bevfn::sparse_conv", lib=_library)
+def _forward_fake(x, weight, table):
+    return x.new_empty(table.shape[1], weight.shape[2])
+
+
+@torch.library.register_fake("bevfn::sparse_conv_weight_grad", lib=_library)
+def _weight_grad_fake(x, grad, table):
+    return x.new_empty(table.shape[0], x.shape[1], grad.shape[1])
+
+
+_library.impl("sparse_conv", reference.sparse_conv, "CompositeExplicitAutograd")
+_library.impl("sparse_conv", _forward_cpu, "CPU")
+_library.impl("sparse_conv_weight_grad", reference.weight_grad, "CompositeExplicitAutograd")
+_library.impl("sparse_conv_weight_grad", _weight_grad_cpu, "CPU")

@@ -1,0 +1,112 @@
+"""Lift-splat pooling: the sum of depth × context over the frustum points of each BEV cell.
+
+    out[cell[m, d, h, w]] += depth[m, d, h, w] * context[m, h, w]        for every point inside the grid
+
+The D × C outer product of the textbook formulation (630 MB for BEVFusion on nuScenes) is never stored.
+"""
+
+import torch
+from torch import Tensor
+
+from bevfn.kernels.voxel_pool import reference
+
+_library = torch.library.Library("bevfn", "FRAGMENT")
+_library.define("voxel_pool(Tensor depth, Tensor context, Tensor cell, int num_cells) -> Tensor")
+_library.define("voxel_pool_backward(Tensor grad, Tensor depth, Tensor context, Tensor cell) -> (Tensor, Tensor)")
+
+
+def voxel_pool(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+    """Pools lifted image features into BEV cells. Differentiable in `depth` and `context`, once.
+
+    Args:
+        depth: [M D H W] float, weight of each depth bin (a softmax over D); M = images of all samples.
+        context: [M H W C] in the dtype of `depth`, feature of each pixel, channels last.
+        cell: [M D H W] int32, row of the output that the point falls into, the sample's offset included;
+            anything outside 0 .. num_cells - 1 (by convention -1) is not pooled.
+        num_cells: rows of the output, for all samples.
+
+    Returns:
+        [num_cells C], dtype of `depth`. Sums are float32 (float64 for float64) and, on a CPU, in an order that does
+        not depend on the number of threads.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+
+    Source: Philion & Fidler 2020 (arXiv 2008.05711) section 3; Liu et al. 2022 (arXiv 2205.13542) section 3.2.
+    """
+    _check(depth, context, cell, num_cells)
+    return _VoxelPool.apply(depth, context, cell, num_cells)
+
+
+def _check(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> None:
+    if depth.dim() != 4 or context.dim() != 4:
+        raise ValueError(
+            f"voxel_pool needs depth [M D H W] and context [M H W C], got {list(depth.shape)} and {list(context.shape)}."
+        )
+    M, D, H, W = depth.shape
+    if tuple(context.shape[:3]) != (M, H, W):
+        raise ValueError(
+            f"voxel_pool: context {list(context.shape)} must be [M H W C] = [{M} {H} {W} C] as depth {list(depth.shape)} "
+            "says; channels come last."
+        )
+    if tuple(cell.shape) != (M, D, H, W):
+        raise ValueError(f"voxel_pool: cell {list(cell.shape)} must have the shape of depth, {list(depth.shape)}.")
+    if cell.dtype != torch.int32:
+        raise ValueError(f"voxel_pool: cell must be int32, got {cell.dtype}; convert it with .to(torch.int32).")
+    if not depth.dtype.is_floating_point or depth.dtype != context.dtype:
+        raise ValueError(
+            f"voxel_pool: depth and context must share one floating dtype, got {depth.dtype} and {context.dtype}; "
+            "cast one of them."
+        )
+    if not depth.device == context.device == cell.device:
+        raise ValueError(
+            f"voxel_pool: operands must be on one device, got depth on {depth.device}, context on {context.device}, "
+            f"cell on {cell.device}."
+        )
+    if num_cells < 1:
+        raise ValueError(f"voxel_pool: num_cells must be at least 1, got {num_cells}.")
+
+
+class _VoxelPool(torch.autograd.Function):
+    @staticmethod
+    def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+        return torch.ops.bevfn.voxel_pool(depth, context, cell, num_cells)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        depth, context, cell, _ = inputs
+        ctx.save_for_backward(depth, context, cell)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        depth, context, cell = ctx.saved_tensors
+        grad_depth, grad_context = torch.ops.bevfn.voxel_pool_backward(grad, depth, context, cell)
+        return grad_depth, grad_context, None, None
+
+
+@torch.library.register_fake("bevfn::voxel_pool", lib=_library)
+def _forward_fake(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+    return context.new_empty(num_cells, context.shape[-1])
+
+
+@torch.library.register_fake("bevfn::voxel_pool_backward", lib=_library)
+def _backward_fake(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    return depth.new_empty(depth.shape), context.new_empty(context.shape)
+
+
+def _forward_cpu(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+    from bevfn.kernels.voxel_pool import cpu
+
+    return cpu.forward(depth, context, cell, num_cells)
+
+
+def _backward_cpu(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    from bevfn.kernels.voxel_pool import cpu
+
+    return cpu.backward(grad, depth, context, cell)
+
+
+_library.impl("voxel_pool", reference.forward, "CompositeExplicitAutograd")
+_library.impl("voxel_pool_backward", reference.backward, "CompositeExplicitAutograd")
+_library.impl("voxel_pool", _forward_cpu, "CPU")
+_library.impl("voxel_pool_backward", _backward_cpu, "CPU")

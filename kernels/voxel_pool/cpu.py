@@ -1,0 +1,43 @@
+"""CPU lowering of `voxel_pool`: cpu.cpp in float32; float64 (gradient checks) goes to the reference."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bevfn.kernels import native
+from bevfn.kernels.voxel_pool import reference
+
+
+def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+    """depth [M D H W], context [M H W C], cell [M D H W] int32 -> [num_cells C], dtype of depth."""
+    if depth.dtype == torch.float64:
+        return reference.forward(depth, context, cell, num_cells)
+    out = torch.empty(num_cells, context.shape[-1], dtype=torch.float32, device="cpu")
+    operands = [_plain(depth), _plain(context), cell.contiguous(), out]
+    _library().voxel_pool_forward(*map(native.pointer, operands), *_sizes(depth, context, num_cells))
+    return out.to(depth.dtype)
+
+
+def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """grad [num_cells C] -> gradients of depth [M D H W] and context [M H W C]."""
+    if depth.dtype == torch.float64:
+        return reference.backward(grad, depth, context, cell)
+    grad_depth = torch.empty(depth.shape, dtype=torch.float32, device="cpu")
+    grad_context = torch.empty(context.shape, dtype=torch.float32, device="cpu")
+    operands = [_plain(grad), _plain(depth), _plain(context), cell.contiguous(), grad_depth, grad_context]
+    _library().voxel_pool_backward(*map(native.pointer, operands), *_sizes(depth, context, grad.shape[0]))
+    return grad_depth.to(depth.dtype), grad_context.to(context.dtype)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+def _sizes(depth: Tensor, context: Tensor, num_cells: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(n) for n in (*depth.shape, context.shape[-1], num_cells, torch.get_num_threads())]
+
+
+def _library() -> ctypes.CDLL:
+    return native.load(Path(__file__).with_name("cpu.cpp"))
