@@ -10,6 +10,8 @@ that to the machine's library (fused multiply-add, TF32) and moves pixels of the
 Source: mmdetection3d projects/BEVFusion/bevfusion/depth_lss.py.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,18 +42,13 @@ def invert(matrix: Tensor) -> Tensor:
     return right
 
 
-def host_inverses(
-    image_aug: Tensor, lidar_from_camera: Tensor, intrinsics: Tensor, lidar_aug: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(undo_image_aug, lidar_from_pixel, undo_lidar_aug) [... 3 3] of a batch, from its matrices [... 4 4].
+def unprojection(lidar_from_camera: Tensor, intrinsics: Tensor) -> Tensor:
+    """lidar_from_pixel [... 3 3]: (u d, v d, d) of an original image to LiDAR axes centred on its camera; for the host.
 
-    lidar_from_pixel takes a homogeneous pixel of the original image times its depth to camera-centred LiDAR axes.
-    Computed on the host while a batch is made, so that a compiled step needs no matrix inversion.
+    Both matrices [... 4 4] or [... 3 3], float32.
     """
-    rotation, inverse = lidar_from_camera[..., :3, :3], invert(intrinsics[..., :3, :3])
-    column = inverse.unbind(-1)
-    lidar_from_pixel = torch.stack([torch.stack(rotate(rotation, c.unbind(-1)), -1) for c in column], -1)
-    return invert(image_aug[..., :3, :3]), lidar_from_pixel, invert(lidar_aug[..., :3, :3])
+    rotation, columns = lidar_from_camera[..., :3, :3], invert(intrinsics[..., :3, :3]).unbind(-1)
+    return torch.stack([torch.stack(rotate(rotation, column.unbind(-1)), -1) for column in columns], -1)
 
 
 def rotate(matrix: Tensor, point: Planes) -> Planes:
@@ -78,10 +75,19 @@ def frustum(
     Features sit on a grid whose corners are the image's corner pixels: linspace(0, size - 1), no half-pixel shift.
     """
     (image_h, image_w), (h, w) = image_size, feature_size
-    x = torch.linspace(0.0, image_w - 1.0, w, dtype=torch.float32, device=device)
-    y = torch.linspace(0.0, image_h - 1.0, h, dtype=torch.float32, device=device)
+    x, y = (torch.tensor(_spread(*axis), device=device) for axis in ((image_w - 1, w), (image_h - 1, h)))
     depth = torch.arange(*depth_m, dtype=torch.float32, device=device)
     return x.view(1, 1, -1), y.view(1, -1, 1), depth.view(-1, 1, 1)
+
+
+def _spread(last: int, count: int) -> list[float]:
+    """torch.linspace(0, last, count) bit for bit, which rounds otherwise in compiled code and may on other devices.
+
+    Steps of a float32 width from the nearer end, rounded once (by the tensor that is made of them).
+    """
+    mantissa, exponent = math.frexp(last / max(count - 1, 1))
+    step = math.ldexp(round(mantissa * 2**24), exponent - 24)
+    return [step * i if i < count // 2 else last - step * (count - 1 - i) for i in range(count)]
 
 
 def frustum_in_lidar(
@@ -115,8 +121,7 @@ def bev_cells(
         # Tensors, because CUDA divides by a Python number through its reciprocal; the lower bound as upstream's bx - dx/2.
         size, centre = (coordinate.new_full((), value) for value in (step, low + step / 2))
         place = (coordinate - (centre - size / 2)) / size
-        place = place.trunc() if truncate_toward_zero else place.floor()
-        within = (place >= 0) & (place < count)
+        within = (place > -1 if truncate_toward_zero else place >= 0) & (place < count)
         inside = within if inside is None else inside & within
         cell = cell * count + place.to(torch.int32)
     return torch.where(inside, cell, -1)

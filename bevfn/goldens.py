@@ -49,7 +49,7 @@ def read_manifest(case_dir: Path) -> dict[str, Any]:
 def draw(key: str, spec: Mapping[str, Any], seed: int) -> np.ndarray:
     """One tensor's values: a Philox stream keyed by (CRC-32 of the name, seed), drawn in float64, then cast.
 
-    Source: the rule of ../shared/goldens/README and of every manifest.
+    Source: ../shared/goldens/fill.py, its rule in our own words.
     """
     stream = np.random.Generator(np.random.Philox(key=[zlib.crc32(key.encode()), seed]))
     shape = tuple(spec["shape"])

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from bevfn.files import write_atomically
+
 METRICS_FILE = "metrics.jsonl"
 # What a counter's first non-zero value means to the user; the longest matching beginning of its name counts.
 WARNINGS = {
@@ -80,17 +82,17 @@ class Reporter:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only training needs it
 
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        _drop_half_line(self.run_dir / METRICS_FILE)
         with contextlib.ExitStack() as stack:
             self._jsonl = stack.enter_context(open(self.run_dir / METRICS_FILE, "a"))
             self._board = stack.enter_context(SummaryWriter(str(self.run_dir / "tensorboard")))
             self._progress = None
             if self.console.is_terminal:
-                plain = {"markup": False}
                 self._progress = Progress(
                     MofNCompleteColumn(),
                     BarColumn(bar_width=20),
-                    TextColumn("{task.fields[pace]}", **plain),
-                    TextColumn("{task.description}", **plain),
+                    TextColumn("{task.fields[pace]}", markup=False),
+                    TextColumn("{task.description}", markup=False),
                     console=self.console,
                     refresh_per_second=2,  # the cores are for training
                 )
@@ -129,7 +131,9 @@ class Reporter:
             self.console.print(Text(f"step {step}/{self.total_steps}  {pace}  {terms}"), soft_wrap=True)
 
     def _pace(self, step: int, seconds: float) -> str:
-        usual = statistics.median(self._seconds or [seconds])
+        if not self._seconds:  # the first step's time says nothing about the others
+            return f"{seconds:.3g} s/step"
+        usual = statistics.median(self._seconds)
         remaining = datetime.timedelta(seconds=round(usual * max(0, self.total_steps - step)))
         return f"{usual:.3g} s/step  ETA {remaining}"
 
@@ -157,6 +161,15 @@ class Reporter:
         self.console.print(Text(f"peak memory: {memory}; metrics in {self.run_dir / METRICS_FILE}"), soft_wrap=True)
 
 
+def _drop_half_line(path: Path) -> None:
+    """Cuts off what a killed run left behind its last complete line."""
+    if path.is_file():
+        written = path.read_bytes()
+        whole = written[: written.rfind(b"\n") + 1]
+        if len(whole) < len(written):
+            write_atomically(path, whole)
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The steps of a run folder in order, of a step that comes twice the later one; every value a float."""
     lines = (Path(run_dir) / METRICS_FILE).read_text().splitlines()
@@ -165,9 +178,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes: `host`, the largest resident set of this process so far, and `device`, the largest sum of tensors there."""
+    """Bytes so far: `host`, the largest resident set of this process; `device`, the largest sum of tensors there."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("cuda", "npu"):
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None and device.type in ("cuda", "npu"):
         peak["device"] = torch.accelerator.max_memory_allocated()
     return peak

@@ -47,7 +47,8 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
     pairs, spec = pytree.tree_flatten_with_path(like)
     names = [None if leaf is None else _dotted(path) for path, leaf in pairs]
     missing = [n for n in names if n is not None and n not in flat]
-    unknown = [n for n in flat if n not in set(names)]
+    known = set(names)
+    unknown = [n for n in flat if n not in known]
     if missing or unknown:
         parts = [f"{what}: {_some(paths)}" for what, paths in (("missing", missing), ("unknown", unknown)) if paths]
         raise ValueError("tree.unflatten: " + "; ".join(parts))

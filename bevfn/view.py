@@ -2,16 +2,18 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
-from PIL import Image
 
+from bevfn.data import image
 from bevfn.data.batch import Sample
 from bevfn.data.frame import corners
 from bevfn.files import write_atomically
@@ -20,7 +22,7 @@ from bevfn.files import write_atomically
 COLOURS = (
     "#3b82f6", "#f97316", "#eab308", "#dc2626", "#92400e", "#f472b6", "#06b6d4", "#65a30d", "#9333ea", "#0f766e",
 )  # fmt: skip
-ANNOTATED = {"linewidth": 0.9, "linestyle": (0, (4, 2))}
+DASHED: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (4, 2))}  # annotations
 # corner numbers of `frame.corners`: the twelve edges, and the bottom's outline
 EDGES = ((0, 1), (0, 2), (0, 4), (1, 3), (1, 5), (2, 3), (2, 6), (3, 7), (4, 5), (4, 6), (5, 7), (6, 7))
 OUTLINE = (0, 2, 6, 4, 0)
@@ -45,7 +47,8 @@ def draw(
 
     frame: what was predicted on; its original image files are opened again. boxes [Q,>=7] bottom-centre form, scores
     [Q], labels [Q], in the frame's (augmented) lidar frame; numpy or CPU tensors. Predictions below score_threshold
-    and boxes that are not finite are left out. range_m: half side of the view from above. The file appears complete or not at all.
+    and boxes that are not finite are left out. range_m: half side of the view from above. The file appears complete
+    or not at all.
 
     Raises ValueError if the lengths differ, a label has no class name, or `path` is no PNG.
     """
@@ -57,7 +60,8 @@ def draw(
             "more] and one score and label for each."
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(frame.class_names):
-        raise ValueError(f"draw got label {labels.max()}, but the frame has {len(frame.class_names)} class names.")
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise ValueError(f"draw got label {wrong}, but the frame has {len(frame.class_names)} class names.")
     if path.suffix != ".png":
         raise ValueError(f"{path}: pictures are written as PNG; let the name end in .png.")
     order = np.argsort(scores, kind="stable")  # ascending: the surest are drawn last, on top
@@ -74,15 +78,15 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
     names = frame.camera_names
     cameras = sorted(range(len(names)), key=lambda n: ORDER.index(names[n]) if names[n] in ORDER else len(ORDER))
     columns = -(-len(cameras) // ROWS)
-    figure = Figure(figsize=(5.1 * columns + 9.4, 10.1), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.08)  # inches
+    spacing = ConstrainedLayoutEngine(h_pad=0.08)  # inches
+    figure = Figure(figsize=(5.1 * columns + 9.4, 10.1), layout=spacing, facecolor="white")
     grid = figure.add_gridspec(ROWS, columns + 1, width_ratios=[5.1] * columns + [9.4])
     for slot, n in enumerate(cameras):
         _draw_camera(figure.add_subplot(grid[slot // columns, slot % columns]), frame, n, shown)
     _draw_above(figure.add_subplot(grid[:, columns]), frame, shown, range_m)
     used = sorted({*shown["labels"].tolist(), *frame.labels.tolist()})
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=frame.class_names[i]) for i in used]
-    handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **ANNOTATED))
+    handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.suptitle(heading, fontsize=12)
     encoded = io.BytesIO()
@@ -92,8 +96,8 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
 
 def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]) -> None:
     """One original image with both kinds of boxes, and the scores where there is room."""
-    with Image.open(frame.image_paths[n]) as file:
-        picture = np.asarray(file.convert("RGB"))
+    assert frame.image_from_lidar is not None  # a reader gives the calibration with the paths
+    picture = image.decode(frame.image_paths[n])
     height, width = picture.shape[:2]
     axes.imshow(picture, interpolation="antialiased")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
@@ -104,7 +108,7 @@ def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]
 
     annotated = [line for lines in projected[: len(frame.boxes)] for line in lines]
     axes.add_collection(LineCollection(annotated, colors="black", linewidths=1.6, alpha=0.4))
-    axes.add_collection(LineCollection(annotated, colors="white", **_plural(ANNOTATED)))
+    axes.add_collection(LineCollection(annotated, colors="white", **_plural(DASHED)))
     labelled: list[np.ndarray] = []
     for i in reversed(range(len(shown["boxes"]))):  # the surest first, they get the labels
         lines, score = projected[len(frame.boxes) + i], float(shown["scores"][i])
@@ -116,7 +120,9 @@ def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]
         if all((np.abs(corner - other) > [0.055 * width, 0.045 * height]).any() for other in labelled):
             labelled.append(corner)
             style = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-            axes.text(*corner, f"{score:.2f}", color="white", fontsize=6.5, zorder=5, va="bottom", bbox=style)
+            axes.text(
+                corner[0], corner[1], f"{score:.2f}", color="white", fontsize=6.5, zorder=5, va="bottom", bbox=style
+            )
 
 
 def _project(box: np.ndarray, pixel_from_lidar: np.ndarray, width: int, height: int) -> list[np.ndarray]:
@@ -149,7 +155,7 @@ def _draw_above(axes: Axes, frame: Sample, shown: dict[str, np.ndarray], range_m
             LineCollection(_footprint(box), colors=colour, linewidths=1.7, alpha=_alpha(score), zorder=3)
         )
     annotated = [line for box in frame.boxes for line in _footprint(box)]
-    axes.add_collection(LineCollection(annotated, colors="black", zorder=4, **_plural(ANNOTATED)))
+    axes.add_collection(LineCollection(annotated, colors="black", zorder=4, **_plural(DASHED)))
     axes.set(xlim=(-range_m, range_m), ylim=(-range_m, range_m), aspect="equal")
     axes.set(xlabel="x right [m]", ylabel="y forward [m]")
     axes.set_title(f"from above, lidar frame, {len(frame.points):,} points; a box's tick is its front", fontsize=9)

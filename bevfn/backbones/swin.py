@@ -158,7 +158,7 @@ def window_attention(params: dict, x: Tensor, *, heads: int, window: int, shift:
     bias = position_bias(params["bias_table"], window)  # A S S
     if shift:
         bias = bias + shift_mask(rows, columns, window, shift, x.device)[:, None]  # L A S S
-    weight = torch.softmax(logits.float() + bias, -1).to(x.dtype)
+    weight = torch.softmax(logits + bias, -1).to(x.dtype)  # the bias is float32, and so the sum
     y = torch.bmm(weight.view(-1, window**2, window**2), v)  # MLA S size
     y = y.view(M, rows, columns, heads, window, window, size).permute(0, 1, 4, 2, 5, 3, 6)
     y = y.reshape(M, rows * window, columns * window, C)

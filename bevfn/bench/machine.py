@@ -47,10 +47,14 @@ def copy_gbps(*, megabytes: int = 512, device: str = "cpu") -> float:
 def describe(device: str = "cpu") -> dict:
     """Processor, cores, threads, memory, software and commit: what a result file names."""
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "commit": _commit(),
     }
 

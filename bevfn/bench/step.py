@@ -64,8 +64,12 @@ def _variant(
     from bevfn.experiments import bevfusion as experiment  # noqa: PLC0415  the recipe owns model, data and step
 
     config = experiment.Config(
-        modality=modality, precision=precision, backend=backend, device=device,
-        data="frame" if folder else "generated", data_root=folder,
+        modality=modality,
+        precision=precision,
+        backend=backend,
+        device=device,
+        data="frame" if folder else "generated",
+        data_root=folder,
     )
     run = experiment.forward_of(config) if what == "forward" else experiment.step_of(config)
     peak = machine.gemm_gflops(device=device)
@@ -79,7 +83,9 @@ def _variant(
         figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     else:
         figures["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    figures["gflop"] = count_gflop(experiment.forward_of(eager(config)) if what == "forward" else experiment.step_of(eager(config)))
+    figures["gflop"] = count_gflop(
+        experiment.forward_of(eager(config)) if what == "forward" else experiment.step_of(eager(config))
+    )
     return figures
 
 

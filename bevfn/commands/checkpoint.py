@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
+from tyro.conf import Positional
 
 from bevfn import tree, upstream
 from bevfn.upstream import recognise
@@ -11,7 +12,7 @@ from bevfn.upstream import recognise
 Model = Literal["bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages"]
 
 
-def import_checkpoint(source: Path, output: Path, *, model: Model, every_key: bool = False) -> None:
+def import_(source: Positional[Path], output: Positional[Path], *, model: Model, every_key: bool = False) -> None:
     """Reads a published checkpoint and writes it as one .safetensors file under our names.
 
     Args:
@@ -34,8 +35,11 @@ def import_checkpoint(source: Path, output: Path, *, model: Model, every_key: bo
     print(f"wrote {output}")
 
 
-def export_checkpoint(
-    source: Path, output: Path, *, sparse: Literal["as-imported", "spconv2", "mmcv"] = "as-imported"
+def export(
+    source: Positional[Path],
+    output: Positional[Path],
+    *,
+    sparse: Literal["as-imported", "spconv2", "mmcv"] = "as-imported",
 ) -> None:
     """Writes an imported checkpoint back in upstream's layout, bit for bit what was imported.
 
@@ -47,17 +51,16 @@ def export_checkpoint(
     if Path(output).suffix not in (".pth", ".safetensors"):
         raise ValueError(f"output {output}: the name must end in .pth or .safetensors.")
     read = upstream.read_imported(source)
-    about = read.metadata
-    layout = about["sparse"] if sparse == "as-imported" else sparse
+    layout = read.sparse if sparse == "as-imported" else sparse
+    carried, naming, prefix = read.carried, read.naming, read.prefix
     found = upstream.export_state(
-        read.params, read.state, about["model"], read.carried,
-        sparse=layout, naming=about["naming"], prefix=about["prefix"],
+        read.params, read.state, read.model, carried, sparse=layout, naming=naming, prefix=prefix
     )
     upstream.write_state_dict(output, found, sparse=layout)
-    print(f"wrote {output}: {len(found)} tensors of {about['model']}, sparse kernels {layout}")
+    print(f"wrote {output}: {len(found)} tensors of {read.model}, sparse kernels {layout}")
 
 
-def show_checkpoint(source: Path, *, every_key: bool = False) -> None:
+def show(source: Positional[Path], *, every_key: bool = False) -> None:
     """Says what a checkpoint file holds: an imported one by our names, a published one by upstream's.
 
     Args:
@@ -73,7 +76,7 @@ def show_checkpoint(source: Path, *, every_key: bool = False) -> None:
         print(f"{source}: {looks.what}" + (f", import it with --model {looks.model}" if looks.model else ""))
         print(_table(tensors, every_key, depth=1))
         return
-    print(f"{source}: {read.metadata['model']}, imported from {read.metadata['source']}")
+    print(f"{source}: {read.model}, imported from {read.source}")
     tensors = {f"params.{path}": leaf for path, leaf in tree.flatten(read.params).items()}
     tensors |= {f"state.{path}": leaf for path, leaf in tree.flatten(read.state).items()}
     print(_table(tensors, every_key, depth=3))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,8 +60,8 @@ class Sample:
 class Batch:
     """A pytree of tensors; the camera fields are None for LiDAR-only models.
 
-    The inverses are computed on the host by `collate`: a graph for the NPU has no matrix inversion, and upstream's
-    spelling of them in float32 matters, since 1e-7 moves frustum points between BEV cells.
+    The inverses are computed on the host by `collate`: a graph for the NPU has no matrix inversion, and their spelling
+    in float32 matters, since 1e-7 moves frustum points between BEV cells.
     """
 
     points: Tensor
@@ -94,24 +95,23 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(**{k: v if v is None else v.to(device) for k, v in _fields(self).items()})
+        moved: dict[str, Any] = {name: v if v is None else v.to(device) for name, v in _fields(self).items()}
+        return Batch(**moved)
 
     def validate(self) -> None:
         """Checks shapes, dtypes, padding and values on the host (not for graphs: it looks at the data).
 
         Raises ValueError naming the first field that is wrong.
         """
-        values = _fields(self)
-        cameras = {name: values[name] for name in _CAMERA_FIELDS}
-        missing = [name for name, value in cameras.items() if value is None]
-        if missing and len(missing) < len(cameras):
+        missing = [name for name in _CAMERA_FIELDS if getattr(self, name) is None]
+        if missing and len(missing) < len(_CAMERA_FIELDS):
             raise ValueError(f"Batch has camera fields but {', '.join(missing)} is None; give all of them or none.")
+        values = {name: value for name, value in _fields(self).items() if value is not None}
         sizes: dict[str, int] = {}
-        for name, (letters, dtype) in _LAYOUT.items():
-            if values[name] is not None:
-                _check_layout(name, values[name], letters, dtype, sizes)
         for name, value in values.items():
-            if value is not None and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            _check_layout(name, value, sizes)
+        for name, value in values.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"Batch.{name} has NaN or infinite values; drop or replace them when reading.")
         for name, valid in (("points", self.points_valid), ("boxes", self.boxes_valid), ("labels", self.boxes_valid)):
             if bool((values[name][~valid] != 0).any()):
@@ -121,7 +121,7 @@ class Batch:
         if bool((self.boxes[self.boxes_valid][:, 3:6] <= 0).any()):
             raise ValueError("Batch.boxes has a box with length, width or height <= 0 m; drop it when reading.")
         for inverse, matrix in (("undo_lidar_aug", "lidar_aug"), ("undo_image_aug", "image_aug")):
-            if values[matrix] is not None:
+            if matrix in values:
                 product = values[inverse].double() @ values[matrix][..., :3, :3].double()
                 if not torch.allclose(product, torch.eye(3).to(product), atol=1e-4):
                     raise ValueError(f"Batch.{inverse} is not the inverse of {matrix}[:3,:3]; build it with collate.")
@@ -169,10 +169,12 @@ def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, di
         if len(with_images) < len(samples):
             raise ValueError("collate got samples with and without images; read all with cameras or all without.")
         cameras = {name: _stack(name, [getattr(s, name) for s in samples]) for name in _SAMPLE_CAMERA_FIELDS}
-        # float32 and this spelling, as upstream computes them on the device
         cameras["undo_image_aug"] = torch.inverse(cameras["image_aug"][..., :3, :3])
-        camera_from_pixel = torch.inverse(cameras["intrinsics"][..., :3, :3])
-        cameras["lidar_from_pixel"] = cameras["lidar_from_camera"][..., :3, :3].matmul(camera_from_pixel)
+        camera_from_pixel = _inverse_of_intrinsics(cameras["intrinsics"][..., :3, :3])
+        rotation = cameras["lidar_from_camera"][..., :3, :3]  # B N 3 3
+        # a matrix product in a fixed order without fused multiply-add, whatever the machine's BLAS does
+        terms = [rotation[..., :, k, None] * camera_from_pixel[..., None, k, :] for k in range(3)]
+        cameras["lidar_from_pixel"] = terms[0] + terms[1] + terms[2]
     batch = Batch(
         points=torch.stack([value for value, _ in points]),
         points_valid=torch.stack([valid for _, valid in points]),
@@ -191,6 +193,23 @@ def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, di
         for name, count in sample.counts.items():
             counts[name] = counts.get(name, 0) + count
     return batch, counts
+
+
+def _inverse_of_intrinsics(k: Tensor) -> Tensor:
+    """Inverse of [...,3,3] float32, with the same bits on every machine if it is upper triangular with k[2,2] = 1.
+
+    torch.inverse differs between machines in the last bit of -cx/fx (LAPACK's builds divide or multiply with the
+    reciprocal). The golden run multiplied, and with that the frustum of golden case bevfusion_lidar_cam comes out bit
+    for bit; with torch.inverse here 24 % of its coordinates moved by one bit. Other matrices take torch.inverse.
+    """
+    triangular = (k[..., 1, 0] == 0) & (k[..., 2, 0] == 0) & (k[..., 2, 1] == 0) & (k[..., 2, 2] == 1)
+    if not bool(triangular.all()):
+        return torch.inverse(k)
+    x, y = 1.0 / k[..., 0, 0], 1.0 / k[..., 1, 1]
+    skew = -(x * k[..., 0, 1]) * y
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    rows = [[x, skew, -(x * k[..., 0, 2] + skew * k[..., 1, 2])], [zero, y, -(y * k[..., 1, 2])], [zero, zero, one]]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
 def _fields(batch: Batch) -> dict[str, Tensor | None]:
@@ -212,8 +231,9 @@ def _stack(name: str, arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def _check_layout(name: str, value: Tensor, letters: str, dtype: torch.dtype, sizes: dict[str, int]) -> None:
+def _check_layout(name: str, value: Tensor, sizes: dict[str, int]) -> None:
     """A letter must mean the same size in every field, a digit exactly that size; `sizes` collects the letters."""
+    letters, dtype = _LAYOUT[name]
     wanted = letters.split()
     fits = value.dim() == len(wanted) and all(
         size == (int(letter) if letter.isdigit() else sizes.setdefault(letter, size))

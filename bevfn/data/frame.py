@@ -98,16 +98,14 @@ def _boxes(info: dict, path: Path, categories: dict[str, int], config: Config) -
     rows, labels = [], []
     for i, instance in enumerate(info.get("instances") or []):
         where = f"{path}: data_list[0].instances[{i}]"
-        box = np.array(_get(instance, where, "bbox_3d", list), dtype=np.float32)
-        velocity = np.array(instance.get("velocity") or [0.0, 0.0], dtype=np.float32)
-        if box.shape != (7,) or velocity.shape != (2,):
-            raise ValueError(
-                f"{where}: bbox_3d must hold 7 numbers and velocity 2, not {len(box)} and {len(velocity)}."
-            )
+        box = _numbers(instance, where, "bbox_3d", (7,))
+        velocity = (
+            _numbers(instance, where, "velocity", (2,), finite=False) if instance.get("velocity") else np.zeros(2)
+        )
         name = names.get(_get(instance, where, "bbox_label_3d", int))
         # upstream's use_valid_flag: lidar + radar points > 0, not lidar points > 0
         if instance.get("bbox_3d_isvalid", True) and name in config.class_names:
-            rows.append(np.concatenate([box, np.nan_to_num(velocity, nan=0.0)]))
+            rows.append(np.concatenate([box, np.where(np.isfinite(velocity), velocity, 0.0)]).astype(np.float32))
             labels.append(config.class_names.index(name))
     boxes = np.stack(rows) if rows else np.zeros((0, 9), dtype=np.float32)
     boxes[:, 2] -= 0.5 * boxes[:, 5]  # the file has the gravity centre
@@ -171,8 +169,8 @@ def _get(tree: Any, where: Path | str, key: str, kind: type) -> Any:
     return value
 
 
-def _numbers(tree: dict, where: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """tree[key] as float32 of that shape; null and NaN become NaN."""
+def _numbers(tree: dict, where: str, key: str, shape: tuple[int, ...], *, finite: bool = True) -> np.ndarray:
+    """tree[key] as float32 of that shape; null becomes NaN."""
     entries = _get(tree, where, key, list)
     try:
         value = np.array(entries, dtype=np.float32)
@@ -180,4 +178,6 @@ def _numbers(tree: dict, where: str, key: str, shape: tuple[int, ...]) -> np.nda
         raise ValueError(f"{where}: {key} must hold numbers in the shape {list(shape)} ({error}).") from error
     if value.shape != shape:
         raise ValueError(f"{where}: {key} must hold numbers in the shape {list(shape)}, not {list(value.shape)}.")
+    if finite and not np.isfinite(value).all():
+        raise ValueError(f"{where}: {key} has NaN or infinite numbers; repair or remove the entry.")
     return value

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 
-def decode(path: Path, *, size: tuple[int, int]) -> np.ndarray:
-    """The image file as RGB, [H,W,3] uint8; `size` (H,W) is the size its calibration is made for.
+def decode(path: Path, *, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The image file as RGB, [H,W,3] uint8; `size` (H,W) is the size its calibration is made for (None: any).
 
     Raises ValueError if the file is missing, truncated, no image, or of another size.
     """
@@ -24,14 +24,13 @@ def decode(path: Path, *, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"{path}: the image does not exist; check img_path in frame.json and the data folder.")
     try:
         with Image.open(path) as file:
-            found = (file.height, file.width)
-            pixels = None if found != tuple(size) else np.asarray(file.convert("RGB"))
+            pixels = np.asarray(file.convert("RGB"))
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
         raise ValueError(f"{path}: the image cannot be decoded ({error}); copy it again.") from error
-    if pixels is None:
+    if size is not None and pixels.shape[:2] != tuple(size):
         raise ValueError(
-            f"{path}: the image is {found[1]}x{found[0]} but the calibration is for {size[1]}x{size[0]} (width x "
-            "height); use the original image or set source_size and the intrinsics to its size."
+            f"{path}: the image is {pixels.shape[1]}x{pixels.shape[0]} but the calibration is for {size[1]}x{size[0]} "
+            "(width x height); use the original image or set source_size and the intrinsics to its size."
         )
     return pixels
 

@@ -102,6 +102,34 @@ def camera_only() -> Config:
     return Config(lidar=None, camera=replace(camera, view=replace(camera.view, lidar_depth=False)))
 
 
+def mini(config: Config) -> Config:
+    """The same model at a size for demos and CI: 0.3 m voxels, 64 x 176 images, narrow layers; seconds on a laptop."""
+    size = (0.3, 0.3, 0.2)
+    voxels = replace(config.voxels, size=size, max_voxels=(6_000, 6_000))
+    lidar, camera = config.lidar, config.camera
+    if lidar is not None:
+        encoder = sparse_encoder.Config(
+            channels=(8, 16, 16, 32), channels_out=32, blocks=1, capacities=(8_000, 4_000, 2_000, 1_500)
+        )
+        lidar = replace(lidar, encoder=encoder)
+    if camera is not None:
+        view = lift_splat.Config(
+            channels_in=32, channels_out=16, image_size=(64, 176), depth_m=(1.0, 60.0, 2.0),
+            x_m=(-54.0, 54.0, 1.2), y_m=(-54.0, 54.0, 1.2), lidar_depth=camera.view.lidar_depth,
+        )  # fmt: skip
+        neck = lss_fpn.Config(channels_in=(32, 64, 128), channels_out=32)
+        camera = Camera(backbone=swin.MINI, neck=neck, view=view)
+    return Config(
+        voxels=voxels, lidar=lidar, camera=camera, fused_channels=64,
+        backbone=second.Config(channels_in=64, channels=(32, 64), layers=1),
+        neck=second_fpn.Config(channels_in=(32, 64), channels=(32, 32)),
+        head=transfusion.Config(
+            channels_in=64, channels=32, queries=64, heads=4, ffn_channels=64, head_channels=32, voxel=size[:2],
+            cells=(45, 45),
+        ),
+    )  # fmt: skip
+
+
 def init(config: Config, seed: int) -> tuple[dict, dict]:
     """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +142,7 @@ def init(config: Config, seed: int) -> tuple[dict, dict]:
     fused = 0
     if config.camera is not None:
         made = {
-            "backbone": (swin.init(config.camera.backbone, generator), {}),
+            "backbone": swin.init(config.camera.backbone, generator),
             "neck": lss_fpn.init(config.camera.neck, generator),
             "view": lift_splat.init(config.camera.view, generator),
         }

@@ -20,6 +20,7 @@ from bevfn.models import bevfusion
 from bevfn.parity import compare
 from bevfn.parity.case import Case
 from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
+from bevfn.views import lift_splat
 
 PER_QUERY = ("query_score", "query_pos", "query_feat_in", "self_attn", "cross_attn", "decoder_out")
 
@@ -42,8 +43,10 @@ def run(case: Case, table: Table, *, only: str | None, device: str) -> None:
     params, state, report = upstream.import_state(goldens.fill_case(case.folder), name)
     if report.missing or report.mismatched:
         raise ValueError(f"{case.folder}/manifest.json does not fill {name}: {report}")
-    params, state = (tree.map(lambda x: x.to(device), t) for t in (params, state))
     config = config_for(case, name)
+    loaded = {str(case.folder): (params, state)}
+    params, state, _ = upstream.load_into(*bevfusion.init(config, seed=0), loaded)
+    params, state = tree.to(params, device), tree.to(state, device)
     if only != "train":
         _evaluate(case, table, params, state, config, device)
     if only != "eval":
@@ -78,15 +81,15 @@ def batch_of(case: Case, boxes: Tensor | None, device: str, prefix: str = "") ->
         "boxes_valid": torch.ones(1, len(chosen), dtype=torch.bool),
     }
     lidar_aug = inputs.get(f"{prefix}lidar_aug_matrix", torch.eye(4))[None]
-    fields |= {"lidar_aug": lidar_aug, "undo_lidar_aug": torch.inverse(lidar_aug[:, :3, :3])}
+    fields |= {"lidar_aug": lidar_aug, "undo_lidar_aug": geometry.invert(lidar_aug[:, :3, :3])}
     if "imgs" in inputs:
         image_aug = inputs[f"{prefix}img_aug_matrix"][None]
         lidar_from_camera, intrinsics = inputs["cam2lidar"][None], inputs["cam2img"][None]
         fields |= {
             "images": inputs["imgs"][None], "image_from_lidar": inputs["lidar2img"][None],
             "lidar_from_camera": lidar_from_camera, "intrinsics": intrinsics, "image_aug": image_aug,
-            "undo_image_aug": torch.inverse(image_aug[..., :3, :3]),
-            "lidar_from_pixel": lidar_from_camera[..., :3, :3].matmul(torch.inverse(intrinsics[..., :3, :3])),
+            "undo_image_aug": geometry.invert(image_aug[..., :3, :3]),
+            "lidar_from_pixel": geometry.unprojection(lidar_from_camera, intrinsics),
         }
     return Batch(**fields).to(device)
 
@@ -143,7 +146,9 @@ def _dense(case: Case, table: Table, prefix: str, ours: dict[str, Callable[[], T
             stored = case.outputs[prefix + name]
             x = get()
             x = x.reshape(case.stats[prefix + name]["shape"]) if "shape" in case.stats.get(prefix + name, {}) else x
-            error = compare.relative_l2(compare.sliced(x.cpu(), case.slicing(prefix + name)), stored)
+            # the second set of matrices ("aug/") is sampled as its evaluation twin
+            slicing = case.slicing(prefix + name) or (case.slicing(f"eval/{name}") if prefix == "aug/" else None)
+            error = compare.relative_l2(compare.sliced(x.cpu(), slicing), stored)
             table.add(prefix + name, error, max(floor, 10 * case.noise(name)))
 
 
@@ -194,9 +199,8 @@ def _augmented_geometry(case: Case, table: Table, config: bevfusion.Config, devi
     assert config.camera is not None
     batch = batch_of(case, None, device, prefix="aug/")
     view = config.camera.view
-    depth = geometry.depth_map(batch, view.image_size)
-    _depth_map(case, table, "aug/vt", depth)
-    points = geometry.frustum_in_lidar(batch, view.frustum())
+    _depth_map(case, table, "aug/vt", lift_splat.lidar_depth_map(batch, view.image_size))
+    points = torch.stack(lift_splat.frustum_points(batch, view), -1)
     _dense(case, table, "aug/", {"vt/geometry": lambda: points})
 
 

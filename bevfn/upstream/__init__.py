@@ -10,6 +10,20 @@ from bevfn.upstream.merge import Merge, load_into
 from bevfn.upstream.names import MODELS, PUBLISHED, Entry, Sizes
 
 __all__ = [
-    "MODELS", "PUBLISHED", "Entry", "Imported", "Merge", "Refused", "Report", "Sizes", "export_state", "import_state",
-    "load_into", "nest", "read_imported", "read_state_dict", "write_imported", "write_state_dict",
+    "MODELS",
+    "PUBLISHED",
+    "Entry",
+    "Imported",
+    "Merge",
+    "Refused",
+    "Report",
+    "Sizes",
+    "export_state",
+    "import_state",
+    "load_into",
+    "nest",
+    "read_imported",
+    "read_state_dict",
+    "write_imported",
+    "write_state_dict",
 ]

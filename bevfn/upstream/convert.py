@@ -143,8 +143,15 @@ def _account_for_the_rest(upstream: Mapping[str, Tensor], entries: list[Entry], 
 
 
 def export_state(
-    params: dict, state: dict, model: str, carried: Mapping[str, Tensor], *,
-    sizes: Sizes = PUBLISHED, sparse: SparseLayout = "spconv2", naming: Naming = "mmdet", prefix: str = "",
+    params: dict,
+    state: dict,
+    model: str,
+    carried: Mapping[str, Tensor],
+    *,
+    sizes: Sizes = PUBLISHED,
+    sparse: SparseLayout = "spconv2",
+    naming: Naming = "mmdet",
+    prefix: str = "",
 ) -> dict[str, Tensor]:
     """The upstream state dict, in upstream's order: the inverse of `import_state`, bit for bit.
 

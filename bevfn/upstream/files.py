@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from bevfn import tree
 from bevfn.files import write_atomically
 from bevfn.upstream.convert import Report, nest
+from bevfn.upstream.names import Naming
 from bevfn.upstream.recognise import SparseLayout
 
 
@@ -61,7 +62,11 @@ class Imported:
     params: dict
     state: dict
     carried: dict[str, Tensor]  # upstream key: tensor kept for an exact export
-    metadata: dict[str, str]  # model, source, sparse, naming, prefix
+    model: str
+    source: str  # name of the published file
+    sparse: SparseLayout
+    naming: Naming
+    prefix: str
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -73,9 +78,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for nest in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
-            content = content[nest]
+    for place in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(place), Mapping):
+            content = content[place]
             break
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} holds no state dict: not in `state_dict`, not in `model`, not at its top level.")
@@ -102,6 +107,10 @@ def _read_torch(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
+        with open(path, "rb") as file:
+            start = file.read(8)
+        if not named and not start.startswith((b"PK", b"\x80")):  # neither a zip archive nor a pickle
+            raise ValueError(f"{path} is not a torch checkpoint: it begins with {start!r}.") from error
         what = f"a pickled {named.group(1)}" if named else "pickled objects"
         raise ValueError(
             f"{path} holds {what} besides tensors, which bevfn never loads because unpickling runs the file's code; "
@@ -132,7 +141,7 @@ def read_imported(path: Path) -> Imported:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}): copy it again.") from error
     if metadata.get("format") != _FORMAT:
@@ -140,8 +149,17 @@ def read_imported(path: Path) -> Imported:
     parts: dict[str, dict[str, Tensor]] = {"params": {}, "state": {}, "upstream": {}}
     for name, leaf in tensors.items():
         part, _, rest = name.partition(".")
-        parts[part][rest] = leaf
-    return Imported(nest(parts["params"]), nest(parts["state"]), parts["upstream"], metadata)
+        parts.setdefault(part, {})[rest] = leaf
+    return Imported(
+        nest(parts["params"]),
+        nest(parts["state"]),
+        parts["upstream"],
+        metadata["model"],
+        metadata["source"],
+        cast(SparseLayout, metadata["sparse"]),
+        cast(Naming, metadata["naming"]),
+        metadata["prefix"],
+    )
 
 
 def write_state_dict(path: Path, upstream: Mapping[str, Tensor], *, sparse: SparseLayout) -> None:
@@ -153,8 +171,7 @@ def write_state_dict(path: Path, upstream: Mapping[str, Tensor], *, sparse: Spar
     state_dict = OrderedDict(upstream)
     if sparse == "spconv2":
         # Upstream's loader permutes sparse kernels unless the module's recorded version is 2.
-        encoder = "pts_middle_encoder."
-        modules = {key.rpartition(".")[0] for key in upstream if key.rpartition("pts_middle_encoder.")[1] == encoder}
+        modules = {key.rpartition(".")[0] for key in upstream if "pts_middle_encoder." in key}
         state_dict._metadata = OrderedDict({module: {"version": 2} for module in sorted(modules)})  # type: ignore[attr-defined]
     buffer = io.BytesIO()
     torch.save({"meta": {}, "state_dict": state_dict}, buffer)

@@ -161,8 +161,16 @@ def _norm(
 
 
 def _conv_norm(
-    path: str, key: str, shape: tuple[int, ...], *, conv: str = "0", norm: str = "1", bias: bool = False,
-    channels: int | None = None, layout: Layout = "same", names: tuple[str, str] = ("conv", "norm"),
+    path: str,
+    key: str,
+    shape: tuple[int, ...],
+    *,
+    conv: str = "0",
+    norm: str = "1",
+    bias: bool = False,
+    channels: int | None = None,
+    layout: Layout = "same",
+    names: tuple[str, str] = ("conv", "norm"),
 ) -> list[Entry]:
     """A convolution and its batch norm, named `conv` and `norm` upstream below `key` and `names` here below `path`."""
     channels = (shape[-1] if layout == "sparse" else shape[0]) if channels is None else channels
@@ -237,7 +245,6 @@ def _view(sizes: Sizes) -> list[Entry]:
 
 def _sparse_encoder(sizes: Sizes) -> list[Entry]:
     prefix, channels = "pts_middle_encoder", sizes.sparse
-
     found = _conv_norm(
         "lidar.conv_input", f"{prefix}.conv_input", (3, 3, 3, sizes.point_channels, channels[0]), layout="sparse"
     )
@@ -246,8 +253,13 @@ def _sparse_encoder(sizes: Sizes) -> list[Entry]:
         for j in range(sizes.sparse_blocks):
             for n in ("1", "2"):
                 found += _conv_norm(
-                    f"lidar.stages.{i}.blocks.{j}", f"{key}.{j}", (3, 3, 3, C, C), conv=f"conv{n}", norm=f"bn{n}",
-                    layout="sparse", names=(f"conv{n}", f"norm{n}"),
+                    f"lidar.stages.{i}.blocks.{j}",
+                    f"{key}.{j}",
+                    (3, 3, 3, C, C),
+                    conv=f"conv{n}",
+                    norm=f"bn{n}",
+                    layout="sparse",
+                    names=(f"conv{n}", f"norm{n}"),
                 )
         if i + 1 < len(channels):
             path, down = f"lidar.stages.{i}.down", f"{key}.{sizes.sparse_blocks}"

@@ -18,9 +18,7 @@ _library.define(
 )
 
 
-def submanifold(
-    coords: Tensor, valid: Tensor, *, kernel: tuple[int, int, int], grid: tuple[int, int, int]
-) -> Tensor:
+def submanifold(coords: Tensor, valid: Tensor, *, kernel: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
     """Table of a submanifold convolution: outputs are the inputs' own sites.
 
     Args:
@@ -104,12 +102,15 @@ def _check(name: str, coords: Tensor, valid: Tensor, **triples: tuple[int, ...])
         )
     if valid.shape != coords.shape[:1] or valid.dtype != torch.bool:
         raise ValueError(
-            f"neighbours.{name}: valid must be bool [{coords.shape[0]}] like coords, got {valid.dtype} {list(valid.shape)}."
+            f"neighbours.{name}: valid must be bool [{coords.shape[0]}] like coords, "
+            f"got {valid.dtype} {list(valid.shape)}."
         )
     for field, value in triples.items():
         low = 0 if field == "padding" else 1
         if len(value) != 3 or min(value) < low:
-            raise ValueError(f"neighbours.{name}: {field} needs 3 numbers of at least {low} (x, y, z), got {tuple(value)}.")
+            raise ValueError(
+                f"neighbours.{name}: {field} needs 3 numbers of at least {low} (x, y, z), got {tuple(value)}."
+            )
     if max(triples["grid"]) > 1 << 16:
         raise ValueError(f"neighbours.{name}: a grid axis holds at most {1 << 16} cells, got {tuple(triples['grid'])}.")
 

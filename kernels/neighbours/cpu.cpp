@@ -22,7 +22,7 @@ struct Word {
 
 class CellSet {
     std::vector<Word> slots;
-    size_t words = 0;
+    size_t words = 0, last = 0;  // number of words; slot of the latest insertion
 
     size_t slot_of(int64_t index) const {
         const size_t mask = slots.size() - 1;
@@ -35,6 +35,7 @@ class CellSet {
         old.swap(slots);
         for (const Word& word : old)
             if (word.index >= 0) slots[slot_of(word.index)] = word;
+        last = 0;
     }
 
 public:
@@ -44,10 +45,12 @@ public:
         slots.resize(size);
     }
     void insert(int64_t cell) {
-        Word& word = slots[slot_of(cell >> 6)];
+        const int64_t index = cell >> 6;
+        if (slots[last].index != index) last = slot_of(index);
+        Word& word = slots[last];
         word.bits |= uint64_t(1) << (cell & 63);
         if (word.index < 0) {
-            word.index = cell >> 6;
+            word.index = index;
             if (2 * ++words > slots.size()) grow();
         }
     }
@@ -75,13 +78,25 @@ public:
             base += __builtin_popcountll(word.bits);
         }
     }
-    const Word& word(int64_t index) const { return slots[slot_of(index)]; }  // a free slot has no bits set
-
-    static int64_t rank(const Word& word, int64_t cell) {  // -1 if not active
+    int64_t rank(int64_t cell) const {  // -1 if not active
+        const Word& word = slots[slot_of(cell >> 6)];  // a free slot has no bits set
         const uint64_t bit = uint64_t(1) << (cell & 63);
         return word.bits & bit ? word.base + __builtin_popcountll(word.bits & (bit - 1)) : -1;
     }
-    int64_t rank(int64_t cell) const { return rank(word(cell >> 6), cell); }
+    // Calls visit(i, rank) for the active cells among cell + i, i < count.
+    template <class Visit>
+    void for_active(int64_t cell, int64_t count, Visit visit) const {
+        for (int64_t i = 0; i < count;) {
+            const int64_t shift = (cell + i) & 63, span = std::min(count - i, 64 - shift);
+            const Word& word = slots[slot_of((cell + i) >> 6)];
+            const uint64_t window = (span == 64 ? ~uint64_t(0) : (uint64_t(1) << span) - 1) << shift;
+            for (uint64_t bits = word.bits & window; bits; bits &= bits - 1) {
+                const int64_t bit = __builtin_ctzll(bits);
+                visit(i + bit - shift, word.base + __builtin_popcountll(word.bits & ((uint64_t(1) << bit) - 1)));
+            }
+            i += span;
+        }
+    }
 };
 
 template <class Work>
@@ -153,14 +168,10 @@ extern "C" int64_t submanifold(const int32_t* coords, const uint8_t* valid, int6
                 for (int64_t ky = 0; ky < kernel[1]; ++ky, k += kernel[2]) {
                     int64_t q[3] = {p[0] - kernel[0] / 2 + kx, p[1] - kernel[1] / 2 + ky, 0};
                     if (q[0] < 0 || q[0] >= grid[0] || q[1] < 0 || q[1] >= grid[1]) continue;
-                    const int64_t column = cell_of(coords[4 * v], q, grid), z = p[2] - kernel[2] / 2;
-                    const Word* word = nullptr;
-                    for (int64_t kz = std::max<int64_t>(0, -z); kz < kernel[2] && z + kz < grid[2]; ++kz) {
-                        const int64_t cell = column + z + kz;
-                        if (!word || (cell & 63) == 0) word = &cells.word(cell >> 6);
-                        const int64_t rank = CellSet::rank(*word, cell);
-                        if (rank >= 0) table[(k + kz) * V + v] = row[rank];
-                    }
+                    const int64_t low = p[2] - kernel[2] / 2, first = std::max<int64_t>(0, -low);
+                    q[2] = low + first;
+                    cells.for_active(cell_of(coords[4 * v], q, grid), std::min(kernel[2], grid[2] - low) - first,
+                                     [&](int64_t i, int64_t rank) { table[(k + first + i) * V + v] = row[rank]; });
                 }
         }
     });

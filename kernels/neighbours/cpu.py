@@ -66,6 +66,6 @@ def _check(wrong: int, coords: Tensor, grid: list[int], batch: int | None) -> No
     if wrong >= 0:
         limit = "" if batch is None else f" or the batch of {batch}"
         raise RuntimeError(
-            f"neighbours: valid row {wrong} has (b, x, y, z) = {tuple(coords[wrong].tolist())}, outside grid {tuple(grid)}"
-            f"{limit}; mark padded rows invalid or check the voxel range."
+            f"neighbours: valid row {wrong} has (b, x, y, z) = {tuple(coords[wrong].tolist())}, "
+            f"outside grid {tuple(grid)}{limit}; mark padded rows invalid or check the voxel range."
         )

@@ -38,13 +38,17 @@ def sparse_conv(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Te
     for name, index in (("table", table), ("inverse", inverse)):
         if index.ndim != 2 or index.shape[0] != K or index.dtype != torch.int32:
             raise ValueError(
-                f"sparse_conv: {name} must be int32 [{K}, rows] for {K} kernel offsets, got {index.dtype} {list(index.shape)}."
+                f"sparse_conv: {name} must be int32 [{K}, rows] for {K} kernel offsets, "
+                f"got {index.dtype} {list(index.shape)}."
             )
     if inverse.shape[1] != x.shape[0]:
         raise ValueError(
-            f"sparse_conv: inverse has {inverse.shape[1]} columns for {x.shape[0]} input rows; were table and inverse swapped?"
+            f"sparse_conv: inverse has {inverse.shape[1]} columns for {x.shape[0]} input rows; "
+            "were table and inverse swapped?"
         )
-    return _SparseConv.apply(x, weight, table, inverse)
+    # Views: Dynamo (torch 2.13) takes an input of torch.func.grad for a constant when it meets it first in an
+    # autograd.Function, and then drops the Function's backward without a word. A view of it is seen to need a gradient.
+    return _SparseConv.apply(x.view_as(x), weight.view_as(weight), table, inverse)
 
 
 class _SparseConv(torch.autograd.Function):

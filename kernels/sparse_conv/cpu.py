@@ -50,4 +50,6 @@ def _int64(*numbers: int) -> list[ctypes.c_int64]:
 
 def _check(bad: int, x: Tensor) -> None:
     if bad:
-        raise RuntimeError(f"sparse_conv: a table entry is beyond x's {x.shape[0]} rows; was the table made for other features?")
+        raise RuntimeError(
+            f"sparse_conv: a table entry is beyond x's {x.shape[0]} rows; was the table made for other features?"
+        )

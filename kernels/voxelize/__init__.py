@@ -60,7 +60,8 @@ def voxelize(
         )
     if not (len(lower) == len(size) == len(grid) == 3) or min(size) <= 0 or min(grid) <= 0:
         raise ValueError(
-            f"voxelize: lower, size and grid need 3 numbers (x, y, z), size and grid positive; got {lower}, {size}, {grid}."
+            "voxelize: lower, size and grid need 3 numbers (x, y, z), size and grid positive; "
+            f"got {lower}, {size}, {grid}."
         )
     if max(grid) > 1 << 20:
         raise ValueError(f"voxelize: a grid axis holds at most {1 << 20} cells, got {grid}: use larger cells.")

@@ -1,0 +1,327 @@
+"""The sparse LiDAR encoder's convolutions against spconv, against plain torch, and against the machine's GEMM rate.
+
+One thread each, same voxels, channels and weights, interleaved in one run, the best of several repetitions. `measure()`
+runs everything in a child process with OMP_NUM_THREADS=1 (spconv's CPU build brings an OpenMP runtime of its own, and
+its results are wrong with more than one thread).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bevfn.kernels import neighbours
+from bevfn.kernels.sparse_conv import sparse_conv
+from bevfn.kernels.voxelize import voxelize
+
+GOLDEN = Path(__file__).parents[2].parent / "shared" / "goldens" / "bevfusion_lidar" / "inputs.safetensors"
+GRID = (1440, 1440, 41)
+CHANNELS = (16, 32, 64, 128)  # of the four levels; 5 point columns come in
+DOWN = (  # kernel, stride, padding after each level: BEVFusion's encoder at 0.075 m
+    ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    ((3, 3, 3), (2, 2, 2), (1, 1, 0)),
+    ((1, 1, 3), (1, 1, 2), (0, 0, 0)),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One of the 21 convolutions: weight [K C_in C_out], table [K W] and inverse [K V] as `sparse_conv` takes them."""
+
+    name: str
+    weight: Tensor
+    table: Tensor
+    inverse: Tensor
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the real pairs."""
+        return 2 * int((self.table >= 0).sum()) * self.weight.shape[1] * self.weight.shape[2]
+
+
+def golden_voxels(path: Path = GOLDEN) -> tuple[Tensor, Tensor, str]:
+    """(features [V 5], sites [V 4] int32 (b, x, y, z), where they come from); random voxels if `path` is absent."""
+    if path.exists():
+        points, source = load_file(path)["points"], "one nuScenes sweep (goldens/bevfusion_lidar)"
+    else:  # walls and ground of about the same number of voxels
+        g = torch.Generator().manual_seed(0)
+        points, source = torch.rand(34_000, 5, generator=g), "random voxels (no golden case at hand)"
+        points[:, :2] = torch.randn(34_000, 2, generator=g) * 9
+        points[:, 2] = torch.where(torch.rand(34_000, generator=g) < 0.6, -1.8, points[:, 2] * 3 - 2)
+    features, cells, count, _ = voxelize(
+        points[None], torch.ones(1, len(points), dtype=torch.bool), lower=(-54.0, -54.0, -5.0),
+        size=(0.075, 0.075, 0.2), grid=(1440, 1440, 40), max_points=10, max_voxels=160_000,
+    )  # fmt: skip
+    V = int((count[0] > 0).sum())
+    return features[0, :V].contiguous(), torch.cat([torch.zeros(V, 1, dtype=torch.int32), cells[0, :V]], 1), source
+
+
+def tables(sites: Tensor, capacities: tuple[int, ...]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """([(table, inverse) of submanifold and strided convolution per level], output sites)."""
+    made, grid, valid = [], GRID, sites[:, 0] >= 0
+    for (kernel, stride, padding), capacity in zip(DOWN, capacities):
+        table = neighbours.submanifold(sites, valid, kernel=(3, 3, 3), grid=grid)
+        made.append((table, table.flip(0)))
+        sites, valid, table, inverse, _ = neighbours.strided(
+            sites, valid, kernel=kernel, stride=stride, padding=padding, grid=grid, capacity=capacity, batch=1
+        )
+        made.append((table, inverse))
+        grid = neighbours.out_grid(grid, kernel, stride, padding)
+    return made, sites
+
+
+def exact_capacities(sites: Tensor) -> tuple[int, ...]:
+    """Active sites of every level, so that no row is padding."""
+    grid, numbers = GRID, []
+    for kernel, stride, padding in DOWN:
+        *_, found = neighbours.strided(
+            sites, sites[:, 0] >= 0, kernel=kernel, stride=stride, padding=padding, grid=grid, capacity=1, batch=1
+        )
+        numbers.append(int(found))
+        sites = neighbours.strided(
+            sites,
+            sites[:, 0] >= 0,
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            grid=grid,
+            capacity=int(found),
+            batch=1,
+        )[0]
+        grid = neighbours.out_grid(grid, kernel, stride, padding)
+    return tuple(numbers)
+
+
+def encoder_layers(made: list[tuple[Tensor, Tensor]]) -> list[Layer]:
+    """The 21 convolutions with random weights that keep the features' size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(name: str, channels_in: int, channels_out: int, table: Tensor, inverse: Tensor) -> Layer:
+        inputs = channels_in * float((table >= 0).sum()) / table.shape[1]  # terms per output
+        weight = torch.randn(table.shape[0], channels_in, channels_out, generator=generator) * (2 / inputs) ** 0.5
+        return Layer(name, weight, table, inverse)
+
+    layers = [layer("conv_input", 5, 16, *made[0])]
+    for i, channels in enumerate(CHANNELS):
+        layers += [layer(f"level{i}", channels, channels, *made[2 * i]) for _ in range(4)]
+        layers.append(layer(f"down{i}", channels, CHANNELS[min(i + 1, 3)], *made[2 * i + 1]))
+    return layers
+
+
+def encoder_forward_vs_spconv(repeats: int = 7) -> dict:
+    """Forward of all 21 convolutions with ReLU, neighbour tables included, here and in spconv's CPU build."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        return {"omitted": "spconv's CPU build is wrong with several threads: set OMP_NUM_THREADS=1 or call measure()"}
+    try:
+        import spconv
+        import spconv.pytorch as peer
+    except ImportError as error:
+        return {"omitted": f"spconv is not installed ({error}): pip install 'bevfn[bench]'"}
+    features, sites, source = golden_voxels()
+    capacities = exact_capacities(sites)
+    layers = encoder_layers(tables(sites, capacities)[0])
+    modules = _spconv_modules(peer, layers)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        made, out_sites = tables(sites, capacities)
+        x = features
+        for i, layer in enumerate(layers):
+            table, inverse = made[_TABLE_OF[i]]
+            x = torch.relu(sparse_conv(x, layer.weight, table, inverse))
+        return x, out_sites
+
+    def theirs() -> tuple[Tensor, Tensor]:
+        x = peer.SparseConvTensor(features, sites, list(GRID), 1)
+        for module in modules:
+            x = module(x)
+            x = x.replace_feature(torch.relu(x.features))
+        return x.features, x.indices
+
+    with torch.no_grad(), _one_thread():
+        (y, at), (z, at_peer) = ours(), theirs()
+        same_sites = torch.equal(at[_order(at)], at_peer[_order(at_peer)])
+        error = float((y[_order(at)] - z[_order(at_peer)]).norm() / z.norm()) if same_sites else float("inf")
+        table_s, our_s, peer_s = best_of(repeats, lambda: tables(sites, capacities), ours, theirs)
+        product_s = best_of(3, lambda: _products(layers))[0]
+    return {
+        "voxels": source,
+        "peer": f"spconv {spconv.__version__} CPU",
+        "ours_ms": 1e3 * our_s,
+        "ours_tables_ms": 1e3 * table_s,
+        "peer_ms": 1e3 * peer_s,
+        "speedup": peer_s / our_s,
+        "relative_difference": error,
+        "gflop": sum(layer.flops for layer in layers) / 1e9,
+        "torch_mm_of_the_pairs_ms": 1e3 * product_s,  # what spconv spends in GEMM: the part that no data movement saves
+    }
+
+
+def encoder_backward_vs_torch(repeats: int = 5) -> dict:
+    """Forward and backward (features and weights) of all 21 convolutions, here and as gather, matmul, index_add."""
+    features, sites, source = golden_voxels()
+    layers = encoder_layers(tables(sites, exact_capacities(sites))[0])
+    pairs = [[_pairs(row) for row in layer.table] for layer in layers]  # the peer gets its pairs for free
+    weights = [layer.weight.requires_grad_() for layer in layers]
+    leaves = [features.requires_grad_(), *weights]
+
+    def ours() -> tuple[Tensor, ...]:
+        x = features
+        for layer, weight in zip(layers, weights):
+            x = torch.relu(sparse_conv(x, weight, layer.table, layer.inverse))
+        return torch.autograd.grad(x.sum(), leaves)
+
+    def theirs() -> tuple[Tensor, ...]:
+        x = features
+        for layer, weight, pairs_of_layer in zip(layers, weights, pairs):
+            y = x.new_zeros(layer.table.shape[1], weight.shape[2])
+            for w, (reads, writes) in zip(weight.unbind(0), pairs_of_layer):
+                y.index_add_(0, writes, x.index_select(0, reads) @ w)
+            x = torch.relu(y)
+        return torch.autograd.grad(x.sum(), leaves)
+
+    with _one_thread():
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(ours(), theirs()))
+        our_s, peer_s = best_of(repeats, ours, theirs)
+    return {
+        "voxels": source,
+        "peer": f"torch {torch.__version__} index_select, mm, index_add_ and its autograd",
+        "ours_ms": 1e3 * our_s,
+        "peer_ms": 1e3 * peer_s,
+        "speedup": peer_s / our_s,
+        "worst_relative_gradient_difference": error,
+    }
+
+
+def gemm_share(repeats: int = 5) -> dict:
+    """GFLOP/s over the real pairs of the forward and both gradients, and their share of torch.mm at 2048^3."""
+    _, sites, source = golden_voxels()
+    layers = encoder_layers(tables(sites, exact_capacities(sites))[0])
+    square = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    seconds = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
+    by_layer = {}
+    with _one_thread():
+        peak = 2 * 2048**3 / best_of(repeats, lambda: square @ square)[0] / 1e9
+        for layer in layers:
+            if layer.name not in by_layer:  # equal layers take equal time
+                by_layer[layer.name] = dict(zip(seconds, best_of(repeats, *_three_products(layer))))
+            for kind in seconds:
+                seconds[kind] += by_layer[layer.name][kind]
+    flops = {layer.name: layer.flops for layer in layers}
+    gflop = sum(flops[layer.name] for layer in layers) / 1e9
+    return {
+        "voxels": source,
+        "gemm_peak_gflops": peak,
+        "gflop": gflop,
+        "gflops": {kind: gflop / s for kind, s in seconds.items()},
+        "share": {kind: gflop / s / peak for kind, s in seconds.items()},
+        "share_by_layer": {
+            name: {kind: flops[name] / s / 1e9 / peak for kind, s in kinds.items()} for name, kinds in by_layer.items()
+        },
+    }
+
+
+def measure() -> dict:
+    """All figures of this file, from one child process with OMP_NUM_THREADS=1."""
+    child = subprocess.run(
+        [sys.executable, "-m", "bevfn.bench.sparse"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if child.returncode != 0:
+        raise RuntimeError(f"`python -m bevfn.bench.sparse` failed: {child.stderr.strip()[-1000:]}")
+    return json.loads(child.stdout)
+
+
+def best_of(repeats: int, *functions: Callable[[], object]) -> list[float]:
+    """Shortest wall time [s] of each function; they take turns, so that a busy machine slows all of them."""
+    best = [float("inf")] * len(functions)
+    for repeat in range(-1, repeats):  # the first round warms up
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            elapsed = time.perf_counter() - start
+            if repeat >= 0:
+                best[i] = min(best[i], elapsed)
+    return best
+
+
+_TABLE_OF = [0, *(t for i in range(4) for t in (2 * i, 2 * i, 2 * i, 2 * i, 2 * i + 1))]  # of the 21 layers
+
+
+class _one_thread:
+    """Within: torch and our kernels use one thread."""
+
+    def __enter__(self) -> None:
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.threads)
+
+
+def _order(sites: Tensor) -> Tensor:
+    b, x, y, z = sites.long().unbind(1)
+    return torch.argsort(((b * GRID[0] + x) * GRID[1] + y) * GRID[2] + z)
+
+
+def _pairs(row: Tensor) -> tuple[Tensor, Tensor]:
+    writes = torch.nonzero(row >= 0)[:, 0]
+    return row[writes].long(), writes
+
+
+def _products(layers: list[Layer]) -> None:
+    """One torch.mm per layer over as many rows as the layer has pairs."""
+    for layer in layers:
+        pairs = layer.flops // (2 * layer.weight.shape[1] * layer.weight.shape[2]) // len(layer.weight)
+        rows = torch.ones(pairs, layer.weight.shape[1])
+        for w in layer.weight:
+            torch.mm(rows, w)
+
+
+def _three_products(layer: Layer) -> list[Callable[[], Tensor]]:
+    x = torch.randn(layer.inverse.shape[1], layer.weight.shape[1])
+    grad = torch.randn(layer.table.shape[1], layer.weight.shape[2])
+    inverse = layer.inverse.contiguous()
+    return [
+        lambda: torch.ops.bevfn.sparse_conv(x, layer.weight, layer.table),
+        lambda: torch.ops.bevfn.sparse_conv(grad, layer.weight.transpose(1, 2), inverse),
+        lambda: torch.ops.bevfn.sparse_conv_weight_grad(x, grad, layer.table),
+    ]
+
+
+def _spconv_modules(peer: object, layers: list[Layer]) -> list:
+    """spconv's layers with our weights; its kernels are [C_out kx ky kz C_in]."""
+    modules = []
+    for layer in layers:
+        channels_in, channels_out = layer.weight.shape[1:]
+        level = layer.name[-1] if layer.name[-1].isdigit() else "0"
+        if layer.name.startswith("down"):
+            kernel, stride, padding = DOWN[int(level)]
+            module = peer.SparseConv3d(
+                channels_in, channels_out, kernel, stride, padding, bias=False, indice_key=layer.name
+            )
+        else:
+            kernel = (3, 3, 3)
+            module = peer.SubMConv3d(channels_in, channels_out, kernel, bias=False, indice_key=f"level{level}")
+        weight = layer.weight.permute(2, 0, 1).reshape(channels_out, *kernel, channels_in)
+        module.weight.data.copy_(weight)
+        modules.append(module.eval())
+    return modules
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(
+            {f.__name__: f() for f in (encoder_forward_vs_spconv, encoder_backward_vs_torch, gemm_share)}, indent=1
+        )
+    )

@@ -1,0 +1,108 @@
+"""Layers equal torch's modules, forward, gradients and statistics."""
+
+import pytest
+import torch
+from torch import nn
+
+from bevfn.layers import attention, batch_norm, conv, conv_norm, layer_norm, linear
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def grads(f, *tensors):
+    """Gradients of sum(f * fixed weights) for every tensor."""
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    y = f(*tensors)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return y.detach(), [t.grad for t in tensors]
+
+
+def test_batch_norm_equals_torch_in_training_and_evaluation(generator):
+    module = nn.BatchNorm2d(5, eps=1e-3, momentum=0.01)
+    params, state = batch_norm.init(5)
+    params = {"weight": torch.randn(5, generator=generator), "bias": torch.randn(5, generator=generator)}
+    module.load_state_dict({**params, "running_mean": state["mean"], "running_var": state["var"]}, strict=False)
+    x = torch.randn(3, 5, 4, 6, generator=generator) * 3 + 1
+    for train in (True, True, False):
+        module.train(train)
+        ours, ours_grads = grads(
+            lambda x, w, b, s=state, t=train: batch_norm.apply(
+                {"weight": w, "bias": b}, s, x, train=t, momentum=0.01, eps=1e-3
+            )[0],
+            x, params["weight"], params["bias"],
+        )  # fmt: skip
+        module.zero_grad()
+        _, state = batch_norm.apply(params, state, x, train=train, momentum=0.01, eps=1e-3)
+        theirs, theirs_grads = grads(module, x)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours_grads[0], theirs_grads[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours_grads[1], module.weight.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(state["mean"], module.running_mean)
+        torch.testing.assert_close(state["var"], module.running_var)
+
+
+def test_batch_norm_of_valid_rows_is_batch_norm_of_those_rows_alone(generator):
+    params, state = batch_norm.init(4)
+    rows, valid = torch.randn(50, 4, generator=generator), torch.arange(50) % 3 == 0
+    padded, seen = batch_norm.apply(params, state, rows, train=True, valid=valid)
+    alone, seen_alone = batch_norm.apply(params, state, rows[valid], train=True)
+    torch.testing.assert_close(padded[valid], alone)
+    assert (padded[~valid] == 0).all()
+    torch.testing.assert_close(seen, seen_alone)
+
+
+def test_batch_norm_without_valid_rows_stays_finite():
+    params, state = batch_norm.init(4)
+    y, seen = batch_norm.apply(params, state, torch.randn(6, 4), train=True, valid=torch.zeros(6, dtype=torch.bool))
+    assert (y == 0).all() and all(torch.isfinite(v).all() for v in seen.values())
+
+
+def test_attention_equals_torchs(generator):
+    module = nn.MultiheadAttention(32, 4, batch_first=True)
+    params = attention.init(32, generator)
+    module.load_state_dict(
+        {
+            "in_proj_weight": params["in_proj"]["weight"], "in_proj_bias": params["in_proj"]["bias"],
+            "out_proj.weight": params["out_proj"]["weight"], "out_proj.bias": params["out_proj"]["bias"],
+        }
+    )  # fmt: skip
+    q, k, v = (torch.randn(2, n, 32, generator=generator) for n in (7, 11, 11))
+    ours, ours_grads = grads(lambda q, k, v: attention.apply(params, q, k, v, heads=4), q, k, v)
+    theirs, theirs_grads = grads(lambda q, k, v: module(q, k, v)[0], q, k, v)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours_grads, theirs_grads, atol=1e-6, rtol=1e-4)
+
+
+def test_linear_and_layer_norm_equal_torchs(generator):
+    params = linear.init(6, 4, bias=True, generator=generator)
+    x = torch.randn(2, 3, 6, generator=generator)
+    torch.testing.assert_close(linear.apply(params, x), nn.functional.linear(x, params["weight"], params["bias"]))
+    torch.testing.assert_close(layer_norm.apply(layer_norm.init(6), x), nn.functional.layer_norm(x, (6,)))
+
+
+def test_fp16_convolution_on_a_cpu_rounds_operands_and_accumulates_in_float32(generator):
+    params = conv.init(8, 8, (3, 3), bias=True, generator=generator)
+    x = torch.randn(1, 8, 9, 9, generator=generator).half()
+    y = conv.apply(params, x, padding=1)
+    exact = nn.functional.conv2d(x.double(), params["weight"].half().double(), params["bias"].half().double(), padding=1)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, exact.half(), atol=0, rtol=2e-3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_conv_norm_has_the_shape_its_stride_asks_for(transposed, generator):
+    params, state = conv_norm.init(3, 5, 2, generator=generator, transposed=transposed)
+    y, new = conv_norm.apply(params, state, torch.randn(1, 3, 4, 6), train=True, stride=2, transposed=transposed)
+    assert y.shape == ((1, 5, 8, 12) if transposed else (1, 5, 2, 3))
+    assert new["norm"]["mean"].shape == (5,) and (y >= 0).all()
+
+
+def test_initialisation_follows_the_published_modules(generator):
+    kaiming = conv.init(64, 128, (3, 3), bias=True, generator=generator, kaiming_normal=True)
+    assert kaiming["weight"].std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    assert (kaiming["bias"] == 0).all()
+    default = conv.init(64, 128, (3, 3), bias=True, generator=generator)
+    assert default["weight"].abs().max().item() == pytest.approx((64 * 9) ** -0.5, rel=0.01)

@@ -1,0 +1,123 @@
+"""Progress and metrics of a run: with and without a terminal, after a crash, and with values that are not finite."""
+
+import io
+import json
+import os
+
+import pytest
+import torch
+from rich.console import Console
+
+from bevfn import report
+from bevfn.report import Reporter, read_metrics
+
+
+def run(folder, *, steps=20, terminal=False, metrics=lambda step: {"loss": 1.0 / step}, **options) -> str:
+    """Logs `steps` steps of 0.5 s (the first 30 s) and returns what the console got."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=160)
+    with Reporter(folder, steps, console=console, **options) as reporter:
+        for step in range(1, steps + 1):
+            reporter.log(step, metrics(step), seconds=30.0 if step == 1 else 0.5)
+    return console.file.getvalue()
+
+
+def test_without_a_terminal_a_plain_line_comes_every_n_steps(tmp_path):
+    text = run(tmp_path, every=8)
+    lines = [line for line in text.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/20", "8/20", "16/20", "20/20"]
+    assert "\x1b" not in text
+    assert lines[1] == "step 8/20  0.5 s/step  ETA 0:00:06  loss 0.125"
+
+
+def test_the_compiling_step_is_reported_and_left_out_of_the_estimate(tmp_path):
+    text = run(tmp_path)
+    assert "first step: 30.00 s, compilation included" in text
+    assert "step 1/20  30 s/step  loss 1" in text  # no estimate from it
+    assert "ETA 0:00:05" in text
+
+
+def test_a_terminal_gets_a_live_line(tmp_path):
+    text = run(tmp_path, terminal=True)
+    assert "\x1b" in text and "20/20" in text and "0.5 s/step" in text
+
+
+def test_every_step_is_one_json_object_at_once(tmp_path):
+    with Reporter(tmp_path, 3, console=Console(file=io.StringIO())) as reporter:
+        reporter.log(1, {"loss": torch.tensor(2.5), "overflow/points": 0}, seconds=0.25)
+        line = (tmp_path / report.METRICS_FILE).read_text()  # while the run goes on
+        assert json.loads(line) == {"step": 1, "seconds": 0.25, "loss": 2.5, "overflow/points": 0.0}
+        reporter.log(2, {"loss": 2.0}, seconds=0.25)
+    assert [record["loss"] for record in read_metrics(tmp_path)] == [2.5, 2.0]
+
+
+def test_values_that_are_not_finite_stay_valid_json_and_warn_once(tmp_path):
+    text = run(tmp_path, metrics=lambda step: {"loss": float("nan") if step > 2 else 1.0, "grad_norm": float("inf")})
+    for line in (tmp_path / report.METRICS_FILE).read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read_metrics(tmp_path)[0]["grad_norm"] == float("inf")
+    assert text.count("warning: loss is nan at step 3.") == 1 and text.count("warning: loss") == 1
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("overflow/points", "7 points did not fit and were dropped; raise capacities.points, or accept the loss."),
+        ("overflow/boxes", "7 annotated boxes did not fit and were dropped; raise capacities.boxes."),
+        (
+            "overflow/voxels_l2",
+            "7 voxels did not fit and were dropped; raise the model's voxel capacity of that level.",
+        ),
+        ("bad/points", "7 points are NaN or infinite and were dropped; check the point files."),
+        ("empty/points", "7 samples have no point in range; check the point files and point_cloud_range."),
+        ("overflow/other", "7 did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss."),
+    ],
+)
+def test_a_counter_that_is_not_zero_warns_with_its_remedy_once_and_sums_up(tmp_path, name, sentence):
+    text = run(tmp_path, metrics=lambda step: {"loss": 1.0, name: 7 if step > 4 else 0})
+    assert text.count(f"warning: {name} at step 5: {sentence}") == 1
+    assert f"warning: in all 20 steps: {name} 112." in text
+
+
+def test_counters_at_zero_are_silent(tmp_path):
+    text = run(tmp_path, metrics=lambda step: {"loss": 1.0, "overflow/points": 0, "matched_ious": 0.3})
+    assert "warning" not in text and "overflow" not in text and "matched" not in text
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, metrics=lambda step: {"loss": 1.0 / step, "overflow/points": 0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "overflow/points", "seconds"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 21))
+
+
+def test_a_continued_run_appends_and_drops_the_half_line_of_a_killed_one(tmp_path):
+    run(tmp_path, steps=3)
+    with open(tmp_path / report.METRICS_FILE, "a") as file:
+        file.write('{"step": 4, "lo')
+    run(tmp_path, steps=5, metrics=lambda step: {"loss": 100.0})
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert all(record["loss"] == 100.0 for record in records)
+
+
+def test_an_error_in_the_loop_is_passed_on_and_keeps_what_was_logged(tmp_path):
+    with pytest.raises(KeyError), Reporter(tmp_path, 9, console=Console(file=io.StringIO())) as reporter:
+        reporter.log(1, {"loss": 1.0}, seconds=0.1)
+        raise KeyError("stop")
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"total_steps 0 and every 10; both must be at least 1"):
+        Reporter(tmp_path, 0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is a file, so no run folder can be made there"):
+        Reporter(tmp_path / "file", 5)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_peak_memory_is_plausible():
+    host = report.peak_memory()["host"]
+    assert 2**26 < host < 2**40

@@ -1,0 +1,480 @@
+"""Published checkpoints: every key accounted for, exact round trips, refusals in one clear sentence."""
+
+import os
+import pickle
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bevfn import goldens, tree, upstream
+from bevfn.commands import checkpoint
+from bevfn.models import bevfusion
+from bevfn.upstream import names
+
+CASES = Path(__file__).parents[1].parent / "shared" / "goldens"
+SMALL = upstream.Sizes(
+    point_channels=5, sparse=(4, 6), sparse_out=16, swin=4, swin_depths=(1, 2, 1), swin_heads=(1, 2, 4), window=2,
+    neck=8, depth_transform=(2, 3, 4), context=5, image=(16, 24), feature=(2, 3), depth=(1.0, 3.0, 0.5),
+    grid=((-4.0, 4.0, 1.0), (-6.0, 6.0, 1.0), (-1.0, 1.0, 2.0)), fused=8, second=(4, 6), second_layers=2,
+    second_fpn=(4, 4), head=8, head_ffn=12, head_hidden=4, classes=3,
+)  # fmt: skip
+
+
+def upstream_state(model: str, naming: names.Naming = "mmdet", sparse: str = "spconv2") -> dict[str, Tensor]:
+    """Random tensors under every upstream key of a small model, with its derived buffers."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for entry in names.entries(model, SMALL, naming):
+        shape = entry.shape
+        if entry.layout == "sparse" and sparse == "spconv2":
+            shape = (shape[4], *shape[:4])
+        if entry.layout == "sequence":
+            shape = (*shape, 1)
+        counter = torch.tensor(7)
+        found[entry.key] = counter if entry.tree == "upstream" else torch.randn(shape, generator=generator)
+    return found | names.derived(model, SMALL, naming)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert sorted(a) == sorted(b)
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+def case(name: str) -> Path:
+    if not (CASES / name).is_dir():
+        pytest.skip(f"{CASES / name} is not here")
+    return CASES / name
+
+
+# --- names and round trips ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", upstream.MODELS)
+def test_export_inverts_import_bit_for_bit(model):
+    source = upstream_state(model)
+    params, state, report = upstream.import_state(source, model, sizes=SMALL)
+    back = upstream.export_state(params, state, model, report.carried, sizes=SMALL)
+    assert list(back) == list(source)  # upstream's order too
+    assert_same(back, source)
+    assert set(report.used) | set(report.unused) == set(source) and not set(report.used) & set(report.unused)
+    assert not (report.missing or report.initial or report.mismatched or report.unknown or report.warnings)
+
+
+@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevfusion-lidar-cam"])
+def test_published_manifests_are_accounted_for_and_round_trip(model):
+    folder = case(model.replace("-", "_"))
+    source = goldens.fill_case(folder)
+    assert len(source) == {"bevfusion-lidar": 306, "bevfusion-lidar-cam": 566 + 16}[model]
+    params, state, report = upstream.import_state(source, model)
+    assert set(report.used) | set(report.unused) == set(source) and not report.warnings
+    learned = [key for key in source if not key.endswith(("num_batches_tracked", "relative_position_index"))]
+    assert set(report.used) == {key for key in learned if key.rpartition(".")[2] not in ("dx", "bx", "nx", "frustum")}
+    assert set(report.carried) == {key for key in source if key.endswith("num_batches_tracked")}
+    back = upstream.export_state(params, state, model, report.carried)
+    assert_same(back, source)
+
+
+def test_leaves_land_where_the_contract_says():
+    source = upstream_state("bevfusion-lidar-cam")
+    params, state, _ = upstream.import_state(source, "bevfusion-lidar-cam", sizes=SMALL)
+    block = params["camera"]["backbone"]["stages"][1]["blocks"][1]
+    key = "img_backbone.stages.1.blocks.1."
+    assert torch.equal(block["attn"]["bias_table"], source[key + "attn.w_msa.relative_position_bias_table"])
+    assert torch.equal(block["mlp"]["fc2"]["bias"], source[key + "ffn.layers.1.bias"])
+    kernel = params["lidar"]["stages"][0]["blocks"][1]["conv2"]["weight"]  # kx ky kz in out
+    theirs = source["pts_middle_encoder.encoder_layers.encoder_layer1.1.conv2.weight"]  # out kx ky kz in
+    assert kernel[0, 1, 2, 3, 1] == theirs[1, 0, 1, 2, 3]
+    position = params["head"]["decoder"][0]["cross_position"]
+    prefix = "bbox_head.decoder.0.cross_posembed.position_embedding_head."
+    assert torch.equal(position["fc1"]["weight"], source[prefix + "0.weight"][..., 0])
+    assert torch.equal(position["fc2"]["bias"], source[prefix + "3.bias"])
+    assert torch.equal(state["head"]["decoder"][0]["cross_position"]["norm"]["var"], source[prefix + "1.running_var"])
+    norm = state["bev"]["backbone"]["blocks"][1][1]["norm"]
+    assert torch.equal(norm["mean"], source["pts_backbone.blocks.1.4.running_mean"])
+    depth_net = params["camera"]["view"]["depth_net"]
+    assert torch.equal(depth_net[2]["conv"]["bias"], source["view_transform.depthnet.6.bias"])
+
+
+@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevfusion-lidar-cam"])
+def test_every_leaf_of_the_model_has_an_upstream_key(model):
+    config = bevfusion.lidar_only() if model == "bevfusion-lidar" else bevfusion.lidar_camera()
+    params, state = bevfusion.init(config, seed=0)
+    ours = {f"params.{path}": tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
+    ours |= {f"state.{path}": tuple(leaf.shape) for path, leaf in tree.flatten(state).items()}
+    listed = [entry for entry in names.entries(model, names.PUBLISHED) if entry.tree != "upstream"]
+    assert {entry.name: entry.shape for entry in listed} == ours
+
+
+def test_imported_leaves_do_not_share_memory_with_the_checkpoint():
+    source = upstream_state("bevfusion-lidar")
+    params, state, report = upstream.import_state(source, "bevfusion-lidar", sizes=SMALL)
+    for leaf in [*tree.leaves(params), *tree.leaves(state), *report.carried.values()]:
+        leaf.zero_()
+    assert_same(source, upstream_state("bevfusion-lidar"))
+
+
+def test_mmcv_and_spconv_kernels_give_the_same_model_and_export_their_own_layout():
+    spconv = upstream_state("bevfusion-lidar")
+    mmcv = {key: t.permute(1, 2, 3, 4, 0).contiguous() if t.dim() == 5 else t for key, t in spconv.items()}
+    one, state, report = upstream.import_state(spconv, "bevfusion-lidar", sizes=SMALL)
+    two, _, other = upstream.import_state(mmcv, "bevfusion-lidar", sizes=SMALL)
+    assert (report.sparse, other.sparse) == ("spconv2", "mmcv")
+    assert_same(tree.flatten(one), tree.flatten(two))
+    back = upstream.export_state(two, state, "bevfusion-lidar", other.carried, sizes=SMALL, sparse="mmcv")
+    assert_same(back, mmcv)
+
+
+def test_sparse_kernels_of_two_layouts_are_refused():
+    source = upstream_state("bevfusion-lidar")
+    key = "pts_middle_encoder.conv_out.0.weight"
+    source[key] = source[key].permute(1, 2, 3, 4, 0).contiguous()
+    with pytest.raises(ValueError, match=r"two layouts: .*conv_input.0.weight is \[out kx .*conv_out.0.weight is \[kx"):
+        upstream.import_state(source, "bevfusion-lidar", sizes=SMALL)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "model", "message"),
+    [
+        ("bevfusion-lidar", "bevfusion-lidar-cam", "looks like a LiDAR-only BEVFusion.*use --model bevfusion-lidar[.]"),
+        ("bevfusion-lidar-cam", "bevfusion-lidar", r"camera \+ LiDAR BEVFusion.*use --model bevfusion-lidar-cam[.]"),
+        ("swin-nuimages", "bevfusion-lidar-cam", "looks like a Swin backbone.*use --model swin-nuimages[.]"),
+        (["encoders.lidar.backbone.x"], "bevfusion-lidar", "original MIT repository.*: bevfn reads"),
+        (["pts_bbox_head.task_heads.0.x"], "bevfusion-lidar", "CenterPoint or BEVDet family"),
+        (["layer1.0.conv1.weight", "fc.weight"], "swin-nuimages", "looks like a ResNet"),
+        (["stem.weight", "tail.bias"], "swin-nuimages", "a model with the parts stem, tail"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_named(keys, model, message):
+    source = upstream_state(keys) if isinstance(keys, str) else dict.fromkeys(keys, torch.zeros(1))
+    with pytest.raises(ValueError, match=message):
+        upstream.import_state(source, model, sizes=SMALL)
+
+
+def test_missing_unknown_and_mismatched_keys_are_named_together():
+    source = upstream_state("bevfusion-lidar")
+    del source["bbox_head.shared_conv.weight"]
+    source["pts_neck.deblocks.1.0.weight"] = torch.zeros(6, 5, 2, 2)
+    source["pts_backbone.blocks.2.0.weight"] = torch.zeros(1)
+    with pytest.raises(upstream.Refused) as refused:
+        upstream.import_state(source, "bevfusion-lidar", sizes=SMALL)
+    message = str(refused.value)
+    assert "lacks bbox_head.shared_conv.weight (our params.head.shared.weight)" in message
+    assert "pts_neck.deblocks.1.0.weight is [6, 5, 2, 2] where the model has [6, 4, 2, 2]" in message
+    assert "holds pts_backbone.blocks.2.0.weight, which this model does not have" in message
+    report = refused.value.report
+    assert report.missing == {"params.head.shared.weight": "bbox_head.shared_conv.weight"}
+    assert report.unknown == ["pts_backbone.blocks.2.0.weight"]
+    text = report.text()
+    assert "missing    params.head.shared.weight" in text and "mismatched pts_neck" in text
+
+
+def test_a_deeper_swin_of_the_same_width_is_refused():
+    deeper = names.entries("swin-nuimages", replace(SMALL, swin_depths=(1, 3, 1)))  # Swin-S to our Swin-T
+    source = {entry.key: torch.zeros(entry.shape) for entry in deeper}
+    with pytest.raises(ValueError, match=r"holds stages\.1\.blocks\.2\..*which this model does not have"):
+        upstream.import_state(source, "swin-nuimages", sizes=SMALL)
+
+
+def test_a_bias_table_of_another_window_is_named():
+    source = upstream_state("swin-nuimages")
+    source["stages.0.blocks.0.attn.w_msa.relative_position_bias_table"] = torch.zeros(25, 1)
+    with pytest.raises(ValueError, match=r"table is \[25, 1\] where the model has \[9, 1\] \(another window size\)"):
+        upstream.import_state(source, "swin-nuimages", sizes=SMALL)
+
+
+def test_export_names_missing_foreign_and_misshapen_leaves():
+    params, state, report = upstream.import_state(upstream_state("bevfusion-lidar"), "bevfusion-lidar", sizes=SMALL)
+
+    def export(params):
+        upstream.export_state(params, state, "bevfusion-lidar", report.carried, sizes=SMALL)
+
+    with pytest.raises(ValueError, match=r"params.head.shared.weight is missing"):
+        export({**params, "head": {**params["head"], "shared": {"bias": params["head"]["shared"]["bias"]}}})
+    with pytest.raises(ValueError, match=r"bevfusion-lidar has no params.fuser.weight"):
+        export({**params, "fuser": {"weight": torch.zeros(1)}})
+    with pytest.raises(ValueError, match=r"params.head.shared.bias is \[3\] where bevfusion-lidar has \[8\]"):
+        export({**params, "head": {**params["head"], "shared": {**params["head"]["shared"], "bias": torch.zeros(3)}}})
+
+
+# --- derived buffers and types -----------------------------------------------------------------------------------
+
+
+def test_a_frustum_of_another_camera_warns_and_still_exports_as_it_was():
+    source = upstream_state("bevfusion-lidar-cam")
+    source["view_transform.frustum"] = source["view_transform.frustum"] + 0.5
+    params, state, report = upstream.import_state(source, "bevfusion-lidar-cam", sizes=SMALL)
+    (warning,) = report.warnings
+    assert warning == "view_transform.frustum differs from the configuration's by up to 0.5, bevfn uses its own"
+    back = upstream.export_state(params, state, "bevfusion-lidar-cam", report.carried, sizes=SMALL)
+    assert torch.equal(back["view_transform.frustum"], source["view_transform.frustum"])
+
+
+def test_derived_buffers_follow_the_manifest_rules():
+    found = names.derived("bevfusion-lidar-cam", names.PUBLISHED)
+    index = found["img_backbone.stages.2.blocks.3.attn.w_msa.relative_position_index"]
+    (qi, qj), (ki, kj) = (2, 5), (6, 1)
+    assert index[qi * 7 + qj, ki * 7 + kj] == 13 * (qi - ki + 6) + (qj - kj + 6)
+    frustum = found["view_transform.frustum"]  # D H W 3
+    x, y = np.linspace(0, 703, 88, dtype=np.float32), np.linspace(0, 255, 32, dtype=np.float32)
+    np.testing.assert_allclose(frustum[100, 31, 40].numpy(), [x[40], y[31], 51.0], rtol=1e-6)
+    assert found["view_transform.dx"].tolist() == pytest.approx([0.3, 0.3, 20.0])
+    assert found["view_transform.bx"].tolist() == pytest.approx([-53.85, -53.85, 0.0])
+    assert found["view_transform.nx"].tolist() == [360, 360, 1]
+
+
+def test_half_precision_weights_become_float32_and_say_so():
+    source = upstream_state("bevfusion-lidar")
+    source["bbox_head.shared_conv.bias"] = source["bbox_head.shared_conv.bias"].half()
+    params, _, report = upstream.import_state(source, "bevfusion-lidar", sizes=SMALL)
+    assert params["head"]["shared"]["bias"].dtype == torch.float32
+    assert report.warnings == ["bbox_head.shared_conv.bias is float16 and becomes float32"]
+
+
+# --- Swin --------------------------------------------------------------------------------------------------------
+
+
+def test_original_swin_patch_merging_is_reordered_to_unfold_order():
+    source = upstream_state("swin-nuimages", "original")
+    params, _, report = upstream.import_state(source, "swin-nuimages", sizes=SMALL)
+    assert report.naming == "original"
+    ours = params["camera"]["backbone"]["stages"][0]["downsample"]
+    x = torch.randn(1, 4, 6, SMALL.swin)  # B H W C
+    blocks = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]  # the original's order
+    norm = source["layers.0.downsample.norm.weight"], source["layers.0.downsample.norm.bias"]
+    want = F.layer_norm(torch.cat(blocks, -1), (16,), *norm) @ source["layers.0.downsample.reduction.weight"].T
+    patches = F.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2)  # B 6 4C, channel-major
+    got = F.layer_norm(patches, (16,), ours["norm"]["weight"], ours["norm"]["bias"]) @ ours["reduction"]["weight"].T
+    torch.testing.assert_close(got.reshape(want.shape), want)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_original_swin_round_trips_with_its_masks_and_head(prefix):
+    source = upstream_state("swin-nuimages", "original")
+    source["layers.1.blocks.1.attn_mask"] = torch.randn(4, 4, 4)
+    source["head.weight"], source["norm.bias"] = torch.randn(3, 16), torch.randn(16)
+    file = {prefix + key: leaf for key, leaf in source.items()}
+    outside = {"rpn_head.rpn_conv.weight": torch.zeros(1)} if prefix else {}
+    params, state, report = upstream.import_state(file | outside, "swin-nuimages", sizes=SMALL)
+    assert state == {} and report.prefix == prefix
+    assert report.unused["head.weight"] == "classification head of the pre-training"
+    assert all("outside 'backbone.'" in report.unused[key] for key in outside)
+    back = upstream.export_state(
+        params, state, "swin-nuimages", report.carried, sizes=SMALL, naming=report.naming, prefix=report.prefix
+    )
+    assert_same(back, file)
+
+
+def test_imagenet_swin_leaves_the_output_norms_at_init():
+    source = {key: t for key, t in upstream_state("swin-nuimages", "original").items() if key[:4] != "norm"}
+    params, _, report = upstream.import_state({**source}, "swin-nuimages", sizes=SMALL)
+    assert "out_norms" not in params["camera"]["backbone"]
+    assert report.initial["params.camera.backbone.out_norms.0.weight"] == "norm1.weight"
+    assert "at init    params.camera.backbone.out_norms.0.weight (no norm1.weight)" in report.text()
+
+
+# --- merging -----------------------------------------------------------------------------------------------------
+
+
+def small_trees() -> tuple[dict, dict]:
+    params, state, _ = upstream.import_state(upstream_state("bevfusion-lidar-cam"), "bevfusion-lidar-cam", sizes=SMALL)
+    return tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, state)
+
+
+def load(model: str, naming: names.Naming = "mmdet") -> tuple[dict, dict]:
+    return upstream.import_state(upstream_state(model, naming), model, sizes=SMALL)[:2]
+
+
+def test_lidar_detector_and_swin_merge_into_the_camera_model():
+    params, state = small_trees()
+    loaded = {"lidar.pth": load("bevfusion-lidar"), "swin.pth": load("swin-nuimages", "original")}
+    new = ("camera.neck", "camera.view", "fuser")
+    filled, filled_state, merge = upstream.load_into(params, state, loaded, allow_missing=new)
+    assert torch.equal(filled["head"]["shared"]["weight"], loaded["lidar.pth"][0]["head"]["shared"]["weight"])
+    norm = filled_state["lidar"]["conv_out"]["norm"]
+    assert torch.equal(norm["var"], loaded["lidar.pth"][1]["lidar"]["conv_out"]["norm"]["var"])
+    swin = "params.camera.backbone.stages.1.blocks.0.attn.bias_table"
+    assert merge.filled[swin] == "swin.pth" and merge.filled["state.head.heatmap.hidden.norm.mean"] == "lidar.pth"
+    assert {name.split(".", 1)[1].rsplit(".", 1)[0].split(".")[0] for name in merge.initial} == {"camera", "fuser"}
+    assert not filled["fuser"]["conv"]["weight"].any()
+    assert set(merge.filled) | set(merge.initial) == {f"params.{p}" for p in tree.flatten(params)} | {
+        f"state.{p}" for p in tree.flatten(state)
+    }
+    assert not any(leaf.any() for leaf in tree.leaves(params))  # the given trees stay as they were
+    assert tree.diff(filled, params) == []
+    assert "tensors from swin.pth" in merge.text() and "tensors of camera.view at init" in merge.text()
+
+
+def test_merge_refuses_gaps_overlaps_and_other_models():
+    params, state = small_trees()
+    lidar = load("bevfusion-lidar")
+    with pytest.raises(ValueError, match=r"no checkpoint of lidar.pth holds params.camera.*path in allow_missing"):
+        upstream.load_into(params, state, {"lidar.pth": lidar}, allow_missing=("fuser", "camera.nec"))
+    with pytest.raises(ValueError, match=r"both a and b hold params.lidar.conv_input.conv.weight"):
+        upstream.load_into(params, state, {"a": lidar, "b": lidar}, allow_missing=("camera", "fuser"))
+    with pytest.raises(ValueError, match=r"x holds params.extra, which the model lacks"):
+        upstream.load_into(params, state, {"x": ({"extra": torch.zeros(1)}, {})}, allow_missing=("camera",))
+    with pytest.raises(ValueError, match=r"params.fuser.norm.weight is \[3\] in x but \[8\] in the model"):
+        upstream.load_into(params, state, {"x": ({"fuser": {"norm": {"weight": torch.zeros(3)}}}, {})})
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """Creates the file it is given when unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("container", ["torch", "pickle"])
+def test_a_file_that_pickles_code_is_refused_and_nothing_runs(tmp_path, container):
+    file, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    content = {"state_dict": upstream_state("bevfusion-lidar"), "meta": Malicious(trace)}
+    if container == "torch":
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps({"meta": Malicious(trace)}, protocol=2))
+    with pytest.raises(ValueError, match=r"evil\.pth holds .* besides tensors, which.*weights_only=False"):
+        checkpoint.import_(file, tmp_path / "out.safetensors", model="bevfusion-lidar")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pth"]
+
+
+def test_an_mmengine_training_log_beside_the_weights_is_skipped_unread(tmp_path, monkeypatch):
+    # The class mmengine pickles, under its name; its own code must not run when the file is read.
+    module = types.ModuleType("mmengine.logging.history_buffer")
+
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history, self.max_length = np.arange(3.0), 1000
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
+    module.HistoryBuffer = HistoryBuffer
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = upstream_state("bevfusion-lidar")
+    log = {"log_scalars": {"train/loss": HistoryBuffer()}, "runtime_info": {"lr": np.float64(0.1)}}
+    torch.save({"meta": {"epoch": 20}, "state_dict": source, "message_hub": log}, tmp_path / "a.pth")
+    for name in (module.__name__, "mmengine.logging", "mmengine"):
+        monkeypatch.delitem(sys.modules, name)
+    allowed = set(torch.serialization.get_safe_globals())
+    assert_same(upstream.read_state_dict(tmp_path / "a.pth"), source)
+    assert set(torch.serialization.get_safe_globals()) == allowed  # the permission does not outlive the call
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_truncated_file_is_named(tmp_path, suffix):
+    whole, file = tmp_path / f"whole{suffix}", tmp_path / f"half{suffix}"
+    upstream.write_state_dict(whole, upstream_state("bevfusion-lidar"), sparse="spconv2")
+    for size in (0, 7, whole.stat().st_size // 2, whole.stat().st_size - 100):
+        file.write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(ValueError, match=rf"half\{suffix} is not a complete .* again"):
+            checkpoint.import_(file, tmp_path / "out.safetensors", model="bevfusion-lidar")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("nesting", ["state_dict", "model", None])
+def test_state_dict_is_found_at_every_level(tmp_path, nesting):
+    source = upstream_state("swin-nuimages")
+    torch.save({nesting: source, "epoch": 1} if nesting else source, tmp_path / "a.pth")
+    assert_same(upstream.read_state_dict(tmp_path / "a.pth"), source)
+
+
+def test_files_without_a_state_dict_are_named(tmp_path):
+    file = tmp_path / "a.pth"
+    with pytest.raises(ValueError, match=r"a\.pth: no such checkpoint file"):
+        upstream.read_state_dict(file)
+    file.write_text("<html>not found</html>")
+    with pytest.raises(ValueError, match=r"a\.pth is not a torch checkpoint: it begins with b'<html>no'"):
+        upstream.read_state_dict(file)
+    torch.save([torch.zeros(1)], file)
+    with pytest.raises(ValueError, match=r"a\.pth holds no state dict"):
+        upstream.read_state_dict(file)
+    torch.save({"state_dict": {"epoch": 3}}, file)
+    with pytest.raises(ValueError, match=r"a\.pth: entry 'epoch' of the state dict is a int, not a tensor"):
+        upstream.read_state_dict(file)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_import_and_export_commands_give_back_the_published_file(tmp_path, suffix, capsys):
+    folder = case("bevfusion_lidar")
+    source = goldens.fill_case(folder)
+    published, imported, exported = tmp_path / f"in{suffix}", tmp_path / "ours.safetensors", tmp_path / f"out{suffix}"
+    upstream.write_state_dict(published, source, sparse="spconv2")
+    checkpoint.import_(published, imported, model="bevfusion-lidar")
+    assert "used       262 tensors" in capsys.readouterr().out
+    read = upstream.read_imported(imported)
+    assert (read.model, read.source, read.sparse) == ("bevfusion-lidar", published.name, "spconv2")
+    names_in_file = set(safetensors.torch.load_file(imported))
+    assert "params.head.shared.weight" in names_in_file and "state.fuser.norm.mean" not in names_in_file
+    checkpoint.export(imported, exported)
+    assert_same(upstream.read_state_dict(exported), source)
+    checkpoint.show(imported)
+    checkpoint.show(exported)
+    shown = capsys.readouterr().out
+    assert "bevfusion-lidar, imported from in" in shown and "params.head.shared" in shown
+    assert "import it with --model bevfusion-lidar" in shown
+
+
+def test_exported_pth_records_the_version_that_keeps_upstream_from_permuting_kernels(tmp_path):
+    source = upstream_state("bevfusion-lidar")
+    upstream.write_state_dict(tmp_path / "a.pth", source, sparse="spconv2")
+    stored = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]
+    assert stored._metadata["pts_middle_encoder.conv_input.0"] == {"version": 2}
+    upstream.write_state_dict(tmp_path / "b.pth", source, sparse="mmcv")
+    assert not hasattr(torch.load(tmp_path / "b.pth", weights_only=True)["state_dict"], "_metadata")
+
+
+def test_a_refused_import_leaves_the_old_output_and_prints_the_report(tmp_path, capsys):
+    source = upstream_state("bevfusion-lidar")  # small, so the published sizes do not fit
+    torch.save(source, tmp_path / "a.pth")
+    (tmp_path / "out.safetensors").write_bytes(b"old")
+    with pytest.raises(ValueError, match=r"a\.pth: the checkpoint does not fit --model bevfusion-lidar: .*; and \d+"):
+        checkpoint.import_(tmp_path / "a.pth", tmp_path / "out.safetensors", model="bevfusion-lidar")
+    assert (tmp_path / "out.safetensors").read_bytes() == b"old"
+    assert "mismatched bbox_head.shared_conv.weight: [8, 8, 3, 3] where the model has" in capsys.readouterr().out
+
+
+# --- golden cases ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bevfusion_lidar", "bevfusion_lidar_cam", "bevdepth_r50_2key"])
+def test_fill_case_agrees_with_the_manifest_checksum(name):
+    folder = case(name)
+    manifest = goldens.read_manifest(folder)
+    found = goldens.fill_case(folder)  # raises if the checksum differs
+    assert list(found) == list(manifest["weights"]) + list(manifest.get("derived") or {})
+    for key, spec in (manifest["weights"] | (manifest.get("derived") or {})).items():
+        assert list(found[key].shape) == spec["shape"] and str(found[key].dtype) == f"torch.{spec['dtype']}"
+
+
+def test_fill_case_refuses_an_edited_manifest(tmp_path):
+    spec = '{"a": {"shape": [2], "dtype": "float32", "kind": "normal", "mean": 0, "std": 1}}'
+    (tmp_path / "manifest.json").write_text(f'{{"seed": 0, "weights_crc32": 1, "weights": {spec}}}')
+    with pytest.raises(ValueError, match=r"CRC \d+ but manifest.json says 1"):
+        goldens.fill_case(tmp_path)
+    with pytest.raises(ValueError, match=r"is not a golden case: it has no manifest.json"):
+        goldens.fill_case(tmp_path / "none")
+
+
+def test_nest_builds_lists_and_refuses_gaps():
+    leaf = torch.zeros(1)
+    assert upstream.nest({"a.1.b": leaf, "a.0.b": leaf, "c": leaf}) == {"a": [{"b": leaf}, {"b": leaf}], "c": leaf}
+    with pytest.raises(ValueError, match="the list a has gaps: its items are 0, 2"):
+        upstream.nest({"a.0": leaf, "a.2": leaf})

@@ -1,0 +1,117 @@
+"""The picture of a frame: complete or absent, and boxes drawn where the cameras and the lidar say."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bevfn import view
+from bevfn.data import frame, synthetic
+
+SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    return frame.load(
+        synthetic.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size), config=SMALL
+    )
+
+
+def test_picture_shows_predictions_in_their_colours(sample, tmp_path):
+    path = tmp_path / "new" / "frame.png"
+    view.draw(sample, sample.boxes, np.full(len(sample.boxes), 1.0), sample.labels, path, title="step 3")
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert picture.shape[1] > picture.shape[0] > 800
+    for label in set(sample.labels.tolist()):
+        colour = np.array([int(view.COLOURS[label][i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(picture - colour).max(axis=-1) < 12).sum() > 20, sample.class_names[label]
+
+
+def test_nothing_predicted_and_unfinite_boxes_still_give_a_picture(sample, tmp_path):
+    nothing = np.zeros((0, 9))
+    view.draw(sample, nothing, np.zeros(0), np.zeros(0, dtype=np.int64), tmp_path / "a.png")
+    broken = np.full((2, 9), np.nan)
+    view.draw(sample, broken, np.ones(2), np.zeros(2, dtype=np.int64), tmp_path / "b.png")
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png"]
+
+
+def test_frame_without_cameras_boxes_or_points_is_drawn_from_above(sample, tmp_path):
+    bare = dataclasses.replace(
+        sample,
+        image_paths=(),
+        camera_names=(),
+        points=sample.points[:0],
+        boxes=sample.boxes[:0],
+        labels=sample.labels[:0],
+    )
+    view.draw(bare, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "bare.png")
+    assert Image.open(tmp_path / "bare.png").size[0] > 800
+
+
+def test_projection_agrees_with_the_pinhole_and_cuts_what_is_behind():
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array([[100.0, 0, 50], [0, 100.0, 40], [0, 0, 1]]) @ np.array(
+        [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
+    )
+    ahead = frame.corners(np.array([[10.0, 0, -1, 2, 2, 2, 0]]))[0]
+    ends = np.concatenate(view._project(ahead, matrix, 100, 80))
+    np.testing.assert_allclose(ends.min(axis=0), [50 - 100 / 9, 40 - 100 / 9])
+    np.testing.assert_allclose(ends.max(axis=0), [50 + 100 / 9, 40 + 100 / 9])
+    behind = ahead - [30.0, 0, 0]
+    assert view._project(behind, matrix, 100, 80) == []
+    around = frame.corners(np.array([[0.0, 0, -1, 20, 2, 2, 0]]))[0]  # the camera is inside
+    assert np.isfinite(np.concatenate(view._project(around, matrix, 100, 80))).all()
+
+
+def test_augmented_boxes_are_taken_back_before_projection(sample, tmp_path):
+    """Turning points, boxes and lidar_aug together must leave the camera pictures as they are."""
+    angle = 0.4
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    lidar_aug = np.eye(4, dtype=np.float32)
+    lidar_aug[:2, :2] = turn
+    boxes = sample.boxes.copy()
+    boxes[:, :2] = boxes[:, :2] @ turn.T
+    boxes[:, 6] += angle
+    plain = tmp_path / "plain.png"
+    turned = tmp_path / "turned.png"
+    scores = np.ones(len(boxes))
+    view.draw(sample, sample.boxes, scores, sample.labels, plain)
+    view.draw(dataclasses.replace(sample, boxes=boxes, lidar_aug=lidar_aug), boxes, scores, sample.labels, turned)
+    a, b = (
+        np.asarray(Image.open(p).convert("RGB"))[:, : Image.open(p).size[0] // 2].astype(int) for p in (plain, turned)
+    )
+    assert (np.abs(a - b).max(axis=-1) > 40).mean() < 1e-3
+
+
+def test_wrong_calls_name_what_is_wrong(sample, tmp_path):
+    with pytest.raises(ValueError, match=r"2 scores and 24|draw got boxes .* 2 scores"):
+        view.draw(sample, sample.boxes, np.ones(2), sample.labels, tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"label 10, but the frame has 10 class names"):
+        view.draw(sample, sample.boxes[:1], np.ones(1), np.array([10]), tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"written as PNG"):
+        view.draw(sample, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "a.jpg")
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_image_leaves_no_half_written_picture(sample, tmp_path):
+    gone = dataclasses.replace(sample, image_paths=(Path("nowhere.jpg"), *sample.image_paths[1:]))
+    with pytest.raises(ValueError, match=r"nowhere.jpg: the image does not exist"):
+        view.draw(gone, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "a.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_keeps_the_old_picture(sample, tmp_path, monkeypatch):
+    path = tmp_path / "frame.png"
+    path.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        view.draw(sample, sample.boxes[:0], np.zeros(0), np.zeros(0, dtype=np.int64), path)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["frame.png"]
