@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-Planes = tuple[Tensor, Tensor, Tensor]  # x, y, z apart, broadcastable: most factors vary along one or two axes only
+Planes = tuple[Tensor, ...]  # x, y, z apart and broadcastable, since most factors vary along one or two axes only
 
 
 def invert(matrix: Tensor) -> Tensor:
@@ -68,7 +68,10 @@ def translate(offset: Tensor, point: Planes) -> Planes:
 
 
 def frustum(
-    image_size: tuple[int, int], feature_size: tuple[int, int], depth_m: tuple[float, float, float], device: torch.device
+    image_size: tuple[int, int],
+    feature_size: tuple[int, int],
+    depth_m: tuple[float, float, float],
+    device: torch.device,
 ) -> Planes:
     """Pixel x [1 1 W], pixel y [1 H 1] and depth in m [D 1 1] of the frustum's points.
 
@@ -87,11 +90,16 @@ def _spread(last: int, count: int) -> list[float]:
     """
     mantissa, exponent = math.frexp(last / max(count - 1, 1))
     step = math.ldexp(round(mantissa * 2**24), exponent - 24)
-    return [step * i if i < count // 2 else last - step * (count - 1 - i) for i in range(count)]
+    return [step * i if i < max(count // 2, 1) else last - step * (count - 1 - i) for i in range(count)]
 
 
 def frustum_in_lidar(
-    point: Planes, *, image_aug: Tensor, undo_image_aug: Tensor, lidar_from_pixel: Tensor, lidar_from_camera: Tensor,
+    point: Planes,
+    *,
+    image_aug: Tensor,
+    undo_image_aug: Tensor,
+    lidar_from_pixel: Tensor,
+    lidar_from_camera: Tensor,
     lidar_aug: Tensor,
 ) -> Planes:
     """Frustum points (see `frustum`) in the augmented LiDAR frame: planes [B N D H W], m.
@@ -105,9 +113,7 @@ def frustum_in_lidar(
     return translate(lidar_aug[..., :3, 3], rotate(lidar_aug[..., :3, :3], point))
 
 
-def bev_cells(
-    point: Planes, bounds_m: tuple[tuple[float, float, float], ...], *, truncate_toward_zero: bool
-) -> Tensor:
+def bev_cells(point: Planes, bounds_m: tuple[tuple[float, float, float], ...], *, truncate_toward_zero: bool) -> Tensor:
     """Cell of every point: int32 [B N D H W], ((b X + x) Y + y) Z + z, or -1 outside. bounds_m: (low, high, step) each.
 
     truncate_toward_zero keeps upstream's rule: points up to one cell below a lower bound land in cell 0. In the golden
@@ -115,14 +121,13 @@ def bev_cells(
     """
     shape = torch.broadcast_shapes(*(p.shape for p in point))
     cell = torch.arange(shape[0], dtype=torch.int32, device=point[0].device).view(-1, *(1,) * (len(shape) - 1))
-    inside = None
+    inside = torch.ones((), dtype=torch.bool, device=cell.device)
     for coordinate, (low, high, step) in zip(point, bounds_m):
         count = num_cells((low, high, step))
-        # Tensors, because CUDA divides by a Python number through its reciprocal; the lower bound as upstream's bx - dx/2.
+        # Tensors, because CUDA divides by a Python number through its reciprocal. Lower bound: upstream's bx - dx/2.
         size, centre = (coordinate.new_full((), value) for value in (step, low + step / 2))
         place = (coordinate - (centre - size / 2)) / size
-        within = (place > -1 if truncate_toward_zero else place >= 0) & (place < count)
-        inside = within if inside is None else inside & within
+        inside = inside & (place > -1 if truncate_toward_zero else place >= 0) & (place < count)
         cell = cell * count + place.to(torch.int32)
     return torch.where(inside, cell, -1)
 
@@ -160,7 +165,7 @@ def depth_map(pixel_depth: Planes, valid: Tensor, image_size: tuple[int, int]) -
     (B, N, P), (H, W) = u.shape, image_size
     inside = (u >= 0) & (u < W) & (v >= 0) & (v < H) & valid[:, None]
     pixel = torch.where(inside, v.to(torch.int64) * W + u.to(torch.int64), H * W).view(B * N, P)
-    # No two keys are equal, so any sort gives this order; then every pixel is written once and the scatter is determined.
+    # No two keys are equal, so any sort gives this order; then every pixel is written once: a determined scatter.
     index = torch.sort(pixel * P + torch.arange(P, device=u.device), 1)[1]
     pixel = pixel.gather(1, index)
     last = torch.cat([pixel[:, 1:] != pixel[:, :-1], torch.ones_like(inside[:, :, 0].reshape(-1, 1))], 1)

@@ -171,8 +171,12 @@ def _drop_half_line(path: Path) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The steps of a run folder in order, of a step that comes twice the later one; every value a float."""
-    lines = (Path(run_dir) / METRICS_FILE).read_text().splitlines()
+    """The steps of a run folder in order, of a step that comes twice the later one; every value a float.
+
+    A last line that a killed run did not finish is left out.
+    """
+    text = (Path(run_dir) / METRICS_FILE).read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
     records = [{name: float(value) for name, value in json.loads(line).items()} for line in lines]
     return [record for _, record in sorted({record["step"]: record for record in records}.items())]
 

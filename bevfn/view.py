@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
@@ -13,9 +14,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
+from bevfn.boxes import bev_corners, corners
 from bevfn.data import image
 from bevfn.data.batch import Sample
-from bevfn.data.frame import corners
 from bevfn.files import write_atomically
 
 # One colour a class, in label order; further classes start over.
@@ -23,9 +24,8 @@ COLOURS = (
     "#3b82f6", "#f97316", "#eab308", "#dc2626", "#92400e", "#f472b6", "#06b6d4", "#65a30d", "#9333ea", "#0f766e",
 )  # fmt: skip
 DASHED: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (4, 2))}  # annotations
-# corner numbers of `frame.corners`: the twelve edges, and the bottom's outline
-EDGES = ((0, 1), (0, 2), (0, 4), (1, 3), (1, 5), (2, 3), (2, 6), (3, 7), (4, 5), (4, 6), (5, 7), (6, 7))
-OUTLINE = (0, 2, 6, 4, 0)
+# corner numbers of `boxes.corners`: the bottom's, the top's and the upright edges
+EDGES = tuple((i + k, (i + 1) % 4 + k) for k in (0, 4) for i in range(4)) + tuple((i, i + 4) for i in range(4))
 NEAR = 0.1  # m, edges are cut at this depth in front of the camera
 # rows of two, so that left cameras are on the left; cameras of other names follow
 ORDER = ("CAM_FRONT", "CAM_BACK", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
@@ -103,8 +103,8 @@ def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.set_title(frame.camera_names[n], fontsize=9)
     pixel_from_augmented = frame.image_from_lidar[n] @ np.linalg.inv(frame.lidar_aug.astype(np.float64))
-    boxes = np.concatenate([frame.boxes[:, :7], shown["boxes"][:, :7]])
-    projected = [_project(box, pixel_from_augmented, width, height) for box in corners(boxes.astype(np.float64))]
+    boxes = np.concatenate([frame.boxes[:, :7], shown["boxes"][:, :7]]).astype(np.float64)
+    projected = [_project(box, pixel_from_augmented, width, height) for box in corners(torch.from_numpy(boxes)).numpy()]
 
     annotated = [line for lines in projected[: len(frame.boxes)] for line in lines]
     axes.add_collection(LineCollection(annotated, colors="black", linewidths=1.6, alpha=0.4))
@@ -165,7 +165,8 @@ def _footprint(box: np.ndarray) -> list[np.ndarray]:
     """Lines in x, y: the outline [5,2], and a tick [2,2] from the middle of the front outwards."""
     heading = np.array([np.cos(box[6]), np.sin(box[6])])
     front = box[:2] + heading * box[3] / 2
-    return [corners(box[None].astype(np.float64))[0, list(OUTLINE), :2], np.stack([front, front + heading * 0.9])]
+    outline = bev_corners(torch.from_numpy(box)).numpy()[[0, 1, 2, 3, 0]]  # 5 2
+    return [outline, np.stack([front, front + heading * 0.9])]
 
 
 def _alpha(score: float) -> float:

@@ -96,6 +96,7 @@ def test_a_continued_run_appends_and_drops_the_half_line_of_a_killed_one(tmp_pat
     run(tmp_path, steps=3)
     with open(tmp_path / report.METRICS_FILE, "a") as file:
         file.write('{"step": 4, "lo')
+    assert len(read_metrics(tmp_path)) == 3
     run(tmp_path, steps=5, metrics=lambda step: {"loss": 100.0})
     records = read_metrics(tmp_path)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]

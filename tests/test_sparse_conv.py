@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
+from bevfn.bench import sparse as sparse_bench
 from bevfn.kernels import neighbours
 from bevfn.kernels.sparse_conv import reference, sparse_conv
 
@@ -233,3 +234,14 @@ def test_a_table_of_other_features_is_refused():
     table = torch.tensor([[0, 6]], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="beyond x's 6 rows"):
         sparse_conv(torch.zeros(6, 4), torch.zeros(1, 4, 5), table, torch.full((1, 6), -1, dtype=torch.int32))
+
+
+@pytest.mark.slow
+def test_bench_figures_keep_their_promises():
+    figures = sparse_bench.measure()
+    share = figures["gemm_share"]["share"]
+    assert min(share.values()) >= 0.5
+    assert figures["encoder_backward_vs_torch"]["speedup"] >= 2
+    forward = figures["encoder_forward_vs_spconv"]
+    if "omitted" not in forward:
+        assert forward["relative_difference"] < 1e-5 and forward["speedup"] > 1.5

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bevfn import view
+from bevfn.boxes import corners
 from bevfn.data import frame, synthetic
 
 SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
@@ -57,13 +59,13 @@ def test_projection_agrees_with_the_pinhole_and_cuts_what_is_behind():
     matrix[:3, :3] = np.array([[100.0, 0, 50], [0, 100.0, 40], [0, 0, 1]]) @ np.array(
         [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
     )
-    ahead = frame.corners(np.array([[10.0, 0, -1, 2, 2, 2, 0]]))[0]
+    ahead = corners(torch.tensor([10.0, 0, -1, 2, 2, 2, 0], dtype=torch.float64)).numpy()
     ends = np.concatenate(view._project(ahead, matrix, 100, 80))
     np.testing.assert_allclose(ends.min(axis=0), [50 - 100 / 9, 40 - 100 / 9])
     np.testing.assert_allclose(ends.max(axis=0), [50 + 100 / 9, 40 + 100 / 9])
     behind = ahead - [30.0, 0, 0]
     assert view._project(behind, matrix, 100, 80) == []
-    around = frame.corners(np.array([[0.0, 0, -1, 20, 2, 2, 0]]))[0]  # the camera is inside
+    around = corners(torch.tensor([0.0, 0, -1, 20, 2, 2, 0], dtype=torch.float64)).numpy()  # the camera is inside
     assert np.isfinite(np.concatenate(view._project(around, matrix, 100, 80))).all()
 
 

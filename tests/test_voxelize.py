@@ -135,7 +135,7 @@ def test_operator_passes_torchs_own_checks():
         ({"points": torch.zeros(1, 4, 5, dtype=torch.float64)}, "points must be float32"),
         ({"valid": torch.zeros(1, 3, dtype=torch.bool)}, "valid must be bool"),
         ({"size": (0.1, 0.0, 0.1)}, "size and grid positive"),
-        ({"grid": (1 << 21, 1, 1)}, "use larger cells"),
+        ({"grid": (1 << 20, 1 << 20, 1 << 20)}, "use larger cells"),
         ({"max_voxels": 0}, "max_points and max_voxels must be at least 1"),
     ],
 )

@@ -32,7 +32,9 @@ class Config:
             raise ValueError(f"heads {self.heads} must give one number per stage of depths {self.depths}")
         for stage, heads in enumerate(self.heads):
             if self.width(stage) % heads:
-                raise ValueError(f"heads[{stage}] = {heads} does not divide the {self.width(stage)} channels of its stage")
+                raise ValueError(
+                    f"heads[{stage}] = {heads} does not divide the {self.width(stage)} channels of its stage"
+                )
         if any(not 0 <= stage < len(self.depths) for stage in self.out_stages):
             raise ValueError(f"out_stages {self.out_stages} must lie in 0..{len(self.depths) - 1}")
 
@@ -54,7 +56,7 @@ MINI = Config(channels=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=4)  #
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, {}): upstream's initialisation from scratch."""
-    stages = []
+    stages: list[dict] = []
     for stage, depth in enumerate(config.depths):
         width = config.width(stage)
         blocks = [_init_block(width, config.heads[stage], config, generator) for _ in range(depth)]
@@ -100,10 +102,13 @@ def apply(params: dict, images: Tensor, *, config: Config, train: bool, key: Ten
     """
     height, width = images.shape[-2:]
     if height % config.stride or width % config.stride:
-        raise ValueError(f"images of {height}x{width} pixels: choose a height and width that are multiples of {config.stride}")
+        raise ValueError(
+            f"images of {height}x{width} pixels: choose a height and width that are multiples of {config.stride}"
+        )
     x = conv.apply(params["patch_embed"]["conv"], images, stride=config.patch).permute(0, 2, 3, 1)  # M H W C
     x = layer_norm.apply(params["patch_embed"]["norm"], x)
-    outputs, index, last = [], 0, max(sum(config.depths) - 1, 1)
+    outputs: list[Tensor] = []
+    index, last = 0, max(sum(config.depths) - 1, 1)
     for stage, stage_params in enumerate(params["stages"]):
         for place, block in enumerate(stage_params["blocks"]):
             site = None if key is None or not train else rng.fold(key, index)
@@ -145,8 +150,7 @@ def window_attention(params: dict, x: Tensor, *, heads: int, window: int, shift:
     M, H, W, C = x.shape
     size, rows, columns = C // heads, -(-H // window), -(-W // window)
     # 1/sqrt(size) scales the queries, as part of the weight.
-    scale = torch.ones(3 * C, device=x.device)
-    scale = torch.where(torch.arange(3 * C, device=x.device) < C, size**-0.5, scale)
+    scale = torch.where(torch.arange(3 * C, device=x.device) < C, size**-0.5, 1.0)
     qkv = {"weight": params["qkv"]["weight"] * scale[:, None], "bias": params["qkv"]["bias"] * scale}
     y = linear.apply(qkv, x)  # M H W 3C
     fill = qkv["bias"].to(x.dtype)

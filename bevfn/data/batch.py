@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bevfn import geometry
+
 
 @dataclass(frozen=True)
 class Capacities:
@@ -60,8 +62,8 @@ class Sample:
 class Batch:
     """A pytree of tensors; the camera fields are None for LiDAR-only models.
 
-    The inverses are computed on the host by `collate`: a graph for the NPU has no matrix inversion, and their spelling
-    in float32 matters, since 1e-7 moves frustum points between BEV cells.
+    The inverses are computed on the host by `collate`: a graph for the NPU has no matrix inversion, and their rounding
+    (see `geometry.invert`) must not depend on the machine, since 1e-7 moves frustum points between BEV cells.
     """
 
     points: Tensor
@@ -169,12 +171,8 @@ def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, di
         if len(with_images) < len(samples):
             raise ValueError("collate got samples with and without images; read all with cameras or all without.")
         cameras = {name: _stack(name, [getattr(s, name) for s in samples]) for name in _SAMPLE_CAMERA_FIELDS}
-        cameras["undo_image_aug"] = torch.inverse(cameras["image_aug"][..., :3, :3])
-        camera_from_pixel = _inverse_of_intrinsics(cameras["intrinsics"][..., :3, :3])
-        rotation = cameras["lidar_from_camera"][..., :3, :3]  # B N 3 3
-        # a matrix product in a fixed order without fused multiply-add, whatever the machine's BLAS does
-        terms = [rotation[..., :, k, None] * camera_from_pixel[..., None, k, :] for k in range(3)]
-        cameras["lidar_from_pixel"] = terms[0] + terms[1] + terms[2]
+        cameras["undo_image_aug"] = geometry.invert(cameras["image_aug"][..., :3, :3])
+        cameras["lidar_from_pixel"] = geometry.unprojection(cameras["lidar_from_camera"], cameras["intrinsics"])
     batch = Batch(
         points=torch.stack([value for value, _ in points]),
         points_valid=torch.stack([valid for _, valid in points]),
@@ -182,7 +180,7 @@ def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, di
         labels=torch.stack([value for value, _ in labels]),
         boxes_valid=torch.stack([valid for _, valid in boxes]),
         lidar_aug=lidar_aug,
-        undo_lidar_aug=torch.inverse(lidar_aug[:, :3, :3]),
+        undo_lidar_aug=geometry.invert(lidar_aug[:, :3, :3]),
         **cameras,
     )
     counts = {
@@ -193,23 +191,6 @@ def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, di
         for name, count in sample.counts.items():
             counts[name] = counts.get(name, 0) + count
     return batch, counts
-
-
-def _inverse_of_intrinsics(k: Tensor) -> Tensor:
-    """Inverse of [...,3,3] float32, with the same bits on every machine if it is upper triangular with k[2,2] = 1.
-
-    torch.inverse differs between machines in the last bit of -cx/fx (LAPACK's builds divide or multiply with the
-    reciprocal). The golden run multiplied, and with that the frustum of golden case bevfusion_lidar_cam comes out bit
-    for bit; with torch.inverse here 24 % of its coordinates moved by one bit. Other matrices take torch.inverse.
-    """
-    triangular = (k[..., 1, 0] == 0) & (k[..., 2, 0] == 0) & (k[..., 2, 1] == 0) & (k[..., 2, 2] == 1)
-    if not bool(triangular.all()):
-        return torch.inverse(k)
-    x, y = 1.0 / k[..., 0, 0], 1.0 / k[..., 1, 1]
-    skew = -(x * k[..., 0, 1]) * y
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
-    rows = [[x, skew, -(x * k[..., 0, 2] + skew * k[..., 1, 2])], [zero, y, -(y * k[..., 1, 2])], [zero, zero, one]]
-    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
 def _fields(batch: Batch) -> dict[str, Tensor | None]:

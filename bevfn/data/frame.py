@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from bevfn.boxes import limit_yaw
 from bevfn.data import image, points
 from bevfn.data.batch import Capacities, Sample
 
@@ -80,18 +82,6 @@ def load(root: Path, *, config: Config) -> Sample:
     )
 
 
-def corners(boxes: np.ndarray) -> np.ndarray:
-    """Corners [G,8,3] of boxes [G,>=7] in bottom-centre form, same frame and unit.
-
-    Corner i has x sign bit 2, y sign bit 1, z bit 0 (0 = bottom) of i; +x runs along yaw (the front of a car).
-    """
-    bits = (np.arange(8)[:, None] >> np.array([2, 1, 0])) & 1  # 8 3
-    local = (bits - np.array([0.5, 0.5, 0.0])) * boxes[:, None, 3:6]  # G 8 3
-    cos, sin = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])  # G 1
-    x, y, z = local[..., 0], local[..., 1], local[..., 2]
-    return np.stack([cos * x - sin * y, sin * x + cos * y, z], axis=-1) + boxes[:, None, :3]
-
-
 def _boxes(info: dict, path: Path, categories: dict[str, int], config: Config) -> tuple[np.ndarray, np.ndarray]:
     """(boxes [G,9] float32, labels [G] int64): valid, of a known class, centre inside the BEV range, file order."""
     names = {number: name for name, number in categories.items()}
@@ -113,7 +103,7 @@ def _boxes(info: dict, path: Path, categories: dict[str, int], config: Config) -
     x, y = boxes[:, 0], boxes[:, 1]
     inside = (x > lower_x) & (x < upper_x) & (y > lower_y) & (y < upper_y)
     boxes = boxes[inside]
-    boxes[:, 6] -= np.floor(boxes[:, 6] / (2 * np.pi) + 0.5) * (2 * np.pi)  # to [-pi, pi)
+    boxes[:, 6] = limit_yaw(torch.from_numpy(boxes[:, 6])).numpy()
     return boxes, np.array(labels, dtype=np.int64)[inside]
 
 

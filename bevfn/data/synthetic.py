@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
-from bevfn.data.frame import corners
+from bevfn.boxes import corners
 from bevfn.files import write_atomically
 
 # class: (length, width, height [m]: nuScenes means; how many; top speed [m/s]; RGB; lidar intensity 0..255)
@@ -49,10 +50,10 @@ CALIBRATED_SIZE = (900, 1600)  # H, W that the focal lengths are for
 EGO_FROM_LIDAR = np.array([[0.0, 1.0, 0.0, 0.94], [-1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, LIDAR_HEIGHT], [0, 0, 0, 1]])
 SUN = np.array([0.35, 0.50, 0.79])  # unit vector towards the light
 NEAR = 0.1  # m, near plane of the cameras
-# loops of the corner numbers of `frame.corners`, with outward normals in the box frame
+# corner numbers of `boxes.corners` and outward normals in the box frame: front, left, rear, right, top
 FACES = (
-    ((4, 5, 7, 6), (1, 0, 0)), ((0, 1, 3, 2), (-1, 0, 0)), ((2, 3, 7, 6), (0, 1, 0)),
-    ((0, 1, 5, 4), (0, -1, 0)), ((1, 3, 7, 5), (0, 0, 1)),
+    ((3, 0, 4, 7), (1, 0, 0)), ((0, 1, 5, 4), (0, 1, 0)), ((1, 2, 6, 5), (-1, 0, 0)),
+    ((2, 3, 7, 6), (0, -1, 0)), ((4, 5, 6, 7), (0, 0, 1)),
 )  # fmt: skip
 
 
@@ -81,23 +82,21 @@ def write_frame(folder: Path, seed: int = 0, *, image_size: tuple[int, int] = CA
     points, hit = scan(world, rng)
     images = {}
     for name, (heading, position, focal) in CAMERAS.items():
-        camera_from_ego = np.linalg.inv(_ego_from_camera(heading, position))
-        camera_from_lidar = camera_from_ego @ EGO_FROM_LIDAR
+        ego_from_camera = _ego_from_camera(heading, position)
+        camera_from_lidar = np.linalg.inv(ego_from_camera) @ EGO_FROM_LIDAR
         intrinsics = _intrinsics(focal, image_size)
         encoded = io.BytesIO()
-        Image.fromarray(paint(world, camera_from_lidar, intrinsics, image_size)).save(encoded, "JPEG", quality=90)
+        paint(world, camera_from_lidar, intrinsics, image_size).save(encoded, "JPEG", quality=90)
         write_atomically(folder / f"{name}.jpg", encoded.getvalue())
         images[name] = {
             "img_path": f"{name}.jpg",
             "cam2img": intrinsics.tolist(),
-            "cam2ego": _ego_from_camera(heading, position).tolist(),
+            "cam2ego": ego_from_camera.tolist(),
             "lidar2cam": camera_from_lidar.tolist(),
-            "timestamp": 0.0,
         }
     write_atomically(folder / LIDAR_FILE, points.tobytes())
     returns = np.bincount(hit[hit >= 0], minlength=len(world.boxes))  # G
     info = {
-        "sample_idx": 0,
         "token": f"synthetic-{seed}",
         "timestamp": 0.0,
         "ego2global": np.eye(4).tolist(),
@@ -105,8 +104,12 @@ def write_frame(folder: Path, seed: int = 0, *, image_size: tuple[int, int] = CA
         "lidar_points": {"num_pts_feats": 5, "lidar_path": LIDAR_FILE, "lidar2ego": EGO_FROM_LIDAR.tolist()},
         "instances": [_instance(*item) for item in zip(world.boxes, world.labels, returns)],
     }
-    categories = {name: number for number, name in enumerate(NAMES)}
-    metainfo = {"categories": categories, "dataset": "synthetic", "version": "1", "info_version": "1.1"}
+    metainfo = {
+        "categories": {name: i for i, name in enumerate(NAMES)},
+        "dataset": "synthetic",
+        "version": "1",
+        "info_version": "1.1",
+    }
     document = json.dumps({"metainfo": metainfo, "data_list": [info]}, indent=1)
     write_atomically(folder / "frame.json", document.encode())
     return folder
@@ -170,8 +173,8 @@ def _enter(boxes: np.ndarray, rays: np.ndarray) -> np.ndarray:
     return np.where((enter <= leave) & (enter > 0), enter, np.inf)
 
 
-def paint(world: World, camera_from_lidar: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The camera's picture, [H,W,3] uint8 RGB: sky, ground with a 4 m chequer, shaded boxes from far to near.
+def paint(world: World, camera_from_lidar: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """The camera's picture of size (H,W): sky, ground with a 4 m chequer, shaded boxes from far to near.
 
     The order is exact: seen from a point, disjoint circles are sorted by their power d^2 - r^2 (power diagram).
     """
@@ -179,7 +182,7 @@ def paint(world: World, camera_from_lidar: np.ndarray, intrinsics: np.ndarray, s
     canvas = Image.fromarray(_background(rotation, position, intrinsics, size))
     draw = ImageDraw.Draw(canvas)
     power = ((world.boxes[:, :2] - position[:2]) ** 2).sum(axis=1) - world.radii**2
-    loops = corners(world.boxes)  # G 8 3
+    loops = corners(torch.from_numpy(world.boxes)).numpy()  # G 8 3
     for g in np.argsort(-power):
         cos, sin = np.cos(world.boxes[g, 6]), np.sin(world.boxes[g, 6])
         for loop, (nx, ny, nz) in FACES:
@@ -194,13 +197,11 @@ def paint(world: World, camera_from_lidar: np.ndarray, intrinsics: np.ndarray, s
                 colour = tuple(int(c * shade) for c in CLASSES[NAMES[world.labels[g]]][3])
                 edge = tuple(int(c * 0.6) for c in colour)
                 draw.polygon([(u, v) for u, v in pixels[:, :2] / pixels[:, 2:]], fill=colour, outline=edge)
-    return np.asarray(canvas)
+    return canvas
 
 
-def _background(
-    rotation: np.ndarray, position: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]
-) -> np.ndarray:
-    """Sky above the horizon, and the ground where a pixel's ray meets it, [H,W,3] uint8."""
+def _background(rotation: np.ndarray, position: np.ndarray, intrinsics: np.ndarray, size: tuple) -> np.ndarray:
+    """Sky above the horizon, and the ground where a pixel's ray meets it, [H,W,3] uint8; size (H,W)."""
     v, u = np.mgrid[: size[0], : size[1]]
     pixels = np.stack([u, v, np.ones_like(u)], axis=-1) + np.array([0.5, 0.5, 0.0])  # H W 3
     rays = pixels @ (rotation.T @ np.linalg.inv(intrinsics)).T  # H W 3, lidar frame
@@ -243,11 +244,7 @@ def _intrinsics(focal: float, image_size: tuple[int, int]) -> np.ndarray:
 
 def _instance(box: np.ndarray, label: int, returns: int) -> dict:
     """One entry of `instances`; the file holds the gravity centre."""
-    return {
-        "bbox_3d": [*box[:2].tolist(), float(box[2] + box[5] / 2), *box[3:7].tolist()],
-        "bbox_label_3d": int(label),
-        "bbox_3d_isvalid": bool(returns > 0),
-        "num_lidar_pts": int(returns),
-        "num_radar_pts": 0,
-        "velocity": box[7:9].tolist(),
-    }
+    centre = [*box[:2].tolist(), float(box[2] + box[5] / 2)]
+    seen = {"bbox_3d_isvalid": bool(returns > 0), "num_lidar_pts": int(returns), "num_radar_pts": 0}
+    what = {"bbox_3d": [*centre, *box[3:7].tolist()], "bbox_label_3d": int(label), "velocity": box[7:9].tolist()}
+    return {**what, **seen}

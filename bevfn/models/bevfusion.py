@@ -103,9 +103,9 @@ def camera_only() -> Config:
 
 
 def mini(config: Config) -> Config:
-    """The same model at a size for demos and CI: 0.3 m voxels, 64 x 176 images, narrow layers; seconds on a laptop."""
-    size = (0.3, 0.3, 0.2)
-    voxels = replace(config.voxels, size=size, max_voxels=(6_000, 6_000))
+    """The same model at a size for demos and CI: 0.28 m voxels, 64 x 192 images, narrow layers; seconds on a laptop."""
+    size = (0.28125, 0.28125, 0.2)  # 384 x 384 x 40 voxels, 48 x 48 BEV cells
+    voxels = replace(config.voxels, size=size, max_voxels=(8_000, 8_000))
     lidar, camera = config.lidar, config.camera
     if lidar is not None:
         encoder = sparse_encoder.Config(
@@ -114,8 +114,8 @@ def mini(config: Config) -> Config:
         lidar = replace(lidar, encoder=encoder)
     if camera is not None:
         view = lift_splat.Config(
-            channels_in=32, channels_out=16, image_size=(64, 176), depth_m=(1.0, 60.0, 2.0),
-            x_m=(-54.0, 54.0, 1.2), y_m=(-54.0, 54.0, 1.2), lidar_depth=camera.view.lidar_depth,
+            channels_in=32, channels_out=16, image_size=(64, 192), depth_m=(1.0, 61.0, 2.0),
+            x_m=(-54.0, 54.0, 1.125), y_m=(-54.0, 54.0, 1.125), lidar_depth=camera.view.lidar_depth,
         )  # fmt: skip
         neck = lss_fpn.Config(channels_in=(32, 64, 128), channels_out=32)
         camera = Camera(backbone=swin.MINI, neck=neck, view=view)
@@ -125,7 +125,7 @@ def mini(config: Config) -> Config:
         neck=second_fpn.Config(channels_in=(32, 64), channels=(32, 32)),
         head=transfusion.Config(
             channels_in=64, channels=32, queries=64, heads=4, ffn_channels=64, head_channels=32, voxel=size[:2],
-            cells=(45, 45),
+            cells=(48, 48),
         ),
     )  # fmt: skip
 

@@ -5,6 +5,7 @@
 Source: mmdetection3d projects/BEVFusion/bevfusion/bevfusion_necks.py; golden case bevfusion_lidar_cam.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ class Config:
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state) of {"laterals", "outputs"}: one entry per level but the coarsest, mmcv's initialisation."""
-    params, state = {"laterals": [], "outputs": []}, {"laterals": [], "outputs": []}
+    params: dict = {"laterals": [], "outputs": []}
+    state: dict = {"laterals": [], "outputs": []}
     coarsest = len(config.channels_in) - 1
     for level, channels in enumerate(config.channels_in[:-1]):
         above = config.channels_in[-1] if level + 1 == coarsest else config.channels_out
@@ -44,7 +46,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 def apply(params: dict, state: dict, features: list[Tensor], *, train: bool) -> tuple[list[Tensor], dict]:
     """features [M C_l H_l W_l], fine to coarse -> ([M C_out H_l W_l] of every level but the coarsest, new state)."""
     new = {name: list(entries) for name, entries in state.items()}
-    coarser, outputs = features[-1], []
+    coarser, outputs = features[-1], list[Tensor]()
     for level in reversed(range(len(features) - 1)):
         x = torch.cat([features[level], resize(coarser, features[level].shape[-2:])], 1)
         for name, padding in (("laterals", 0), ("outputs", 1)):
@@ -57,7 +59,7 @@ def apply(params: dict, state: dict, features: list[Tensor], *, train: bool) -> 
     return outputs, new
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners False: x [M C H W] -> [M C *size], channels-last in memory.
 
     Two products with constant matrices instead of F.interpolate, whose gradient Ascend's converters take apart into 70

@@ -1,8 +1,9 @@
 """Lift-splat view transform of BEVFusion (Philion & Fidler 2020; Liu et al. 2022, arXiv 2205.13542).
 
-Every pixel of an image feature gets a distribution over depth and a context vector; their product is summed into the BEV
-cells that the frustum's points fall into. With `lidar_depth` a sparse depth image of the LiDAR points helps the depth net
-(upstream's DepthLSSTransform); without, the depth net is one 1x1 convolution (LSSTransform). Computed in float32 throughout.
+Every pixel of an image feature gets a distribution over depth and a context vector; their product is summed into the
+BEV cells that the frustum's points fall into. With `lidar_depth` a sparse depth image of the LiDAR points helps the
+depth net (upstream's DepthLSSTransform); without, the depth net is one 1x1 convolution (LSSTransform). All in float32.
+
 Source: mmdetection3d projects/BEVFusion/bevfusion/depth_lss.py; golden case bevfusion_lidar_cam.
 """
 
@@ -41,6 +42,8 @@ class Config:
             low, high, step = getattr(self, name)
             if step <= 0 or high <= low:
                 raise ValueError(f"{name} {(low, high, step)} must be (low, high, step) with low < high and step > 0")
+            if abs((high - low) / step - geometry.num_cells((low, high, step))) > 1e-6:
+                raise ValueError(f"{name} {(low, high, step)} must hold a whole number of steps; change its step")
         if geometry.num_cells(self.z_m) != 1:
             raise ValueError(f"z_m {self.z_m} must hold one cell; make its step {self.z_m[1] - self.z_m[0]}")
 
@@ -62,23 +65,23 @@ class Config:
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state) with torch's default initialisation: lists of {conv, norm} per part, see `apply`."""
-    width, bins_and_context = config.channels_in, config.depth_bins + config.channels_out
-    layers = {"downsample": [(config.channels_out, config.channels_out, 3, False, True)] * 3}
+    width = config.channels_in
+    parts = {"downsample": [(config.channels_out, config.channels_out, 3)] * 3}  # (channels in, out, kernel)
     if config.lidar_depth:
-        layers["depth_transform"] = [(1, 8, 1, True, True), (8, 32, 5, True, True), (32, 64, 5, True, True)]
-        layers["depth_net"] = [(width + 64, width, 3, True, True), (width, width, 3, True, True)]
-        layers["depth_net"].append((width, bins_and_context, 1, True, False))
-    else:
-        layers["depth_net"] = [(width, bins_and_context, 1, True, False)]
-    params: dict = {}
+        parts["depth_transform"] = [(1, 8, 1), (8, 32, 5), (32, 64, 5)]
+        parts["depth_net"] = [(width + 64, width, 3), (width, width, 3)]
+    params: dict = {"depth_net": []}
     state: dict = {}
-    for part in sorted(layers):
+    for part in sorted(parts):
         params[part], state[part] = [], []
-        for channels_in, channels_out, kernel, bias, norm in layers[part]:
+        for channels_in, channels_out, kernel in parts[part]:
+            bias = part != "downsample"
             kernels = conv.init(channels_in, channels_out, (kernel, kernel), bias=bias, generator=generator)
-            weights, statistics = batch_norm.init(channels_out)
-            params[part].append({"conv": kernels, "norm": weights} if norm else {"conv": kernels})
-            state[part].append({"norm": statistics} if norm else {})
+            norm, statistics = batch_norm.init(channels_out)
+            params[part].append({"conv": kernels, "norm": norm})
+            state[part].append({"norm": statistics})
+    last = conv.init(width, config.depth_bins + config.channels_out, (1, 1), bias=True, generator=generator)
+    params["depth_net"].append({"conv": last})
     return params, state
 
 
@@ -93,22 +96,21 @@ def apply(
 
     Raises ValueError if the batch has no cameras or the feature is not 1/8 of `config.image_size`.
     """
-    if batch.image_aug is None:
-        raise ValueError("Batch.image_aug is None: the view transform needs the camera fields of the batch")
-    if tuple(feature.shape[-2:]) != config.feature_size:
+    size = tuple(feature.shape[-2:])
+    if size != config.feature_size:
         raise ValueError(
-            f"feature of {tuple(feature.shape[-2:])} does not fit image_size {config.image_size}: expected {config.feature_size}"
+            f"feature of {size} does not fit image_size {config.image_size}: expected {config.feature_size}"
         )
-    outputs, new = {}, dict(state)
-    B, N = batch.image_aug.shape[:2]
+    outputs: dict[str, Tensor] = {}
+    new, B = dict(state), len(batch.points)
     x = feature.float()
     if config.lidar_depth:
         depth_map = lidar_depth_map(batch, config.image_size).flatten(0, 1)  # BN image rows, columns
         image = depth_map[..., None].permute(0, 3, 1, 2)  # one channel, and channels-last to what decides by strides
-        y, new["depth_transform"] = _layers(params, state, "depth_transform", image, train=train)
+        y = _layers(params, state, new, "depth_transform", image, train=train)
         outputs |= {"depth_map": depth_map, "dtransform": y}
         x = torch.cat([y, x], 1)
-    x, new["depth_net"] = _layers(params, state, "depth_net", x, train=train)  # BN D+C H W
+    x = _layers(params, state, new, "depth_net", x, train=train)  # BN D+C H W
     logits, context = x.split([config.depth_bins, config.channels_out], 1)
     point = frustum_points(batch, config)  # planes B N D H W
     cell = geometry.bev_cells(
@@ -117,35 +119,41 @@ def apply(
     rows, columns = config.grid
     pooled = voxel_pool(logits.softmax(1), context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns)
     pooled = pooled.view(B, rows, columns, -1).permute(0, 3, 1, 2)  # B C X Y
-    bev, new["downsample"] = _layers(params, state, "downsample", pooled, train=train)
+    bev = _layers(params, state, new, "downsample", pooled, train=train)
     outputs |= {"depthnet": x, "geometry": torch.stack(point, -1), "bev_pool": pooled, "bev": bev}
     return outputs, new
 
 
 def lidar_depth_map(batch: Batch, image_size: tuple[int, int]) -> Tensor:
     """Depth of the LiDAR points in the input images [B N *image_size], m, 0 where no point falls."""
-    point = geometry.project(
-        batch.points, undo_lidar_aug=batch.undo_lidar_aug, lidar_aug=batch.lidar_aug,
-        image_from_lidar=batch.image_from_lidar, image_aug=batch.image_aug,
-    )
-    return geometry.depth_map(point, batch.points_valid, image_size)
+    fields = _fields(batch, "undo_lidar_aug", "lidar_aug", "image_from_lidar", "image_aug")
+    return geometry.depth_map(geometry.project(batch.points, **fields), batch.points_valid, image_size)
 
 
 def frustum_points(batch: Batch, config: Config) -> geometry.Planes:
     """x, y, z of every camera's frustum in the augmented LiDAR frame, each [B N D H W], m."""
-    return geometry.frustum_in_lidar(
-        geometry.frustum(config.image_size, config.feature_size, config.depth_m, batch.image_aug.device),
-        image_aug=batch.image_aug, undo_image_aug=batch.undo_image_aug, lidar_from_pixel=batch.lidar_from_pixel,
-        lidar_from_camera=batch.lidar_from_camera, lidar_aug=batch.lidar_aug,
-    )
+    fields = _fields(batch, "image_aug", "undo_image_aug", "lidar_from_pixel", "lidar_from_camera", "lidar_aug")
+    frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, fields["image_aug"].device)
+    return geometry.frustum_in_lidar(frustum, **fields)
 
 
-def _layers(params: dict, state: dict, part: str, x: Tensor, *, train: bool) -> tuple[Tensor, list]:
-    new = []
-    for layer, statistics, stride in zip(params[part], state[part], _STRIDES[part]):
+def _fields(batch: Batch, *names: str) -> dict[str, Tensor]:
+    fields = {name: getattr(batch, name) for name in names}
+    for name, value in fields.items():
+        if value is None:
+            raise ValueError(f"Batch.{name} is None: the view transform needs the camera fields of the batch")
+    return fields
+
+
+def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: bool) -> Tensor:
+    """x through the convolutions of a part; its new statistics go into `new`. Layers without a norm come last."""
+    statistics = []
+    for place, (layer, stride) in enumerate(zip(params[part], _STRIDES[part])):
         x = conv.apply(layer["conv"], x, stride=stride, padding=layer["conv"]["weight"].shape[-1] // 2)
         if "norm" in layer:
-            x, normed = batch_norm.apply(layer["norm"], statistics["norm"], x, train=train)
-            x, statistics = x.relu(), {"norm": normed}
-        new.append(statistics)
-    return x, new
+            x, seen = batch_norm.apply(layer["norm"], state[part][place]["norm"], x, train=train)
+            x = x.relu()
+            statistics.append({"norm": seen})
+    if statistics:
+        new[part] = statistics
+    return x

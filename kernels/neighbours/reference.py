@@ -68,7 +68,7 @@ def strided(
 
     reads = site[None] + pad - _offsets(kernel, coords)[:, None]  # K V 3, output position times stride
     target = torch.div(reads, step, rounding_mode="floor")
-    feeds = (target * step == reads).all(-1) & _inside(target, out) & valid[None]
+    feeds = _every(target * step == reads) & _inside(target, out) & valid[None]
     hit, position = _find(sites.contiguous(), _key(sample[None], target, out), feeds)
     inverse = torch.where(hit, position, torch.full_like(position, -1))  # K V
     column = torch.where(hit, position, torch.full_like(position, capacity))
@@ -88,7 +88,12 @@ def _key(batch: Tensor, site: Tensor, grid: list[int]) -> Tensor:
 
 
 def _inside(site: Tensor, grid: list[int]) -> Tensor:
-    return ((site >= 0) & (site < torch.tensor(grid, device=site.device))).all(-1)
+    return _every((site >= 0) & (site < torch.tensor(grid, device=site.device)))
+
+
+def _every(axes: Tensor) -> Tensor:
+    """[... 3] bool -> [...]; stock torchair has no converter of all(dim)."""
+    return axes[..., 0] & axes[..., 1] & axes[..., 2]
 
 
 def _find(keys: Tensor, wanted: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:

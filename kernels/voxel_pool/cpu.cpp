@@ -1,15 +1,15 @@
 // voxel_pool on a CPU, float32.
 //
-// An upright camera projects the pixels of one image column at one depth onto one or two BEV cells. So along h the
-// cell changes rarely: forward adds up such a run in registers and touches the output once per run instead of once per
-// point. Images are [.. H W], hence tiles of kTile columns are transposed first.
+// An upright camera projects the pixels of one image column at one depth onto one or two BEV cells: along h the cell
+// changes rarely. So the forward pass sums such a run in registers and touches the output once per run, not once per
+// point. depth and cell are [.. H W]: tiles of image columns are transposed on the way in, which also keeps the context
+// rows of a column in the first cache level while all its depths are done.
 //
-// Every thread owns a range of cells and sees all runs in the same order (image, column, depth, row), so a sum does not
-// depend on how many threads there are.
+// Every thread owns a range of cells and meets the points in the same order (image, tile, depths, column, depth, row),
+// so no sum depends on how many threads there are.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -20,7 +20,7 @@
 #include <immintrin.h>
 #endif
 
-// Sums of products may fuse here: no index depends on them.
+// Products and sums may fuse here: no index depends on them.
 #if defined(__clang__)
 #pragma clang fp contract(fast)
 #else
@@ -29,176 +29,373 @@
 
 namespace {
 
-constexpr int kLanes = 16;                  // float32 per vector: one cache line
-constexpr int kTile = 16;                   // image columns per tile: one cache line of depth and cell
-constexpr int kVectors = 8;                 // channel block: 128 channels in registers
-constexpr int kBlock = kVectors * kLanes;
+constexpr int64_t kLanes = 16;                 // float32 per vector, a cache line
+constexpr int64_t kVectors = 8;                // vectors per channel block: 128 channels in registers
+constexpr int64_t kBlock = kVectors * kLanes;
+constexpr int64_t kTile = 16;                  // image columns per tile: whole cache lines of depth and cell
+constexpr int64_t kDepths = 32;                // depth bins per step: their output rows stay in the caches
+constexpr int64_t kAhead = 6;                  // bins between asking for an output row and adding to it
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 
 struct Size {
   int64_t M, D, H, W, C, cells;
-};
-
-// Points h .. h + count - 1 of one column and depth that share a cell.
-struct Run {
-  int32_t cell, start, count;  // start = d * H + h
+  int64_t tiles() const { return (W + kTile - 1) / kTile; }
+  int64_t steps() const { return (D + kDepths - 1) / kDepths; }
+  int64_t line() const { return (H + kLanes - 1) / kLanes * kLanes; }  // rows of a transposed column, padded
 };
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
-using Buffer = std::unique_ptr<float[], Free>;
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
 
-Buffer aligned_floats(int64_t n) {
-  const int64_t bytes = (std::max<int64_t>(n, 1) * sizeof(float) + 63) / 64 * 64;
-  return Buffer(static_cast<float*>(std::aligned_alloc(64, bytes)));
+template <class T>
+Buffer<T> aligned(int64_t n) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (std::max<int64_t>(n, 1) * sizeof(T) + 63) / 64 * 64)));
 }
 
 template <class Work>
-void parallel(int64_t threads, Work work) {  // work(thread), thread 0 being the caller
+void parallel(int64_t threads, Work work) {  // work(thread); thread 0 is the caller
   std::vector<std::thread> pool;
   for (int64_t t = 1; t < threads; ++t) pool.emplace_back(work, t);
   work(0);
   for (auto& t : pool) t.join();
 }
 
-// Fresh pages of a large result come zeroed by the kernel, 4 KiB at a time; huge pages make that several times faster.
+// A large result lies on fresh pages, which the system clears on first touch: fewer faults if they are huge.
 void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = 1 << 21, begin = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t(4095);
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t(4095);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t(4095);
-  if (end > begin && end - begin >= 2 * page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (end > first + (4 << 20)) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
 
-// Rows [H][padded] of one image column, channels c0 .. c0 + n, zeros behind them.
-void load_column(const float* context, const Size& s, int64_t m, int64_t w, int64_t c0, int64_t n, int64_t padded,
-                 float* rows) {
-  for (int64_t h = 0; h < s.H; ++h) {
-    const float* from = context + ((m * s.H + h) * s.W + w) * s.C + c0;
-    std::memcpy(rows + h * padded, from, n * sizeof(float));
-    std::memset(rows + h * padded + n, 0, (padded - n) * sizeof(float));
-  }
+inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+inline void store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
+
+// The last vector of a row: `count` of its lanes exist.
+inline Vector load_some(const float* from, int64_t count) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#else
+  Vector x = {};
+  for (int64_t i = 0; i < count; ++i) x[i] = from[i];
+  return x;
+#endif
+}
+inline void store_some(float* to, Vector x, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)x);
+#else
+  for (int64_t i = 0; i < count; ++i) to[i] = x[i];
+#endif
 }
 
-// ---------------------------------------------------------------------------------------------- forward
+inline float sum_lanes(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) x[i] += x[i + step];
+  return x[0];
+#endif
+}
 
+#if defined(__AVX512F__)
+// to[j * to_stride + i] = from[i * from_stride + j], 16 x 16. Only `rows` rows and the lanes of `columns` are read (the
+// last row stands in for the missing ones); everything is written.
+inline void transpose_block(const float* from, int64_t from_stride, int64_t rows, __mmask16 columns, float* to,
+                            int64_t to_stride) {
+  __m512 a[16], b[16];
+  if (rows >= 16)
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_ps(columns, from + i * from_stride);
+  else
+    for (int i = 0; i < 16; ++i)
+      a[i] = _mm512_maskz_loadu_ps(columns, from + std::min<int64_t>(i, rows - 1) * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = (__m512)_mm512_unpacklo_pd((__m512d)b[i], (__m512d)b[i + 2]);
+    a[i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)b[i], (__m512d)b[i + 2]);
+    a[i + 2] = (__m512)_mm512_unpacklo_pd((__m512d)b[i + 1], (__m512d)b[i + 3]);
+    a[i + 3] = (__m512)_mm512_unpackhi_pd((__m512d)b[i + 1], (__m512d)b[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 p = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), q = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+    const __m512 r = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512 t = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(p, r, 0x88));
+    _mm512_storeu_ps(to + (4 + j) * to_stride, _mm512_shuffle_f32x4(q, t, 0x88));
+    _mm512_storeu_ps(to + (8 + j) * to_stride, _mm512_shuffle_f32x4(p, r, 0xdd));
+    _mm512_storeu_ps(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(q, t, 0xdd));
+  }
+}
+#endif
+
+// One depth bin of a tile, to[w * to_stride + h] = from[h * from_stride + w]; `to` has room for 16 columns of line() rows.
+template <class T>
+void transpose_in(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+  for (int64_t h = 0; h < rows; h += 16)
+    transpose_block(reinterpret_cast<const float*>(from + h * from_stride), from_stride, rows - h, (1u << columns) - 1,
+                    reinterpret_cast<float*>(to + h), to_stride);
+#else
+  for (int64_t w = 0; w < columns; ++w)
+    for (int64_t h = 0; h < rows; ++h) to[w * to_stride + h] = from[h * from_stride + w];
+#endif
+}
+
+// A tile's part of the inputs, transposed: [column][bin][line()] and the context [column][H][padded], zeros behind n.
 struct Tile {
-  std::vector<Run> runs;                   // of all columns of the tile, ordered by (column, depth, row)
-  std::vector<int64_t> first;              // first run of each column; one more entry at the end
+  int64_t m, w0, columns, line, stride;  // stride: floats per column of depth and cell
+  Buffer<float> depth, context;
+  Buffer<int32_t> cell;
+
+  Tile(const Size& s, int64_t padded)
+      : line(s.line()), stride(kDepths * line), depth(aligned<float>(kTile * stride)),
+        context(aligned<float>(kTile * s.H * padded)), cell(aligned<int32_t>(kTile * stride)) {}
+
+  void move_to(const Size& s, int64_t t) {
+    m = t / s.tiles();
+    w0 = t % s.tiles() * kTile;
+    columns = std::min(kTile, s.W - w0);
+  }
+  void read_context(const Size& s, const float* from, int64_t c0, int64_t n, int64_t padded) {
+    for (int64_t h = 0; h < s.H; ++h)
+      for (int64_t w = 0; w < columns; ++w) {
+        const float* row = from + ((m * s.H + h) * s.W + w0 + w) * s.C + c0;
+        float* to = context.get() + (w * s.H + h) * padded;
+        for (int64_t c = 0; c < padded; c += kLanes)
+          store(to + c, c + kLanes <= n ? load(row + c) : load_some(row + c, n - c));
+      }
+  }
+  void read_depths(const Size& s, const float* depths, const int32_t* cells, int64_t d0, int64_t bins) {
+    for (int64_t d = 0; d < bins; ++d) {
+      const int64_t at = (m * s.D + d0 + d) * s.H * s.W + w0;
+      transpose_in(depths + at, s.W, s.H, columns, depth.get() + d * line, stride);
+      transpose_in(cells + at, s.W, s.H, columns, cell.get() + d * line, stride);
+    }
+  }
 };
 
-// Transposes the depth of one tile to [column][D H] and lists its runs.
-Tile scan_tile(const float* depth, const int32_t* cell, const Size& s, int64_t m, int64_t w0, float* transposed) {
-  const int64_t columns = std::min<int64_t>(kTile, s.W - w0), points = s.D * s.H;
-  std::vector<int32_t> cells(kTile * s.H);
-  std::vector<std::vector<Run>> runs(columns);
-  for (int64_t d = 0; d < s.D; ++d) {
-    for (int64_t h = 0; h < s.H; ++h) {
-      const int64_t at = ((m * s.D + d) * s.H + h) * s.W + w0;
-      for (int64_t w = 0; w < columns; ++w) {
-        transposed[w * points + d * s.H + h] = depth[at + w];
-        cells[w * s.H + h] = cell[at + w];
-      }
-    }
-    for (int64_t w = 0; w < columns; ++w) {
-      const int32_t* line = cells.data() + w * s.H;
-      for (int64_t h = 0; h < s.H;) {
-        int64_t end = h + 1;
-        while (end < s.H && line[end] == line[h]) ++end;
-        if (line[h] >= 0 && line[h] < s.cells)
-          runs[w].push_back({line[h], int32_t(d * s.H + h), int32_t(end - h)});
-        h = end;
-      }
-    }
-  }
-  Tile tile;
-  for (auto& column : runs) {
-    tile.first.push_back(tile.runs.size());
-    tile.runs.insert(tile.runs.end(), column.begin(), column.end());
-  }
-  tile.first.push_back(tile.runs.size());
-  return tile;
+inline void prefetch_row(const float* row, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) __builtin_prefetch(row + v * kLanes, 0, 2);
 }
 
-// Sum over a run of depth * context row, NV vectors of channels; two chains hide the latency of the adds.
+// ---------------------------------------------------------------------------------------------------------- forward
+
+// What the threads share out: the cells each tile and step can reach, and where to cut the cells for equal work.
+struct Plan {
+  std::vector<int32_t> low, high;  // [M][steps][tiles], inclusive; high < low if nothing is inside
+  std::vector<int64_t> cut;        // thread t owns the cells cut[t] .. cut[t + 1] - 1
+};
+
+Plan make_plan(const int32_t* cell, const Size& s, int64_t threads) {
+  const int64_t tiles = s.tiles(), steps = s.steps();
+  int shift = 0;
+  while (s.cells >> shift > 4096) ++shift;
+  const int64_t buckets = ((s.cells - 1) >> shift) + 1;
+  std::vector<std::vector<int64_t>> samples(threads, std::vector<int64_t>(buckets, 0));
+  Plan plan;
+  plan.low.assign(s.M * steps * tiles, INT32_MAX);
+  plan.high.assign(s.M * steps * tiles, -1);
+  parallel(threads, [&](int64_t thread) {
+    std::vector<uint32_t> low(s.W);
+    std::vector<int32_t> high(s.W);
+    for (int64_t t = s.M * steps * thread / threads; t < s.M * steps * (thread + 1) / threads; ++t) {
+      const int64_t m = t / steps, d0 = t % steps * kDepths;
+      std::fill(low.begin(), low.end(), INT32_MAX);
+      std::fill(high.begin(), high.end(), -1);
+      for (int64_t d = d0; d < std::min(s.D, d0 + kDepths); ++d)
+        for (int64_t h = 0; h < s.H; ++h) {
+          const int32_t* line = cell + ((m * s.D + d) * s.H + h) * s.W;
+          for (int64_t w = 0; w < s.W; ++w) {
+            low[w] = std::min(low[w], uint32_t(line[w]));  // a negative cell is large here
+            high[w] = std::max(high[w], line[w]);
+          }
+          if (h % 4 == 0)  // every 16th point is enough to balance the work
+            for (int64_t w = 0; w < s.W; w += 4)
+              if (line[w] >= 0 && line[w] < s.cells) ++samples[thread][line[w] >> shift];
+        }
+      for (int64_t w = 0; w < s.W; ++w) {
+        int32_t& least = plan.low[t * tiles + w / kTile];
+        least = std::min(least, int32_t(low[w]));
+        plan.high[t * tiles + w / kTile] = std::max(plan.high[t * tiles + w / kTile], high[w]);
+      }
+    }
+  });
+  std::vector<int64_t> work(buckets, int64_t(1) << shift);  // clearing a row costs about as much as a point
+  for (auto& seen : samples)
+    for (int64_t b = 0; b < buckets; ++b) work[b] += 16 * seen[b];
+  int64_t total = 0, done = 0;
+  for (int64_t x : work) total += x;
+  plan.cut.push_back(0);
+  for (int64_t b = 0; b < buckets; ++b) {
+    done += work[b];
+    while (int64_t(plan.cut.size()) < threads && done * threads >= total * int64_t(plan.cut.size()))
+      plan.cut.push_back(std::min(s.cells, (b + 1) << shift));
+  }
+  plan.cut.resize(threads, s.cells);
+  plan.cut.push_back(s.cells);
+  return plan;
+}
+
+// Adds depth * context of one image column and depth bin to the cells low .. low + size - 1, run by run.
 template <int NV>
-inline void sum_run(const float* depth, const float* rows, int64_t count, Vector* sum) {
-  Vector even[NV], odd[NV];
-  for (int v = 0; v < NV; ++v) even[v] = odd[v] = Vector{};
-  int64_t i = 0;
-  for (; i + 1 < count; i += 2) {
-    const Vector* a = reinterpret_cast<const Vector*>(rows + i * NV * kLanes);
-    const Vector* b = a + NV;
-    for (int v = 0; v < NV; ++v) even[v] += depth[i] * a[v];
-    for (int v = 0; v < NV; ++v) odd[v] += depth[i + 1] * b[v];
+inline void pool_line(const int32_t* cell, const float* depth, const float* context, int64_t rows, int64_t low,
+                      uint32_t size, int64_t last, float* out, int64_t out_stride, char* touched) {
+  alignas(64) static constexpr float zeros[kBlock] = {};
+  for (int64_t h = 0; h < rows;) {
+    const int32_t here = cell[h];
+    const uint32_t mine = uint32_t(here) - uint32_t(low);
+    if (mine >= size) {
+      ++h;
+      continue;
+    }
+    Vector sum[NV];
+    for (int v = 0; v < NV; ++v) sum[v] = depth[h] * load(context + (h * NV + v) * kLanes);
+    for (++h; h < rows && cell[h] == here; ++h)
+      for (int v = 0; v < NV; ++v) sum[v] += depth[h] * load(context + (h * NV + v) * kLanes);
+    float* row = out + mine * out_stride;
+    const float* before = touched[mine] ? row : zeros;  // a select: cheaper than a branch or clearing beforehand
+    touched[mine] = 1;
+    for (int v = 0; v + 1 < NV; ++v) store(row + v * kLanes, load(before + v * kLanes) + sum[v]);
+    const int64_t at = (NV - 1) * kLanes;
+    store_some(row + at, load_some(before + at, last) + sum[NV - 1], last);
   }
-  if (i < count) {
-    const Vector* a = reinterpret_cast<const Vector*>(rows + i * NV * kLanes);
-    for (int v = 0; v < NV; ++v) even[v] += depth[i] * a[v];
-  }
-  for (int v = 0; v < NV; ++v) sum[v] = even[v] + odd[v];
 }
 
 // Pools channels c0 .. c0 + n into the cells low .. high - 1.
 template <int NV>
-void pool_range(const float* transposed, const float* context, const std::vector<Tile>& tiles, const Size& s,
+void pool_range(const float* depth, const float* context, const int32_t* cell, const Size& s, const Plan& plan,
                 int64_t c0, int64_t n, int64_t low, int64_t high, float* out) {
-  const int64_t tiles_per_image = (s.W + kTile - 1) / kTile, points = s.D * s.H, padded = NV * kLanes;
-  Buffer rows = aligned_floats(s.H * padded);
-  std::vector<char> touched(high - low, 0);
-  for (int64_t t = 0; t < int64_t(tiles.size()); ++t) {
-    const int64_t m = t / tiles_per_image, w0 = t % tiles_per_image * kTile;
-    for (int64_t w = 0; w + 1 < int64_t(tiles[t].first.size()); ++w) {
-      const float* depth = transposed + (m * s.W + w0 + w) * points;
-      bool loaded = false;
-      for (int64_t r = tiles[t].first[w]; r < tiles[t].first[w + 1]; ++r) {
-        const Run run = tiles[t].runs[r];
-        if (run.cell < low || run.cell >= high) continue;
-        if (!loaded) load_column(context, s, m, w0 + w, c0, n, padded, rows.get());
-        loaded = true;
-        alignas(64) Vector sum[NV];
-        sum_run<NV>(depth + run.start, rows.get() + run.start % s.H * padded, run.count, sum);
-        float* row = out + run.cell * s.C + c0;
-        const bool add = touched[run.cell - low];
-        touched[run.cell - low] = 1;
-        int64_t v = 0;
-        for (; (v + 1) * kLanes <= n; ++v) {
-          Unaligned* to = reinterpret_cast<Unaligned*>(row + v * kLanes);
-          *to = add ? *to + sum[v] : sum[v];
+  constexpr int64_t padded = NV * kLanes;
+  const int64_t last = n - (NV - 1) * kLanes;
+  const uint32_t size = uint32_t(high - low);
+  if (size == 0) return;
+  float* rows = out + low * s.C + c0;
+  std::vector<char> touched(size, 0);
+  Tile tile(s, padded);
+  for (int64_t t = 0; t < s.M * s.tiles(); ++t) {
+    tile.move_to(s, t);
+    bool read = false;
+    for (int64_t step = 0; step < s.steps(); ++step) {
+      const int64_t reach = (tile.m * s.steps() + step) * s.tiles() + t % s.tiles();
+      if (plan.high[reach] < low || plan.low[reach] >= high) continue;
+      if (!read) tile.read_context(s, context, c0, n, padded);
+      read = true;
+      const int64_t bins = std::min(kDepths, s.D - step * kDepths);
+      tile.read_depths(s, depth, cell, step * kDepths, bins);
+      for (int64_t w = 0; w < tile.columns; ++w)
+        for (int64_t d = 0; d < bins; ++d) {
+          const int32_t* line = tile.cell.get() + w * tile.stride + d * tile.line;
+          if (d + kAhead < bins)  // most columns meet only the cells of their first and last row
+            for (int64_t h : {int64_t(0), s.H - 1}) {
+              const uint32_t next = uint32_t(line[kAhead * tile.line + h]) - uint32_t(low);
+              prefetch_row(rows + std::min(next, size - 1) * s.C, NV);
+            }
+          pool_line<NV>(line, tile.depth.get() + w * tile.stride + d * tile.line, tile.context.get() + w * s.H * padded,
+                        s.H, low, size, last, rows, s.C, touched.data());
         }
-        for (int64_t c = v * kLanes; c < n; ++c) row[c] = add ? row[c] + sum[v][c % kLanes] : sum[v][c % kLanes];
-      }
     }
   }
-  for (int64_t i = low; i < high; ++i)
-    if (!touched[i - low]) std::memset(out + i * s.C + c0, 0, n * sizeof(float));
+  for (uint32_t i = 0; i < size; ++i)
+    if (!touched[i]) std::fill_n(rows + i * s.C, n, 0.0f);
 }
 
-using PoolRange = void (*)(const float*, const float*, const std::vector<Tile>&, const Size&, int64_t, int64_t, int64_t,
-                           int64_t, float*);
+using PoolRange = void (*)(const float*, const float*, const int32_t*, const Size&, const Plan&, int64_t, int64_t,
+                           int64_t, int64_t, float*);
 constexpr PoolRange kPoolRange[kVectors] = {pool_range<1>, pool_range<2>, pool_range<3>, pool_range<4>,
                                             pool_range<5>, pool_range<6>, pool_range<7>, pool_range<8>};
 
-// Ranges of cells with about equal work: cells near the cameras collect most points.
-std::vector<int64_t> split_cells(const std::vector<Tile>& tiles, int64_t cells, int64_t threads) {
-  const int64_t bucket = std::max<int64_t>(1, cells / 4096), buckets = (cells + bucket - 1) / bucket;
-  std::vector<int64_t> work(buckets, bucket);
-  for (auto& tile : tiles)
-    for (auto& run : tile.runs) work[run.cell / bucket] += run.count + 8;
-  int64_t total = 0, seen = 0;
-  for (int64_t x : work) total += x;
-  std::vector<int64_t> bounds{0};
-  for (int64_t b = 0; b < buckets; ++b) {
-    seen += work[b];
-    while (int64_t(bounds.size()) < threads && seen * threads >= total * int64_t(bounds.size()))
-      bounds.push_back(std::min(cells, (b + 1) * bucket));
+// --------------------------------------------------------------------------------------------------------- backward
+
+// One image column and kDepths bins: grad_context += sum_d depth * grad[cell], and in place of each depth its gradient
+// dot(grad[cell], context).
+template <int NV>
+inline void line_gradient(const float* grad, const Size& s, int64_t last, int64_t bins, int64_t line,
+                          const int32_t* cell, float* depth, const float* context, float* grad_context) {
+  for (int64_t h = 0; h < s.H; ++h) {
+    Vector feature[NV], sum[NV];
+    for (int v = 0; v < NV; ++v) {
+      feature[v] = load(context + (h * NV + v) * kLanes);
+      sum[v] = load(grad_context + (h * NV + v) * kLanes);
+    }
+    for (int64_t d = 0; d < bins; ++d) {
+      const int32_t here = cell[d * line + h];
+      float& weight = depth[d * line + h];
+      if (here < 0 || here >= s.cells) {
+        weight = 0;
+        continue;
+      }
+      const float* row = grad + here * s.C;
+      Vector product = {};
+      for (int v = 0; v < NV; ++v) {
+        const Vector g = v + 1 < NV ? load(row + v * kLanes) : load_some(row + v * kLanes, last);
+        product += g * feature[v];
+        sum[v] += weight * g;
+      }
+      weight = sum_lanes(product);
+    }
+    for (int v = 0; v < NV; ++v) store(grad_context + (h * NV + v) * kLanes, sum[v]);
   }
-  bounds.resize(threads, cells);
-  bounds.push_back(cells);
-  return bounds;
+}
+
+// Gradients of one tile, channels c0 .. c0 + n; grad_depth adds up over the channel blocks.
+template <int NV>
+void tile_gradient(const float* grad, const float* depth, const float* context, const int32_t* cell, const Size& s,
+                   int64_t t, int64_t c0, int64_t n, float* grad_depth, float* grad_context) {
+  constexpr int64_t padded = NV * kLanes;
+  const int64_t last = n - (NV - 1) * kLanes;
+  Tile tile(s, padded);
+  tile.move_to(s, t);
+  tile.read_context(s, context, c0, n, padded);
+  Buffer<float> sums = aligned<float>(tile.columns * s.H * padded);
+  std::fill_n(sums.get(), tile.columns * s.H * padded, 0.0f);
+  for (int64_t d0 = 0; d0 < s.D; d0 += kDepths) {
+    const int64_t bins = std::min(kDepths, s.D - d0);
+    tile.read_depths(s, depth, cell, d0, bins);
+    for (int64_t w = 0; w < tile.columns; ++w) {
+      if (w + 1 < tile.columns)  // rows of the gradient that the next column will meet
+        for (int64_t d = 0; d < bins; ++d) {
+          const uint32_t next = tile.cell[(w + 1) * tile.stride + d * tile.line + s.H / 2];
+          prefetch_row(grad + std::min<int64_t>(next, s.cells - 1) * s.C + c0, NV);
+        }
+      line_gradient<NV>(grad + c0, s, last, bins, tile.line, tile.cell.get() + w * tile.stride,
+                        tile.depth.get() + w * tile.stride, tile.context.get() + w * s.H * padded,
+                        sums.get() + w * s.H * padded);
+    }
+    for (int64_t d = 0; d < bins; ++d)
+      for (int64_t h = 0; h < s.H; ++h) {
+        float* to = grad_depth + ((tile.m * s.D + d0 + d) * s.H + h) * s.W + tile.w0;
+        const float* from = tile.depth.get() + d * tile.line + h;
+        for (int64_t w = 0; w < tile.columns; ++w) to[w] = (c0 > 0 ? to[w] : 0.0f) + from[w * tile.stride];
+      }
+  }
+  for (int64_t h = 0; h < s.H; ++h)
+    for (int64_t w = 0; w < tile.columns; ++w)
+      std::copy_n(sums.get() + (w * s.H + h) * padded, n,
+                  grad_context + ((tile.m * s.H + h) * s.W + tile.w0 + w) * s.C + c0);
+}
+
+using TileGradient = void (*)(const float*, const float*, const float*, const int32_t*, const Size&, int64_t, int64_t,
+                              int64_t, float*, float*);
+constexpr TileGradient kTileGradient[kVectors] = {tile_gradient<1>, tile_gradient<2>, tile_gradient<3>,
+                                                  tile_gradient<4>, tile_gradient<5>, tile_gradient<6>,
+                                                  tile_gradient<7>, tile_gradient<8>};
+
+template <class Work>
+void for_channel_blocks(int64_t C, Work work) {  // work(c0, n, index of the instance for n channels)
+  for (int64_t c0 = 0; c0 < C; c0 += kBlock) {
+    const int64_t n = std::min(kBlock, C - c0);
+    work(c0, n, (n + kLanes - 1) / kLanes - 1);
+  }
 }
 
 }  // namespace
@@ -207,98 +404,23 @@ extern "C" void voxel_pool_forward(const float* depth, const float* context, con
                                    int64_t D, int64_t H, int64_t W, int64_t C, int64_t cells, int64_t threads) {
   const Size s{M, D, H, W, C, cells};
   prefer_huge_pages(out, cells * C * sizeof(float));
-  const int64_t tiles_per_image = (W + kTile - 1) / kTile, count = M * tiles_per_image;
-  Buffer transposed = aligned_floats(M * D * H * W);
-  std::vector<Tile> tiles(count);
+  const Plan plan = make_plan(cell, s, threads);
   parallel(threads, [&](int64_t thread) {
-    for (int64_t t = count * thread / threads; t < count * (thread + 1) / threads; ++t) {
-      const int64_t m = t / tiles_per_image, w0 = t % tiles_per_image * kTile;
-      tiles[t] = scan_tile(depth, cell, s, m, w0, transposed.get() + (m * W + w0) * D * H);
-    }
-  });
-  const std::vector<int64_t> bounds = split_cells(tiles, cells, threads);
-  parallel(threads, [&](int64_t thread) {
-    for (int64_t c0 = 0; c0 < C; c0 += kBlock) {
-      const int64_t n = std::min<int64_t>(kBlock, C - c0);
-      kPoolRange[(n + kLanes - 1) / kLanes - 1](transposed.get(), context, tiles, s, c0, n, bounds[thread],
-                                                bounds[thread + 1], out);
-    }
+    for_channel_blocks(C, [&](int64_t c0, int64_t n, int64_t i) {
+      kPoolRange[i](depth, context, cell, s, plan, c0, n, plan.cut[thread], plan.cut[thread + 1], out);
+    });
   });
 }
-
-// ---------------------------------------------------------------------------------------------- backward
-
-namespace {
-
-constexpr int64_t kDepths = 32;  // bins per pass: their rows of the gradient stay in the first cache level
-
-inline float sum_lanes(Vector v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
-// One tile of columns, channels c0 .. c0 + n. Adds to grad_depth of earlier channel blocks if c0 > 0.
-template <int NV>
-void tile_gradient(const float* grad, const float* depth, const float* context, const int32_t* cell, const Size& s,
-                   int64_t m, int64_t w0, int64_t c0, int64_t n, float* grad_depth, float* grad_context) {
-  const int64_t columns = std::min<int64_t>(kTile, s.W - w0), padded = NV * kLanes;
-  Buffer rows = aligned_floats(s.H * padded), sums = aligned_floats(s.H * padded), padded_row = aligned_floats(padded);
-  std::fill_n(padded_row.get(), padded, 0.0f);
-  for (int64_t w = w0; w < w0 + columns; ++w) {
-    load_column(context, s, m, w, c0, n, padded, rows.get());
-    std::fill_n(sums.get(), s.H * padded, 0.0f);
-    for (int64_t d0 = 0; d0 < s.D; d0 += kDepths) {
-      for (int64_t h = 0; h < s.H; ++h) {
-        Vector feature[NV], sum[NV];
-        for (int v = 0; v < NV; ++v) {
-          feature[v] = reinterpret_cast<Vector*>(rows.get() + h * padded)[v];
-          sum[v] = reinterpret_cast<Vector*>(sums.get() + h * padded)[v];
-        }
-        for (int64_t d = d0; d < std::min(s.D, d0 + kDepths); ++d) {
-          const int64_t at = ((m * s.D + d) * s.H + h) * s.W + w;
-          const int32_t row = cell[at];
-          float dot = 0;
-          if (row >= 0 && row < s.cells) {
-            const float* from = grad + row * s.C + c0;
-            if (n != padded) from = static_cast<float*>(std::memcpy(padded_row.get(), from, n * sizeof(float)));
-            Vector product = Vector{};
-            for (int v = 0; v < NV; ++v) {
-              const Vector g = *reinterpret_cast<const Unaligned*>(from + v * kLanes);
-              product += g * feature[v];
-              sum[v] += depth[at] * g;
-            }
-            dot = sum_lanes(product);
-          }
-          grad_depth[at] = c0 > 0 ? grad_depth[at] + dot : dot;
-        }
-        for (int v = 0; v < NV; ++v) reinterpret_cast<Vector*>(sums.get() + h * padded)[v] = sum[v];
-      }
-    }
-    for (int64_t h = 0; h < s.H; ++h)
-      std::memcpy(grad_context + ((m * s.H + h) * s.W + w) * s.C + c0, sums.get() + h * padded, n * sizeof(float));
-  }
-}
-
-using TileGradient = void (*)(const float*, const float*, const float*, const int32_t*, const Size&, int64_t, int64_t,
-                              int64_t, int64_t, float*, float*);
-constexpr TileGradient kTileGradient[kVectors] = {tile_gradient<1>, tile_gradient<2>, tile_gradient<3>,
-                                                  tile_gradient<4>, tile_gradient<5>, tile_gradient<6>,
-                                                  tile_gradient<7>, tile_gradient<8>};
-
-}  // namespace
 
 extern "C" void voxel_pool_backward(const float* grad, const float* depth, const float* context, const int32_t* cell,
                                     float* grad_depth, float* grad_context, int64_t M, int64_t D, int64_t H, int64_t W,
                                     int64_t C, int64_t cells, int64_t threads) {
   const Size s{M, D, H, W, C, cells};
-  const int64_t tiles_per_image = (W + kTile - 1) / kTile, count = M * tiles_per_image;
+  const int64_t tiles = M * s.tiles();
   parallel(threads, [&](int64_t thread) {
-    for (int64_t t = count * thread / threads; t < count * (thread + 1) / threads; ++t)
-      for (int64_t c0 = 0; c0 < C; c0 += kBlock) {
-        const int64_t n = std::min<int64_t>(kBlock, C - c0);
-        kTileGradient[(n + kLanes - 1) / kLanes - 1](grad, depth, context, cell, s, t / tiles_per_image,
-                                                     t % tiles_per_image * kTile, c0, n, grad_depth, grad_context);
-      }
+    for (int64_t t = tiles * thread / threads; t < tiles * (thread + 1) / threads; ++t)
+      for_channel_blocks(C, [&](int64_t c0, int64_t n, int64_t i) {
+        kTileGradient[i](grad, depth, context, cell, s, t, c0, n, grad_depth, grad_context);
+      });
   });
 }

@@ -63,8 +63,8 @@ def voxelize(
             "voxelize: lower, size and grid need 3 numbers (x, y, z), size and grid positive; "
             f"got {lower}, {size}, {grid}."
         )
-    if max(grid) > 1 << 20:
-        raise ValueError(f"voxelize: a grid axis holds at most {1 << 20} cells, got {grid}: use larger cells.")
+    if grid[0] * grid[1] * grid[2] * max(points.shape[1], 1) >= 1 << 62:  # the reference sorts by cell * P + point
+        raise ValueError(f"voxelize: grid {tuple(grid)} times {points.shape[1]} points exceeds 2^62: use larger cells.")
     if max_points < 1 or max_voxels < 1:
         raise ValueError(f"voxelize: max_points and max_voxels must be at least 1, got {max_points} and {max_voxels}.")
     return torch.ops.bevfn.voxelize(

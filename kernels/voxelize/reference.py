@@ -1,4 +1,7 @@
-"""Meaning of `voxelize` in plain torch, with static shapes: one stable sort by cell, then ranks within equal keys."""
+"""Meaning of `voxelize` in plain torch, with static shapes: one sort by cell, then ranks within equal keys.
+
+Spelled with operators that stock torchair converts (shared/npu/COVERAGE.md): no stable sort, all(dim) or index_copy.
+"""
 
 import torch
 from torch import Tensor
@@ -23,13 +26,15 @@ def voxelize(
     # Tensors, not Python numbers: CUDA divides by a number by multiplying with its reciprocal.
     index = torch.floor((points[..., :3] - points.new_tensor(lower)) / points.new_tensor(size))  # B P 3
     inside = (index >= 0) & (index < points.new_tensor([float(n) for n in grid]))  # false for NaN
-    inside = inside.all(-1) & torch.isfinite(points).all(-1) & valid  # B P
+    finite = (points * 0).sum(-1) == 0  # false for NaN and infinity in any column
+    inside = inside[..., 0] & inside[..., 1] & inside[..., 2] & finite & valid  # B P
     cell = torch.where(inside[..., None], index, torch.zeros_like(index)).to(torch.int64)  # B P 3
     key = (cell[..., 0] * Y + cell[..., 1]) * Z + cell[..., 2]
     key = torch.where(inside, key, torch.full_like(key, X * Y * Z))  # points to ignore sort last
 
-    key, order = torch.sort(key, dim=1, stable=True)  # B P; `order` lists the points cell by cell, in point order
     position = torch.arange(P, device=device).expand(B, P).contiguous()
+    _, order = torch.sort(key * P + position, dim=1)  # B P; lists the points cell by cell, in point order
+    key = torch.gather(key, 1, order)
     start = torch.searchsorted(key, key)  # B P, where the run of the same cell starts
     rank = position - start  # how many points of the same cell come earlier
     kept = key < X * Y * Z
@@ -53,5 +58,5 @@ def voxelize(
     features = total / count.clamp(min=1)[..., None].to(points.dtype)  # B V C
     coords = torch.full((slots, 3), -1, dtype=torch.int32, device=device)
     cell = cell.to(torch.int32).reshape(B * P, 3).index_select(0, row)
-    coords = coords.index_copy(0, opens, cell).reshape(B, -1, 3)[:, :max_voxels]
+    coords = coords.scatter(0, opens[:, None].expand(-1, 3), cell).reshape(B, -1, 3)[:, :max_voxels]
     return features, coords.contiguous(), count.contiguous(), is_first.sum(1).to(torch.int32)

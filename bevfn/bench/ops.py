@@ -1,0 +1,13 @@
+"""The ops of `bevfn bench ops`: sparse convolution and voxel pooling against peers and the machine."""
+
+from bevfn.bench import machine, pool, sparse
+
+
+def measure() -> dict:
+    """Figures of every op, and the machine's limits of the same run; sparse convolution with one thread."""
+    return {
+        "gemm_gflops": machine.gemm_gflops(),
+        "copy_gbps": machine.copy_gbps(),
+        "sparse": sparse.measure(),
+        "voxel_pool": pool.measure(),
+    }

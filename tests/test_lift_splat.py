@@ -1,0 +1,201 @@
+"""View transform: pooling against a plain outer product, gradients, both depth nets, and the golden camera branch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bevfn import geometry, goldens, upstream
+from bevfn.backbones import swin
+from bevfn.data.batch import Batch
+from bevfn.necks import lss_fpn
+from bevfn.views import lift_splat
+
+CASE = Path(__file__).parents[1].parent / "shared" / "goldens" / "bevfusion_lidar_cam"
+GRID = {"x_m": (-16.0, 16.0, 1.0), "y_m": (-16.0, 16.0, 1.0), "z_m": (-8.0, 8.0, 16.0)}
+CONFIG = lift_splat.Config(channels_in=6, channels_out=4, image_size=(32, 48), depth_m=(1.0, 13.0, 1.0), **GRID)
+CAMERA_ONLY = lift_splat.Config(**{**vars(CONFIG), "lidar_depth": False})
+
+
+def make_batch(B: int = 2, N: int = 2, P: int = 60, image: tuple[int, int] = (32, 48)) -> Batch:
+    """Cameras that look forward and back over random points."""
+    generator = torch.Generator().manual_seed(0)
+    forward = torch.tensor([[0.0, 0, 1, 0.2], [-1, 0, 0, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]])
+    back = torch.diag(torch.tensor([-1.0, -1, 1, 1])) @ forward
+    lidar_from_camera = torch.stack([forward, back])[:N].expand(B, N, 4, 4).clone()
+    intrinsics = torch.tensor([[50.0, 0, 48, 0], [0, 50, 32, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).expand(B, N, 4, 4).clone()
+    image_aug = torch.diag(torch.tensor([0.5, 0.5, 1, 1])).expand(B, N, 4, 4).clone()
+    lidar_aug = torch.diag(torch.tensor([1.05, 1.05, 1.05, 1])).expand(B, 4, 4).clone()
+    points = 20 * torch.rand(B, P, 5, generator=generator) - 10
+    valid = torch.rand(B, P, generator=generator) > 0.2
+    return Batch(
+        points=points * valid[..., None],
+        points_valid=valid,
+        boxes=torch.zeros(B, 3, 9),
+        labels=torch.zeros(B, 3, dtype=torch.int64),
+        boxes_valid=torch.zeros(B, 3, dtype=torch.bool),
+        lidar_aug=lidar_aug,
+        undo_lidar_aug=geometry.invert(lidar_aug[:, :3, :3]),
+        images=torch.zeros(B, N, *image, 3, dtype=torch.uint8),
+        image_from_lidar=intrinsics @ torch.linalg.inv(lidar_from_camera),
+        lidar_from_camera=lidar_from_camera,
+        intrinsics=intrinsics,
+        image_aug=image_aug,
+        undo_image_aug=geometry.invert(image_aug[..., :3, :3]),
+        lidar_from_pixel=geometry.unprojection(lidar_from_camera, intrinsics),
+    )
+
+
+def make(config: lift_splat.Config) -> tuple[dict, dict, Tensor, Batch]:
+    params, state = lift_splat.init(config, torch.Generator().manual_seed(0))
+    feature = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(1)).permute(0, 3, 1, 2)
+    return params, state, feature, make_batch()
+
+
+@pytest.mark.parametrize("config", [CONFIG, CAMERA_ONLY])
+def test_pooling_is_the_sum_of_depth_times_context_over_the_points_of_a_cell(config):
+    params, state, feature, batch = make(config)
+    outputs, _ = lift_splat.apply(params, state, feature, batch, config=config, train=False)
+    depth = outputs["depthnet"][:, :12].double().softmax(1)  # BN D H W
+    context = outputs["depthnet"][:, 12:].double()  # BN C H W
+    product = (depth[:, :, None] * context[:, None]).view(2, 2, 12, 4, 4, 6)  # B N D C H W
+    expected = torch.zeros(2, 4, 32, 32, dtype=torch.float64)
+    place = ((outputs["geometry"] - torch.tensor([-16.0, -16.0, -8.0])) / torch.tensor([1.0, 1.0, 16.0])).trunc()
+    inside = ((place > -1) & (place < torch.tensor([32, 32, 1]))).all(-1)
+    for b, n, d, h, w in inside.nonzero().tolist():
+        x, y, _ = place[b, n, d, h, w].int().tolist()
+        expected[b, :, x, y] += product[b, n, d, :, h, w]
+    assert (outputs["bev_pool"] - expected).norm() <= 1e-6 * expected.norm()
+    assert 0 < int(inside.sum()) < inside.numel()
+    assert outputs["bev"].shape == (2, 4, 16, 16)
+
+
+def test_every_boundary_is_there_and_the_lidar_depth_is_used():
+    params, state, feature, batch = make(CONFIG)
+    outputs, new = lift_splat.apply(params, state, feature, batch, config=CONFIG, train=True)
+    assert set(outputs) == {"depth_map", "dtransform", "depthnet", "geometry", "bev_pool", "bev"}
+    assert outputs["depth_map"].shape == (4, 32, 48) and outputs["dtransform"].shape == (4, 64, 4, 6)
+    assert pytree.tree_structure(new) == pytree.tree_structure(state)
+    without = Batch(**{**vars(batch), "points_valid": torch.zeros_like(batch.points_valid)})
+    blind, _ = lift_splat.apply(params, state, feature, without, config=CONFIG, train=True)
+    assert float(blind["depth_map"].abs().max()) == 0.0
+    assert not torch.equal(blind["depthnet"], outputs["depthnet"])
+
+
+def test_the_camera_only_depth_net_is_one_convolution_and_reads_no_points():
+    params, state, feature, batch = make(CAMERA_ONLY)
+    assert set(params) == {"depth_net", "downsample"} and set(state) == {"downsample"}
+    outputs, new = lift_splat.apply(params, state, feature, batch, config=CAMERA_ONLY, train=True)
+    assert set(outputs) == {"depthnet", "geometry", "bev_pool", "bev"} and set(new) == {"downsample"}
+    expected = torch.nn.functional.conv2d(feature, *params["depth_net"][0]["conv"].values())
+    assert torch.allclose(outputs["depthnet"], expected, atol=1e-5)
+
+
+def test_samples_of_a_batch_do_not_mix():
+    params, state, feature, batch = make(CONFIG)
+    together, _ = lift_splat.apply(params, state, feature, batch, config=CONFIG, train=False)
+    second = pytree.tree_map(lambda x: x[1:], batch)
+    alone, _ = lift_splat.apply(params, state, feature[2:], second, config=CONFIG, train=False)
+    assert torch.allclose(together["bev"][1:], alone["bev"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["feature", "weight"])
+def test_gradients_agree_with_finite_differences(name):
+    params, state, feature, batch = make(CAMERA_ONLY)  # smooth up to bev_pool: no ReLU, no statistics
+    probe = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(2))
+    weight = params["depth_net"][0]["conv"]["weight"]
+
+    def loss(x: Tensor) -> Tensor:
+        x, w = (x, weight) if name == "feature" else (feature, x)
+        changed = {**params, "depth_net": [{"conv": {**params["depth_net"][0]["conv"], "weight": w}}]}
+        outputs, _ = lift_splat.apply(changed, state, x, batch, config=CAMERA_ONLY, train=False)
+        return (outputs["bev_pool"] * probe).sum()
+
+    x = feature if name == "feature" else weight
+    gradient = torch.func.grad(loss)(x)
+    # Some of the gradient's own direction, so that the slope is no small difference of large numbers.
+    direction = gradient / gradient.std() + torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    slope = (gradient * direction).sum()
+    step = 1e-2  # float32: a smaller step drowns in rounding, a larger one in curvature
+    difference = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    assert abs(slope - difference) < 2e-3 * abs(slope)
+
+
+def test_half_precision_features_are_widened():
+    params, state, feature, batch = make(CONFIG)
+    outputs, _ = lift_splat.apply(params, state, feature.bfloat16(), batch, config=CONFIG, train=True)
+    assert {x.dtype for x in outputs.values()} == {torch.float32}
+
+
+def test_the_train_step_traces_as_one_graph_and_agrees_with_eager():
+    params, state, feature, batch = make(CONFIG)
+
+    def step(params, feature, batch):
+        def loss(params):
+            outputs, new = lift_splat.apply(params, state, feature, batch, config=CONFIG, train=True)
+            return outputs["bev"].square().mean(), new
+
+        return torch.func.grad_and_value(loss, has_aux=True)(params)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager")(params, feature, batch)
+    for a, b in zip(pytree.tree_leaves(compiled), pytree.tree_leaves(step(params, feature, batch)), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_wrong_inputs_are_refused_with_the_remedy():
+    params, state, feature, batch = make(CONFIG)
+    blind = Batch(**{**vars(batch), "image_aug": None})
+    with pytest.raises(ValueError, match=r"Batch\.image_aug is None"):
+        lift_splat.apply(params, state, feature, blind, config=CONFIG, train=False)
+    with pytest.raises(ValueError, match=r"feature of \(4, 5\) does not fit image_size \(32, 48\): expected \(4, 6\)"):
+        lift_splat.apply(params, state, feature[..., :5], batch, config=CONFIG, train=False)
+    with pytest.raises(ValueError, match=r"z_m .* must hold one cell; make its step 20\.0"):
+        lift_splat.Config(z_m=(-10.0, 10.0, 5.0))
+    with pytest.raises(ValueError, match=r"x_m .* whole number of steps"):
+        lift_splat.Config(x_m=(-54.0, 54.0, 0.7))
+    with pytest.raises(ValueError, match=r"image_size .* multiples of 8"):
+        lift_splat.Config(image_size=(250, 704))
+
+
+@pytest.mark.slow
+def test_the_camera_branch_reproduces_the_golden_case():
+    if not CASE.is_dir():
+        pytest.skip(f"needs the golden case {CASE}")
+    inputs, stored = load_file(CASE / "inputs.safetensors"), load_file(CASE / "outputs.safetensors")
+    stats = json.loads((CASE / "stats.json").read_text())
+    params, state, _ = upstream.import_state(goldens.fill_case(CASE), "bevfusion-lidar-cam")
+    params, state = params["camera"], state["camera"]
+    batch = Batch(
+        points=inputs["points"][None],
+        points_valid=torch.ones(1, len(inputs["points"]), dtype=torch.bool),
+        boxes=torch.zeros(1, 1, 9),
+        labels=torch.zeros(1, 1, dtype=torch.int64),
+        boxes_valid=torch.zeros(1, 1, dtype=torch.bool),
+        lidar_aug=inputs["lidar_aug_matrix"][None],
+        undo_lidar_aug=geometry.invert(inputs["lidar_aug_matrix"][None, :3, :3]),
+        images=inputs["imgs"][None],
+        image_from_lidar=inputs["lidar2img"][None],
+        lidar_from_camera=inputs["cam2lidar"][None],
+        intrinsics=inputs["cam2img"][None],
+        image_aug=inputs["img_aug_matrix"][None],
+        undo_image_aug=geometry.invert(inputs["img_aug_matrix"][None, :, :3, :3]),
+        lidar_from_pixel=geometry.unprojection(inputs["cam2lidar"], inputs["cam2img"])[None],
+    )
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    images = ((inputs["imgs"].float() - mean) / std).permute(0, 3, 1, 2)
+    config = lift_splat.Config()
+    with torch.no_grad():
+        levels = swin.apply(params["backbone"], images, config=swin.TINY, train=False)
+        neck, _ = lss_fpn.apply(params["neck"], state["neck"], levels, train=False)
+        view, _ = lift_splat.apply(params["view"], state["view"], neck[0], batch, config=config, train=False)
+    found = {f"eval/swin/{k}": y for k, y in enumerate(levels)} | {f"eval/lssfpn/{k}": y for k, y in enumerate(neck)}
+    found |= {f"eval/vt/{k}": y for k, y in view.items() if k != "depth_map"}
+    for name, y in found.items():
+        begins = [part.strip().removeprefix("::") for part in stats[name]["slicing"].strip("[]").split(",")]
+        y = y[tuple(slice(None, None, int(step) if step != ":" else 1) for step in begins)]
+        assert (y - stored[name]).norm() <= 2e-5 * stored[name].norm(), name  # measured: at most 1.5e-6
+    assert torch.equal(view["geometry"][:, :, ::8, ::4, ::8], stored["eval/vt/geometry"])

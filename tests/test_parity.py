@@ -1,0 +1,82 @@
+"""`bevfn parity`: its measures can fail, its errors are sentences, and the golden cases pass."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bevfn.commands.parity import parity
+from bevfn.parity import case, compare
+
+GOLDENS = Path(__file__).parents[1].parent / "shared" / "goldens"
+needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="the golden cases (../shared/goldens) are not here")
+
+
+def test_a_line_fails_beyond_its_tolerance_and_on_nan():
+    assert compare.Line("a", 1e-6, 1e-5).ok
+    assert not compare.Line("a", 2e-5, 1e-5).ok
+    assert not compare.Line("a", float("nan"), 1e-5).ok
+    assert not compare.Table("empty").ok
+
+
+def test_relative_l2_sees_a_wrong_shape_and_a_wrong_value():
+    x = torch.randn(4, 5)
+    assert compare.relative_l2(x, x) == 0
+    assert compare.relative_l2(x[:3], x) == float("inf")
+    assert compare.relative_l2(2 * x, x) == pytest.approx(1.0)
+
+
+def test_slicing_is_parsed_and_not_evaluated():
+    x = torch.arange(24).view(4, 6)
+    assert compare.sliced(x, "[::2, 1:]").tolist() == x[::2, 1:].tolist()
+    with pytest.raises(ValueError, match="not of the form"):
+        compare.sliced(x, "[__import__('os')]")
+
+
+def test_sets_are_compared_without_order_and_duplicates_are_noticed():
+    a, b = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[3, 4], [1, 2]])
+    assert compare.set_difference(a, b)[0] == 0
+    assert compare.order_like(a, b).tolist() == [1, 0]
+    assert compare.set_difference(a, torch.tensor([[1, 2], [5, 6]]))[0] > 0
+    assert compare.set_difference(torch.tensor([[1, 2], [1, 2]]), torch.tensor([[1, 2]]))[0] > 0
+
+
+def test_a_folder_that_is_no_case_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not a folder"):
+        case.read(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
+        case.read(tmp_path)
+
+
+@needs_goldens
+def test_a_truncated_case_is_refused(tmp_path):
+    folder = shutil.copytree(GOLDENS / "bevfusion_lidar", tmp_path / "case")
+    (folder / "outputs.safetensors").write_bytes((folder / "outputs.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"outputs\.safetensors is damaged"):
+        case.read(folder)
+
+
+@needs_goldens
+def test_lidar_only_evaluation_is_the_published_model(tmp_path):
+    assert parity(GOLDENS / "bevfusion_lidar", only="eval", json_file=tmp_path / "table.json") == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["ok"] and len(table["lines"]) > 40
+
+
+@needs_goldens
+def test_a_changed_weight_fails_parity(tmp_path):
+    folder = shutil.copytree(GOLDENS / "bevfusion_lidar", tmp_path / "case")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["weights"]["pts_backbone.blocks.0.0.weight"]["std"] *= 1.001
+    del manifest["weights_crc32"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert parity(folder, only="eval") == 1
+
+
+@pytest.mark.slow
+@needs_goldens
+@pytest.mark.parametrize("name", ["bevfusion_lidar", "bevfusion_lidar_cam"])
+def test_full_golden_case(name):
+    assert parity(GOLDENS / name) == 0
