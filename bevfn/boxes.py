@@ -12,6 +12,9 @@ from torch import Tensor
 # Sizes are clipped to this many metres, centre distances to ten times that: products of three stay finite in float32.
 LARGEST_M = 1e6
 
+# An edge that climbs less than this contributes nothing that float32 could hold; dividing by it could overflow.
+LEVEL_M = 1e-20
+
 # Along (dx, dy) in units of the half size, counter-clockwise from above, starting at front left.
 _SIGNS = ((1.0, 1.0), (-1.0, 1.0), (-1.0, -1.0), (1.0, -1.0))
 
@@ -71,9 +74,10 @@ def rotated_overlap_bev(a: Tensor, b: Tensor) -> Tensor:
     next_x, next_y = torch.cat([x[1:], x[:1]]), torch.cat([y[1:], y[:1]])
 
     start, end = _clip(y, below, above), _clip(next_y, below, above)  # the part inside the horizontal strip
-    rise = next_y - y
-    run_per_rise = (next_x - x) / torch.where(rise == 0, 1, rise)  # a level edge has start == end
-    start_x, end_x = _between(x + (start - y) * run_per_rise, x, next_x), _between(x + (end - y) * run_per_rise, x, next_x)
+    rise, run = next_y - y, next_x - x
+    slope = run / torch.where(rise.abs() < LEVEL_M, 1.0, rise)
+    start_x = _between(x + (start - y) * slope, x, next_x)
+    end_x = _between(x + (end - y) * slope, x, next_x)
     mean = _mean_clipped(start_x, end_x, left, right) - _clip(torch.zeros_like(left), left, right)
     area = (mean * (end - start)).sum(0)
     return torch.where(area > 0, area, 0.0)  # also turns NaN into 0
@@ -102,7 +106,7 @@ def _mean_clipped(x0: Tensor, x1: Tensor, low: Tensor, high: Tensor) -> Tensor:
     y0, y1 = _clip(x0, low, high), _clip(x1, low, high)
     # The mean is y0 before the window is entered, (y0 + y1) / 2 inside, y1 after it is left.
     length = x1 - x0
-    share = (0.5 * (y1 - y0) + (x1 - y1)) / torch.where(length == 0, 1, length)
+    share = (0.5 * (y1 - y0) + (x1 - y1)) / torch.where(length.abs() < LEVEL_M, 1.0, length)
     return y0 + (y1 - y0) * torch.clamp(share, 0, 1)
 
 

@@ -256,12 +256,12 @@ def fit(config: Config, train_state: train.TrainState, step: Callable, batch: ba
             train_state, metrics = step(train_state, batch)
             host = {name: float(value) for name, value in metrics.items()}
             reporter.log(i, {**host, **counts}, time.perf_counter() - started)
-            if host.get("nonfinite", 0.0) and config.precision != "fp16":
+            if host["skipped"] and config.precision != "fp16":
                 bad = train.first_nonfinite({"params": train_state.params, "state": train_state.state})
                 raise ValueError(f"step {i}: gradients are not finite; first such tensor: {bad or 'a gradient'}; lower --lr")
             first, last = (host["loss/total"] if i == 1 else first), host["loss/total"]
             if i == config.steps or (config.checkpoint_every and i % config.checkpoint_every == 0):
-                checkpoint.save(config.run_dir / "checkpoints" / f"step_{i:08d}", train_state, {"step": i})
+                checkpoint.save_step(config.run_dir / "checkpoints" / f"step_{i:08d}", train_state, {"step": i})
     return {"train_state": train_state, "first_loss": first, "last_loss": last}
 
 

@@ -106,3 +106,24 @@ def test_initialisation_follows_the_published_modules(generator):
     assert (kaiming["bias"] == 0).all()
     default = conv.init(64, 128, (3, 3), bias=True, generator=generator)
     assert default["weight"].abs().max().item() == pytest.approx((64 * 9) ** -0.5, rel=0.01)
+
+
+def test_batch_norm_gradient_is_the_derivative_of_its_forward(generator):
+    valid = torch.arange(12) % 4 != 1
+    x = torch.randn(12, 3, generator=generator, requires_grad=True)
+    weight, bias = (torch.randn(3, generator=generator, requires_grad=True) for _ in range(2))
+
+    def f(x, w, b):
+        return batch_norm.apply({"weight": w, "bias": b}, batch_norm.init(3)[1], x, train=True, valid=valid)[0]
+
+    _, ours = grads(f, x, weight, bias)
+    wide = [t.detach().double() for t in (x, weight, bias)]
+
+    def exact(x, w, b):
+        rows = x[valid]
+        h = (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+        return torch.zeros_like(x).masked_scatter(valid[:, None].expand_as(x), h * w + b)
+
+    _, theirs = grads(exact, *wide)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -126,8 +127,8 @@ def encoder_forward_vs_spconv(repeats: int = 7) -> dict:
     try:
         import spconv
         import spconv.pytorch as peer
-    except ImportError as error:
-        return {"omitted": f"spconv is not installed ({error}): pip install 'bevfn[bench]'"}
+    except ImportError as missing:
+        return {"omitted": f"spconv is not installed ({missing}): pip install 'bevfn[bench]'"}
     features, sites, source = golden_voxels()
     capacities = exact_capacities(sites)
     layers = encoder_layers(tables(sites, capacities)[0])
@@ -298,7 +299,7 @@ def _three_products(layer: Layer) -> list[Callable[[], Tensor]]:
     ]
 
 
-def _spconv_modules(peer: object, layers: list[Layer]) -> list:
+def _spconv_modules(peer: Any, layers: list[Layer]) -> list:
     """spconv's layers with our weights; its kernels are [C_out kx ky kz C_in]."""
     modules = []
     for layer in layers:

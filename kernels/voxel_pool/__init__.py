@@ -41,13 +41,14 @@ def voxel_pool(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> 
 def _check(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> None:
     if depth.dim() != 4 or context.dim() != 4:
         raise ValueError(
-            f"voxel_pool needs depth [M D H W] and context [M H W C], got {list(depth.shape)} and {list(context.shape)}."
+            f"voxel_pool needs depth [M D H W] and context [M H W C], got {list(depth.shape)} and "
+            f"{list(context.shape)}."
         )
     M, D, H, W = depth.shape
     if tuple(context.shape[:3]) != (M, H, W):
         raise ValueError(
-            f"voxel_pool: context {list(context.shape)} must be [M H W C] = [{M} {H} {W} C] as depth {list(depth.shape)} "
-            "says; channels come last."
+            f"voxel_pool: context {list(context.shape)} must be [M H W C] = [{M} {H} {W} C] as depth "
+            f"{list(depth.shape)} says; channels come last."
         )
     if tuple(cell.shape) != (M, D, H, W):
         raise ValueError(f"voxel_pool: cell {list(cell.shape)} must have the shape of depth, {list(depth.shape)}.")

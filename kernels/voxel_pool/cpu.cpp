@@ -95,16 +95,6 @@ inline void store_some(float* to, Vector x, int64_t count) {
 #endif
 }
 
-inline float sum_lanes(Vector x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) x[i] += x[i + step];
-  return x[0];
-#endif
-}
-
 #if defined(__AVX512F__)
 // to[j * to_stride + i] = from[i * from_stride + j], 16 x 16. Only `rows` rows and the lanes of `columns` are read (the
 // last row stands in for the missing ones); everything is written.
@@ -137,6 +127,24 @@ inline void transpose_block(const float* from, int64_t from_stride, int64_t rows
   }
 }
 #endif
+
+// sums[i] = sum over the lanes of x[i], for kLanes vectors at once.
+inline void sum_lanes(const Vector* x, float* sums) {
+#if defined(__AVX512F__)
+  Vector lanes[kLanes];
+  transpose_block(reinterpret_cast<const float*>(x), kLanes, kLanes, 0xffff, reinterpret_cast<float*>(lanes), kLanes);
+  for (int64_t step = kLanes / 2; step > 0; step /= 2)
+    for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  store(sums, lanes[0]);
+#else
+  for (int64_t i = 0; i < kLanes; ++i) {
+    Vector sum = x[i];
+    for (int64_t step = kLanes / 2; step > 0; step /= 2)
+      for (int64_t j = 0; j < step; ++j) sum[j] += sum[j + step];
+    sums[i] = sum[0];
+  }
+#endif
+}
 
 // One depth bin of a tile, to[w * to_stride + h] = from[h * from_stride + w]; `to` has room for 16 columns of line() rows.
 template <class T>
@@ -327,21 +335,25 @@ inline void line_gradient(const float* grad, const Size& s, int64_t last, int64_
       feature[v] = load(context + (h * NV + v) * kLanes);
       sum[v] = load(grad_context + (h * NV + v) * kLanes);
     }
-    for (int64_t d = 0; d < bins; ++d) {
-      const int32_t here = cell[d * line + h];
-      float& weight = depth[d * line + h];
-      if (here < 0 || here >= s.cells) {
-        weight = 0;
-        continue;
+    for (int64_t d0 = 0; d0 < bins; d0 += kLanes) {
+      const int64_t count = std::min(kLanes, bins - d0);
+      Vector product[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = (d0 + i) * line + h;
+        const int32_t here = cell[at];
+        if (here < 0 || here >= s.cells) continue;
+        const float* row = grad + here * s.C;
+        Vector dot = {};
+        for (int v = 0; v < NV; ++v) {
+          const Vector g = v + 1 < NV ? load(row + v * kLanes) : load_some(row + v * kLanes, last);
+          dot += g * feature[v];
+          sum[v] += depth[at] * g;
+        }
+        product[i] = dot;
       }
-      const float* row = grad + here * s.C;
-      Vector product = {};
-      for (int v = 0; v < NV; ++v) {
-        const Vector g = v + 1 < NV ? load(row + v * kLanes) : load_some(row + v * kLanes, last);
-        product += g * feature[v];
-        sum[v] += weight * g;
-      }
-      weight = sum_lanes(product);
+      float dots[kLanes];
+      sum_lanes(product, dots);
+      for (int64_t i = 0; i < count; ++i) depth[(d0 + i) * line + h] = dots[i];
     }
     for (int v = 0; v < NV; ++v) store(grad_context + (h * NV + v) * kLanes, sum[v]);
   }

@@ -15,9 +15,14 @@ def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Ten
     if depth.dtype == torch.float64:
         return reference.forward(depth, context, cell, num_cells)
     out = torch.empty(num_cells, context.shape[-1], dtype=torch.float32, device="cpu")
-    operands = [_plain(depth), _plain(context), cell.contiguous(), out]
-    _library().voxel_pool_forward(*map(native.pointer, operands), *_sizes(depth, context, num_cells))
+    forward_into(out, depth, context, cell)
     return out.to(depth.dtype)
+
+
+def forward_into(out: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> None:
+    """Overwrites out [num_cells C] float32: what `forward` does apart from allocating the result."""
+    operands = [_plain(depth), _plain(context), cell.contiguous(), out]
+    _library().voxel_pool_forward(*map(native.pointer, operands), *_sizes(depth, context, out.shape[0]))
 
 
 def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
