@@ -90,6 +90,13 @@ def test_more_threads_than_cells_give_the_same_bits():
         torch.set_num_threads(threads)
 
 
+def test_benchmark_frustum_is_like_a_real_frame():
+    cell = frustum_cells()
+    inside = cell[cell >= 0]
+    assert inside.numel() == pytest.approx(1_835_478, rel=0.01)  # shared/goldens/bevfusion_lidar_cam
+    assert inside.unique().numel() == pytest.approx(97_325, rel=0.01)
+
+
 def test_no_point_inside_gives_zeros_and_zero_gradients():
     depth, context, cell = problem(2, 3, 4, 5, 7, 9)
     out, grad_depth, grad_context = gradients(depth, context, torch.full_like(cell, -1), 9, torch.ones(9, 7))

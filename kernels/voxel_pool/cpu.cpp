@@ -65,14 +65,21 @@ void parallel(int64_t threads, Work work) {  // work(thread); thread 0 is the ca
   for (auto& t : pool) t.join();
 }
 
-// A large result lies on fresh pages, which the system clears on first touch: fewer faults if they are huge.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+// A large result lies on fresh pages. To let the system clear them huge page by huge page in one call costs a fraction
+// of faults on first touch; on pages already there it costs nothing. `advise` is best effort.
+void advise(float* data, int64_t floats, int advice) {
+#if defined(__linux__)
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t(4095);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t(4095);
-  if (end > first + (4 << 20)) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data + floats) & ~uintptr_t(4095);
+  if (end > first + (1 << 20)) madvise(reinterpret_cast<void*>(first), end - first, advice);
 #endif
 }
+#if !defined(MADV_HUGEPAGE)
+#define MADV_HUGEPAGE 14  // unknown advice is refused without effect
+#endif
+#if !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23  // since Linux 5.14
+#endif
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline void store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
@@ -92,6 +99,16 @@ inline void store_some(float* to, Vector x, int64_t count) {
   _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)x);
 #else
   for (int64_t i = 0; i < count; ++i) to[i] = x[i];
+#endif
+}
+
+inline float sum_lanes(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) x[i] += x[i + step];
+  return x[0];
 #endif
 }
 
@@ -127,24 +144,6 @@ inline void transpose_block(const float* from, int64_t from_stride, int64_t rows
   }
 }
 #endif
-
-// sums[i] = sum over the lanes of x[i], for kLanes vectors at once.
-inline void sum_lanes(const Vector* x, float* sums) {
-#if defined(__AVX512F__)
-  Vector lanes[kLanes];
-  transpose_block(reinterpret_cast<const float*>(x), kLanes, kLanes, 0xffff, reinterpret_cast<float*>(lanes), kLanes);
-  for (int64_t step = kLanes / 2; step > 0; step /= 2)
-    for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  store(sums, lanes[0]);
-#else
-  for (int64_t i = 0; i < kLanes; ++i) {
-    Vector sum = x[i];
-    for (int64_t step = kLanes / 2; step > 0; step /= 2)
-      for (int64_t j = 0; j < step; ++j) sum[j] += sum[j + step];
-    sums[i] = sum[0];
-  }
-#endif
-}
 
 // One depth bin of a tile, to[w * to_stride + h] = from[h * from_stride + w]; `to` has room for 16 columns of line() rows.
 template <class T>
@@ -335,25 +334,21 @@ inline void line_gradient(const float* grad, const Size& s, int64_t last, int64_
       feature[v] = load(context + (h * NV + v) * kLanes);
       sum[v] = load(grad_context + (h * NV + v) * kLanes);
     }
-    for (int64_t d0 = 0; d0 < bins; d0 += kLanes) {
-      const int64_t count = std::min(kLanes, bins - d0);
-      Vector product[kLanes] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = (d0 + i) * line + h;
-        const int32_t here = cell[at];
-        if (here < 0 || here >= s.cells) continue;
-        const float* row = grad + here * s.C;
-        Vector dot = {};
-        for (int v = 0; v < NV; ++v) {
-          const Vector g = v + 1 < NV ? load(row + v * kLanes) : load_some(row + v * kLanes, last);
-          dot += g * feature[v];
-          sum[v] += depth[at] * g;
-        }
-        product[i] = dot;
+    for (int64_t d = 0; d < bins; ++d) {
+      const int32_t here = cell[d * line + h];
+      float& weight = depth[d * line + h];
+      if (here < 0 || here >= s.cells) {
+        weight = 0;
+        continue;
       }
-      float dots[kLanes];
-      sum_lanes(product, dots);
-      for (int64_t i = 0; i < count; ++i) depth[(d0 + i) * line + h] = dots[i];
+      const float* row = grad + here * s.C;
+      Vector product = {};
+      for (int v = 0; v < NV; ++v) {
+        const Vector g = v + 1 < NV ? load(row + v * kLanes) : load_some(row + v * kLanes, last);
+        product += g * feature[v];
+        sum[v] += weight * g;
+      }
+      weight = sum_lanes(product);
     }
     for (int v = 0; v < NV; ++v) store(grad_context + (h * NV + v) * kLanes, sum[v]);
   }
@@ -415,11 +410,13 @@ void for_channel_blocks(int64_t C, Work work) {  // work(c0, n, index of the ins
 extern "C" void voxel_pool_forward(const float* depth, const float* context, const int32_t* cell, float* out, int64_t M,
                                    int64_t D, int64_t H, int64_t W, int64_t C, int64_t cells, int64_t threads) {
   const Size s{M, D, H, W, C, cells};
-  prefer_huge_pages(out, cells * C * sizeof(float));
+  advise(out, cells * C, MADV_HUGEPAGE);
   const Plan plan = make_plan(cell, s, threads);
   parallel(threads, [&](int64_t thread) {
+    const int64_t low = plan.cut[thread], high = plan.cut[thread + 1];
+    advise(out + low * C, (high - low) * C, MADV_POPULATE_WRITE);
     for_channel_blocks(C, [&](int64_t c0, int64_t n, int64_t i) {
-      kPoolRange[i](depth, context, cell, s, plan, c0, n, plan.cut[thread], plan.cut[thread + 1], out);
+      kPoolRange[i](depth, context, cell, s, plan, c0, n, low, high, out);
     });
   });
 }

@@ -1,0 +1,202 @@
+"""BEVFusion: the compiled train step is the eager one, in one graph, for every modality and precision."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from bevfn import compile as compilation
+from bevfn import optim, train, tree
+from bevfn.backbones import second, sparse_encoder, swin
+from bevfn.data import batch as batches
+from bevfn.data import frame, synthetic
+from bevfn.heads import transfusion
+from bevfn.models import bevfusion
+from bevfn.necks import lss_fpn, second_fpn
+from bevfn.precision import Policy
+from bevfn.views import lift_splat
+
+MODALITIES = ("lidar", "camera", "lidar-camera")
+STEPS = 5
+
+
+def tiny(modality):
+    """Every part of the model at the smallest size that exercises it: 64 x 64 x 40 voxels, two encoder levels."""
+    voxels = bevfusion.Voxels(lower=(-24.0, -24.0, -5.0), upper=(24.0, 24.0, 3.0), size=(0.75, 0.75, 0.2), max_voxels=(1500, 1500))
+    encoder = sparse_encoder.Config(
+        channels=(8, 16), channels_out=8, blocks=1, paddings=((1, 1, 0),), capacities=(1500, 1200)
+    )
+    view = lift_splat.Config(
+        channels_in=16, channels_out=8, image_size=(32, 96), depth_m=(1.0, 31.0, 3.0), x_m=(-24.0, 24.0, 0.75),
+        y_m=(-24.0, 24.0, 0.75), lidar_depth=modality == "lidar-camera",
+    )
+    camera = bevfusion.Camera(
+        swin.Config(channels=8, depths=(2, 1, 1), heads=(1, 2, 4), window=4, out_stages=(1, 2)),
+        lss_fpn.Config(channels_in=(16, 32), channels_out=16), view,
+    )
+    bev_channels = 8 * sparse_encoder.output_grid(encoder, (64, 64, 41))[2]
+    return bevfusion.Config(
+        voxels=voxels,
+        lidar=None if modality == "camera" else bevfusion.Lidar(encoder),
+        camera=None if modality == "lidar" else camera,
+        fused_channels=16,
+        backbone=second.Config(channels_in=bev_channels if modality == "lidar" else 16, channels=(8, 16), layers=1),
+        neck=second_fpn.Config(channels_in=(8, 16), channels=(8, 8)),
+        head=transfusion.Config(
+            channels_in=16, channels=16, queries=24, heads=2, ffn_channels=16, head_channels=8, lower=(-24.0, -24.0),
+            voxel=(0.75, 0.75), stride=2, cells=(32, 32),
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return synthetic.write_frame(tmp_path_factory.mktemp("frame"), image_size=(225, 400))
+
+
+def make_batch(folder, model, count=1):
+    reading = frame.Config(cameras=model.camera is not None, source_size=(225, 400), capacities=batches.Capacities(6000, 16))
+    if model.camera is not None:
+        reading = replace(reading, image_size=model.camera.view.image_size, resize=0.24)
+    reading = replace(reading, point_cloud_range=(-24.0, -24.0, -5.0, 24.0, 24.0, 3.0))
+    sample = frame.load(folder, config=reading)
+    keep = slice(None, None, 4)
+    sample = replace(sample, points=sample.points[keep])
+    return batches.collate([sample] * count, capacities=reading.capacities)[0]
+
+
+def run_steps(model, batch, precision, backend, steps=STEPS):
+    """Metrics of every step and the last train state."""
+    policy = Policy.of(precision)
+    optimizer = optim.Config(lr=optim.Schedule(1e-3), clip_norm=35.0)
+    params, state = bevfusion.init(model, seed=0)
+    train_state = train.init(params, state, optimizer, precision=policy)
+    loss = partial(bevfusion.loss, config=model, policy=policy)
+    step = compilation.step(train.make_step(loss, optimizer, precision=policy), backend=backend)
+    history = []
+    for _ in range(steps):
+        train_state, metrics = step(train_state, batch)
+        history.append({k: float(v) for k, v in metrics.items()})
+    return history, train_state
+
+
+# aot_eager runs the same kernels in the same order: exact. Inductor reorders sums: fp32 rounding of a loss grows to 1e-3
+# over five steps of Adam, whose first steps have the size of the learning rate whatever the gradient is, so a leaf whose
+# gradient is rounding only may move by up to 5 lr; fp16 rounds every activation at other places (1e-3 each).
+TOLERANCES = {
+    ("aot_eager", "fp32"): (1e-6, 1e-6), ("inductor", "fp32"): (5e-3, 2e-2),
+    ("aot_eager", "fp16"): (1e-6, 1e-6), ("inductor", "fp16"): (5e-2, 1e-1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_compiled_step_equals_eager_in_one_graph(modality, precision, folder):
+    model = tiny(modality)
+    batch = make_batch(folder, model)
+    eager, eager_state = run_steps(model, batch, precision, "eager")
+    assert eager[0]["num_pos"] > 0 and eager[-1]["loss/total"] < eager[0]["loss/total"]
+    for backend in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled, compiled_state = run_steps(model, batch, precision, backend)
+        assert compilation.graph_counts() == {"graphs": 1, "breaks": 0}
+        metric_tolerance, leaf_tolerance = TOLERANCES[backend, precision]
+        compare_metrics(eager, compiled, metric_tolerance)
+        compare_leaves(eager_state, compiled_state, leaf_tolerance)
+
+
+def compare_metrics(ours, theirs, tolerance):
+    """Step 0 before any update to a tenth of the tolerance, the later ones to the tolerance."""
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        assert a.keys() == b.keys()
+        for name in a:
+            limit = tolerance * (0.1 if i == 0 else 1.0)
+            assert b[name] == pytest.approx(a[name], rel=limit, abs=limit), (i, name)
+
+
+def compare_leaves(ours, theirs, tolerance, moved=STEPS * 1e-3):
+    """Every updated leaf, relative to its size or to the distance that five steps of Adam can move it."""
+    a, b = tree.flatten(ours), tree.flatten(theirs)
+    assert a.keys() == b.keys()
+    for name in a:
+        if not name.startswith("optimizer"):  # moments of rounding-only gradients have no meaning of their own
+            scale = a[name].double().norm() + moved * a[name].numel() ** 0.5
+            error = (a[name].double() - b[name].double()).norm()
+            assert error <= tolerance * scale, (name, float(error), float(scale))
+
+
+def test_gradients_of_the_compiled_step_reach_every_parameter(folder):
+    """Dynamo drops gradients silently in some spellings (an input straight into an autograd.Function)."""
+    model = tiny("lidar-camera")
+    batch = make_batch(folder, model)
+    before, _ = bevfusion.init(model, seed=0)
+    _, after = run_steps(model, batch, "fp32", "aot_eager", steps=1)
+    still = [k for k, v in tree.flatten(before).items() if torch.equal(v, tree.flatten(after.params)[k])]
+    decay_only = [k for k in still if float(tree.flatten(before)[k].abs().max()) > 0]
+    assert decay_only == []
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_gradient_of_the_loss_is_its_directional_derivative(modality, folder):
+    model = tiny(modality)
+    batch = make_batch(folder, model)
+    params, state = bevfusion.init(model, seed=0)
+
+    def loss(params):
+        return bevfusion.loss(params, state, batch, None, config=model)[0]
+
+    gradient, value = torch.func.grad_and_value(loss)(params)
+    generator = torch.Generator().manual_seed(0)
+    # The heatmap's own convolution: smooth, and far enough from matching that no assignment flips.
+    direction = torch.randn(gradient["head"]["heatmap"]["out"]["weight"].shape, generator=generator)
+    slope = float((gradient["head"]["heatmap"]["out"]["weight"] * direction).sum())
+    ends = []
+    for h in (1e-3, -1e-3):
+        moved = tree.map(torch.clone, params)
+        moved["head"]["heatmap"]["out"]["weight"] += h * direction
+        ends.append(float(loss(moved)))
+    assert (ends[0] - ends[1]) / 2e-3 == pytest.approx(slope, rel=0.05)
+    assert torch.isfinite(value)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
+    model = tiny("lidar-camera")
+    a, b, c = (tree.flatten(bevfusion.init(model, seed=s)[0]) for s in (3, 3, 4))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_a_sample_of_a_batch_is_detected_as_it_is_alone(folder):
+    model = tiny("lidar-camera")
+    params, state = bevfusion.init(model, seed=0)
+    alone = bevfusion.predict(params, state, make_batch(folder, model), config=model)
+    twice = bevfusion.predict(params, state, make_batch(folder, model, count=2), config=model)
+    for b in range(2):
+        torch.testing.assert_close(twice["boxes"][b], alone["boxes"][0], atol=1e-3, rtol=1e-3)
+
+
+def test_no_points_and_no_boxes_still_train(folder):
+    model = tiny("lidar-camera")
+    batch = make_batch(folder, model)
+    empty = replace(
+        batch, points=torch.zeros_like(batch.points), points_valid=torch.zeros_like(batch.points_valid),
+        boxes=torch.zeros_like(batch.boxes), labels=torch.zeros_like(batch.labels),
+        boxes_valid=torch.zeros_like(batch.boxes_valid),
+    )  # fmt: skip
+    history, train_state = run_steps(model, empty, "fp32", "eager", steps=2)
+    assert history[-1]["skipped"] == 0 and history[-1]["num_pos"] == 0
+    assert train.first_nonfinite(train_state) is None
+
+
+def test_overflow_of_voxels_is_a_metric(folder):
+    model = tiny("lidar")
+    small = replace(model, voxels=replace(model.voxels, max_voxels=(100, 100)))
+    history, _ = run_steps(small, make_batch(folder, small), "fp32", "eager", steps=1)
+    assert history[0]["overflow/voxels_l0"] > 0
+
+
+def test_a_model_without_sensors_is_refused():
+    with pytest.raises(ValueError, match="lidar, camera or both"):
+        bevfusion.Config(lidar=None, camera=None)
