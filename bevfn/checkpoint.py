@@ -58,11 +58,15 @@ def load_step(folder: Path, like: Any) -> tuple[Any, dict]:
     """
     folder = Path(folder)
     if not (folder / META).is_file():
-        raise ValueError(f"{folder} is not a training checkpoint: it has no {META}; give a folder such as step_00000060")
+        raise ValueError(
+            f"{folder} is not a training checkpoint: it has no {META}; give a folder such as step_00000060"
+        )
     stored, ours = load_tensors(folder / TENSORS), tree.flatten(like)
     differences = tree.diff(stored, ours)
     if differences:
-        raise ValueError(f"{folder} does not fit this run: {differences[0]} (and {len(differences) - 1} more differences)")
+        raise ValueError(
+            f"{folder} does not fit this run: {differences[0]} (and {len(differences) - 1} more differences)"
+        )
     meta = json.loads((folder / META).read_text())
     return tree.unflatten({k: v.to(ours[k].device) for k, v in stored.items()}, like), meta
 

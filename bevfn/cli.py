@@ -15,7 +15,9 @@ CHECKPOINT: dict[str, Callable] = {
 }
 
 
-def _checkpoint(arguments: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="import|export|show …")]) -> int:
+def _checkpoint(
+    arguments: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="import|export|show …")],
+) -> int:
     """Read and write published checkpoints: `bevfn checkpoint import|export|show --help`."""
     return _run(CHECKPOINT, list(arguments), "bevfn checkpoint", _checkpoint.__doc__ or "")
 

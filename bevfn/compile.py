@@ -65,7 +65,9 @@ def function(f: Callable, *, backend: str = "inductor") -> Callable:
 def check_backend(backend: str) -> None:
     """Raises ValueError unless `backend` can run here."""
     if backend in LATER:
-        raise ValueError(f"backend {backend!r} needs an Ascend NPU, which bevfn does not drive yet; offline: {LATER[backend]}")
+        raise ValueError(
+            f"backend {backend!r} needs an Ascend NPU, which bevfn does not drive yet; offline: {LATER[backend]}"
+        )
     if backend not in ("inductor", "aot_eager", "eager"):
         raise ValueError(f"backend {backend!r} is unknown; choose inductor, aot_eager or eager")
 

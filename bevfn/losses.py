@@ -24,7 +24,9 @@ def gaussian_focal(logits: Tensor, target: Tensor, *, alpha: float = 2.0, gamma:
     return (positive + negative).sum() / (centre.sum().clamp(min=1.0) + NORMALISER_EPS)
 
 
-def sigmoid_focal(logits: Tensor, target: Tensor, normaliser: Tensor, *, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
+def sigmoid_focal(
+    logits: Tensor, target: Tensor, normaliser: Tensor, *, gamma: float = 2.0, alpha: float = 0.25
+) -> Tensor:
     """Focal loss (Lin et al. 2017, equation 5) of one-vs-all `logits` against 0/1 `target`, same shape.
 
     Summed and divided by `normaliser` (0-d, at least 1).

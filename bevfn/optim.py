@@ -4,6 +4,7 @@ The optimizer works on the concatenation of all trainable leaves instead of leaf
 19 graph nodes each would be most of the step's graph (measured: see `train.py`). `Layout` says which leaf lies where.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -37,7 +38,7 @@ class Schedule:
 
     def __post_init__(self):
         ends = [0, *(phase.end for phase in self.phases)]
-        if any(b <= a for a, b in zip(ends, ends[1:])):
+        if any(b <= a for a, b in itertools.pairwise(ends)):
             raise ValueError(f"Schedule.phases must end at increasing steps above 0, got {ends[1:]}; shorten the cycle")
 
     def at(self, step: Tensor) -> Tensor:
@@ -227,7 +228,9 @@ def update(
     param, grad: float32 [n]. step: int64 [] for the schedules. Returns (param [n], state).
     """
     if config.beta1.start >= 1.0 or not 0.0 <= config.beta2 < 1.0:
-        raise ValueError(f"beta1 {config.beta1.start} and beta2 {config.beta2} must be below 1: AdamW divides by 1 - b^t")
+        raise ValueError(
+            f"beta1 {config.beta1.start} and beta2 {config.beta2} must be below 1: AdamW divides by 1 - b^t"
+        )
     count = state.count + 1
     fresh = config.beta1.complement().at(step)  # 1 - b1
     unbias1 = -torch.expm1(count * torch.log1p(-fresh))

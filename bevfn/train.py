@@ -32,7 +32,12 @@ class TrainState:
 
 
 def init(
-    params: dict, state: dict, optimizer: optim.Config, *, precision: precision.Policy, ema: optim.Ema | None = None,
+    params: dict,
+    state: dict,
+    optimizer: optim.Config,
+    *,
+    precision: precision.Policy,
+    ema: optim.Ema | None = None,
     seed: int = 0,
 ) -> TrainState:
     """The state before the first step, on the parameters' device. No leaf shares memory with another."""
@@ -50,8 +55,11 @@ def _init_loss_scale(policy: precision.Policy) -> precision.LossScale | None:
 
 
 def make_step(
-    loss_fn: Callable[[dict, dict, Any, Tensor], tuple[Tensor, tuple[dict, dict]]], optimizer: optim.Config, *,
-    precision: precision.Policy, ema: optim.Ema | None = None,
+    loss_fn: Callable[[dict, dict, Any, Tensor], tuple[Tensor, tuple[dict, dict]]],
+    optimizer: optim.Config,
+    *,
+    precision: precision.Policy,
+    ema: optim.Ema | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]:
     """The step for `loss_fn(params, state, batch, key) -> (loss, (new state, metrics))`.
 
@@ -75,9 +83,7 @@ def make_step(
         gradient = gradient if scale is None else gradient / scale
         gradient, norm = optim.clip(gradient, optimizer.clip_norm)
         finite = torch.isfinite(norm)  # of a sum of squares: one bad element makes it bad
-        vector, moments = optim.update(
-            optimizer, layout, old.optimizer, optim.join(leaves), gradient, old.step, finite
-        )
+        vector, moments = optim.update(optimizer, layout, old.optimizer, optim.join(leaves), gradient, old.step, finite)
         params = optim.insert(old.params, layout, optim.split(vector, leaves))
         # An overflowing forward of fp16 updates the statistics upstream, and may leave infinities there for good.
         state = tree.map(lambda new, before: torch.where(torch.isfinite(new), new, before), state, old.state)

@@ -82,7 +82,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.data == "frame" and self.data_root is None:
-            raise ValueError("--data frame needs --data-root, a folder with frame.json such as ../shared/nuscenes_frame")
+            raise ValueError(
+                "--data frame needs --data-root, a folder with frame.json such as ../shared/nuscenes_frame"
+            )
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
@@ -258,7 +260,9 @@ def fit(config: Config, train_state: train.TrainState, step: Callable, batch: ba
             reporter.log(i, {**host, **counts}, time.perf_counter() - started)
             if host["skipped"] and config.precision != "fp16":
                 bad = train.first_nonfinite({"params": train_state.params, "state": train_state.state})
-                raise ValueError(f"step {i}: gradients are not finite; first such tensor: {bad or 'a gradient'}; lower --lr")
+                raise ValueError(
+                    f"step {i}: gradients are not finite; first such tensor: {bad or 'a gradient'}; lower --lr"
+                )
             first, last = (host["loss/total"] if i == 1 else first), host["loss/total"]
             if i == config.steps or (config.checkpoint_every and i % config.checkpoint_every == 0):
                 checkpoint.save_step(config.run_dir / "checkpoints" / f"step_{i:08d}", train_state, {"step": i})
@@ -272,7 +276,10 @@ def detect(config: Config, model: bevfusion.Config, train_state: train.TrainStat
             train_state.params, train_state.state, batch, config=model, policy=Policy.of(config.precision)
         )
     keep = found["valid"][0]
-    return tuple(found[k][0][keep].float().cpu().numpy() if k != "labels" else found[k][0][keep].cpu().numpy() for k in ("boxes", "scores", "labels"))
+    return tuple(
+        found[k][0][keep].float().cpu().numpy() if k != "labels" else found[k][0][keep].cpu().numpy()
+        for k in ("boxes", "scores", "labels")
+    )
 
 
 def score(config: Config, sample: frame.Sample, found: tuple) -> evaluate.Recall:

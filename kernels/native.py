@@ -72,5 +72,7 @@ def _cpu_flags() -> str:
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
     """Address of a contiguous CPU tensor's first element."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(f"kernel operand must be a contiguous CPU tensor, got {tensor.device}, strides {tensor.stride()}")
+        raise ValueError(
+            f"kernel operand must be a contiguous CPU tensor, got {tensor.device}, strides {tensor.stride()}"
+        )
     return ctypes.c_void_p(tensor.data_ptr())

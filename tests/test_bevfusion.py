@@ -23,17 +23,25 @@ STEPS = 5
 
 def tiny(modality):
     """Every part of the model at the smallest size that exercises it: 64 x 64 x 40 voxels, two encoder levels."""
-    voxels = bevfusion.Voxels(lower=(-24.0, -24.0, -5.0), upper=(24.0, 24.0, 3.0), size=(0.75, 0.75, 0.2), max_voxels=(1500, 1500))
+    voxels = bevfusion.Voxels(
+        lower=(-24.0, -24.0, -5.0), upper=(24.0, 24.0, 3.0), size=(0.75, 0.75, 0.2), max_voxels=(1500, 1500)
+    )
     encoder = sparse_encoder.Config(
         channels=(8, 16), channels_out=8, blocks=1, paddings=((1, 1, 0),), capacities=(1500, 1200)
     )
     view = lift_splat.Config(
-        channels_in=16, channels_out=8, image_size=(32, 96), depth_m=(1.0, 31.0, 3.0), x_m=(-24.0, 24.0, 0.75),
-        y_m=(-24.0, 24.0, 0.75), lidar_depth=modality == "lidar-camera",
+        channels_in=16,
+        channels_out=8,
+        image_size=(32, 96),
+        depth_m=(1.0, 31.0, 3.0),
+        x_m=(-24.0, 24.0, 0.75),
+        y_m=(-24.0, 24.0, 0.75),
+        lidar_depth=modality == "lidar-camera",
     )
     camera = bevfusion.Camera(
         swin.Config(channels=8, depths=(2, 1, 1), heads=(1, 2, 4), window=4, out_stages=(1, 2)),
-        lss_fpn.Config(channels_in=(16, 32), channels_out=16), view,
+        lss_fpn.Config(channels_in=(16, 32), channels_out=16),
+        view,
     )
     bev_channels = 8 * sparse_encoder.output_grid(encoder, (64, 64, 41))[2]
     return bevfusion.Config(
@@ -56,7 +64,9 @@ def folder(tmp_path_factory):
 
 
 def make_batch(folder, model, count=1):
-    reading = frame.Config(cameras=model.camera is not None, source_size=(225, 400), capacities=batches.Capacities(6000, 16))
+    reading = frame.Config(
+        cameras=model.camera is not None, source_size=(225, 400), capacities=batches.Capacities(6000, 16)
+    )
     if model.camera is not None:
         reading = replace(reading, image_size=model.camera.view.image_size, resize=0.24)
     reading = replace(reading, point_cloud_range=(-24.0, -24.0, -5.0, 24.0, 24.0, 3.0))
@@ -69,7 +79,9 @@ def make_batch(folder, model, count=1):
 def run_steps(model, batch, precision, backend, steps=STEPS):
     """Metrics of every step and the last train state."""
     policy = Policy.of(precision)
-    optimizer = optim.Config(lr=optim.Schedule(1e-3), clip_norm=35.0)
+    # eps = 1 makes AdamW's update proportional to the gradient. With 1e-8 its first steps are lr x sign(gradient), and
+    # parameters whose gradient is rounding only (shifts that a batch norm removes) would walk at random.
+    optimizer = optim.Config(lr=optim.Schedule(1e-3), eps=1.0, clip_norm=35.0)
     params, state = bevfusion.init(model, seed=0)
     train_state = train.init(params, state, optimizer, precision=policy)
     loss = partial(bevfusion.loss, config=model, policy=policy)
@@ -81,12 +93,11 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
     return history, train_state
 
 
-# aot_eager runs the same kernels in the same order: exact. Inductor reorders sums: fp32 rounding of a loss grows to 1e-3
-# over five steps of Adam, whose first steps have the size of the learning rate whatever the gradient is, so a leaf whose
-# gradient is rounding only may move by up to 5 lr; fp16 rounds every activation at other places (1e-3 each).
-TOLERANCES = {
-    ("aot_eager", "fp32"): (1e-6, 1e-6), ("inductor", "fp32"): (5e-3, 2e-2),
-    ("aot_eager", "fp16"): (1e-6, 1e-6), ("inductor", "fp16"): (5e-2, 1e-1),
+# aot_eager runs the same kernels in the same order; Inductor reorders sums (measured: 1e-6 after five steps). In fp16
+# Inductor keeps in float32 what eager rounds between operators, so every activation differs by up to 5e-4.
+TOLERANCES = {  # metrics, leaves
+    ("aot_eager", "fp32"): (1e-5, 1e-5), ("inductor", "fp32"): (1e-4, 1e-4),
+    ("aot_eager", "fp16"): (1e-5, 1e-5), ("inductor", "fp16"): (2e-2, 2e-2),
 }  # fmt: skip
 
 
@@ -104,7 +115,7 @@ def test_compiled_step_equals_eager_in_one_graph(modality, precision, folder):
         assert compilation.graph_counts() == {"graphs": 1, "breaks": 0}
         metric_tolerance, leaf_tolerance = TOLERANCES[backend, precision]
         compare_metrics(eager, compiled, metric_tolerance)
-        compare_leaves(eager_state, compiled_state, leaf_tolerance)
+        compare_leaves(bevfusion.init(model, seed=0)[0], eager_state, compiled_state, leaf_tolerance)
 
 
 def compare_metrics(ours, theirs, tolerance):
@@ -116,15 +127,16 @@ def compare_metrics(ours, theirs, tolerance):
             assert b[name] == pytest.approx(a[name], rel=limit, abs=limit), (i, name)
 
 
-def compare_leaves(ours, theirs, tolerance, moved=STEPS * 1e-3):
-    """Every updated leaf, relative to its size or to the distance that five steps of Adam can move it."""
-    a, b = tree.flatten(ours), tree.flatten(theirs)
+def compare_leaves(start, ours, theirs, tolerance):
+    """Every updated leaf, relative to its size (at least 1 % of the distance that all parameters moved)."""
+    a, b, before = tree.flatten(ours), tree.flatten(theirs), tree.flatten(start)
     assert a.keys() == b.keys()
+    moved = sum(float((a[f"params.{k}"] - v).double().square().sum()) for k, v in before.items()) ** 0.5
+    assert moved > 0
     for name in a:
-        if not name.startswith("optimizer"):  # moments of rounding-only gradients have no meaning of their own
-            scale = a[name].double().norm() + moved * a[name].numel() ** 0.5
-            error = (a[name].double() - b[name].double()).norm()
-            assert error <= tolerance * scale, (name, float(error), float(scale))
+        error = float((a[name].double() - b[name].double()).norm())
+        scale = float(a[name].double().norm()) + 0.01 * moved
+        assert error <= tolerance * scale, (name, error, scale)
 
 
 def test_gradients_of_the_compiled_step_reach_every_parameter(folder):

@@ -87,7 +87,9 @@ def test_fp16_convolution_on_a_cpu_rounds_operands_and_accumulates_in_float32(ge
     params = conv.init(8, 8, (3, 3), bias=True, generator=generator)
     x = torch.randn(1, 8, 9, 9, generator=generator).half()
     y = conv.apply(params, x, padding=1)
-    exact = nn.functional.conv2d(x.double(), params["weight"].half().double(), params["bias"].half().double(), padding=1)
+    exact = nn.functional.conv2d(
+        x.double(), params["weight"].half().double(), params["bias"].half().double(), padding=1
+    )
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, exact.half(), atol=0, rtol=2e-3)
 

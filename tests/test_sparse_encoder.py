@@ -84,7 +84,14 @@ def test_samples_of_a_batch_do_not_see_each_other_in_evaluation():
     both, _ = sparse_encoder.apply(params, state, features, coords, valid, config=CONFIG, grid=GRID, train=False)
     for b in range(2):
         alone, _ = sparse_encoder.apply(
-            params, state, features[b : b + 1], coords[b : b + 1], valid[b : b + 1], config=CONFIG, grid=GRID, train=False
+            params,
+            state,
+            features[b : b + 1],
+            coords[b : b + 1],
+            valid[b : b + 1],
+            config=CONFIG,
+            grid=GRID,
+            train=False,
         )
         torch.testing.assert_close(both["bev"][b : b + 1], alone["bev"], atol=1e-6, rtol=1e-5)
 

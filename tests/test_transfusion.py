@@ -80,7 +80,7 @@ def test_perfect_predictions_match_their_own_boxes():
 def run_loss(box, label, valid):
     params, state = transfusion.init(CONFIG, torch.Generator().manual_seed(0))
     x = torch.randn(1, 12, 30, 30, generator=torch.Generator().manual_seed(1))
-    outputs, new = transfusion.apply(params, state, x, config=CONFIG, train=True)
+    outputs, _ = transfusion.apply(params, state, x, config=CONFIG, train=True)
     return transfusion_loss.loss(outputs, box, label, valid, config=CONFIG)
 
 

@@ -42,8 +42,14 @@ def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: bool) 
         new = []
         for i, (layer, old) in enumerate(zip(block, statistics)):
             x, seen = conv_norm.apply(
-                layer, old, x, train=train, stride=stride if i == 0 else 1, padding=1,
-                momentum=config.norm_momentum, eps=config.norm_eps,
+                layer,
+                old,
+                x,
+                train=train,
+                stride=stride if i == 0 else 1,
+                padding=1,
+                momentum=config.norm_momentum,
+                eps=config.norm_eps,
             )
             new.append(seen)
         maps.append(x)

@@ -67,15 +67,24 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 def _init_block(width: int, generator: torch.Generator) -> tuple[dict, dict]:
     norms = [batch_norm.init(width) for _ in range(2)]
     params = {
-        "conv1": sparse_conv.init_weight(width, width, KERNEL, generator), "norm1": norms[0][0],
-        "conv2": sparse_conv.init_weight(width, width, KERNEL, generator), "norm2": norms[1][0],
+        "conv1": sparse_conv.init_weight(width, width, KERNEL, generator),
+        "norm1": norms[0][0],
+        "conv2": sparse_conv.init_weight(width, width, KERNEL, generator),
+        "norm2": norms[1][0],
     }
     return params, {"norm1": norms[0][1], "norm2": norms[1][1]}
 
 
 def apply(
-    params: dict, state: dict, features: Tensor, coords: Tensor, valid: Tensor, *, config: Config,
-    grid: tuple[int, int, int], train: bool,
+    params: dict,
+    state: dict,
+    features: Tensor,
+    coords: Tensor,
+    valid: Tensor,
+    *,
+    config: Config,
+    grid: tuple[int, int, int],
+    train: bool,
 ) -> tuple[dict, dict]:
     """Encodes voxels.
 
@@ -95,9 +104,7 @@ def apply(
     sites = torch.cat([batch_index, coords], dim=2).flatten(0, 1)  # V 4
     active = valid.flatten()  # V
     table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid)  # K V
-    x, new_input = sparse_conv.apply(
-        params["conv_input"], state["conv_input"], x, table, table.flip(0), active, **norm
-    )
+    x, new_input = sparse_conv.apply(params["conv_input"], state["conv_input"], x, table, table.flip(0), active, **norm)
     outputs: dict = {"conv_input": {"features": x, "coords": sites, "valid": active}, "overflow": {}}
     stages = []
     for level, (stage, old) in enumerate(zip(params["stages"], state["stages"])):
@@ -107,8 +114,14 @@ def apply(
             new["blocks"].append(seen)
         if "down" in stage:
             sites, active, down, inverse, found = neighbours.strided(
-                sites, active, kernel=KERNEL, stride=(2, 2, 2), padding=config.paddings[level], grid=grid,
-                capacity=B * config.capacities[level], batch=B,
+                sites,
+                active,
+                kernel=KERNEL,
+                stride=(2, 2, 2),
+                padding=config.paddings[level],
+                grid=grid,
+                capacity=B * config.capacities[level],
+                batch=B,
             )
             x, new["down"] = sparse_conv.apply(stage["down"], old["down"], x, down, inverse, active, **norm)
             grid = neighbours.out_grid(grid, KERNEL, (2, 2, 2), config.paddings[level])
@@ -117,8 +130,14 @@ def apply(
         outputs[f"encoder_layer{level + 1}"] = {"features": x, "coords": sites, "valid": active}
         stages.append(new)
     sites, active, down, inverse, found = neighbours.strided(
-        sites, active, kernel=(1, 1, 3), stride=(1, 1, 2), padding=(0, 0, 0), grid=grid,
-        capacity=B * config.capacities[-1], batch=B,
+        sites,
+        active,
+        kernel=(1, 1, 3),
+        stride=(1, 1, 2),
+        padding=(0, 0, 0),
+        grid=grid,
+        capacity=B * config.capacities[-1],
+        batch=B,
     )
     x, new_out = sparse_conv.apply(params["conv_out"], state["conv_out"], x, down, inverse, active, **norm)
     outputs["conv_out"] = {"features": x, "coords": sites, "valid": active}
@@ -127,9 +146,7 @@ def apply(
     return outputs, {"conv_input": new_input, "stages": stages, "conv_out": new_out}
 
 
-def _block(
-    params: dict, state: dict, x: Tensor, table: Tensor, active: Tensor, norm: dict
-) -> tuple[Tensor, dict]:
+def _block(params: dict, state: dict, x: Tensor, table: Tensor, active: Tensor, norm: dict) -> tuple[Tensor, dict]:
     """relu(norm(conv(relu(norm(conv(x))))) + x), x [V C] on the sites of a submanifold table [K V]."""
     inverse = table.flip(0)  # offset k seen from the other end is offset K-1-k
     y = sparse_conv.convolve(params["conv1"], x, table, inverse)

@@ -34,7 +34,11 @@ class Setting:
 
 def measure(setting: Setting) -> dict:
     """Figures of one modality; every variant runs in a process of its own, so that peak memory is its own."""
-    figures: dict[str, Any] = {"modality": setting.modality, "precision": setting.precision, "batch_size": setting.batch_size}
+    figures: dict[str, Any] = {
+        "modality": setting.modality,
+        "precision": setting.precision,
+        "batch_size": setting.batch_size,
+    }
     for what in ("forward", "train"):
         for backend in ("eager", "inductor"):
             figures[f"{what}/{backend}"] = _in_process(_variant, (setting, what, backend))
@@ -72,7 +76,7 @@ def _send(sender: Any, target: Callable, arguments: tuple) -> None:
 def _variant(setting: Setting, what: str, backend: str) -> dict:
     """Seconds, peak memory and (eager only: a compiler hides its operators from the counter) FLOPs of one variant."""
     torch.set_num_threads(setting.threads)
-    from bevfn.experiments import bevfusion as experiment  # noqa: PLC0415  the recipe owns model, data and step
+    from bevfn.experiments import bevfusion as experiment
 
     config = experiment.Config(
         modality=setting.modality, precision=setting.precision, backend=backend, device=setting.device,
@@ -88,7 +92,9 @@ def _variant(setting: Setting, what: str, backend: str) -> dict:
     figures["first_call_seconds"] = time.perf_counter() - started
     figures["seconds"] = machine.best_seconds(run, repeats=setting.repeats)
     figures["peak_memory_gb"] = (
-        torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        torch.cuda.max_memory_allocated() / 2**30
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     )
     if backend == "eager":
         figures["gflop"] = count_gflop(run)

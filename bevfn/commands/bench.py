@@ -40,7 +40,7 @@ def bench(
         repeats: timed repetitions; the median counts (step)
         json_file: also write the figures there, with the machine named
     """
-    from bevfn.bench import machine, ops, step  # noqa: PLC0415
+    from bevfn.bench import machine, ops, step
 
     torch.set_num_threads(threads or torch.get_num_threads())
     if what == "ops":

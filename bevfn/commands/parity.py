@@ -29,7 +29,7 @@ def parity(
         json_file: also write the table there
         device: torch device to run on
     """
-    from bevfn.parity import bevfusion, case, compare  # noqa: PLC0415  models and kernels load only when needed
+    from bevfn.parity import bevfusion, case, compare
 
     started = time.perf_counter()
     read = case.read(case_dir)

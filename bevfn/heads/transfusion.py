@@ -152,16 +152,29 @@ def apply(
     one_hot = (query["labels"][..., None] == torch.arange(config.classes, device=x.device)).to(feature.dtype)
     feature = feature + linear.apply(params["class_encoding"], one_hot)
     outputs = {
-        "shared_conv": shared, "dense_heatmap": dense, "query_index": query["index"], "query_labels": query["labels"],
-        "query_score": query["score"], "query_pos": query["position"], "query_feat_in": feature, "pred": [],
+        "shared_conv": shared,
+        "dense_heatmap": dense,
+        "query_index": query["index"],
+        "query_labels": query["labels"],
+        "query_score": query["score"],
+        "query_pos": query["position"],
+        "query_feat_in": feature,
+        "pred": [],
     }
     everywhere = cell_centres(config, x.device).expand(B, -1, -1)  # B S 2
     position, decoder_state, predict_state = query["position"], [], []
     for layer in range(config.layers):
         layer_key = None if key is None else rng.fold(key, layer)
         decoded, seen = _decode_layer(
-            params["decoder"][layer], state["decoder"][layer], feature, cells, position, everywhere,
-            config=config, train=train, key=layer_key,
+            params["decoder"][layer],
+            state["decoder"][layer],
+            feature,
+            cells,
+            position,
+            everywhere,
+            config=config,
+            train=train,
+            key=layer_key,
         )
         outputs.update(decoded)
         feature = decoded["decoder_out"]
@@ -211,10 +224,19 @@ def select_queries(logits: Tensor, config: Config) -> dict[str, Tensor]:
 
 
 def _decode_layer(
-    params: dict, state: dict, query: Tensor, cells: Tensor, position: Tensor, everywhere: Tensor, *,
-    config: Config, train: bool, key: Tensor | None,
+    params: dict,
+    state: dict,
+    query: Tensor,
+    cells: Tensor,
+    position: Tensor,
+    everywhere: Tensor,
+    *,
+    config: Config,
+    train: bool,
+    key: Tensor | None,
 ) -> tuple[dict, dict]:
     """One post-norm decoder layer; query [B Q C], cells [B S C], positions [B Q 2] and [B S 2] in cells."""
+
     def drop(x: Tensor, site: int) -> Tensor:
         return rng.dropout(x, config.dropout, None if key is None else rng.fold(key, site))
 
@@ -261,9 +283,7 @@ def _predict(params: dict, state: dict, query: Tensor, *, train: bool) -> tuple[
 
 def decode_boxes(pred: dict[str, Tensor], config: Config) -> Tensor:
     """Raw predictions -> boxes [B Q 9] (x, y, z bottom centre, dx, dy, dz m, yaw rad, vx, vy m/s), lidar frame."""
-    center = [
-        pred["center"][..., axis] * config.stride * config.voxel[axis] + config.lower[axis] for axis in range(2)
-    ]
+    center = [pred["center"][..., axis] * config.stride * config.voxel[axis] + config.lower[axis] for axis in range(2)]
     size = pred["dim"].exp()  # B Q 3
     bottom = pred["height"][..., 0] - size[..., 2] * 0.5
     yaw = torch.atan2(pred["rot"][..., 0], pred["rot"][..., 1])  # sine first

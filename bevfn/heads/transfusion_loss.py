@@ -72,7 +72,7 @@ def assign(pred: dict[str, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor
         "match" [B G] query of each box or -1, "cost" [B Q G], "positive" [B Q] float, "labels" [B Q] (classes =
         background), "one_hot" [B Q K], "code" [B Q 10] regression targets, "ious" [B Q], "mean_iou" 0-d.
     """
-    B, Q = pred["center"].shape[:2]
+    _B, Q = pred["center"].shape[:2]
     cost, iou = matching_cost(pred, boxes, labels, config)
     match = linear_assignment(cost, valid)  # B G
     matched = (match[:, None, :] == torch.arange(Q, device=match.device)[None, :, None]).float()  # B Q G, 0/1
@@ -84,16 +84,20 @@ def assign(pred: dict[str, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor
     per_sample = ious.sum(-1) / positive.sum(-1).clamp(min=1.0)
     code = torch.bmm(matched, torch.where(valid[..., None], encode_boxes(boxes, config), 0.0))  # B Q 10
     return {
-        "match": match, "cost": cost, "positive": positive, "labels": label.long(), "one_hot": one_hot, "code": code,
-        "ious": ious, "mean_iou": per_sample.mean(),
+        "match": match,
+        "cost": cost,
+        "positive": positive,
+        "labels": label.long(),
+        "one_hot": one_hot,
+        "code": code,
+        "ious": ious,
+        "mean_iou": per_sample.mean(),
     }
 
 
 def encode_boxes(boxes: Tensor, config: Config) -> Tensor:
     """[... 9] boxes -> [... 10]: centre (cells), gravity-centre z (m), log dims, sin and cos of yaw, velocity."""
-    center = [
-        (boxes[..., a] - config.lower[a]) / (config.stride * config.voxel[a]) for a in range(2)
-    ]
+    center = [(boxes[..., a] - config.lower[a]) / (config.stride * config.voxel[a]) for a in range(2)]
     height = boxes[..., 2] + boxes[..., 5] * 0.5
     yaw = boxes[..., 6]
     head = torch.stack([*center, height], -1)
@@ -118,9 +122,7 @@ def heatmap_target(boxes: Tensor, labels: Tensor, valid: Tensor, config: Config)
     squares = offset_x.square()[..., :, None] + offset_y.square()[..., None, :]  # B G X Y
     gaussian = torch.exp(-squares / (2 * sigma.square())[..., None, None])
     gaussian = torch.where(near_x[..., :, None] & near_y[..., None, :], gaussian, 0.0)
-    maps = [
-        torch.where((labels == k)[..., None, None], gaussian, 0.0).max(dim=1)[0] for k in range(config.classes)
-    ]
+    maps = [torch.where((labels == k)[..., None, None], gaussian, 0.0).max(dim=1)[0] for k in range(config.classes)]
     return torch.stack(maps, dim=1)
 
 

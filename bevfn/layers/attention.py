@@ -9,6 +9,7 @@ from bevfn.layers import linear
 
 def init(channels: int, generator: torch.Generator) -> dict:
     """{"in_proj": {weight [3C C], bias}, "out_proj": {weight [C C], bias}}, matrices Xavier uniform, biases 0."""
+
     def xavier(rows: int, columns: int) -> Tensor:
         bound = (6.0 / (rows + columns)) ** 0.5
         return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
@@ -20,7 +21,13 @@ def init(channels: int, generator: torch.Generator) -> dict:
 
 
 def apply(
-    params: dict, query: Tensor, key: Tensor, value: Tensor, *, heads: int, dropout: float = 0.0,
+    params: dict,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    heads: int,
+    dropout: float = 0.0,
     random: Tensor | None = None,
 ) -> Tensor:
     """query [B Q C], key and value [B S C] -> [B Q C].
@@ -31,7 +38,8 @@ def apply(
     weights = params["in_proj"]["weight"].split(C)
     biases = params["in_proj"]["bias"].split(C)
     q, k, v = (
-        _split(linear.apply({"weight": w, "bias": b}, x), heads) for w, b, x in zip(weights, biases, (query, key, value))
+        _split(linear.apply({"weight": w, "bias": b}, x), heads)
+        for w, b, x in zip(weights, biases, (query, key, value))
     )  # B*h Q d, B*h S d
     logits = torch.bmm(q * (q.shape[-1] ** -0.5), k.transpose(1, 2))  # B*h Q S
     attention = torch.softmax(logits.float(), dim=-1).to(v.dtype)

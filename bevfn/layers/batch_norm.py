@@ -18,7 +18,13 @@ def init(channels: int) -> tuple[dict, dict]:
 
 
 def apply(
-    params: dict, state: dict, x: Tensor, *, train: bool, momentum: float = 0.1, eps: float = 1e-5,
+    params: dict,
+    state: dict,
+    x: Tensor,
+    *,
+    train: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
     """Normalises the channels of x: [B C H W], or rows [R C] of which `valid` [R] (bool) marks those that count.

@@ -9,8 +9,14 @@ from torch import Tensor
 
 
 def init(
-    channels_in: int, channels_out: int, kernel: tuple[int, ...], *, bias: bool, generator: torch.Generator,
-    transposed: bool = False, kaiming_normal: bool = False,
+    channels_in: int,
+    channels_out: int,
+    kernel: tuple[int, ...],
+    *,
+    bias: bool,
+    generator: torch.Generator,
+    transposed: bool = False,
+    kaiming_normal: bool = False,
 ) -> dict:
     """{"weight": [C_out C_in *kernel] (transposed: [C_in C_out *kernel]), "bias": [C_out]}, float32.
 

@@ -7,12 +7,23 @@ from bevfn.layers import batch_norm, conv
 
 
 def init(
-    channels_in: int, channels_out: int, kernel: int, *, generator: torch.Generator, bias: bool = False,
-    transposed: bool = False, kaiming_normal: bool = False,
+    channels_in: int,
+    channels_out: int,
+    kernel: int,
+    *,
+    generator: torch.Generator,
+    bias: bool = False,
+    transposed: bool = False,
+    kaiming_normal: bool = False,
 ) -> tuple[dict, dict]:
     """({"conv", "norm"}, {"norm": statistics}); see `layers.conv.init`."""
     weights = conv.init(
-        channels_in, channels_out, (kernel, kernel), bias=bias, generator=generator, transposed=transposed,
+        channels_in,
+        channels_out,
+        (kernel, kernel),
+        bias=bias,
+        generator=generator,
+        transposed=transposed,
         kaiming_normal=kaiming_normal,
     )
     norm, statistics = batch_norm.init(channels_out)
@@ -20,8 +31,16 @@ def init(
 
 
 def apply(
-    params: dict, state: dict, x: Tensor, *, train: bool, stride: int = 1, padding: int = 0, transposed: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5,
+    params: dict,
+    state: dict,
+    x: Tensor,
+    *,
+    train: bool,
+    stride: int = 1,
+    padding: int = 0,
+    transposed: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, dict]:
     """x [B C_in H W] -> (relu(norm(conv(x))) [B C_out H' W'], new state)."""
     if transposed:

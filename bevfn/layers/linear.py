@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def init(channels_in: int, channels_out: int, *, bias: bool, generator: torch.Generator, std: float | None = None) -> dict:
+def init(
+    channels_in: int, channels_out: int, *, bias: bool, generator: torch.Generator, std: float | None = None
+) -> dict:
     """{"weight": [C_out C_in], "bias": [C_out]}, float32: torch's default, or normal of `std` with bias 0."""
     bound = channels_in**-0.5
     weight = torch.empty(channels_out, channels_in)

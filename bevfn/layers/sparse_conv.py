@@ -28,8 +28,16 @@ def convolve(params: dict, x: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
 
 
 def apply(
-    params: dict, state: dict, x: Tensor, table: Tensor, inverse: Tensor, valid: Tensor, *, train: bool,
-    momentum: float, eps: float,
+    params: dict,
+    state: dict,
+    x: Tensor,
+    table: Tensor,
+    inverse: Tensor,
+    valid: Tensor,
+    *,
+    train: bool,
+    momentum: float,
+    eps: float,
 ) -> tuple[Tensor, dict]:
     """relu(norm(conv(x))) [W C_out] with rows that are not `valid` [W] at zero, and the new state."""
     y = convolve(params["conv"], x, table, inverse)

@@ -76,7 +76,7 @@ class Config:
             raise ValueError("a BEVFusion model needs lidar, camera or both; both are None")
         if self.lidar is not None:
             X, Y, _ = sparse_encoder.output_grid(self.lidar.encoder, self.sparse_grid)
-            if (X, Y) != self.head.cells:
+            if self.head.cells != (X, Y):
                 raise ValueError(f"the sparse encoder makes {X} x {Y} BEV cells, head.cells is {self.head.cells}")
 
     @property
@@ -150,7 +150,9 @@ def init(config: Config, seed: int) -> tuple[dict, dict]:
         fused += config.camera.view.channels_out
     if config.lidar is not None:
         add("lidar", sparse_encoder.init(config.lidar.encoder, generator))
-        fused += config.lidar.encoder.channels_out * sparse_encoder.output_grid(config.lidar.encoder, config.sparse_grid)[2]
+        fused += (
+            config.lidar.encoder.channels_out * sparse_encoder.output_grid(config.lidar.encoder, config.sparse_grid)[2]
+        )
     if config.camera is not None:
         add("fuser", conv_norm.init(fused, config.fused_channels, 3, generator=generator))
     backbone, neck = second.init(config.backbone, generator), second_fpn.init(config.neck, generator)
@@ -160,7 +162,13 @@ def init(config: Config, seed: int) -> tuple[dict, dict]:
 
 
 def apply(
-    params: dict, state: dict, batch: Batch, *, config: Config, train: bool, policy: Policy = Policy(),  # noqa: B008
+    params: dict,
+    state: dict,
+    batch: Batch,
+    *,
+    config: Config,
+    train: bool,
+    policy: Policy = Policy(),  # noqa: B008
     key: Tensor | None = None,
 ) -> tuple[dict, dict]:
     """Runs the detector.
@@ -187,7 +195,9 @@ def apply(
         bev.append(lidar["sparse"]["bev"])
     x = bev[0]
     if config.camera is not None:
-        x, new["fuser"] = conv_norm.apply(params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train, padding=1)
+        x, new["fuser"] = conv_norm.apply(
+            params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train, padding=1
+        )
         outputs["fuser"] = x
     maps, backbone_state = second.apply(
         params["bev"]["backbone"], state["bev"]["backbone"], x, config=config.backbone, train=train
@@ -230,8 +240,14 @@ def _lidar_branch(
     assert config.lidar is not None
     voxels, overflow = voxelise(batch.points, batch.points_valid, config.voxels, train=train)
     sparse, new = sparse_encoder.apply(
-        params, state, voxels["features"].to(policy.compute), voxels["coords"], voxels["count"] > 0,
-        config=config.lidar.encoder, grid=config.sparse_grid, train=train,
+        params,
+        state,
+        voxels["features"].to(policy.compute),
+        voxels["coords"],
+        voxels["count"] > 0,
+        config=config.lidar.encoder,
+        grid=config.sparse_grid,
+        train=train,
     )
     overflow |= sparse.pop("overflow")
     return {"voxel": voxels, "sparse": sparse, "overflow": overflow}, new
@@ -240,7 +256,12 @@ def _lidar_branch(
 def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: bool) -> tuple[dict, dict]:
     """points [B P 5] -> {"features" [B V 5], "coords" [B V 3], "count" [B V]}, {"voxels_l0": voxels dropped}."""
     features, coords, count, found = voxelize(
-        points, valid, lower=config.lower, size=config.size, grid=config.grid, max_points=config.max_points,
+        points,
+        valid,
+        lower=config.lower,
+        size=config.size,
+        grid=config.grid,
+        max_points=config.max_points,
         max_voxels=config.max_voxels[0 if train else 1],
     )
     dropped = (found - features.shape[1]).clamp(min=0).sum()
@@ -248,7 +269,13 @@ def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: bool) -> t
 
 
 def loss(
-    params: dict, state: dict, batch: Batch, key: Tensor | None = None, *, config: Config, policy: Policy = Policy(),  # noqa: B008
+    params: dict,
+    state: dict,
+    batch: Batch,
+    key: Tensor | None = None,
+    *,
+    config: Config,
+    policy: Policy = Policy(),  # noqa: B008
 ) -> tuple[Tensor, tuple[dict, dict]]:
     """Training loss, in the form that `train.make_step` takes once config and policy are bound.
 
@@ -266,7 +293,12 @@ def loss(
 
 
 def predict(
-    params: dict, state: dict, batch: Batch, *, config: Config, policy: Policy = Policy()  # noqa: B008
+    params: dict,
+    state: dict,
+    batch: Batch,
+    *,
+    config: Config,
+    policy: Policy = Policy(),  # noqa: B008
 ) -> dict[str, Tensor]:
     """Detections of a batch in evaluation mode: see `heads.transfusion.decode`."""
     outputs, _ = apply(params, state, batch, config=config, train=False, policy=policy)

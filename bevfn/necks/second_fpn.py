@@ -35,8 +35,14 @@ def apply(params: dict, state: dict, maps: list[Tensor], *, config: Config, trai
     raised, states = [], []
     for block, old, x, stride in zip(params["blocks"], state["blocks"], maps, config.strides):
         y, seen = conv_norm.apply(
-            block, old, x, train=train, stride=stride, transposed=stride > 1,
-            momentum=config.norm_momentum, eps=config.norm_eps,
+            block,
+            old,
+            x,
+            train=train,
+            stride=stride,
+            transposed=stride > 1,
+            momentum=config.norm_momentum,
+            eps=config.norm_eps,
         )
         raised.append(y)
         states.append(seen)

@@ -76,8 +76,10 @@ def batch_of(case: Case, boxes: Tensor | None, device: str, prefix: str = "") ->
     points = inputs[f"{prefix}points"][None]
     chosen = torch.arange(len(inputs["gt_boxes"])) if boxes is None else boxes
     fields = {
-        "points": points, "points_valid": torch.ones(points.shape[:2], dtype=torch.bool),
-        "boxes": inputs["gt_boxes"][chosen][None], "labels": inputs["gt_labels"][chosen][None],
+        "points": points,
+        "points_valid": torch.ones(points.shape[:2], dtype=torch.bool),
+        "boxes": inputs["gt_boxes"][chosen][None],
+        "labels": inputs["gt_labels"][chosen][None],
         "boxes_valid": torch.ones(1, len(chosen), dtype=torch.bool),
     }
     lidar_aug = inputs.get(f"{prefix}lidar_aug_matrix", torch.eye(4))[None]
@@ -86,8 +88,11 @@ def batch_of(case: Case, boxes: Tensor | None, device: str, prefix: str = "") ->
         image_aug = inputs[f"{prefix}img_aug_matrix"][None]
         lidar_from_camera, intrinsics = inputs["cam2lidar"][None], inputs["cam2img"][None]
         fields |= {
-            "images": inputs["imgs"][None], "image_from_lidar": inputs["lidar2img"][None],
-            "lidar_from_camera": lidar_from_camera, "intrinsics": intrinsics, "image_aug": image_aug,
+            "images": inputs["imgs"][None],
+            "image_from_lidar": inputs["lidar2img"][None],
+            "lidar_from_camera": lidar_from_camera,
+            "intrinsics": intrinsics,
+            "image_aug": image_aug,
             "undo_image_aug": geometry.invert(image_aug[..., :3, :3]),
             "lidar_from_pixel": geometry.unprojection(lidar_from_camera, intrinsics),
         }
@@ -109,7 +114,10 @@ def _evaluate(case: Case, table: Table, params: dict, state: dict, config: bevfu
     for name in [n for n in case.names("eval/sparse/") if n.endswith("/coords")]:
         stage = name.removesuffix("/coords")
         reached = outputs["sparse"][stage]
-        found = {"coords": reached["coords"][reached["valid"]][:, 1:], "features": reached["features"][reached["valid"]]}
+        found = {
+            "coords": reached["coords"][reached["valid"]][:, 1:],
+            "features": reached["features"][reached["valid"]],
+        }
         _sites(case, table, f"eval/sparse/{stage}", found, {"features": "features"})
     _dense(case, table, "eval/", dense_boundaries(outputs))
     if config.camera is not None:
@@ -140,7 +148,9 @@ def dense_boundaries(outputs: dict) -> dict[str, Callable[[], Tensor]]:
     return made
 
 
-def _dense(case: Case, table: Table, prefix: str, ours: dict[str, Callable[[], Tensor]], floor: float = EVAL_TOLERANCE) -> None:
+def _dense(
+    case: Case, table: Table, prefix: str, ours: dict[str, Callable[[], Tensor]], floor: float = EVAL_TOLERANCE
+) -> None:
     for name, get in ours.items():
         if prefix + name in case.outputs:
             stored = case.outputs[prefix + name]
@@ -231,15 +241,25 @@ def _detections(case: Case, table: Table, found: dict[str, Tensor]) -> None:
     ours, theirs = torch.cat([boxes, scores[:, None]], 1), torch.cat([stored["boxes"], stored["scores"][:, None]], 1)
     pairs = linear_sum_assignment(torch.cdist(ours.double(), theirs.double()).numpy())
     order = torch.from_numpy(pairs[0][np.argsort(pairs[1])])
-    table.add("eval/det/boxes", compare.relative_l2(boxes[order], stored["boxes"]), max(EVAL_TOLERANCE, 10 * case.noise("det/boxes")))
-    table.add("eval/det/scores", compare.relative_l2(scores[order], stored["scores"]), max(EVAL_TOLERANCE, 10 * case.noise("det/scores")))
+    table.add(
+        "eval/det/boxes",
+        compare.relative_l2(boxes[order], stored["boxes"]),
+        max(EVAL_TOLERANCE, 10 * case.noise("det/boxes")),
+    )
+    table.add(
+        "eval/det/scores",
+        compare.relative_l2(scores[order], stored["scores"]),
+        max(EVAL_TOLERANCE, 10 * case.noise("det/scores")),
+    )
     table.add("eval/det/labels", float((labels[order] != stored["labels"]).sum()), 0.0, "labels that differ")
 
 
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def _train(case: Case, table: Table, params: dict, state: dict, config: bevfusion.Config, name: str, device: str) -> None:
+def _train(
+    case: Case, table: Table, params: dict, state: dict, config: bevfusion.Config, name: str, device: str
+) -> None:
     batch = batch_of(case, case.inputs.get("gt_train_index"), device)
 
     def total_loss(params: dict) -> tuple[Tensor, tuple]:
@@ -264,8 +284,11 @@ def _train(case: Case, table: Table, params: dict, state: dict, config: bevfusio
 
 def _losses(case: Case, table: Table, name: str, total: float, terms: dict) -> None:
     ours = {
-        "total": total, "loss_heatmap": terms["heatmap"], "layer_-1_loss_cls": terms["cls"],
-        "layer_-1_loss_bbox": terms["bbox"], "matched_ious": terms["matched_iou"],
+        "total": total,
+        "loss_heatmap": terms["heatmap"],
+        "layer_-1_loss_cls": terms["cls"],
+        "layer_-1_loss_bbox": terms["bbox"],
+        "matched_ious": terms["matched_iou"],
     }
     noise = case.stats.get("noise/train_loss", {})
     for key, value in ours.items():
@@ -290,8 +313,17 @@ def _targets(case: Case, table: Table, name: str, head: dict, targets: dict) -> 
     wrong = float((labels != case.outputs[f"{name}/target/labels"]).sum())
     table.add(f"{name}/target/labels", wrong, 0.0, "labels that differ")
     code = targets["code"][0].cpu()[order]
-    table.add(f"{name}/target/bbox_targets", compare.relative_l2(code, case.outputs[f"{name}/target/bbox_targets"]), TRAIN_TOLERANCE)
-    table.add(f"{name}/target/ious", float((targets["ious"][0].cpu()[order] - case.outputs[f"{name}/target/ious"]).abs().max()), 1e-4, "absolute")
+    table.add(
+        f"{name}/target/bbox_targets",
+        compare.relative_l2(code, case.outputs[f"{name}/target/bbox_targets"]),
+        TRAIN_TOLERANCE,
+    )
+    table.add(
+        f"{name}/target/ious",
+        float((targets["ious"][0].cpu()[order] - case.outputs[f"{name}/target/ious"]).abs().max()),
+        1e-4,
+        "absolute",
+    )
     match = targets["match"][0].cpu()
     position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     pairs = torch.stack([position[match[match >= 0]], torch.nonzero(match >= 0)[:, 0]], 1)
@@ -304,7 +336,11 @@ def _heatmap(case: Case, table: Table, name: str, heatmap: Tensor) -> None:
     error, note = compare.set_difference(torch.nonzero(heatmap), stored)
     table.add(f"{name}/target/heatmap_index", error, 0.0, note)
     value = heatmap[tuple(stored.T)]
-    table.add(f"{name}/target/heatmap_value", compare.relative_l2(value, case.outputs[f"{name}/target/heatmap_value"]), TRAIN_TOLERANCE)
+    table.add(
+        f"{name}/target/heatmap_value",
+        compare.relative_l2(value, case.outputs[f"{name}/target/heatmap_value"]),
+        TRAIN_TOLERANCE,
+    )
 
 
 def _gradients(case: Case, table: Table, gradients: dict[str, Tensor]) -> None:
@@ -318,7 +354,12 @@ def _gradients(case: Case, table: Table, gradients: dict[str, Tensor]) -> None:
     errors = np.array([compare.relative(float(gradients[k].double().norm()), stored[k]) for k in names])
     limit, share, median = compare.GRADIENT_TOLERANCE
     worst = names[int(errors.argmax())]
-    table.add("train/grad_norm (99 % of parameters)", float(np.quantile(errors, share, method="higher")), limit, f"{len(names)} parameters, worst {worst} {errors.max():.1e}")
+    table.add(
+        "train/grad_norm (99 % of parameters)",
+        float(np.quantile(errors, share, method="higher")),
+        limit,
+        f"{len(names)} parameters, worst {worst} {errors.max():.1e}",
+    )
     table.add("train/grad_norm (median)", float(np.median(errors)), median)
     noise = case.stats.get("noise/train_grad", {})
     for key in case.names("train/grad/"):
@@ -331,7 +372,9 @@ def _gradients(case: Case, table: Table, gradients: dict[str, Tensor]) -> None:
 
 def _statistics(case: Case, table: Table, state: dict[str, Tensor]) -> None:
     for key in case.names("train/bn/"):
-        table.add(f"train/bn/{key}", compare.relative_l2(state[key].cpu(), case.outputs[f"train/bn/{key}"]), TRAIN_TOLERANCE)
+        table.add(
+            f"train/bn/{key}", compare.relative_l2(state[key].cpu(), case.outputs[f"train/bn/{key}"]), TRAIN_TOLERANCE
+        )
 
 
 def _all_boxes(case: Case, table: Table, head: dict, config: bevfusion.Config, device: str) -> None:
@@ -349,12 +392,16 @@ def _all_boxes(case: Case, table: Table, head: dict, config: bevfusion.Config, d
     paired = float(cost[match[match >= 0], torch.nonzero(match >= 0)[:, 0]].sum())
     stored_cost = case.stats["train_all/match_cost"]
     # A sum of terms of both signs: relative to the terms, not to what is left of them.
-    table.add("train_all/match_cost", abs(paired - stored_cost) / float(cost.abs().mean() * len(match)), TRAIN_TOLERANCE)
+    table.add(
+        "train_all/match_cost", abs(paired - stored_cost) / float(cost.abs().mean() * len(match)), TRAIN_TOLERANCE
+    )
     stored = [case.outputs[f"train/head/query_{k}"] for k in ("labels", "index")]
     ours = torch.stack([head["query_labels"][0], head["query_index"][0]], 1).cpu()
     order = compare.order_like(ours, torch.stack(stored, 1).long())
     query, box = case.outputs["train_all/match"].long().T
-    pred = torch.cat([head["pred"][-1][k] for k in ("center", "height", "dim", "rot", "vel")], -1)[0].cpu()[order][query]
+    pred = torch.cat([head["pred"][-1][k] for k in ("center", "height", "dim", "rot", "vel")], -1)[0].cpu()[order][
+        query
+    ]
     code = transfusion_loss.encode_boxes(batch.boxes, config.head)[0].cpu()[box]
     weights = torch.tensor(config.head.code_weights)
     injected = config.head.bbox_weight * float(((pred - code).abs() * weights).sum()) / len(box)

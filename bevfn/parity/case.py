@@ -52,7 +52,9 @@ def _json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; a golden case has manifest.json, stats.json, inputs and outputs") from None
+        raise ValueError(
+            f"{path} is missing; a golden case has manifest.json, stats.json, inputs and outputs"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); copy the case again") from None
 
@@ -61,6 +63,8 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; a golden case has manifest.json, stats.json, inputs and outputs") from None
+        raise ValueError(
+            f"{path} is missing; a golden case has manifest.json, stats.json, inputs and outputs"
+        ) from None
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); copy the case again") from None

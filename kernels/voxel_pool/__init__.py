@@ -35,7 +35,8 @@ def voxel_pool(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> 
     Source: Philion & Fidler 2020 (arXiv 2008.05711) section 3; Liu et al. 2022 (arXiv 2205.13542) section 3.2.
     """
     _check(depth, context, cell, num_cells)
-    return _VoxelPool.apply(depth, context, cell, num_cells)
+    # Views: under torch.compile an input of torch.func.grad that goes straight into a Function counts as a constant.
+    return _VoxelPool.apply(depth.view_as(depth), context.view_as(context), cell, num_cells)
 
 
 def _check(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> None:
