@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,13 @@ TENSORS, META = "train_state.safetensors", "meta.json"
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes one safetensors file atomically."""
-    write_atomically(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+    write_atomically(path, save({k: _own(v.detach().cpu()) for k, v in tensors.items()}, metadata))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    # safetensors refuses views of one storage, which parameters are after a step that was not donated its state.
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -34,20 +39,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_step(folder: Path, train_state: Any, meta: dict, *, keep: int = 3) -> None:
-    """Writes `train_state` and `meta` as `folder` (temporary name, fsync, rename); keeps the last `keep` beside it."""
+    """Writes `train_state` and `meta` as `folder`, such as runs/x/checkpoints/step_00000060, which is there complete or
+    not at all (temporary name, fsync, rename), and deletes all but the `keep` last written beside it (0: none)."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    made = folder.with_name(f".{folder.name}.{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    made.mkdir(parents=True)
     try:
         save_tensors(made / TENSORS, tree.flatten(train_state))
         write_atomically(made / META, json.dumps({"torch": torch.__version__, **meta}, indent=1).encode())
+        _sync(made)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, replaced)
         os.replace(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     _sync(folder.parent)
-    for old in sorted(folder.parent.glob(f"{folder.name.partition('_')[0]}_*"))[:-keep]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    # By time, not by name: a run that starts again writes smaller step numbers beside larger ones of the run before.
+    written = sorted(folder.parent.glob(f"{folder.name.partition('_')[0]}_*"), key=lambda f: f.stat().st_mtime_ns)
+    for old in written[:-keep] if keep else []:
         shutil.rmtree(old)
 
 
@@ -67,7 +78,10 @@ def load_step(folder: Path, like: Any) -> tuple[Any, dict]:
         raise ValueError(
             f"{folder} does not fit this run: {differences[0]} (and {len(differences) - 1} more differences)"
         )
-    meta = json.loads((folder / META).read_text())
+    try:
+        meta = json.loads((folder / META).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / META} is damaged ({error}); use an older checkpoint") from None
     return tree.unflatten({k: v.to(ours[k].device) for k, v in stored.items()}, like), meta
 
 

@@ -14,36 +14,73 @@ Backend = Literal["inductor", "aot_eager", "eager"]
 LATER = {"torchair": "`bevfn graph`", "npugraph-ex": "`bevfn graph`"}  # issue ASCEND
 
 
-def step(step_fn: Callable, *, backend: str = "inductor", donate: bool = True) -> Callable:
+def step(step_fn: Callable, *, backend: str = "inductor", donate: bool = True, strict: bool = False) -> Callable:
     """step_fn(train_state, batch) -> (train_state, metrics) as one compiled graph of the same signature.
 
     The graph takes a flat list of tensors: guards on a thousand dict entries would cost as much as a small step.
-    With `donate` the new state is written into the old one's buffers at the graph's end, so that a step does not hold
-    two copies of the training state: the state passed in is the state that comes out, and its old values are gone.
+    With `donate` the new state is written into the old one's buffers, so that no second copy of the training state
+    outlives a step: the state passed in is the state that comes out, and its old values are gone. Metrics must not
+    share memory with the state.
+
+    strict: Dynamo reads the Python of the step, as `torch.compile(step_fn, fullgraph=True)` does. Otherwise AOTAutograd
+    traces it with fake tensors, as the offline lowering for Ascend does; a branch on a tensor's value or `.item()` is
+    an error either way, and the graph is the same. Reading 560 parameter paths over and over is what Dynamo is slow
+    at: BEVFusion's step (mini size) reaches the backend after 17 s of CPU, strict after 58 s.
     """
     check_backend(backend)
-
-    def flat(leaves: list[torch.Tensor], spec: pytree.TreeSpec, kept: int) -> tuple[list[torch.Tensor], dict]:
-        new, metrics = step_fn(*pytree.tree_unflatten(leaves, spec))
-        new_leaves = pytree.tree_leaves(new)
-        if len(new_leaves) != kept:
-            raise ValueError(f"the step returned a train state of {len(new_leaves)} leaves for one of {kept}")
-        if not donate:
-            return new_leaves, metrics
-        for old, leaf in zip(leaves, new_leaves):
-            old.copy_(leaf)
-        return [], metrics
-
-    run = _compiled(flat, backend)
+    run: Callable | None = None
+    made_for: pytree.TreeSpec | None = None
 
     def compiled(train_state: Any, batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        nonlocal run, made_for
         kept, state_spec = pytree.tree_flatten(train_state)
         leaves, spec = pytree.tree_flatten((train_state, batch))
+        inside = _large(kept) if donate else frozenset()
+        if run is None or spec != made_for:
+            pure = _flat(step_fn, spec, state_spec)
+            run, made_for = _compiled(_donating(pure, inside, strict or backend == "eager"), backend), spec
         with torch.no_grad():
-            new, metrics = run(leaves, spec, len(kept))
-        return (train_state if donate else pytree.tree_unflatten(new, state_spec)), metrics
+            new, metrics = run(leaves)
+            if not donate:
+                return pytree.tree_unflatten(new, state_spec), metrics
+            pairs = [(old, leaf) for old, leaf in zip(kept, new) if leaf is not None]
+            torch._foreach_copy_([old for old, _ in pairs], [leaf for _, leaf in pairs])
+        return train_state, metrics
 
     return compiled
+
+
+def _flat(step_fn: Callable, spec: pytree.TreeSpec, state_spec: pytree.TreeSpec) -> Callable:
+    """step_fn between lists of leaves."""
+
+    def flat(*leaves: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
+        new, metrics = step_fn(*pytree.tree_unflatten(list(leaves), spec))
+        new_leaves, new_spec = pytree.tree_flatten(new)
+        if new_spec != state_spec or any((a is None) != (b is None) for a, b in zip(new_leaves, leaves)):
+            raise ValueError("the step returned a train state of another structure than it was given")
+        return new_leaves, metrics
+
+    return flat
+
+
+def _donating(flat: Callable, inside: frozenset[int], strict: bool) -> Callable:
+    """`flat` on one list, the leaves `inside` written to their old buffers in the graph and returned as None."""
+    traced = flat if strict else torch._dynamo.nonstrict_trace(flat)
+
+    def run(leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor | None], dict]:
+        new, metrics = traced(*leaves)
+        for i in inside:
+            leaves[i].copy_(new[i])
+        return [None if i in inside else leaf for i, leaf in enumerate(new)], metrics
+
+    return run
+
+
+def _large(leaves: list[torch.Tensor | None]) -> frozenset[int]:
+    # The optimizer's flat vectors are most of the state: updated in place by the graph. The many small leaves follow in
+    # one call after it: 560 copies of slices of one vector cost inductor's scheduler 54 s of CPU to compile (measured).
+    total = sum(leaf.numel() for leaf in leaves if leaf is not None)
+    return frozenset(i for i, leaf in enumerate(leaves) if leaf is not None and leaf.numel() * 16 >= total)
 
 
 def function(f: Callable, *, backend: str = "inductor") -> Callable:

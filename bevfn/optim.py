@@ -47,11 +47,11 @@ class Schedule:
         begin, first = 0, self.start
         for phase in self.phases:
             length = phase.end - begin
-            done = (step - begin).clamp(0, length - 1).float() / length
-            # (1 + cos x) / 2 as cos(x / 2)^2 keeps its relative precision where it goes to zero.
-            inside = phase.target + (first - phase.target) * torch.cos(done * (math.pi / 2)) ** 2
+            left = (phase.end - step).clamp(1, length).float() / length  # 1 to 1 / length
+            # (1 + cos(pi (1 - left))) / 2 as sin(pi left / 2)^2, which keeps its relative precision towards zero.
+            inside = phase.target + (first - phase.target) * torch.sin(left * (math.pi / 2)) ** 2
             value = torch.where(step >= begin, inside, value)
-            first = phase.target + (first - phase.target) * math.cos(math.pi / 2 * (length - 1) / length) ** 2
+            first = phase.target + (first - phase.target) * math.sin(math.pi / 2 / length) ** 2
             begin = phase.end
         if self.warmup_steps > 1:
             done = (step.float() / (self.warmup_steps - 1)).clamp(max=1.0)

@@ -18,7 +18,8 @@ _MASK = 0xFFFFFFFF
 
 def key(seed: int) -> Tensor:
     """int64 [] from any Python integer."""
-    return _mix(torch.tensor(seed & _MASK) ^ _mix(torch.tensor((seed >> 32) & _MASK)))
+    # Not 0 for seed 0: _mix(0) is 0.
+    return _mix(torch.tensor((seed ^ 0x9E3779B9) & _MASK) ^ _mix(torch.tensor((seed >> 32) & _MASK)))
 
 
 def fold(key: Tensor, site: int | Tensor) -> Tensor:

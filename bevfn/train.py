@@ -5,6 +5,10 @@
 
 Forward, loss, backward, unscaling, finite check, clipping, schedule, AdamW, EMA and loss scale are all in it; a skipped
 fp16 step is a `where`, not a branch.
+
+Gradients are `torch.func.grad_and_value`'s. `torch.autograd.grad` traced by Dynamo (`trace_autograd_ops`) compiles no
+faster: 40 convolutions with batch norm (120 leaves), inductor, one core: 34.0 s of CPU and 22.7 s in g++ against 34.5 s
+and 22.1 s, steps of 8.3 and 8.0 ms.
 """
 
 from collections.abc import Callable
