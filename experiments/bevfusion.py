@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from bevfn import checkpoint, evaluate, optim, report, train, tree, upstream, view
+from bevfn import checkpoint, evaluate, host, optim, report, train, tree, upstream, view
 from bevfn import compile as compilation
 from bevfn.data import batch as batches
 from bevfn.data import frame, synthetic
@@ -210,6 +210,7 @@ def forward_of(config: Config) -> Callable[[], Any]:
 def main(config: Config) -> dict:
     """Trains, evaluates, draws; returns and writes the summary."""
     started = time.perf_counter()
+    host.keep_freed_memory()
     model = model_config(config)
     with frame_folder(config) as folder:
         if config.data_root is None:
@@ -256,14 +257,14 @@ def fit(config: Config, train_state: train.TrainState, step: Callable, batch: ba
         for i in range(1, config.steps + 1):
             started = time.perf_counter()
             train_state, metrics = step(train_state, batch)
-            host = {name: float(value) for name, value in metrics.items()}
-            reporter.log(i, {**host, **counts}, time.perf_counter() - started)
-            if host["skipped"] and config.precision != "fp16":
+            values = {name: float(value) for name, value in metrics.items()}
+            reporter.log(i, {**values, **counts}, time.perf_counter() - started)
+            if values["skipped"] and config.precision != "fp16":
                 bad = train.first_nonfinite({"params": train_state.params, "state": train_state.state})
                 raise ValueError(
                     f"step {i}: gradients are not finite; first such tensor: {bad or 'a gradient'}; lower --lr"
                 )
-            first, last = (host["loss/total"] if i == 1 else first), host["loss/total"]
+            first, last = (values["loss/total"] if i == 1 else first), values["loss/total"]
             if i == config.steps or (config.checkpoint_every and i % config.checkpoint_every == 0):
                 checkpoint.save_step(config.run_dir / "checkpoints" / f"step_{i:08d}", train_state, {"step": i})
     return {"train_state": train_state, "first_loss": first, "last_loss": last}

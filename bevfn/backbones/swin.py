@@ -170,11 +170,16 @@ def window_attention(params: dict, x: Tensor, *, heads: int, window: int, shift:
 
 
 def position_bias(table: Tensor, window: int) -> Tensor:
-    """[A S S] float32 from the table [(2 window - 1)^2 A]: row (2w-1)(qi - ki + w - 1) + (qj - kj + w - 1)."""
+    """[A S S] float32 from the table [(2 window - 1)^2 A]: row (2w-1)(qi - ki + w - 1) + (qj - kj + w - 1).
+
+    A product with a 0/1 matrix, which picks the same numbers: its gradient needs no scatter, and inductor of torch 2.13
+    writes the scatter of `index_select`'s gradient out of bounds (index arithmetic inside a transposed tile).
+    """
     place = torch.arange(window, device=table.device)
     offset = place[:, None] - place + window - 1  # query key
     index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]  # qi qj ki kj
-    return table.index_select(0, index.reshape(-1)).t().reshape(-1, window**2, window**2)
+    pick = index.reshape(-1, 1) == torch.arange(table.shape[0], device=table.device)  # S*S T
+    return torch.mm(pick.to(table.dtype), table).t().reshape(-1, window**2, window**2)
 
 
 def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from bevfn import host
 from bevfn.bench import machine
 
 # Seconds of the published modules with plain-torch ops on 2 mostly idle cores (issue SLICE, section H): forward in
@@ -76,6 +77,7 @@ def _send(sender: Any, target: Callable, arguments: tuple) -> None:
 def _variant(setting: Setting, what: str, backend: str) -> dict:
     """Seconds, peak memory and (eager only: a compiler hides its operators from the counter) FLOPs of one variant."""
     torch.set_num_threads(setting.threads)
+    host.keep_freed_memory()
     from bevfn.experiments import bevfusion as experiment
 
     config = experiment.Config(
