@@ -52,7 +52,7 @@ def tiny(modality):
         backbone=second.Config(channels_in=bev_channels if modality == "lidar" else 16, channels=(8, 16), layers=1),
         neck=second_fpn.Config(channels_in=(8, 16), channels=(8, 8)),
         head=transfusion.Config(
-            channels_in=16, channels=16, queries=24, heads=2, ffn_channels=16, head_channels=8, lower=(-24.0, -24.0),
+            channels_in=16, channels=16, queries=10, heads=2, ffn_channels=16, head_channels=8, lower=(-24.0, -24.0),
             voxel=(0.75, 0.75), stride=2, cells=(32, 32),
         ),
     )  # fmt: skip
@@ -95,12 +95,15 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
     return history, train_state
 
 
-# aot_eager runs the same kernels in the same order; Inductor reorders sums (measured: 1e-6 after five steps). In fp16
-# Inductor keeps in float32 what eager rounds between operators, so every activation differs by up to 5e-4.
-TOLERANCES = {  # metrics, leaves
-    ("aot_eager", "fp32"): (1e-5, 1e-5), ("inductor", "fp32"): (1e-4, 1e-4),
-    ("aot_eager", "fp16"): (1e-5, 1e-5), ("inductor", "fp16"): (2e-2, 2e-2),
-}  # fmt: skip
+# aot_eager runs the same kernels in the same order: bit for bit here. Inductor reorders sums: measured 1e-6 on losses, 3e-4
+# on the gradient norm and 6e-3 on the leaf that moves least (a bias that starts at 0) after five steps. In fp16 inductor
+# keeps in float32 what eager rounds between operators, so every activation differs by up to 5e-4.
+TOLERANCES = {  # metrics (a tenth of it before any update), leaves
+    ("aot_eager", "fp32"): (1e-6, 1e-6),
+    ("inductor", "fp32"): (2e-3, 2e-2),
+    ("aot_eager", "fp16"): (1e-6, 1e-6),
+    ("inductor", "fp16"): (5e-2, 2e-1),
+}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
