@@ -59,7 +59,7 @@ class Config:
     """what compiles the train step"""
     device: str = "cpu"
     """torch device: cpu, cuda, cuda:1"""
-    steps: int = 60
+    steps: int = 40
     """optimizer steps; learning rate and beta1 run through the whole published schedule in that many"""
     batch_size: int = 1
     """copies of the frame in a batch"""
@@ -152,7 +152,8 @@ def initial(config: Config, model: bevfusion.Config) -> tuple[dict, dict]:
     """Parameters and statistics from the seed, then from the pretrained files."""
     params, state = bevfusion.init(model, config.seed)
     if config.pretrained:
-        loaded = {str(path): upstream.read_imported(path)[:2] for path in config.pretrained}
+        read = {str(path): upstream.read_imported(path) for path in config.pretrained}
+        loaded = {path: (imported.params, imported.state) for path, imported in read.items()}
         anywhere = tuple(params)  # a recipe starts the rest from scratch; the report says what
         params, state, merged = upstream.load_into(params, state, loaded, allow_missing=anywhere)
         print(merged.text())
