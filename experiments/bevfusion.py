@@ -70,7 +70,8 @@ class Config:
     norm_momentum: float | None = 0.1
     """momentum of the BEV and sparse batch norms; None: the recipe's 0.01, whose statistics need hundreds of steps"""
     pretrained: tuple[Path, ...] = ()
-    """safetensors files of `bevfn checkpoint import`: a detector, or a LiDAR-only detector and a Swin"""
+    """files of `bevfn checkpoint import` or checkpoint folders of a run: a detector, or a LiDAR-only detector and a Swin,
+    as the published LiDAR-camera recipe starts"""
     score_threshold: float = 0.1
     """detections below it are not counted or drawn"""
     checkpoint_every: int = 0
@@ -152,12 +153,25 @@ def initial(config: Config, model: bevfusion.Config) -> tuple[dict, dict]:
     """Parameters and statistics from the seed, then from the pretrained files."""
     params, state = bevfusion.init(model, config.seed)
     if config.pretrained:
-        read = {str(path): upstream.read_imported(path) for path in config.pretrained}
-        loaded = {path: (imported.params, imported.state) for path, imported in read.items()}
+        loaded = {str(path): _read_weights(path) for path in config.pretrained}
         anywhere = tuple(params)  # a recipe starts the rest from scratch; the report says what
         params, state, merged = upstream.load_into(params, state, loaded, allow_missing=anywhere)
         print(merged.text())
     return tree.to(params, config.device), tree.to(state, config.device)
+
+
+def _read_weights(path: Path) -> tuple[dict, dict]:
+    """(params, state) of an imported file, or of a training checkpoint's folder."""
+    if not path.is_dir():
+        imported = upstream.read_imported(path)
+        return imported.params, imported.state
+    tensors = checkpoint.load_tensors(path / checkpoint.TENSORS)
+    trees = (
+        {name.removeprefix(f"{part}."): leaf for name, leaf in tensors.items() if name.startswith(f"{part}.")}
+        for part in ("params", "state")
+    )
+    params, state = (upstream.nest(flat) for flat in trees)
+    return params, state
 
 
 # ------------------------------------------------------------------------------------------------------------ the step

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bevfn import checkpoint, report
+from bevfn import checkpoint, report, tree
 from bevfn.experiments import bevfusion as experiment
 
 
@@ -60,6 +60,18 @@ def test_bad_settings_are_named():
         experiment.Config(steps=0)
     with pytest.raises(ValueError, match="torchair"):
         experiment.step_of(experiment.Config(scale="mini", modality="lidar", backend="torchair"))
+
+
+def test_a_run_starts_from_another_runs_checkpoint(run):
+    config, _ = run
+    again = experiment.Config(
+        modality="lidar", scale="mini", seed=1, pretrained=(config.run_dir / "checkpoints" / "step_00000002",)
+    )
+    params, state = experiment.initial(again, experiment.model_config(again))
+    stored = checkpoint.load_tensors(config.run_dir / "checkpoints" / "step_00000002" / checkpoint.TENSORS)
+    flat = {f"params.{k}": v for k, v in tree.flatten(params).items()}
+    flat |= {f"state.{k}": v for k, v in tree.flatten(state).items()}
+    assert all(torch.equal(leaf, stored[name]) for name, leaf in flat.items())
 
 
 def test_a_lidar_only_detector_starts_a_lidar_camera_model(tmp_path):
