@@ -75,7 +75,7 @@ def test_a_run_starts_from_another_runs_checkpoint(run):
 
 
 def test_a_lidar_only_detector_starts_a_lidar_camera_model(tmp_path):
-    from bevfn import upstream  # noqa: PLC0415
+    from bevfn import upstream
 
     lidar_config = experiment.Config(modality="lidar")
     params, state = experiment.initial(lidar_config, experiment.model_config(lidar_config))
