@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from bevfn import compile as compilation
-from bevfn import optim, train, tree
+from bevfn import losses, optim, train, tree
 from bevfn.backbones import second, sparse_encoder, swin
 from bevfn.data import batch as batches
 from bevfn.data import frame, synthetic
-from bevfn.heads import transfusion
+from bevfn.heads import transfusion, transfusion_loss
 from bevfn.models import bevfusion
 from bevfn.necks import lss_fpn, second_fpn
 from bevfn.precision import Policy
@@ -97,12 +97,13 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
 
 # aot_eager runs the same kernels in the same order: bit for bit here. Inductor reorders sums: measured 1e-6 on losses, 3e-4
 # on the gradient norm and 6e-3 on the leaf that moves least (a bias that starts at 0) after five steps. In fp16 inductor
-# keeps in float32 what eager rounds between operators, so every activation differs by up to 5e-4.
-TOLERANCES = {  # metrics (a tenth of it before any update), leaves
+# keeps in float32 what eager rounds between operators, so every activation differs by up to 5e-4: measured 5e-3 on the
+# gradient norm of step 0, 3e-2 on later losses (a query may be chosen differently), 0.16 on the worst leaf.
+TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf (the median leaf: a tenth of it)
     ("aot_eager", "fp32"): (1e-6, 1e-6),
     ("inductor", "fp32"): (2e-3, 2e-2),
     ("aot_eager", "fp16"): (1e-6, 1e-6),
-    ("inductor", "fp16"): (5e-2, 2e-1),
+    ("inductor", "fp16"): (1e-1, 3e-1),
 }
 
 
@@ -138,10 +139,13 @@ def compare_leaves(start, ours, theirs, tolerance):
     assert a.keys() == b.keys()
     moved = sum(float((a[f"params.{k}"] - v).double().square().sum()) for k, v in before.items()) ** 0.5
     assert moved > 0
-    for name in a:
-        error = float((a[name].double() - b[name].double()).norm())
-        scale = float(a[name].double().norm()) + 0.01 * moved
-        assert error <= tolerance * scale, (name, error, scale)
+    errors = {
+        name: float((a[name].double() - b[name].double()).norm()) / (float(a[name].double().norm()) + 0.01 * moved)
+        for name in a
+    }
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= tolerance, (worst, errors[worst])
+    assert sorted(errors.values())[len(errors) // 2] <= 0.1 * tolerance
 
 
 def test_gradients_of_the_compiled_step_reach_every_parameter(folder):
@@ -156,26 +160,22 @@ def test_gradients_of_the_compiled_step_reach_every_parameter(folder):
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_gradient_of_the_loss_is_its_directional_derivative(modality, folder):
+def test_gradient_is_the_directional_derivative(modality, folder):
+    """Through the whole network to the heatmap loss; the other terms jump where a query or a match changes."""
     model = tiny(modality)
     batch = make_batch(folder, model)
     params, state = bevfusion.init(model, seed=0)
+    target = transfusion_loss.heatmap_target(batch.boxes, batch.labels, batch.boxes_valid, model.head)
 
     def loss(params):
-        return bevfusion.loss(params, state, batch, None, config=model)[0]
+        outputs, _ = bevfusion.apply(params, state, batch, config=model, train=True)
+        return losses.gaussian_focal(outputs["head"]["dense_heatmap"], target)
 
-    gradient, value = torch.func.grad_and_value(loss)(params)
-    generator = torch.Generator().manual_seed(0)
-    # The heatmap's own convolution: smooth, and far enough from matching that no assignment flips.
-    direction = torch.randn(gradient["head"]["heatmap"]["out"]["weight"].shape, generator=generator)
-    slope = float((gradient["head"]["heatmap"]["out"]["weight"] * direction).sum())
-    ends = []
-    for h in (1e-3, -1e-3):
-        moved = tree.map(torch.clone, params)
-        moved["head"]["heatmap"]["out"]["weight"] += h * direction
-        ends.append(float(loss(moved)))
-    assert (ends[0] - ends[1]) / 2e-3 == pytest.approx(slope, rel=0.05)
-    assert torch.isfinite(value)
+    gradient = torch.func.grad(loss)(params)
+    norm = sum(float(g.double().square().sum()) for g in tree.leaves(gradient)) ** 0.5
+    h = 2e-4
+    ends = [float(loss(tree.map(lambda p, g, s=s: p + s * h * g / norm, params, gradient))) for s in (1, -1)]
+    assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(norm, rel=0.02)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
