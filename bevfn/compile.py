@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch._dynamo.utils import counters
 
 Backend = Literal["inductor", "aot_eager", "eager"]
-LATER = {"torchair": "`bevfn graph`", "npugraph-ex": "`bevfn graph`"}  # issue ASCEND
+LATER = ("torchair", "npugraph-ex")  # issue ASCEND
 
 
 def step(step_fn: Callable, *, backend: str = "inductor", donate: bool = True, strict: bool = False) -> Callable:
@@ -103,7 +103,7 @@ def check_backend(backend: str) -> None:
     """Raises ValueError unless `backend` can run here."""
     if backend in LATER:
         raise ValueError(
-            f"backend {backend!r} needs an Ascend NPU, which bevfn does not drive yet; offline: {LATER[backend]}"
+            f"backend {backend!r} needs an Ascend NPU, which bevfn does not drive yet; choose inductor, aot_eager or eager"
         )
     if backend not in ("inductor", "aot_eager", "eager"):
         raise ValueError(f"backend {backend!r} is unknown; choose inductor, aot_eager or eager")
