@@ -6,23 +6,40 @@ from typing import Annotated
 
 import tyro
 
-from bevfn.commands import bench, checkpoint, parity
+from bevfn.commands import bench, checkpoint, data, parity
 
-CHECKPOINT: dict[str, Callable] = {
-    "import": checkpoint.import_,
-    "export": checkpoint.export,
-    "show": checkpoint.show,
+# Name: (what the group is for, its subcommands).
+GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
+    "checkpoint": (
+        "Read and write published checkpoints",
+        {"import": checkpoint.import_, "export": checkpoint.export, "show": checkpoint.show},
+    ),
+    "data": (
+        "Make, check and prepare data sets",
+        {"synth": data.synth, "check": data.check, "prepare": data.prepare},
+    ),
 }
 
 
-def _checkpoint(
-    arguments: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="import|export|show …")],
-) -> int:
-    """Read and write published checkpoints: `bevfn checkpoint import|export|show --help`."""
-    return _run(CHECKPOINT, list(arguments), "bevfn checkpoint", _checkpoint.__doc__ or "")
+def _group(name: str) -> Callable:
+    """A group as one command, which is how it appears in the list of commands: tyro has one level of subcommands."""
+    what, commands = GROUPS[name]
+    choices = "|".join(commands)
+
+    def run(
+        arguments: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar=f"{choices} …")],
+    ) -> int:
+        return _run(commands, list(arguments), f"bevfn {name}", run.__doc__ or "")
+
+    run.__doc__ = f"{what}: `bevfn {name} {choices} --help`."
+    return run
 
 
-COMMANDS: dict[str, Callable] = {"parity": parity.parity, "checkpoint": _checkpoint, "bench": bench.bench}
+COMMANDS: dict[str, Callable] = {
+    "parity": parity.parity,
+    **{name: _group(name) for name in GROUPS},
+    "bench": bench.bench,
+}
 
 
 def _run(commands: dict[str, Callable], arguments: list[str], prog: str, description: str) -> int:
@@ -34,8 +51,8 @@ def main() -> None:
     """Runs a subcommand; a user's mistake ends in one sentence and exit code 2, never in a traceback."""
     arguments = sys.argv[1:]
     try:
-        if arguments[:1] == ["checkpoint"]:  # tyro has one level of subcommands
-            sys.exit(_checkpoint(tuple(arguments[1:])))
+        if arguments[:1] and arguments[0] in GROUPS:
+            sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
         sys.exit(_run(COMMANDS, arguments, "bevfn", __doc__ or ""))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"bevfn: {error}", file=sys.stderr)

@@ -192,7 +192,7 @@ def test_truncated_json_is_named(folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda info: info.pop("lidar_points"), r"lidar_points.lidar_path is missing"),
+        (lambda info: info.pop("lidar_points"), r"lidar_points is missing"),
         (lambda info: info["images"]["CAM_BACK"].pop("lidar2cam"), r"images.CAM_BACK: lidar2cam is missing"),
         (lambda info: info["images"]["CAM_BACK"].update(cam2img=[[1, 2], [3, 4]]), r"shape \[3, 3\], not \[2, 2\]"),
         (lambda info: info["images"]["CAM_BACK"].update(cam2img=[[1, 2], [3]]), r"must hold numbers in the shape"),

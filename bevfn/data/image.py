@@ -14,25 +14,30 @@ import numpy as np
 from PIL import Image
 
 
-def decode(path: Path, *, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The image file as RGB, [H,W,3] uint8; `size` (H,W) is the size its calibration is made for (None: any).
+def read(path: Path, *, size: tuple[int, int] | None = None) -> Image.Image:
+    """The image file as an RGB picture; `size` (H,W) is the size its calibration is made for (None: any).
 
     Raises ValueError if the file is missing, truncated, no image, or of another size.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: the image does not exist; check img_path in frame.json and the data folder.")
+        raise ValueError(f"{path}: the image does not exist; check the data folder and the file that names it.")
     try:
-        with Image.open(path) as file:
-            pixels = np.asarray(file.convert("RGB"))
+        with Image.open(path) as picture:
+            picture.load()
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
         raise ValueError(f"{path}: the image cannot be decoded ({error}); copy it again.") from error
-    if size is not None and pixels.shape[:2] != tuple(size):
+    if size is not None and (picture.height, picture.width) != tuple(size):
         raise ValueError(
-            f"{path}: the image is {pixels.shape[1]}x{pixels.shape[0]} but the calibration is for {size[1]}x{size[0]} "
+            f"{path}: the image is {picture.width}x{picture.height} but the calibration is for {size[1]}x{size[0]} "
             "(width x height); use the original image or set source_size and the intrinsics to its size."
         )
-    return pixels
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def decode(path: Path, *, size: tuple[int, int] | None = None) -> np.ndarray:
+    """`read` as an array, [H,W,3] uint8."""
+    return np.asarray(read(path, size=size))
 
 
 def centre_crop(source_size: tuple[int, int], size: tuple[int, int], resize: float) -> tuple[int, int]:
@@ -50,7 +55,7 @@ def centre_crop(source_size: tuple[int, int], size: tuple[int, int], resize: flo
 
 
 def transform(
-    image: np.ndarray,
+    picture: Image.Image | np.ndarray,
     *,
     size: tuple[int, int],
     resize: float,
@@ -60,14 +65,15 @@ def transform(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resizes (bicubic, antialiased), crops, mirrors and rotates (nearest, about the crop's centre) one image.
 
-    image [H,W,3] uint8; size (H,W) of the result; resize: factor; crop (left, top) in the resized image, which may
+    picture: RGB, or [H,W,3] uint8; size (H,W) of the result; resize: factor; crop (left, top) in the resized image, which may
     reach outside of it (black); flip: left-right; rotate_deg: counter-clockwise as seen.
     Returns (image [size,3] uint8, augmented_from_original [4,4] float32).
     """
     height, width = size
     left, top = crop
-    picture = Image.fromarray(image)
-    picture = picture.resize((int(image.shape[1] * resize), int(image.shape[0] * resize)), Image.Resampling.BICUBIC)
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    picture = picture.resize((int(picture.width * resize), int(picture.height * resize)), Image.Resampling.BICUBIC)
     picture = picture.crop((left, top, left + width, top + height))
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

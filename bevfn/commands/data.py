@@ -1,0 +1,95 @@
+"""`bevfn data synth|check|prepare`: a data set to try things on; what is wrong with one; what is made of one before."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from bevfn.files import write_atomically
+
+
+def synth(
+    out: Positional[Path],
+    *,
+    scenes: int = 10,
+    seed: int = 0,
+    frames: int = 20,
+    image_size: tuple[int, int] = (900, 1600),
+    workers: int = 0,
+) -> None:
+    """Writes a synthetic data set in nuScenes' format, which nuscenes-devkit loads and scores.
+
+    Args:
+        out: folder of the data set
+        scenes: how many; every fourth, beginning with the second, is of the split val, the others of train
+        seed: the same seed writes the same bytes
+        frames: key frames of a scene, 0.5 s apart
+        image_size: height and width in pixels
+        workers: processes; 0: one for each processor
+    """
+    from bevfn.data import synth
+
+    path = synth.write(
+        out, scenes=scenes, seed=seed, frames_per_scene=frames, image_size=image_size, workers=workers or None
+    )
+    print(f"{path}: {scenes} scenes of {frames} key frames")
+
+
+def check(
+    root: Positional[Path],
+    *,
+    version: str | None = None,
+    split: str | None = None,
+    deep: bool = False,
+    workers: int = 0,
+    show: int = 20,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> int:
+    """Says what of a nuScenes data set is there, missing or damaged, file by file. Exit code 1 if something is.
+
+    Args:
+        root: the folder that holds samples/, sweeps/, maps/ and the version's tables
+        version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
+        split: train, val, ...; all that the root has without it
+        deep: decode every file, instead of looking at sizes and ends
+        workers: threads; 0: twice the processors
+        show: problems to print
+        json_file: write all of them there
+    """
+    from bevfn.data import check
+
+    report = check.check(root, version, split, deep=deep, workers=workers)
+    print(report.text(show))
+    if json_file is not None:
+        write_atomically(json_file, report.json().encode())
+    return 1 if report.problems else 0
+
+
+def prepare(
+    root: Positional[Path],
+    *,
+    version: str | None = None,
+    split: str | None = None,
+    out: Path | None = None,
+    workers: int = 1,
+) -> None:
+    """Builds the index and the GT-paste database of a split; a run that was stopped goes on where it was.
+
+    Args:
+        root: the folder that holds samples/, sweeps/, maps/ and the version's tables
+        version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
+        split: the version's training split (train, mini_train) without it
+        out: folder of the database; one in the root, where training looks for it, without this
+        workers: processes
+    """
+    from bevfn.data import check, nuscenes, paste, pipeline, source
+
+    version = version or check.only_version(root)
+    nuscenes.check_root(root, version)
+    split = split or next((name for name in nuscenes.splits(root, version) if name.endswith("train")), "train")
+    index = nuscenes.index(root, version, split)
+    print(f"{len(index):,} key frames of {version} {split}")
+    folder = out or source.database_folder(index)
+    database = paste.build(index, folder, class_names=pipeline.CLASS_NAMES, workers=workers)
+    print(f"{folder}: {len(database):,} objects")

@@ -1,0 +1,254 @@
+"""What of a nuScenes root is there, missing or damaged, file by file, before a training run finds out.
+
+Quick by default: every file that the splits need is looked up, point files must be whole points and JPEGs must end as
+JPEGs do, which finds what an interrupted copy leaves behind. Deep decodes every file.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bevfn.data import image, nuscenes, paste, points, source
+from bevfn.data.index import CAMERAS, Index
+
+CHUNK = 128  # files per task of a thread
+Finding = tuple[Literal["missing", "damaged"], str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file that is missing or damaged."""
+
+    path: str
+    """Relative to the root."""
+    kind: Literal["missing", "damaged"]
+    what: str
+    """The sentence for the user."""
+    samples: int
+    """Key frames that need the file."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files of one kind."""
+
+    name: str
+    files: int
+    missing: int
+    damaged: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was found."""
+
+    root: str
+    version: str
+    samples: dict[str, int]
+    """Split: its key frames."""
+    affected: int
+    """Key frames that need at least one file that is missing or damaged; all of them if a table or a map is."""
+    parts: tuple[Part, ...]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    """What can be made: index, GT-paste database."""
+
+    def text(self, shown: int = 20) -> str:
+        """Summary first, then the first `shown` problems."""
+        splits = ", ".join(f"{split} {count:,}" for split, count in self.samples.items()) or "no split can be read"
+        lines = [f"{self.root}  {self.version}  samples: {splits}"]
+        for part in self.parts:
+            bad = [
+                f"{count:,} {word}" for word, count in (("missing", part.missing), ("damaged", part.damaged)) if count
+            ]
+            lines.append(f"  {part.name:<16}  {part.files:9,d} files  {', '.join(bad) or 'ok'}")
+        lines += [f"  {note}" for note in self.notes]
+        total = sum(self.samples.values())
+        if not self.problems:
+            return "\n".join([*lines, "nothing is missing or damaged"])
+        plural = "s" if len(self.problems) > 1 else ""
+        lines.append(f"{len(self.problems):,} problem{plural}; samples affected: {self.affected:,} of {total:,}")
+        for problem in self.problems[:shown]:
+            needed = f" (samples: {problem.samples:,})" if problem.samples else ""
+            lines.append(f"  {problem.path}: {problem.what.removeprefix(f'{self.root}/{problem.path}: ')}{needed}")
+        if len(self.problems) > shown:
+            lines.append(f"  and {len(self.problems) - shown:,} more; --json FILE writes all of them")
+        return "\n".join(lines)
+
+    def json(self) -> str:
+        """The whole report."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def check(
+    root: Path, version: str | None = None, split: str | None = None, *, deep: bool = False, workers: int = 0
+) -> Report:
+    """Looks at tables, maps, and every LiDAR, sweep and camera file that the splits need.
+
+    version: None for the only one that the root has; split: None for all of them; workers: threads, 0 for twice the
+    processors. Raises ValueError for a wrong root, version or split: then there is nothing to look at.
+    """
+    root = Path(root)
+    version = version or only_version(root)
+    nuscenes.check_root(root, version)
+    tables, broken = nuscenes.read_tables(root, version)
+    problems = [
+        Problem(f"{version}/{name}.json", "missing" if "does not exist" in what else "damaged", what, 0)
+        for name, what in broken.items()
+    ]
+    parts = [_part("tables", len(nuscenes.TABLES), problems)]
+    maps = [Path(row["filename"]) for row in tables.get("map", []) if "filename" in row]
+    lost = [Problem(str(path), "missing", "does not exist", 0) for path in maps if not (root / path).is_file()]
+    parts.append(_part("maps", len(maps), lost))
+    problems += lost
+
+    samples: dict[str, int] = {}
+    affected: set[str] = set()
+    if not broken:
+        members = _samples(root, version, split, tables)
+        samples = {name: len(tokens) for name, tokens in members.items()}
+        needed = files_needed(tables, set().union(*members.values()))
+        found = _examine(root, [path for files in needed.values() for path in files], deep, workers)
+        for name, files in needed.items():
+            bad = [Problem(path, *found[path], len(tokens)) for path, tokens in files.items() if path in found]
+            affected.update(*(files[problem.path] for problem in bad))
+            parts.append(_part(name, len(files), bad))
+            problems += bad
+    # Without a table nothing can be read, without a map the devkit does not start.
+    count = sum(samples.values()) if any(part.missing or part.damaged for part in parts[:2]) else len(affected)
+    notes = _made(root, version, list(samples))
+    return Report(str(root), version, samples, count, tuple(parts), tuple(problems), tuple(notes))
+
+
+def only_version(root: Path) -> str:
+    """The version that the root has; raises ValueError if it has several or none."""
+    found = nuscenes.versions(root)
+    if len(found) > 1:
+        raise ValueError(f"{root} has {', '.join(found)}: choose one of these as version.")
+    if not found:
+        nuscenes.check_root(root, "v1.0-*")  # says what to give instead
+    return found[0]
+
+
+def files_needed(tables: dict[str, list[dict]], samples: set[str]) -> dict[str, dict[str, set[str]]]:
+    """Part (channel, or "sweeps"): file: tokens of the samples that need it. Radar is not read, so not needed."""
+    data = {row["token"]: row for row in tables["sample_data"]}
+    sensors = {row["token"]: row["channel"] for row in tables["sensor"]}
+    channels = {row["token"]: sensors[row["sensor_token"]] for row in tables["calibrated_sensor"]}
+    needed: dict[str, dict[str, set[str]]] = {part: {} for part in ("LIDAR_TOP", "sweeps", *CAMERAS)}
+    scans = []
+    for row in tables["sample_data"]:
+        channel = channels[row["calibrated_sensor_token"]]
+        if row["is_key_frame"] and row["sample_token"] in samples and channel in needed:
+            needed[channel].setdefault(row["filename"], set()).add(row["sample_token"])
+            if channel == "LIDAR_TOP":
+                scans.append(row)
+    for row in scans:
+        before = row
+        for _ in range(nuscenes.MAX_SWEEPS):
+            if not before["prev"]:
+                break
+            before = data[before["prev"]]
+            # an earlier key frame is a sweep too, but one file
+            part = "LIDAR_TOP" if before["filename"] in needed["LIDAR_TOP"] else "sweeps"
+            needed[part].setdefault(before["filename"], set()).add(row["sample_token"])
+    return {part: files for part, files in needed.items() if files}
+
+
+def examine(path: Path, deep: bool) -> Finding | None:
+    """What is wrong with a point file or an image; None if nothing is found."""
+    try:
+        if not path.is_file():
+            return "missing", "does not exist"
+        size = path.stat().st_size
+        if size == 0:
+            return "damaged", "is empty"
+        if path.suffix == ".bin":
+            if size % points.BYTES:
+                return (
+                    "damaged",
+                    f"is truncated: {size} bytes are no whole number of points ({points.BYTES} bytes each)",
+                )
+            if deep:
+                cloud, bad = points.read(path)
+                if not cloud.any():
+                    return "damaged", "has only zeros" if len(cloud) else f"has only NaN: {bad} points"
+        else:
+            if path.suffix.lower() in (".jpg", ".jpeg") and (what := _jpeg_ends(path, size)):
+                return "damaged", what
+            if deep:
+                image.decode(path)
+    except (OSError, ValueError) as error:
+        return "damaged", str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def _jpeg_ends(path: Path, size: int) -> str:
+    """A sentence if the file does not begin and end as a JPEG; some writers pad the end."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+        file.seek(max(0, size - 64))
+        end = file.read()
+    if start != b"\xff\xd8":
+        return f"is no JPEG: it begins with {start!r}"
+    return "" if b"\xff\xd9" in end else "is truncated: the JPEG has no end-of-image marker"
+
+
+def _examine(root: Path, files: list[str], deep: bool, workers: int) -> dict[str, Finding]:
+    """File: (kind, what is wrong), in parallel: threads, because this waits for the disk and decoders free the lock."""
+
+    def look(chunk: list[str]) -> dict[str, Finding]:
+        found = ((path, examine(root / path, deep)) for path in chunk)
+        return {path: what for path, what in found if what is not None}
+
+    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    problems: dict[str, Finding] = {}
+    with (
+        ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool,
+        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
+    ):
+        task = progress.add_task("files", total=len(files))
+        for chunk, found in zip(chunks, pool.map(look, chunks)):
+            problems |= found
+            progress.advance(task, len(chunk))
+    return problems
+
+
+def _samples(root: Path, version: str, split: str | None, tables: dict[str, list[dict]]) -> dict[str, set[str]]:
+    """Split: tokens of its samples."""
+    if split is not None:
+        chosen = {split: nuscenes.scenes_of(root, version, split)}
+    else:
+        parts_of_train = ("train_detect", "train_track")
+        chosen = {s: names for s, names in nuscenes.splits(root, version).items() if s not in parts_of_train}
+        if not chosen:
+            raise ValueError(f"{root}, {version}, has no scene of any split; add a splits.json beside its tables.")
+    scenes = {row["token"]: row["name"] for row in tables["scene"]}
+    return {
+        name: {row["token"] for row in tables["sample"] if scenes[row["scene_token"]] in set(names)}
+        for name, names in chosen.items()
+    }
+
+
+def _part(name: str, files: int, problems: list[Problem]) -> Part:
+    missing = sum(problem.kind == "missing" for problem in problems)
+    return Part(name, files, missing, len(problems) - missing)
+
+
+def _made(root: Path, version: str, splits: list[str]) -> list[str]:
+    """A line per split about what `bevfn data prepare` makes of it."""
+    lines = []
+    for split in splits:
+        index = "yes" if nuscenes.has_index(root, version, split) else "not yet (made on first use)"
+        folder = source.database_folder(Index(root, version, split, frames=()))
+        database = "yes" if (folder / paste.OBJECTS).is_file() else "not there"
+        lines.append(f"{split}: index {index}; GT-paste database {database}")
+    return lines

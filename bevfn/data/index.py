@@ -1,0 +1,263 @@
+"""What a data set knows about its key frames, without pixels or points: files, times, transforms, annotations.
+
+`nuscenes.index` and `infos.read` make an Index; a pipeline turns its frames into Samples. Transforms are named
+target_from_source, 4 4 float64, and move column vectors. The frames of a large data set are kept as columns (`pack`)
+and made when asked for: nuScenes' 28,130 training frames as Python objects would take gigabytes in every process.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+CLASSES = (
+    "car", "truck", "trailer", "bus", "construction_vehicle", "bicycle", "motorcycle", "pedestrian", "traffic_cone",
+    "barrier",
+)  # fmt: skip
+
+
+def inverse(transform: np.ndarray) -> np.ndarray:
+    """Of a rigid 4 4 transform: the rotation transposed, exact where a general inverse would round."""
+    result = np.eye(4)
+    result[:3, :3] = transform[:3, :3].T
+    result[:3, 3] = -(transform[:3, :3].T @ transform[:3, 3])
+    return result
+
+
+@dataclass(frozen=True)
+class Camera:
+    """One exposure of one camera that belongs to a key frame."""
+
+    path: str
+    """The image file, relative to Index.root."""
+    intrinsics: np.ndarray
+    """3 3 float64: pixels of the image file from the camera frame."""
+    camera_from_lidar: np.ndarray
+    """4 4 float64: the key frame's lidar frame to the camera, through both ego poses (the car moves in between)."""
+    ego_from_camera: np.ndarray
+    """4 4 float64."""
+    global_from_ego: np.ndarray
+    """4 4 float64, at the camera's own time."""
+    timestamp: float
+    """s."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An earlier LiDAR scan, to be added to the key frame's points."""
+
+    path: str
+    """The point file, relative to Index.root."""
+    lidar_from_sweep: np.ndarray
+    """4 4 float64: the sweep's lidar frame to the key frame's, through both ego poses."""
+    lag: float
+    """s: the key frame's time minus the sweep's, > 0."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One key frame (a nuScenes sample) with G annotated boxes."""
+
+    token: str
+    """The sample's token."""
+    scene: str
+    """The scene's name; "" where the source does not say."""
+    previous: str
+    """Token of the previous key frame of the scene; "" for the first one."""
+    timestamp: float
+    """s, of the LiDAR scan."""
+    lidar_path: str
+    """The point file, relative to Index.root."""
+    ego_from_lidar: np.ndarray
+    """4 4 float64."""
+    global_from_ego: np.ndarray
+    """4 4 float64, at the LiDAR's time."""
+    sweeps: tuple[Sweep, ...]
+    """Newest first, at most 10."""
+    cameras: dict[str, Camera]
+    """By channel, in the order of CAMERAS."""
+    boxes: np.ndarray
+    """G 9 float64: x y z of the GRAVITY centre, dx (length), dy (width), dz, yaw, vx, vy [m, rad, m/s; lidar frame];
+    velocity NaN where unknown."""
+    names: tuple[str, ...]
+    """G detection classes ("car"); "" for a category that is none."""
+    valid: np.ndarray
+    """G bool: LiDAR + radar points > 0."""
+    num_lidar_points: np.ndarray
+    """G int64; -1 where unknown."""
+    attributes: tuple[str, ...]
+    """G attribute names, "" for none."""
+    visibility: tuple[str, ...]
+    """G visibility levels ("v60-80"), "" where unknown."""
+    annotations: tuple[str, ...]
+    """G annotation tokens, "" where unknown."""
+
+    @property
+    def global_from_lidar(self) -> np.ndarray:
+        """4 4 float64."""
+        return self.global_from_ego @ self.ego_from_lidar
+
+
+@dataclass(frozen=True)
+class Packed(Sequence):
+    """Frames as columns: F of them with S sweeps, N camera images and G boxes in all. Pickles, copies and stores well.
+
+    Transforms lack their last row; text that repeats is a code into `<column>_words`; the rows of frame i in a table
+    of sweeps, cameras or boxes are those from `<table>_start[i]` to `<table>_start[i + 1]`.
+    """
+
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.columns["token"])
+
+    def __getitem__(self, i: int) -> Frame:  # type: ignore[override]  # no slices
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"frame {i} of {len(self)}")
+        i %= len(self)
+        column = self.columns
+
+        def rows(table: str) -> slice:
+            return slice(int(column[f"{table}_start"][i]), int(column[f"{table}_start"][i + 1]))
+
+        def words(name: str, where: slice) -> tuple[str, ...]:
+            return tuple(column[f"{name}_words"][code].decode() for code in column[name][where])
+
+        sweeps, cameras, boxes, one = rows("sweep"), rows("camera"), rows("box"), slice(i, i + 1)
+        return Frame(
+            token=column["token"][i].decode(),
+            scene=words("scene", one)[0],
+            previous=column["previous"][i].decode(),
+            timestamp=float(column["timestamp"][i]),
+            lidar_path=column["lidar_path"][i].decode(),
+            ego_from_lidar=_square(column["ego_from_lidar"][i]),
+            global_from_ego=_square(column["global_from_ego"][i]),
+            sweeps=tuple(
+                Sweep(column["sweep_path"][k].decode(), _square(column["sweep_transform"][k]), float(lag))
+                for k, lag in enumerate(column["sweep_lag"][sweeps], sweeps.start)
+            ),
+            cameras={
+                channel: Camera(
+                    path=column["camera_path"][k].decode(),
+                    intrinsics=column["intrinsics"][k].copy(),
+                    camera_from_lidar=_square(column["camera_from_lidar"][k]),
+                    ego_from_camera=_square(column["ego_from_camera"][k]),
+                    global_from_ego=_square(column["camera_global_from_ego"][k]),
+                    timestamp=float(column["camera_timestamp"][k]),
+                )
+                for k, channel in enumerate(words("channel", cameras), cameras.start)
+            },
+            boxes=column["boxes"][boxes].copy(),
+            names=words("names", boxes),
+            valid=column["valid"][boxes].copy(),
+            num_lidar_points=column["num_lidar_points"][boxes].astype(np.int64),
+            attributes=words("attributes", boxes),
+            visibility=words("visibility", boxes),
+            annotations=tuple(token.decode() for token in column["annotation"][boxes]),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the columns."""
+        return sum(value.nbytes for value in self.columns.values())
+
+
+def pack(frames: Iterable[Frame]) -> Packed:
+    """The frames as columns; what is taken out again equals what was put in."""
+    frames = list(frames)
+    sweeps = [sweep for frame in frames for sweep in frame.sweeps]
+    cameras = [camera for frame in frames for camera in frame.cameras.values()]
+    columns = {
+        "token": _texts(frame.token for frame in frames),
+        "previous": _texts(frame.previous for frame in frames),
+        "timestamp": np.array([frame.timestamp for frame in frames], dtype=np.float64),
+        "lidar_path": _texts(frame.lidar_path for frame in frames),
+        "ego_from_lidar": _transforms(frame.ego_from_lidar for frame in frames),
+        "global_from_ego": _transforms(frame.global_from_ego for frame in frames),
+        "sweep_start": _starts(len(frame.sweeps) for frame in frames),
+        "sweep_path": _texts(sweep.path for sweep in sweeps),
+        "sweep_transform": _transforms(sweep.lidar_from_sweep for sweep in sweeps),
+        "sweep_lag": np.array([sweep.lag for sweep in sweeps], dtype=np.float64),
+        "camera_start": _starts(len(frame.cameras) for frame in frames),
+        "camera_path": _texts(camera.path for camera in cameras),
+        "intrinsics": np.array([camera.intrinsics for camera in cameras], dtype=np.float64).reshape(-1, 3, 3),
+        "camera_from_lidar": _transforms(camera.camera_from_lidar for camera in cameras),
+        "ego_from_camera": _transforms(camera.ego_from_camera for camera in cameras),
+        "camera_global_from_ego": _transforms(camera.global_from_ego for camera in cameras),
+        "camera_timestamp": np.array([camera.timestamp for camera in cameras], dtype=np.float64),
+        "box_start": _starts(len(frame.boxes) for frame in frames),
+        "boxes": np.concatenate([np.zeros((0, 9)), *(frame.boxes for frame in frames)]),
+        "valid": np.concatenate([np.zeros(0, bool), *(frame.valid for frame in frames)]),
+        "num_lidar_points": np.concatenate([np.zeros(0, np.int32), *(f.num_lidar_points for f in frames)]).astype("i4"),
+        "annotation": _texts(token for frame in frames for token in frame.annotations),
+    }
+    repeating = {
+        "scene": [frame.scene for frame in frames],
+        "channel": [channel for frame in frames for channel in frame.cameras],
+        "names": [name for frame in frames for name in frame.names],
+        "attributes": [name for frame in frames for name in frame.attributes],
+        "visibility": [level for frame in frames for level in frame.visibility],
+    }
+    for name, values in repeating.items():
+        columns[f"{name}_words"], codes = np.unique(_texts(values), return_inverse=True)
+        columns[name] = codes.astype(np.uint16)
+    return Packed(columns)
+
+
+def _texts(values: Iterable[str]) -> np.ndarray:
+    """Fixed-width bytes: a quarter of numpy's str."""
+    return np.array([value.encode() for value in values], dtype=np.bytes_)
+
+
+def _transforms(values: Iterable[np.ndarray]) -> np.ndarray:
+    """4 4 each -> n 3 4 float64."""
+    return np.array([value[:3] for value in values], dtype=np.float64).reshape(-1, 3, 4)
+
+
+def _square(transform: np.ndarray) -> np.ndarray:
+    """3 4 -> 4 4."""
+    return np.concatenate([transform, [[0.0, 0.0, 0.0, 1.0]]])
+
+
+def _starts(counts: Iterable[int]) -> np.ndarray:
+    """Counts per frame -> F + 1 offsets."""
+    return np.concatenate([[0], np.cumsum(list(counts), dtype=np.int64)]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The key frames of one split; len(index) of them, index[i] is a Frame."""
+
+    root: Path
+    """The folder that the frames' paths are relative to."""
+    version: str
+    """The data set's version ("v1.0-trainval")."""
+    split: str
+    """"train", "val", "test", "mini_train", "mini_val"; "" where the source does not say."""
+    frames: Sequence[Frame] = field(repr=False)
+    """A tuple, or a lazy sequence that makes a Frame when it is asked for one."""
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, i: int) -> Frame:
+        return self.frames[i]
+
+    def __iter__(self) -> Iterator[Frame]:
+        return (self.frames[i] for i in range(len(self.frames)))
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Sample token to place in `frames`."""
+        packed = self.frames.columns["token"] if isinstance(self.frames, Packed) else None
+        tokens = [frame.token for frame in self] if packed is None else [token.decode() for token in packed]
+        return {token: i for i, token in enumerate(tokens)}
+
+    def position(self, token: str) -> int:
+        """The place of the key frame `token`. Raises ValueError if the index has no such frame."""
+        if token not in self.positions:
+            raise ValueError(f"no key frame {token} in {self.root} ({self.version}, split {self.split!r}).")
+        return self.positions[token]

@@ -1,0 +1,320 @@
+"""mmdetection3d's info files to an Index, without running what a pickle may hold.
+
+Three forms: v1.1 (`metainfo`, `data_list`) as .pkl or as .json, and v1.0 (`metadata`, `infos`) as .pkl. The pickles are
+read by an unpickler that knows plain containers, numbers and numpy arrays and refuses every other name.
+
+Source: mmdetection3d tools/dataset_converters (nuscenes_converter.py, update_infos_to_v2.py), datasets/nuscenes_dataset.py.
+"""
+
+import json
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from bevfn.data.index import CLASSES, Camera, Frame, Index, Sweep, inverse, pack
+
+
+def read(path: Path, root: Path | None = None) -> Index:
+    """The frames of an info file in file order; root (default: the file's folder) is what their paths are relative to.
+
+    Files are named as mmdetection3d finds them: from `samples/` or `sweeps/` on where a path has that, and bare names
+    in samples/<channel> if the root has such a folder, else in the root itself. What a file does not say: scene,
+    previous, attributes, visibility and annotation tokens are "", a velocity or transform is NaN, a number of points
+    -1. v1.1 has no ego pose of the cameras; it follows from their other transforms, as exactly as float32 has them.
+
+    Raises ValueError, one sentence with file and field, for a file that is missing, truncated, of another form, or
+    that holds anything but plain data.
+    """
+    path = Path(path)
+    root = path.parent if root is None else Path(root)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give an info file, .pkl of mmdetection3d or .json.")
+    document = _read_json(path) if path.suffix == ".json" else _unpickle(path)
+    folders = (root / "samples").is_dir()
+    if isinstance(document, dict) and "infos" in document:
+        infos, metadata = _get(document, str(path), "infos", list), _optional(document, str(path), "metadata", dict)
+        frames = [_old_frame(info, f"{path}: infos[{i}]", folders) for i, info in enumerate(infos)]
+        _check_length_first(path, frames)
+    else:
+        infos, metadata = _get(document, str(path), "data_list", list), _get(document, str(path), "metainfo", dict)
+        # several categories that are no detection class share the number -1
+        categories = _get(document, str(path), "metainfo.categories", dict)
+        names = {n: name for name, n in categories.items() if isinstance(n, int) and n >= 0}
+        frames = [_frame(info, f"{path}: data_list[{i}]", names, folders) for i, info in enumerate(infos)]
+    split = re.search(r"_infos_(?:\w+_)?(train|val|test)\b", path.stem)
+    return Index(
+        root=root,
+        version=str(metadata.get("version", "")),
+        split=split.group(1) if split else "",
+        frames=pack(frames),
+    )
+
+
+# --- v1.1 ---
+
+
+def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Frame:
+    """One entry of data_list."""
+    ego_from_lidar = _transform(info, where, "lidar_points.lidar2ego", unknown=True)
+    global_from_ego = _transform(info, where, "ego2global", unknown=True)
+    time = _number(info, where, "timestamp") if "timestamp" in info else 0.0
+    cameras = {}
+    for channel, camera in _optional(info, where, "images", dict).items():
+        place = f"{where}.images.{channel}"
+        camera_from_lidar = _transform(camera, place, "lidar2cam")
+        ego_from_camera = _transform(camera, place, "cam2ego", unknown=True)
+        cameras[channel] = Camera(
+            path=_path(_get(camera, place, "img_path", str), f"samples/{channel}", folders),
+            intrinsics=_numbers(camera, place, "cam2img", (3, 3)),
+            camera_from_lidar=camera_from_lidar,
+            ego_from_camera=ego_from_camera,
+            global_from_ego=global_from_ego @ ego_from_lidar @ inverse(camera_from_lidar) @ inverse(ego_from_camera),
+            timestamp=_number(camera, place, "timestamp") if "timestamp" in camera else time,
+        )
+    sweeps = []
+    for i, sweep in enumerate(_optional(info, where, "lidar_sweeps", list)):
+        place = f"{where}.lidar_sweeps[{i}]"
+        file = _path(_get(sweep, place, "lidar_points.lidar_path", str), "sweeps/LIDAR_TOP", folders)
+        lidar_from_sweep = inverse(_transform(sweep, place, "lidar_points.lidar2sensor"))
+        sweeps.append(Sweep(file, lidar_from_sweep, time - _number(sweep, place, "timestamp")))
+    return Frame(
+        token=str(info.get("token", "")),
+        scene="",
+        previous="",
+        timestamp=time,
+        lidar_path=_path(_get(info, where, "lidar_points.lidar_path", str), "samples/LIDAR_TOP", folders),
+        ego_from_lidar=ego_from_lidar,
+        global_from_ego=global_from_ego,
+        sweeps=tuple(sweeps),
+        cameras=cameras,
+        **_instances(info, where, names),
+    )
+
+
+def _instances(info: dict, where: str, names: dict[int, str]) -> dict[str, Any]:
+    """The Frame's fields of boxes; `bbox_3d` has the gravity centre already."""
+    rows, found, valid, seen = [], [], [], []
+    for i, instance in enumerate(_optional(info, where, "instances", list)):
+        place = f"{where}.instances[{i}]"
+        box = _numbers(instance, place, "bbox_3d", (7,))
+        known = _optional(instance, place, "velocity", list)
+        velocity = _numbers(instance, place, "velocity", (2,), finite=False) if known else np.full(2, np.nan)
+        rows.append(np.concatenate([box, velocity]))
+        found.append(names.get(int(_number(instance, place, "bbox_label_3d")), ""))
+        valid.append(bool(instance.get("bbox_3d_isvalid", True)))
+        seen.append(int(_number(instance, place, "num_lidar_pts")) if "num_lidar_pts" in instance else -1)
+    return _boxes(np.array(rows).reshape(-1, 9), found, np.array(valid, dtype=bool), np.array(seen, dtype=np.int64))
+
+
+def _boxes(boxes: np.ndarray, names: list[str], valid: np.ndarray, seen: np.ndarray) -> dict[str, Any]:
+    unknown = ("",) * len(names)
+    return {
+        "boxes": boxes,
+        "names": tuple(names),
+        "valid": valid,
+        "num_lidar_points": seen,
+        "attributes": unknown,
+        "visibility": unknown,
+        "annotations": unknown,
+    }
+
+
+# --- v1.0 ---
+
+
+def _old_frame(info: dict, where: str, folders: bool) -> Frame:
+    """One entry of infos: quaternions w x y z with translations, times in microseconds."""
+    time = _number(info, where, "timestamp")
+    cameras = {}
+    for channel, camera in _optional(info, where, "cams", dict).items():
+        place = f"{where}.cams.{channel}"
+        cameras[channel] = Camera(
+            path=_path(_get(camera, place, "data_path", str), f"samples/{channel}", folders),
+            intrinsics=_numbers(camera, place, "cam_intrinsic", (3, 3)),
+            camera_from_lidar=inverse(_sensor2lidar(camera, place)),
+            ego_from_camera=_pose(camera, place, "sensor2ego"),
+            global_from_ego=_pose(camera, place, "ego2global"),
+            timestamp=1e-6 * _number(camera, place, "timestamp"),
+        )
+    sweeps = []
+    for i, sweep in enumerate(_optional(info, where, "sweeps", list)):
+        place = f"{where}.sweeps[{i}]"
+        lag = 1e-6 * (time - _number(sweep, place, "timestamp"))
+        file = _path(_get(sweep, place, "data_path", str), "sweeps/LIDAR_TOP", folders)
+        sweeps.append(Sweep(file, _sensor2lidar(sweep, place), lag))
+    boxes = [str(name) for name in info.get("gt_names", [])]
+    count = len(boxes)
+    seen = _numbers(info, where, "num_lidar_pts", (count,)) if count and "num_lidar_pts" in info else np.full(count, -1)
+    valid = _numbers(info, where, "valid_flag", (count,)) > 0 if count and "valid_flag" in info else seen != 0
+    geometry = np.zeros((0, 9))
+    if count:
+        velocity = _numbers(info, where, "gt_velocity", (count, 2), finite=False)
+        geometry = np.concatenate([_numbers(info, where, "gt_boxes", (count, 7)), velocity], axis=1)
+    return Frame(
+        token=str(info.get("token", "")),
+        scene="",
+        previous=str(info.get("prev", "")),
+        timestamp=1e-6 * time,
+        lidar_path=_path(_get(info, where, "lidar_path", str), "samples/LIDAR_TOP", folders),
+        ego_from_lidar=_pose(info, where, "lidar2ego"),
+        global_from_ego=_pose(info, where, "ego2global"),
+        sweeps=tuple(sweeps),
+        cameras=cameras,
+        **_boxes(geometry, [n if n in CLASSES else "" for n in boxes], valid, seen.astype(np.int64)),
+    )
+
+
+def _check_length_first(path: Path, frames: list[Frame]) -> None:
+    """mmdetection3d before 1.0 wrote the same keys with width before length and another yaw; cars tell them apart."""
+    cars = [box for frame in frames for box, name in zip(frame.boxes, frame.names) if name == "car"]
+    if cars and np.median([box[3] for box in cars]) < np.median([box[4] for box in cars]):
+        raise ValueError(
+            f"{path}: its cars are wider than long, so it is of mmdetection3d before 1.0, which counts yaw differently; "
+            "make it again with a newer create_data.py, or give the data set root instead."
+        )
+
+
+def _sensor2lidar(tree: dict, where: str) -> np.ndarray:
+    result = np.eye(4)
+    result[:3, :3] = _numbers(tree, where, "sensor2lidar_rotation", (3, 3))
+    result[:3, 3] = _numbers(tree, where, "sensor2lidar_translation", (3,))
+    return _rigid(result, where, "sensor2lidar_rotation")
+
+
+def _pose(tree: dict, where: str, name: str) -> np.ndarray:
+    """4 4 from `<name>_rotation` and `<name>_translation`."""
+    w, x, y, z = _numbers(tree, where, f"{name}_rotation", (4,))
+    result = np.eye(4)
+    result[:3, :3] = Rotation.from_quat([x, y, z, w]).as_matrix()
+    result[:3, 3] = _numbers(tree, where, f"{name}_translation", (3,))
+    return result
+
+
+# --- checked access ---
+
+
+def _path(name: str, folder: str, folders: bool) -> str:
+    """Relative to the root; `folder` is where a bare name lies if the root has such folders."""
+    parts = Path(name).parts
+    top = [i for i, part in enumerate(parts) if part in ("samples", "sweeps")]
+    if top:
+        return "/".join(parts[top[-1] :])
+    return f"{folder}/{name}" if folders and len(parts) == 1 else name
+
+
+def _get(tree: Any, where: str, key: str, kind: type | tuple[type, ...]) -> Any:
+    """tree[key] for a dotted key, checked to be of type `kind`."""
+    value = tree
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(f"{where}: {key} is missing; the file is not in mmdetection3d's v1.1 or v1.0 info form.")
+        value = value[part]
+    if not isinstance(value, kind):
+        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{where}: {key} must be a {wanted}, not {type(value).__name__}.")
+    return value
+
+
+def _optional(tree: dict, where: str, key: str, kind: type) -> Any:
+    """tree[key], or an empty one of that type if it is missing or null."""
+    return kind() if tree.get(key) is None else _get(tree, where, key, kind)
+
+
+def _number(tree: Any, where: str, key: str) -> float:
+    return float(_get(tree, where, key, (int, float, np.integer, np.floating)))
+
+
+def _numbers(tree: Any, where: str, key: str, shape: tuple[int, ...], *, finite: bool = True) -> np.ndarray:
+    """tree[key] as float64 of that shape, its values as they are in the file; null becomes NaN."""
+    entries = _get(tree, where, key, (list, tuple, np.ndarray))
+    try:
+        value = np.array(entries, dtype=np.float64)
+    except (TypeError, ValueError) as error:  # ragged rows, or words
+        raise ValueError(f"{where}: {key} must hold numbers in the shape {list(shape)} ({error}).") from error
+    if value.shape != shape:
+        raise ValueError(f"{where}: {key} must hold numbers in the shape {list(shape)}, not {list(value.shape)}.")
+    if finite and not np.isfinite(value).all():
+        raise ValueError(f"{where}: {key} has NaN or infinite numbers; repair or remove the entry.")
+    return value
+
+
+def _transform(tree: Any, where: str, key: str, *, unknown: bool = False) -> np.ndarray:
+    """tree[key] as a rigid 4 4; NaN (but for the last row) if it is missing and may be `unknown`."""
+    *parents, last = key.split(".")
+    holder = _get(tree, where, ".".join(parents), dict) if parents else tree
+    if unknown and isinstance(holder, dict) and holder.get(last) is None:
+        return np.concatenate([np.full((3, 4), np.nan), [[0.0, 0.0, 0.0, 1.0]]])
+    return _rigid(_numbers(tree, where, key, (4, 4)), where, key)
+
+
+def _rigid(transform: np.ndarray, where: str, key: str) -> np.ndarray:
+    turn = transform[:3, :3]
+    if np.abs(turn @ turn.T - np.eye(3)).max() > 1e-3 or not np.allclose(transform[3], [0, 0, 0, 1]):
+        raise ValueError(f"{where}: {key} is no rotation with a translation; the file is damaged, make it again.")
+    return transform
+
+
+# --- reading ---
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"{path} is not valid JSON ({error}); copy it again.") from error
+
+
+class _Refused(Exception):
+    """Names what a pickle asked for."""
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Stands for _codecs.encode, with which pickle's protocol 2 (mmengine's) spells bytes."""
+    if encoding != "latin1":
+        raise _Refused(f"_codecs.encode with {encoding!r}")
+    return text.encode("latin1")
+
+
+def _frombuffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
+    """Stands for numpy's function of that name, with which pickle's protocol 5 spells arrays."""
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+
+
+_PLAIN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _latin1,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, frozenset, bytearray)},
+    # numpy's own functions, under the names that numpy 1 and numpy 2 write
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0] for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): np.float64(0).__reduce__()[0] for core in ("core", "_core")},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PLAIN:
+            raise _Refused(f"{module}.{name}")
+        return _PLAIN[module, name]
+
+
+def _unpickle(path: Path) -> Any:
+    with open(path, "rb") as file:
+        try:
+            return _Unpickler(file).load()
+        except _Refused as refused:
+            raise ValueError(
+                f"{path} asks for {refused}; an info file holds plain data and numpy arrays, and bevfn runs nothing "
+                "else from a pickle: make the file again with create_data.py, or give the data set root instead."
+            ) from refused
+        except Exception as error:  # a damaged pickle ends in nearly any exception
+            raise ValueError(
+                f"{path} is no complete pickle ({type(error).__name__}: {error}); copy it again."
+            ) from error

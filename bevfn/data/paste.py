@@ -1,0 +1,352 @@
+"""GT paste: a database of annotated objects with their points, and objects of it put into other frames.
+
+The database is a folder: `objects.npz` (arrays, a row per object) and the one file of all points that it names. Objects
+are stored relative to their box's bottom centre, with ten sweeps and their time lag, and are pasted where they were.
+
+Source: SECOND (Yan et al. 2018); mmdetection3d create_gt_database, DataBaseSampler, ObjectSample.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from bevfn import boxes as overlap
+from bevfn.data import annotations, points, sweeps
+from bevfn.data.index import Frame, Index
+from bevfn.files import write_atomically
+
+OBJECTS = "objects.npz"
+SWEEPS = 10  # besides the key frame
+FRAMES = 32  # of one part, the unit of work that a stopped build does not lose
+FORMAT = 1  # raise it when the files' meaning changes
+
+
+def _quotas() -> dict[str, int]:
+    return {
+        "car": 2, "truck": 3, "construction_vehicle": 7, "bus": 4, "trailer": 6, "barrier": 2, "motorcycle": 6,
+        "bicycle": 6, "pedestrian": 2, "traffic_cone": 2,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is pasted. Defaults: BEVFusion LiDAR-only on nuScenes (which stops pasting for its last 5 of 20 epochs)."""
+
+    quotas: dict[str, int] = field(default_factory=_quotas)
+    """Objects of a class that a frame should have: as many are pasted as its valid boxes fall short of it."""
+
+
+@dataclass(frozen=True)
+class Database:
+    """N objects; small enough to send to other processes, the points stay in their file."""
+
+    points_path: Path
+    """Little-endian float32, 5 numbers a point: x, y, z relative to the box's bottom centre (not turned), intensity,
+    time lag [s]."""
+    boxes: np.ndarray
+    """N 9 float32, bottom centre, in the LiDAR frame of the frame it comes from."""
+    labels: np.ndarray
+    """N int16, into class_names."""
+    starts: np.ndarray
+    """N + 1 int64: object i has the points [starts[i], starts[i + 1])."""
+    difficulty: np.ndarray
+    """N int32; 0 on nuScenes."""
+    tokens: np.ndarray
+    """N bytes, the frames that they come from."""
+    class_names: tuple[str, ...]
+    usable: dict[str, np.ndarray]
+    """Class name to the objects that may be pasted: enough points, difficulty not -1."""
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def points(self, i: int) -> np.ndarray:
+        """Points [P,5] float32 of object i where it was, in the LiDAR frame. ValueError if the file is truncated."""
+        count = int(self.starts[i + 1] - self.starts[i])
+        offset = int(self.starts[i]) * points.BYTES
+        values = np.fromfile(self.points_path, dtype="<f4", count=count * points.COLUMNS, offset=offset)
+        if len(values) != count * points.COLUMNS:
+            raise ValueError(f"{self.points_path}: object {i} is cut off; build the database again.")
+        cloud = values.reshape(count, points.COLUMNS)
+        cloud[:, :3] += self.boxes[i, :3]
+        return cloud
+
+
+def read(folder: Path, *, min_points: int = 5) -> Database:
+    """The database that `build` made in `folder`; objects with fewer points than `min_points` are not pasted.
+
+    Raises ValueError if there is none, or if it is damaged.
+    """
+    path = Path(folder) / OBJECTS
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; build the GT-paste database with `bevfn data prepare`.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        points_path = path.parent / str(arrays["points_file"])
+        boxes, labels, starts = arrays["boxes"], arrays["labels"], arrays["starts"]
+        difficulty, tokens = arrays["difficulty"], arrays["tokens"]
+        class_names = tuple(arrays["class_names"].tolist())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a GT-paste database ({error}); delete it and build it again.") from error
+    size = points_path.stat().st_size if points_path.is_file() else -1
+    if size != int(starts[-1]) * points.BYTES:
+        raise ValueError(f"{points_path} is missing or truncated; delete {path} and build the database again.")
+    good = (np.diff(starts) >= min_points) & (difficulty != -1)
+    usable = {name: np.flatnonzero(good & (labels == label)) for label, name in enumerate(class_names)}
+    return Database(points_path, boxes, labels, starts, difficulty, tokens, class_names, usable)
+
+
+# ------------------------------------------------------------------------------------------------------------- pasting
+
+
+def sample(
+    database: Database,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    config: Config,
+    generator: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Objects for a frame with boxes [G,9] and labels [G]: (boxes [S,9], labels [S], points [P,5]).
+
+    For every class, in the quotas' order, as many objects as the frame falls short of are drawn without replacement.
+    Then, one by one in that order, an object is dropped that overlaps, seen from above, a box of the frame, an object
+    kept before, or one of its own class that comes later (so upstream: of two that collide the later one stays).
+    Boxes of other classes (labels -1) are in the way as well.
+
+    Raises ValueError if a quota's class is not in class_names.
+    """
+    drawn = []
+    for name, quota in config.quotas.items():
+        if name not in class_names:
+            raise ValueError(f"GT paste has a quota for {name!r}, which is none of {', '.join(class_names)}.")
+        found = database.usable.get(name, np.zeros(0, dtype=np.int64))
+        missing = max(0, quota - int((labels == class_names.index(name)).sum()))
+        drawn.append(generator.choice(found, min(missing, len(found)), replace=False))
+    candidates = np.concatenate([*drawn, np.zeros(0, dtype=np.int64)]).astype(np.int64)  # S
+    kept = candidates[_free(boxes, database.boxes[candidates], [len(group) for group in drawn])]
+    clouds = [database.points(i) for i in kept]
+    new_labels = np.array([class_names.index(database.class_names[k]) for k in database.labels[kept]], dtype=np.int64)
+    return database.boxes[kept], new_labels, np.concatenate([np.zeros((0, points.COLUMNS), np.float32), *clouds])
+
+
+def insert(cloud: np.ndarray, boxes: np.ndarray, pasted: np.ndarray) -> np.ndarray:
+    """The scene's points [P,5] without those inside the pasted boxes [S,9], behind the pasted points."""
+    xyz = np.ascontiguousarray(cloud[:, :3].T)  # 3 P
+    stays = np.ones(len(cloud), dtype=bool)
+    for box in boxes:
+        stays[points.in_box(xyz, box)] = False
+    return np.concatenate([pasted, cloud[stays]])
+
+
+def _free(boxes: np.ndarray, candidates: np.ndarray, groups: list[int]) -> np.ndarray:
+    """[S] bool: which candidates [S,9], in consecutive groups of these sizes, survive the collision test."""
+    G = len(boxes)
+    everything = torch.from_numpy(np.concatenate([boxes, candidates]).astype(np.float64))
+    collides = (overlap.rotated_overlap_bev(everything[G:], everything) > 0).numpy()  # S G+S
+    present = np.arange(len(everything)) < G
+    start = 0
+    for size in groups:
+        present[G + start : G + start + size] = True
+        for i in range(start, start + size):
+            others = collides[i] & present
+            others[G + i] = False
+            present[G + i] = not others.any()
+        start += size
+    return present[G:]
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+
+
+def build(
+    index: Index, out: Path, *, class_names: tuple[str, ...], workers: int = 1, sweep_count: int = SWEEPS,
+    progress: bool = True,
+) -> Database:  # fmt: skip
+    """Makes the database of all valid boxes of `class_names` in `index`, or returns the one that is there already.
+
+    A stopped or killed build goes on where it was: finished parts of FRAMES frames lie in `out/parts` until the end
+    (twice the database's size on disk for a moment). `objects.npz` is written last, so that there is a whole database
+    or none, or the previous one. The bytes do not depend on the number of workers (processes).
+
+    Raises ValueError if a point file is damaged, if there is no frame, or if another build writes to `out`.
+    """
+    out = Path(out)
+    if len(index) == 0:
+        raise ValueError(f"{index.root} ({index.version}, split {index.split!r}) has no frames to build a database of.")
+    out.mkdir(parents=True, exist_ok=True)
+    with _only_writer(out):
+        key = _fingerprint(index, class_names, sweep_count)
+        if not _is_built(out, key):
+            ranges = [range(i, min(i + FRAMES, len(index))) for i in range(0, len(index), FRAMES)]
+            folder = out / "parts" / key
+            parts = [folder / f"{positions.start:07d}.npz" for positions in ranges]
+            todo = [(part, positions) for part, positions in zip(parts, ranges) if not part.is_file()]
+            with Progress(disable=not progress) as bar:
+                task = bar.add_task("GT-paste database", total=len(index), completed=len(index))
+                bar.update(task, completed=len(index) - sum(len(positions) for _, positions in todo))
+                for frames in _make_parts(index, todo, class_names, sweep_count, workers):
+                    bar.advance(task, frames)
+            _merge(out, key, parts, class_names)
+        made = read(out)
+        shutil.rmtree(out / "parts", ignore_errors=True)
+        for stale in set(out.glob("points-*")) - {made.points_path}:
+            stale.unlink()
+    return made
+
+
+def _make_parts(
+    index: Index, todo: list[tuple[Path, range]], class_names: tuple[str, ...], sweep_count: int, workers: int
+) -> Iterator[int]:
+    """Writes the parts, and yields the number of frames of each as it is done."""
+    if workers <= 1:
+        for part, positions in todo:
+            yield _make_part(part, [index[i] for i in positions], index.root, class_names, sweep_count)
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        pending: set[Future] = set()
+        try:
+            for part, positions in todo:
+                frames = [index[i] for i in positions]
+                pending.add(pool.submit(_make_part, part, frames, index.root, class_names, sweep_count))
+                if len(pending) >= 2 * workers:  # frames of a whole data set need not wait in memory
+                    yield from _finished(pending)
+            while pending:
+                yield from _finished(pending)
+        except BaseException:
+            _cancel(pool)
+            raise
+
+
+def _finished(pending: set[Future]) -> list[int]:
+    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+    pending -= done
+    return [future.result() for future in done]
+
+
+def _cancel(pool: Executor) -> None:
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose build was killed would wait for work for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _make_part(part: Path, frames: list[Frame], root: Path, class_names: tuple[str, ...], sweep_count: int) -> int:
+    """Writes the objects of some frames; returns how many frames."""
+    columns: dict[str, list[np.ndarray]] = {
+        "boxes": [np.zeros((0, 9), np.float32)], "labels": [np.zeros(0, np.int16)], "counts": [np.zeros(0, np.int64)],
+        "tokens": [np.zeros(0, "S1")], "points": [np.zeros((0, points.COLUMNS), np.float32)],
+    }  # fmt: skip
+    for frame in frames:
+        boxes, labels, clouds = _objects(frame, root, class_names, sweep_count)
+        columns["boxes"].append(boxes)
+        columns["labels"].append(labels.astype(np.int16))
+        columns["counts"].append(np.array([len(cloud) for cloud in clouds], dtype=np.int64))
+        columns["tokens"].append(np.full(len(boxes), frame.token.encode()))
+        columns["points"] += clouds
+    write_atomically(part, _npz({name: np.concatenate(values) for name, values in columns.items()}))
+    return len(frames)
+
+
+def _objects(
+    frame: Frame, root: Path, class_names: tuple[str, ...], sweep_count: int
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """(boxes [n,9], labels [n], points [P,5] of each) of the frame's valid annotations."""
+    cloud, _ = sweeps.aggregate(frame, root, count=sweep_count)
+    xyz = np.ascontiguousarray(cloud[:, :3].T)  # 3 P
+    boxes, labels = annotations.valid(frame, class_names)
+    boxes, labels = boxes[labels >= 0], labels[labels >= 0]
+    clouds = []
+    for box in boxes:
+        inside = cloud[points.in_box(xyz, box)]
+        inside[:, :3] -= box[:3]
+        clouds.append(inside)
+    return boxes, labels, clouds
+
+
+def _merge(out: Path, key: str, parts: list[Path], class_names: tuple[str, ...]) -> None:
+    """All parts as one file of points and, when that is on disk, the arrays that name it."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("boxes", "labels", "counts", "tokens")}
+    points_path = out / f"points-{key}.bin"
+    temporary = points_path.with_suffix(".part")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                with np.load(part, allow_pickle=False) as arrays:
+                    for name, values in columns.items():
+                        values.append(arrays[name])
+                    file.write(arrays["points"].tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, points_path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    arrays = {name: np.concatenate(values) for name, values in columns.items()}
+    arrays["starts"] = np.concatenate([[0], np.cumsum(arrays.pop("counts"))]).astype(np.int64)
+    arrays["difficulty"] = np.zeros(len(arrays["boxes"]), dtype=np.int32)
+    arrays |= {"points_file": np.str_(points_path.name), "class_names": np.array(class_names), "key": np.str_(key)}
+    write_atomically(out / OBJECTS, _npz(arrays))
+
+
+def _is_built(out: Path, key: str) -> bool:
+    if not (out / OBJECTS).is_file():
+        return False
+    try:
+        read(out)
+    except ValueError:  # damaged: build it again
+        return False
+    with np.load(out / OBJECTS, allow_pickle=False) as file:
+        return str(file["key"]) == key
+
+
+def _fingerprint(index: Index, class_names: tuple[str, ...], sweep_count: int) -> str:
+    """Of everything that decides what the database holds, but for the point files' contents."""
+    digest = hashlib.sha256(json.dumps([FORMAT, FRAMES, list(class_names), sweep_count]).encode())
+    for frame in index:
+        paths = [frame.lidar_path, *(sweep.path for sweep in frame.sweeps)]
+        digest.update(json.dumps([frame.token, paths, list(frame.names), frame.valid.tolist()]).encode())
+        digest.update(np.ascontiguousarray(frame.boxes).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """A lock that the system lets go of when its process ends, however it ends."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{out}: another build is writing here; wait for it or choose another folder.") from error
+        yield
+
+
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,264 @@
+"""Writes a world to disk in nuScenes' format, several key frames at a time in several processes."""
+
+import glob
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from nuscenes.utils.data_classes import Box
+from nuscenes.utils.geometry_utils import points_in_box
+from nuscenes.utils.splits import train, val
+from pyquaternion import Quaternion
+from rich.progress import track
+
+from bevfn.data.synth import camera, lidar, tables
+from bevfn.data.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
+from bevfn.data.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
+from bevfn.data.synth.tables import Seen
+from bevfn.data.synth.world import TICK, TICKS_PER_FRAME, World, build
+
+VERSION = "v1.0-trainval"
+FORM = 1  # changes when the same settings give other files
+CHUNK = 4  # key frames a process makes at a time
+ANNOTATION_RANGE = 75.0  # m from the lidar
+FINE = 40.0, 0.05  # m of ground painted beyond the ego vehicle's path, m a pixel: what the cameras see nearby
+WIDE = 110.0, 0.3  # the same for the rest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a world depends on, and nothing else does: equal settings, equal bytes (on one machine and its libraries)."""
+
+    scenes: int
+    seed: int
+    frames_per_scene: int
+    image_size: tuple[int, int]
+    azimuths: int
+    form: int = FORM
+
+
+def write(
+    out: Path,
+    *,
+    scenes: int = 10,
+    seed: int = 0,
+    frames_per_scene: int = 20,
+    image_size: tuple[int, int] = (900, 1600),
+    azimuths: int = lidar.AZIMUTHS,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Writes the world `seed` into the new or empty folder `out` and returns it.
+
+    Scene i does not depend on how many there are. Every fourth scene, beginning with the second, has a name of the
+    official val split, the others of train. Key frames (2 Hz) have six JPEGs of image_size (H,W) and a lidar turn of
+    `azimuths` firings; between them lie nine lidar sweeps (20 Hz); cameras have no sweeps.
+
+    All is written beside `out` and renamed at the end, so `out` is complete or not there. A folder that already holds
+    this very world is left as it is. Raises ValueError, one sentence, for a folder with anything else in it, a folder
+    that cannot be written, and settings out of range.
+    """
+    if len(image_size) != 2 or min(image_size) < 32:
+        raise ValueError(f"image_size is {image_size}; give (height, width) in pixels, at least 32 each.")
+    settings = Settings(scenes, seed, frames_per_scene, (image_size[0], image_size[1]), azimuths)
+    _check(settings)
+    out = Path(out).absolute()
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        if _holds(out, settings):
+            return out
+        _sweep(out)
+        for folder in folders():
+            (partial / folder).mkdir(parents=True)
+        _fill(partial, settings, workers or os.cpu_count() or 1, progress)
+        partial.rename(out)
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be written ({error}); choose a folder on a disk with room that you may write to."
+        ) from error
+    except BrokenProcessPool as error:
+        raise ValueError(f"a process that wrote {out} was killed, perhaps for memory; try fewer workers.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _sweep(out: Path) -> None:
+    """Removes what killed processes of this machine left beside `out`."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        try:
+            os.kill(int(folder.name.rpartition("-")[2]), 0)  # signal 0 only asks whether the process is there
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (PermissionError, ValueError):
+            pass
+
+
+def scene_names(scenes: int) -> list[str]:
+    """Names from the devkit's official splits; scene i is in val if i % 4 == 1."""
+    return [val[i // 4] if i % 4 == 1 else train[i - (i + 2) // 4] for i in range(scenes)]
+
+
+def folders() -> list[str]:
+    """The folders of a data set."""
+    return [VERSION, "maps", f"sweeps/{LIDAR}", *(f"samples/{channel}" for channel in (LIDAR, *CAMERAS))]
+
+
+def _check(settings: Settings) -> None:
+    limits = {"scenes": (1, 4 * len(val)), "frames_per_scene": (1, 180), "azimuths": (16, 4096), "seed": (0, 2**63 - 1)}
+    for field, (low, high) in limits.items():
+        value = getattr(settings, field)
+        if not low <= value <= high:
+            raise ValueError(f"{field} is {value}; choose {low} to {high}.")
+
+
+def _holds(out: Path, settings: Settings) -> bool:
+    """True if `out` is this very world, False if there is nothing yet; ValueError for anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        described = json.loads((out / "world.json").read_text())
+    except (OSError, ValueError):
+        described = None
+    if described == json.loads(json.dumps(asdict(settings))):
+        return True
+    what = "another synthetic world" if isinstance(described, dict) else "something else"
+    raise ValueError(f"{out} holds {what}; choose a new or empty folder, or delete it first.")
+
+
+def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
+    """Writes everything below `root`, the tables last."""
+    jobs = [
+        (root, settings, number, first, min(first + CHUNK, settings.frames_per_scene))
+        for number in range(settings.scenes)
+        for first in range(0, settings.frames_per_scene, CHUNK)
+    ]
+    seen: dict[tuple[int, int], Seen] = {}
+    for found in track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True):
+        seen.update(found)
+    rows = tables.shared(settings.seed)
+    rows = {table: rows.get(table, []) for table in tables.TABLES}
+    for number, name in enumerate(scene_names(settings.scenes)):
+        world = build(settings.seed, number, settings.frames_per_scene)
+        rig = mounted(settings.seed, number, settings.image_size)
+        frames = [seen[number, k] for k in range(settings.frames_per_scene)]
+        for table, more in tables.scene(world, rig, frames, seed=settings.seed, number=number, name=name).items():
+            rows[table] += more
+        mask = (world.map > 0).astype(np.uint8) * 255
+        (root / tables.map_file(settings.seed, number)).write_bytes(cv2.imencode(".png", mask)[1].tobytes())
+    for table, content in rows.items():
+        (root / VERSION / f"{table}.json").write_text(json.dumps(content))
+    (root / "world.json").write_text(json.dumps(asdict(settings)))
+
+
+def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
+    """Results of `_chunk` in any order."""
+    if min(workers, len(jobs)) == 1:
+        yield from (_chunk(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # no copy of the caller's threads and memory
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        futures = [pool.submit(_chunk, *job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _chunk(root: Path, settings: Settings, number: int, first: int, end: int) -> dict[tuple[int, int], Seen]:
+    """Writes the sensor files of the key frames first..end-1 of a scene, with the sweeps before each."""
+    cv2.setNumThreads(1)
+    world = build(settings.seed, number, settings.frames_per_scene)
+    rig = mounted(settings.seed, number, settings.image_size)
+    textures = _textures(world, settings, number, first, end)
+    directions = lidar.rays(settings.azimuths)
+    result = {}
+    for k in range(first, end):
+        for i in range(max(0, (k - 1) * TICKS_PER_FRAME + 1), k * TICKS_PER_FRAME + 1):
+            rng = np.random.default_rng([settings.seed, number, 2, i])
+            cloud = scan(world, rig, i * TICK, directions, rng)
+            name = tables.file_name(number, LIDAR, i * TICK, i == k * TICKS_PER_FRAME)
+            (root / name).write_bytes(cloud.tobytes())
+        t = k * TICKS_PER_FRAME * TICK
+        pixels = np.zeros((2, len(world.names)))
+        for channel in CAMERAS:
+            moment = t + CAMERAS[channel][3]
+            picture, *seen = photograph(world, rig, channel, moment, textures)
+            pixels += seen
+            (root / tables.file_name(number, channel, moment, True)).write_bytes(camera.encode(picture))
+        result[number, k] = Seen(count(world, rig, t, cloud), pixels[0] / np.maximum(pixels[1], 1))
+    return result
+
+
+def photograph(
+    world: World, rig: Rig, channel: str, t: float, textures: tuple
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`camera.render` of one of the rig's cameras at t s; textures: of the ground, near and far."""
+    camera_from_global = np.linalg.inv(world.global_from_ego(t) @ rig.ego_from_sensor[channel])
+    near, far = textures
+    intrinsics, objects = rig.intrinsics[channel], len(world.names)
+    return camera.render(
+        world.placed(t), near, far, world.weather, camera_from_global, intrinsics, rig.image_size, objects
+    )
+
+
+def scan(world: World, rig: Rig, t: float, directions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A lidar turn [P,5] float32 in the lidar frame at t s, along directions [A,32,3]."""
+    global_from_lidar = world.global_from_ego(t) @ rig.ego_from_sensor[LIDAR]
+    lidar_from_global = np.linalg.inv(global_from_lidar)
+    solids = world.placed(t).moved(lidar_from_global[:3, :3], lidar_from_global[:3, 3])
+    up = lidar_from_global[:3, 2]
+    reach, hit = lidar.cast(solids, directions, np.append(up, up @ lidar_from_global[:3, 3]))
+    brightness = np.append(solids.brightness, 0.0)[hit]
+    flat = (hit < 0) & (reach < lidar.MAX_RANGE)
+    xy = (directions[flat] * reach[flat, None]) @ global_from_lidar[:2, :3].T + global_from_lidar[:2, 3]
+    brightness[flat] = GROUND_INTENSITY[world.ground_at(xy)]
+    return lidar.points(directions, reach, brightness.astype(np.float32), world.weather.dropout, rng)
+
+
+def count(world: World, rig: Rig, t: float, cloud: np.ndarray) -> np.ndarray:
+    """Points [G] in each box by the devkit's own arithmetic; 0 for objects beyond ANNOTATION_RANGE."""
+    pose, mount = world.global_from_ego(t), rig.ego_from_sensor[LIDAR]
+    origin = (pose @ mount)[:2, 3]
+    xyz = np.ascontiguousarray(cloud[:, :3].T)
+    result = np.zeros(len(world.names), dtype=np.int64)
+    for g, (x, y, z, length, width, height, yaw) in enumerate(world.boxes(t).tolist()):
+        if np.hypot(x - origin[0], y - origin[1]) > ANNOTATION_RANGE:
+            continue
+        box = Box([x, y, z], [width, length, height], Quaternion([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]))
+        for frame in (pose, mount):
+            box.translate(-frame[:3, 3])
+            box.rotate(Quaternion(quaternion(frame)).inverse)
+        (u, v, _), reach = box.center, np.float32(max(length, width, height))
+        near = (np.abs(xyz[0] - np.float32(u)) < reach) & (np.abs(xyz[1] - np.float32(v)) < reach)  # only to be quick
+        result[g] = np.count_nonzero(points_in_box(box, xyz[:, near]))
+    return result
+
+
+def _textures(
+    world: World, settings: Settings, number: int, first: int, end: int
+) -> tuple[camera.Texture, camera.Texture]:
+    """The ground around the ego vehicle's way to these key frames: near and fine, wide and coarse."""
+    way = np.array([world.global_from_ego(k * TICKS_PER_FRAME * TICK)[:2, 3] for k in range(max(0, first - 1), end)])
+    rgb = (GROUND_RGB * camera.lit(world.weather, world.weather.sun[2])).astype(np.float32)
+    grain = np.random.default_rng([settings.seed, number, 3]).normal(1.0, 0.05, (256, 256, 1)).astype(np.float32)
+    made = []
+    for around, step in (FINE, WIDE):
+        corner = np.floor(way.min(axis=0) - around)
+        width, height = np.ceil((way.max(axis=0) + around - corner) / step).astype(int).tolist()
+        finer = max(1, round(step / 0.1))  # painted finer where coarse, so that lines do not flicker
+        raster = ground(world.roads, world.crossing, corner, (height * finer, width * finer), step / finer)
+        colours = cv2.resize(rgb.astype(np.uint8)[raster], (width, height), interpolation=cv2.INTER_AREA)
+        colours = colours * np.tile(grain, (height // 256 + 1, width // 256 + 1, 1))[:height, :width]
+        made.append(camera.Texture(np.clip(colours, 0, 255).astype(np.uint8), corner, step))
+    return made[0], made[1]

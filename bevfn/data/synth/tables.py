@@ -1,0 +1,217 @@
+"""The thirteen tables of nuScenes' schema (v1.0) for a written world.
+
+Source: nuScenes schema, github.com/nutonomy/nuscenes-devkit docs/schema_nuscenes.md. No radars, no maps but the
+drivable mask. Tokens are hashes of what they name, so a world always has the same ones.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from bevfn.data.synth.rig import CAMERAS, LIDAR, Rig, quaternion
+from bevfn.data.synth.world import TICK, TICKS_PER_FRAME, World
+
+TABLES = (
+    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene", "sample",
+    "sample_data", "sample_annotation", "map",
+)  # fmt: skip
+CATEGORIES = (
+    "human.pedestrian.adult", "human.pedestrian.child", "human.pedestrian.wheelchair", "human.pedestrian.stroller",
+    "human.pedestrian.personal_mobility", "human.pedestrian.police_officer", "human.pedestrian.construction_worker", "animal",
+    "vehicle.car", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bus.bendy", "vehicle.bus.rigid", "vehicle.truck",
+    "vehicle.construction", "vehicle.emergency.ambulance", "vehicle.emergency.police", "vehicle.trailer",
+    "movable_object.barrier", "movable_object.trafficcone", "movable_object.pushable_pullable", "movable_object.debris",
+    "static_object.bicycle_rack",
+)  # fmt: skip
+ATTRIBUTES = (
+    "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
+    "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving",
+)  # fmt: skip
+VISIBILITIES = ("v0-40", "v40-60", "v60-80", "v80-100")  # tokens "1" to "4"
+EPOCH = 1_700_000_000_000_000  # us, start of scene 0; a scene is 100 s later than the one before
+STANDS = 0.2  # m/s, slower is not moving
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the sensors saw of the objects in a key frame: lidar points [G] in the box, and the visible share [G] 0..1."""
+
+    points: np.ndarray
+    visible: np.ndarray
+
+
+def token(*parts: object) -> str:
+    """32 hexadecimal digits."""
+    return hashlib.md5("/".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
+
+
+def timestamp(number: int, t: float) -> int:
+    """us; t in s from the first key frame of scene `number`."""
+    return EPOCH + number * 100_000_000 + round(t * 1e6)
+
+
+def file_name(number: int, channel: str, t: float, key: bool) -> str:
+    """Path of a sensor file below the data set's root, named as nuScenes does."""
+    ending = "pcd.bin" if channel == LIDAR else "jpg"
+    return f"{'samples' if key else 'sweeps'}/{channel}/{logfile(number)}__{channel}__{timestamp(number, t)}.{ending}"
+
+
+def logfile(number: int) -> str:
+    """Name of a scene's log."""
+    return f"bevfn-{number:04d}"
+
+
+def map_file(seed: int, number: int) -> str:
+    """Path of the scene's drivable mask below the data set's root."""
+    return f"maps/{token(seed, number, 'map')}.png"
+
+
+def shared(seed: int) -> dict[str, list[dict]]:
+    """The tables that are the same for every scene."""
+    return {
+        "category": [
+            {"token": token("category", n), "name": n, "description": n.replace(".", ", ")} for n in CATEGORIES
+        ],
+        "attribute": [
+            {"token": token("attribute", n), "name": n, "description": n.replace(".", ", ")} for n in ATTRIBUTES
+        ],
+        "visibility": [
+            {"token": str(i + 1), "level": level, "description": f"visibility of whole object is between {level[1:]} %"}
+            for i, level in enumerate(VISIBILITIES)
+        ],
+        "sensor": [
+            {"token": token("sensor", c), "channel": c, "modality": "lidar" if c == LIDAR else "camera"}
+            for c in (LIDAR, *CAMERAS)
+        ],
+    }
+
+
+def scene(world: World, rig: Rig, seen: list[Seen], *, seed: int, number: int, name: str) -> dict[str, list[dict]]:
+    """The rows of one scene, table by table; seen: one entry per key frame."""
+    own = partial(token, seed, number)
+    frames = len(seen)
+    samples = [own("sample", k) for k in range(frames)]
+    rows: dict[str, list[dict]] = {table: [] for table in TABLES}
+    rows["log"] = [
+        {
+            "token": own("log"), "logfile": logfile(number), "vehicle": "bevfn", "date_captured": "2023-11-14",
+            "location": "bevfn-town",
+        }
+    ]  # fmt: skip
+    rows["map"] = [
+        {
+            "category": "semantic_prior", "token": own("map"), "filename": map_file(seed, number),
+            "log_tokens": [own("log")],
+        }
+    ]  # fmt: skip
+    rows["scene"] = [
+        {
+            "token": own("scene"), "log_token": own("log"), "nbr_samples": frames, "first_sample_token": samples[0],
+            "last_sample_token": samples[-1], "name": name, "description": world.story,
+        }
+    ]  # fmt: skip
+    for k, (previous, this, following) in enumerate(zip(["", *samples], samples, [*samples[1:], ""])):
+        when = timestamp(number, k * TICK * TICKS_PER_FRAME)
+        link = {"prev": previous, "next": following}
+        rows["sample"].append({"token": this, "timestamp": when, **link, "scene_token": own("scene")})
+    for channel, matrix in rig.ego_from_sensor.items():
+        rows["calibrated_sensor"].append(
+            {
+                "token": own("calibration", channel), "sensor_token": token("sensor", channel),
+                "translation": matrix[:3, 3].tolist(), "rotation": quaternion(matrix),
+                "camera_intrinsic": rig.intrinsics[channel].tolist() if channel in rig.intrinsics else [],
+            }
+        )  # fmt: skip
+        poses, data = _recordings(world, rig, channel, frames, number, own, samples)
+        rows["ego_pose"] += poses
+        rows["sample_data"] += data
+    rows["instance"], rows["sample_annotation"] = _annotations(world, seen, own, samples)
+    return rows
+
+
+def moments(channel: str, frames: int) -> list[tuple[float, int, bool]]:
+    """(t s, number of the sample it belongs to, key frame?) of a sensor's recordings, in order.
+
+    The lidar turns at 20 Hz from the first key frame to the last; a sweep belongs to the key frame that follows it.
+    The cameras have key frames only.
+    """
+    if channel != LIDAR:
+        return [(k * TICKS_PER_FRAME * TICK + CAMERAS[channel][3], k, True) for k in range(frames)]
+    last = (frames - 1) * TICKS_PER_FRAME
+    return [(i * TICK, -(-i // TICKS_PER_FRAME), i % TICKS_PER_FRAME == 0) for i in range(last + 1)]
+
+
+def _recordings(world, rig, channel, frames, number, own, samples) -> tuple[list[dict], list[dict]]:
+    """Rows of ego_pose and sample_data of one sensor."""
+    poses, data = [], []
+    height, width = (0, 0) if channel == LIDAR else rig.image_size
+    every = moments(channel, frames)
+    tokens = [own("data", channel, i) for i in range(len(every))]
+    for i, (t, k, key) in enumerate(every):
+        pose, when = world.global_from_ego(t), timestamp(number, t)
+        poses.append(
+            {"token": tokens[i], "timestamp": when, "rotation": quaternion(pose), "translation": pose[:3, 3].tolist()}
+        )
+        data.append(
+            {
+                "token": tokens[i], "sample_token": samples[k], "ego_pose_token": tokens[i],
+                "calibrated_sensor_token": own("calibration", channel), "timestamp": when,
+                "fileformat": "pcd" if channel == LIDAR else "jpg", "is_key_frame": key, "height": height, "width": width,
+                "filename": file_name(number, channel, t, key), "prev": tokens[i - 1] if i else "",
+                "next": tokens[i + 1] if i + 1 < len(every) else "",
+            }
+        )  # fmt: skip
+    return poses, data
+
+
+def annotated(seen: list[Seen]) -> np.ndarray:
+    """Mask [frames,G]: an object is annotated from the first to the last key frame in which the lidar meets it."""
+    met = np.array([s.points > 0 for s in seen])
+    return np.logical_or.accumulate(met) & np.logical_or.accumulate(met[::-1])[::-1]
+
+
+def _annotations(world, seen, own, samples) -> tuple[list[dict], list[dict]]:
+    """Rows of instance and sample_annotation."""
+    instances, annotations = [], []
+    mask = annotated(seen)
+    times = np.arange(len(seen)) * TICK * TICKS_PER_FRAME
+    boxes = np.array([world.boxes(t) for t in times])  # F G 7
+    speeds = np.array([np.hypot(*world.velocities(t).T) for t in times])  # F G
+    for g in np.flatnonzero(mask.any(axis=0)):
+        frames = np.flatnonzero(mask[:, g])
+        tokens = [own("annotation", g, k) for k in frames]
+        instances.append(
+            {
+                "token": own("instance", g), "category_token": token("category", world.categories[g]),
+                "nbr_annotations": len(frames), "first_annotation_token": tokens[0], "last_annotation_token": tokens[-1],
+            }
+        )  # fmt: skip
+        for k, previous, this, following in zip(frames, ["", *tokens], tokens, [*tokens[1:], ""]):
+            x, y, z, length, width, height, yaw = boxes[k, g].tolist()
+            level = int(np.searchsorted([0.4, 0.6, 0.8], seen[k].visible[g], side="right")) + 1
+            annotations.append(
+                {
+                    "token": this, "sample_token": samples[k], "instance_token": own("instance", g),
+                    "visibility_token": str(level), "attribute_tokens": attribute(world, g, speeds[k, g]),
+                    "translation": [x, y, z], "size": [width, length, height],
+                    "rotation": [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))], "prev": previous,
+                    "next": following, "num_lidar_pts": int(seen[k].points[g]), "num_radar_pts": 0,
+                }
+            )  # fmt: skip
+    return instances, annotations
+
+
+def attribute(world: World, g: int, speed: float) -> list[str]:
+    """Tokens: one attribute for vehicles, cycles and pedestrians, none for barriers and cones."""
+    category, moving = world.categories[g], speed > STANDS
+    if category.startswith("movable_object"):
+        return []
+    if category in ("vehicle.bicycle", "vehicle.motorcycle"):
+        name = "cycle.with_rider" if world.riders[g] else "cycle.without_rider"
+    elif category.startswith("human"):
+        name = "pedestrian.moving" if moving else "pedestrian.standing"
+    else:
+        name = "vehicle.parked" if world.parked[g] else "vehicle.moving" if moving else "vehicle.stopped"
+    return [token("attribute", name)]

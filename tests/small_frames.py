@@ -1,0 +1,23 @@
+"""Frames of an Index made by hand, for tests of what happens to them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from bevfn.data.index import Frame, Index
+
+
+def labelled(names: tuple[str, ...], valid: tuple[bool, ...] | None = None) -> Frame:
+    """A frame of which only the annotations' names matter."""
+    count = len(names)
+    blank = ("",) * count
+    return Frame(
+        token="", scene="", previous="", timestamp=0.0, lidar_path="", ego_from_lidar=np.eye(4),
+        global_from_ego=np.eye(4), sweeps=(), cameras={}, boxes=np.ones((count, 9)), names=names,
+        valid=np.array(valid or (True,) * count, dtype=bool), num_lidar_points=np.ones(count, dtype=np.int64),
+        attributes=blank, visibility=blank, annotations=blank,
+    )  # fmt: skip
+
+
+def indexed(frames: list[Frame]) -> Index:
+    return Index(Path("/nowhere"), "v1.0-mini", "mini_train", tuple(frames))

@@ -1,0 +1,274 @@
+"""The GT-paste database: what it holds, that a stopped build goes on, and what sampling from it puts into a frame."""
+
+import dataclasses
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_frames import indexed, labelled
+
+from bevfn import boxes as shapes
+from bevfn.data import paste, points
+from bevfn.data.index import Index, Sweep
+
+NAMES = ("car", "truck", "pedestrian")
+QUOTAS = paste.Config({"truck": 3, "car": 4, "pedestrian": 2})
+
+
+def world(root: Path, frames: int = 10, seed: int = 0) -> Index:
+    """Frames of boxes that do not touch, each with points inside, on a noisy ground; one sweep each."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for f in range(frames):
+        names = tuple(rng.choice([*NAMES, ""], 8).tolist())
+        cells = rng.permutation(36)[:8]
+        boxes = np.zeros((8, 9))
+        boxes[:, 0], boxes[:, 1] = 12.0 * (cells % 6) - 30, 12.0 * (cells // 6) - 30
+        boxes[:, 3:6] = rng.uniform([1, 1, 1], [6, 3, 2], (8, 3))
+        boxes[:, 6], boxes[:, 7:9] = rng.uniform(-4, 4, 8), rng.normal(0, 5, (8, 2))
+        boxes[0, 7] = np.nan
+        inside = []
+        for box, count in zip(boxes, rng.integers(0, 40, 8)):
+            along, across, up = (rng.uniform(-0.49, 0.49, (count, 3)) * box[3:6]).T
+            cos, sin = np.cos(box[6]), np.sin(box[6])
+            inside.append(np.stack([cos * along - sin * across, sin * along + cos * across, up], axis=1) + box[:3])
+        ground = rng.uniform([-40, -40, -3], [40, 40, -2], (200, 3))
+        cloud = np.concatenate([*inside, ground])
+        cloud = np.column_stack([cloud, rng.integers(0, 255, len(cloud)), np.full(len(cloud), 31.0)])
+        for file in ("key", "sweep"):
+            cloud.astype("<f4").tofile(root / f"{f}-{file}.bin")
+        valid = tuple((rng.random(8) < 0.9).tolist())
+        frame = labelled(names, valid)
+        sweep = Sweep(f"{f}-sweep.bin", np.eye(4), 0.05)
+        made.append(dataclasses.replace(frame, token=f"f{f}", lidar_path=f"{f}-key.bin", sweeps=(sweep,), boxes=boxes))
+    return Index(root, "v1.0-mini", "mini_train", tuple(made))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Index:
+    return world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def database(index, tmp_path_factory) -> paste.Database:
+    return paste.build(index, tmp_path_factory.mktemp("database"), class_names=NAMES, progress=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+# --- building ---
+
+
+def test_it_holds_every_valid_object_with_the_points_of_all_sweeps(index, database):
+    row = 0
+    for frame in index:
+        for g in range(8):
+            if not frame.valid[g] or not frame.names[g]:
+                continue
+            box = database.boxes[row]
+            bottom = frame.boxes[g, 2] - frame.boxes[g, 5] / 2
+            np.testing.assert_allclose(box[:3], [*frame.boxes[g, :2], bottom], rtol=1e-5, atol=1e-6)
+            assert database.class_names[database.labels[row]] == frame.names[g]
+            assert database.tokens[row] == frame.token.encode() and database.difficulty[row] == 0
+            cloud = database.points(row)
+            assert len(points.in_box(cloud[:, :3].T.copy(), box)) == len(cloud)
+            key = cloud[:, 4] == 0
+            assert 2 * key.sum() == len(cloud) and (cloud[~key, 4] == np.float32(0.05)).all()
+            row += 1
+    assert row == len(database) > 40
+    assert np.isfinite(database.boxes).all()
+
+
+def test_only_objects_with_enough_points_are_usable(database):
+    counts = np.diff(database.starts)
+    assert (counts < 5).any()
+    for label, name in enumerate(NAMES):
+        expected = np.flatnonzero((database.labels == label) & (counts >= 5))
+        np.testing.assert_array_equal(database.usable[name], expected)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(paste, "FRAMES", 3)
+    paste.build(index, tmp_path / "one", class_names=NAMES, progress=False)
+    paste.build(index, tmp_path / "two", class_names=NAMES, progress=False, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_stopped_build_goes_on_and_never_shows_half_a_database(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(paste, "FRAMES", 2)
+    paste.build(index, tmp_path / "whole", class_names=NAMES, progress=False)
+    real, made, stops = paste._make_part, [], [2, 3]
+
+    def counted(part, *arguments):
+        if stops and len(made) == stops[0]:
+            raise KeyboardInterrupt
+        made.append(part.name)
+        return real(part, *arguments)
+
+    monkeypatch.setattr(paste, "_make_part", counted)
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            paste.build(index, tmp_path / "stopped", class_names=NAMES, progress=False)
+        with pytest.raises(ValueError, match=r"objects.npz does not exist; build .* `bevfn data prepare`"):
+            paste.read(tmp_path / "stopped")
+        stops.pop(0)
+    paste.build(index, tmp_path / "stopped", class_names=NAMES, progress=False)
+    assert len(made) == len(set(made)) == 5  # no part was made twice
+    assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
+    paste.build(index, tmp_path / "stopped", class_names=NAMES, progress=False)
+    assert len(made) == 5  # nothing to do
+    assert not (tmp_path / "stopped/parts").exists()
+
+
+def test_another_data_set_replaces_the_database(index, tmp_path):
+    paste.build(index, tmp_path, class_names=NAMES, progress=False)
+    fewer = dataclasses.replace(index, frames=index.frames[:4])
+    made = paste.build(fewer, tmp_path, class_names=NAMES, progress=False)
+    assert set(made.tokens.tolist()) <= {b"f0", b"f1", b"f2", b"f3"}
+    assert len(list(tmp_path.glob("points-*.bin"))) == 1
+
+
+def test_kill_at_any_moment_loses_nothing(index, tmp_path):
+    """A real process, killed while it writes; whatever it left, the next build ends in the same bytes."""
+    script = textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        import test_paste
+        from bevfn.data import paste
+        paste.FRAMES = 1
+        index = test_paste.world(Path({str(tmp_path)!r}))
+        real = paste._make_part
+        def slow(*arguments):
+            time.sleep(0.02)
+            return real(*arguments)
+        paste._make_part = slow
+        print("ready", flush=True)
+        paste.build(index, Path({str(tmp_path / "out")!r}), class_names=test_paste.NAMES, progress=False)
+        """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    time.sleep(0.12)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "out" / paste.OBJECTS).exists()
+    same = world(tmp_path)
+    made = paste.build(same, tmp_path / "out", class_names=NAMES, progress=False)
+    clean = paste.build(same, tmp_path / "clean", class_names=NAMES, progress=False)
+    assert len(made) == len(clean) and made.points_path.read_bytes() == clean.points_path.read_bytes()
+
+
+def test_a_damaged_point_file_is_named_and_finished_parts_stay(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(paste, "FRAMES", 2)
+    index = world(tmp_path)
+    (tmp_path / "5-sweep.bin").write_bytes(b"12345")
+    with pytest.raises(ValueError, match=r"5-sweep.bin: 5 bytes are not a whole number of points"):
+        paste.build(index, tmp_path / "out", class_names=NAMES, progress=False)
+    assert len(list((tmp_path / "out/parts").glob("*/*.npz"))) == 2
+
+
+def test_damaged_databases_are_named_and_built_again(index, tmp_path):
+    made = paste.build(index, tmp_path, class_names=NAMES, progress=False)
+    whole = made.points_path.read_bytes()
+    made.points_path.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match=r"points-.*.bin is missing or truncated"):
+        paste.read(tmp_path)
+    paste.build(index, tmp_path, class_names=NAMES, progress=False)
+    assert made.points_path.read_bytes() == whole
+    (tmp_path / paste.OBJECTS).write_bytes((tmp_path / paste.OBJECTS).read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"objects.npz is not a GT-paste database .* build it again"):
+        paste.read(tmp_path)
+    paste.build(index, tmp_path, class_names=NAMES, progress=False)
+    assert len(paste.read(tmp_path)) == len(made)
+
+
+def test_two_builds_in_one_folder_and_an_empty_index_are_refused(index, tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another build is writing here"):
+            paste.build(index, tmp_path, class_names=NAMES, progress=False)
+    with pytest.raises(ValueError, match="has no frames to build a database of"):
+        paste.build(indexed([]), tmp_path, class_names=NAMES, progress=False)
+
+
+# --- sampling ---
+
+
+def draw(database, seed: int, boxes: int = 8) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """A frame's boxes and labels (some of no class), and what is pasted into it."""
+    rng = np.random.default_rng(seed)
+    scene = np.zeros((boxes, 9), dtype=np.float32)
+    scene[:, :2] = rng.uniform(-40, 40, (boxes, 2))
+    scene[:, 3:6], scene[:, 6] = rng.uniform(1, 8, (boxes, 3)), rng.uniform(-3, 3, boxes)
+    labels = rng.integers(-1, 3, boxes)
+    return scene, labels, paste.sample(database, scene, labels, NAMES, QUOTAS, rng)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 12))
+def test_quotas_are_filled_but_for_collisions_and_nothing_overlaps(database, seed, count):
+    scene, labels, (boxes, new_labels, cloud) = draw(database, seed, count)
+    for name, quota in QUOTAS.quotas.items():
+        there, new = (int((found == NAMES.index(name)).sum()) for found in (labels, new_labels))
+        assert new <= max(0, quota - there)
+    together = torch.from_numpy(np.concatenate([scene, boxes]).astype(np.float64))
+    overlap = shapes.rotated_overlap_bev(together[len(scene) :], together).numpy()
+    overlap[np.arange(len(boxes)), len(scene) + np.arange(len(boxes))] = 0
+    assert overlap.max(initial=0) < 1e-6
+    held = [points.in_box(np.ascontiguousarray(cloud[:, :3].T), box) for box in boxes]
+    assert sorted(np.concatenate([np.zeros(0, int), *held]).tolist()) == list(range(len(cloud)))  # each in one box
+    assert all(len(found) >= 5 for found in held)
+    again = draw(database, seed, count)[2]
+    assert all((a == b).all() for a, b in zip((boxes, new_labels, cloud), again))
+
+
+def test_an_empty_frame_gets_its_quotas(database):
+    rng = np.random.default_rng(0)
+    total = [
+        len(paste.sample(database, np.zeros((0, 9), np.float32), np.zeros(0, int), NAMES, QUOTAS, rng)[0])
+        for _ in range(50)
+    ]
+    assert max(total) == 9 and min(total) >= 5
+
+
+def test_of_two_colliding_objects_of_a_class_the_later_one_stays():
+    box = np.array([0, 0, 0, 2, 2, 2, 0, 0, 0], dtype=np.float32)
+
+    def at(*xs: float) -> np.ndarray:
+        return np.stack([box + np.eye(9, dtype=np.float32)[0] * x for x in xs])
+
+    nothing = np.zeros((0, 9), np.float32)
+    np.testing.assert_array_equal(paste._free(nothing, at(0, 1, 9), [3]), [False, True, True])
+    np.testing.assert_array_equal(paste._free(nothing, at(0, 1, 9), [1, 2]), [True, False, True])  # two classes
+    np.testing.assert_array_equal(paste._free(at(9.5), at(0, 1, 9), [1, 2]), [True, False, False])
+    np.testing.assert_array_equal(paste._free(nothing, at(0, 2.01), [2]), [True, True])
+
+
+def test_scene_points_in_pasted_boxes_make_room_and_pasted_points_come_first(database):
+    rng = np.random.default_rng(1)
+    boxes, _, pasted = paste.sample(database, np.zeros((0, 9), np.float32), np.zeros(0, int), NAMES, QUOTAS, rng)
+    scene = rng.uniform([-40, -40, -2, 0, 0], [40, 40, 2, 255, 0.5], (20000, 5)).astype(np.float32)
+    merged = paste.insert(scene, boxes, pasted)
+    np.testing.assert_array_equal(merged[: len(pasted)], pasted)
+    rest = merged[len(pasted) :]
+    assert len(rest) < len(scene) and set(map(bytes, rest)) <= set(map(bytes, scene))
+    assert not any(len(points.in_box(rest[:, :3].T.copy(), box)) for box in boxes)
+
+
+def test_a_quota_of_an_unknown_class_is_named(database):
+    config = paste.Config({"tram": 2})
+    with pytest.raises(ValueError, match=r"a quota for 'tram', which is none of car, truck"):
+        paste.sample(database, np.zeros((0, 9)), np.zeros(0, int), NAMES, config, np.random.default_rng(0))

@@ -1,0 +1,245 @@
+"""A key frame to a Sample in the published order: consistent, deterministic, filtered."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import small_world
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from bevfn import boxes as shapes
+from bevfn.data import augment, infos, paste, pipeline, points, sampling, synthetic
+from bevfn.data.batch import collate
+from bevfn.data.index import Index, Sweep
+
+SIZES = {"source_size": (225, 400), "image_size": (64, 176)}
+IMAGES = augment.Images(resize=(0.42, 0.55))  # of 225 x 400: always covers 64 x 176 in height
+TRAIN = dataclasses.replace(pipeline.bevfusion_lidar_camera_train(), **SIZES, image_augmentation=IMAGES)
+PLAIN = dataclasses.replace(pipeline.bevfusion_eval(), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Index:
+    """A generated key frame with eleven sweeps: the same scan, seen again 0.3 m further back each time."""
+    root = tmp_path_factory.mktemp("frame")
+    synthetic.write_frame(root, seed=1, image_size=SIZES["source_size"])
+    one = infos.read(root / "frame.json")
+    sweeps = []
+    for k in range(1, 12):
+        shutil.copy(root / synthetic.LIDAR_FILE, root / f"{k}.bin")
+        lidar_from_sweep = np.eye(4)
+        lidar_from_sweep[1, 3] = -0.3 * k
+        sweeps.append(Sweep(f"{k}.bin", lidar_from_sweep, 0.05 * k))
+    return dataclasses.replace(one, frames=(dataclasses.replace(one[0], sweeps=tuple(sweeps)),))
+
+
+@pytest.fixture(scope="module")
+def database(index, tmp_path_factory) -> paste.Database:
+    out = tmp_path_factory.mktemp("database")
+    return paste.build(index, out, class_names=pipeline.CLASS_NAMES, progress=False)
+
+
+def load(index: Index, config: pipeline.Config, seed: int = 0, **extra):
+    return pipeline.load(index[0], index.root, config, sampling.generator(seed, 0, 0), **extra)
+
+
+def corners(sample) -> np.ndarray:
+    return shapes.corners(torch.from_numpy(sample.boxes.astype(np.float64))).numpy().reshape(-1, 3)
+
+
+def source_pixels(sample, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(pixels [N,P,2] of the original image, and of the sample's) of points in the sample's (augmented) lidar frame."""
+    undo = np.linalg.inv(sample.lidar_aug.astype(np.float64))
+    original = xyz @ undo[:3, :3].T + undo[:3, 3]
+    seen = np.einsum("nij,pj->npi", sample.image_from_lidar.astype(np.float64)[:, :3, :3], original)
+    seen += sample.image_from_lidar[:, None, :3, 3]
+    source = seen[..., :2] / seen[..., 2:]
+    moved = np.einsum("nij,npj->npi", sample.image_aug[:, :2, :2], source) + sample.image_aug[:, None, :2, 3]
+    moved[seen[..., 2] < 1.0] = -1  # behind the camera, or nearly
+    return source, moved
+
+
+# --- consistency ---
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31))
+def test_a_projected_box_corner_keeps_its_source_pixel(index, seed):
+    """Whatever was drawn: a corner of the augmented box, through the sample's matrices, is where it was before."""
+    wide = {"point_cloud_range": (-99.0, -99.0, -9.0, 99.0, 99.0, 9.0), "sweeps": 0}  # the same boxes in both
+    before = load(index, dataclasses.replace(PLAIN, **wide))
+    after = load(index, dataclasses.replace(TRAIN, **wide), seed)
+    first, _ = source_pixels(before, corners(before))
+    second, _ = source_pixels(after, corners(after))
+    first, second = (found.reshape(6, -1, 8, 2) for found in (first, second))
+    near = np.abs(first).max(axis=(2, 3)) < 2000  # corners near a camera's plane project to anywhere
+    assert near.sum() > 20
+    distance = np.linalg.norm(first[near][:, :, None] - second[near][:, None], axis=-1)  # mirrors permute corners
+    assert distance.min(axis=2).max() < 0.05 and distance.min(axis=1).max() < 0.05
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_image_content_lies_where_the_matrices_say(index, seed):
+    """At the pixels of lidar points, the augmented images show what the original images show there."""
+    sample = load(index, TRAIN, seed)
+    source, moved = source_pixels(sample, sample.points[:4000, :3].astype(np.float64))
+    agree, seen = 0, 0
+    for n, path in enumerate(sample.image_paths):
+        picture = np.asarray(Image.open(path))
+        inside = ((moved[n] > 1) & (moved[n] < [174, 62])).all(axis=1)
+        u, v = np.floor(moved[n][inside]).astype(int).T
+        x, y = np.clip(np.floor(source[n][inside]).astype(int), 0, [399, 224]).T
+        found = np.abs(sample.images[n, v, u].astype(int) - picture[y, x]).max(axis=1) < 25
+        agree, seen = agree + found.sum(), seen + len(found)
+    assert seen > 1000 and agree / seen > 0.9
+
+
+@pytest.mark.parametrize("config", ["camera", "lidar"])
+def test_points_and_boxes_are_lidar_aug_of_the_unaugmented(index, database, config):
+    wide = (-150.0, -150.0, -19.0, 150.0, 150.0, 19.0)
+    train = TRAIN if config == "camera" else dataclasses.replace(pipeline.bevfusion_lidar_train(), paste=None)
+    train = dataclasses.replace(train, point_cloud_range=wide, shuffle_points=False, sweep_choice="newest")
+    before = load(index, dataclasses.replace(PLAIN, point_cloud_range=wide))
+    after = load(index, train, 3)
+    moved = before.points[:, :3] @ after.lidar_aug[:3, :3].T + after.lidar_aug[:3, 3]
+    np.testing.assert_allclose(after.points[:, :3], moved, atol=1e-4)
+    np.testing.assert_array_equal(after.points[:, 3:], before.points[:, 3:])
+    centres = before.boxes[:, :3] @ after.lidar_aug[:3, :3].T + after.lidar_aug[:3, 3]
+    np.testing.assert_allclose(after.boxes[:, :3], centres, atol=1e-4)
+    np.testing.assert_array_equal(after.labels, before.labels)
+
+
+def test_the_shuffle_is_a_permutation_of_the_filtered_points(index):
+    ordered = load(index, dataclasses.replace(TRAIN, shuffle_points=False), 5).points
+    shuffled = load(index, TRAIN, 5).points
+    assert (ordered != shuffled).any()
+    np.testing.assert_array_equal(ordered[np.lexsort(ordered.T)], shuffled[np.lexsort(shuffled.T)])
+    lower, upper = np.split(np.array(TRAIN.point_cloud_range), 2)
+    assert ((shuffled[:, :3] > lower) & (shuffled[:, :3] < upper)).all()
+
+
+# --- determinism ---
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_position(index, database):
+    config = dataclasses.replace(pipeline.bevfusion_lidar_train(), **SIZES, cameras=True, image_augmentation=IMAGES)
+
+    def made(*numbers: int):
+        return pipeline.load(index[0], index.root, config, sampling.generator(*numbers), database=database)
+
+    first, again = made(1, 2, 3), made(1, 2, 3)
+    for name in ("points", "boxes", "labels", "lidar_aug", "images", "image_aug"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(again, name), err_msg=name)
+    for numbers in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        assert (made(*numbers).lidar_aug != first.lidar_aug).any()
+    collate([first], capacities=config.capacities)[0].validate()
+
+
+def test_evaluation_needs_no_generator_and_takes_the_newest_sweeps(index):
+    sample = pipeline.load(index[0], index.root, PLAIN)
+    lags = np.unique(sample.points[:, 4])
+    np.testing.assert_allclose(lags, 0.05 * np.arange(10), rtol=1e-6)
+    np.testing.assert_array_equal(sample.lidar_aug, np.eye(4))
+    np.testing.assert_array_equal(sample.points, load(index, PLAIN, 9).points)
+    random = dataclasses.replace(PLAIN, sweep_choice="random")
+    assert {tuple(np.unique(load(index, random, seed).points[:, 4])) for seed in range(8)} != {tuple(lags)}
+    for config in (random, TRAIN, dataclasses.replace(PLAIN, shuffle_points=True)):
+        with pytest.raises(ValueError, match="a random augmentation needs a generator"):
+            pipeline.load(index[0], index.root, config)
+
+
+# --- paste, filters, masks ---
+
+
+def test_pasted_objects_are_added_with_their_points_and_time_lags(index, database):
+    config = pipeline.bevfusion_lidar_train()
+    still = dataclasses.replace(config, global_augmentation=None, shuffle_points=False)
+    frame = dataclasses.replace(index[0], boxes=index[0].boxes[:3], names=index[0].names[:3], valid=index[0].valid[:3])
+    plain = pipeline.load(frame, index.root, dataclasses.replace(still, paste=None), sampling.generator(0, 0, 0))
+    pasted = pipeline.load(frame, index.root, still, sampling.generator(0, 0, 0), database=database)
+    assert len(pasted.boxes) > len(plain.boxes) + 5
+    np.testing.assert_array_equal(pasted.boxes[: len(plain.boxes)], plain.boxes)  # the scene's own come first
+    for label, name in enumerate(pipeline.CLASS_NAMES):
+        own, all_of_them = (int((found.labels == label).sum()) for found in (plain, pasted))
+        assert all_of_them <= max(own, config.paste.quotas[name])
+    assert len(np.unique(pasted.points[:200, 4])) > 3
+    with pytest.raises(ValueError, match=r"GT paste needs a database; build one with `bevfn data prepare`"):
+        load(index, config)
+
+
+def test_boxes_of_other_classes_and_out_of_range_go_after_the_augmentation(index):
+    far = dataclasses.replace(TRAIN, point_cloud_range=(-20.0, -20.0, -5.0, 20.0, 20.0, 3.0))
+    assert 0 < len(load(index, far, 1).boxes) < len(load(index, TRAIN, 1).boxes)
+    cars = dataclasses.replace(TRAIN, class_names=("car",))
+    sample = load(index, cars, 1)
+    assert len(sample.boxes) and (sample.labels == 0).all()
+
+
+def test_grid_mask_blacks_the_same_squares_in_all_cameras(index):
+    plain = load(index, PLAIN)
+    masked = load(index, dataclasses.replace(PLAIN, grid_mask=augment.GridMask(1.0)), 2)
+    black = (masked.images == 0).all(axis=-1)
+    assert 0.1 < black.all(axis=0).mean() < 0.6
+    np.testing.assert_array_equal(np.where(black[..., None], 0, plain.images), masked.images)
+
+
+def test_a_frame_without_sweeps_is_padded_with_its_own_points(index):
+    alone = dataclasses.replace(index[0], sweeps=())
+    assert len(pipeline.load(alone, index.root, PLAIN).points) > 9 * len(
+        pipeline.load(alone, index.root, dataclasses.replace(PLAIN, pad_empty_sweeps=False)).points
+    )
+
+
+def test_published_presets_are_the_fact_sheet():
+    lidar, camera = pipeline.bevfusion_lidar_train(), pipeline.bevfusion_lidar_camera_train()
+    assert lidar.paste is not None and camera.paste is None
+    assert not lidar.global_augmentation.scale_translation and camera.global_augmentation.scale_translation
+    assert (lidar.cameras, lidar.image_augmentation) == (False, None)
+    assert camera.image_augmentation == augment.Images((0.38, 0.55), True, (-5.4, 5.4))
+    assert lidar.sweeps == camera.sweeps == 9 and lidar.pad_empty_sweeps and lidar.shuffle_points
+    assert sum(lidar.paste.quotas.values()) == 40 and lidar.paste.quotas["construction_vehicle"] == 7
+    evaluation = pipeline.bevfusion_eval()
+    assert not evaluation.random and evaluation.resize == 0.48
+
+
+# --- the synthetic world, in nuScenes' format ---
+
+SMALL = {"source_size": (90, 160), "image_size": (32, 88), "image_augmentation": augment.Images(resize=(0.5, 0.6))}
+
+
+def test_points_of_moving_objects_follow_velocity_and_time_lag_through_every_augmentation():
+    """A point seen `lag` ago on an object lies in its box once it is moved on by velocity * lag, and not if moved back."""
+    index = small_world.index()
+    config = dataclasses.replace(pipeline.bevfusion_lidar_camera_train(), **SMALL)
+    count = {1: 0, -1: 0}
+    for seed, position in enumerate((1, 2, 1, 2)):  # the first frame of a scene has no sweeps
+        sample = pipeline.load(index[position], index.root, config, sampling.generator(seed, 0, 0))
+        lag, speed = sample.points[:, 4], np.linalg.norm(sample.boxes[:, 7:9], axis=1)
+        assert len(np.unique(lag)) == 10
+        for box in sample.boxes[(speed > 2) & (speed * 0.5 > sample.boxes[:, 3])]:  # leave their place in half a second
+            xy = sample.points[:, :2].T
+            for sign in (1, -1):
+                moved = np.stack([*(xy + sign * lag * box[7:9, None]), sample.points[:, 2]])
+                found = lag[points.in_box(moved, box)]
+                count[sign] += int((found > 0).sum())
+    assert count[1] > 100 and count[-1] < 0.2 * count[1]
+
+
+def test_a_nuscenes_world_goes_through_both_published_pipelines(tmp_path):
+    index = small_world.index()
+    database = paste.build(index, tmp_path, class_names=pipeline.CLASS_NAMES, progress=False)
+    items = sampling.order(sampling.cbgs(index, pipeline.CLASS_NAMES, seed=0), 0, 0, shuffle=True)
+    camera = dataclasses.replace(pipeline.bevfusion_lidar_camera_train(), **SMALL)
+    lidar = pipeline.bevfusion_lidar_train()
+    for config in (camera, lidar):
+        samples = [
+            pipeline.load(index[i], index.root, config, sampling.generator(0, 0, position), database=database)
+            for position, i in enumerate(items[:3])
+        ]
+        batch, counts = collate(samples, capacities=config.capacities)
+        batch.validate()
+        assert counts["overflow/points"] == counts["overflow/boxes"] == counts["empty/boxes"] == 0
