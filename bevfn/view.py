@@ -15,8 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
 from bevfn.boxes import bev_corners, corners
-from bevfn.data import image
+from bevfn.data import image, points
 from bevfn.data.batch import Sample
+from bevfn.data.index import Frame
 from bevfn.files import write_atomically
 
 # One colour a class, in label order; further classes start over.
@@ -68,9 +69,37 @@ def draw(
     order = order[(scores[order] >= score_threshold) & np.isfinite(boxes[order]).all(axis=1)]
     shown = {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
     heading = (
-        f"{title or frame.token}   {len(order)} predicted with score ≥ {score_threshold:g} (fainter: lower score), "
+        f"{title or frame.token}   {len(order)} predicted with score ≥ {score_threshold:.3g} (fainter: lower score), "
     )
     write_atomically(path, _render(frame, shown, range_m, heading + f"{len(frame.boxes)} annotated (dashed)"))
+
+
+def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
+    """A key frame of an index as `draw` wants it: the key frame's own points, all boxes of class_names, no augmentation.
+
+    Cameras are left out if one of their images is missing. Raises ValueError if the point file cannot be read.
+    """
+    known = [i for i, name in enumerate(frame.names) if name in class_names]
+    boxes = np.nan_to_num(frame.boxes[known], nan=0.0).astype(np.float32)  # unknown velocities
+    boxes[:, 2] -= 0.5 * boxes[:, 5]  # bottom centre
+    cloud, _ = points.read(Path(root) / frame.lidar_path)
+    cameras: dict[str, Any] = {}
+    paths = tuple(Path(root) / camera.path for camera in frame.cameras.values())
+    if paths and all(path.is_file() for path in paths):
+        matrices = np.stack([np.eye(4)] * len(paths))  # N 4 4
+        for matrix, camera in zip(matrices, frame.cameras.values()):
+            matrix[:3] = camera.intrinsics @ camera.camera_from_lidar[:3]
+        names = tuple(frame.cameras)
+        cameras = {"image_paths": paths, "camera_names": names, "image_from_lidar": matrices.astype(np.float32)}
+    return Sample(
+        points=cloud,
+        boxes=boxes,
+        labels=np.array([class_names.index(frame.names[i]) for i in known], dtype=np.int64),
+        lidar_aug=np.eye(4, dtype=np.float32),
+        token=frame.token,
+        class_names=class_names,
+        **cameras,
+    )
 
 
 def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading: str) -> bytes:
@@ -152,16 +181,16 @@ def _draw_above(axes: Axes, frame: Sample, shown: dict[str, np.ndarray], range_m
     for box, score, label in zip(shown["boxes"], shown["scores"], shown["labels"]):
         colour = COLOURS[label % len(COLOURS)]
         axes.add_collection(
-            LineCollection(_footprint(box), colors=colour, linewidths=1.7, alpha=_alpha(score), zorder=3)
+            LineCollection(footprint(box), colors=colour, linewidths=1.7, alpha=_alpha(score), zorder=3)
         )
-    annotated = [line for box in frame.boxes for line in _footprint(box)]
+    annotated = [line for box in frame.boxes for line in footprint(box)]
     axes.add_collection(LineCollection(annotated, colors="black", zorder=4, **_plural(DASHED)))
     axes.set(xlim=(-range_m, range_m), ylim=(-range_m, range_m), aspect="equal")
     axes.set(xlabel="x right [m]", ylabel="y forward [m]")
     axes.set_title(f"from above, lidar frame, {len(frame.points):,} points; a box's tick is its front", fontsize=9)
 
 
-def _footprint(box: np.ndarray) -> list[np.ndarray]:
+def footprint(box: np.ndarray) -> list[np.ndarray]:
     """Lines in x, y: the outline [5,2], and a tick [2,2] from the middle of the front outwards."""
     heading = np.array([np.cos(box[6]), np.sin(box[6])])
     front = box[:2] + heading * box[3] / 2

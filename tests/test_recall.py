@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bevfn.evaluate import recall
+from bevfn.evaluation.recall import recall
 
 NAMES = ("car", "truck", "pedestrian")
 

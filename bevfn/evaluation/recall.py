@@ -106,24 +106,29 @@ def recall(
         mine = mine[np.argsort(-scores[mine], kind="stable")]
         theirs = annotated_boxes[annotated_labels == label]
         if len(mine) or len(theirs):
-            errors = _match(boxes[mine, :2], theirs[:, :2], distance_m)
-            error = float(np.mean(errors)) if errors else float("nan")
+            taken = match(boxes[mine, :2], theirs[:, :2], distance_m)
+            errors = np.linalg.norm(boxes[mine, :2][taken >= 0] - theirs[taken[taken >= 0], :2], axis=-1)
+            error = float(np.mean(errors)) if len(errors) else float("nan")
             rows.append(ClassRecall(name, len(theirs), len(mine), len(errors), error))
     return Recall(tuple(rows), distance_m, score_threshold)
 
 
-def _match(predicted: np.ndarray, annotated: np.ndarray, distance_m: float) -> list[float]:
-    """Distances of the matched pairs; predicted [Q,2] in order of precedence, annotated [G,2]."""
+def match(predicted: np.ndarray, annotated: np.ndarray, distance_m: float) -> np.ndarray:
+    """Which annotated centre each prediction takes, [Q] int64, -1 for none.
+
+    predicted [Q,2] x, y in order of precedence, annotated [G,2]. Each prediction in turn takes the nearest centre that is
+    still free, if it is closer than distance_m. So the first n rows do not depend on the rest.
+    """
+    taken = np.full(len(predicted), -1, dtype=np.int64)
     if not len(annotated):
-        return []
+        return taken
     distance = np.linalg.norm(predicted[:, None] - annotated[None], axis=-1)  # Q G
-    errors = []
-    for row in distance:
+    for i, row in enumerate(distance):
         nearest = int(np.argmin(row))
         if row[nearest] < distance_m:
-            errors.append(float(row[nearest]))
+            taken[i] = nearest
             distance[:, nearest] = np.inf  # a box is found once
-    return errors
+    return taken
 
 
 def _number(value: float, unit: str = "") -> str:

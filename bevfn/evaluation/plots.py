@@ -1,0 +1,282 @@
+"""Scores and training curves as PNG pictures, for a light or a dark page."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from bevfn import view
+from bevfn.data.index import Frame
+from bevfn.evaluation.frames import Counted, Matched
+from bevfn.evaluation.results import Detections
+from bevfn.evaluation.score import DISTANCES, ERRORS, UNITS, Scores
+from bevfn.evaluation.tables import check_comparable, number
+
+DPI = 160
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture."""
+
+    surface: str
+    ink: str
+    muted: str
+    """Ticks and secondary text."""
+    grid: str
+    bar: str
+    quiet: str
+    """Bars where less is better."""
+    distances: tuple[str, str, str, str]
+    """One hue, from the strictest distance to the loosest."""
+    series: tuple[str, ...]
+    """Things that are compared, in fixed order."""
+
+
+LIGHT = Theme(
+    "#ffffff", "#1c2430", "#66707e", "#e6e9ee", "#cfdff9", "#d5d9e0", ("#0b3c8c", "#2f6fde", "#6ea3f2", "#a9c8f8"),
+    ("#2f6fde", "#e0761a", "#178a66", "#b0407d", "#7a5ccf", "#8a7a1f"),
+)  # fmt: skip
+DARK = Theme(
+    "#171b22", "#e6e9ee", "#98a2b1", "#2b323d", "#2a4272", "#414a57", ("#c5dafc", "#8db6fa", "#5b93f5", "#3766b8"),
+    ("#5b93f5", "#f0913d", "#3fbf93", "#dd6fae", "#a48cf0", "#c9b548"),
+)  # fmt: skip
+FOUND, MISSED, FALSE = "#178a66", "#d62839", "#e8890c"
+
+
+def precision_recall(scores: Scores, theme: Theme = LIGHT) -> bytes:
+    """Small multiples, a class and its AP each, a curve per matching distance; the grey margins below 0.1 do not count."""
+    figure = _figure((12.5, 5.4), theme)
+    grid = figure.subplots(2, -(-len(scores.classes) // 2), sharex=True, sharey=True, squeeze=False)
+    recall = np.linspace(0, 1, 101)
+    for axes, one in zip(grid.flat, scores.classes):
+        _style(axes, theme)
+        axes.axvspan(0, 0.1, color=theme.grid, alpha=0.5, linewidth=0)
+        axes.axhspan(0, 0.1, color=theme.grid, alpha=0.5, linewidth=0)
+        for i in reversed(range(len(DISTANCES))):  # wider where looser, so that curves that coincide stay visible
+            shown = np.where(np.array(one.precision[i]) > 0, one.precision[i], np.nan)  # none beyond the recall reached
+            axes.plot(recall, shown, color=theme.distances[i], linewidth=1.5 + 0.7 * i, solid_capstyle="round")
+        axes.set(xlim=(0, 1), ylim=(0, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        text = number(one.ap) if one.annotated else "not annotated"
+        axes.set_title(pretty(one.name), loc="left", fontsize=9.5, color=theme.ink, fontweight="bold")
+        axes.set_title(text, loc="right", fontsize=9, color=theme.muted)
+    for axes in grid.flat[len(scores.classes) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("recall", color=theme.muted, fontsize=9)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("precision", color=theme.muted, fontsize=9)
+    _legend(figure, [f"matched within {d:g} m" for d in DISTANCES], theme.distances, theme)
+    return _png(figure, theme)
+
+
+def classes(scores: Scores, theme: Theme = LIGHT) -> bytes:
+    """AP and the five errors of every class on one class axis, classes in falling order of AP."""
+    ranked = sorted(scores.classes, key=lambda c: (c.annotated > 0, c.ap), reverse=True)
+    figure = _figure((13.5, 0.38 * len(ranked) + 1.6), theme)
+    panels = figure.subplots(1, 6, sharey=True, gridspec_kw={"width_ratios": [2.2, 1, 1, 1, 1, 1]})
+    ends = [max(c.ap_at) for c in ranked]  # the numbers stand behind the dots
+    _bars(panels[0], [c.ap if c.annotated else math.nan for c in ranked], ends, "AP", theme.bar, theme)
+    for place, one in enumerate(ranked):
+        for value, colour in zip(one.ap_at if one.annotated else (), theme.distances):
+            axes_dot = {"marker": "o", "markersize": 4.5, "markeredgecolor": theme.surface, "markeredgewidth": 0.7}
+            panels[0].plot(value, place, color=colour, zorder=4, clip_on=False, **axes_dot)
+    panels[0].axvline(scores.mean_ap, color=theme.muted, linewidth=1, linestyle=(0, (3, 2)), zorder=1)
+    for axes, name in zip(panels[1:], ERRORS):
+        values = [c.errors[name] if c.annotated else math.nan for c in ranked]
+        _bars(axes, values, values, f"{name} [{UNITS[name]}]", theme.quiet, theme)
+        axes.axvline(scores.errors[name], color=theme.muted, linewidth=1, linestyle=(0, (3, 2)), zorder=1)
+    panels[0].set_yticks(range(len(ranked)), [f"{pretty(c.name)}  ({c.annotated:,})" for c in ranked], color=theme.ink)
+    panels[0].invert_yaxis()
+    _legend(figure, [f"AP at {d:g} m" for d in DISTANCES], theme.distances, theme, marker="o")
+    return _png(figure, theme)
+
+
+def comparison(scores: Mapping[str, Scores], theme: Theme = LIGHT) -> bytes:
+    """NDS, mAP and the AP of each class, a bar per name. Raises ValueError as `tables.compare` does."""
+    check_comparable(scores)
+    groups = ["NDS", "mAP", *(c.name for c in next(iter(scores.values())).classes if c.annotated)]
+    figure = _figure((12.5, 3.6), theme)
+    axes = figure.subplots()
+    _style(axes, theme, grid="y")
+    width = 0.8 / len(scores)
+    for place, ((_, one), colour) in enumerate(zip(scores.items(), _cycle(theme.series, len(scores)))):
+        values = [one.nds, one.mean_ap, *(c.ap for c in one.classes if c.annotated)]
+        x = np.arange(len(groups)) + (place - (len(scores) - 1) / 2) * width
+        axes.bar(x, values, width=width * 0.92, color=colour, zorder=2)
+        for at, value in zip(x, values):
+            axes.text(at, value + 0.012, f"{value:.2f}", ha="center", fontsize=7, color=theme.muted)
+    axes.axvline(1.5, color=theme.grid, linewidth=1)
+    axes.set(ylim=(0, 1.05), xlim=(-0.6, len(groups) - 0.4))
+    axes.set_xticks(range(len(groups)), [name.replace("_", "\n") for name in groups])
+    axes.tick_params(axis="x", labelcolor=theme.ink, labelsize=8.5)
+    _legend(figure, list(scores), _cycle(theme.series, len(scores)), theme, marker="s")
+    return _png(figure, theme)
+
+
+def training(records: Sequence[Mapping[str, float]], theme: Theme = LIGHT) -> bytes:
+    """Loss and its terms, evaluation scores if any (`eval/...`), gradient norm and learning rate over the steps.
+
+    records: `report.read_metrics`.
+    """
+    names = list(dict.fromkeys(name for record in records for name in record))
+    terms = [n for n in names if n.startswith("loss/") and n != "loss/total"]
+    total = [n for n in ("loss/total", "loss") if n in names][:1]
+    evaluations = [n for n in names if n in ("eval/NDS", "eval/mAP")]
+    panels: list[tuple[str, list[str]]] = [("loss", [*total, *terms])] if total or terms else []
+    panels += [("evaluation", evaluations)] if evaluations else []
+    panels += [(title, [n]) for n, title in (("grad_norm", "gradient norm"), ("lr", "learning rate")) if n in names]
+    figure = _figure((12.5, 3.2), theme)
+    grid = figure.subplots(1, max(1, len(panels)), squeeze=False, width_ratios=[2, *([1] * (len(panels) - 1))])
+    for axes, (title, shown) in zip(grid.flat, panels):
+        _style(axes, theme)
+        for name, colour in zip(shown, _cycle(theme.series, len(shown))):
+            pairs = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
+            if pairs:
+                steps, values = np.array(pairs, dtype=np.float64).T
+                _curve(axes, steps, values, colour, name.removeprefix("loss/").removeprefix("eval/"), title)
+        axes.set_title(title, loc="left", fontsize=10, color=theme.ink, fontweight="bold")
+        axes.set_xlabel("step", color=theme.muted, fontsize=9)
+        if len(shown) > 1:
+            axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink)
+    return _png(figure, theme)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One key frame for `outcomes`."""
+
+    heading: str
+    frame: Frame
+    points: np.ndarray
+    """P 3+: x, y, z, lidar frame."""
+    counted: Counted
+    matched: Matched
+    detections: Detections
+    """All entries of the frame (`results.to_lidar`), in the results' order."""
+
+
+def outcomes(panels: Sequence[Panel], score_threshold: float, *, columns: int = 3, range_m: float = 52.0) -> bytes:
+    """Key frames from above, lidar frame: found boxes, missed boxes, false alarms; grey what is out of range or unseen."""
+    rows = -(-len(panels) // columns)
+    figure = _figure((4.6 * columns, 4.95 * rows + 0.35), LIGHT)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid.flat, panels):
+        _outcome(axes, panel, score_threshold, range_m)
+    handles = [
+        Line2D([], [], color=FOUND, linewidth=2, label="annotated, found"),
+        Line2D([], [], color=MISSED, linewidth=2.4, label="annotated, missed"),
+        Line2D([], [], color="#2f6fde", linewidth=1.4, label="predicted, right"),
+        Line2D([], [], color=FALSE, linewidth=1.4, label="predicted, false alarm"),
+        Line2D([], [], color="#b4bac4", linewidth=0.8, label="annotated, not counted"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, 2 * columns - 1), fontsize=9, frameon=False)
+    return _png(figure, LIGHT)
+
+
+def _outcome(axes: Axes, panel: Panel, score_threshold: float, range_m: float) -> None:
+    m, boxes = panel.matched, panel.frame.boxes
+    x, y, z = panel.points[:, :3].T
+    axes.scatter(x, y, c=z, s=0.35, cmap="Greys", vmin=-6, vmax=3, linewidths=0, alpha=0.7)
+    sure = m.scores >= score_threshold
+    found = np.isin(np.arange(len(m.annotated)), m.takes[sure])
+    counts = np.isin(np.arange(len(boxes)), m.annotated)
+    known = np.array([bool(name) for name in panel.frame.names], dtype=bool)
+    predicted, right = panel.detections.boxes[m.order[sure]], m.takes[sure] >= 0
+    for outlines, colour, width in (
+        (boxes[known & ~counts], "#b4bac4", 0.8),
+        (boxes[m.annotated[found]], FOUND, 2.0),
+        (predicted[right], "#2f6fde", 1.1),
+        (predicted[~right], FALSE, 1.1),
+        (boxes[m.annotated[~found]], MISSED, 2.4),
+    ):
+        lines = [line for box in outlines for line in view.footprint(box)]
+        axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, zorder=3))
+    axes.plot(0, 0, marker="+", color="black", markersize=8)
+    axes.set(xlim=(-range_m, range_m), ylim=(-range_m, range_m), aspect="equal", xticks=(), yticks=())
+    for spine in axes.spines.values():
+        spine.set_color("#d7dbe2")
+    c = panel.counted
+    axes.set_title(f"{panel.heading}   F1 {c.f1:.2f}", loc="left", fontsize=10, fontweight="bold")
+    right_text = f"{c.found}/{c.annotated} found, {c.predicted - c.found} false"
+    axes.set_title(right_text, loc="right", fontsize=8.5, color="#66707e")
+
+
+def pretty(name: str) -> str:
+    """ "construction_vehicle" -> "construction vehicle"."""
+    return name.replace("_", " ")
+
+
+def _figure(size: tuple[float, float], theme: Theme) -> Figure:
+    return Figure(figsize=size, layout="constrained", facecolor=theme.surface)
+
+
+def _style(axes: Axes, theme: Theme, grid: Literal["both", "x", "y"] = "both") -> None:
+    axes.set_facecolor(theme.surface)
+    axes.grid(True, axis=grid, color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.muted, labelsize=8.5, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+
+
+def _bars(axes: Axes, values: Sequence[float], ends: Sequence[float], title: str, colour: str, theme: Theme) -> None:
+    """Horizontal bars and their values, written to the right of `ends`."""
+    _style(axes, theme, grid="x")
+    axes.barh(range(len(values)), np.nan_to_num(values), height=0.62, color=colour, zorder=2)
+    limit = max([1.0, *np.nan_to_num(ends)])
+    for place, (value, end) in enumerate(zip(values, np.nan_to_num(ends))):
+        behind = {"facecolor": theme.surface, "edgecolor": "none", "pad": 0.8}
+        axes.text(
+            end + 0.05 * limit, place, number(value), va="center", fontsize=8.5, color=theme.ink, zorder=5, bbox=behind
+        )
+    axes.set(xlim=(0, limit * 1.25), xticks=(0, 0.5, 1) if limit < 2 else (0, 1, int(limit)))
+    axes.set_title(title, loc="left", fontsize=10, color=theme.ink, fontweight="bold")
+
+
+def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, title: str) -> None:
+    """The values faintly and their running median over 2 % of the run; dots where there are few."""
+    if len(values) < 50 or title == "learning rate":
+        axes.plot(steps, values, color=colour, linewidth=1.8, label=label, marker="o" if len(values) < 20 else "", ms=4)
+    else:
+        half = max(2, len(values) // 100)
+        middle = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        axes.plot(steps, middle, color=colour, linewidth=1.8, label=label)
+    if title in ("loss", "gradient norm") and values.min() > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _legend(
+    figure: Figure, labels: Sequence[str], colours: Sequence[str], theme: Theme, marker: str | None = None
+) -> None:
+    style: dict[str, Any] = {"linestyle": "", "marker": marker, "markersize": 7} if marker else {"linewidth": 2.5}
+    handles = [Line2D([], [], color=colour, label=label, **style) for label, colour in zip(labels, colours)]
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": len(handles)}
+    figure.legend(handles=handles, fontsize=9, frameon=False, labelcolor=theme.ink, **where)
+
+
+def _cycle(colours: Sequence[str], count: int) -> list[str]:
+    return [colours[i % len(colours)] for i in range(count)]
+
+
+def _png(figure: Figure, theme: Theme) -> bytes:
+    """Without pyplot: no global figure, no display."""
+    encoded = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(encoded, format="png", dpi=DPI, facecolor=theme.surface)
+    return encoded.getvalue()

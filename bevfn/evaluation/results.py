@@ -1,0 +1,265 @@
+"""Detections as a nuScenes results file: boxes in the global frame, with attributes, at most 500 a key frame.
+
+A model's boxes have the bottom centre and lie in the key frame's lidar frame; an entry of the file has the gravity
+centre, size (width, length, height) and a quaternion (w, x, y, z) in the global frame. What the model does not say, an
+object's attribute, follows from its class and speed.
+
+Sources: the task's rules, nuscenes-devkit eval/detection/README.md; attributes and range, mmdetection3d
+evaluation/metrics/nuscenes_metric.py (the same rule in BEVDepth).
+"""
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from bevfn.data.index import Frame, Index
+from bevfn.files import write_atomically
+
+# m from the ego vehicle in x and y: the devkit's detection_cvpr_2019 scores nothing beyond
+RANGES = {
+    "car": 50.0, "truck": 50.0, "bus": 50.0, "trailer": 50.0, "construction_vehicle": 50.0, "pedestrian": 40.0,
+    "motorcycle": 40.0, "bicycle": 40.0, "traffic_cone": 30.0, "barrier": 30.0,
+}  # fmt: skip
+MAX_BOXES = 500
+MOVING = 0.2  # m/s in the global x-y plane; above it an object moves
+# class: (attribute of what moves, attribute of what stands); "" for classes that have none
+ATTRIBUTES = {
+    **dict.fromkeys(("car", "truck", "trailer", "construction_vehicle"), ("vehicle.moving", "vehicle.parked")),
+    "bus": ("vehicle.moving", "vehicle.stopped"),
+    "pedestrian": ("pedestrian.moving", "pedestrian.standing"),
+    **dict.fromkeys(("motorcycle", "bicycle"), ("cycle.with_rider", "cycle.without_rider")),
+    **dict.fromkeys(("barrier", "traffic_cone"), ("", "")),
+}
+_NUMBERS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
+_KNOWN_ATTRIBUTES = {"pedestrian.sitting_lying_down", *(a for pair in ATTRIBUTES.values() for a in pair)}
+_KNOWN_ATTRIBUTES |= {"vehicle.stopped", ""}
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a model found in one key frame: n boxes, numpy arrays."""
+
+    boxes: np.ndarray
+    """n 9 float: x y z of the BOTTOM centre, dx (length, along yaw) dy dz, yaw, vx, vy [m, rad, m/s; lidar frame]."""
+    scores: np.ndarray
+    """n float, 0..1."""
+    labels: np.ndarray
+    """n int, into the model's class names."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a submission declares that it used; the leaderboard's tracks depend on it."""
+
+    use_camera: bool = False
+    use_lidar: bool = False
+    use_radar: bool = False
+    use_map: bool = False
+    use_external: bool = False
+    """Data beyond nuScenes, such as a detector's pretraining; ImageNet does not count."""
+
+
+def collect(found: Iterable[tuple[str, Detections]]) -> dict[str, Detections]:
+    """Detections by sample token. Of a token that comes again (padding of the last batch) the first one counts."""
+    collected: dict[str, Detections] = {}
+    for token, detections in found:
+        collected.setdefault(token, detections)
+    return collected
+
+
+def format(found: Mapping[str, Detections], index: Index, *, class_names: tuple[str, ...], meta: Meta) -> dict:
+    """The results file's document {"meta", "results": {token: [entry]}} of all key frames of `index`.
+
+    Raises ValueError if a key frame has no detections entry (an empty one is fine), if a token is not of the index, or
+    for a box that is not finite or has no size or class.
+    """
+    for token in index.positions:
+        if token not in found:
+            missing = sum(token not in found for token in index.positions)
+            raise ValueError(
+                f"no detections for key frame {token} and {missing - 1} others of {len(index)} in split "
+                f"{index.split!r}; run the model on every key frame."
+            )
+    results = {}
+    for token, detections in found.items():
+        frame = index[index.position(token)]
+        results[token] = entries(
+            token, detections, class_names=class_names, ego_from_boxes=frame.ego_from_lidar,
+            global_from_ego=frame.global_from_ego,
+        )  # fmt: skip
+    return {"meta": asdict(meta), "results": results}
+
+
+def entries(
+    token: str,
+    found: Detections,
+    *,
+    class_names: tuple[str, ...],
+    ego_from_boxes: np.ndarray,
+    global_from_ego: np.ndarray,
+    ranges: Mapping[str, float] | None = RANGES,
+) -> list[dict]:
+    """One key frame's entries in falling order of score; both matrices [4,4].
+
+    Boxes beyond their class's range around the ego vehicle are left out (`ranges` None: all stay), then all but the 500
+    with the highest scores. Velocities turn with the boxes, and attributes go by their global speed.
+
+    Raises ValueError for detections that do not fit together, or are not finite.
+    """
+    boxes, scores, labels = np.asarray(found.boxes, np.float64), np.asarray(found.scores), np.asarray(found.labels)
+    _check_detections(token, boxes, scores, labels, class_names)
+    centres = boxes[:, :3] + [0.0, 0.0, 0.5] * boxes[:, 5:6]  # n 3, gravity
+    in_ego = _move(ego_from_boxes, centres)
+    order = np.argsort(-scores, kind="stable")
+    if ranges is not None:
+        reach = np.array([ranges[name] for name in class_names])[labels]  # n
+        order = order[np.linalg.norm(in_ego[order, :2], axis=1) <= reach[order]]
+    order = order[:MAX_BOXES]
+    if not len(order):
+        return []
+    boxes, labels = boxes[order], labels[order]
+    global_from_boxes = np.asarray(global_from_ego) @ ego_from_boxes
+    translation = _move(np.asarray(global_from_ego), in_ego[order])
+    turn = Rotation.from_matrix(global_from_boxes[:3, :3]) * Rotation.from_rotvec(boxes[:, 6:7] * [0.0, 0.0, 1.0])
+    rotation = turn.as_quat()[:, [3, 0, 1, 2]]  # n 4: w x y z
+    velocity = boxes[:, 7:9] @ global_from_boxes[:2, :2].T  # the boxes' vz is 0
+    moves = np.linalg.norm(velocity, axis=1) > MOVING
+    columns = zip(
+        translation.tolist(), boxes[:, [4, 3, 5]].tolist(), rotation.tolist(), velocity.tolist(),
+        [class_names[label] for label in labels], scores[order].tolist(), moves,
+    )  # fmt: skip
+    return [
+        {
+            "sample_token": token,
+            "translation": centre,
+            "size": size,
+            "rotation": quaternion,
+            "velocity": speed,
+            "detection_name": name,
+            "detection_score": score,
+            "attribute_name": ATTRIBUTES[name][0 if moving else 1],
+        }
+        for centre, size, quaternion, speed, name, score, moving in columns
+    ]
+
+
+def to_lidar(entries: list[dict], frame: Frame, class_names: tuple[str, ...]) -> Detections:
+    """The inverse of `entries`: one key frame's boxes back in its lidar frame, for pictures."""
+    if not entries:
+        return Detections(np.zeros((0, 9)), np.zeros(0), np.zeros(0, dtype=np.int64))
+    column = {name: np.array([entry[name] for entry in entries], dtype=np.float64) for name in _NUMBERS}
+    matrix = frame.global_from_lidar
+    boxes = np.empty((len(entries), 9))
+    boxes[:, :3] = _move(np.linalg.inv(matrix), column["translation"])
+    boxes[:, 3:6] = column["size"][:, [1, 0, 2]]
+    boxes[:, 2] -= 0.5 * boxes[:, 5]
+    turn = Rotation.from_matrix(matrix[:3, :3]).inv() * Rotation.from_quat(column["rotation"][:, [1, 2, 3, 0]])
+    ahead = turn.apply([1.0, 0.0, 0.0])  # n 3
+    boxes[:, 6] = np.arctan2(ahead[:, 1], ahead[:, 0])
+    boxes[:, 7:9] = np.linalg.solve(matrix[:2, :2], column["velocity"].T).T
+    scores = np.array([entry["detection_score"] for entry in entries], dtype=np.float64)
+    labels = np.array([class_names.index(entry["detection_name"]) for entry in entries], dtype=np.int64)
+    return Detections(boxes, scores, labels)
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    """Checks the document and writes it, all or nothing, as JSON; as a zip of it if `path` ends in .zip (to submit)."""
+    path = Path(path)
+    check(results, str(path))
+    text = json.dumps(results, allow_nan=False).encode()
+    if path.suffix == ".zip":
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(zipfile.ZipInfo("results_nusc.json"), text, zipfile.ZIP_DEFLATED)
+        text = packed.getvalue()
+    write_atomically(path, text)
+
+
+def read(path: Path) -> dict:
+    """A results file's document. Raises ValueError, one sentence, if it is missing, truncated or no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a nuScenes results file (JSON).")
+    try:
+        results = json.loads(path.read_bytes())
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"{path} is not valid JSON ({error}); it is truncated or another file.") from error
+    check(results, str(path))
+    return results
+
+
+def check(results: Any, where: str) -> None:
+    """Raises ValueError, one sentence, for the first thing in which `results` breaks nuScenes' rules."""
+    if not isinstance(results, Mapping) or not all(isinstance(results.get(k), Mapping) for k in ("meta", "results")):
+        raise ValueError(
+            f"{where} is no nuScenes results file: it must be an object with objects `meta` and `results`."
+        )
+    for name in (field.name for field in fields(Meta)):
+        if not isinstance(results["meta"].get(name), bool):
+            raise ValueError(f"{where}: meta.{name} is {results['meta'].get(name)!r}; it must be true or false.")
+    for token, listed in results["results"].items():
+        if not isinstance(listed, list) or len(listed) > MAX_BOXES:
+            what = f"{len(listed)} boxes" if isinstance(listed, list) else type(listed).__name__
+            raise ValueError(f"{where}: results.{token} has {what}; it must be a list of at most {MAX_BOXES} boxes.")
+        for i, entry in enumerate(listed):
+            wrong = _first_wrong(token, entry)
+            if wrong:
+                raise ValueError(f"{where}: results.{token}[{i}].{wrong}.")
+
+
+def _first_wrong(token: str, entry: Any) -> str:
+    """What the devkit or the server would refuse in one entry, "" if nothing."""
+    if not isinstance(entry, Mapping):
+        return f"is a {type(entry).__name__}; it must be an object"
+    for name, count in _NUMBERS.items():
+        values = entry.get(name)
+        if not (isinstance(values, list) and len(values) == count and all(map(_is_number, values))):
+            return f"{name} is {values!r}; it must be {count} finite numbers"
+    if min(entry["size"]) <= 0:
+        return f"size is {entry['size']}; width, length and height must be above 0 m"
+    if entry.get("sample_token") != token:
+        return f"sample_token is {entry.get('sample_token')!r}; it must be the token it is listed under"
+    if entry.get("detection_name") not in RANGES:
+        return f"detection_name is {entry.get('detection_name')!r}; it must be one of {', '.join(RANGES)}"
+    if entry.get("attribute_name") not in _KNOWN_ATTRIBUTES:
+        return f"attribute_name is {entry.get('attribute_name')!r}; it must be a nuScenes attribute or empty"
+    score = entry.get("detection_score")
+    return "" if _is_number(score) and 0 <= score <= 1 else f"detection_score is {score!r}; it must be from 0 to 1"
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_detections(
+    token: str, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]
+) -> None:
+    if boxes.shape != (len(scores), 9) or labels.shape != scores.shape:
+        raise ValueError(
+            f"key frame {token}: boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
+            f"{list(labels.shape)} do not fit together; give boxes [n,9] and one score and label for each."
+        )
+    if unknown := set(class_names) - set(RANGES):
+        raise ValueError(f"class {sorted(unknown)[0]!r} is no nuScenes detection class; use {', '.join(RANGES)}.")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise ValueError(f"key frame {token}: a label is not in 0..{len(class_names) - 1}, the class names given.")
+    bad = ~np.isfinite(boxes).all(axis=1) | ~np.isfinite(scores) | (boxes[:, 3:6] <= 0).any(axis=1)
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(
+            f"key frame {token}: detection {i} has box {boxes[i].round(3).tolist()} and score {scores[i]}, which is "
+            "not finite or has no size; check the checkpoint's parameters for NaN."
+        )
+
+
+def _move(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """points [n,3] through [4,4]."""
+    return points @ matrix[:3, :3].T + matrix[:3, 3]

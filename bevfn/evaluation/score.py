@@ -1,0 +1,220 @@
+"""nuScenes detection scores by the devkit's own DetectionEval, configuration detection_cvpr_2019.
+
+The devkit is used as it is. Around it: a key frame that is not evaluated gets no detections, so that the devkit's set of
+tokens is complete, and is taken out of its loaded boxes before it counts; and a results file without any box, which the
+devkit cannot type, gets one box far out of range, which the devkit drops.
+"""
+
+import contextlib
+import io
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bevfn.data.index import Index
+from bevfn.evaluation import results as nuscenes_results
+from bevfn.files import write_atomically
+
+DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, at which AP is averaged; true positives are measured at 2 m
+# our name of an error: the devkit's
+ERRORS = {
+    "ATE": "trans_err", "ASE": "scale_err", "AOE": "orient_err", "AVE": "vel_err", "AAE": "attr_err",
+}  # fmt: skip
+UNITS = {"ATE": "m", "ASE": "1 - IoU", "AOE": "rad", "AVE": "m/s", "AAE": "1 - accuracy"}
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class."""
+
+    name: str
+    annotated: int
+    """Boxes that count: in range, with at least one LiDAR or radar point, and no bicycle in a rack."""
+    ap: float
+    """Mean over DISTANCES, 0..1; 0 if nothing is annotated."""
+    ap_at: tuple[float, ...]
+    """AP at each of DISTANCES."""
+    errors: dict[str, float]
+    """By name of ERRORS: of true positives at 2 m, mean over recalls from 0.1 up; 1 if that recall is not reached, NaN
+    where the class has no such error (cones: AOE, AVE, AAE; barriers: AVE, AAE)."""
+    precision: tuple[tuple[float, ...], ...]
+    """At each of DISTANCES, for recall 0, 0.01, ... 1."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What DetectionEval says about one results file."""
+
+    nds: float
+    """nuScenes detection score: (5 mAP + sum over ERRORS of max(0, 1 - mean error)) / 10."""
+    mean_ap: float
+    errors: dict[str, float]
+    """By name of ERRORS (without its m): mean over the classes that have it."""
+    classes: tuple[ClassScore, ...]
+    frames: int
+    """Key frames evaluated."""
+    version: str
+    split: str
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """NDS, mAP, mATE, mASE, mAOE, mAVE, mAAE."""
+        return {"NDS": self.nds, "mAP": self.mean_ap, **{f"m{name}": value for name, value in self.errors.items()}}
+
+
+def tables(index: Index) -> Any:
+    """The devkit's NuScenes object of the index' root (40 s for v1.0-trainval, so load it once). Raises ValueError."""
+    from nuscenes import NuScenes  # imports matplotlib.pyplot and OpenCV; only evaluation needs it
+
+    try:
+        return NuScenes(version=index.version, dataroot=str(index.root), verbose=False)
+    except (AssertionError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{index.root}: the devkit cannot load version {index.version} ({error}).") from error
+
+
+def score(
+    index: Index, results: Mapping[str, Any] | Path, *, tables: Any = None, split: str = "", out: Path | None = None
+) -> Scores:
+    """Scores of a results document or file (`results.format`, `results.write`).
+
+    index: the key frames to evaluate: a split, or some frames of one (`dataclasses.replace(index, frames=...)`);
+    detections of other key frames are an error. tables: the loaded `tables(index)`, loaded here if None. split: where
+    the index has none (info files); also a custom split of the root's splits.json. out: a JSON file to write.
+
+    Raises ValueError, one sentence, if the results do not belong to the index or cannot be scored.
+    """
+    if isinstance(results, Path):
+        results = nuscenes_results.read(results)
+    else:
+        nuscenes_results.check(results, "the results")
+    split = split or index.split
+    if split == "test" or not any(name for frame in index for name in frame.names):
+        raise ValueError(
+            f"{index.root}: the {len(index)} key frames of split {split!r} have no annotations of the ten classes, so "
+            "nothing can be scored; evaluate on val, or submit the results file of test."
+        )
+    for have, want, what in (
+        (results["results"], index.positions, "the results have no key frame"),
+        (index.positions, results["results"], f"split {split!r} has no key frame"),
+    ):
+        for token in want:
+            if token not in have:
+                raise ValueError(f"{what} {token}; evaluate the split that the detections are of, all of it.")
+    scores = _evaluate(index, results, split, tables if tables is not None else _load(index))
+    if out is not None:
+        write(out, scores)
+    return scores
+
+
+_load = tables  # the argument of `score` hides the name
+
+
+def _evaluate(index: Index, results: Mapping[str, Any], split: str, tables: Any) -> Scores:
+    from nuscenes.eval.detection.config import config_factory
+    from nuscenes.eval.detection.evaluate import DetectionEval
+
+    quiet = io.StringIO()  # the devkit's progress bars have no switch
+    with tempfile.TemporaryDirectory(prefix="bevfn-score-") as folder, contextlib.redirect_stderr(quiet):
+        path = Path(folder) / "results_nusc.json"
+        try:
+            path.write_text(json.dumps(_complete(results, split, tables)))
+            judge = DetectionEval(
+                tables, config_factory("detection_cvpr_2019"), str(path), split, output_dir=folder, verbose=False
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{index.root}: the devkit refuses split {split!r} of {index.version} ({error}); check that split, "
+                "version and index belong together."
+            ) from error
+        for boxes in (judge.gt_boxes, judge.pred_boxes):
+            boxes.boxes = type(boxes.boxes)(list, {t: b for t, b in boxes.boxes.items() if t in index.positions})
+        metrics, curves = judge.evaluate()
+    annotated = Counter(box.detection_name for box in judge.gt_boxes.all)
+    classes = tuple(
+        ClassScore(
+            name=name,
+            annotated=annotated[name],
+            ap=float(metrics.mean_dist_aps[name]),
+            ap_at=tuple(float(metrics.get_label_ap(name, distance)) for distance in DISTANCES),
+            errors={ours: float(metrics.get_label_tp(name, theirs)) for ours, theirs in ERRORS.items()},
+            precision=tuple(tuple(curves[name, distance].precision.round(5).tolist()) for distance in DISTANCES),
+        )
+        for name in judge.cfg.class_names
+    )
+    errors = {ours: metrics.tp_errors[theirs] for ours, theirs in ERRORS.items()}
+    return Scores(metrics.nd_score, metrics.mean_ap, errors, classes, len(index), index.version, split)
+
+
+def _complete(results: Mapping[str, Any], split: str, tables: Any) -> dict:
+    """The document with every token of the split, and at least one box."""
+    from nuscenes.utils.splits import get_scenes_of_split
+
+    scenes = {s["token"] for s in tables.scene if s["name"] in set(get_scenes_of_split(split, tables))}
+    listed: dict[str, list[dict]] = {sample["token"]: [] for sample in tables.sample if sample["scene_token"] in scenes}
+    for token in results["results"]:
+        if token not in listed:
+            raise ValueError(f"key frame {token} of the index is not in it")
+    listed |= results["results"]
+    if not any(listed.values()):
+        token = next(iter(listed))
+        far = {
+            "sample_token": token, "translation": [1e7, 1e7, 0.0], "size": [1.0] * 3, "rotation": [1.0, 0.0, 0.0, 0.0],
+            "velocity": [0.0, 0.0], "detection_name": "car", "detection_score": 0.0, "attribute_name": "",
+        }  # fmt: skip
+        listed[token] = [far]
+    return {"meta": results["meta"], "results": listed}
+
+
+def to_json(scores: Scores) -> dict:
+    """Plain data; NaN becomes None."""
+    return {
+        **scores.headline,
+        "version": scores.version,
+        "split": scores.split,
+        "frames": scores.frames,
+        "classes": {
+            c.name: {
+                "annotated": c.annotated,
+                "AP": c.ap,
+                **{f"AP@{distance:g}": ap for distance, ap in zip(DISTANCES, c.ap_at)},
+                **{name: None if math.isnan(value) else value for name, value in c.errors.items()},
+                "precision": c.precision,
+            }
+            for c in scores.classes
+        },
+    }
+
+
+def write(path: Path, scores: Scores) -> None:
+    """Writes the JSON, all or nothing."""
+    write_atomically(Path(path), json.dumps(to_json(scores), allow_nan=False).encode())
+
+
+def read(path: Path) -> Scores:
+    """What `write` wrote. Raises ValueError, one sentence, for a missing, truncated or other file."""
+    try:
+        data = json.loads(Path(path).read_bytes())
+        classes = tuple(
+            ClassScore(
+                name=name,
+                annotated=int(c["annotated"]),
+                ap=float(c["AP"]),
+                ap_at=tuple(float(c[f"AP@{distance:g}"]) for distance in DISTANCES),
+                errors={error: math.nan if c[error] is None else float(c[error]) for error in ERRORS},
+                precision=tuple(tuple(map(float, row)) for row in c["precision"]),
+            )
+            for name, c in data["classes"].items()
+        )
+        errors = {name: float(data[f"m{name}"]) for name in ERRORS}
+        return Scores(
+            float(data["NDS"]), float(data["mAP"]), errors, classes, int(data["frames"]), data["version"], data["split"]
+        )
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; `bevfn eval` writes it.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no file of scores ({type(error).__name__}: {error}); evaluate again.") from error

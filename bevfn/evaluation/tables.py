@@ -1,0 +1,89 @@
+"""Scores as Markdown tables: one evaluation, or several side by side."""
+
+import math
+from collections.abc import Mapping
+
+from bevfn.evaluation.score import ERRORS, UNITS, Scores
+
+LOWER_IS_BETTER = {f"m{name}" for name in ERRORS}
+
+
+def summary(scores: Scores, title: str = "") -> str:
+    """Headline numbers and one row per class; `-` where a class has no such error or no annotation."""
+    lines = [f"## {title}", ""] if title else []
+    lines += _table([list(scores.headline), [number(value) for value in scores.headline.values()]])
+    rows = [["class", "boxes", "AP", *(f"{name} [{UNITS[name]}]" for name in ERRORS)]]
+    for c in scores.classes:
+        values = [c.ap, *c.errors.values()] if c.annotated else [math.nan] * 6
+        rows.append([c.name, f"{c.annotated:,}", *map(number, values)])
+    return "\n".join([*lines, "", *_table(rows), "", note(scores), ""])
+
+
+def note(scores: Scores) -> str:
+    """By what the numbers were made, and what not to read into them."""
+    absent = [c.name for c in scores.classes if not c.annotated]
+    text = (
+        f"{scores.frames:,} key frames of {scores.version} {scores.split}, nuscenes-devkit DetectionEval, "
+        "detection_cvpr_2019."
+    )
+    if absent:
+        text += f" Not annotated here, so AP 0 and errors 1 in every mean: {', '.join(absent)}."
+    return text
+
+
+def compare(scores: Mapping[str, Scores]) -> str:
+    """One row per name, in the order given, with NDS, mAP, errors and the AP of each class; the best of a column bold.
+
+    Raises ValueError without scores, or if they are not of the same key frames.
+    """
+    check_comparable(scores)
+    first = next(iter(scores.values()))
+    headline = _table([["", *first.headline], *_rows({n: s.headline for n, s in scores.items()}, LOWER_IS_BETTER)])
+    names = [c.name for c in first.classes if c.annotated]
+    aps = {n: {c.name: c.ap for c in s.classes if c.annotated} for n, s in scores.items()}
+    return "\n".join([*headline, "", *_table([["AP", *names], *_rows(aps, set())]), "", note(first), ""])
+
+
+def check_comparable(scores: Mapping[str, Scores]) -> None:
+    """Raises ValueError without scores, or if they are of different key frames or annotations."""
+    if not scores:
+        raise ValueError("there are no scores to compare; give at least one.")
+    seen: dict[tuple, str] = {}
+    for name, one in scores.items():
+        key = (one.version, one.split, one.frames, tuple((c.name, c.annotated) for c in one.classes))
+        seen.setdefault(key, name)
+    if len(seen) > 1:
+        (a, b), *_ = zip(seen.values(), list(seen.values())[1:])
+        raise ValueError(f"{a} and {b} were scored on different key frames; evaluate both on the same split.")
+
+
+def number(value: float) -> str:
+    """Three decimals, `-` for NaN."""
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def best(values: list[float], lower: bool) -> str:
+    """The text of the best value, "" if all are the same (so that equal texts are equally good)."""
+    texts = {number(value): value for value in values if not math.isnan(value)}
+    return "" if len(texts) < 2 else (min if lower else max)(texts, key=lambda text: texts[text])
+
+
+def _rows(columns: dict[str, dict[str, float]], lower: set[str]) -> list[list[str]]:
+    """[name, values...] with the best of each column bold."""
+    marks = {k: best([row[k] for row in columns.values()], k in lower) for k in next(iter(columns.values()))}
+    return [
+        [name, *(f"**{number(v)}**" if number(v) == marks[k] else number(v) for k, v in row.items())]
+        for name, row in columns.items()
+    ]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Markdown, columns padded: the first one left, numbers right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = not rows[1][0].replace(".", "").isdigit()
+    rule = [":" + "-" * (w - 1) if i == 0 and left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    aligned = [
+        [cell.ljust(w) if i == 0 and left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        for row in rows
+    ]
+    return [f"| {' | '.join(row)} |" for row in (aligned[0], rule, *aligned[1:])]

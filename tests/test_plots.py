@@ -1,0 +1,155 @@
+"""The report's pictures and page: complete, readable without anything else, and absent where there is nothing to draw."""
+
+import dataclasses
+import html.parser
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import small_world
+from PIL import Image
+from small_world import annotations, document, index, nothing
+
+from bevfn import view
+from bevfn.data.frame import CLASS_NAMES
+from bevfn.evaluation import page, plots, score
+from bevfn.evaluation.results import Detections
+
+
+def scores(made: dict) -> score.Scores:
+    return score.score(index(), made, tables=small_world.tables())
+
+
+@pytest.fixture(scope="module")
+def halves() -> tuple[dict, score.Scores, score.Scores]:
+    """(a document that misses every other box, its scores, scores of an empty one)."""
+
+    def half(found: Detections) -> Detections:
+        return Detections(found.boxes[::2], found.scores[::2], found.labels[::2])
+
+    made = document(half)
+    return made, scores(made), scores(document(lambda _: nothing()))
+
+
+def records(n: int) -> list[dict]:
+    loss = [{"step": float(i + 1), "loss/total": 9.0 / (i + 1), "loss/cls": 1.0, "lr": 1e-3} for i in range(n)]
+    return [{**record, "grad_norm": float("inf" if i == 0 else 1 + i)} for i, record in enumerate(loss)]
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def colour(name: str) -> np.ndarray:
+    return np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)])
+
+
+def share(png: bytes, name: str) -> float:
+    return float((np.abs(pixels(png) - colour(name)).max(axis=-1) < 6).mean())
+
+
+@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=["light", "dark"])
+def test_charts_are_drawn_in_the_theme(halves, theme):
+    _, found, silent = halves
+    for png in (
+        plots.precision_recall(found, theme), plots.classes(found, theme), plots.training(records(120), theme),
+        plots.comparison({"untrained": silent, "trained": found}, theme),
+    ):  # fmt: skip
+        height, width, _ = pixels(png).shape
+        assert width > 1500 and height > 400
+        assert share(png, theme.surface) > 0.5
+    assert share(plots.comparison({"a": found, "b": found}, theme), theme.series[1]) > 0.005
+
+
+def test_charts_of_a_silent_detector_and_of_a_run_without_losses_are_drawn(halves):
+    _, _, silent = halves
+    assert plots.precision_recall(silent) and plots.classes(silent)
+    assert plots.training([{"step": 1.0, "seconds": 2.0}])
+    assert plots.training([{"step": 1.0, "eval/mAP": 0.1, "eval/NDS": 0.2}])
+
+
+def test_a_frame_of_an_index_becomes_a_sample_that_projects_into_its_cameras():
+    frame = index()[0]
+    sample = view.sample(frame, index().root, CLASS_NAMES)
+    assert sample.camera_names == tuple(frame.cameras) and sample.token == frame.token
+    np.testing.assert_allclose(sample.boxes[:, 2] + sample.boxes[:, 5] / 2, frame.boxes[:, 2], atol=1e-5)
+    camera = frame.cameras["CAM_FRONT"]
+    point = np.array([0.5, 12.0, -0.5, 1.0])  # lidar y is forward
+    pixel = sample.image_from_lidar[0] @ point
+    by_hand = camera.intrinsics @ (camera.camera_from_lidar @ point)[:3]
+    np.testing.assert_allclose(pixel[:2] / pixel[2], by_hand[:2] / by_hand[2], rtol=1e-4)
+    assert pixel[2] > 0
+
+
+class Links(html.parser.HTMLParser):
+    """Everything that the page refers to, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "srcset", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_folder_is_complete_and_its_page_stands_alone(halves, tmp_path):
+    made, found, silent = halves
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss/total": 1.0 / i}) + "\n" for i in (1, 2)))
+    out = tmp_path / "out"
+    path = page.write(
+        out, found, title="A <run>", index=index(), found=made, run_dir=run, num_frames=1, name="trained",
+        config={"optimizer": {"lr": 1e-3}, "files": ["a & b"]}, others={"untrained": silent},
+    )  # fmt: skip
+    charts = {f"{name}.png" for name in ("classes", "precision_recall", "comparison", "training", "frames")}
+    assert set(os.listdir(out)) == charts | {"report.html", "summary.md", "metrics.json", "frames"}
+    assert sorted(os.listdir(out / "frames")) == ["best_1.png", "worst_1.png"]
+    assert score.read(out / "metrics.json").nds == found.nds
+    assert "| untrained" in (out / "summary.md").read_text()
+    links = Links(path.read_text())
+    assert len(links.sources) == 2 * 4 + 3 and all(s.startswith("data:image/") for s in links.sources)
+    for text in (
+        "A <run>",
+        f"{found.nds:.3f}",
+        "construction vehicle",
+        "optimizer.lr",
+        "0.001",
+        '["a & b"]',
+        "untrained",
+    ):
+        assert text in links.text
+    assert share((out / "frames.png").read_bytes(), plots.MISSED) > 1e-4
+
+
+def test_report_with_scores_alone(halves, tmp_path):
+    _, found, _ = halves
+    page.write(tmp_path, found)
+    assert set(os.listdir(tmp_path)) == {
+        "classes.png", "precision_recall.png", "report.html", "summary.md", "metrics.json",
+    }  # fmt: skip
+
+
+def test_report_refuses_a_file_and_scores_of_other_frames(halves, tmp_path):
+    _, found, _ = halves
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file, so no folder"):
+        page.write(tmp_path / "file", found)
+    with pytest.raises(ValueError, match="before and this run were scored on different key frames"):
+        page.write(tmp_path / "out", found, others={"before": dataclasses.replace(found, frames=99)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_without_camera_images_show_the_view_from_above(tmp_path):
+    frame = index()[0]
+    missing = {name: dataclasses.replace(camera, path="gone.jpg") for name, camera in frame.cameras.items()}
+    sample = view.sample(dataclasses.replace(frame, cameras=missing), index().root, CLASS_NAMES)
+    found = annotations(frame)
+    view.draw(sample, found.boxes, found.scores, found.labels, tmp_path / "a.png")
+    assert sample.image_paths == () and Image.open(tmp_path / "a.png").size[0] > 800
