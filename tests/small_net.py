@@ -27,16 +27,16 @@ def batch(seed: int = 0) -> dict:
     return {"x": torch.randn(4, 3, 8, 8, generator=generator), "y": torch.randn(4, 4, generator=generator)}
 
 
-def loss_fn(policy: Policy, gain: float = 1.0):
+def loss_fn(policy: Policy, gain: float = 1.0, train=True, dropout: float = 0.25):
     """Mean squared error times `gain` in float32; the gradient of the network is in the policy's dtype."""
 
     def loss(params: dict, state: dict, batch: dict, key: Tensor) -> tuple[Tensor, tuple[dict, dict]]:
         x = policy.cast(batch["x"])
         x = conv.apply(params["stem"]["conv"], x, padding=1)
-        x, stem = batch_norm.apply(params["stem"]["norm"], state["stem"]["norm"], x, train=True)
+        x, stem = batch_norm.apply(params["stem"]["norm"], state["stem"]["norm"], x, train=train)
         y = conv.apply(params["body"][0]["conv"], torch.relu(x), padding=1)
-        y, body = batch_norm.apply(params["body"][0]["norm"], state["body"][0]["norm"], y, train=True)
-        pooled = rng.dropout(torch.relu(x + y).mean((2, 3)), 0.25, rng.fold(key, 1))
+        y, body = batch_norm.apply(params["body"][0]["norm"], state["body"][0]["norm"], y, train=train)
+        pooled = rng.dropout(torch.relu(x + y).mean((2, 3)), dropout, rng.fold(key, 1))
         error = linear.apply(params["head"], pooled).float() - batch["y"]
         value = (error * error).mean() * gain
         return value, ({"stem": {"norm": stem}, "body": [{"norm": body}]}, {"loss/total": value})

@@ -1,10 +1,12 @@
-"""The train step: equal to a plain torch training loop, skipping, EMA, purity, naming what is not finite."""
+"""The train step: equal to a plain torch training loop, skipping, EMA, purity, accumulation, naming what is not finite."""
 
+import numpy as np
 import pytest
 import small_net
 import torch
 from torch import nn
 
+from bevfn import compile as compilation
 from bevfn import optim, rng, train, tree
 from bevfn.precision import LossScale, Policy
 
@@ -187,3 +189,128 @@ def test_only_fp16_carries_a_loss_scale():
         params, state = small_net.init()
         ts = train.init(params, state, small_net.recipe(), precision=Policy.of(name), seed=0)
         assert (ts.loss_scale is not None) == (name == "fp16")
+
+
+# ------------------------------------------------------------------------------------------------------- accumulation
+
+
+def halves(batch: dict) -> list[dict]:
+    return [{name: value[part] for name, value in batch.items()} for part in (slice(0, 2), slice(2, 4))]
+
+
+def accumulating(accumulate: int, precision: str = "fp32", backend: str | None = None, **changes):
+    """(train state, step on a list of microbatches) of the small net without dropout."""
+    policy, config = Policy.of(precision), small_net.recipe(**changes)
+    step = train.make_accumulated(
+        small_net.loss_fn(policy, dropout=0.0), config, accumulate=accumulate, precision=policy,
+        compiled=lambda step: step if backend is None else compilation.step(step, backend=backend),
+    )  # fmt: skip
+    return train.init(*small_net.init(), config, precision=policy, seed=7), step
+
+
+def test_an_accumulated_step_has_the_mean_gradient_statistics_and_metrics_of_its_microbatches():
+    ts, step = accumulating(2, clip_norm=None)
+    _, alone = accumulating(1, clip_norm=None)
+    after, metrics = step(ts, halves(small_net.batch()))
+    parts = [alone(ts, [half]) for half in halves(small_net.batch())]
+    mean = tree.map(lambda a, b: (a + b) / 2, *(part.optimizer.m for part, _ in parts))  # m of step 0: (1 - beta1) g
+    torch.testing.assert_close(after.optimizer.m, mean)
+    torch.testing.assert_close(after.state, tree.map(lambda a, b: (a + b) / 2, *(part.state for part, _ in parts)))
+    assert float(metrics["loss/total"]) == pytest.approx(np.mean([float(m["loss/total"]) for _, m in parts]))
+    assert int(after.step) == int(after.optimizer.count) == 1
+
+
+def test_one_microbatch_is_the_plain_step_bit_for_bit():
+    ts, plain = small_net.fresh("fp16")
+    step = train.make_accumulated(
+        small_net.loss_fn(Policy.of("fp16")), small_net.recipe(), accumulate=1, precision=Policy.of("fp16")
+    )
+    for a, b in zip(*(tree.leaves(s) for s in (plain(ts, small_net.batch()), step(ts, [small_net.batch()])))):
+        assert torch.equal(a, b)
+
+
+def test_microbatches_have_their_own_dropout():
+    policy = Policy()
+    step = train.make_accumulated(small_net.loss_fn(policy), small_net.recipe(), accumulate=2, precision=policy)
+    ts, plain = small_net.fresh("fp32")
+    half = halves(small_net.batch())[0]
+    twice, once = step(ts, [half, half])[1], plain(ts, half)[1]
+    assert float(twice["loss/total"]) != float(once["loss/total"])
+
+
+def test_accumulation_under_a_compiler_is_two_graphs_reused_and_donates_the_state():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ours, step = accumulating(2, "fp16", backend="aot_eager")
+    theirs, eager = accumulating(2, "fp16")
+    pointers = [leaf.data_ptr() for leaf in tree.leaves(ours)]
+    for i in range(3):
+        after, metrics = step(ours, halves(small_net.batch(i)))
+        theirs, expected = eager(theirs, halves(small_net.batch(i)))
+        assert after is ours
+        assert float(metrics["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-5)
+    assert compilation.graph_counts() == {"graphs": 2, "breaks": 0}
+    assert [leaf.data_ptr() for leaf in tree.leaves(ours)] == pointers
+    for a, b in zip(tree.leaves(ours), tree.leaves(theirs)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bad_microbatch_skips_the_whole_step():
+    ts, step = accumulating(2)
+    parts = halves(small_net.batch())
+    parts[0]["x"][0, 0, 0, 0] = float("nan")
+    after, metrics = step(ts, parts)
+    assert float(metrics["skipped"]) == 1 and int(after.step) == 1
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(ts.params), tree.leaves(after.params)))
+    assert train.first_nonfinite(after.state) is None
+
+
+def test_another_number_of_microbatches_is_refused():
+    ts, step = accumulating(2)
+    with pytest.raises(ValueError, match="got 1 microbatches, it accumulates 2"):
+        step(ts, [small_net.batch()])
+    with pytest.raises(ValueError, match="accumulate 0 must be at least 1"):
+        accumulating(0)
+
+
+# ------------------------------------------------------------------------------------------------- naming what is bad
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bad_gradient_names_the_field_of_a_bad_batch(accumulate):
+    ts, step = accumulating(accumulate, backend="eager")
+    parts = halves(small_net.batch())[-accumulate:]
+    parts[-1]["y"][1, 2] = float("inf")
+    ts, metrics = step(ts, parts)
+    assert float(metrics["skipped"]) == 1
+    found = train.bad_gradient(small_net.loss_fn(Policy(), dropout=0.0), small_net.recipe(), ts, parts)
+    assert found == ("batch.y" if accumulate == 1 else "batch.1.y")
+
+
+def test_bad_gradient_names_the_parameter_nearest_to_the_loss():
+    def loss(params, state, batch, key):
+        value, aux = small_net.loss_fn(Policy())(params, state, batch, key)
+        # Its own derivative at 0 is infinite; the loss is not.
+        return value + params["body"][0]["norm"]["bias"].abs().sum().sqrt(), aux
+
+    config = small_net.recipe()
+    ts = train.init(*small_net.init(), config, precision=Policy())
+    ts, metrics = train.make_step(loss, config, precision=Policy())(ts, small_net.batch())
+    assert float(metrics["skipped"]) == 1 and torch.isfinite(metrics["loss/total"])
+    found = train.bad_gradient(loss, config, ts, [small_net.batch()])
+    assert found == "the gradient of body.0.norm.bias"
+
+
+def test_bad_gradient_counts_the_parameters_before_it_and_names_bad_parameters_and_finds_nothing_in_a_good_step():
+    def loss(params, state, batch, key):
+        value, aux = small_net.loss_fn(Policy())(params, state, batch, key)
+        return value * float("nan"), aux
+
+    config = small_net.recipe()
+    ts, step = small_net.fresh("fp32")
+    ts, _ = step(ts, small_net.batch())
+    assert train.bad_gradient(small_net.loss_fn(Policy()), config, ts, [small_net.batch()]) is None
+    found = train.bad_gradient(loss, config, ts, [small_net.batch()])
+    assert found == "the gradient of head.bias (and of 7 other parameters)"
+    ts.params["head"]["weight"][0, 0] = float("nan")
+    assert train.bad_gradient(loss, config, ts, [small_net.batch()]) == "params.head.weight"

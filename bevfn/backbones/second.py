@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bevfn.distributed import Train
 from bevfn.layers import conv_norm
 
 
@@ -35,7 +36,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     return {"blocks": blocks}, {"blocks": states}
 
 
-def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: bool) -> tuple[list[Tensor], dict]:
+def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[list[Tensor], dict]:
     """x [B C X Y] -> (one map per stage [B C_s X/stride Y/stride], new state)."""
     maps, states = [], []
     for block, statistics, stride in zip(params["blocks"], state["blocks"], config.strides):

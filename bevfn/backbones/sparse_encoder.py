@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bevfn.distributed import Train
 from bevfn.kernels import neighbours
 from bevfn.layers import batch_norm, sparse_conv
 
@@ -84,7 +85,7 @@ def apply(
     *,
     config: Config,
     grid: tuple[int, int, int],
-    train: bool,
+    train: Train,
 ) -> tuple[dict, dict]:
     """Encodes voxels.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bevfn import rng
+from bevfn.distributed import Train
 from bevfn.layers import conv, layer_norm, linear
 
 
@@ -94,7 +95,7 @@ def _init_block(width: int, heads: int, config: Config, generator: torch.Generat
     }
 
 
-def apply(params: dict, images: Tensor, *, config: Config, train: bool, key: Tensor | None = None) -> list[Tensor]:
+def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Tensor | None = None) -> list[Tensor]:
     """images [M 3 H W], normalised, any float dtype -> one [M C H/s W/s] per out stage, channels-last in memory.
 
     `key` drives the drop path of training; None switches it off. Raises ValueError if H or W is no multiple of

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bevfn import rng
+from bevfn.distributed import Train
 from bevfn.layers import attention, batch_norm, conv, conv_norm, layer_norm, linear
 
 OUTPUTS = {"center": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}  # numbers per query, besides the class logits
@@ -121,7 +122,7 @@ def _init_predict(config: Config, generator: torch.Generator) -> tuple[dict, dic
 
 
 def apply(
-    params: dict, state: dict, x: Tensor, *, config: Config, train: bool, key: Tensor | None = None
+    params: dict, state: dict, x: Tensor, *, config: Config, train: Train, key: Tensor | None = None
 ) -> tuple[dict, dict]:
     """BEV features to query predictions.
 
@@ -232,7 +233,7 @@ def _decode_layer(
     everywhere: Tensor,
     *,
     config: Config,
-    train: bool,
+    train: Train,
     key: Tensor | None,
 ) -> tuple[dict, dict]:
     """One post-norm decoder layer; query [B Q C], cells [B S C], positions [B Q 2] and [B S 2] in cells."""
@@ -261,7 +262,7 @@ def _decode_layer(
     return outputs, {"self_position": self_state, "cross_position": cross_state}
 
 
-def _encode_position(params: dict, state: dict, position: Tensor, *, train: bool) -> tuple[Tensor, dict]:
+def _encode_position(params: dict, state: dict, position: Tensor, *, train: Train) -> tuple[Tensor, dict]:
     """[B S 2] cells -> [B S C], float32: positions reach 180, where half precision resolves an eighth of a cell."""
     x = linear.apply(params["fc1"], position)
     x, norm = batch_norm.apply(params["norm"], state["norm"], x.flatten(0, 1), train=train)
@@ -269,7 +270,7 @@ def _encode_position(params: dict, state: dict, position: Tensor, *, train: bool
     return x.view(*position.shape[:2], -1), {"norm": norm}
 
 
-def _predict(params: dict, state: dict, query: Tensor, *, train: bool) -> tuple[dict, dict]:
+def _predict(params: dict, state: dict, query: Tensor, *, train: Train) -> tuple[dict, dict]:
     """query [B Q C] -> {name: [B Q n] float32}, new state."""
     pred, new = {}, {}
     for name, head in params.items():

@@ -9,28 +9,32 @@ from torch import Tensor
 
 from bevfn import boxes as box_ops
 from bevfn import losses
+from bevfn.distributed import Train
 from bevfn.heads.transfusion import Config, decode_boxes
 from bevfn.kernels.linear_assignment import linear_assignment
 
 
-def loss(outputs: dict, boxes: Tensor, labels: Tensor, valid: Tensor, *, config: Config) -> tuple[Tensor, dict]:
+def loss(
+    outputs: dict, boxes: Tensor, labels: Tensor, valid: Tensor, *, config: Config, train: Train = True
+) -> tuple[Tensor, dict]:
     """Total loss and its terms.
 
     Args:
         outputs: of `transfusion.apply`.
         boxes: [B G 9] (x, y, z bottom centre, dx, dy, dz, yaw, vx, vy); labels [B G] int64; valid [B G] bool.
+        train: `Replicas` normalises by the positives of all replicas, see `losses.positives`.
 
     Returns:
         total (0-d) and {"heatmap", "cls", "bbox" (of the last layer; earlier ones "layer_i/..."), "matched_iou",
         "num_pos"}, plus "targets": what was assigned, for parity and notebooks.
     """
     heat = heatmap_target(boxes, labels, valid, config)
-    total = terms_heatmap = losses.gaussian_focal(outputs["dense_heatmap"], heat)
+    total = terms_heatmap = losses.gaussian_focal(outputs["dense_heatmap"], heat, train=train)
     terms = {"heatmap": terms_heatmap}
     targets: dict = {"heatmap": heat}
     for layer, pred in enumerate(outputs["pred"]):
         assigned = assign(pred, boxes, labels, valid, config)
-        count = assigned["positive"].sum().clamp(min=1.0)
+        count = losses.positives(assigned["positive"], train)
         cls = losses.sigmoid_focal(pred["heatmap"], assigned["one_hot"], count)
         code = torch.cat([pred[name] for name in ("center", "height", "dim", "rot", "vel")], dim=-1)  # B Q 10
         weight = assigned["positive"][..., None] * code.new_tensor(config.code_weights)

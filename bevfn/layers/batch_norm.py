@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bevfn.distributed import Replicas, Train
+
 
 def init(channels: int) -> tuple[dict, dict]:
     """(params, state), every leaf float32 [C]."""
@@ -22,23 +24,28 @@ def apply(
     state: dict,
     x: Tensor,
     *,
-    train: bool,
+    train: Train,
     momentum: float = 0.1,
     eps: float = 1e-5,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
     """Normalises the channels of x: [B C H W], or rows [R C] of which `valid` [R] (bool) marks those that count.
 
+    With `Replicas` as `train` the statistics are those of all replicas' rows (synchronised batch norm): one collective
+    forward, one backward. The gradients of weight and bias are this replica's share; the step averages them with all
+    others.
+
     Returns y like x, rows that are not valid set to zero, and the new statistics (the running variance is unbiased,
     the one that normalises is not).
     """
     if train:
         mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
-        count = mask.sum().clamp(min=1.0) if valid is not None else mask * (x.numel() // x.shape[1])
+        rows = mask.sum() if valid is not None else mask * (x.numel() // x.shape[1])
+        replicas = train if isinstance(train, Replicas) else None
         # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
         # 2.13, silently): a view of it does not.
         x, weight, bias = (t.view_as(t) for t in (x, params["weight"], params["bias"]))
-        y, mean, var = _Normalise.apply(x, weight, bias, mask, count, eps)
+        y, mean, var, count = _Normalise.apply(x, weight, bias, mask, rows, eps, replicas)
         seen = {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
         return y, {k: state[k] + momentum * (seen[k] - state[k]) for k in ("mean", "var")}
     scale = params["weight"] * torch.rsqrt(state["var"] + eps)  # C
@@ -53,28 +60,27 @@ def _per_channel(c: Tensor, x: Tensor) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) rstd weight + bias over the masked rows; mean and var [C] carry no gradient of their own."""
+    """y = (x - mean) rstd weight + bias over the masked rows; mean, var [C] and count carry no gradient of their own."""
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, count: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dims = [d for d in range(x.dim()) if d != 1]
+        x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, rows: Tensor, eps: float, replicas: Replicas | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.float()
-        masked = mask.dim() > 0
-        mean = ((wide * mask) if masked else wide).sum(dims) / count  # C
-        centred = wide - _per_channel(mean, x)
-        centred = centred * mask if masked else centred
-        var = (centred * centred).sum(dims) / count  # two passes: no cancellation
+        mean, var, centred = _moments(wide, mask, rows.clamp(min=1.0))
+        count = rows
+        if replicas is not None:
+            mean, var, count = _pooled(mean, var, rows, replicas)
+            centred = _masked(wide - _per_channel(mean, x), mask)
         scale = weight * torch.rsqrt(var + eps)
         y = centred * _per_channel(scale, x) + _per_channel(bias, x)
-        return (y * mask if masked else y).to(x.dtype), mean, var
+        return _masked(y, mask).to(x.dtype), mean, var, count.clamp(min=1.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, _, mask, count, ctx.eps = inputs
-        _, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
+        x, weight, _, mask, _, ctx.eps, ctx.replicas = inputs
+        _, mean, var, count = output
+        ctx.mark_non_differentiable(mean, var, count)
         ctx.save_for_backward(x, weight, mask, count, mean, var)
 
     @staticmethod
@@ -82,12 +88,36 @@ class _Normalise(torch.autograd.Function):
         # With h = (x - mean) rstd: dx = weight rstd (dy - mean(dy) - h mean(dy h)), means over the counted rows.
         x, weight, mask, count, mean, var = ctx.saved_tensors
         dims = [d for d in range(x.dim()) if d != 1]
-        masked = mask.dim() > 0
-        dy = grad.float() * mask if masked else grad.float()
+        dy = _masked(grad.float(), mask)
         rstd = torch.rsqrt(var + ctx.eps)
         h = (x.float() - _per_channel(mean, x)) * _per_channel(rstd, x)
-        grad_bias = dy.sum(dims)
-        grad_weight = (dy * h).sum(dims)
-        dx = dy - _per_channel(grad_bias / count, x) - h * _per_channel(grad_weight / count, x)
+        grad_bias = sum_dy = dy.sum(dims)
+        grad_weight = sum_dyh = (dy * h).sum(dims)
+        if ctx.replicas is not None:
+            sum_dy, sum_dyh = ctx.replicas.sum(torch.stack([sum_dy, sum_dyh])).unbind()
+        dx = dy - _per_channel(sum_dy / count, x) - h * _per_channel(sum_dyh / count, x)
         dx = dx * _per_channel(weight * rstd, x)
-        return (dx * mask if masked else dx).to(x.dtype), grad_weight, grad_bias, None, None, None
+        return _masked(dx, mask).to(x.dtype), grad_weight, grad_bias, None, None, None, None
+
+
+def _moments(wide: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean [C], biased variance [C], masked wide - mean) in two passes: no cancellation."""
+    dims = [d for d in range(wide.dim()) if d != 1]
+    mean = _masked(wide, mask).sum(dims) / count
+    centred = _masked(wide - _per_channel(mean, wide), mask)
+    return mean, (centred * centred).sum(dims) / count, centred
+
+
+def _pooled(mean: Tensor, var: Tensor, rows: Tensor, replicas: Replicas) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count over all replicas from each one's own (Chan, Golub & LeVeque 1979): no cancellation."""
+    own = torch.cat([rows.reshape(1), mean, var])
+    rows, means, variances = replicas.stack(own).split([1, *mean.shape, *var.shape], dim=1)  # count 1, count C
+    count = rows.sum()
+    divisor = count.clamp(min=1.0)
+    mean = (rows * means).sum(0) / divisor
+    var = (rows * (variances + (means - mean) ** 2)).sum(0) / divisor
+    return mean, var, count
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    return x * mask if mask.dim() > 0 else x

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from bevfn.distributed import Train
 from bevfn.layers import batch_norm, conv
 
 
@@ -35,7 +36,7 @@ def apply(
     state: dict,
     x: Tensor,
     *,
-    train: bool,
+    train: Train,
     stride: int = 1,
     padding: int = 0,
     transposed: bool = False,

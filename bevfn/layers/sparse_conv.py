@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from bevfn.distributed import Train
 from bevfn.kernels.sparse_conv import sparse_conv
 from bevfn.layers import batch_norm
 
@@ -35,7 +36,7 @@ def apply(
     inverse: Tensor,
     valid: Tensor,
     *,
-    train: bool,
+    train: Train,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, dict]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from bevfn import rng
 from bevfn.backbones import second, sparse_encoder, swin
 from bevfn.data.batch import Batch
+from bevfn.distributed import Train
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.kernels.voxelize import voxelize
 from bevfn.layers import conv_norm
@@ -167,7 +168,7 @@ def apply(
     batch: Batch,
     *,
     config: Config,
-    train: bool,
+    train: Train,
     policy: Policy = Policy(),  # noqa: B008
     key: Tensor | None = None,
 ) -> tuple[dict, dict]:
@@ -175,7 +176,8 @@ def apply(
 
     Args:
         batch: see `data.batch.Batch`; camera fields may be None for a LiDAR-only model.
-        train: batch statistics, training capacities; `key`: dropout and stochastic depth, None switches both off.
+        train: batch statistics (of all replicas with `Replicas`) and training capacities.
+        key: dropout and stochastic depth; None switches both off.
 
     Returns:
         outputs naming every boundary ("voxel", "sparse", "swin", "lssfpn", "vt", "fuser", "second", "secfpn", "head",
@@ -213,7 +215,7 @@ def apply(
 
 
 def _camera_branch(
-    params: dict, state: dict, batch: Batch, config: Config, train: bool, policy: Policy, key: Tensor | None
+    params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy, key: Tensor | None
 ) -> tuple[dict, dict]:
     assert config.camera is not None
     images = normalise(batch.images).flatten(0, 1).to(policy.compute)  # B*N 3 H W
@@ -235,7 +237,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def _lidar_branch(
-    params: dict, state: dict, batch: Batch, config: Config, train: bool, policy: Policy
+    params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy
 ) -> tuple[dict, dict]:
     assert config.lidar is not None
     voxels, overflow = voxelise(batch.points, batch.points_valid, config.voxels, train=train)
@@ -253,7 +255,7 @@ def _lidar_branch(
     return {"voxel": voxels, "sparse": sparse, "overflow": overflow}, new
 
 
-def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: bool) -> tuple[dict, dict]:
+def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: Train) -> tuple[dict, dict]:
     """points [B P 5] -> {"features" [B V 5], "coords" [B V 3], "count" [B V]}, {"voxels_l0": voxels dropped}."""
     features, coords, count, found = voxelize(
         points,
@@ -276,15 +278,19 @@ def loss(
     *,
     config: Config,
     policy: Policy = Policy(),  # noqa: B008
+    train: Train = True,
 ) -> tuple[Tensor, tuple[dict, dict]]:
-    """Training loss, in the form that `train.make_step` takes once config and policy are bound.
+    """Training loss, in the form that `train.make_step` takes once config, policy and train are bound.
+
+    train: True, or `Replicas` for batch statistics and loss normalisers over all replicas: their mean loss is then the
+    loss of their one big batch. (The published recipe has True on every replica.)
 
     Returns:
         total (0-d float32) and (new state, metrics: loss terms "loss/*", "matched_iou", "num_pos", "overflow/*").
     """
-    outputs, new = apply(params, state, batch, config=config, train=True, policy=policy, key=key)
+    outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     total, terms = transfusion_loss.loss(
-        outputs["head"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head
+        outputs["head"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head, train=train
     )
     metrics = {"loss/total": total.detach(), "matched_iou": terms["matched_iou"], "num_pos": terms["num_pos"]}
     metrics |= {f"loss/{k}": v.detach() for k, v in terms.items() if k.split("/")[-1] in ("heatmap", "cls", "bbox")}

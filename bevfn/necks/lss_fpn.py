@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bevfn.distributed import Train
 from bevfn.layers import batch_norm, conv
 
 
@@ -43,7 +44,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     return params, state
 
 
-def apply(params: dict, state: dict, features: list[Tensor], *, train: bool) -> tuple[list[Tensor], dict]:
+def apply(params: dict, state: dict, features: list[Tensor], *, train: Train) -> tuple[list[Tensor], dict]:
     """features [M C_l H_l W_l], fine to coarse -> ([M C_out H_l W_l] of every level but the coarsest, new state)."""
     new = {name: list(entries) for name, entries in state.items()}
     coarser, outputs = features[-1], []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bevfn.distributed import Train
 from bevfn.layers import conv_norm
 
 
@@ -30,7 +31,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     return {"blocks": [params for params, _ in made]}, {"blocks": [state for _, state in made]}
 
 
-def apply(params: dict, state: dict, maps: list[Tensor], *, config: Config, train: bool) -> tuple[Tensor, dict]:
+def apply(params: dict, state: dict, maps: list[Tensor], *, config: Config, train: Train) -> tuple[Tensor, dict]:
     """maps [B C_s X_s Y_s] per stage -> ([B sum(channels) X Y], new state)."""
     raised, states = [], []
     for block, old, x, stride in zip(params["blocks"], state["blocks"], maps, config.strides):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bevfn import geometry
 from bevfn.data.batch import Batch
+from bevfn.distributed import Train
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.layers import batch_norm, conv
 
@@ -86,7 +87,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 
 
 def apply(
-    params: dict, state: dict, feature: Tensor, batch: Batch, *, config: Config, train: bool
+    params: dict, state: dict, feature: Tensor, batch: Batch, *, config: Config, train: Train
 ) -> tuple[dict[str, Tensor], dict]:
     """feature [B*N C H W] of the batch's cameras -> (outputs, new state), float32.
 
@@ -145,7 +146,7 @@ def _fields(batch: Batch, *names: str) -> dict[str, Tensor]:
     return fields
 
 
-def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: bool) -> Tensor:
+def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: Train) -> Tensor:
     """x through the convolutions of a part; its new statistics go into `new`. Layers without a norm come last."""
     statistics = []
     for place, (layer, stride) in enumerate(zip(params[part], _STRIDES[part])):

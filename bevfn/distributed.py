@@ -1,0 +1,203 @@
+"""Data parallelism: processes that run the same step on other samples, and what they sum.
+
+    replicas = distributed.start("cuda")        # None in a single process; launched by torchrun otherwise
+    step = train.make_step(loss_fn, optimizer, precision=policy, replicas=replicas)
+    distributed.stop()
+
+`Replicas` is a plain value; its methods are functional collectives (`_c10d_functional`), so they are nodes of the step's
+one graph, and torchair converts them to HCCL operators. Below it are helpers for the host, on the CPU.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+import torch.distributed
+from torch import Tensor
+
+from bevfn import tree
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+# Collectives wait for the slowest process: a cold compilation, or rank 0 scoring nuScenes val (20 minutes).
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The processes of a data-parallel run as one of them sees it.
+
+    The methods run on all replicas or on none, in the same order, and give every replica the same bits. No gradient
+    flows through them: an `autograd.Function` that needs one calls them in its backward (see `layers/batch_norm.py`).
+    """
+
+    group: str
+    """the process group's name"""
+    rank: int
+    """0 <= rank < count; rank 0 writes files"""
+    count: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over the replicas, any shape and float or integer dtype."""
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_reduce(x.detach().contiguous(), "sum", self.group))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """x averaged over the replicas."""
+        return self.sum(x) / self.count
+
+    def stack(self, x: Tensor) -> Tensor:
+        """[count ...]: x of every replica, in rank order."""
+        ops = torch.ops._c10d_functional
+        flat = ops.all_gather_into_tensor(x.detach().reshape(-1).contiguous(), self.count, self.group)
+        return ops.wait_tensor(flat).view(self.count, *x.shape)
+
+
+Train = bool | Replicas
+"""`train` of a layer: False running statistics, True those of this process' batch, Replicas those of all batches."""
+
+
+# -------------------------------------------------------------------------------------------------- start and stop
+
+
+def start(device: str) -> Replicas | None:
+    """Joins the run that torchrun launched; None without torchrun or with a single process.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. "cuda" and "npu" mean one device per process: the
+    LOCAL_RANK-th becomes this process' current one, so that the rest of the program can go on saying "cuda". Data moves
+    by gloo, NCCL or HCCL, what is on the CPU by gloo; the processes of a run trust each other and their network.
+
+    Raises ValueError if the variables are incomplete or contradict each other, or if there is no such device.
+    """
+    world = _environment()
+    if world is None or world["WORLD_SIZE"] == 1:
+        return None
+    kind, _, index = device.partition(":")
+    if kind not in BACKENDS:
+        raise ValueError(f"device {device!r} has no collectives here; choose one of {', '.join(BACKENDS)}")
+    if index:
+        raise ValueError(f"device {device!r} is one device for {world['WORLD_SIZE']} processes; give {kind!r}")
+    if kind != "cpu":
+        _take_device(kind, world["LOCAL_RANK"])
+    backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
+    torch.distributed.init_process_group(
+        backend, rank=world["RANK"], world_size=world["WORLD_SIZE"], timeout=TIMEOUT
+    )  # fmt: skip
+    everyone = torch.distributed.group.WORLD
+    assert everyone is not None
+    return Replicas(everyone.group_name, world["RANK"], world["WORLD_SIZE"])
+
+
+def stop() -> None:
+    """Leaves the run; does nothing in a single process. Call it in a `finally`, or the others wait for the timeout."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _environment() -> dict[str, int] | None:
+    """torchrun's numbers, or None where nothing launched this process as one of many."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if os.environ.get(name)]
+    if not set(given) & set(names[:3]):  # clusters set MASTER_ADDR for their own reasons
+        return None
+    if missing := [name for name in names if name not in given]:
+        raise ValueError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; launch with torchrun, or unset "
+            f"{', '.join(given)} to run one process"
+        )
+    numbers = {}
+    for name in (*names[:3], "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise ValueError(f"{name}={os.environ[name]!r} is not a whole number; launch with torchrun")
+        numbers[name] = int(os.environ[name])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or numbers["WORLD_SIZE"])
+    for name, limit_name, limit in (
+        ("RANK", "WORLD_SIZE", numbers["WORLD_SIZE"]), ("LOCAL_RANK", "the processes of this node,", here),
+    ):  # fmt: skip
+        if numbers[name] >= limit:
+            raise ValueError(f"{name}={numbers[name]} must be below {limit_name} {limit}; launch with torchrun")
+    if here > numbers["WORLD_SIZE"]:
+        raise ValueError(f"LOCAL_WORLD_SIZE={here} is above WORLD_SIZE={numbers['WORLD_SIZE']}; launch with torchrun")
+    return numbers
+
+
+def _take_device(kind: str, index: int) -> None:
+    if kind == "npu":
+        import torch_npu  # noqa: F401  (registers torch.npu and HCCL)
+    module = torch.get_device_module(kind)
+    found = module.device_count() if module.is_available() else 0
+    if index >= found:
+        remedy = f"start at most {found} processes per node" if found else "use --device cpu"
+        raise ValueError(f"process {index} of this node needs device {kind}:{index}, but there are {found}; {remedy}")
+    module.set_device(index)
+
+
+# ------------------------------------------------------------------------------------------------------ on the host
+
+
+def agree(flag: bool, replicas: Replicas | None) -> bool:
+    """Whether `flag` is true on any replica: how all of them notice one's signal, stop request or damaged file.
+
+    A few hundred microseconds; every replica must call it at the same place, such as the end of a step.
+    """
+    return flag if replicas is None else int(replicas.sum(torch.tensor(int(flag)))) > 0
+
+
+def gather(value: Any, replicas: Replicas | None) -> list[Any]:
+    """`value` of every replica, in rank order, on every replica; what JSON can say, and it comes back as JSON does.
+
+    No pickle, so nothing received can run; NaN and infinity pass. Raises TypeError for other objects.
+    """
+    return [json.loads(part) for part in _exchange(json.dumps(value).encode(), replicas)]
+
+
+def gather_arrays(arrays: Mapping[str, np.ndarray], replicas: Replicas | None) -> dict[str, np.ndarray]:
+    """The union of all replicas' named arrays, on every replica; any number, shape and numeric dtype per replica.
+
+    A name that several replicas hold appears once, with the lowest rank's array: samples that a loader repeated to fill
+    the last batch drop out if arrays are named by sample token. Ordered by rank, then as the replica had them.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    order = json.dumps(list(contiguous))  # safetensors sorts by its own rules
+    union: dict[str, np.ndarray] = {}
+    for part in _exchange(safetensors.numpy.save(contiguous, {"order": order}), replicas):
+        found = safetensors.numpy.load(part)
+        header = json.loads(part[8 : 8 + int.from_bytes(part[:8], "little")])
+        for name in json.loads(header["__metadata__"]["order"]):
+            union.setdefault(name, found[name])
+    return union
+
+
+def difference(values: Any, replicas: Replicas | None) -> str | None:
+    """The first dotted path of the pytree whose bytes are not the same on all replicas, and where; None if all agree.
+
+    For the start of a run: another file of pretrained weights on one node would train on in silence.
+    """
+    digests = {path: _digest(leaf) for path, leaf in tree.flatten(values).items()}
+    parts = gather(digests, replicas)
+    for rank, theirs in enumerate(parts):
+        for path in [*parts[0], *theirs]:
+            if parts[0].get(path) != theirs.get(path):
+                return f"{path} of rank {rank} is not rank 0's"
+    return None
+
+
+def _digest(leaf: Tensor) -> str:
+    content = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(f"{leaf.dtype} {list(leaf.shape)}".encode() + content.tobytes()).hexdigest()
+
+
+def _exchange(payload: bytes, replicas: Replicas | None) -> list[bytes]:
+    """Every replica's bytes, of any length, in rank order."""
+    if replicas is None:
+        return [payload]
+    lengths = replicas.stack(torch.tensor(len(payload))).tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    return [bytes(row[:n].numpy()) for row, n in zip(replicas.stack(padded), lengths)]
