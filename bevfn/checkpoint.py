@@ -1,29 +1,63 @@
-"""Training checkpoints: a folder of one safetensors file and one JSON file that appears complete or not at all."""
+"""Training checkpoints: a folder of one safetensors file and one JSON file that appears complete or not at all.
 
+    runs/x/checkpoints/step_00000060/train_state.safetensors, meta.json
+    runs/x/checkpoints/best.json                                which of them scored best
+
+A folder is written under a hidden name, fsynced and renamed, and every other change is a rename too: whatever kills the
+process at whatever moment, each visible folder is a whole checkpoint. What a disk breaks later a CRC finds on reading.
+"""
+
+import errno
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bevfn import tree
 from bevfn.files import write_atomically
 
-TENSORS, META = "train_state.safetensors", "meta.json"
+TENSORS, META, BEST = "train_state.safetensors", "meta.json", "best.json"
+OVERHEAD = 2**20  # bytes on disk besides the tensors' own: names, JSON, the file system's blocks
+CHUNK = 2**22  # bytes
+UNREADABLE = -1  # serial of a checkpoint whose meta.json is damaged
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes one safetensors file atomically."""
-    write_atomically(path, save({k: _own(v.detach().cpu()) for k, v in tensors.items()}, metadata))
+    """Writes one safetensors file atomically, from the tensors' own memory where they are on the CPU.
+
+    Raises OSError of one sentence, and leaves `path` as it was, if the disk has no room or fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_tensors(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(path, tensors, error) from None
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors 0.8 makes files that only their owner can read
+        save_file({k: _own(v.detach().cpu()) for k, v in tensors.items()}, temporary, metadata)
+        temporary.chmod(mode)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _own(tensor: Tensor) -> Tensor:
-    # safetensors refuses views of one storage, which parameters are after a step that was not donated its state.
+    # safetensors refuses tensors that overlap. Views appear where a step was not donated its state.
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -38,56 +72,204 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy it again") from None
 
 
+# ---------------------------------------------------------------------------------------------------- train states
+
+
 def save_step(folder: Path, train_state: Any, meta: dict, *, keep: int = 3) -> None:
-    """Writes `train_state` and `meta` as `folder`, such as runs/x/checkpoints/step_00000060, which is there complete or
-    not at all (temporary name, fsync, rename), and deletes all but the `keep` last written beside it (0: none)."""
-    folder = Path(folder)
-    made = folder.with_name(f".{folder.name}.{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    made.mkdir(parents=True)
+    """Writes `train_state` and `meta` as `folder`, such as runs/x/checkpoints/step_00000060, then deletes all but the
+    best and the `keep` last written beside it (0: none).
+
+    Raises OSError of one sentence that names the folder and the bytes it takes if they do not fit; nothing is left of
+    it then, and the earlier checkpoints are as they were. One process may write there at a time (see run_folder).
+    """
+    folder, leaves = Path(folder), tree.flatten(train_state)
+    made, beside = _hidden(folder, "new"), folder.with_name(f"{folder.name}+")
     try:
-        save_tensors(made / TENSORS, tree.flatten(train_state))
-        write_atomically(made / META, json.dumps({"torch": torch.__version__, **meta}, indent=1).encode())
+        _remove(made)  # of a killed process with this one's id
+        made.mkdir(parents=True)
+        _check_room(folder.parent, leaves)
+        _write_tensors(made / TENSORS, leaves)
+        record = {"torch": torch.__version__, **meta, "checkpoint": _seal(made, folder.parent)}
+        write_atomically(made / META, json.dumps(record, indent=1).encode())
         _sync(made)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(made, folder)
+        if folder.exists():  # no rename replaces a full folder, so the new one is first shown beside it
+            _remove(beside)
+            os.replace(made, beside)
+            _remove(folder)
+            os.replace(beside, folder)
+        else:
+            os.replace(made, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(folder, leaves, error) from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-    # By time, not by name: a run that starts again writes smaller step numbers beside larger ones of the run before.
-    written = sorted(folder.parent.glob(f"{folder.name.partition('_')[0]}_*"), key=lambda f: f.stat().st_mtime_ns)
-    for old in written[:-keep] if keep else []:
-        shutil.rmtree(old)
+    if keep:
+        kept = {folder, best(folder.parent)}
+        for old in steps(folder.parent)[:-keep]:
+            if old not in kept:
+                _remove(old)
 
 
 def load_step(folder: Path, like: Any) -> tuple[Any, dict]:
     """(train state with the structure, dtypes and devices of `like`, meta), bit for bit what was saved.
 
-    Raises ValueError naming the folder and the first leaf that is missing, superfluous or of another shape or dtype.
+    Raises ValueError naming the folder and what is wrong: damaged, or the first leaf that is missing, superfluous or of
+    another shape or dtype.
     """
     folder = Path(folder)
-    if not (folder / META).is_file():
-        raise ValueError(
-            f"{folder} is not a training checkpoint: it has no {META}; give a folder such as step_00000060"
-        )
+    meta = _read_meta(folder)
+    _check_tensors(folder, meta)
     stored, ours = load_tensors(folder / TENSORS), tree.flatten(like)
     differences = tree.diff(stored, ours)
     if differences:
         raise ValueError(
             f"{folder} does not fit this run: {differences[0]} (and {len(differences) - 1} more differences)"
         )
+    # Copies: what safetensors returns is mapped from the file, which would stay on the disk after it is pruned.
+    return tree.unflatten({k: v.to(ours[k].device, copy=True) for k, v in stored.items()}, like), meta
+
+
+def steps(checkpoints: Path) -> list[Path]:
+    """The checkpoints of a run, step_*, in the order in which they were written; damaged ones first.
+
+    The order is a number in meta.json, not the time or the name: clocks go wrong, copies lose times, and a run that
+    starts again writes smaller step numbers beside larger ones of the run before.
+    """
+    return sorted((f for f in Path(checkpoints).glob("step_*") if f.is_dir()), key=lambda f: (_serial(f), f.name))
+
+
+def latest(checkpoints: Path, say: Callable[[str], Any] = print) -> Path | None:
+    """The last written checkpoint that is whole; None if there is none. `say` gets a sentence per damaged one."""
+    # Those that do not say when they were written come first, since they may have been the last.
+    for folder in sorted(reversed(steps(checkpoints)), key=lambda f: _serial(f) > UNREADABLE):
+        try:
+            _check_tensors(folder, _read_meta(folder))
+            return folder
+        except (ValueError, OSError) as error:
+            say(f"skipped a checkpoint: {error}")
+    return None
+
+
+def keep_best(checkpoints: Path, name: str, value: float) -> bool:
+    """Notes that checkpoint `name` scored `value`; if that is more than any before it (True), pruning spares it.
+
+    Raises ValueError if there is no such checkpoint: save before evaluating.
+    """
+    if not (Path(checkpoints) / name / META).is_file():
+        raise ValueError(
+            f"{checkpoints} has no checkpoint {name} that could be the best; save it before its evaluation."
+        )
+    before = _read_best(checkpoints)
+    if before is not None and not value > before["value"]:
+        return False
+    write_atomically(Path(checkpoints) / BEST, json.dumps({"name": name, "value": value}).encode())
+    return True
+
+
+def best(checkpoints: Path) -> Path | None:
+    """The checkpoint that scored best, None if none was scored or it is gone."""
+    found = _read_best(checkpoints)
+    return None if found is None else Path(checkpoints) / found["name"]
+
+
+def sweep(checkpoints: Path) -> None:
+    """Deletes what killed writes left behind. Only for the process that holds the run folder's lock."""
+    for pattern in (".step_*", f".{BEST}.*"):
+        for leftover in Path(checkpoints).glob(pattern):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+# ----------------------------------------------------------------------------------------------------- small parts
+
+
+def _seal(made: Path, checkpoints: Path) -> dict[str, int]:
+    """What `latest` orders by and checks: one more than any checkpoint there, size and CRC of the tensors."""
+    size, crc = _crc(made / TENSORS)
+    return {"serial": 1 + max(map(_serial, steps(checkpoints)), default=0), "bytes": size, "crc32": crc}
+
+
+def _serial(folder: Path) -> int:
     try:
-        meta = json.loads((folder / META).read_text())
-    except ValueError as error:
+        return int(_read_meta(folder).get("checkpoint", {}).get("serial", 0))
+    except (ValueError, AttributeError, TypeError):
+        return UNREADABLE
+
+
+def _read_meta(folder: Path) -> dict:
+    if not (folder / META).is_file():
+        raise ValueError(
+            f"{folder} is not a training checkpoint: it has no {META}; give a folder such as step_00000060"
+        )
+    try:
+        return dict(json.loads((folder / META).read_text()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / META} is damaged ({error}); use an older checkpoint") from None
-    return tree.unflatten({k: v.to(ours[k].device) for k, v in stored.items()}, like), meta
 
 
-def _sync(folder: Path) -> None:
-    """Makes the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _check_tensors(folder: Path, meta: dict) -> None:
+    path, seal = folder / TENSORS, meta.get("checkpoint")
+    if not path.is_file():
+        raise ValueError(f"{folder} is incomplete: it has no {TENSORS}; use an older checkpoint")
+    if seal is not None and _crc(path) != (seal.get("bytes"), seal.get("crc32")):
+        raise ValueError(f"{path} is damaged: its size or CRC is not what {META} says; use an older checkpoint")
+
+
+def _crc(path: Path) -> tuple[int, int]:
+    """(bytes, CRC-32); 2.4 GB/s, which the checkpoint's disk is not."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
+
+
+def _read_best(checkpoints: Path) -> dict | None:
+    path = Path(checkpoints) / BEST
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return found if (Path(checkpoints) / found["name"]).is_dir() else None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged; delete it, and the next evaluation writes it again") from None
+
+
+def _check_room(folder: Path, leaves: dict[str, Tensor]) -> None:
+    if shutil.disk_usage(folder).free < _size(leaves) + OVERHEAD:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _not_written(path: Path, leaves: dict[str, Tensor], error: Exception) -> OSError:
+    why = getattr(error, "strerror", None) or str(error).removeprefix("Error while serializing: I/O error: ")
+    there = path.parent if path.parent.is_dir() else path.anchor
+    return OSError(
+        f"{path} could not be written ({why}): it takes {_size(leaves)} bytes and {shutil.disk_usage(there).free} are "
+        "free; make room there or choose another folder (what was there before is intact)"
+    )
+
+
+def _size(leaves: dict[str, Tensor]) -> int:
+    return sum(leaf.nbytes for leaf in leaves.values())
+
+
+def _hidden(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}.{what}")
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a folder that may be there; first out of sight, so that no half of it is ever visible."""
+    if folder.exists():
+        hidden = folder if folder.name.startswith(".") else _hidden(folder, "old")
+        if hidden != folder:
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.replace(folder, hidden)
+        shutil.rmtree(hidden)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's content, or a folder's renames, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

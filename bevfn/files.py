@@ -1,6 +1,7 @@
 """Writing files so that a reader never finds half of one."""
 
 import os
+import socket
 from pathlib import Path
 
 
@@ -8,7 +9,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes `data` beside `path`, then renames; creates missing folders. On any error `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # nodes share file systems
     try:
         with open(temporary, "wb") as file:
             file.write(data)

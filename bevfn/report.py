@@ -29,6 +29,7 @@ WARNINGS = {
     "overflow/boxes": "annotated boxes did not fit and were dropped; raise capacities.boxes",
     "overflow/voxels": "voxels did not fit and were dropped; raise the model's voxel capacity of that level",
     "bad/": "items of the data are broken and were dropped; check the files",
+    "bad/samples": "samples are damaged and others took their place; check the files that are named",
     "bad/points": "points are NaN or infinite and were dropped; check the point files",
     "empty/": "samples have nothing to learn from; check the range and the data",
     "empty/points": "samples have no point in range; check the point files and point_cloud_range",
@@ -44,8 +45,8 @@ class Reporter:
         reporter.log(1, {"loss": 3.2, "overflow/points": 0}, seconds=0.8)
 
     In a terminal one live line shows step, step time, remaining time and losses; otherwise a plain line every `every`
-    steps, and the first and the last. A run folder that already has metrics is continued: of a step that comes twice,
-    the later line counts.
+    steps, and the first and the last. A run folder that already has metrics is continued: what it has of the steps that
+    come again counts no longer, nor what it has behind them (`read_metrics`, and TensorBoard with `start_step`).
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class Reporter:
         run_dir: Path,
         total_steps: int,
         *,
+        start_step: int = 0,
         every: int = 10,
         shown: tuple[str, ...] = ("loss", "lr", "grad_norm"),
         console: Console | None = None,
     ) -> None:
         """`shown`: metrics whose name contains one of these appear in the terminal (besides counters that are not 0).
+        `start_step`: steps done when a resumed run goes on.
 
         Raises ValueError if total_steps or every is below 1, or if run_dir is a file.
         """
@@ -69,6 +72,7 @@ class Reporter:
                 f"{self.run_dir} is a file, so no run folder can be made there; choose another run folder."
             )
         self.total_steps = total_steps
+        self.start_step = start_step
         self.every = every
         self.shown = shown
         self.console = console or Console()
@@ -83,9 +87,12 @@ class Reporter:
 
         self.run_dir.mkdir(parents=True, exist_ok=True)
         _drop_half_line(self.run_dir / METRICS_FILE)
+        board = self.run_dir / "tensorboard"
+        # TensorBoard drops the steps from there on that a killed run had already written.
+        purge = self.start_step + 1 if board.exists() else None
         with contextlib.ExitStack() as stack:
             self._jsonl = stack.enter_context(open(self.run_dir / METRICS_FILE, "a"))
-            self._board = stack.enter_context(SummaryWriter(str(self.run_dir / "tensorboard")))
+            self._board = stack.enter_context(SummaryWriter(str(board), purge_step=purge))
             self._progress = None
             if self.console.is_terminal:
                 self._progress = Progress(
@@ -171,14 +178,19 @@ def _drop_half_line(path: Path) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The steps of a run folder in order, of a step that comes twice the later one; every value a float.
+    """The steps of a run folder in order; every value a float.
 
-    A last line that a killed run did not finish is left out.
+    Where a resumed run begins again at a step, its lines replace those that the run before had written from that step
+    on. A last line that a killed run did not finish is left out.
     """
     text = (Path(run_dir) / METRICS_FILE).read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    records = [{name: float(value) for name, value in json.loads(line).items()} for line in lines]
-    return [record for _, record in sorted({record["step"]: record for record in records}.items())]
+    records: list[dict[str, float]] = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        record = {name: float(value) for name, value in json.loads(line).items()}
+        while records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
+    return records
 
 
 def peak_memory() -> dict[str, int]:

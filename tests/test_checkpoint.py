@@ -1,7 +1,15 @@
-"""Checkpoints: bit for bit there and back, complete or absent, and errors that name file and tensor."""
+"""Checkpoints: bit for bit there and back, complete or absent whatever happens, and errors that name file and tensor."""
 
+import itertools
 import os
 import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import small_net
@@ -60,8 +68,10 @@ def test_only_the_last_written_checkpoints_are_kept_whatever_their_number(tmp_pa
     (tmp_path / "other").mkdir()
     for number in (5, 6, 7, 1):  # a run that began again
         checkpoint.save_step(tmp_path / f"step_{number}", ts, {}, keep=2)
-        os.utime(tmp_path / f"step_{number}", ns=(number, number + 10**9 * (10 if number == 1 else 1)))
+        os.utime(tmp_path / f"step_{number}", ns=(0, 10**18 - number))  # copies and clocks do not matter
     assert sorted(f.name for f in tmp_path.iterdir()) == ["other", "step_1", "step_7"]
+    assert [f.name for f in checkpoint.steps(tmp_path)] == ["step_7", "step_1"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_1"
 
 
 def test_a_checkpoint_is_replaced_whole_and_leaves_nothing_behind(tmp_path):
@@ -121,3 +131,290 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path):
     torch.save({"a": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"x\.safetensors is damaged or not a safetensors file"):
         checkpoint.load_tensors(path)
+
+
+# ------------------------------------------------------------------------------------------------ latest and best
+
+
+def numbered(step: int, size: int = 1000) -> dict:
+    """A state that says which step it is, everywhere."""
+    return {"params": {"a": torch.full((size,), float(step)), "b": torch.tensor(step)}}
+
+
+def save(folder: Path, step: int, *, keep: int = 3, size: int = 1000) -> Path:
+    made = folder / f"step_{step:08d}"
+    checkpoint.save_step(made, numbered(step, size), {"step": step}, keep=keep)
+    return made
+
+
+def read(folder: Path, size: int = 1000) -> int:
+    """The step of a checkpoint that is exactly what was written."""
+    state, meta = checkpoint.load_step(folder, numbered(0, size))
+    assert same_bits(state, numbered(meta["step"], size))
+    return meta["step"]
+
+
+def damage(path: Path) -> None:
+    """Flips one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(f.name for f in folder.iterdir())
+
+
+def test_latest_skips_what_is_damaged_or_incomplete_with_a_sentence_each(tmp_path):
+    folders = [save(tmp_path, step, keep=0) for step in range(1, 6)]
+    damage(folders[4] / checkpoint.TENSORS)
+    (folders[3] / checkpoint.TENSORS).unlink()
+    with open(folders[2] / checkpoint.TENSORS, "r+b") as file:
+        file.truncate(100)
+    (folders[1] / checkpoint.META).write_text("{")
+    (tmp_path / "step_00000009").mkdir()
+    (tmp_path / ".step_00000010.77.new").mkdir()
+    said = []
+    found = checkpoint.latest(tmp_path, said.append)
+    assert found is not None and read(found) == 1
+    named = ("5/train_state.safetensors is damaged", "4 is incomplete", "3/train_state.safetensors is damaged",
+             "step_00000009 is not a training checkpoint", "2/meta.json is damaged")  # fmt: skip
+    assert len(said) == 5 and all(any(part in sentence for sentence in said) for part in named)
+    with pytest.raises(ValueError, match=r"its size or CRC is not what meta\.json says; use an older checkpoint"):
+        checkpoint.load_step(folders[4], numbered(0))
+
+
+def test_there_is_no_latest_where_nothing_was_saved(tmp_path):
+    assert checkpoint.latest(tmp_path) is None and checkpoint.latest(tmp_path / "nowhere") is None
+    assert checkpoint.best(tmp_path / "nowhere") is None
+
+
+def test_a_damaged_checkpoint_makes_room_before_a_whole_one(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    (tmp_path / "step_00000003" / checkpoint.META).unlink()
+    save(tmp_path, 4, keep=3)
+    assert names(tmp_path) == ["step_00000001", "step_00000002", "step_00000004"]
+
+
+def test_the_best_is_spared_until_another_is_better(tmp_path):
+    for step, score in enumerate([0.1, 0.5, 0.3, 0.4, 0.45], start=1):
+        made = save(tmp_path, step, keep=2)
+        assert checkpoint.keep_best(tmp_path, made.name, score) == (step <= 2)
+    assert checkpoint.best(tmp_path) == tmp_path / "step_00000002"
+    assert names(tmp_path) == ["best.json", "step_00000002", "step_00000004", "step_00000005"]
+    assert read(tmp_path / "step_00000002") == 2
+    save(tmp_path, 6, keep=2)
+    assert checkpoint.keep_best(tmp_path, "step_00000006", 0.6)
+    save(tmp_path, 7, keep=2)
+    assert names(tmp_path) == ["best.json", "step_00000006", "step_00000007"]
+
+
+def test_a_score_of_nan_is_never_the_best_of_something(tmp_path):
+    for step, score in ((1, 0.2), (2, float("nan"))):
+        save(tmp_path, step)
+        checkpoint.keep_best(tmp_path, f"step_{step:08d}", score)
+    assert checkpoint.best(tmp_path) == tmp_path / "step_00000001"
+
+
+def test_the_best_must_be_there(tmp_path):
+    with pytest.raises(
+        ValueError, match="has no checkpoint step_7 that could be the best; save it before its evaluation"
+    ):
+        checkpoint.keep_best(tmp_path, "step_7", 0.5)
+    (tmp_path / checkpoint.BEST).write_text("{")
+    with pytest.raises(ValueError, match=r"best\.json is damaged; delete it"):
+        checkpoint.best(tmp_path)
+
+
+def test_sweeping_deletes_leftovers_only(tmp_path):
+    save(tmp_path, 1)
+    checkpoint.keep_best(tmp_path, "step_00000001", 0.5)
+    (tmp_path / ".step_00000002.4711.new").mkdir()
+    (tmp_path / ".step_00000002.4711.new" / checkpoint.TENSORS).write_bytes(b"half")
+    (tmp_path / ".best.json.4711").write_bytes(b"{")
+    (tmp_path / ".gitignore").write_text("*")
+    checkpoint.sweep(tmp_path)
+    assert names(tmp_path) == [".gitignore", "best.json", "step_00000001"]
+
+
+def test_a_checkpoint_that_was_loaded_is_not_tied_to_its_file(tmp_path):
+    state, _ = checkpoint.load_step(save(tmp_path, 5), numbered(0))
+    with open(tmp_path / "step_00000005" / checkpoint.TENSORS, "r+b") as file:
+        file.truncate(0)  # were it mapped, the process would now die of SIGBUS
+    assert same_bits(state, numbered(5))
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o022)
+    try:
+        made = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert [(made / name).stat().st_mode & 0o777 for name in (checkpoint.TENSORS, checkpoint.META)] == [0o644, 0o644]
+
+
+# ------------------------------------------------------------------------------------------------- kills and disks
+
+
+def child(run: Callable[[], None]) -> int:
+    """A forked process that runs `run` and exits with 0, or 1 after an exception."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            run()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at(event: int, run: Callable[[], None]) -> bool:
+    """Runs `run` in a process that is killed at its `event`-th change of the file system; whether it came to that."""
+    changes = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open", "os.chmod", "os.utime")
+    seen = itertools.count(1)
+
+    def hook(name: str, arguments: tuple) -> None:
+        if name in changes and next(seen) == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hooked() -> None:
+        sys.addaudithook(hook)
+        run()
+
+    code = exit_code(child(hooked))
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+@pytest.mark.parametrize("before, step", [((), 1), ((1, 2), 3), ((1, 2), 2)])
+def test_a_kill_between_any_two_changes_leaves_a_whole_checkpoint(tmp_path, monkeypatch, before, step):
+    """Writing the first, one more with pruning, and one in place of another of the same step."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # the kernel survives
+    for event in itertools.count(1):
+        folder = tmp_path / str(event)
+        for number in before:
+            checkpoint.save_step(folder / f"step_{number:08d}", numbered(number), {"step": number, "run": 1}, keep=2)
+        new = folder / f"step_{step:08d}"
+        killed = killed_at(event, lambda: checkpoint.save_step(new, numbered(step), {"step": step, "run": 2}, keep=2))  # noqa: B023
+        said: list[str] = []
+        found = checkpoint.latest(folder, said.append)
+        assert said == []  # nothing visible is half
+        written = [read(f) for f in checkpoint.steps(folder)]
+        assert set(written) <= {*before, step} and (found is not None or not before)
+        if found is not None:
+            assert read(found) in (max(before, default=step), step)
+        checkpoint.sweep(folder)
+        assert all(not name.startswith(".") for name in (names(folder) if folder.exists() else ()))
+        last = save(folder, step + 1, keep=2)  # and the run goes on
+        assert checkpoint.latest(folder) == last
+        if not killed:
+            break
+    assert event > 10
+
+
+def kill_at_random(folder: Path, times: int) -> None:
+    """Processes that save one step after the other, each killed at a random moment, the next goes on."""
+    generator, size = random.Random(0), 500_000  # 2 MB
+
+    def train() -> None:
+        checkpoint.sweep(folder)
+        latest = checkpoint.latest(folder)
+        for step in itertools.count(1 + (read(latest, size) if latest else 0)):
+            save(folder, step, keep=2, size=size)
+
+    reached = 0
+    for _ in range(times):
+        pid = child(train)
+        time.sleep(generator.uniform(0.02, 0.3))
+        os.kill(pid, signal.SIGKILL)
+        assert exit_code(pid) == -signal.SIGKILL
+        said: list[str] = []
+        found = checkpoint.latest(folder, said.append)
+        if found is not None:
+            step = read(found, size)
+            assert step >= reached and said == []
+            reached = step
+    assert reached > times
+
+
+def test_whenever_a_run_is_killed_its_latest_checkpoint_is_whole(tmp_path):
+    kill_at_random(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_whenever_a_run_is_killed_its_latest_checkpoint_is_whole_20_times(tmp_path):
+    kill_at_random(tmp_path, 20)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_full_disk_is_named_and_leaves_the_checkpoints_before(small_disk, monkeypatch, announced):
+    """Known beforehand from the free space, or found out in the middle of writing."""
+    if not announced:
+        monkeypatch.setattr(checkpoint, "_check_room", lambda folder, leaves: None)
+    size = 500_000  # 2 MB
+    with pytest.raises(OSError) as error:
+        for step in range(1, 9):
+            save(small_disk, step, keep=0, size=size)
+    message, whole = str(error.value), len(names(small_disk))
+    assert message.startswith(f"{small_disk}/step_{whole + 1:08d} could not be written (No space left on device")
+    assert "it takes 2000008 bytes and " in message and "\n" not in message
+    assert names(small_disk) == [f"step_{step:08d}" for step in range(1, whole + 1)]  # no litter
+    found = checkpoint.latest(small_disk)
+    assert found is not None and read(found, size) == whole
+
+
+def test_a_file_size_limit_is_named_and_leaves_the_checkpoints_before(tmp_path):
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            save(tmp_path, 2, size=100_000)
+        except OSError as error:
+            assert "step_00000002 could not be written (" in str(error) and "File too large" in str(error)
+        else:
+            raise AssertionError("no limit")
+
+    save(tmp_path, 1)
+    assert exit_code(child(limited)) == 0
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_read_only_place_is_named():
+    with pytest.raises(OSError, match=r"^/proc/run/step_1 could not be written"):
+        checkpoint.save_step(Path("/proc/run/step_1"), numbered(1), {})
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from bevfn import checkpoint
+state = {"a": torch.ones(2**25), "b": torch.ones(2**25)}  # 256 MB
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+checkpoint.save_step(Path(sys.argv[1]) / "step_0", {"a": torch.ones(10)}, {})
+before = peak()
+checkpoint.save_step(Path(sys.argv[1]) / "step_1", state, {})
+print(peak() - before)
+"""
+
+
+def test_saving_takes_no_second_copy_of_the_state(tmp_path):
+    printed = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(printed.stdout) < 64  # MB, of 256

@@ -67,6 +67,7 @@ def test_values_that_are_not_finite_stay_valid_json_and_warn_once(tmp_path):
             "overflow/voxels_l2",
             "7 voxels did not fit and were dropped; raise the model's voxel capacity of that level.",
         ),
+        ("bad/samples", "7 samples are damaged and others took their place; check the files that are named."),
         ("bad/points", "7 points are NaN or infinite and were dropped; check the point files."),
         ("empty/points", "7 samples have no point in range; check the point files and point_cloud_range."),
         ("overflow/other", "7 did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss."),
@@ -101,6 +102,25 @@ def test_a_continued_run_appends_and_drops_the_half_line_of_a_killed_one(tmp_pat
     records = read_metrics(tmp_path)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert all(record["loss"] == 100.0 for record in records)
+
+
+def logged(folder, steps, loss: float, start_step: int = 0) -> None:
+    with Reporter(folder, 20, start_step=start_step, console=Console(file=io.StringIO())) as reporter:
+        for step in steps:
+            reporter.log(step, {"loss": loss}, seconds=0.5)
+
+
+def test_what_a_killed_run_logged_behind_its_last_checkpoint_no_longer_counts(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged(tmp_path, range(1, 13), loss=1.0)  # killed after step 12, its last checkpoint at 8
+    logged(tmp_path, range(9, 11), loss=2.0, start_step=8)  # killed again
+    expected = [(step, 1.0) for step in range(1, 9)] + [(9, 2.0), (10, 2.0)]
+    assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path)] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+    logged(tmp_path, range(9, 12), loss=3.0, start_step=8)
+    assert [record["loss"] for record in read_metrics(tmp_path)][8:] == [3.0] * 3
 
 
 def test_an_error_in_the_loop_is_passed_on_and_keeps_what_was_logged(tmp_path):

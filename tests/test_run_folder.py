@@ -1,0 +1,243 @@
+"""A run folder: one process at a time, one config, and where to go on; stopping on a signal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from bevfn import checkpoint, report, run_folder, signals
+
+CONFIG = {"epochs": 20, "optimizer": {"lr": 1e-3, "betas": (0.9, 0.99)}, "root": Path("/data"), "workers": 4}
+
+
+def state(step: int) -> dict:
+    return {"params": torch.full((10,), float(step))}
+
+
+def run_to(folder: Path, step: int, config: dict = CONFIG) -> None:
+    """A run that was killed after a checkpoint at `step`."""
+    with run_folder.open(folder, config):
+        (folder / report.METRICS_FILE).write_text(json.dumps({"step": step}) + "\n")
+        checkpoint.save_step(folder / "checkpoints" / f"step_{step:08d}", state(step), {"step": step})
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------ begin and resume
+
+
+def test_a_new_run_writes_its_config_and_has_nothing_to_go_on_from(tmp_path):
+    with run_folder.open(tmp_path / "a" / "b", CONFIG) as latest:
+        assert latest is None
+        written = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert written == {"epochs": 20, "optimizer": {"lr": 1e-3, "betas": [0.9, 0.99]}, "root": "/data", "workers": 4}
+
+
+def test_a_resumed_run_goes_on_from_the_latest_whole_checkpoint(tmp_path):
+    run_to(tmp_path, 10)
+    checkpoint.save_step(tmp_path / "checkpoints" / "step_00000020", state(20), {"step": 20})
+    (tmp_path / "checkpoints" / ".step_00000030.123.new").mkdir()
+    with run_folder.open(tmp_path, CONFIG, resume=True) as latest:
+        assert latest == tmp_path / "checkpoints" / "step_00000020"
+        assert not list((tmp_path / "checkpoints").glob(".*"))  # swept
+    (latest / checkpoint.TENSORS).write_bytes(b"")
+    said = []
+    with run_folder.open(tmp_path, CONFIG, resume=True, say=said.append) as latest:
+        assert latest == tmp_path / "checkpoints" / "step_00000010"
+    assert len(said) == 1 and "step_00000020/train_state.safetensors is damaged" in said[0]
+
+
+def test_resume_begins_where_there_is_nothing_to_go_on_from(tmp_path):
+    with run_folder.open(tmp_path, CONFIG, resume=True) as latest:
+        assert latest is None
+    (tmp_path / report.METRICS_FILE).write_text('{"step": 1}\n')  # killed before its first checkpoint
+    said = []
+    with run_folder.open(tmp_path, CONFIG, resume=True, say=said.append) as latest:
+        assert latest is None
+    assert said == [f"{tmp_path} has no whole checkpoint yet: the run begins from its start"]
+
+
+def test_a_folder_with_a_run_is_refused_unless_resumed_and_left_alone(tmp_path):
+    run_to(tmp_path, 10)
+    before = snapshot(tmp_path)
+    with (
+        pytest.raises(
+            ValueError, match=r"already holds a run; add --resume to go on with it, or choose another folder"
+        ),
+        run_folder.open(tmp_path, {**CONFIG, "epochs": 1}),
+    ):
+        pass
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_block_the_folder(tmp_path):
+    with pytest.raises(KeyError), run_folder.open(tmp_path, CONFIG):
+        raise KeyError("no data")
+    with run_folder.open(tmp_path, {**CONFIG, "epochs": 1}):
+        assert json.loads((tmp_path / "config.json").read_text())["epochs"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+
+
+def test_another_config_is_refused_with_every_difference_named(tmp_path):
+    run_to(tmp_path, 10)
+    before = snapshot(tmp_path)
+    changed = {"epochs": 24, "optimizer": {"lr": 2e-3, "betas": [0.9, 0.99], "clip": 35}, "workers": 8}
+    with (
+        pytest.raises(ValueError) as error,
+        run_folder.open(tmp_path, changed, resume=True, free=frozenset({"workers"})),
+    ):
+        pass
+    assert str(error.value).startswith(
+        f'{tmp_path} was begun with another config (epochs: 20 -> 24; optimizer.lr: 0.001 -> 0.002; root: "/data" -> '
+        "(none); optimizer.clip: (none) -> 35); give the old values"
+    )
+    assert "--force" in str(error.value) and snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("free", ["workers", "optimizer.lr", "optimizer"])
+def test_free_fields_may_change(tmp_path, free):
+    run_to(tmp_path, 10)
+    changed = (
+        {**CONFIG, "workers": 8} if free == "workers" else {**CONFIG, "optimizer": {"lr": 5, "betas": (0.9, 0.99)}}
+    )
+    with run_folder.open(tmp_path, changed, resume=True, free=frozenset({free})) as latest:
+        assert latest is not None
+    assert sorted(f.name for f in tmp_path.glob("config*")) == ["config.json"]
+
+
+def test_force_goes_on_with_another_config_and_keeps_the_old_ones(tmp_path):
+    run_to(tmp_path, 10)
+    for epochs in (24, 30):
+        with run_folder.open(tmp_path, {**CONFIG, "epochs": epochs}, resume=True, force=True) as latest:
+            assert latest is not None
+    names = ("config.1.json", "config.2.json", "config.json")
+    assert [json.loads((tmp_path / name).read_text())["epochs"] for name in names] == [20, 24, 30]
+
+
+def test_values_that_are_equal_after_json_are_no_difference(tmp_path):
+    run_to(tmp_path, 10)
+    same = json.loads(json.dumps(CONFIG, default=str))
+    with run_folder.open(tmp_path, same, resume=True) as latest:
+        assert latest is not None
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    run_to(tmp_path, 10)
+    (tmp_path / "config.json").write_text('{"epochs": ')
+    with pytest.raises(ValueError, match=r"config\.json is damaged"), run_folder.open(tmp_path, CONFIG, resume=True):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------- who may write
+
+HOLD = """
+import os, sys
+from pathlib import Path
+from bevfn import run_folder
+with run_folder.open(Path(sys.argv[1]), {}):
+    if len(sys.argv) > 2 and os.fork() == 0:   # as a data loader's worker
+        import time; time.sleep(float(sys.argv[2])); os._exit(0)
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder: Path, *arguments: str) -> subprocess.Popen:
+    """A process with a run in `folder`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_told_by_whom(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
+    process = hold(tmp_path)
+    try:
+        expected = f"is in use by another run \\(process {process.pid} on .+\\); wait for it"
+        with pytest.raises(ValueError, match=expected), run_folder.open(tmp_path, {}):
+            pass
+    finally:
+        process.communicate("")
+    with run_folder.open(tmp_path, {}):
+        pass
+
+
+def test_the_lock_of_a_killed_run_is_free_as_soon_as_its_workers_are_gone(tmp_path):
+    process = hold(tmp_path, "0.7")
+    process.kill()
+    process.wait()
+    with run_folder.open(tmp_path, {}):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = r"The run folder .* cannot be written \(.+\); choose another one with --run-dir"
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=message), run_folder.open(folder, {}):
+            pass
+
+
+def test_a_read_only_folder_is_named(tmp_path):
+    run_to(tmp_path / "run", 10)
+    if os.geteuid() == 0:  # root may write anywhere but on a read-only mount
+        mount = ["mount", "--bind", "-o", "ro", str(tmp_path / "run"), str(tmp_path / "run")]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting is not permitted here")
+    else:
+        (tmp_path / "run").chmod(0o555)
+    try:
+        refused = pytest.raises(ValueError, match="run cannot be written")
+        with refused, run_folder.open(tmp_path / "run", CONFIG, resume=True):
+            pass
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", str(tmp_path / "run")], check=True)
+        else:
+            (tmp_path / "run").chmod(0o755)
+
+
+# --------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_only_asks_to_stop(number, capfd):
+    before = signal.getsignal(number)
+    with signals.on_terminate() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # again: still saving
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_a_second_ctrl_c_aborts():
+    with pytest.raises(KeyboardInterrupt), signals.on_terminate():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_the_main_thread_nothing_is_requested_and_nothing_fails():
+    seen = []
+
+    def run():
+        with signals.on_terminate() as stop:
+            seen.append(stop.requested)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [False]
