@@ -1,90 +1,154 @@
-"""The recipe from the command line's config to its files, on a generated frame."""
+"""The recipes of experiments/: published numbers, consistent models, what they read, and one key frame end to end."""
 
+import dataclasses
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import small_world
 import torch
 
-from bevfn import checkpoint, report, tree
-from bevfn.experiments import bevfusion as experiment
+from bevfn import checkpoint, report, run, tree, upstream
+from bevfn.data import paste, synthetic
+from bevfn.data.pipeline import CLASS_NAMES
+from bevfn.experiments import bevfusion, bevfusion_lidar
+
+EXPERIMENTS = {"lidar-camera": bevfusion, "camera": bevfusion, "lidar": bevfusion_lidar}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    config = experiment.Config(
-        modality="lidar", scale="mini", backend="eager", steps=2, run_dir=tmp_path_factory.mktemp("run") / "demo"
-    )
-    return config, experiment.main(config)
+def root(tmp_path_factory):
+    return small_world.index().root
 
 
-def test_a_run_leaves_metrics_checkpoint_picture_and_summary(run):
-    config, summary = run
+def small(modality: str, root: Path, **changes):
+    """The published recipe on the small world."""
+    config = replace(EXPERIMENTS[modality].DEFAULTS["nuscenes"], data_root=root, modality=modality)
+    return replace(config, **{**({"paste": False} if modality == "lidar" else {}), **changes})
+
+
+@pytest.mark.parametrize("modality", EXPERIMENTS)
+@pytest.mark.parametrize("scale", ["published", "mini"])
+def test_every_modality_and_scale_reads_what_its_model_takes(modality, scale, root):
+    task = EXPERIMENTS[modality].task(small(modality, root, scale=scale))
+    reading = task.data.reading(0)
+    assert reading.cameras == (modality != "lidar") and reading.sweeps == 9 and reading.random
+    assert not task.data.eval_reading.random
+    if reading.cameras:
+        assert reading.image_size == ((256, 704) if scale == "published" else (64, 192))
+        assert reading.resize * 256 / reading.image_size[0] == pytest.approx(0.48)
+    assert len(task.data.items) > len(task.data.training)  # class-balanced
+
+
+def optimizer(modality, root, total, **changes):
+    config = small(modality, root, **changes)
+    plan = run.Plan(steps_per_epoch=total, total_steps=total, batch=config.recipe_batch)
+    return EXPERIMENTS[modality].optimizer(config, plan)
+
+
+def test_the_optimizers_are_the_published_ones(root):
+    lidar, fusion = optimizer("lidar", root, 20_000), optimizer("lidar-camera", root, 6_000)
+    at = [float(lidar.lr.at(torch.tensor(s))) for s in (0, 8_000, 19_999)]
+    assert at[0] == pytest.approx(1e-4) and at[1] == pytest.approx(1e-3, rel=1e-4) and at[2] == pytest.approx(1e-8, rel=0.1)
+    at = [float(fusion.lr.at(torch.tensor(s))) for s in (0, 600, 5_999)]
+    assert at[0] == pytest.approx(2e-4 / 3, rel=1e-3) and at[2] == pytest.approx(2e-8, rel=0.01)
+    assert at[1] == pytest.approx(2e-4 * (1 + np.cos(np.pi * 0.1)) / 2, rel=1e-3)
+    for made, turn in ((lidar, 8_000), (fusion, 2_400)):
+        assert float(made.beta1.at(torch.tensor(turn))) == pytest.approx(0.85 / 0.95, rel=1e-3)
+        assert (made.weight_decay, made.clip_norm, made.groups) == (0.01, 35.0, ())
+
+
+def test_published_numbers_of_the_recipes():
+    fusion, lidar = bevfusion.DEFAULTS["nuscenes"], bevfusion_lidar.DEFAULTS["nuscenes"]
+    assert (fusion.epochs, lidar.epochs) == (6, 20) and (fusion.eval_every, lidar.eval_every) == (1, 5)
+    assert all(c.batch_size == 4 and c.recipe_batch == 32 and c.scale == "published" for c in (fusion, lidar))
+    assert lidar.paste and lidar.paste_off == 5 and fusion.ema is None and not fusion.sync_statistics
+
+
+def test_multipliers_and_frozen_parts_become_optimizer_groups(root):
+    made = optimizer("lidar-camera", root, 10, image_backbone_lr=0.1, frozen=("lidar.*",))
+    assert [(g.pattern, g.lr, g.frozen) for g in made.groups] == [
+        ("lidar.*", 1.0, True), ("camera.backbone.*", 0.1, False),
+    ]  # fmt: skip
+
+
+def test_pasting_ends_with_the_last_epochs_and_needs_its_database(root):
+    config = small("lidar", root, paste=True)
+    with pytest.raises(ValueError, match="bevfn data prepare"):
+        bevfusion_lidar.task(config)
+    from bevfn.data import source
+
+    index = bevfusion_lidar.task(replace(config, paste=False)).data.training
+    paste.build(index, source.database_folder(index), class_names=CLASS_NAMES, progress=False)
+    data = bevfusion_lidar.task(config).data
+    assert data.database is not None
+    assert [data.reading(epoch).paste is not None for epoch in (0, 14, 15, 19)] == [True, True, False, False]
+
+
+# ----------------------------------------------------------------------------------------------------- one key frame
+
+
+@pytest.fixture(scope="module")
+def frame_run(tmp_path_factory):
+    folder = synthetic.write_frame(tmp_path_factory.mktemp("frame"))
+    config = replace(
+        bevfusion_lidar.DEFAULTS["frame"], scale="mini", backend="eager", steps=2, data_root=folder,
+        run_dir=tmp_path_factory.mktemp("run") / "demo",
+    )  # fmt: skip
+    return config, run.main(bevfusion_lidar.task, config)
+
+
+def test_a_frames_run_leaves_metrics_checkpoint_picture_and_summary(frame_run):
+    config, summary = frame_run
     names = {path.name for path in config.run_dir.iterdir()}
-    assert names >= {"metrics.jsonl", "tensorboard", "checkpoints", "detections.png", "summary.json"}
+    assert names >= {"metrics.jsonl", "tensorboard", "checkpoints", "evaluations", "summary.json", "config.json"}
     assert json.loads((config.run_dir / "summary.json").read_text()) == summary
     steps = report.read_metrics(config.run_dir)
     assert [step["step"] for step in steps] == [1, 2]
     assert steps[0]["loss/total"] == pytest.approx(summary["first_loss"], rel=1e-6)
     assert {"overflow/points", "overflow/voxels_l0", "grad_norm", "lr"} <= steps[0].keys()
+    assert summary["scores_before"].keys() >= {"recall"} and summary["scores"].keys() >= {"recall"}
+    assert list((config.run_dir / "evaluations" / "step_00000002").glob("*.png"))
 
 
-def test_the_checkpoint_of_a_run_loads_into_a_fresh_train_state(run):
-    config, _ = run
-    model = experiment.model_config(config)
-    fresh, _ = experiment.build(config, model)
-    loaded, meta = checkpoint.load_step(config.run_dir / "checkpoints" / "step_00000002", fresh)
-    assert meta["step"] == 2 and int(loaded.step) == 2
-    assert not torch.equal(loaded.params["head"]["shared"]["weight"], fresh.params["head"]["shared"]["weight"])
-
-
-@pytest.mark.parametrize("modality", ["lidar-camera", "lidar", "camera"])
-@pytest.mark.parametrize("scale", ["published", "mini"])
-def test_every_modality_and_scale_has_a_consistent_model(modality, scale):
-    model = experiment.model_config(experiment.Config(modality=modality, scale=scale))
-    assert (model.camera is None) == (modality == "lidar") and (model.lidar is None) == (modality == "camera")
-
-
-def test_the_recipes_run_through_their_published_schedules():
-    lidar = experiment.recipe(experiment.Config(modality="lidar", steps=100, lr=None))
-    fusion = experiment.recipe(experiment.Config(steps=1000, lr=None))
-    at = [float(lidar.lr.at(torch.tensor(s))) for s in (0, 40, 99)]
-    assert at[0] == pytest.approx(1e-4) and at[1] == pytest.approx(1e-3, rel=0.01) and at[2] < 2e-6
-    assert float(fusion.lr.at(torch.tensor(0))) == pytest.approx(2e-4 / 3, rel=1e-3)
-    assert float(lidar.beta1.at(torch.tensor(40))) == pytest.approx(0.85 / 0.95, rel=1e-3)
-
-
-def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="--data-root"):
-        experiment.Config(data="frame")
-    with pytest.raises(ValueError, match="--steps 0"):
-        experiment.Config(steps=0)
-    with pytest.raises(ValueError, match="torchair"):
-        experiment.step_of(experiment.Config(scale="mini", modality="lidar", backend="torchair"))
-
-
-def test_a_run_starts_from_another_runs_checkpoint(run):
-    config, _ = run
-    again = experiment.Config(
-        modality="lidar", scale="mini", seed=1, pretrained=(config.run_dir / "checkpoints" / "step_00000002",)
-    )
-    params, state = experiment.initial(again, experiment.model_config(again))
-    stored = checkpoint.load_tensors(config.run_dir / "checkpoints" / "step_00000002" / checkpoint.TENSORS)
+def test_a_run_starts_from_another_runs_checkpoint(frame_run):
+    config, _ = frame_run
+    folder = config.run_dir / "checkpoints" / "step_00000002"
+    again = replace(config, seed=1, pretrained=(folder,))
+    task = bevfusion_lidar.task(again)
+    params, state = run.initial(run.Run(task, again, run.plan(again, task.data.items)))
+    stored = checkpoint.load_tensors(folder / checkpoint.TENSORS)
     flat = {f"params.{k}": v for k, v in tree.flatten(params).items()}
     flat |= {f"state.{k}": v for k, v in tree.flatten(state).items()}
     assert all(torch.equal(leaf, stored[name]) for name, leaf in flat.items())
 
 
-def test_a_lidar_only_detector_starts_a_lidar_camera_model(tmp_path):
-    from bevfn import upstream
-
-    lidar_config = experiment.Config(modality="lidar")
-    params, state = experiment.initial(lidar_config, experiment.model_config(lidar_config))
+def test_a_lidar_only_detector_starts_a_lidar_camera_model(root, tmp_path):
+    made = bevfusion_lidar.task(small("lidar", root))
+    params, state = made.init()
     params["head"]["shared"]["bias"].fill_(0.5)
     exported = upstream.export_state(params, state, "bevfusion-lidar", {})
     path = tmp_path / "lidar.safetensors"
-    again = upstream.import_state(exported, "bevfusion-lidar")
-    upstream.write_imported(path, *again, source="test")
-    config = experiment.Config(pretrained=(path,))
-    merged, _ = experiment.initial(config, experiment.model_config(config))
-    assert (merged["head"]["shared"]["bias"] == 0.5).all()
-    assert "camera" in merged
+    upstream.write_imported(path, *upstream.import_state(exported, "bevfusion-lidar"), source="test")
+    config = small("lidar-camera", root, pretrained=(path,))
+    task = bevfusion.task(config)
+    merged, _ = run.initial(run.Run(task, config, run.plan(config, task.data.items)))
+    assert (merged["head"]["shared"]["bias"] == 0.5).all() and "camera" in merged
+
+
+def test_a_later_backend_is_refused_before_anything_is_read(frame_run):
+    config, _ = frame_run
+    task = bevfusion_lidar.task(config)
+    with pytest.raises(ValueError, match="torchair"):
+        run.build(run.Run(task, replace(config, backend="torchair"), run.plan(config, task.data.items)))
+
+
+def test_every_flag_has_a_help_text():
+    for module in {bevfusion, bevfusion_lidar}:
+        import tyro
+
+        helped = tyro.extras.get_parser(module.Config).format_help()
+        for field in dataclasses.fields(module.Config):
+            assert f"--{field.name.replace('_', '-')}" in helped or f"--no-{field.name.replace('_', '-')}" in helped

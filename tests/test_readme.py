@@ -27,12 +27,13 @@ def test_links_and_paths_of_a_page_exist(page):
 
 
 def test_commands_of_the_readme_are_known_to_the_parsers():
-    from bevfn.cli import CHECKPOINT, COMMANDS
+    from bevfn.cli import COMMANDS, GROUPS
 
     text = (ROOT / "README.md").read_text()
-    words = set(re.findall(r"bevfn (parity|checkpoint|bench|eval|graph)", text))
+    words = set(re.findall(r"^(?:\$ )?bevfn (\w+)", text, flags=re.MULTILINE))
     assert words and words <= COMMANDS.keys()
-    assert set(re.findall(r"bevfn checkpoint (\w+)", text)) <= CHECKPOINT.keys()
+    for group, (_, commands) in GROUPS.items():
+        assert set(re.findall(rf"bevfn {group} (\w+)", text)) <= commands.keys()
     targets = set(re.findall(r"^make (\w+)", text, flags=re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     assert targets and all(f"\n{target}:" in makefile for target in targets)

@@ -1,19 +1,24 @@
 """Forward pass and train step of the full-size detectors: eager against compiled, as a share of the machine's peak."""
 
+import functools
 import gc
 import multiprocessing
 import resource
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from bevfn import compile as compilation
 from bevfn import host
+from bevfn import run as running
 from bevfn.bench import machine
+from bevfn.data import synthetic
 
 # Seconds of the published modules with plain-torch ops on 2 mostly idle cores (issue SLICE, section H): forward in
 # evaluation mode, and forward + backward in training mode.
@@ -78,13 +83,7 @@ def _variant(setting: Setting, what: str, backend: str) -> dict:
     """Seconds, peak memory and (eager only: a compiler hides its operators from the counter) FLOPs of one variant."""
     torch.set_num_threads(setting.threads)
     host.keep_freed_memory()
-    from bevfn.experiments import bevfusion as experiment
-
-    config = experiment.Config(
-        modality=setting.modality, precision=setting.precision, backend=backend, device=setting.device,
-        data_root=setting.frame, batch_size=setting.batch_size,
-    )  # fmt: skip
-    run = experiment.forward_of(config) if what == "forward" else experiment.step_of(config)
+    run = _prepared(setting, what, backend)
     cuda = setting.device.startswith("cuda")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setting.precision]
     figures = {"gemm_gflops": machine.gemm_gflops(device=setting.device, dtype=dtype, size=8192 if cuda else 2048)}
@@ -103,6 +102,38 @@ def _variant(setting: Setting, what: str, backend: str) -> dict:
     return figures
 
 
+def _prepared(setting: Setting, what: str, backend: str) -> Callable[[], object]:
+    """One call is one forward pass with decoding, or one train step, on a key frame."""
+    from bevfn.experiments import bevfusion, bevfusion_lidar
+
+    experiment = bevfusion_lidar if setting.modality == "lidar" else bevfusion
+    with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
+        root = setting.frame if setting.frame is not None else synthetic.write_frame(Path(folder))
+        config = replace(
+            experiment.DEFAULTS["frame"], modality=setting.modality, precision=setting.precision, backend=backend,
+            device=setting.device, data_root=root, batch_size=setting.batch_size,
+        )  # fmt: skip
+        task = experiment.task(config)
+        run = running.Run(task, config, running.plan(config, task.data.items))
+        batch = running.example(run)
+    train_state, step = running.build(run)
+    if what == "train":
+
+        def train_step() -> object:
+            nonlocal train_state
+            train_state, metrics = step(train_state, [batch])
+            return metrics
+
+        return train_step
+    predict = compilation.function(task.predict, backend=backend)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return predict(train_state.params, train_state.state, batch)
+
+    return forward
+
+
 def count_gflop(run: Callable[[], object]) -> float:
     """GFLOP of matrix products, convolutions and our sparse convolution (real neighbour pairs only)."""
     _register_formulas()
@@ -111,11 +142,9 @@ def count_gflop(run: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e9
 
 
+@functools.cache
 def _register_formulas() -> None:
     """FLOPs of the sparse operators; registered once per process."""
-    if getattr(_register_formulas, "done", False):
-        return
-    _register_formulas.done = True  # type: ignore[attr-defined]
 
     def forward(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, *_: Any, **__: Any) -> int:
         return 2 * int((table >= 0).sum()) * weight.shape[1] * weight.shape[2]

@@ -1,0 +1,158 @@
+"""How fast one core reads training samples at the published size, and where its time goes.
+
+A real key frame (or a generated one) stands for the data set: six 1600 x 900 JPEGs, and its point file read ten times
+as key frame and nine of ten sweeps. Its files come from memory, so a disk's share is not in the figures. Times of one
+core are CPU time of one process with one thread, which a busy machine does not stretch; the loader's rate is wall time.
+    bevfn bench data --frame ../shared/nuscenes_frame
+"""
+
+import cProfile
+import dataclasses
+import os
+import pstats
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bevfn.data import augment, image, infos, loader, paste, pipeline, points, sampling, sweeps, synthetic
+from bevfn.data.batch import Sample, collate
+from bevfn.data.index import Index, Sweep
+
+TARGET = 4.1  # samples/s per device: BEVFusion LiDAR-camera, FP16, on 8 NPUs as published (32.8 samples/s)
+WORKERS = 8
+SWEEPS = 10  # in the frame's info, of which 9 are drawn
+
+
+def data(*, frame: Path | None = None, samples: int = 30) -> dict:
+    """Figures of both published training pipelines; prints a table of each.
+
+    frame: folder with frame.json, six images and a point file; None: a generated frame.
+    Returns per pipeline: samples_per_second (one core, loading and collating), milliseconds per sample in all and by
+    part, points per sample; samples_per_second_of_workers (WORKERS times that) and whether it is feeds_target; and what
+    the loader itself reaches with as many workers as this machine has cores, up to WORKERS.
+    """
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {
+        "frame": str(frame or "generated"),
+        "workers": WORKERS,
+        "target_samples_per_second": TARGET,
+    }
+    with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:
+        index = _with_sweeps(infos.read((frame or synthetic.write_frame(Path(folder) / "frame")) / "frame.json"))
+        database = paste.build(index, Path(folder) / "paste", class_names=pipeline.CLASS_NAMES, progress=False)
+        configs = {"lidar-camera": pipeline.bevfusion_lidar_camera_train(), "lidar": pipeline.bevfusion_lidar_train()}
+        for name, config in configs.items():
+            figures[name] = _measure(index, config, database, samples)
+            _print(name, figures[name])
+    return figures
+
+
+def _with_sweeps(index: Index) -> Index:
+    frame = index[0]
+    earlier = [Sweep(frame.lidar_path, _backwards(0.3 * k), 0.05 * k) for k in range(1, SWEEPS + 1)]
+    return dataclasses.replace(index, frames=(dataclasses.replace(frame, sweeps=tuple(earlier)),))
+
+
+def _backwards(metres: float) -> np.ndarray:
+    result = np.eye(4)
+    result[1, 3] = -metres
+    return result
+
+
+def _load(
+    index: Index, config: pipeline.Config, database: paste.Database, place: int, rng: np.random.Generator
+) -> Sample:
+    return pipeline.load(index[place], index.root, config, rng, database=database)
+
+
+def _measure(index: Index, config: pipeline.Config, database: paste.Database, samples: int) -> dict:
+    load = partial(_load, index, config, database)
+    made = load(0, sampling.generator(0, 0, 0))  # warm
+    started = time.process_time()
+    for position in range(samples):
+        collate([load(0, sampling.generator(0, 0, position))], capacities=config.capacities)
+    seconds = (time.process_time() - started) / samples
+    profile = cProfile.Profile(time.process_time)
+    for position in range(samples):
+        profile.runcall(load, 0, sampling.generator(0, 0, position))
+        profile.runcall(collate, [made], capacities=config.capacities)
+    parts = {part: 1e3 * spent / samples for part, spent in _parts(pstats.Stats(profile)).items()}
+    return {
+        "samples_per_second": 1 / seconds,
+        "milliseconds": 1e3 * seconds,
+        "points": len(made.points),
+        "parts_milliseconds": parts,
+        "samples_per_second_of_workers": WORKERS / seconds,
+        "feeds_target": WORKERS / seconds >= TARGET,
+        **_through_loader(load, config, min(WORKERS, os.cpu_count() or 1), samples),
+    }
+
+
+def _through_loader(load: Callable, config: pipeline.Config, workers: int, samples: int) -> dict[str, float]:
+    """Wall-clock rate of `loader.batches` that nobody keeps waiting, and the CPU time a sample costs in all processes."""
+    settings = loader.Config(batch_size=1, workers=workers)
+    skipped = 2 * workers * settings.prefetch  # what was read ahead while the workers started
+    order = np.zeros(workers * samples + skipped, dtype=np.int64)
+    used, started = _cpu_seconds(), time.perf_counter()
+    for step, _ in enumerate(loader.batches(load, order, settings, seed=0, epoch=0, capacities=config.capacities)):
+        if step == skipped - 1:
+            started = time.perf_counter()
+    return {
+        "loader_workers": workers,
+        "loader_samples_per_second": (len(order) - skipped) / (time.perf_counter() - started),
+        "loader_cpu_milliseconds": 1e3 * (_cpu_seconds() - used) / len(order),
+    }
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _parts(stats: Any) -> dict[str, float]:
+    """Seconds of the named parts, none counted twice; "filter, shuffle, rest" is what is left of `load`."""
+
+    def spent(*functions: Callable) -> float:
+        total = 0.0
+        for function in functions:
+            code = function.__code__
+            key = (code.co_filename, code.co_firstlineno, code.co_name)
+            total += stats.stats[key][3] if key in stats.stats else 0.0  # cumulative
+        return total
+
+    resize = spent(Image.Image.resize)
+    reading = spent(points.read)
+    parts = {
+        "decode JPEG": spent(image.read),
+        "resize": resize,
+        "crop, flip, rotate": spent(image.transform) - resize,
+        "read points": reading,
+        "move sweeps": spent(sweeps.aggregate) - reading,
+        "paste": spent(paste.sample, paste.insert),
+        "augment points, boxes": spent(augment.draw_matrix, augment.move_points, augment.move_boxes),
+    }
+    parts["filter, shuffle, rest"] = spent(pipeline.load) - sum(parts.values())
+    parts["collate"] = spent(collate)
+    return parts
+
+
+def _print(name: str, figures: dict) -> None:
+    print(
+        f"{name}: {figures['samples_per_second']:.1f} samples/s per core ({figures['milliseconds']:.0f} ms, "
+        f"{figures['points']:,d} points); {WORKERS} workers on {WORKERS} cores "
+        f"{figures['samples_per_second_of_workers']:.0f} samples/s, {TARGET} needed: "
+        f"{'enough' if figures['feeds_target'] else 'NOT enough'}; the loader with {figures['loader_workers']} workers "
+        f"here {figures['loader_samples_per_second']:.1f} samples/s of wall time, {figures['loader_cpu_milliseconds']:.0f} "
+        "ms of CPU time each"
+    )
+    for part, milliseconds in figures["parts_milliseconds"].items():
+        print(f"  {part:<24} {milliseconds:7.1f} ms  {100 * milliseconds / figures['milliseconds']:3.0f} %")

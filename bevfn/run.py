@@ -1,0 +1,491 @@
+"""A training run, the same for every experiment: epochs of steps, checkpoints, evaluation, stop and resume.
+
+An experiment says what is trained (`Task`); how long, where and from when are the flags of `Config`. Everything random
+is a function of (seed, epoch, position) or in the train state, so a run is resumed from its step alone.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from bevfn import checkpoint, distributed, host, optim, report, run_folder, signals, train, tree, upstream
+from bevfn import compile as compilation
+from bevfn.data import loader, paste, pipeline, sampling, source
+from bevfn.data.batch import Batch, collate
+from bevfn.data.index import Index
+from bevfn.distributed import Replicas
+from bevfn.evaluation.detect import detect
+from bevfn.evaluation.judge import judge
+from bevfn.files import write_atomically
+from bevfn.precision import Policy
+
+RUNS = Path("runs")
+# What a resumed run may change without changing its numbers.
+FREE = frozenset(
+    {"workers", "resume", "force", "keep", "checkpoint_every", "eval_every", "eval_backend", "on_damaged", "run_dir"}
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags that every experiment has."""
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """fp16 scales the loss dynamically, in the graph"""
+    backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """what compiles the train step"""
+    eval_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """what compiles the forward pass of an evaluation"""
+    device: str = "cpu"
+    """torch device: cpu, cuda, cuda:1; under torchrun each process takes its own"""
+    mode: Literal["full", "performance"] = "full"
+    """full: all epochs, with evaluations; performance: one epoch without, and samples/s after --warm-up steps"""
+    warm_up: int = 20
+    """steps that performance mode does not count"""
+    data_root: Path | None = None
+    """a nuScenes root (the folder with v1.0-trainval/ and samples/) or a folder with one frame.json; none: a synthetic
+    world in runs/world, made when missing"""
+    version: str = "v1.0-trainval"
+    """of the nuScenes root; v1.0-mini trains on mini_train"""
+    epochs: int = 1
+    """passes over the (class-balanced) training set; the schedules run through all of them"""
+    steps: int | None = None
+    """optimizer steps instead of epochs; the schedules run through them"""
+    batch_size: int = 4
+    """samples per device and microbatch"""
+    accumulate: int = 1
+    """microbatches per device whose gradients are averaged into one step"""
+    recipe_batch: int = 32
+    """the global batch that the published learning rate is for"""
+    lr: float | None = None
+    """peak learning rate, taken as it is; none: the recipe's, scaled by --lr-scaling"""
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """how the recipe's learning rate follows the global batch (batch size x devices x accumulate) / recipe batch"""
+    sync_statistics: bool = False
+    """batch norm and loss normalisers over all devices (none of the published recipes does)"""
+    workers: int = 4
+    """processes per device that read samples; 0: none"""
+    on_damaged: Literal["stop", "skip"] = "stop"
+    """a sample that cannot be read ends the run, or is replaced by the next one, named and counted"""
+    pretrained: tuple[Path, ...] = ()
+    """files of `bevfn checkpoint import` or checkpoint folders of a run; later ones fill what earlier ones left"""
+    checkpoint_every: int = 0
+    """steps between checkpoints; 0: one per epoch"""
+    keep: int = 3
+    """checkpoints kept, besides the best"""
+    eval_every: int = 1
+    """epochs between evaluations; 0: only after the last"""
+    eval_first: bool = False
+    """evaluate the untrained model too"""
+    run_dir: Path = Path("runs/run")
+    """config.json, metrics.jsonl, tensorboard/, checkpoints/, evaluations/, report.html"""
+    resume: bool = False
+    """go on from the latest checkpoint in --run-dir"""
+    force: bool = False
+    """resume although the config has changed"""
+    seed: int = 0
+    """of parameters, augmentation, data order and dropout"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "recipe_batch", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"--steps {self.steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    training: Index
+    items: np.ndarray
+    """int64 [n], places in `training`: one epoch before it is shuffled"""
+    reading: Callable[[int], pipeline.Config]
+    """how an epoch (0-based) reads; recipes change it towards the end"""
+    evaluation: Index
+    eval_reading: pipeline.Config
+    database: paste.Database | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps, of how many samples."""
+
+    steps_per_epoch: int
+    total_steps: int
+    batch: int
+    """samples of one optimizer step, over all devices and microbatches"""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an experiment trains; pure functions with their configs bound."""
+
+    title: str
+    data: Data
+    init: Callable[[], tuple[dict, dict]]
+    """-> (params, state) from the seed"""
+    loss: Callable[..., Any]
+    """(params, state, batch, key, train=True | Replicas) -> (loss, (new state, metrics))"""
+    predict: Callable[[dict, dict, Batch], dict[str, torch.Tensor]]
+    """-> "boxes" [B Q 9], "scores" [B Q], "labels" [B Q], "valid" [B Q]"""
+    optimizer: Callable[[Plan], optim.Config]
+    ema: optim.Ema | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task under a config on this process' devices."""
+
+    task: Task
+    config: Config
+    plan: Plan
+    replicas: Replicas | None = None
+
+    @property
+    def leads(self) -> bool:
+        """The process that prints and writes."""
+        return self.replicas is None or self.replicas.rank == 0
+
+    @property
+    def policy(self) -> Policy:
+        return Policy.of(self.config.precision)
+
+
+def plan(config: Config, items: np.ndarray, replicas: Replicas | None = None) -> Plan:
+    """Steps of the run on that many devices."""
+    count = replicas.count if replicas is not None else 1
+    per_epoch = loader.steps_per_epoch(len(items), config.batch_size, count, config.accumulate)
+    epochs = 1 if config.mode == "performance" else config.epochs
+    return Plan(per_epoch, config.steps or epochs * per_epoch, config.batch_size * count * config.accumulate)
+
+
+# -------------------------------------------------------------------------------------------------------- the parts
+
+
+def initial(run: Run) -> tuple[dict, dict]:
+    """Parameters and statistics from the seed, then from the pretrained files, on the device."""
+    params, state = run.task.init()
+    if run.config.pretrained:
+        loaded = {str(path): read_weights(path) for path in run.config.pretrained}
+        params, state, merged = upstream.load_into(params, state, loaded, allow_missing=tuple(params))
+        if run.leads:  # the recipe starts the rest from scratch; the report says what
+            print(merged.text())
+    return tree.to(params, run.config.device), tree.to(state, run.config.device)
+
+
+def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
+    """(params, state) of an imported file, or of a training checkpoint's folder (`ema`: their averages, if it has)."""
+    if not path.is_dir():
+        imported = upstream.read_imported(path)
+        return imported.params, imported.state
+    tensors = checkpoint.load_tensors(path / checkpoint.TENSORS)
+    root = "ema." if ema and any(name.startswith("ema.") for name in tensors) else ""
+    params, state = (
+        upstream.nest({n.removeprefix(root + part): x for n, x in tensors.items() if n.startswith(root + part)})
+        for part in ("params.", "state.")
+    )
+    return params, state
+
+
+def build(run: Run) -> tuple[train.TrainState, Callable]:
+    """(train state, compiled step(train state, microbatches) -> (train state, metrics)), old buffers donated."""
+    config, replicas = run.config, run.replicas
+    optimizer = run.task.optimizer(run.plan)
+    params, state = initial(run)
+    train_state = train.init(params, state, optimizer, precision=run.policy, ema=run.task.ema, seed=config.seed)
+    statistics = replicas if config.sync_statistics and replicas is not None else True
+    step = train.make_accumulated(
+        partial(run.task.loss, train=statistics), optimizer, precision=run.policy, ema=run.task.ema, replicas=replicas,
+        accumulate=config.accumulate, compiled=partial(compilation.step, backend=config.backend),
+    )  # fmt: skip
+    return tree.to(train_state, config.device), step
+
+
+def example(run: Run) -> Batch:
+    """One microbatch of the evaluation split's first key frame, on the device: what a step is measured or lowered with."""
+    data = run.task.data
+    sample = pipeline.load(data.evaluation[0], data.evaluation.root, data.eval_reading, np.random.default_rng(0))
+    batch, _ = collate([sample] * run.config.batch_size, capacities=data.eval_reading.capacities)
+    return batch.to(run.config.device)
+
+
+def microbatches(run: Run, start: int) -> Iterator[tuple[int, list[loader.Loaded]]]:
+    """(steps done after it, this process' microbatches) of every step behind the first `start` ones."""
+    data, config, plan = run.task.data, run.config, run.plan
+    rank, count = (run.replicas.rank, run.replicas.count) if run.replicas is not None else (0, 1)
+    settings = loader.Config(batch_size=config.batch_size, workers=config.workers, on_damaged=config.on_damaged)
+    first, within = divmod(start, plan.steps_per_epoch)
+    for epoch in range(first, plan.epochs):
+        reading = data.reading(epoch)
+        load = partial(source.load, data.training, reading, data.database)
+        stream = loader.batches(
+            load, sampling.order(data.items, config.seed, epoch, shuffle=True), settings, seed=config.seed, epoch=epoch,
+            capacities=reading.capacities, rank=rank, replicas=count, accumulate=config.accumulate, start_step=within,
+        )  # fmt: skip
+        with contextlib.closing(stream):
+            for step in range(epoch * plan.steps_per_epoch + within, (epoch + 1) * plan.steps_per_epoch):
+                if step == plan.total_steps:
+                    return
+                yield step + 1, [next(stream) for _ in range(config.accumulate)]
+        within = 0
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def main(make_task: Callable[[Any], Task], config: Config) -> dict:
+    """Trains, evaluates, reports, on one process or as one of torchrun's; returns the summary that it writes."""
+    host.keep_freed_memory()
+    replicas = distributed.start(config.device)
+    try:
+        if replicas is None or replicas.rank == 0:
+            source.prepare(config.data_root)
+        distributed.gather(None, replicas)  # the others wait for it
+        task = make_task(config)
+        run = Run(task, config, plan(config, task.data.items, replicas), replicas)
+        with contextlib.ExitStack() as stack:
+            latest = stack.enter_context(open_folder(config)) if run.leads else None
+            agreed = distributed.gather(None if latest is None else str(latest), replicas)[0]  # of the one that leads
+            return _train(run, None if agreed is None else Path(agreed))
+    finally:
+        distributed.stop()
+
+
+def _train(run: Run, latest: Path | None) -> dict:
+    """The run from its latest checkpoint, or from the start; its summary."""
+    started, config = time.perf_counter(), run.config
+    train_state, step = build(run)
+    start = 0
+    if latest is not None:
+        train_state, meta = checkpoint.load_step(latest, train_state)
+        start = meta["step"]
+    say(run, describe(run, train_state, start))
+    summary: dict = {}
+    seconds: list[float] = []
+    if start == 0 and config.eval_first:
+        summary["scores_before"] = evaluate(run, train_state, 0)
+    if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
+        summary["scores"] = evaluate(run, train_state, start)
+    with reporting(run, start) as reporter, signals.on_terminate() as stop:
+        began = time.perf_counter()
+        for done, loaded in microbatches(run, start):
+            batches = [item.batch.to(config.device) for item in loaded]
+            train_state, metrics = step(train_state, batches)
+            values = {name: float(value) for name, value in metrics.items()} | counters(
+                loaded
+            )  # the only copy to the host
+            check_finite(run, train_state, values, batches, loaded, done)
+            seconds.append(time.perf_counter() - began)
+            reporter.log(done, values, seconds[-1])
+            summary = {"first_loss": values["loss/total"], **summary, "last_loss": values["loss/total"], "steps": done}
+            stopping = distributed.agree(stop.requested, run.replicas)
+            if stopping or checkpoint_due(run, done):
+                save(run, train_state, done)
+            if stopping:
+                say(run, f"stopped by a signal after step {done}, which is saved; add --resume to go on")
+                return summary
+            if evaluation_due(run, done):
+                summary["scores"] = evaluate(run, train_state, done)
+            began = time.perf_counter()
+    return finish(run, summary, seconds, started)
+
+
+def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dict:
+    """Adds speed, time and memory to the summary, writes it and the report, says where."""
+    counted = seconds[run.config.warm_up :] or seconds[1:] or seconds
+    speed = run.plan.batch * len(counted) / sum(counted) if counted else float("nan")
+    summary |= {
+        "samples_per_second": speed,
+        "minutes": (time.perf_counter() - started) / 60,
+        "peak_memory_gb": {where: size / 2**30 for where, size in report.peak_memory().items()},
+        "config": flags(run.config),
+    }
+    if run.leads:
+        write_atomically(run.config.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    counted_from = (
+        f"after {run.config.warm_up} steps" if len(seconds) > run.config.warm_up else "without the first step"
+    )
+    say(run, f"{speed:.3g} samples/s {counted_from}, {summary['minutes']:.1f} minutes; all in {run.config.run_dir}")
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------------- small parts
+
+
+def open_folder(config: Config) -> contextlib.AbstractContextManager[Path | None]:
+    """The run folder, locked; gives the checkpoint to go on from."""
+    return run_folder.open(config.run_dir, flags(config), resume=config.resume, force=config.force, free=FREE)
+
+
+def flags(config: Config) -> dict:
+    """The config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def say(run: Run, text: str) -> None:
+    """Prints once, not once per process."""
+    if run.leads:
+        print(text, flush=True)
+
+
+def describe(run: Run, train_state: train.TrainState, done: int) -> str:
+    """What is about to be trained, on what, for how long, and where the learning rate comes from."""
+    config, plan, data = run.config, run.plan, run.task.data
+    lr = run.task.optimizer(plan).lr
+    peak = max(lr.start, *(phase.target for phase in lr.phases))
+    scaling = "--lr" if config.lr is not None else f"{config.lr_scaling} scaling from batch {config.recipe_batch}"
+    return (
+        f"{run.task.title}: {tree.num_elements(train_state.params) / 1e6:.1f} M parameters, {config.precision} on "
+        f"{config.device} through {config.backend}\n"
+        f"{data.training.root} ({data.training.split or 'one frame'}): {len(data.items)} samples an epoch, "
+        f"{plan.total_steps} steps of {plan.batch}{f', from step {done} on' if done else ''}; "
+        f"peak learning rate {peak:.4g} ({scaling})"
+    )
+
+
+def scaled_lr(config: Config, plan: Plan, published: float) -> float:
+    """The peak learning rate of a run, see Config.lr_scaling."""
+    if config.lr is not None:
+        return config.lr
+    ratio = plan.batch / config.recipe_batch
+    return published * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[config.lr_scaling]
+
+
+def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
+    """What the loaders of all processes counted in a step, and this one's waiting time; names damaged samples."""
+    counts: dict[str, float] = {}
+    for item in loaded:
+        for problem in item.problems:
+            print(f"warning: skipped a damaged sample: {problem}", flush=True)
+        counts = _sum(counts, item.counts)
+    return functools.reduce(_sum, distributed.gather(counts, run.replicas)) | {
+        "seconds/waited": sum(item.waited for item in loaded)
+    }
+
+
+def _sum(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
+
+
+def check_finite(
+    run: Run, train_state: train.TrainState, values: dict, batches: list[Batch], loaded: list[loader.Loaded], done: int
+) -> None:
+    """Stops a run whose gradients are not finite where no loss scale explains it.
+
+    Raises ValueError naming the step, the samples and the first bad tensor.
+    """
+    if not values["skipped"] or run.config.precision == "fp16":
+        return
+    bad = train.bad_gradient(
+        partial(run.task.loss, train=True), run.task.optimizer(run.plan), train_state, batches, run.replicas
+    )
+    tokens = ", ".join(token for item in loaded for token in item.tokens)
+    raise ValueError(
+        f"step {done}: the gradients are not finite, first {bad or 'in another process'}; samples {tokens}; lower --lr, "
+        "or look at these samples"
+    )
+
+
+def checkpoint_due(run: Run, done: int) -> bool:
+    every = run.config.checkpoint_every or run.plan.steps_per_epoch
+    return run.config.mode == "full" and (done % every == 0 or done == run.plan.total_steps)
+
+
+def save(run: Run, train_state: train.TrainState, done: int) -> None:
+    """A checkpoint; every process has the same state, one writes."""
+    if run.leads:
+        folder = run.config.run_dir / run_folder.CHECKPOINTS / step_name(done)
+        checkpoint.save_step(folder, train_state, {"step": done}, keep=run.config.keep)
+
+
+def evaluation_due(run: Run, done: int) -> bool:
+    config, last = run.config, done == run.plan.total_steps
+    every = config.eval_every * run.plan.steps_per_epoch
+    return config.mode == "full" and (last or (every > 0 and done % every == 0))
+
+
+def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, float]:
+    """Scores of the evaluation split after `done` steps, by name; files in evaluations/step_..."""
+    weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
+    data, config = run.task.data, run.config
+    found = detect(
+        run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading,
+        batch_size=config.batch_size, workers=config.workers, backend=config.eval_backend, device=config.device,
+        replicas=run.replicas,
+    )  # fmt: skip
+    if not run.leads:
+        return {}
+    out = evaluation_folder(run, done)
+    judgement = judge(
+        data.evaluation, found, data.eval_reading, out, run_dir=config.run_dir, title=f"{run.task.title}, step {done}",
+        config=flags(config),
+    )  # fmt: skip
+    say(run, judgement.text)
+    if done:
+        checkpoint.keep_best(config.run_dir / run_folder.CHECKPOINTS, out.name, judgement.value)
+    return judgement.numbers
+
+
+def evaluation_folder(run: Run, done: int) -> Path:
+    """Where the evaluation after `done` steps is written."""
+    return run.config.run_dir / "evaluations" / step_name(done)
+
+
+def step_name(done: int) -> str:
+    """Of checkpoints and evaluations."""
+    return f"step_{done:08d}"
+
+
+def reporting(run: Run, start: int) -> contextlib.AbstractContextManager:
+    """The Reporter of the process that leads, a silent one elsewhere."""
+    if run.leads:
+        return report.Reporter(run.config.run_dir, run.plan.total_steps, start_step=start)
+    return contextlib.nullcontext(_Silent())
+
+
+class _Silent:
+    def log(self, *_: Any) -> None:
+        """Nothing: another process reports."""
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def cli(defaults: dict[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
+    """Parses the command line; a user's mistake ends in one sentence and exit code 2."""
+    try:
+        config = parse(defaults, sys.argv[1:], description)
+        main(make_task, config)
+    except (ValueError, OSError) as error:
+        print(f"bevfn: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(defaults: dict[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
+    """The config of a command line; what is at --data-root decides on the defaults."""
+    root = None
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") == "--data-root":
+            root = Path(value or following)
+    default = defaults[source.kind(root)]
+    return tyro.cli(type(default), default=default, args=arguments, description=description)
