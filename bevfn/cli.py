@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from bevfn.commands import bench, checkpoint, data, parity
+from bevfn.commands import bench, checkpoint, data, evaluate, parity
 
 # Name: (what the group is for, its subcommands).
 GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
@@ -38,6 +38,7 @@ def _group(name: str) -> Callable:
 COMMANDS: dict[str, Callable] = {
     "parity": parity.parity,
     **{name: _group(name) for name in GROUPS},
+    "eval": evaluate.evaluate,
     "bench": bench.bench,
 }
 

@@ -290,9 +290,8 @@ def _train(run: Run, latest: Path | None) -> dict:
         for done, loaded in microbatches(run, start):
             batches = [item.batch.to(config.device) for item in loaded]
             train_state, metrics = step(train_state, batches)
-            values = {name: float(value) for name, value in metrics.items()} | counters(
-                loaded
-            )  # the only copy to the host
+            values = {name: float(value) for name, value in metrics.items()}  # the step's only copy to the host
+            values |= counters(run, loaded)
             check_finite(run, train_state, values, batches, loaded, done)
             seconds.append(time.perf_counter() - began)
             reporter.log(done, values, seconds[-1])

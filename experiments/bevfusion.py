@@ -11,6 +11,7 @@ fp32, 70.11 and 68.01 in fp16. 6 epochs, 8 devices x 4 samples, from the LiDAR-o
 The flags' defaults are the published recipe on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC` below) elsewhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -90,9 +91,9 @@ DEFAULTS: dict[source.Kind, Config] = {
 }
 
 
-def task(config: Config) -> run.Task:
-    """The LiDAR-camera or camera-only task."""
-    return assemble(config, MODELS[config.modality](), pipeline.bevfusion_lidar_camera_train(), optimizer)
+def task(config: Config, splits: source.Splits | None = None) -> run.Task:
+    """The LiDAR-camera or camera-only task; `splits`: (training, evaluation) key frames other than the config's."""
+    return assemble(config, splits, MODELS[config.modality](), pipeline.bevfusion_lidar_camera_train(), optimizer)
 
 
 def optimizer(config: Config, plan: run.Plan) -> optim.Config:
@@ -118,13 +119,15 @@ def adamw(config: Config, plan: run.Plan, lr: optim.Schedule) -> optim.Config:
     )  # fmt: skip
 
 
-def assemble(config: Config, model: bevfusion.Config, training: pipeline.Config, recipe) -> run.Task:
+def assemble(
+    config: Config, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config, recipe: Callable
+) -> run.Task:
     """The task of one modality: `training` is its published pipeline, `recipe(config, plan)` its optimizer."""
     model = sized(config, model)
     policy = Policy.of(config.precision)
     return run.Task(
         title=f"BEVFusion {config.modality}, {config.scale} size",
-        data=data(config, model, training),
+        data=data(config, splits, model, training),
         init=partial(bevfusion.init, model, config.seed),
         loss=partial(bevfusion.loss, config=model, policy=policy),
         predict=partial(bevfusion.predict, config=model, policy=policy),
@@ -149,9 +152,9 @@ def sized(config: Config, model: bevfusion.Config) -> bevfusion.Config:
     return model
 
 
-def data(config: Config, model: bevfusion.Config, training: pipeline.Config) -> run.Data:
+def data(config: Config, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    train_split, eval_split = source.open_splits(config.data_root, config.version)
+    train_split, eval_split = splits or source.open_splits(config.data_root, config.version)
     reading, eval_reading = (
         fitted(config, model, way) for way in (training, pipeline.bevfusion_eval(cameras=model.camera is not None))
     )

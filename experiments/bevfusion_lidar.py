@@ -48,9 +48,9 @@ DEFAULTS: dict[source.Kind, Config] = {
 }
 
 
-def task(config: Config) -> run.Task:
-    """The LiDAR-only task."""
-    made = bevfusion.assemble(config, lidar_only(), pipeline.bevfusion_lidar_train(), optimizer)
+def task(config: Config, splits: source.Splits | None = None) -> run.Task:
+    """The LiDAR-only task; `splits`: (training, evaluation) key frames other than the config's."""
+    made = bevfusion.assemble(config, splits, lidar_only(), pipeline.bevfusion_lidar_train(), optimizer)
     return replace(made, data=with_paste(config, made.data))
 
 

@@ -51,7 +51,11 @@ def optimizer(modality, root, total, **changes):
 def test_the_optimizers_are_the_published_ones(root):
     lidar, fusion = optimizer("lidar", root, 20_000), optimizer("lidar-camera", root, 6_000)
     at = [float(lidar.lr.at(torch.tensor(s))) for s in (0, 8_000, 19_999)]
-    assert at[0] == pytest.approx(1e-4) and at[1] == pytest.approx(1e-3, rel=1e-4) and at[2] == pytest.approx(1e-8, rel=0.1)
+    assert (
+        at[0] == pytest.approx(1e-4)
+        and at[1] == pytest.approx(1e-3, rel=1e-4)
+        and at[2] == pytest.approx(1e-8, rel=0.1)
+    )
     at = [float(fusion.lr.at(torch.tensor(s))) for s in (0, 600, 5_999)]
     assert at[0] == pytest.approx(2e-4 / 3, rel=1e-3) and at[2] == pytest.approx(2e-8, rel=0.01)
     assert at[1] == pytest.approx(2e-4 * (1 + np.cos(np.pi * 0.1)) / 2, rel=1e-3)

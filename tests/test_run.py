@@ -46,9 +46,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def numbers(run_dir: Path) -> list[dict]:
     """Every step's metrics that do not depend on the clock."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith("seconds")} for record in report.read_metrics(run_dir)
-    ]
+    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in report.read_metrics(run_dir)]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -145,7 +143,9 @@ def config(root: Path, run_dir: Path, **changes) -> tiny.Config:
 
 
 def test_gradients_that_are_not_finite_stop_fp32_with_step_samples_and_tensor(root, tmp_path):
-    with pytest.raises(ValueError, match=r"step \d+: the gradients are not finite, first .*; samples [0-9a-f]{32}") as e:
+    with pytest.raises(
+        ValueError, match=r"step \d+: the gradients are not finite, first .*; samples [0-9a-f]{32}"
+    ) as e:
         run.main(tiny.task, config(root, tmp_path / "run", lr=1e30))
     assert any(token in str(e.value) for token in source_tokens(root))
 

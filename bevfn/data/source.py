@@ -10,6 +10,7 @@ from bevfn.data.batch import Sample
 from bevfn.data.index import Index
 
 Kind = Literal["nuscenes", "frame", "synthetic"]
+Splits = tuple[Index, Index]  # training, evaluation
 WORLD = Path("runs/world")
 SCENES, WORLD_IMAGE = 10, (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
 SPLITS = {"v1.0-trainval": ("train", "val"), "v1.0-mini": ("mini_train", "mini_val")}
@@ -29,7 +30,7 @@ def prepare(root: Path | None) -> None:
         synth.write(WORLD, scenes=SCENES, seed=0, image_size=WORLD_IMAGE)
 
 
-def open_splits(root: Path | None, version: str) -> tuple[Index, Index]:
+def open_splits(root: Path | None, version: str) -> Splits:
     """(training, evaluation) key frames. A single frame is both."""
     if kind(root) == "frame":
         assert root is not None

@@ -19,7 +19,7 @@ SUBPIXEL = 4  # fractional bits of the polygons' corners
 
 @dataclass(frozen=True)
 class Texture:
-    """A picture [H,W,3] uint8 of the ground; its lower left corner is at `corner` m (global), `resolution` m a pixel."""
+    """A picture [H,W,3] uint8 of the ground, `resolution` m a pixel; its lower left corner is at `corner` m, global."""
 
     picture: np.ndarray
     corner: np.ndarray
@@ -38,8 +38,8 @@ def render(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(picture [H,W,3] uint8 RGB, visible [objects] pixels, alone [objects] pixels if nothing were in front).
 
-    solids are in the global frame, owners 0..objects-1 are counted; size (H,W); a pixel's centre has integer coordinates.
-    `near` shows the ground up to SWITCH m ahead, `far` beyond.
+    solids are in the global frame, owners 0..objects-1 are counted; size (H,W); a pixel's centre has integer
+    coordinates. `near` shows the ground up to SWITCH m ahead, `far` beyond.
     """
     rotation, translation = camera_from_global[:3, :3], camera_from_global[:3, 3]
     picture = _background(near, far, weather, camera_from_global, intrinsics, size)
@@ -184,7 +184,7 @@ def _polygons(solids: Solids, intrinsics: np.ndarray, size: tuple[int, int]) -> 
 
 
 def _projected(polygon: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
-    """Pixels [m,2] of a convex polygon [n,3] (camera frame), clipped to near plane and picture; None if nothing is left."""
+    """Pixels [m,2] of a convex polygon [n,3] (camera frame), clipped to near plane and picture; None if outside."""
     if (polygon[:, 2] < NEAR).any():
         polygon = _clip(polygon, polygon[:, 2] - NEAR)
         if len(polygon) < 3:
@@ -230,7 +230,7 @@ def _fill(depth: np.ndarray, face: np.ndarray, number: int, polygon: np.ndarray,
 
 
 def _stencil(polygons: list[np.ndarray], size: tuple[int, int]) -> tuple[np.ndarray, slice, slice]:
-    """Mask [h,w] uint8 of convex polygons [n,2] (1/16 pixels) that meet the picture, and the columns and rows it is of."""
+    """Mask [h,w] uint8 of convex polygons [n,2] (1/16 pixels) in the picture, and the columns and rows it is of."""
     every = polygons[0] if len(polygons) == 1 else np.vstack(polygons)
     (u0, v0), (u1, v1) = every.min(axis=0).tolist(), every.max(axis=0).tolist()
     u = slice(max(u0 >> SUBPIXEL, 0), min((u1 >> SUBPIXEL) + 2, size[1]))

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -35,7 +36,7 @@ WIDE = 110.0, 0.3  # the same for the rest
 
 @dataclass(frozen=True)
 class Settings:
-    """What a world depends on, and nothing else does: equal settings, equal bytes (on one machine and its libraries)."""
+    """All that a world depends on: equal settings, equal bytes (on one machine with its libraries)."""
 
     scenes: int
     seed: int
@@ -165,7 +166,7 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
         yield from (_chunk(*job) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # no copy of the caller's threads and memory
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_die_with_parent) as pool:
         futures = [pool.submit(_chunk, *job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -173,6 +174,18 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _die_with_parent() -> None:
+    """Ends this worker when the process that started it is gone, even killed: its folder is given up."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _chunk(root: Path, settings: Settings, number: int, first: int, end: int) -> dict[tuple[int, int], Seen]:

@@ -22,7 +22,7 @@ def rays(azimuths: int) -> np.ndarray:
 
 
 def cast(solids: Solids, directions: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First hits of rays [A,32,3] from the origin: (distance [A,32] m float32, inf where none; solid [A,32], -1 ground).
+    """First hits of rays [A,32,3] from the origin: (distance [A,32] m float32, inf where none; solid [A,32] or -1).
 
     solids are in the lidar frame, those with brightness 0 are paint and not met; plane [4]: the ground there, n·x = d.
     """

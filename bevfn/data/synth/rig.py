@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 CALIBRATED_SIZE = (900, 1600)  # H, W that the focal lengths are for
-# name: heading [deg] counter-clockwise from forward, position in ego [m], focal length [px], exposure after the lidar [s]
+# name: heading [deg] counter-clockwise from forward, position in ego [m], focal length [px], exposure after lidar [s]
 CAMERAS: dict[str, tuple[float, tuple[float, float, float], float, float]] = {
     "CAM_FRONT": (0.0, (1.70, 0.02, 1.51), 1266.0, -0.035),
     "CAM_FRONT_RIGHT": (-56.4, (1.55, -0.49, 1.50), 1261.0, -0.028),

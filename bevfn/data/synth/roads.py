@@ -62,7 +62,7 @@ class Road:
 
 def crossing_roads(rng: np.random.Generator, story: str, duration: float) -> tuple[Road, Road, float]:
     """Main road (the ego vehicle starts at arc length 0 of it), side road, and where they cross."""
-    crossing = float(rng.uniform(42, 58) if story in ("right", "left") else rng.uniform(38, 75))
+    crossing = float(rng.uniform(46, 60) if story in ("right", "left") else rng.uniform(44, 75))
     s = np.arange(-150.0, 170.0 + 13.0 * duration, STEP)
     bend = np.zeros_like(s)
     for low, high in ((-90.0, crossing - 32.0), (crossing + 32.0, crossing + 110.0)):

@@ -1,4 +1,4 @@
-"""What the things of the world look like: solids with a rectangular bottom and a rectangular top, the same for lidar and camera.
+"""What the things of the world look like, to lidar and camera alike: solids with a rectangular bottom and top.
 
 A part is a hexahedron given in fractions of its object's box (x along the length, y along the width, both -0.5..0.5;
 z from 0 to 1), so a class has one shape and every instance its own size. Shapes keep `INSET` metres away from the faces
@@ -239,13 +239,14 @@ def assemble(
     """The solids of one thing in its own frame (origin on the ground below its middle, x forward), size (l,w,h) m."""
     materials, fractions = zip(*SHAPES[shape])
     x0, x1, y0, y1, u0, u1, v0, v1, z0, z1 = np.array(fractions).T  # each S
-    corners = np.stack(
+    # fmt: off
+    corners = np.array(
         [
-            np.stack([x0, y0, z0], -1), np.stack([x1, y0, z0], -1), np.stack([x1, y1, z0], -1), np.stack([x0, y1, z0], -1),
-            np.stack([u0, v0, z1], -1), np.stack([u1, v0, z1], -1), np.stack([u1, v1, z1], -1), np.stack([u0, v1, z1], -1),
-        ],
-        axis=1,
-    )  # fmt: skip
+            [x0, y0, z0], [x1, y0, z0], [x1, y1, z0], [x0, y1, z0],
+            [u0, v0, z1], [u1, v0, z1], [u1, v1, z1], [u0, v1, z1],
+        ]
+    ).transpose(2, 0, 1)  # S 8 3
+    # fmt: on
     corners = corners * (np.asarray(size) - 2 * inset) + [0.0, 0.0, inset]
     own = {"body": body, "second": second, "wall": body}
     colour = np.array([own[m] if m in own else MATERIALS[m][0] for m in materials], dtype=np.float64)

@@ -14,12 +14,13 @@ from bevfn.data.synth.rig import CAMERAS, LIDAR, Rig, quaternion
 from bevfn.data.synth.world import TICK, TICKS_PER_FRAME, World
 
 TABLES = (
-    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene", "sample",
-    "sample_data", "sample_annotation", "map",
+    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
+    "sample", "sample_data", "sample_annotation", "map",
 )  # fmt: skip
 CATEGORIES = (
     "human.pedestrian.adult", "human.pedestrian.child", "human.pedestrian.wheelchair", "human.pedestrian.stroller",
-    "human.pedestrian.personal_mobility", "human.pedestrian.police_officer", "human.pedestrian.construction_worker", "animal",
+    "human.pedestrian.personal_mobility", "human.pedestrian.police_officer", "human.pedestrian.construction_worker",
+    "animal",
     "vehicle.car", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bus.bendy", "vehicle.bus.rigid", "vehicle.truck",
     "vehicle.construction", "vehicle.emergency.ambulance", "vehicle.emergency.police", "vehicle.trailer",
     "movable_object.barrier", "movable_object.trafficcone", "movable_object.pushable_pullable", "movable_object.debris",
@@ -36,7 +37,7 @@ STANDS = 0.2  # m/s, slower is not moving
 
 @dataclass(frozen=True)
 class Seen:
-    """What the sensors saw of the objects in a key frame: lidar points [G] in the box, and the visible share [G] 0..1."""
+    """What a key frame's sensors saw of the objects: lidar points [G] in the box, and the visible share [G] 0..1."""
 
     points: np.ndarray
     visible: np.ndarray
@@ -158,8 +159,8 @@ def _recordings(world, rig, channel, frames, number, own, samples) -> tuple[list
             {
                 "token": tokens[i], "sample_token": samples[k], "ego_pose_token": tokens[i],
                 "calibrated_sensor_token": own("calibration", channel), "timestamp": when,
-                "fileformat": "pcd" if channel == LIDAR else "jpg", "is_key_frame": key, "height": height, "width": width,
-                "filename": file_name(number, channel, t, key), "prev": tokens[i - 1] if i else "",
+                "fileformat": "pcd" if channel == LIDAR else "jpg", "is_key_frame": key, "height": height,
+                "width": width, "filename": file_name(number, channel, t, key), "prev": tokens[i - 1] if i else "",
                 "next": tokens[i + 1] if i + 1 < len(every) else "",
             }
         )  # fmt: skip
@@ -185,7 +186,8 @@ def _annotations(world, seen, own, samples) -> tuple[list[dict], list[dict]]:
         instances.append(
             {
                 "token": own("instance", g), "category_token": token("category", world.categories[g]),
-                "nbr_annotations": len(frames), "first_annotation_token": tokens[0], "last_annotation_token": tokens[-1],
+                "nbr_annotations": len(frames), "first_annotation_token": tokens[0],
+                "last_annotation_token": tokens[-1],
             }
         )  # fmt: skip
         for k, previous, this, following in zip(frames, ["", *tokens], tokens, [*tokens[1:], ""]):

@@ -83,7 +83,7 @@ def everything(rng, story, main, side, crossing, drive, times) -> list[Thing]:
     near, far = -70.0, 90.0 + 8.0 * times[-1]
     return [
         *_work_zone(rng, main, crossing, times),
-        *_wanted(rng, main, crossing, times),
+        *_wanted(rng, main, times),
         *_parked(rng, main, crossing, (near, far), busy, times),
         *_vehicles(rng, story, main, side, crossing, drive, (near, far), busy, times),
         *_cyclists(rng, main, (near, far), times),
@@ -92,7 +92,7 @@ def everything(rng, story, main, side, crossing, drive, times) -> list[Thing]:
 
 
 def _work_zone(rng, main, crossing, times) -> list[Thing]:
-    """On the right, 10 to 35 m ahead of the start, behind the outermost lane."""
+    """On the right, from about 10 m ahead of the start to before the crossing, beside the outermost lane."""
     edge = -LANE * main.lanes  # left offset of the lane's edge
     start = rng.uniform(9.0, 13.0)
     things = []
@@ -100,20 +100,21 @@ def _work_zone(rng, main, crossing, times) -> list[Thing]:
         s = start + 2.2 * k
         things.append(_thing(rng, "traffic_cone", _still(main.path.at(s, edge - 2.2 + 0.35 * k), times)))
     start = s + 2.5
-    for k in range(int(rng.integers(3, 6))):
+    end = crossing - 10.0
+    for k in range(min(int(rng.integers(3, 6)), int((end - start) / 2.9) + 1)):
         pose = main.path.at(start + 2.9 * k, edge - 0.45)
         things.append(_thing(rng, "barrier", _still(pose, times, np.pi / 2 + rng.normal(0, 0.04))))
-    digger = main.path.at(start + rng.uniform(2.0, 8.0), edge - 3.3)
+    digger = main.path.at(min(start + rng.uniform(2.0, 8.0), end - 2.0), edge - 3.3)
     wiggle = 0.25 * np.sin(0.8 * times) * (rng.random() < 0.5)  # some diggers swing
     track = _still(digger, times, rng.choice([0.0, np.pi]) + rng.normal(0, 0.2))
     things.insert(0, _thing(rng, "construction_vehicle", track + np.outer(wiggle, [0, 0, 1]), parked=not wiggle.any()))
     for _ in range(int(rng.integers(1, 4))):
-        pose = main.path.at(start + rng.uniform(-4.0, 14.0), edge - rng.uniform(1.4, 5.0))
+        pose = main.path.at(min(start + rng.uniform(-4.0, 14.0), end), edge - rng.uniform(1.4, 5.0))
         things.append(_thing(rng, "pedestrian", _still(pose, times, rng.uniform(-3, 3)), worker=True))
     return things
 
 
-def _wanted(rng, main, crossing, times) -> list[Thing]:
+def _wanted(rng, main, times) -> list[Thing]:
     """One of each of the rarer classes near the start, so that every scene, also a short one, can show them."""
     oncoming, strip = main.path.back(), LANE * main.lanes + STRIP / 2
     things = [

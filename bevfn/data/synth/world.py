@@ -3,9 +3,10 @@
 The rules. The ground is flat (z = 0 of the global frame). A main road with parking strips and sidewalks bends gently;
 a side road crosses it. Traffic keeps right; the vehicles of a lane share one speed, so they keep their distance. The
 ego vehicle drives straight on, turns left or right at the crossing, or stops before it while the side road has green.
-Every scene has all ten detection classes within 30 m of the start: a work zone (barriers, cones, a worker, a
-construction vehicle) on the right, a trailer, a truck, a bus and riders; the rest is drawn: parked and moving vehicles,
-pedestrians on the sidewalks, buildings, trees, lamp posts. What would touch something earlier drawn is left out.
+Every scene has all ten detection classes within 50 m of the start (not all need be in sight): a work zone (barriers,
+cones, a worker, a construction vehicle) on the right, a trailer, a truck, a bus and riders; the rest is drawn: parked
+and moving vehicles, pedestrians on the sidewalks, buildings, trees, lamp posts. What would touch something drawn
+earlier is left out.
 
 A scene is a function of (seed, its number, its key frames) only. Global frame: metres, x east, y north, the map's lower
 left corner is the origin, yaw counter-clockwise from x.
@@ -71,10 +72,10 @@ class Weather:
 class World:
     """One scene. G objects, T = BEFORE + ticks + 2 knots of the tracks.
 
-    names, categories, riders (False only for a cycle without one), parked: per object; sizes [G,3] length, width, height m; tracks [G,T,3] and ego [T,3] x, y, yaw;
-    solids: all shapes, each in its object's frame (scenery, owner -1, in the global one); roads; map: raster [H,W]
-    uint8 of GRASS .. YELLOW, MAP_RESOLUTION m a pixel, row 0 in the north; crossing: arc length of the main road where
-    the side road crosses; story: what the scene shows, in words.
+    names, categories, riders (False only for a cycle without one), parked: per object; sizes [G,3] length, width,
+    height m; tracks [G,T,3] and ego [T,3] x, y, yaw; solids: all shapes, each in its object's frame (scenery, owner -1,
+    in the global one); roads: main, side; map: raster [H,W] uint8 of GRASS .. YELLOW, MAP_RESOLUTION m a pixel, row 0
+    in the north; crossing: arc length of the main road where the side road crosses; story: the scene in words.
     """
 
     names: tuple[str, ...]

@@ -1,0 +1,135 @@
+"""`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, or a submission for the test split."""
+
+import importlib
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.progress import Progress
+
+from bevfn import run, run_folder, tree
+from bevfn.data import nuscenes, source
+from bevfn.evaluation import results
+from bevfn.evaluation.detect import detect
+from bevfn.evaluation.judge import judge
+
+EXPERIMENTS = ("bevfusion", "bevfusion_lidar")
+
+
+def evaluate(
+    experiment: Annotated[
+        tyro.conf.Positional[Literal["bevfusion", "bevfusion_lidar"]], tyro.conf.arg(metavar="EXPERIMENT")
+    ],
+    *,
+    checkpoint: Path,
+    data_root: Path | None = None,
+    version: str | None = None,
+    split: str | None = None,
+    out: Path | None = None,
+    precision: Literal["fp32", "fp16", "bf16"] | None = None,
+    backend: Literal["inductor", "aot_eager", "eager"] = "inductor",
+    device: str = "cpu",
+    batch_size: int = 1,
+    workers: int = 4,
+) -> int:
+    """Run a checkpoint over a split and score it with the nuScenes devkit.
+
+    Writes results_nusc.json, metrics.json, summary.md, pictures and report.html. The test split has no annotations: it
+    gets the results file alone, and its zip for the evaluation server.
+
+    Args:
+        experiment: bevfusion or bevfusion_lidar
+        checkpoint: a run's checkpoint folder (its config.json is used), or a file of `bevfn checkpoint import`
+        data_root: nuScenes root; by default the run's
+        version: of the root, such as v1.0-mini or v1.0-test; by default the run's
+        split: val, mini_val, train, test, ...; by default the version's evaluation split
+        out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
+        precision: by default the run's
+        backend: what compiles the forward pass
+        device: torch device
+        batch_size: key frames at a time
+        workers: processes that read; 0: none
+    """
+    module = importlib.import_module(f"bevfn.experiments.{experiment}")
+    config = run_config(module, checkpoint, data_root)
+    changes: dict[str, Any] = {"data_root": data_root, "version": version, "precision": precision}
+    config = replace(config, **{k: v for k, v in changes.items() if v is not None}, device=device, resume=False)
+    splits = None
+    if split is not None:
+        root = config.data_root if config.data_root is not None else source.WORLD
+        index = nuscenes.index(root, config.version, split)
+        splits = (index, index)
+    # What only training needs, such as the GT-paste database, need not be there.
+    config = replace(config, **{k: False for k in ("class_balanced", "paste", "augment") if hasattr(config, k)})
+    task = module.task(config, splits)
+    params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
+    check_fits(task, params, state, checkpoint)
+    index = task.data.evaluation
+    with Progress() as progress:
+        bar = progress.add_task(f"{len(index)} key frames of {index.split}")
+        found = detect(
+            task.predict, params, state, index, task.data.eval_reading, batch_size=batch_size, workers=workers,
+            backend=backend, device=device,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    out = out if out is not None else _folder(config, checkpoint, split)
+    if index.split == "test":
+        return _submit(task, found, out)
+    judgement = judge(
+        index, found, task.data.eval_reading, out, title=f"{task.title}, {checkpoint.name}", config=run.flags(config)
+    )
+    print(judgement.text)
+    print(f"everything is in {out}")
+    return 0
+
+
+def run_config(module: Any, checkpoint: Path, data_root: Path | None) -> Any:
+    """The config of the run that the checkpoint belongs to; the experiment's defaults for an imported file."""
+    path = checkpoint.parent.parent / run_folder.CONFIG_FILE
+    default = module.DEFAULTS[source.kind(data_root)]
+    if not (checkpoint.is_dir() and path.is_file()):
+        return default
+    stored = json.loads(path.read_text())
+    if foreign := sorted(set(stored) - {field.name for field in fields(default)}):
+        raise ValueError(f"{path} is of another experiment (it sets {foreign[0]}); name the one that was trained")
+    values = {}
+    for field in fields(default):
+        value = stored.get(field.name, getattr(default, field.name))
+        if isinstance(value, list):
+            value = tuple(map(Path, value)) if field.name == "pretrained" else tuple(value)
+        if field.name in ("data_root", "run_dir") and value is not None:
+            value = Path(value)
+        values[field.name] = value
+    return type(default)(**values)
+
+
+def check_fits(task: run.Task, params: dict, state: dict, checkpoint: Path) -> None:
+    """Raises ValueError, naming the first difference, for a checkpoint of another model."""
+    ours = tree.flatten(dict(zip(("params", "state"), task.init())))
+    differences = tree.diff(tree.flatten({"params": params, "state": state}), ours)
+    if differences:
+        raise ValueError(
+            f"{checkpoint} does not fit {task.title}: {differences[0]} (and {len(differences) - 1} more differences); "
+            "name the experiment that it was trained with"
+        )
+
+
+def _folder(config: Any, checkpoint: Path, split: str | None) -> Path:
+    """Beside the run's own evaluations, or in runs/ for an imported file."""
+    name = checkpoint.stem + (f"_{split}" if split else "")
+    return (checkpoint.parent.parent / "evaluations" if checkpoint.is_dir() else run.RUNS / "evaluations") / name
+
+
+def _submit(task: run.Task, found: dict, out: Path) -> int:
+    """The test split's results and what the server takes."""
+    reading = task.data.eval_reading
+    meta = results.Meta(use_camera=reading.cameras, use_lidar=True, use_external=False)
+    document = results.format(found, task.data.evaluation, class_names=reading.class_names, meta=meta)
+    for name in ("results_nusc.json", "submission.zip"):
+        results.write(out / name, document)
+    print(
+        f"{len(found)} key frames; submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
+    )
+    return 0

@@ -1,0 +1,79 @@
+"""`bevfn eval`: the scores that the run itself got, a submission, and checkpoints that do not fit."""
+
+import json
+import sys
+import zipfile
+from dataclasses import replace
+
+import pytest
+import small_root
+import small_world
+
+from bevfn import cli, run
+from bevfn.experiments import bevfusion_lidar
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    config = replace(
+        bevfusion_lidar.DEFAULTS["nuscenes"], data_root=small_world.index().root, scale="mini", backend="eager", steps=1,
+        eval_backend="eager", workers=0, batch_size=1, sweeps=1, paste=False, norm_momentum=0.1,
+        run_dir=tmp_path_factory.mktemp("run") / "run",
+    )  # fmt: skip
+    run.main(bevfusion_lidar.task, config)
+    return config, config.run_dir / "checkpoints" / "step_00000001"
+
+
+def bevfn(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["bevfn", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+FAST = ("--backend", "eager", "--workers", "0")
+
+
+def test_a_checkpoint_scores_as_its_run_did(trained, monkeypatch, capsys, tmp_path):
+    config, checkpoint = trained
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", checkpoint, "--out", tmp_path, *FAST) == 0
+    ours, theirs = (
+        json.loads((folder / "results_nusc.json").read_text())
+        for folder in (tmp_path, config.run_dir / "evaluations" / checkpoint.name)
+    )
+    assert ours == theirs and (tmp_path / "report.html").is_file()
+    assert "mAP" in capsys.readouterr().out
+
+
+def test_the_test_split_gets_a_submission_instead_of_scores(trained, monkeypatch, tmp_path):
+    _, checkpoint = trained
+    root = small_root.write(tmp_path / "root", version="v1.0-test", scenes=("scene-0077",), annotated=False)
+    code = bevfn(
+        monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", checkpoint, "--out", tmp_path / "out", *FAST,
+        "--data-root", root, "--version", "v1.0-test", "--split", "test",
+    )  # fmt: skip
+    assert code == 0
+    with zipfile.ZipFile(tmp_path / "out" / "submission.zip") as archive:
+        document = json.loads(archive.read(archive.namelist()[0]))
+    assert len(document["results"]) == 4 and document["meta"]["use_lidar"] and not document["meta"]["use_camera"]
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained, monkeypatch, capsys):
+    _, checkpoint = trained
+    assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", checkpoint, *FAST) == 2
+    assert "of another experiment" in capsys.readouterr().err
+    inside = trained[0].run_dir / "checkpoints" / "step_00000001" / "train_state.safetensors"
+    assert (
+        bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", inside, *FAST, "--data-root", small_world.index().root)
+        == 2
+    )
+    assert str(inside) in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named(monkeypatch, capsys, tmp_path):
+    assert bevfn(
+        monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", tmp_path / "no.safetensors", *FAST, "--data-root",
+        small_world.index().root,
+    ) == 2  # fmt: skip
+    assert "no.safetensors" in capsys.readouterr().err
