@@ -12,7 +12,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m bevfn.experiments.bevfusion --scale mini --data generated --steps 60 --run-dir runs/demo
+	rm -rf runs/demo
+	$(BIN)/python -m bevfn.experiments.bevfusion --precision fp16 --run-dir runs/demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

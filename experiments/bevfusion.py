@@ -81,7 +81,8 @@ FRAME = {
 }  # fmt: skip
 # The synthetic world on two CPU cores.
 SYNTHETIC = {
-    "scale": "mini", "epochs": 4, "batch_size": 2, "workers": 1, "lr": 1e-3, "norm_momentum": 0.1, "eval_every": 0,
+    "scale": "mini", "epochs": 10, "batch_size": 2, "workers": 1, "lr": 1e-3, "norm_momentum": 0.1, "eval_every": 0,
+    "class_balanced": False,
     "eval_first": True, "sweeps": 4, "eval_backend": "eager", "source_size": source.WORLD_IMAGE,
 }  # fmt: skip
 DEFAULTS: dict[source.Kind, Config] = {
