@@ -3,12 +3,16 @@
 Inductor compiles C++ with -ffp-contract=off, so fused geometry rounds as eager does (see `geometry`).
 """
 
+import struct
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 Backend = Literal["inductor", "aot_eager", "eager"]
 LATER = ("torchair", "npugraph-ex")  # issue ASCEND
@@ -110,7 +114,31 @@ def check_backend(backend: str) -> None:
 
 
 def _compiled(flat: Callable, backend: str) -> Callable:
-    return flat if backend == "eager" else torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)
+    if backend == "eager":
+        return flat
+    if backend == "inductor":
+        _drop_half_written_libraries()
+    return torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _drop_half_written_libraries() -> None:
+    """Deletes what a process that was killed while compiling left in inductor's cache: loading it fails, or is SIGBUS.
+
+    Files that end before their ELF section table, and are not being written by another process at this moment.
+    """
+    for path in Path(cache_dir()).rglob("*.so"):
+        with open(path, "rb") as file:
+            header = file.read(64)
+        about = path.stat()
+        if (len(header) < 64 or about.st_size < _elf_end(header)) and time.time() - about.st_mtime > 5.0:
+            path.unlink(missing_ok=True)
+
+
+def _elf_end(header: bytes) -> int:
+    """Where the section table of a 64-bit ELF file ends, which linkers write last."""
+    (offset,) = struct.unpack_from("<Q", header, 0x28)
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    return offset + size * count
 
 
 def graph_counts() -> dict[str, int]:

@@ -1,6 +1,9 @@
-"""What a process can ask of its host before heavy work."""
+"""What a process can ask of its host."""
 
 import ctypes
+import multiprocessing
+import os
+import threading
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -16,3 +19,16 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):  # macOS, musl, Windows
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def end_with_parent() -> None:
+    """In a worker process: it ends at once when its parent was killed, instead of holding memory and locks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,5 +1,9 @@
 """One graph per step on every backend, equal to eager in every leaf, and the old state's memory reused."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import small_net
 import torch
@@ -160,3 +164,20 @@ def test_inductor_neither_contracts_nor_reorders_floating_point():
     flags = cpp_builder._get_ffast_math_flags()
     assert "ffp-contract=off" in flags
     assert flags.index("fno-unsafe-math-optimizations") > flags.index("funsafe-math-optimizations")
+
+
+@pytest.mark.slow
+def test_a_library_that_a_killed_compilation_left_half_written_is_made_again(tmp_path):
+    """As `kill -9` during the first step and then --resume: inductor alone fails on it for ever."""
+    program = (
+        "import torch; from bevfn import compile; x = torch.arange(100.)\n"
+        "assert torch.equal(compile.function(lambda x: x * 2 + 1)(x), x * 2 + 1)"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for size in (None, 0, 5000):  # each compiles into an empty cache or again: half a minute
+        libraries = list(tmp_path.rglob("*.main.so"))
+        assert (size is None) == (not libraries)
+        for library in libraries:
+            os.truncate(library, size)
+            os.utime(library, (0, 0))  # not just being written
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True)

@@ -13,7 +13,6 @@ pool), touch no device and print nothing.
 """
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from bevfn import tree
+from bevfn import host, tree
 from bevfn.data.batch import Batch, Capacities, Sample, collate
 from bevfn.data.sampling import generator
 
@@ -251,15 +250,7 @@ def _start_worker(_: int) -> None:
     # workers through their queues; the second SIGTERM is multiprocessing's, for one that hangs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this worker at once when the training process was killed: it holds memory and the run folder's lock."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    host.end_with_parent()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -26,6 +25,7 @@ import torch
 from rich.progress import Progress
 
 from bevfn import boxes as overlap
+from bevfn import host
 from bevfn.data import annotations, points, sweeps
 from bevfn.data.index import Frame, Index
 from bevfn.files import write_atomically
@@ -220,7 +220,7 @@ def _make_parts(
             yield _make_part(part, [index[i] for i in positions], index.root, class_names, sweep_count)
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=host.end_with_parent) as pool:
         pending: set[Future] = set()
         try:
             for part, positions in todo:
@@ -243,18 +243,6 @@ def _finished(pending: set[Future]) -> list[int]:
 
 def _cancel(pool: Executor) -> None:
     pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker whose build was killed would wait for work for ever."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make_part(part: Path, frames: list[Frame], root: Path, class_names: tuple[str, ...], sweep_count: int) -> int:

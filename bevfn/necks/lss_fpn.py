@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bevfn.distributed import Train
-from bevfn.layers import batch_norm, conv
+from bevfn.layers import conv_norm
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,11 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     for level, channels in enumerate(config.channels_in[:-1]):
         above = config.channels_in[-1] if level + 1 == coarsest else config.channels_out
         for name, channels_in, kernel in (("laterals", channels + above, 1), ("outputs", config.channels_out, 3)):
-            norm, statistics = batch_norm.init(config.channels_out)
-            kernels = conv.init(
-                channels_in, config.channels_out, (kernel, kernel), bias=False, generator=generator, kaiming_normal=True
+            weights, statistics = conv_norm.init(
+                channels_in, config.channels_out, kernel, generator=generator, kaiming_normal=True
             )
-            params[name].append({"conv": kernels, "norm": norm})
-            state[name].append({"norm": statistics})
+            params[name].append(weights)
+            state[name].append(statistics)
     return params, state
 
 
@@ -51,10 +50,9 @@ def apply(params: dict, state: dict, features: list[Tensor], *, train: Train) ->
     for level in reversed(range(len(features) - 1)):
         x = torch.cat([features[level], resize(coarser, features[level].shape[-2:])], 1)
         for name, padding in (("laterals", 0), ("outputs", 1)):
-            layer = params[name][level]
-            x = conv.apply(layer["conv"], x, padding=padding)
-            x, statistics = batch_norm.apply(layer["norm"], state[name][level]["norm"], x, train=train)
-            x, new[name][level] = x.relu(), {"norm": statistics}
+            x, new[name][level] = conv_norm.apply(
+                params[name][level], state[name][level], x, train=train, padding=padding
+            )
         coarser = x
         outputs.insert(0, x)
     return outputs, new

@@ -16,7 +16,7 @@ from bevfn import geometry
 from bevfn.data.batch import Batch
 from bevfn.distributed import Train
 from bevfn.kernels.voxel_pool import voxel_pool
-from bevfn.layers import batch_norm, conv
+from bevfn.layers import conv, conv_norm
 
 _STRIDES = {"depth_transform": (1, 4, 2), "depth_net": (1, 1, 1), "downsample": (1, 2, 1)}
 
@@ -76,11 +76,11 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     for part in sorted(parts):
         params[part], state[part] = [], []
         for channels_in, channels_out, kernel in parts[part]:
-            bias = part != "downsample"
-            kernels = conv.init(channels_in, channels_out, (kernel, kernel), bias=bias, generator=generator)
-            norm, statistics = batch_norm.init(channels_out)
-            params[part].append({"conv": kernels, "norm": norm})
-            state[part].append({"norm": statistics})
+            weights, statistics = conv_norm.init(
+                channels_in, channels_out, kernel, bias=part != "downsample", generator=generator
+            )
+            params[part].append(weights)
+            state[part].append(statistics)
     last = conv.init(width, config.depth_bins + config.channels_out, (1, 1), bias=True, generator=generator)
     params["depth_net"].append({"conv": last})
     return params, state
@@ -150,11 +150,12 @@ def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train
     """x through the convolutions of a part; its new statistics go into `new`. Layers without a norm come last."""
     statistics = []
     for place, (layer, stride) in enumerate(zip(params[part], _STRIDES[part])):
-        x = conv.apply(layer["conv"], x, stride=stride, padding=layer["conv"]["weight"].shape[-1] // 2)
+        around = {"stride": stride, "padding": layer["conv"]["weight"].shape[-1] // 2}
         if "norm" in layer:
-            x, seen = batch_norm.apply(layer["norm"], state[part][place]["norm"], x, train=train)
-            x = x.relu()
-            statistics.append({"norm": seen})
+            x, seen = conv_norm.apply(layer, state[part][place], x, train=train, **around)
+            statistics.append(seen)
+        else:
+            x = conv.apply(layer["conv"], x, **around)
     if statistics:
         new[part] = statistics
     return x

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +19,7 @@ from nuscenes.utils.splits import train, val
 from pyquaternion import Quaternion
 from rich.progress import track
 
+from bevfn import host
 from bevfn.data.synth import camera, lidar, tables
 from bevfn.data.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
 from bevfn.data.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
@@ -166,7 +166,7 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
         yield from (_chunk(*job) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # no copy of the caller's threads and memory
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_die_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=host.end_with_parent) as pool:
         futures = [pool.submit(_chunk, *job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -174,18 +174,6 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
         finally:
             for future in futures:
                 future.cancel()
-
-
-def _die_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, even killed: its folder is given up."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _chunk(root: Path, settings: Settings, number: int, first: int, end: int) -> dict[tuple[int, int], Seen]:
