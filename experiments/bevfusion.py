@@ -30,6 +30,9 @@ SCAN_POINTS = 35_000  # of one sweep, at most 34,720
 # A real key frame alone has 17,509 voxels and at most 29,374 active sites a level.
 FRAME_VOXELS = (20_480, 20_480)
 FRAME_SITES = (34_816, 25_600, 13_312, 11_264)
+# Five scans of the synthetic world in the mini model's larger voxels.
+MINI_VOXELS = (26_000, 26_000)
+MINI_SITES = (20_000, 9_000, 3_500, 2_304)
 
 
 @dataclass(frozen=True)
@@ -140,17 +143,23 @@ def assemble(
 def sized(config: Config, model: bevfusion.Config) -> bevfusion.Config:
     """The model at the config's scale, with the static capacities of what it reads."""
     if config.scale == "mini":
-        model = bevfusion.mini(model)
-    elif model.lidar is not None and config.sweeps == 0:
-        encoder = replace(model.lidar.encoder, capacities=FRAME_SITES)
-        voxels = replace(model.voxels, max_voxels=FRAME_VOXELS)
-        model = replace(model, lidar=replace(model.lidar, encoder=encoder), voxels=voxels)
+        model = with_capacities(bevfusion.mini(model), MINI_VOXELS, MINI_SITES)
+    elif config.sweeps == 0:
+        model = with_capacities(model, FRAME_VOXELS, FRAME_SITES)
     if config.norm_momentum is not None:
         fast = {"norm_momentum": config.norm_momentum}
         model = replace(model, backbone=replace(model.backbone, **fast), neck=replace(model.neck, **fast))
         if model.lidar is not None:
             model = replace(model, lidar=replace(model.lidar, encoder=replace(model.lidar.encoder, **fast)))
     return model
+
+
+def with_capacities(model: bevfusion.Config, voxels: tuple[int, int], sites: tuple[int, ...]) -> bevfusion.Config:
+    """The model with other voxel capacities (training, evaluation) and active sites per encoder level."""
+    if model.lidar is None:
+        return model
+    encoder = replace(model.lidar.encoder, capacities=sites)
+    return replace(model, lidar=replace(model.lidar, encoder=encoder), voxels=replace(model.voxels, max_voxels=voxels))
 
 
 def data(config: Config, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config) -> run.Data:
