@@ -286,8 +286,8 @@ def _train(run: Run, latest: Path | None) -> dict:
     if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
         summary["scores"] = evaluate(run, train_state, start)
     with reporting(run, start) as reporter, signals.on_terminate() as stop:
-        began = time.perf_counter()
-        for done, loaded in microbatches(run, start):
+        done, began = start, time.perf_counter()
+        for done, loaded in until_stopped(run, microbatches(run, start), stop):
             batches = [item.batch.to(config.device) for item in loaded]
             train_state, metrics = step(train_state, batches)
             values = {name: float(value) for name, value in metrics.items()}  # the step's only copy to the host
@@ -296,16 +296,28 @@ def _train(run: Run, latest: Path | None) -> dict:
             seconds.append(time.perf_counter() - began)
             reporter.log(done, values, seconds[-1])
             summary = {"first_loss": values["loss/total"], **summary, "last_loss": values["loss/total"], "steps": done}
-            stopping = distributed.agree(stop.requested, run.replicas)
-            if stopping or checkpoint_due(run, done):
+            if distributed.agree(stop.requested, run.replicas):
+                break
+            if checkpoint_due(run, done):
                 save(run, train_state, done)
-            if stopping:
-                say(run, f"stopped by a signal after step {done}, which is saved; add --resume to go on")
-                return summary
             if evaluation_due(run, done):
                 summary["scores"] = evaluate(run, train_state, done)
             began = time.perf_counter()
+        if distributed.agree(stop.requested, run.replicas):
+            if done > start:
+                save(run, train_state, done)
+            say(run, f"stopped by a signal after step {done}, which is saved; add --resume to go on")
+            return summary
     return finish(run, summary, seconds, started)
+
+
+def until_stopped(run: Run, steps: Iterator[tuple], stop: signals.Stop) -> Iterator[tuple]:
+    """`steps`, which end where a signal to the whole process group has ended the reading processes too."""
+    try:
+        yield from steps
+    except ChildProcessError:
+        if run.replicas is not None or not stop.requested:
+            raise
 
 
 def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dict:

@@ -104,29 +104,33 @@ def camera_only() -> Config:
 
 
 def mini(config: Config) -> Config:
-    """The same model at a size for demos and CI: 0.28 m voxels, 64 x 192 images, narrow layers; seconds on a laptop."""
-    size = (0.28125, 0.28125, 0.2)  # 384 x 384 x 40 voxels, 48 x 48 BEV cells
+    """The same model at a size for demos and CI: 0.28 m voxels, 1.1 m BEV cells, 64 x 192 images, narrow layers."""
+    size = (0.28125, 0.28125, 0.2)  # 384 x 384 x 40 voxels, 96 x 96 BEV cells
     voxels = replace(config.voxels, size=size, max_voxels=(8_000, 8_000))
     lidar, camera = config.lidar, config.camera
     if lidar is not None:
         encoder = sparse_encoder.Config(
-            channels=(8, 16, 16, 32), channels_out=32, blocks=1, capacities=(8_000, 4_000, 2_000, 1_500)
-        )
+            channels=(8, 16, 32), channels_out=32, blocks=1, paddings=((1, 1, 1), (1, 1, 0)),
+            capacities=(8_000, 4_000, 4_000),
+        )  # fmt: skip
         lidar = replace(lidar, encoder=encoder)
     if camera is not None:
         view = lift_splat.Config(
-            channels_in=32, channels_out=16, image_size=(64, 192), depth_m=(1.0, 61.0, 2.0),
-            x_m=(-54.0, 54.0, 1.125), y_m=(-54.0, 54.0, 1.125), lidar_depth=camera.view.lidar_depth,
+            channels_in=32, channels_out=16, image_size=(64, 192), depth_m=(1.0, 61.0, 1.0),
+            x_m=(-54.0, 54.0, 0.5625), y_m=(-54.0, 54.0, 0.5625), lidar_depth=camera.view.lidar_depth,
         )  # fmt: skip
         neck = lss_fpn.Config(channels_in=(32, 64, 128), channels_out=32)
         camera = Camera(backbone=swin.MINI, neck=neck, view=view)
+    fused = 64
+    if lidar is not None and camera is None:
+        fused = lidar.encoder.channels_out * sparse_encoder.output_grid(lidar.encoder, (384, 384, 41))[2]
     return Config(
         voxels=voxels, lidar=lidar, camera=camera, fused_channels=64,
-        backbone=second.Config(channels_in=64, channels=(32, 64), layers=1),
+        backbone=second.Config(channels_in=fused, channels=(32, 64), layers=2),
         neck=second_fpn.Config(channels_in=(32, 64), channels=(32, 32)),
         head=transfusion.Config(
-            channels_in=64, channels=32, queries=64, heads=4, ffn_channels=64, head_channels=32, voxel=size[:2],
-            cells=(48, 48),
+            channels_in=64, channels=32, queries=100, heads=4, ffn_channels=64, head_channels=32, voxel=size[:2],
+            stride=4, cells=(96, 96),
         ),
     )  # fmt: skip
 
