@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from bevfn.commands import bench, checkpoint, data, evaluate, parity
+from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity
 
 # Name: (what the group is for, its subcommands).
 GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable] = {
     "parity": parity.parity,
     **{name: _group(name) for name in GROUPS},
     "eval": evaluate.evaluate,
+    "graph": graph.graph,
     "bench": bench.bench,
 }
 

@@ -206,18 +206,30 @@ def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
     return params, state
 
 
+def initial_state(run: Run) -> train.TrainState:
+    """The train state before the first step, on the device."""
+    optimizer = run.task.optimizer(run.plan)
+    params, state = initial(run)
+    made = train.init(params, state, optimizer, precision=run.policy, ema=run.task.ema, seed=run.config.seed)
+    return tree.to(made, run.config.device)
+
+
+def pure_step(run: Run) -> Callable[[train.TrainState, Batch], tuple[train.TrainState, dict]]:
+    """The step of one process and one microbatch as a pure function: what is lowered for Ascend."""
+    loss = partial(run.task.loss, train=True)
+    return train.make_step(loss, run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema)
+
+
 def build(run: Run) -> tuple[train.TrainState, Callable]:
     """(train state, compiled step(train state, microbatches) -> (train state, metrics)), old buffers donated."""
     config, replicas = run.config, run.replicas
-    optimizer = run.task.optimizer(run.plan)
-    params, state = initial(run)
-    train_state = train.init(params, state, optimizer, precision=run.policy, ema=run.task.ema, seed=config.seed)
     statistics = replicas if config.sync_statistics and replicas is not None else True
     step = train.make_accumulated(
-        partial(run.task.loss, train=statistics), optimizer, precision=run.policy, ema=run.task.ema, replicas=replicas,
-        accumulate=config.accumulate, compiled=partial(compilation.step, backend=config.backend),
+        partial(run.task.loss, train=statistics), run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema,
+        replicas=replicas, accumulate=config.accumulate,
+        compiled=partial(compilation.step, backend=config.backend),
     )  # fmt: skip
-    return tree.to(train_state, config.device), step
+    return initial_state(run), step
 
 
 def example(run: Run) -> Batch:

@@ -104,7 +104,7 @@ def apply(
     batch_index = torch.arange(B, dtype=torch.int32, device=coords.device)[:, None, None].expand(-1, coords.shape[1], 1)
     sites = torch.cat([batch_index, coords], dim=2).flatten(0, 1)  # V 4
     active = valid.flatten()  # V
-    table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid)  # K V
+    table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid, batch=B)  # K V
     x, new_input = sparse_conv.apply(params["conv_input"], state["conv_input"], x, table, table.flip(0), active, **norm)
     outputs: dict = {"conv_input": {"features": x, "coords": sites, "valid": active}, "overflow": {}}
     stages = []
@@ -126,7 +126,7 @@ def apply(
             )
             x, new["down"] = sparse_conv.apply(stage["down"], old["down"], x, down, inverse, active, **norm)
             grid = neighbours.out_grid(grid, KERNEL, (2, 2, 2), config.paddings[level])
-            table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid)
+            table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid, batch=B)
             outputs["overflow"][f"voxels_l{level + 1}"] = (found - B * config.capacities[level]).clamp(min=0)
         outputs[f"encoder_layer{level + 1}"] = {"features": x, "coords": sites, "valid": active}
         stages.append(new)

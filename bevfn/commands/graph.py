@@ -21,7 +21,7 @@ MODELS = {
 # Points and boxes of a sample: ten nuScenes sweeps, or a few.
 CAPACITIES = {"published": (350_000, 256), "mini": (40_000, 64)}
 # Names of what a step takes and returns.
-NAMES = {
+NAMES: dict[str, dict[str, Any]] = {
     "train": {"takes": ("train_state", "batch"), "returns": ("train_state", "metrics")},
     "inference": {"takes": ("params", "state", "batch")},
 }

@@ -38,12 +38,12 @@ def init(
     return params
 
 
-def apply(params: dict, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+def apply(params: dict, x: Tensor, *, stride: int = 1, padding: int | tuple[int, int] = 0, dilation: int = 1) -> Tensor:
     """x [B C_in H W] -> [B C_out H' W'], dtype and memory format of x."""
     weight, bias = params["weight"], params.get("bias")
     if _half_on_cpu(x):
-        return F.conv2d(x.float(), _rounded(weight), _rounded(bias), stride, padding).half()
-    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+        return F.conv2d(x.float(), _rounded(weight), _rounded(bias), stride, padding, dilation).half()
+    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding, dilation)
 
 
 def apply_transposed(params: dict, x: Tensor, *, stride: int) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 from bevfn.kernels.neighbours import reference
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
-_library.define("submanifold_neighbours(Tensor coords, Tensor valid, int[] kernel, int[] grid) -> Tensor")
+_library.define(
+    "submanifold_neighbours(Tensor coords, Tensor valid, int[] kernel, int[] grid, int? batch=None) -> Tensor"
+)
 _library.define(
     "strided_neighbours(Tensor coords, Tensor valid, int[] kernel, int[] stride, int[] padding, int[] grid,"
     " int capacity, int batch)"
@@ -18,7 +20,14 @@ _library.define(
 )
 
 
-def submanifold(coords: Tensor, valid: Tensor, *, kernel: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+def submanifold(
+    coords: Tensor,
+    valid: Tensor,
+    *,
+    kernel: tuple[int, int, int],
+    grid: tuple[int, int, int],
+    batch: int | None = None,
+) -> Tensor:
     """Table of a submanifold convolution: outputs are the inputs' own sites.
 
     Args:
@@ -26,6 +35,7 @@ def submanifold(coords: Tensor, valid: Tensor, *, kernel: tuple[int, int, int], 
         valid: [V] bool.
         kernel: extent per axis; offset k reads p - kernel // 2 + k.
         grid: (X, Y, Z).
+        batch: number of samples, b < batch; only Ascend's lowering asks for it, and is slow without it.
 
     Returns:
         table [K V] int32: row of the active input under offset k, -1 if none. For odd kernels `table.flip(0)` is the
@@ -37,7 +47,9 @@ def submanifold(coords: Tensor, valid: Tensor, *, kernel: tuple[int, int, int], 
     Source: Graham, Engelcke, van der Maaten 2018 (submanifold sparse convolution).
     """
     _check("submanifold", coords, valid, kernel=kernel, grid=grid)
-    return torch.ops.bevfn.submanifold_neighbours(coords, valid, list(kernel), list(grid))
+    if batch is not None and batch < 1:
+        raise ValueError(f"neighbours.submanifold: batch must be at least 1, got {batch}.")
+    return torch.ops.bevfn.submanifold_neighbours(coords, valid, list(kernel), list(grid), batch)
 
 
 def strided(
@@ -119,10 +131,10 @@ def _offsets(kernel: list[int]) -> int:
     return kernel[0] * kernel[1] * kernel[2]
 
 
-def _submanifold_cpu(coords, valid, kernel, grid):
+def _submanifold_cpu(coords, valid, kernel, grid, batch=None):
     from bevfn.kernels.neighbours import cpu
 
-    return cpu.submanifold(coords, valid, kernel, grid)
+    return cpu.submanifold(coords, valid, kernel, grid, batch)
 
 
 def _strided_cpu(coords, valid, kernel, stride, padding, grid, capacity, batch):
@@ -132,7 +144,7 @@ def _strided_cpu(coords, valid, kernel, stride, padding, grid, capacity, batch):
 
 
 @torch.library.register_fake("bevfn::submanifold_neighbours", lib=_library)
-def _submanifold_fake(coords, valid, kernel, grid):
+def _submanifold_fake(coords, valid, kernel, grid, batch=None):
     return coords.new_empty(_offsets(kernel), coords.shape[0])
 
 

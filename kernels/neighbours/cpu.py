@@ -11,7 +11,7 @@ from bevfn.kernels import native
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
-def submanifold(coords: Tensor, valid: Tensor, kernel: list[int], grid: list[int]) -> Tensor:
+def submanifold(coords: Tensor, valid: Tensor, kernel: list[int], grid: list[int], batch: int | None = None) -> Tensor:
     """As `bevfn.kernels.neighbours.submanifold`, in the order of the operator's schema."""
     coords, valid = coords.contiguous(), valid.contiguous()
     V = coords.shape[0]
@@ -20,7 +20,10 @@ def submanifold(coords: Tensor, valid: Tensor, kernel: list[int], grid: list[int
         native.pointer(coords), native.pointer(valid), ctypes.c_int64(V), _triple(kernel), _triple(grid),
         native.pointer(table), torch.get_num_threads(),
     )  # fmt: skip
-    _check(wrong, coords, grid, None)
+    if batch is not None and wrong < 0:
+        beyond = valid & (coords[:, 0] >= batch)
+        wrong = int(beyond.to(torch.int8).argmax()) if bool(beyond.any()) else wrong
+    _check(wrong, coords, grid, batch)
     return table
 
 

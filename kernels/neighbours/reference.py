@@ -8,7 +8,7 @@ from torch import Tensor
 NOWHERE = 1 << 62  # key of an empty row; larger than any cell's
 
 
-def submanifold(coords: Tensor, valid: Tensor, kernel: list[int], grid: list[int]) -> Tensor:
+def submanifold(coords: Tensor, valid: Tensor, kernel: list[int], grid: list[int], batch: int | None = None) -> Tensor:
     """As `bevfn.kernels.neighbours.submanifold`, in the order of the operator's schema, on any device."""
     V = coords.shape[0]
     if V == 0:

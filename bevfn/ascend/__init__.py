@@ -1,0 +1,1 @@
+"""Train steps as one Ascend GE graph, made and checked on any machine. See docs/ascend.md."""

@@ -1,0 +1,140 @@
+"""Converters to stock GE types, for operators that torchair cannot convert, or converts to a type that drops something."""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+def register() -> None:
+    """Registers all of them over torchair's own; torchair must be loaded."""
+    for overload, convert in _converters().items():
+        _register(overload, convert)
+
+
+def _register(overload: Any, convert: Any) -> None:
+    import torchair
+
+    torchair.register_fx_node_ge_converter(overload)(convert)
+
+
+@cache
+def _stock(overload: Any) -> Any:
+    """torchair's own converter, as it was when ours took its place."""
+    return overload._ge_converter.__wrapped__
+
+
+def _converters() -> dict:
+    from torchair._ge_concrete_graph import ge_apis as ge
+    from torchair._ge_concrete_graph.utils import dtype_promote, specific_op_input_layout, specific_op_output_layout
+    from torchair.ge._ge_graph import DataType
+
+    def gelu(x: Any, *, approximate: str = "none", meta_outputs: Any = None) -> Any:
+        return ge.GeluV2(x, approximate=approximate)
+
+    def gelu_backward(grad: Any, x: Any, *, approximate: str = "none", meta_outputs: Any = None) -> Any:
+        return ge.GeluGradV2(grad, x, approximate=approximate)
+
+    def roll(x: Any, shifts: Any, dims: Any = (), meta_outputs: Any = None) -> Any:
+        return ge.Roll(x, shifts=list(shifts), dims=list(dims))
+
+    def unary(build: Any) -> Any:
+        def convert(x: Any, meta_outputs: Any = None) -> Any:
+            return build(x)
+
+        return convert
+
+    def binary(build: Any) -> Any:
+        def convert(x: Any, y: Any, meta_outputs: Any = None) -> Any:
+            return build(*dtype_promote(x, y, target_dtype=meta_outputs.dtype))
+
+        return convert
+
+    def bitwise(integer: Any, boolean: Any) -> Any:
+        def convert(x: Any, y: Any, meta_outputs: Any = None) -> Any:
+            x, y = dtype_promote(x, y, target_dtype=meta_outputs.dtype)
+            return (boolean if meta_outputs.dtype == DataType.DT_BOOL else integer)(x, y)
+
+        return convert
+
+    def reduce(build: Any, dtype: Any = None) -> Any:
+        def convert(x: Any, dim: Any = (), keepdim: bool = False, meta_outputs: Any = None) -> Any:
+            x = x if dtype is None else dtype_promote(x, target_dtype=dtype)
+            dims = [dim] if isinstance(dim, int) else list(dim)
+            axes = [d % x.rank for d in dims] or list(range(x.rank))
+            return build(x, ge.Const(axes, dtype=DataType.DT_INT64), keep_dims=keepdim)
+
+        return convert
+
+    def sort(x: Any, *, stable: Any = False, dim: int = -1, descending: bool = False, meta_outputs: Any = None) -> Any:
+        # Sort wants the last axis.
+        order = list(range(x.rank))
+        order[dim], order[-1] = order[-1], order[dim]
+        moved = order != list(range(x.rank))
+
+        def swap(t: Any) -> Any:
+            return ge.Transpose(t, ge.Const(order, dtype=DataType.DT_INT64)) if moved else t
+
+        values, index = ge.Sort(swap(x), axis=x.rank - 1, descending=descending, stable=bool(stable))
+        return swap(values), ge.Cast(swap(index), dst_type=DataType.DT_INT64)
+
+    stock_index_add = _stock(aten.index_add.default)
+
+    def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1, meta_outputs: Any = None) -> Any:
+        # torchair broadcasts the source to the shape that it has: a copy, of 630 MB per sample in lift-splat.
+        if index.rank != 1 or x.rank == 0 or source.rank != x.rank:
+            return stock_index_add(x, dim, index, source, alpha=alpha)
+        index = dtype_promote(index, target_dtype=DataType.DT_INT32)
+        alpha = dtype_promote(alpha, target_dtype=x.dtype)
+        return ge.InplaceIndexAdd(ge.TensorMove(x), index, source, alpha, axis=dim % x.rank)
+
+    stock_convolution = _stock(aten.convolution.default)
+
+    def convolution(
+        x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any,
+        groups: int, meta_outputs: Any = None,
+    ) -> Any:  # fmt: skip
+        # A transposed convolution is the gradient of a convolution. torchair's own Conv2DTranspose takes its size from a
+        # sum of int32 and int64, and operands of the type are float16 by its prototype.
+        if not transposed or meta_outputs.rank != 4:
+            return stock_convolution(
+                x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, meta_outputs
+            )
+        x, weight = dtype_promote(x, weight, target_dtype=meta_outputs.dtype)
+        pads = [side for p in padding for side in (p, p)]
+        y = ge.Conv2DBackpropInput(
+            ge.Const(list(meta_outputs.size), dtype=DataType.DT_INT32), weight, x, strides=[1, 1, *stride], pads=pads,
+            dilations=[1, 1, *dilation], groups=groups, data_format="NCHW",
+        )  # fmt: skip
+        specific_op_input_layout(y, indices=[1, 2], layout="NCHW")
+        specific_op_output_layout(y, indices=0, layout="NCHW")
+        if bias is None:
+            return y
+        return ge.Add(y, ge.Unsqueeze(dtype_promote(bias, target_dtype=meta_outputs.dtype), axes=[1, 2]))
+
+    xor = bitwise(ge.BitwiseXor, ge.NotEqual)
+    both = bitwise(ge.BitwiseAnd, ge.LogicalAnd)
+    either = bitwise(ge.BitwiseOr, ge.LogicalOr)
+    return {
+        aten.convolution.default: convolution,
+        aten.index_add.default: index_add,
+        aten.gelu.default: gelu,
+        aten.gelu_backward.default: gelu_backward,
+        aten.roll.default: roll,
+        aten.trunc.default: unary(ge.Trunc),
+        aten.atan2.default: binary(ge.Atan2),
+        aten.bitwise_xor.Tensor: xor,
+        aten.bitwise_xor.Scalar: xor,
+        aten.bitwise_and.Scalar: both,
+        aten.bitwise_or.Scalar: either,
+        aten.__rshift__.Scalar: binary(ge.RightShift),
+        aten.__rshift__.Tensor: binary(ge.RightShift),
+        aten.bitwise_right_shift.Tensor: binary(ge.RightShift),
+        aten.bitwise_right_shift.Tensor_Scalar: binary(ge.RightShift),
+        aten.amax.default: reduce(ge.ReduceMax),
+        aten.amin.default: reduce(ge.ReduceMin),
+        aten.all.dim: reduce(ge.ReduceAll, DataType.DT_BOOL),
+        aten.sort.stable: sort,
+    }

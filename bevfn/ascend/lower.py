@@ -1,0 +1,207 @@
+"""A step as one Ascend GE graph, through torchair's own converters, ours, and checks of what they get wrong.
+
+    lowered = lower(step, (train_state, batch))                      # nothing is computed, no device is needed
+    outputs = interpret.run(lowered.graph, lowered.arguments(train_state, batch))
+    train_state, metrics = lowered.results(outputs)
+
+The graph has static shapes only. It is the one that a device compiles: its step is traced by the same function.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from bevfn.ascend import torchair
+from bevfn.ascend.fixes import converters, decompositions, refusals, rewrites
+from bevfn.ascend.trace import Source, Traced, Value, trace
+from bevfn.kernels import ascend as kernels
+
+NPU = 1  # placement and executor in torchair's numbering
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An operator that could not be converted."""
+
+    op: str
+    source: Source | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op} at {self.source or 'an unknown line'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One GE graph and what its inputs and outputs are."""
+
+    graph: Any
+    """torchair's ge_ir_pb2.GraphDef; docs/ascend.md says how to read it"""
+    inputs: tuple[Value, ...]
+    """of the Data nodes, by index; inputs of the step that it does not use are not among them"""
+    outputs: tuple[Value, ...]
+    """of NetOutput, in order"""
+    aten: fx.GraphModule
+    """the graph that was converted"""
+    seconds: float
+    """to trace and convert"""
+    sources: dict[str, tuple[str, Source | None]]
+    """{name of a GE node: (aten operator it came from, where that was written)}"""
+    missing: tuple[Missing, ...]
+    """operators without a converter; empty unless `lower` was not strict"""
+    used: tuple[int, ...]
+    """for every input its place among the tensors of the step's arguments"""
+    spec: pytree.TreeSpec
+    returned: tuple[int | None, ...]
+    """for every leaf of `spec`, what the step returns, its place in `outputs`"""
+
+    def arguments(self, *arguments: Any) -> list[Tensor]:
+        """The graph's inputs for a call of the step, contiguous."""
+        tensors = [x for x in pytree.tree_leaves(arguments) if x is not None]
+        return [tensors[i].contiguous() for i in self.used]
+
+    def results(self, outputs: Sequence[Tensor]) -> Any:
+        """What the step returns, of the graph's outputs."""
+        return pytree.tree_unflatten([None if i is None else outputs[i] for i in self.returned], self.spec)
+
+
+def lower(
+    step: Callable,
+    arguments: tuple,
+    *,
+    takes: tuple[str, ...] = (),
+    returns: tuple[str, ...] = (),
+    ops: kernels.Ops = "stock",
+    strict: bool = True,
+) -> Lowered:
+    """Lowers `step(*arguments)`; the arguments are pytrees of CPU tensors, of which only shapes and dtypes matter.
+
+    Args:
+        takes: names of the arguments; the step's own by default.
+        returns: names of what the step returns, if it returns a tuple.
+        ops: what this package's own operators become, see `bevfn.kernels.ascend`.
+        strict: operators without a converter, or with one that is refused, are an error; otherwise they are listed in
+            `missing`, and nodes of the type "Missing" stand where there is no converter.
+
+    Raises ValueError naming operators and lines: no converter (strict), or a graph that depends on values.
+    """
+    torchair.load()
+    register_converters()
+    started = time.perf_counter()
+    table = {**decompositions.table(), **kernels.table(ops)}
+    traced = trace(step, arguments, decompositions=table, takes=takes, returns=returns)
+    rewrites.apply(traced.module)
+    concrete, sources, missing = _convert(traced)
+    if strict and missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"no Ascend converter for {missing[0]}{more}; `bevfn graph` lists all")
+    used = tuple(info.func.fx_input_idx for info in concrete._input_info_list)
+    places = concrete._fx_outputs_mapping
+    graph, names = concrete.graph._proto, _finish(concrete.graph._proto, [traced.inputs[i].name for i in used])
+    outputs = [Value("", (), torch.float32)] * len(concrete.outputs)
+    for i, value in enumerate(traced.outputs):
+        outputs[places[i]] = value
+    return Lowered(
+        graph, tuple(traced.inputs[i] for i in used), tuple(outputs), traced.module, time.perf_counter() - started,
+        {names.get(node, node): source for node, source in sources.items()}, tuple(missing), used, traced.spec,
+        tuple(None if i is None else places[i] for i in traced.returned),
+    )  # fmt: skip
+
+
+def register_converters() -> None:
+    """Ours, over torchair's: once per process, after torchair is loaded (here without a device, or with one)."""
+    if getattr(register_converters, "done", False):
+        return
+    register_converters.done = True  # type: ignore[attr-defined]
+    converters.register()
+    kernels.register()
+
+
+def config() -> Any:
+    """torchair's CompilerConfig of a train step."""
+    import torchair as ta
+
+    made = ta.CompilerConfig()
+    made.experimental_config.pattern_fusion_pass = False  # rewrites for language models, which need torch_npu
+    made.experimental_config.remove_noop_ops = False  # see `fixes.rewrites`
+    return made
+
+
+def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, Source | None]], list[Missing]]:
+    """(torchair's concrete graph, where every node came from, operators without a converter)."""
+    from torchair._ge_concrete_graph.compat_ir import ge_op
+    from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph, set_ge_outputs
+    from torchair._utils.graph_transform_observer import GraphTransformObserver
+    from torchair.npu_fx_compiler import _NpuGraphConverter, _optimize_fx
+
+    sources: dict[str, tuple[str, Source | None]] = {}
+    missing: list[Missing] = []
+    compiler_config = config()
+    fakes = [node.meta["val"] for node in traced.module.graph.nodes if node.op == "placeholder"]
+    concrete = GeConcreteGraph(compiler_config, name="step")
+
+    class Converter(_NpuGraphConverter):
+        def run_node(self, node: fx.Node) -> Any:
+            before, source = len(concrete.graph.op), node.meta.get("source")
+            reason = refusals.reason(node)
+            try:
+                value = super().run_node(node)
+            except Exception as error:
+                if node.op != "call_function":
+                    raise
+                reason = reason or _reason(node, error)
+                value = self._get_value_pack(node.meta["val"], _missing(node.meta["val"]))
+            if reason:
+                missing.append(Missing(str(node.target), source, reason))
+            for op in concrete.graph.op[before:]:
+                sources[op.name] = (str(node.target), source)
+            return value
+
+    def _missing(meta: Any) -> Any:
+        tensors = meta if isinstance(meta, (tuple, list)) else [meta]
+        made = ge_op(op_type="Missing", inputs={}, outputs=[f"y{i}" for i in range(len(tensors))])
+        made = list(made) if isinstance(made, (tuple, list)) else [made]
+        set_ge_outputs(made, tensors)
+        return made if isinstance(meta, (tuple, list)) else made[0]
+
+    observer = GraphTransformObserver(traced.module, fakes, compiler_config)
+    context = torch._guards.TracingContext(fakes[0].fake_mode if fakes else None)
+    with torch._guards.tracing(context), torch.no_grad():
+        module = _optimize_fx(traced.module, compiler_config, observer)
+        concrete.save_fx_graph(module)
+        Converter(module, graph=concrete, garbage_collect_values=False).run(*fakes)
+        concrete.optimize_graph_without_runtime(*fakes, observer=observer, aot_gm=module)
+    return concrete, sources, missing
+
+
+def _reason(node: fx.Node, error: Exception) -> str:
+    """Why there was no conversion; torchair's own texts about operators without a converter are long and beside the point."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    known = hasattr(node.target, "_ge_converter") and "ge_converter is not" not in str(error)
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}" if known else "it has no converter"
+
+
+def _finish(graph: Any, names: list[str]) -> dict[str, str]:
+    """Data nodes named after what they hold, and on the device: {old name: new name}."""
+    renamed: dict[str, str] = {}
+    for op in graph.op:
+        if op.type == "Data":
+            renamed[op.name] = names[op.attr["index"].i]
+            for descriptor in (*op.input_desc, *op.output_desc):
+                descriptor.device_type = "NPU"
+                descriptor.attr.pop("_host_tensor", None)
+            op.attr.pop("_host_tensor", None)
+    for op in graph.op:
+        op.name = renamed.get(op.name, op.name)
+        for i, name in enumerate(op.input):
+            producer, _, index = name.rpartition(":")
+            if producer in renamed:
+                op.input[i] = f"{renamed[producer]}:{index}"
+    graph.attr["_input_placements"].list.i[:] = [NPU] * len(names)
+    graph.attr["_executor_type"].i = NPU
+    return renamed

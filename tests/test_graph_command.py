@@ -1,0 +1,101 @@
+"""`bevfn graph`: every experiment's steps are one static graph, or the exit code and a sentence say what is in the way."""
+
+import json
+import os
+import subprocess
+import sys
+
+import ge_graphs
+import pytest
+import torch
+
+from bevfn.commands import graph as command
+from bevfn.commands.graph import graph, steps
+
+ge_graphs.need_torchair()
+
+
+def dynamic(x):
+    return x[x > 0].sum()
+
+
+def tiny_steps(train):
+    """Stands in for `steps`: one experiment, whose train step is `train`."""
+    return lambda experiment, scale, precision, batch_size: {
+        "train": (train, (torch.ones(3), torch.ones(3))), "inference": (lambda params, state, batch: batch, (0, 0, 0)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", command.MODELS)
+def test_an_experiment_is_one_static_graph_at_mini_scale(experiment, tmp_path, capsys):
+    code = graph(
+        experiment, scale="mini", precision="fp16", batch_size=1, json_file=tmp_path / "g.json", out=tmp_path / "o"
+    )
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "g.json").read_text())
+    assert code == 0 and "missing converters: none" in printed and "unknown dimensions: none" in printed
+    assert set(figures["steps"]) == {"train", "inference"}
+    for made in figures["steps"].values():
+        assert made["complete"] and (made["graph_breaks"], made["ge_graphs"]) == (0, 1)
+        assert made["nodes"] == sum(made["types"].values())
+        assert made["families"]["matrix products"]["gflop"] > 0 and made["bytes"]["activations"] > 0
+    files = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert files == [f"{experiment}_mini_fp16_{s}.{e}" for s in ("inference", "train") for e in ("air", "pbtxt")]
+
+
+def test_the_air_file_is_the_graph(tmp_path):
+    from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
+
+    from bevfn.ascend import files, interpret
+    from bevfn.ascend.lower import lower
+
+    lowered = lower(torch.neg, (torch.ones(3),))
+    readable, air = files.write(lowered.graph, tmp_path / "new" / "step")
+    model = ModelDef()
+    model.ParseFromString(air.read_bytes())
+    assert torch.equal(interpret.run(model.graph[0], [torch.ones(3)])[0], -torch.ones(3))
+    assert 'op: "Neg"' in readable.read_text()
+
+
+def test_a_dynamic_operator_put_in_on_purpose_is_named(monkeypatch):
+    def train(train_state, batch):
+        return dynamic(train_state), batch
+
+    monkeypatch.setattr(command, "steps", tiny_steps(train))
+    with pytest.raises(
+        ValueError, match=r"aten.index.Tensor makes the graph depend on values at .*test_graph_command.py"
+    ):
+        graph("bevfusion")
+
+
+def test_a_missing_converter_is_exit_code_1(monkeypatch, capsys, tmp_path):
+    def train(train_state, batch):
+        return torch.linalg.eigvalsh(torch.outer(train_state, batch))
+
+    monkeypatch.setattr(command, "steps", lambda *_: {"train": (train, (torch.ones(3), torch.ones(3)))})
+    assert graph("bevfusion", json_file=tmp_path / "g.json") == 1
+    assert "_linalg_eigh" in capsys.readouterr().out
+    assert json.loads((tmp_path / "g.json").read_text())["steps"]["train"]["complete"] is False
+
+
+def test_an_unknown_experiment_is_one_sentence():
+    with pytest.raises(ValueError, match="experiment 'bevfuson' is unknown; choose one of bevfusion, bevfusion_lidar"):
+        steps("bevfuson", "mini", "fp32")
+
+
+def test_an_unwritable_output_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot make the output folder .*; choose another --out"):
+        graph("bevfusion", out=tmp_path / "file" / "below")
+
+
+def test_without_torch_npu_the_console_command_says_so(tmp_path):
+    """In a process whose torch_npu cannot be found."""
+    script = (
+        "import importlib.util, sys; real = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'torch_npu' else real(name, *a)\n"
+        "from bevfn.cli import main; sys.argv = ['bevfn', 'graph', 'bevfusion_lidar', '--scale', 'mini']; main()"
+    )
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pip install 'bevfn[npu]'" in done.stderr and "Traceback" not in done.stderr
