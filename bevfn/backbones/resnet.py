@@ -1,0 +1,163 @@
+"""Residual networks (He et al. 2015, arXiv 1512.03385): ResNet-50 on images, a wider ResNet-18 without its pooling on
+BEV maps.
+
+A block is `layers` of convolution and norm, beside a `shortcut` where the shape changes. Bottlenecks stride in the 3x3
+("pytorch style"). Source: mmdetection mmdet/models/backbones/resnet.py; golden case bevdepth_r50_2key.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bevfn import tree
+from bevfn.distributed import Train
+from bevfn.layers import batch_norm, conv
+
+EXPANSION = 4  # output channels of a bottleneck per channel of its 3x3
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are ResNet-50."""
+
+    channels_in: int = 3
+    channels: int = 64
+    """of the stem and the first stage; every further stage has twice as many"""
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    """of each stage"""
+    strides: tuple[int, ...] = (1, 2, 2, 2)
+    bottleneck: bool = True
+    pool: bool = True
+    """3x3 maximum with stride 2 behind the stem"""
+    frozen_stages: int = -1
+    """-1 none, 0 the stem, n the first n stages too: no gradient, and running statistics also in training.
+    Freeze their leaves in the optimizer as well (`frozen`), or it decays them."""
+
+    def __post_init__(self) -> None:
+        if len(self.blocks) != len(self.strides):
+            raise ValueError(f"blocks {self.blocks} and strides {self.strides} must name the same stages")
+        if not -1 <= self.frozen_stages <= len(self.blocks):
+            raise ValueError(f"frozen_stages {self.frozen_stages} must be -1 to {len(self.blocks)}")
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Output channels of every stage."""
+        return tuple(self.channels * 2**s * (EXPANSION if self.bottleneck else 1) for s in range(len(self.blocks)))
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Path patterns of the frozen leaves, for `optim.Group` behind the backbone's own prefix."""
+        stages = tuple(f"stages.{s}.*" for s in range(self.frozen_stages))
+        return ("stem.*", *stages) if self.frozen_stages >= 0 else ()
+
+
+def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    """(params, state): {"stem": {"conv", "norm"}, "stages": [stage][block]{"layers": [{"conv", "norm"}], "shortcut"}}.
+
+    As mmdetection: Kaiming normal (fan out), and every block starts as its shortcut (its last norm has weight 0).
+    """
+    stem, stem_state = _init_layer(config.channels_in, config.channels, 7, generator, kaiming_normal=True)
+    params: dict = {"stem": stem, "stages": []}
+    state: dict = {"stem": stem_state, "stages": []}
+    c_in = config.channels
+    for s, (count, stride, c_out) in enumerate(zip(config.blocks, config.strides, config.stage_channels)):
+        made = []
+        for i in range(count):
+            widths = (config.channels * 2**s,) * 2 + (c_out,) if config.bottleneck else (c_out, c_out)
+            block, statistics = _init_block(c_in, widths, stride if i == 0 else 1, generator, kaiming_normal=True)
+            torch.nn.init.zeros_(block["layers"][-1]["norm"]["weight"])
+            made.append((block, statistics))
+            c_in = c_out
+        params["stages"].append([block for block, _ in made])
+        state["stages"].append([statistics for _, statistics in made])
+    return params, state
+
+
+def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[list[Tensor], dict]:
+    """x [M C H W] -> (maps of the stem (pooled) and of every stage, finest first, new state); dtype of x."""
+    frozen = config.frozen_stages
+    stem = _detached(params["stem"]) if frozen >= 0 else params["stem"]
+    x, stem_state = _layer(stem, state["stem"], x, train=train if frozen < 0 else False, stride=2)
+    x = torch.relu(x)
+    maps, states = [F.max_pool2d(x, 3, 2, 1) if config.pool else x], []
+    for s, (blocks, old) in enumerate(zip(params["stages"], state["stages"])):
+        y, new = maps[-1], []
+        for i, (block, statistics) in enumerate(zip(blocks, old)):
+            block = _detached(block) if s < frozen else block
+            stride = config.strides[s] if i == 0 else 1
+            y, seen = _block(block, statistics, y, train=train if s >= frozen else False, stride=stride)
+            new.append(seen)
+        maps.append(y)
+        states.append(new)
+    return maps, {"stem": stem_state, "stages": states}
+
+
+def init_basic(
+    channels_in: int, channels_out: int, *, generator: torch.Generator, stride: int = 1
+) -> tuple[dict, dict]:
+    """One basic block, two 3x3 convolutions, by itself: (params, state), torch's default initialisation."""
+    return _init_block(channels_in, (channels_out,) * 2, stride, generator)
+
+
+def apply_basic(params: dict, state: dict, x: Tensor, *, train: Train, stride: int = 1) -> tuple[Tensor, dict]:
+    """x [M C_in H W] -> (relu(layers(x) + shortcut(x)) [M C_out H/stride W/stride], new state)."""
+    return _block(params, state, x, train=train, stride=stride)
+
+
+def _init_block(
+    channels_in: int, widths: tuple[int, ...], stride: int, generator: torch.Generator, kaiming_normal: bool = False
+) -> tuple[dict, dict]:
+    """Two layers 3x3, 3x3 or three 1x1, 3x3, 1x1 of `widths` output channels."""
+    kernels = (1, 3, 1) if len(widths) == 3 else (3, 3)
+    made = [
+        _init_layer(c_in, c_out, kernel, generator, kaiming_normal)
+        for c_in, c_out, kernel in zip((channels_in, *widths), widths, kernels)
+    ]
+    params: dict = {"layers": [layer for layer, _ in made]}
+    state: dict = {"layers": [statistics for _, statistics in made]}
+    if stride != 1 or channels_in != widths[-1]:
+        layer, statistics = _init_layer(channels_in, widths[-1], 1, generator, kaiming_normal)
+        params["shortcut"], state["shortcut"] = layer, statistics
+    return params, state
+
+
+def _block(params: dict, state: dict, x: Tensor, *, train: Train, stride: int) -> tuple[Tensor, dict]:
+    y, new = x, []
+    last = len(params["layers"]) - 1
+    for i, (layer, old) in enumerate(zip(params["layers"], state["layers"])):
+        y, seen = _layer(layer, old, y, train=train, stride=stride if i == last - 1 else 1)  # its first 3x3
+        y = torch.relu(y) if i < last else y
+        new.append(seen)
+    if "shortcut" not in params:
+        return torch.relu(y + x), {"layers": new}
+    x, seen = _layer(params["shortcut"], state["shortcut"], x, train=train, stride=stride)
+    return torch.relu(y + x), {"layers": new, "shortcut": seen}
+
+
+def _init_layer(
+    channels_in: int, channels_out: int, kernel: int, generator: torch.Generator, kaiming_normal: bool
+) -> tuple[dict, dict]:
+    weights = conv.init(
+        channels_in,
+        channels_out,
+        (kernel, kernel),
+        bias=False,
+        generator=generator,
+        kaiming_normal=kaiming_normal,
+    )
+    norm, statistics = batch_norm.init(channels_out)
+    return {"conv": weights, "norm": norm}, {"norm": statistics}
+
+
+def _layer(params: dict, state: dict, x: Tensor, *, train: Train, stride: int) -> tuple[Tensor, dict]:
+    """norm(conv(x)), padded to keep the size at stride 1."""
+    padding = params["conv"]["weight"].shape[-1] // 2
+    y = conv.apply(params["conv"], x, stride=stride, padding=padding)
+    y, norm = batch_norm.apply(params["norm"], state["norm"], y, train=train)
+    return y, {"norm": norm}
+
+
+def _detached(params: dict) -> dict:
+    return tree.map(lambda leaf: leaf.detach(), params)

@@ -1,0 +1,58 @@
+"""Long builds in a folder: one process at a time, its jobs in parallel. A job writes its own files atomically, so a
+stopped build goes on where it was."""
+
+import contextlib
+import fcntl
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+
+from bevfn import host
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Holds a lock on the folder that the system lets go of when its process ends, however it ends.
+
+    Raises ValueError if another process holds it.
+    """
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{out}: another build is writing here; wait for it or choose another folder.") from error
+        yield
+
+
+def unordered(function: Callable[..., Result], jobs: Iterable[tuple], workers: int) -> Iterator[Result]:
+    """function(*job) of every job as they are done, in `workers` processes (up to 1: in this one).
+
+    `jobs` is read as they are handed out: those of a whole data set need not wait in memory.
+    """
+    if workers <= 1:
+        for job in jobs:
+            yield function(*job)
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=host.end_with_parent) as pool:
+        pending: set[Future] = set()
+        try:
+            for job in jobs:
+                pending.add(pool.submit(function, *job))
+                if len(pending) >= 2 * workers:
+                    yield from _finished(pending)
+            while pending:
+                yield from _finished(pending)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _finished(pending: set[Future]) -> list:
+    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+    pending -= done
+    return [future.result() for future in done]

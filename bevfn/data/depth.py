@@ -1,0 +1,175 @@
+"""Depth ground truth of camera images: the key frame's LiDAR points seen by each camera, at its own moment.
+
+A point is (u, v, depth): pixels of the image file and metres along the optical axis. Points are made on the fly or read
+from files that `build` made before: one per image, `<image file name>.bin`, little-endian float32, three numbers a
+point. That is the layout of BEVDepth's `depth_gt/`, so a folder of its script can be read too.
+
+Source: BEVDepth scripts/gen_depth_gt.py and nusc_det_dataset.py (fact sheet bevdepth_r50_2key). Upstream goes through
+global coordinates of about 1e3 m in float32; here one float64 matrix does, so depths differ by up to 1e-4 m and two
+points in a thousand by a pixel (measured on the golden frame, where no depth label changes).
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import Progress
+
+from bevfn.data import building, points
+from bevfn.data.index import Camera, Frame, Index
+from bevfn.files import write_atomically
+
+MARGIN = 1  # px at the image's border in which points are dropped
+DEPTH = "depth.json"
+FRAMES = 32  # of one job
+FORMAT = 1  # raise it when the files' meaning changes
+COLUMNS = 3
+BYTES = 4 * COLUMNS
+
+
+def project(cloud: np.ndarray, camera: Camera, size: tuple[int, int]) -> np.ndarray:
+    """Which points a camera sees: [P,3] float32 u, v [px of an image of size (H, W)], depth [m], in the cloud's order.
+
+    cloud: [M,3+] in the key frame's lidar frame. Kept are points in front of the camera (depth > 0) that fall more than
+    MARGIN inside the image. Nothing is hidden by what is before it.
+    """
+    xyz = cloud[:, :3].astype(np.float64) @ camera.camera_from_lidar[:3, :3].T + camera.camera_from_lidar[:3, 3]
+    xyz = xyz[xyz[:, 2] > 0]
+    seen = xyz @ camera.intrinsics.T
+    uv = seen[:, :2] / seen[:, 2:]
+    inside = ((uv > MARGIN) & (uv < np.array(size[::-1]) - MARGIN)).all(axis=1)
+    return np.concatenate([uv, xyz[:, 2:]], axis=1)[inside].astype(np.float32)
+
+
+def rasterize(seen: np.ndarray, image_aug: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The depth map [H,W] float32 [m] of an image of `size` (H, W) that `image_aug` [4,4] makes of the original one.
+
+    seen: [P,3], see `project`. 0 where no point falls; of several points in a pixel the last one stays, not the nearest.
+    Positions are truncated toward zero, as upstream, so the first row and column take points of up to a pixel outside.
+    """
+    height, width = size
+    pixels = (seen[:, :2] @ image_aug[:2, :2].T + image_aug[:2, 3]).astype(np.int32)  # P 2
+    inside = ((pixels >= 0) & (pixels < (width, height))).all(axis=1)
+    depth = np.zeros(size, dtype=np.float32)
+    depth[pixels[inside, 1], pixels[inside, 0]] = seen[inside, 2]
+    return depth
+
+
+def read(files: Path, image: str) -> np.ndarray:
+    """The stored points [P,3] float32 of an image, named as in the index; `files` is what `folder_of_files` says.
+
+    Raises ValueError if the file is missing or truncated.
+    """
+    path = _file(files, image)
+    try:
+        values = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise ValueError(f"{path} does not exist; build depth ground truth with `bevfn data prepare`.") from error
+    if len(values) % BYTES:
+        raise ValueError(f"{path}: {len(values)} bytes are not a whole number of points of {BYTES}; build it again.")
+    return values.view("<f4").reshape(-1, COLUMNS)
+
+
+def folder(index: Index) -> Path:
+    """Where `bevfn data prepare` puts the depth ground truth of a split."""
+    return index.root / "bevfn_depth" / index.split
+
+
+def folder_of_files(out: Path) -> Path:
+    """The folder of the files that `build` made in `out`. Raises ValueError if there are none."""
+    path = Path(out) / DEPTH
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; build depth ground truth with `bevfn data prepare`.")
+    try:
+        return path.parent / str(json.loads(path.read_bytes())["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run `bevfn data prepare` again.") from error
+
+
+def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -> Path:
+    """Makes the files of all images of `index`, or finds them made already; returns their folder, in `out`.
+
+    About 270 kB a key frame on nuScenes. A stopped or killed build goes on where it was. `depth.json`, which names the
+    folder, is written last: there are all files or none, or those of the previous build. Image sizes are read from the
+    images. The bytes do not depend on the number of workers (processes).
+
+    Raises ValueError if a file is missing or damaged, if there is no image, or if another build writes to `out`.
+    """
+    out = Path(out)
+    names = Counter(Path(camera.path).name for frame in index for camera in frame.cameras.values())
+    if not names:
+        raise ValueError(
+            f"{index.root} ({index.version}, split {index.split!r}) has no camera images to give depth to."
+        )
+    if names.most_common(1)[0][1] > 1:
+        raise ValueError(
+            f"{index.root} has several images {names.most_common(1)[0][0]}; their depth needs other names."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    with building.only_writer(out):
+        files = out / f"files-{_fingerprint(index)}"
+        if _is_built(out, files):
+            return files
+        files.mkdir(exist_ok=True)
+        for half in files.glob(".*"):  # of a killed build
+            half.unlink()
+        there = {path.name.removesuffix(".bin") for path in files.iterdir()}
+        todo = [i for i, frame in enumerate(index) if not {Path(c.path).name for c in frame.cameras.values()} <= there]
+        with Progress(disable=not progress) as bar:
+            task = bar.add_task("depth ground truth", total=len(index), completed=len(index) - len(todo))
+            for frames in building.unordered(_make, _jobs(index, files, todo), workers):
+                bar.advance(task, frames)
+        write_atomically(out / DEPTH, json.dumps({"files": files.name}).encode())
+        for stale in set(out.glob("files-*")) - {files}:
+            shutil.rmtree(stale, ignore_errors=True)
+    return files
+
+
+def _is_built(out: Path, files: Path) -> bool:
+    try:
+        return folder_of_files(out) == files and files.is_dir()
+    except ValueError:
+        return False
+
+
+def _jobs(index: Index, files: Path, todo: list[int]) -> Iterator[tuple]:
+    for start in range(0, len(todo), FRAMES):
+        yield [index[i] for i in todo[start : start + FRAMES]], index.root, files
+
+
+def _make(frames: list[Frame], root: Path, files: Path) -> int:
+    """Writes the files of some frames; returns how many frames."""
+    for frame in frames:
+        cloud, _ = points.read(root / frame.lidar_path)
+        for camera in frame.cameras.values():
+            seen = project(cloud, camera, _image_size(root / camera.path))
+            write_atomically(_file(files, camera.path), seen.astype("<f4").tobytes())
+    return len(frames)
+
+
+def _file(files: Path, image: str) -> Path:
+    return Path(files) / f"{Path(image).name}.bin"
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """(H, W), from the file's head."""
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except (OSError, SyntaxError) as error:  # as `image.read`
+        raise ValueError(f"{path} is missing or no image ({error}); copy it again.") from error
+
+
+def _fingerprint(index: Index) -> str:
+    """Of everything that decides what the files hold, but for the point files' and images' contents."""
+    digest = hashlib.sha256(str(FORMAT).encode())
+    for frame in index:
+        digest.update(frame.lidar_path.encode())
+        for camera in frame.cameras.values():
+            digest.update(camera.path.encode() + camera.intrinsics.tobytes() + camera.camera_from_lidar.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,196 @@
+"""Depth ground truth: what a camera sees of the LiDAR, as upstream's script has it, and the files made of it."""
+
+import dataclasses
+import fcntl
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_world
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from bevfn.data import depth, image, infos, points
+from bevfn.data.camera_pipeline import CHANNELS
+from bevfn.data.index import Camera, Index
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+GOLDEN = SHARED / "goldens/bevdepth_r50_2key/inputs.safetensors"
+SIZE = (90, 160)
+
+
+def camera(path: str = "a.png") -> Camera:
+    """Looks along the lidar's z, 100 px focal length, centre of SIZE."""
+    intrinsics = np.array([[100.0, 0, 80], [0, 100, 45], [0, 0, 1]])
+    return Camera(path, intrinsics, np.eye(4), np.eye(4), np.eye(4), 0.0)
+
+
+@pytest.fixture(scope="module")
+def index() -> Index:
+    return small_world.index()
+
+
+# --- numbers ---
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="../shared (real frame and goldens) is not here")
+def test_the_golden_depth_maps():
+    """Upstream's float32 in global coordinates moves a few points by a pixel; no depth label changes."""
+    from bevfn.views.depth_net import depth_labels
+
+    golden = load_file(GOLDEN)
+    theirs = np.zeros((6, 256, 704), np.float32)
+    theirs[tuple(golden["depth_gt_cam_y_x"].astype(int).T)] = golden["depth_gt_value"]
+    one = infos.read(SHARED / "nuscenes_frame/frame.json")
+    cloud, _ = points.read(one.root / one[0].lidar_path)
+    move = image.matrix(size=(256, 704), resize=0.44, crop=(0, 140))
+    seen = [depth.project(cloud, one[0].cameras[channel], (900, 1600)) for channel in CHANNELS]
+    ours = np.stack([depth.rasterize(found, move, (256, 704)) for found in seen])
+    assert np.count_nonzero(ours) == np.count_nonzero(theirs) == 19582
+    assert np.count_nonzero((ours > 0) != (theirs > 0)) < 100
+    both = (ours > 0) & (theirs > 0)
+    np.testing.assert_allclose(ours[both], theirs[both], rtol=0, atol=2e-4)
+    labels = depth_labels(torch.from_numpy(ours), (2.0, 58.0, 0.5), 16).numpy()
+    np.testing.assert_array_equal(labels, golden["depth_label_bin"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31))
+def test_what_is_seen_lies_in_front_and_inside_in_the_clouds_order(seed):
+    rng = np.random.default_rng(seed)
+    cloud = rng.uniform([-20, -10, -20, 0, 0], [20, 10, 20, 255, 31], (200, 5)).astype(np.float32)
+    seen = depth.project(cloud, camera(), SIZE)
+    with np.errstate(divide="ignore"):
+        u, v = 100 * cloud[:, 0] / cloud[:, 2] + 80, 100 * cloud[:, 1] / cloud[:, 2] + 45
+    expected = (cloud[:, 2] > 0) & (u > 1) & (u < 159) & (v > 1) & (v < 89)
+    assert abs(len(seen) - expected.sum()) <= 1  # u and v are of float32 here
+    assert seen.dtype == np.float32 and set(seen[:, 2]) <= set(cloud[cloud[:, 2] > 0, 2])
+    places = [np.flatnonzero(cloud[:, 2] == value)[0] for value in seen[:, 2]]
+    assert places == sorted(places)
+
+
+def test_the_last_point_of_a_pixel_stays_and_positions_truncate_toward_zero():
+    seen = np.array([[5.1, 2, 9], [5.9, 2.4, 7], [-0.9, 3, 4], [-1.1, 3, 5], [9.99, 0, 3], [10.0, 0, 2]], np.float32)
+    made = depth.rasterize(seen, np.eye(4, dtype=np.float32), (4, 10))
+    expected = np.zeros((4, 10), np.float32)
+    expected[2, 5], expected[3, 0], expected[0, 9] = 7, 4, 3
+    np.testing.assert_array_equal(made, expected)
+
+
+def test_a_mirrored_image_has_the_mirrored_depth(index):
+    cloud, _ = points.read(index.root / index[0].lidar_path)
+    seen = depth.project(cloud, index[0].cameras["CAM_FRONT"], SIZE)
+    seen = seen[np.unique(seen[:, :2].astype(int), axis=0, return_index=True)[1]]  # one a pixel
+    seen[:, :2] = np.floor(seen[:, :2]) + 0.5  # at pixel centres, which truncation keeps
+    plain, mirrored = (
+        depth.rasterize(seen, image.matrix(size=SIZE, resize=1.0, crop=(0, 0), flip=flip), SIZE)
+        for flip in (False, True)
+    )
+    assert np.count_nonzero(plain) > 50
+    np.testing.assert_array_equal(mirrored, plain[:, ::-1])
+
+
+# --- files ---
+
+
+def test_files_hold_what_is_projected_whatever_the_workers(index, tmp_path):
+    files = depth.build(index, tmp_path / "one", progress=False)
+    assert depth.folder_of_files(tmp_path / "one") == files
+    for frame in index:
+        cloud, _ = points.read(index.root / frame.lidar_path)
+        for one in frame.cameras.values():
+            np.testing.assert_array_equal(depth.read(files, one.path), depth.project(cloud, one, SIZE))
+    other = depth.build(index, tmp_path / "two", workers=2, progress=False)
+    names = {path.name for path in files.iterdir()}
+    assert names == {path.name for path in other.iterdir()} and len(names) == 6 * len(index)
+    assert all((files / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_a_stopped_build_goes_on_and_a_finished_one_stays(index, tmp_path, monkeypatch):
+    real, made = depth._make, []
+
+    def stops(frames, root, files):
+        if made:
+            raise KeyboardInterrupt
+        made.append(real(frames, root, files))
+        return made[0]
+
+    monkeypatch.setattr(depth, "FRAMES", 1)
+    monkeypatch.setattr(depth, "_make", stops)
+    with pytest.raises(KeyboardInterrupt):
+        depth.build(index, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"depth.json does not exist; .* `bevfn data prepare`"):
+        depth.folder_of_files(tmp_path)
+    (folder,) = tmp_path.glob("files-*")
+    (folder / ".half").write_bytes(b"1")  # what a kill in the middle of writing leaves
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("[!.]*")}
+    assert len(before) == 6
+    monkeypatch.setattr(depth, "_make", real)
+    files = depth.build(index, tmp_path, progress=False)
+    after = {path: path.stat().st_mtime_ns for path in files.iterdir()}
+    assert len(after) == 6 * len(index) and before.items() <= after.items()
+    monkeypatch.setattr(depth, "_make", stops)  # nothing is left to make
+    assert depth.build(index, tmp_path, progress=False) == files
+
+
+def test_another_calibration_makes_other_files_and_removes_the_old_ones(index, tmp_path):
+    old = depth.build(index, tmp_path, progress=False)
+    front = index[0].cameras["CAM_FRONT"]
+    cameras = {**index[0].cameras, "CAM_FRONT": dataclasses.replace(front, intrinsics=front.intrinsics * 1.01)}
+    changed = dataclasses.replace(index, frames=(dataclasses.replace(index[0], cameras=cameras),))
+    new = depth.build(changed, tmp_path, progress=False)
+    assert new != old and new.is_dir() and not old.exists()
+    assert depth.folder_of_files(tmp_path) == new
+
+
+def test_a_damaged_depth_json_is_named_and_made_again(index, tmp_path):
+    files = depth.build(index, tmp_path, progress=False)
+    (tmp_path / "depth.json").write_text("{")
+    with pytest.raises(ValueError, match=r"depth.json is damaged .*; delete it"):
+        depth.folder_of_files(tmp_path)
+    assert depth.build(index, tmp_path, progress=False) == files == depth.folder_of_files(tmp_path)
+
+
+def test_missing_and_truncated_files_are_named(index, tmp_path):
+    files = depth.build(index, tmp_path, progress=False)
+    name = index[0].cameras["CAM_BACK"].path
+    path = files / f"{Path(name).name}.bin"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"CAM_BACK.*.bin: \d+ bytes are not a whole number of points .* again"):
+        depth.read(files, name)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"CAM_BACK.*.bin does not exist; build .* `bevfn data prepare`"):
+        depth.read(files, name)
+
+
+def test_bad_input_of_a_build_is_one_sentence(index, tmp_path):
+    frame = index[0]
+    lost = dataclasses.replace(index, frames=(dataclasses.replace(frame, lidar_path="samples/lost.bin"),))
+    with pytest.raises(ValueError, match=r"lost.bin: the point file does not exist"):
+        depth.build(lost, tmp_path, progress=False)
+    blind = dataclasses.replace(index, frames=(dataclasses.replace(frame, cameras={"CAM_FRONT": camera("no.png")}),))
+    with pytest.raises(ValueError, match=r"no.png is missing or no image"):
+        depth.build(blind, tmp_path, progress=False)
+    for cameras, message in (
+        ({}, r"has no camera images to give depth to"),
+        ({"CAM_FRONT": camera("a/x.png"), "CAM_BACK": camera("b/x.png")}, r"has several images x.png"),
+    ):
+        bad = dataclasses.replace(index, frames=(dataclasses.replace(frame, cameras=cameras),))
+        with pytest.raises(ValueError, match=message):
+            depth.build(bad, tmp_path, progress=False)
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another build is writing here"):
+            depth.build(index, tmp_path, progress=False)
+
+
+def test_prepare_makes_what_is_asked_for(index, tmp_path, capsys):
+    from bevfn.commands import data
+
+    data.prepare(index.root, split="val", paste=False, out=tmp_path / "paste", depth_out=tmp_path / "depth")
+    assert f"depth ground truth of {6 * len(index)} images" in capsys.readouterr().out
+    assert depth.folder_of_files(tmp_path / "depth").is_dir() and not (tmp_path / "paste").exists()
+    data.prepare(index.root, split="val", depth=False, out=tmp_path / "paste", depth_out=tmp_path / "other")
+    assert (tmp_path / "paste/objects.npz").is_file() and not (tmp_path / "other").exists()
