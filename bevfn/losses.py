@@ -22,7 +22,13 @@ def positives(marked: Tensor, train: Train = True) -> Tensor:
 
 
 def gaussian_focal(
-    logits: Tensor, target: Tensor, *, alpha: float = 2.0, gamma: float = 4.0, train: Train = True
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 2.0,
+    gamma: float = 4.0,
+    train: Train = True,
+    normaliser: Tensor | None = None,
 ) -> Tensor:
     """Penalty-reduced focal loss of a centre heatmap (CornerNet, Law & Deng 2018, equation 1).
 
@@ -32,13 +38,15 @@ def gaussian_focal(
     Args:
         logits, target: same shape; target in [0, 1], exactly 1 at centre cells.
         train: whose centres are counted, see `positives`.
+        normaliser: 0-d, instead of that count.
     Source: mmdet GaussianFocalLoss and the `clip_sigmoid` before it, golden case bevfusion_lidar.
     """
     p = torch.sigmoid(logits.float()).clamp(1e-4, 1 - 1e-4)
     centre = (target == 1).float()
     positive = -(p + 1e-12).log() * (1 - p).pow(alpha) * centre
     negative = -(1 - p + 1e-12).log() * p.pow(alpha) * (1 - target).pow(gamma)
-    return (positive + negative).sum() / (positives(centre, train) + NORMALISER_EPS)
+    count = positives(centre, train) if normaliser is None else normaliser
+    return (positive + negative).sum() / (count + NORMALISER_EPS)
 
 
 def sigmoid_focal(

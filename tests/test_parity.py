@@ -66,6 +66,24 @@ def test_lidar_only_evaluation_is_the_published_model(tmp_path):
 
 
 @needs_goldens
+def test_matrixvt_evaluation_is_the_published_model(tmp_path):
+    assert parity(GOLDENS / "matrixvt_r50", only="eval", json_file=tmp_path / "table.json") == 0
+    lines = json.loads((tmp_path / "table.json").read_text())["lines"]
+    named = {line["name"] for line in lines}
+    assert {"eval/ray_points_index", "eval/horiconv_out", "decode_synth_size_aware/boxes", "results/rotation"} <= named
+
+
+@needs_goldens
+def test_a_case_of_an_unknown_model_is_refused(tmp_path):
+    folder = shutil.copytree(GOLDENS / "matrixvt_r50", tmp_path / "case")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["upstream"]["model_class"] = "BEVStereo"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="a case of BEVStereo; bevfn has BEVFusion, BEVDepth and MatrixVT"):
+        parity(folder)
+
+
+@needs_goldens
 def test_a_changed_weight_fails_parity(tmp_path):
     folder = shutil.copytree(GOLDENS / "bevfusion_lidar", tmp_path / "case")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -77,6 +95,6 @@ def test_a_changed_weight_fails_parity(tmp_path):
 
 @pytest.mark.slow
 @needs_goldens
-@pytest.mark.parametrize("name", ["bevfusion_lidar", "bevfusion_lidar_cam"])
+@pytest.mark.parametrize("name", ["bevfusion_lidar", "bevfusion_lidar_cam", "bevdepth_r50_2key", "matrixvt_r50"])
 def test_full_golden_case(name):
     assert parity(GOLDENS / name) == 0

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from bevfn import goldens, tree, upstream
 from bevfn.commands import checkpoint
-from bevfn.models import bevfusion
-from bevfn.upstream import names
+from bevfn.models import bevdepth, bevfusion
+from bevfn.upstream import names, names_bevdepth, recognise
 
 CASES = Path(__file__).parents[1].parent / "shared" / "goldens"
 SMALL = upstream.Sizes(
     point_channels=5, sparse=(4, 6), sparse_out=16, swin=4, swin_depths=(1, 2, 1), swin_heads=(1, 2, 4), window=2,
     neck=8, depth_transform=(2, 3, 4), context=5, image=(16, 24), feature=(2, 3), depth=(1.0, 3.0, 0.5),
     grid=((-4.0, 4.0, 1.0), (-6.0, 6.0, 1.0), (-1.0, 1.0, 2.0)), fused=8, second=(4, 6), second_layers=2,
-    second_fpn=(4, 4), head=8, head_ffn=12, head_hidden=4, classes=3,
+    second_fpn=(4, 4), head=8, head_ffn=12, head_hidden=4, classes=3, bevdepth=names_bevdepth.Sizes(
+        resnet=4, neck=3, net=8, net_blocks=1, atrous=2, context=5, image=(32, 48), depth=(2.0, 6.0, 1.0),
+        grid=((-8.0, 8.0, 1.0), (-8.0, 8.0, 1.0), (-5.0, 3.0, 8.0)), row=6, bev=4, bev_neck=3, head=4, tasks=(1, 2),
+    ),
 )  # fmt: skip
 
 
@@ -38,6 +41,10 @@ def upstream_state(model: str, naming: names.Naming = "mmdet", sparse: str = "sp
             shape = (shape[4], *shape[:4])
         if entry.layout == "sequence":
             shape = (*shape, 1)
+        if entry.layout == "row":
+            shape = (*shape[:2], shape[3])
+        if entry.layout == "swapped":
+            shape = (shape[1], shape[0], *shape[2:])
         counter = torch.tensor(7)
         found[entry.key] = counter if entry.tree == "upstream" else torch.randn(shape, generator=generator)
     return found | names.derived(model, SMALL, naming)
@@ -83,6 +90,64 @@ def test_published_manifests_are_accounted_for_and_round_trip(model):
     assert_same(back, source)
 
 
+@pytest.mark.parametrize(("folder", "model"), [("bevdepth_r50_2key", "bevdepth-2key"), ("matrixvt_r50", "matrixvt")])
+def test_lightning_manifests_of_bevdepth_are_accounted_for_and_round_trip(folder, model):
+    source = goldens.fill_case(case(folder))
+    specs = goldens.read_manifest(case(folder))["constructor_buffers"]
+    buffers = {f"model.{key}": leaf for key, leaf in names.derived(model, names.PUBLISHED).items()}
+    assert {k: (list(leaf.shape), str(leaf.dtype)) for k, leaf in buffers.items()} == {
+        k: (spec["shape"], f"torch.{spec['dtype']}") for k, spec in specs.items()
+    }
+    source |= buffers
+    params, state, report = upstream.import_state(source, model)
+    assert report.prefix == "model." and not report.warnings
+    assert set(report.used) | set(report.unused) == {key.removeprefix("model.") for key in source}
+    back = upstream.export_state(params, state, model, report.carried, prefix=report.prefix)
+    assert_same(back, source)
+
+
+@pytest.mark.parametrize("model", names_bevdepth.MODELS)
+def test_frames_of_a_bevdepth_are_read_off_its_bev_map(model):
+    prefix = "" if model == "resnet50" else "model."
+    found = recognise.recognise({prefix + key: leaf for key, leaf in upstream_state(model).items()})
+    assert (found.model, found.prefix) == (model, prefix)
+
+
+def test_three_key_frames_are_named_but_not_read():
+    source = upstream_state("bevdepth-2key")
+    source["head.trunk.conv1.weight"] = torch.zeros(4, 15, 7, 7)
+    with pytest.raises(ValueError, match=r"looks like a BEVDepth detector of 3 key frames, .*: bevfn reads"):
+        upstream.import_state(source, "bevdepth-2key", sizes=SMALL)
+
+
+def test_a_lightning_file_is_read_beside_its_training_log(tmp_path):
+    source = {f"model.{key}": leaf for key, leaf in upstream_state("bevdepth-2key").items()}
+    path = tmp_path / "23.ckpt"
+    log = {"epoch": 23, "callbacks": {"ModelCheckpoint": {"best_model_score": None}}, "hyper_parameters": {"gpus": 8}}
+    torch.save({"state_dict": source, "optimizer_states": [{"state": {}}], "lr_schedulers": [], **log}, path)
+    params, state, report = upstream.import_state(upstream.read_state_dict(path), "bevdepth-2key", sizes=SMALL)
+    assert not report.missing and len(report.used) == len(tree.leaves(params)) + len(tree.leaves(state))
+    gate = source["model.backbone.depth_net.context_se.conv_expand.weight"]
+    assert torch.equal(params["view"]["depth_net"]["context_gate"]["expand"]["weight"], gate)
+    fine = source["model.backbone.img_neck.deblocks.2.0.weight"]  # a transposed convolution of size 1
+    assert torch.equal(params["image"]["neck"]["blocks"][2]["conv"]["weight"], fine.transpose(0, 1))
+
+
+def test_torchvisions_resnet_starts_a_detector():
+    """resnet50-0676ba61.pth has the classifier and, being older than batch counts, none of those."""
+    source = {k: v for k, v in upstream_state("resnet50").items() if not k.endswith("num_batches_tracked")}
+    source |= {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
+    params, _, report = upstream.import_state(source, "resnet50", sizes=SMALL)
+    assert report.unused == dict.fromkeys(("fc.weight", "fc.bias"), "classification head of the pre-training")
+    assert torch.equal(params["image"]["backbone"]["stages"][0][0]["shortcut"]["conv"]["weight"],
+                       source["layer1.0.downsample.0.weight"])  # fmt: skip
+    model = bevdepth.init(bevdepth.mini(bevdepth.two_key()), seed=0)
+    small = names_bevdepth.Sizes(resnet=16, resnet_blocks=(2, 2, 2, 2))
+    listed = {e.name for e in names_bevdepth.entries("resnet50", small) if e.tree != "upstream"}
+    ours = {f"params.{path}" for path in tree.flatten(model[0]) if path.startswith("image.backbone.")}
+    assert {name for name in listed if name.startswith("params.")} == ours
+
+
 def test_leaves_land_where_the_contract_says():
     source = upstream_state("bevfusion-lidar-cam")
     params, state, _ = upstream.import_state(source, "bevfusion-lidar-cam", sizes=SMALL)
@@ -104,10 +169,21 @@ def test_leaves_land_where_the_contract_says():
     assert torch.equal(depth_net[2]["conv"]["bias"], source["view_transform.depthnet.6.bias"])
 
 
-@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevfusion-lidar-cam"])
+PUBLISHED = {
+    "bevfusion-lidar": (bevfusion, bevfusion.lidar_only()),
+    "bevfusion-lidar-cam": (bevfusion, bevfusion.lidar_camera()),
+    "bevdepth-1key": (bevdepth, bevdepth.key_frames(1)),
+    "bevdepth-2key": (bevdepth, bevdepth.two_key()),
+    "bevdepth-4key": (bevdepth, bevdepth.key_frames(4)),
+    "bevdepth-2key-da": (bevdepth, bevdepth.two_key_aggregated()),
+    "matrixvt": (bevdepth, bevdepth.matrix_vt()),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
 def test_every_leaf_of_the_model_has_an_upstream_key(model):
-    config = bevfusion.lidar_only() if model == "bevfusion-lidar" else bevfusion.lidar_camera()
-    params, state = bevfusion.init(config, seed=0)
+    module, config = PUBLISHED[model]
+    params, state = module.init(config, seed=0)
     ours = {f"params.{path}": tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
     ours |= {f"state.{path}": tuple(leaf.shape) for path, leaf in tree.flatten(state).items()}
     listed = [entry for entry in names.entries(model, names.PUBLISHED) if entry.tree != "upstream"]
@@ -151,6 +227,19 @@ def test_sparse_kernels_of_two_layouts_are_refused():
         ("bevfusion-lidar-cam", "bevfusion-lidar", r"camera \+ LiDAR BEVFusion.*use --model bevfusion-lidar-cam[.]"),
         ("swin-nuimages", "bevfusion-lidar-cam", "looks like a Swin backbone.*use --model swin-nuimages[.]"),
         (["encoders.lidar.backbone.x"], "bevfusion-lidar", "original MIT repository.*: bevfn reads"),
+        (
+            "bevdepth-1key",
+            "bevdepth-2key",
+            "BEVDepth detector of 1 key frame, not like bevdepth-2key: use --model bevdepth-1",
+        ),
+        (
+            "matrixvt",
+            "bevdepth-1key",
+            "looks like a MatrixVT detector, not like bevdepth-1key: use --model matrixvt[.]",
+        ),
+        ("bevdepth-2key", "matrixvt", "BEVDepth detector of 2 key frames.*use --model bevdepth-2key[.]"),
+        ("bevdepth-2key-da", "bevdepth-2key", "with depth aggregation.*use --model bevdepth-2key-da[.]"),
+        ("resnet50", "bevdepth-2key", "looks like an ImageNet ResNet-50.*use --model resnet50[.]"),
         (["pts_bbox_head.task_heads.0.x"], "bevfusion-lidar", "CenterPoint or BEVDet family"),
         (["layer1.0.conv1.weight", "fc.weight"], "swin-nuimages", "looks like a ResNet"),
         (["stem.weight", "tail.bias"], "swin-nuimages", "a model with the parts stem, tail"),

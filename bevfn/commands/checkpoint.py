@@ -9,7 +9,10 @@ from tyro.conf import Positional
 from bevfn import tree, upstream
 from bevfn.upstream import recognise
 
-Model = Literal["bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages"]
+Model = Literal[
+    "bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages", "bevdepth-1key", "bevdepth-2key", "bevdepth-4key",
+    "bevdepth-2key-da", "matrixvt", "resnet50",
+]  # fmt: skip
 
 
 def import_(source: Positional[Path], output: Positional[Path], *, model: Model, every_key: bool = False) -> None:

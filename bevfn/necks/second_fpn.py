@@ -1,6 +1,9 @@
-"""SECOND's neck: every stage brought to the first one's resolution and concatenated (Yan et al. 2018).
+"""SECOND's neck: every stage brought to one resolution and concatenated (Yan et al. 2018).
 
-Source: mmdetection3d mmdet3d/models/necks/second_fpn.py with `use_conv_for_no_stride`, read for its behaviour.
+BEVDepth uses it on images too, where the fine stages are brought down to stride 16.
+
+Source: mmdetection3d mmdet3d/models/necks/second_fpn.py, read for its behaviour. Without `use_conv_for_no_stride` its
+stride 1 is a transposed convolution of size 1: the same map, its weight stored transposed (see `upstream`).
 """
 
 from dataclasses import dataclass
@@ -16,18 +19,38 @@ from bevfn.layers import conv_norm
 class Config:
     channels_in: tuple[int, ...] = (128, 256)
     channels: tuple[int, ...] = (256, 256)
-    strides: tuple[int, ...] = (1, 2)
-    """upsampling of each stage; 1 is a 1x1 convolution, s a transposed convolution of size and stride s"""
+    strides: tuple[float, ...] = (1, 2)
+    """upsampling of each stage: 1 is a 1x1 convolution, s a transposed convolution and 1/s a convolution of size and
+    stride s"""
     norm_eps: float = 1e-3
     norm_momentum: float = 0.01
+    kaiming_normal: bool = False
+    """start all but the strided convolutions from mmcv's Kaiming normal instead of torch's default"""
+
+    def __post_init__(self) -> None:
+        if not len(self.channels_in) == len(self.channels) == len(self.strides):
+            raise ValueError(f"channels_in {self.channels_in}, channels {self.channels} and strides {self.strides} "
+                             "must name the same stages")  # fmt: skip
+        if any(_size(stride) != (stride if stride >= 1 else 1 / stride) for stride in self.strides):
+            raise ValueError(f"strides {self.strides} must be whole numbers or 1 / whole numbers")
+
+
+def _size(stride: float) -> int:
+    """Kernel size and stride of the convolution that changes the resolution by `stride`."""
+    return round(stride if stride >= 1 else 1 / stride)
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state): {"blocks": [stage]{"conv", "norm"}}."""
-    made = [
-        conv_norm.init(c_in, c_out, stride, generator=generator, transposed=stride > 1)
-        for c_in, c_out, stride in zip(config.channels_in, config.channels, config.strides)
-    ]
+    made = []
+    for c_in, c_out, stride in zip(config.channels_in, config.channels, config.strides):
+        kaiming = config.kaiming_normal and stride >= 1
+        params, state = conv_norm.init(
+            c_in, c_out, _size(stride), generator=generator, transposed=stride > 1 or kaiming, kaiming_normal=kaiming
+        )
+        if kaiming and stride == 1:  # drawn as upstream's transposed convolution, whose fan out counts its inputs
+            params["conv"]["weight"] = params["conv"]["weight"].transpose(0, 1).contiguous()
+        made.append((params, state))
     return {"blocks": [params for params, _ in made]}, {"blocks": [state for _, state in made]}
 
 
@@ -40,7 +63,7 @@ def apply(params: dict, state: dict, maps: list[Tensor], *, config: Config, trai
             old,
             x,
             train=train,
-            stride=stride,
+            stride=_size(stride),
             transposed=stride > 1,
             momentum=config.norm_momentum,
             eps=config.norm_eps,

@@ -1,13 +1,14 @@
 """Published checkpoints: foreign names, layouts and files. The only room that knows them.
 
-`names` lists every leaf and its upstream key, `recognise` tells models and layouts apart, `convert` goes both ways,
+`names` and `names_bevdepth` list every leaf and its upstream key, `recognise` tells models and layouts apart, `convert` goes both ways,
 `files` reads and writes, `merge` starts one model from several checkpoints.
 """
 
 from bevfn.upstream.convert import Refused, Report, export_state, import_state, nest
+from bevfn.upstream.entries import Entry
 from bevfn.upstream.files import Imported, read_imported, read_state_dict, write_imported, write_state_dict
 from bevfn.upstream.merge import Merge, load_into
-from bevfn.upstream.names import MODELS, PUBLISHED, Entry, Sizes
+from bevfn.upstream.names import MODELS, PUBLISHED, Sizes
 
 __all__ = [
     "MODELS",

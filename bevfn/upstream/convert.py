@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.upstream import names, recognise
-from bevfn.upstream.names import PUBLISHED, Entry, Naming, Sizes
+from bevfn.upstream.entries import Entry, Naming
+from bevfn.upstream.names import PUBLISHED, Sizes
 from bevfn.upstream.recognise import SparseLayout
 
 
@@ -209,6 +210,10 @@ def _lists(node: dict, path: str):
 def _upstream_shape(entry: Entry, sparse: SparseLayout) -> tuple[int, ...]:
     if entry.layout == "sparse" and sparse == "spconv2":
         return (entry.shape[4], *entry.shape[:4])
+    if entry.layout == "row":
+        return (*entry.shape[:2], entry.shape[3])
+    if entry.layout == "swapped":
+        return (entry.shape[1], entry.shape[0], *entry.shape[2:])
     return (*entry.shape, 1) if entry.layout == "sequence" else entry.shape
 
 
@@ -217,6 +222,10 @@ def _to_ours(x: Tensor, entry: Entry, sparse: SparseLayout) -> Tensor:
         return x.permute(1, 2, 3, 4, 0)  # kx ky kz in out
     if entry.layout == "sequence":
         return x.squeeze(-1)  # out in
+    if entry.layout == "row":
+        return x.unsqueeze(2)  # out in 1 k
+    if entry.layout == "swapped":
+        return x.transpose(0, 1)
     if entry.layout == "merged":
         # Original Swin stacks blocks of C: (row, column) = (0,0) (1,0) (0,1) (1,1). Ours takes C channels of row-major
         # 2x2 patches, as torch's unfold.
@@ -230,6 +239,10 @@ def _to_upstream(x: Tensor, entry: Entry, sparse: SparseLayout) -> Tensor:
         return x.permute(4, 0, 1, 2, 3)  # out kx ky kz in
     if entry.layout == "sequence":
         return x.unsqueeze(-1)
+    if entry.layout == "row":
+        return x.squeeze(2)
+    if entry.layout == "swapped":
+        return x.transpose(0, 1)
     if entry.layout == "merged":
         return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
     return x

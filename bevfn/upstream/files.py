@@ -22,7 +22,7 @@ from torch import Tensor
 from bevfn import tree
 from bevfn.files import write_atomically
 from bevfn.upstream.convert import Report, nest
-from bevfn.upstream.names import Naming
+from bevfn.upstream.entries import Naming
 from bevfn.upstream.recognise import SparseLayout
 
 

@@ -2,48 +2,24 @@
 
 An `Entry` joins one leaf of ours to one upstream key and says how the layouts differ. The detectors are those of
 mmdetection3d's projects/BEVFusion; `swin-nuimages` is a Swin image backbone on its own, whose file is in the naming of
-the original Swin repository or in mmdet's.
+the original Swin repository or in mmdet's. BEVDepth's family is in `names_bevdepth`.
 
 Source: ../shared/goldens/bevfusion_lidar_cam/README.md part C and both manifest.json (keys and shapes).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-MODELS = ("bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages")
+from bevfn.upstream import names_bevdepth
+from bevfn.upstream.entries import Entry, Layout, Naming
+from bevfn.upstream.entries import conv_norm as _conv_norm
+from bevfn.upstream.entries import normalisation as _norm
+from bevfn.upstream.entries import weight_bias as _weight_bias
 
-Tree = Literal["params", "state", "upstream"]  # "upstream": a key kept only so that the export is exact
-Layout = Literal["same", "sparse", "sequence", "merged"]
-Naming = Literal["mmdet", "original"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One leaf: `path` in our `tree`, `key` upstream, `shape` of ours and the relation of the layouts.
-
-    layout  same
-            sparse    ours [kx ky kz in out]; upstream the same (mmcv) or [out kx ky kz in] (spconv 2)
-            sequence  ours [out in], upstream a Conv1d's [out in 1]
-            merged    last axis 4C, a patch merging's norm or reduction: ours channel-major, original Swin block-major
-    optional  the file may lack it; the leaf then keeps its initial value.
-    """
-
-    tree: Tree
-    path: str
-    key: str
-    shape: tuple[int, ...]
-    layout: Layout = "same"
-    optional: bool = False
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def name(self) -> str:
-        """The leaf's name in a bevfn checkpoint file."""
-        return f"{self.tree}.{self.path}"
+MODELS = ("bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages", *names_bevdepth.MODELS)
 
 
 @dataclass(frozen=True)
@@ -73,6 +49,8 @@ class Sizes:
     head_ffn: int = 256
     head_hidden: int = 64
     classes: int = 10
+    bevdepth: names_bevdepth.Sizes = field(default_factory=names_bevdepth.Sizes)
+    """of BEVDepth, MatrixVT and the ResNet; nothing above concerns them"""
 
     @property
     def depth_bins(self) -> int:
@@ -84,6 +62,8 @@ PUBLISHED = Sizes()
 
 def entries(model: str, sizes: Sizes, naming: Naming = "mmdet") -> list[Entry]:
     """Every leaf and every carried key of `model`, in upstream's order; `naming` concerns the lone Swin only."""
+    if model in names_bevdepth.MODELS:
+        return names_bevdepth.entries(model, sizes.bevdepth)
     if model == "swin-nuimages":
         return _swin(sizes, "camera.backbone", "", naming)
     camera = model == "bevfusion-lidar-cam"
@@ -99,6 +79,8 @@ def entries(model: str, sizes: Sizes, naming: Naming = "mmdet") -> list[Entry]:
 
 def derived(model: str, sizes: Sizes, naming: Naming = "mmdet") -> dict[str, Tensor]:
     """Upstream's stored buffers that follow from the configuration, by key: ours are computed, never loaded."""
+    if model in names_bevdepth.MODELS:
+        return names_bevdepth.derived(model, sizes.bevdepth)
     if model == "bevfusion-lidar":
         return {}
     stage, attention = ("stages", "attn.w_msa") if naming == "mmdet" else ("layers", "attn")
@@ -136,46 +118,6 @@ def _frustum(sizes: Sizes) -> Tensor:
 
 
 # --- one function per module -------------------------------------------------------------------------------------
-
-
-def _weight_bias(path: str, key: str, shape: tuple[int, ...], *, bias: bool, layout: Layout = "same") -> list[Entry]:
-    """A convolution or linear layer; shape[0] is the number of outputs (sparse kernels: shape[-1], without bias)."""
-    found = [Entry("params", f"{path}.weight", f"{key}.weight", shape, layout)]
-    return [*found, Entry("params", f"{path}.bias", f"{key}.bias", shape[:1])] if bias else found
-
-
-def _norm(
-    path: str, key: str, channels: int, *, layout: Layout = "same", optional: bool = False, statistics: bool = False
-) -> list[Entry]:
-    """A layer norm, or with `statistics` a batch norm."""
-    found = [
-        Entry("params", f"{path}.{leaf}", f"{key}.{leaf}", (channels,), layout, optional) for leaf in ("weight", "bias")
-    ]
-    if statistics:
-        found += [
-            Entry("state", f"{path}.mean", f"{key}.running_mean", (channels,)),
-            Entry("state", f"{path}.var", f"{key}.running_var", (channels,)),
-            Entry("upstream", f"{key}.num_batches_tracked", f"{key}.num_batches_tracked", (), dtype=torch.int64),
-        ]
-    return found
-
-
-def _conv_norm(
-    path: str,
-    key: str,
-    shape: tuple[int, ...],
-    *,
-    conv: str = "0",
-    norm: str = "1",
-    bias: bool = False,
-    channels: int | None = None,
-    layout: Layout = "same",
-    names: tuple[str, str] = ("conv", "norm"),
-) -> list[Entry]:
-    """A convolution and its batch norm, named `conv` and `norm` upstream below `key` and `names` here below `path`."""
-    channels = (shape[-1] if layout == "sparse" else shape[0]) if channels is None else channels
-    found = _weight_bias(f"{path}.{names[0]}", f"{key}.{conv}", shape, bias=bias, layout=layout)
-    return found + _norm(f"{path}.{names[1]}", f"{key}.{norm}", channels, statistics=True)
 
 
 def _swin(sizes: Sizes, path: str, prefix: str, naming: Naming) -> list[Entry]:

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from bevfn.upstream.names import Entry, Naming
+from bevfn.upstream import names_bevdepth
+from bevfn.upstream.entries import Entry, Naming
 
 SparseLayout = Literal["spconv2", "mmcv"]
 
@@ -34,8 +35,12 @@ class Source:
     naming: Naming = "mmdet"
 
 
-def recognise(keys: Collection[str]) -> Source:
-    """Says which model the keys belong to, by its anchors: the sparse encoder and head, or Swin's patch embedding."""
+def recognise(keys: Mapping[str, Tensor]) -> Source:
+    """Says which model a state dict belongs to, by its anchors: the sparse encoder and head, the camera-aware depth net,
+    Swin's patch embedding, or the layers of a bare ResNet."""
+    found = _bevdepth(keys)
+    if found is not None:
+        return found
     lidar = _prefix_before(keys, "pts_middle_encoder.")
     if lidar is not None and any(key.startswith(f"{lidar}bbox_head.") for key in keys):
         if any(key.startswith(f"{lidar}img_backbone.") for key in keys):
@@ -50,6 +55,27 @@ def recognise(keys: Collection[str]) -> Source:
             return Source(f"a Swin backbone in {naming} naming", "swin-nuimages", prefix, naming)
     parts = sorted({key.split(".")[0] for key in keys})
     return Source(f"a model with the parts {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}", None)
+
+
+def _bevdepth(keys: Mapping[str, Tensor]) -> Source | None:
+    """A detector of BEVDepth's family, whose key frames follow from the widths of its BEV map, or a bare ResNet."""
+    prefix = _prefix_before(keys, "backbone.depth_net.reduce_conv.")
+    if prefix is None:
+        # torchvision's file; in a detector the same names have something in front
+        bare = {"conv1.weight", "layer1.0.conv3.weight", "layer4.2.conv3.weight"} <= set(keys)
+        return Source("an ImageNet ResNet-50", "resnet50") if bare else None
+    if f"{prefix}backbone.horiconv.out_conv.0.weight" in keys:
+        return Source("a MatrixVT detector", "matrixvt", prefix)
+    stem = keys.get(f"{prefix}head.trunk.conv1.weight")
+    context = keys.get(f"{prefix}backbone.depth_net.context_conv.weight")
+    if stem is None or context is None or stem.dim() != 4 or stem.shape[1] % context.shape[0]:
+        return Source("a detector with BEVDepth's depth net but another BEV head", None, prefix)
+    frames = stem.shape[1] // context.shape[0]
+    refined = any(key.startswith(f"{prefix}backbone.depth_aggregation_net.") for key in keys)
+    model = f"bevdepth-{frames}key{'-da' if refined else ''}"
+    what = f"a BEVDepth detector of {frames} key frame{'s' if frames > 1 else ''}"
+    what += " with depth aggregation" if refined else ""
+    return Source(what, model if model in names_bevdepth.MODELS else None, prefix)
 
 
 def _prefix_before(keys: Collection[str], anchor: str) -> str | None:
@@ -89,6 +115,8 @@ def reason_unused(key: str, model: str) -> str | None:
             return "norm of the classification head"
         if key in ("norm0.weight", "norm0.bias"):
             return "norm of the first stage, whose output the detector does not use"
+    if model == "resnet50" and key in ("fc.weight", "fc.bias"):
+        return "classification head of the pre-training"
     if key.startswith(("pts_voxel_layer.", "pts_voxel_encoder.", "data_preprocessor.")):
         return "voxelization and image normalization are computed from the configuration"
     return None

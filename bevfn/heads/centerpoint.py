@@ -1,0 +1,207 @@
+"""CenterPoint's head (Yin et al. 2021, arXiv 2006.11275) as BEVDepth uses it: per task a class heatmap and dense maps of
+box codes, decoded at the heatmap's highest cells with a non-maximum suppression by centre distance.
+
+Targets and losses are in `centerpoint_loss.py`. BEV maps are [B C Y X]: rows = y, columns = x. A task's classes compete
+for the same cells; labels count through the tasks in order.
+
+Source: BEVDepth bevdepth/layers/heads/bev_depth_head.py (behaviour), mmdetection3d centerpoint_head.py and
+centerpoint_bbox_coders.py; golden cases bevdepth_r50_2key and matrixvt_r50, `decode_synth*` included.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bevfn.distributed import Train
+from bevfn.layers import conv, conv_norm
+
+OUTPUTS = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}  # channels of a task's code maps, in the code's order
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are BEVDepth's on nuScenes, whose classes are car; truck, construction vehicle; bus, trailer;
+    barrier; motorcycle, bicycle; pedestrian, traffic cone."""
+
+    channels_in: int = 256
+    channels: int = 64
+    tasks: tuple[int, ...] = (1, 2, 2, 1, 2, 2)
+    """classes of each task"""
+    lower: tuple[float, float] = (-51.2, -51.2)
+    """x, y of the map's corner, m"""
+    cell: tuple[float, float] = (0.8, 0.8)
+    """m in x and y"""
+    cells: tuple[int, int] = (128, 128)
+    """Y and X cells"""
+    heatmap_bias: float = -2.19
+    """initial bias of the heatmaps"""
+    # training
+    gaussian_overlap: float = 0.1
+    min_radius: int = 2
+    code_weights: tuple[float, ...] = (1.0,) * 8 + (0.5, 0.5)
+    """of reg 2, height, dim 3, rot 2, vel 2"""
+    bbox_weight: float = 0.25
+    # decoding
+    queries: int = 500
+    """highest cells of a task"""
+    score_threshold: float = 0.1
+    post_center_range: tuple[float, ...] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
+    """decoded gravity centres outside (x, y, z lower, upper; m) are dropped"""
+    nms: Literal["circle", "size_aware_circle"] = "circle"
+    nms_thresholds: tuple[float, ...] = (4.0, 12.0, 10.0, 1.0, 0.85, 0.175)
+    """per task: the SQUARED centre distance (m2) of circle NMS, or the scale of the size-aware one"""
+    max_per_task: int = 83
+    """boxes that the suppression keeps"""
+
+    def __post_init__(self) -> None:
+        if len(self.nms_thresholds) != len(self.tasks):
+            raise ValueError(f"nms_thresholds {self.nms_thresholds} must name one per task of {self.tasks}")
+        if len(self.code_weights) != sum(OUTPUTS.values()):
+            raise ValueError(f"code_weights {self.code_weights} must be {sum(OUTPUTS.values())} numbers")
+
+    @property
+    def classes(self) -> int:
+        return sum(self.tasks)
+
+    @property
+    def first_class(self) -> tuple[int, ...]:
+        """Label of each task's first class."""
+        return tuple(sum(self.tasks[:t]) for t in range(len(self.tasks)))
+
+
+SIZE_AWARE_SCALES = (0.6, 0.4, 0.4, 0.7, 0.8, 0.9)
+
+
+def size_aware(config: Config) -> Config:
+    """The head with BEVStereo's suppression."""
+    return replace(config, nms="size_aware_circle", nms_thresholds=SIZE_AWARE_SCALES)
+
+
+def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    """(params, state): hidden layers Kaiming normal as mmcv's, the last ones torch's default."""
+    C = config.channels
+    shared, shared_state = conv_norm.init(config.channels_in, C, 3, generator=generator, kaiming_normal=True)
+    tasks, states = [], []
+    for classes in config.tasks:
+        task: dict = {}
+        statistics: dict = {}
+        for name, width in {**OUTPUTS, "heatmap": classes}.items():
+            hidden, seen = conv_norm.init(C, C, 3, generator=generator, kaiming_normal=True)
+            task[name] = {"hidden": hidden, "out": conv.init(C, width, (3, 3), bias=True, generator=generator)}
+            statistics[name] = {"hidden": seen}
+        task["heatmap"]["out"]["bias"].fill_(config.heatmap_bias)
+        tasks.append(task)
+        states.append(statistics)
+    return {"shared": shared, "tasks": tasks}, {"shared": shared_state, "tasks": states}
+
+
+def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[dict, dict]:
+    """x [B C_in Y X] -> outputs and new state.
+
+    Outputs: "shared" [B C Y X] and "tasks", per task {"reg" 2 (cell fraction), "height" 1 (m, gravity centre), "dim" 3
+    (log m), "rot" 2 (sin, cos), "vel" 2 (m/s), "heatmap" (logits)}, each [B n Y X].
+
+    Raises ValueError if the map is not of `config.cells`.
+    """
+    if tuple(x.shape[2:]) != config.cells:
+        raise ValueError(f"BEV map is {tuple(x.shape[2:])} cells, the head's config.cells is {config.cells}")
+    shared, shared_state = conv_norm.apply(params["shared"], state["shared"], x, train=train, padding=1)
+    tasks, states = [], []
+    for task, statistics in zip(params["tasks"], state["tasks"]):
+        maps: dict = {}
+        seen: dict = {}
+        for name, branch in task.items():
+            hidden, new = conv_norm.apply(branch["hidden"], statistics[name]["hidden"], shared, train=train, padding=1)
+            maps[name] = conv.apply(branch["out"], hidden, padding=1).float()
+            seen[name] = {"hidden": new}
+        tasks.append(maps)
+        states.append(seen)
+    return {"shared": shared, "tasks": tasks}, {"shared": shared_state, "tasks": states}
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode(tasks: list[dict[str, Tensor]], config: Config) -> dict[str, Tensor]:
+    """Detections of every task, suppressed; static shapes, no host.
+
+    Returns:
+        "boxes" [B Q 9] (x, y, z bottom centre, dx, dy, dz m, yaw rad, vx, vy m/s; augmented ego frame), "scores" [B Q],
+        "labels" [B Q] int64, "valid" [B Q] bool; task by task, in falling order of score within a task.
+    """
+    found = [_candidates(maps, config) for maps in tasks]
+    boxes, scores, valid = (torch.stack([task[name] for task in found], 1) for name in ("boxes", "scores", "valid"))
+    keep = suppress(boxes, valid, config)  # B tasks Q
+    labels = torch.stack([task["labels"] + first for task, first in zip(found, config.first_class)], 1)
+    bottom = boxes[..., 2] - boxes[..., 5] * 0.5
+    boxes = torch.cat([boxes[..., :2], bottom[..., None], boxes[..., 3:]], -1)
+    return {
+        "boxes": boxes.flatten(1, 2),
+        "scores": scores.flatten(1, 2),
+        "labels": labels.flatten(1, 2),
+        "valid": keep.flatten(1, 2),
+    }
+
+
+def _candidates(maps: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The task's highest cells over all its classes, without a search for peaks: boxes with GRAVITY centres."""
+    B, K, Y, X = maps["heatmap"].shape
+    scores, place = torch.topk(torch.sigmoid(maps["heatmap"]).reshape(B, -1), min(config.queries, K * Y * X))  # B Q
+    cell = place % (Y * X)
+    code = torch.cat([maps[name] for name in OUTPUTS], 1).flatten(2).transpose(1, 2)  # B Y*X 10
+    reg, height, dim, rot, vel = code.gather(1, cell[..., None].expand(-1, -1, code.shape[-1])).split(
+        list(OUTPUTS.values()), -1
+    )
+    x = ((cell % X).float() + reg[..., 0]) * config.cell[0] + config.lower[0]
+    y = ((cell // X).float() + reg[..., 1]) * config.cell[1] + config.lower[1]
+    yaw = torch.atan2(rot[..., 0], rot[..., 1])
+    boxes = torch.cat([torch.stack([x, y], -1), height, dim.exp(), yaw[..., None], vel], -1)
+    lower, upper = (boxes.new_tensor(config.post_center_range[i : i + 3]) for i in (0, 3))
+    inside = ((boxes[..., :3] >= lower) & (boxes[..., :3] <= upper)).sum(-1) == 3
+    return {
+        "boxes": boxes,
+        "scores": scores,
+        "labels": place // (Y * X),
+        "valid": inside & (scores > config.score_threshold),
+    }
+
+
+def suppress(boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
+    """Greedy non-maximum suppression within each task: the boxes that stay, bool [B tasks Q].
+
+    In order of score a box suppresses all later ones that are near it, until `max_per_task` are kept. That many steps
+    of static shape do it: each takes the first box that is still there.
+
+    Args:
+        boxes: [B tasks Q 9] in falling order of score; valid: [B tasks Q] bool.
+    """
+    near = _near(boxes, config)
+    Q = boxes.shape[2]
+    rank = torch.arange(Q, 0, -1, device=boxes.device).float()  # the first box has the highest
+    alive, keep = valid, torch.zeros_like(valid)
+    for _ in range(min(config.max_per_task, Q)):
+        first = (alive * rank).max(-1, keepdim=True)[1]  # B tasks 1
+        taken = alive & (torch.arange(Q, device=boxes.device) == first)
+        keep = keep | taken
+        row = near.gather(2, first[..., None].expand(-1, -1, -1, Q))[:, :, 0]  # B tasks Q
+        alive = alive & ~(row | taken)
+    return keep
+
+
+def _near(boxes: Tensor, config: Config) -> Tensor:
+    """Whether two boxes are so near that one must go: bool [B tasks Q Q], symmetric."""
+    threshold = boxes.new_tensor(config.nms_thresholds)[:, None, None]
+    x, y = boxes[..., 0], boxes[..., 1]
+    gap_x, gap_y = (c[..., :, None] - c[..., None, :] for c in (x, y))
+    if config.nms == "circle":
+        return gap_x.square() + gap_y.square() <= threshold
+    length, width, cos, sin = boxes[..., 3], boxes[..., 4], boxes[..., 6].cos().abs(), boxes[..., 6].sin().abs()
+    # the axis-parallel rectangles around both boxes, scaled, touch
+    extent_x, extent_y = length * cos + width * sin, length * sin + width * cos
+    near = [
+        gap.abs() <= (e[..., :, None] + e[..., None, :]) * (threshold / 2)
+        for gap, e in ((gap_x, extent_x), (gap_y, extent_y))
+    ]
+    return near[0] & near[1]

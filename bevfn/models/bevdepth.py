@@ -1,0 +1,345 @@
+"""BEVDepth (Li et al. 2022, arXiv 2206.10092): camera-only detection in bird's-eye view, depth supervised by LiDAR,
+earlier key frames beside the current one. MatrixVT (Zhou et al. 2022, arXiv 2211.10593) is the same model with another
+view transform.
+
+    config = bevdepth.two_key()
+    params, state = bevdepth.init(config, seed=0)
+    outputs, state = bevdepth.apply(params, state, batch, config=config, train=False, policy=Policy())
+    detections = bevdepth.decode(outputs, config)
+
+Source: BEVDepth at d78c7b5 (behaviour; goldens bevdepth_r50_2key, matrixvt_r50).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bevfn import rng, tree
+from bevfn.backbones import resnet
+from bevfn.data.camera_batch import CameraBatch
+from bevfn.distributed import Replicas, Train
+from bevfn.heads import centerpoint, centerpoint_loss
+from bevfn.necks import second_fpn
+from bevfn.precision import Policy
+from bevfn.views import camera_grid, depth_aggregation, depth_net, matrixvt
+
+# Of R, G, B upstream, applied to B, G, R: it normalises an RGB image with `to_rgb=True`, which swaps the channels.
+IMAGE_MEAN = (123.675, 116.28, 103.53)
+IMAGE_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the published two-key-frame model; the functions below give the others."""
+
+    frames: int = 2
+    """key frames, the current one first"""
+    backbone: resnet.Config = field(default_factory=lambda: resnet.Config(frozen_stages=0))
+    neck: second_fpn.Config = field(
+        default_factory=lambda: second_fpn.Config(
+            channels_in=(256, 512, 1024, 2048), channels=(128,) * 4, strides=(0.25, 0.5, 1, 2), kaiming_normal=True
+        )
+    )
+    grid: camera_grid.Config = field(default_factory=camera_grid.Config)
+    depth: depth_net.Config = field(default_factory=depth_net.Config)
+    aggregation: bool = False
+    """refine the lifted volume before pooling ("da")"""
+    matrix: matrixvt.Config | None = None
+    """MatrixVT's view transform instead of pooling"""
+    bev_channels: int = 160
+    """of the BEV backbone's first stage"""
+    neck_channels: int = 64
+    """of each of the BEV neck's four stages"""
+    head: centerpoint.Config = field(default_factory=lambda: centerpoint.Config(code_weights=(1.0,) * 10))
+    depth_loss_weight: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"frames {self.frames} must be at least 1, the current key frame")
+        if self.grid.depth_bins != self.depth.depth_bins:
+            raise ValueError(
+                f"grid.depth_m {self.grid.depth_m} has {self.grid.depth_bins} bins, depth.depth_bins is "
+                f"{self.depth.depth_bins}"
+            )
+        if self.head.cells != self.grid.cells:
+            raise ValueError(f"the grid has {self.grid.cells} cells, head.cells is {self.head.cells}")
+        if self.matrix is not None and (self.aggregation or self.matrix.context != self.depth.context):
+            raise ValueError("MatrixVT needs aggregation=False and matrix.context equal to depth.context")
+
+    @property
+    def bev_backbone(self) -> resnet.Config:
+        """ResNet-18 without its last stage and without pooling, on the key frames' maps side by side."""
+        return resnet.Config(
+            channels_in=self.frames * self.depth.context, channels=self.bev_channels, blocks=(2, 2, 2),
+            strides=(1, 2, 2), bottleneck=False, pool=False,
+        )  # fmt: skip
+
+    @property
+    def bev_neck(self) -> second_fpn.Config:
+        """The BEV map itself and the backbone's stages, all brought to the map's resolution."""
+        backbone = self.bev_backbone
+        return second_fpn.Config(
+            channels_in=(backbone.channels_in, *backbone.stage_channels), channels=(self.neck_channels,) * 4,
+            strides=(1, 2, 4, 8), kaiming_normal=True,
+        )  # fmt: skip
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Path patterns of the leaves that are not trained, for `optim.Group`."""
+        return tuple(f"image.backbone.{path}" for path in self.backbone.frozen)
+
+
+def two_key() -> Config:
+    """Two key frames (bev_depth_lss_r50_256x704_128x128_24e_2key; EMA is the recipe's)."""
+    return Config()
+
+
+def key_frames(count: int) -> Config:
+    """Any number of key frames; one is bev_depth_lss_r50_256x704_128x128_24e_ema, which keeps the base's code weights.
+
+    The published "key4" experiments are two frames, the second one an earlier camera sweep: `two_key` on other data.
+    """
+    return two_key() if count == 2 else replace(Config(), frames=count, head=_base_head(count))
+
+
+def _base_head(count: int) -> centerpoint.Config:
+    return centerpoint.Config() if count == 1 else centerpoint.Config(code_weights=(1.0,) * 10)
+
+
+def two_key_aggregated() -> Config:
+    """The network of bev_depth_lss_r50_256x704_128x128_20e_cbgs_2key_da(_ema)."""
+    return replace(two_key(), aggregation=True)
+
+
+def matrix_vt() -> Config:
+    """MatrixVT, one frame (matrixvt_bev_depth_lss_r50_256x704_128x128_24e_ema)."""
+    return replace(key_frames(1), matrix=matrixvt.Config())
+
+
+def mini(config: Config) -> Config:
+    """The same model at a size for demos and CI: 64 x 192 images, 64 x 64 cells of 1.6 m, narrow layers."""
+    grid = replace(
+        config.grid, image_size=(64, 192), depth_m=(2.0, 58.0, 2.0), x_m=(-51.2, 51.2, 1.6), y_m=(-51.2, 51.2, 1.6)
+    )
+    return replace(
+        config, grid=grid, backbone=replace(config.backbone, channels=16, blocks=(2, 2, 2, 2)),
+        neck=replace(config.neck, channels_in=(64, 128, 256, 512), channels=(32,) * 4),
+        depth=replace(
+            config.depth, channels_in=128, channels=64, context=32, depth_bins=28, blocks=1, dilations=(1, 2, 3)
+        ),
+        matrix=None if config.matrix is None else replace(config.matrix, context=32, channels=64),
+        bev_channels=48, neck_channels=24,
+        head=replace(config.head, channels_in=96, channels=48, cell=(1.6, 1.6), cells=(64, 64)),
+    )  # fmt: skip
+
+
+def init(config: Config, seed: int) -> tuple[dict, dict]:
+    """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    view = {"depth_net": depth_net.init(config.depth, generator)}
+    if config.aggregation:
+        view["aggregation"] = depth_aggregation.init(config.depth.context, generator)
+    if config.matrix is not None:
+        view["matrix"] = matrixvt.init(config.matrix, generator)
+    made = {
+        "image": {
+            "backbone": resnet.init(config.backbone, generator), "neck": second_fpn.init(config.neck, generator),
+        },
+        "view": view,
+        "bev": {
+            "backbone": resnet.init(config.bev_backbone, generator),
+            "neck": second_fpn.init(config.bev_neck, generator),
+        },
+    }  # fmt: skip
+    params: dict = {part: {name: p for name, (p, _) in parts.items()} for part, parts in made.items()}
+    state: dict = {part: {name: s for name, (_, s) in parts.items()} for part, parts in made.items()}
+    params["head"], state["head"] = centerpoint.init(config.head, generator)
+    return params, state
+
+
+Place = Tensor | tuple[Tensor, Tensor]
+
+
+def place(batch: CameraBatch, frame: int, config: Config) -> Place:
+    """Where frame t's features go: the cell of every frustum point, or MatrixVT's ring and ray matrices.
+
+    It follows from the calibration and the augmentation alone; a fixed rig can make it once and give it to `apply`.
+    """
+    if config.matrix is None:
+        return camera_grid.cells(batch, frame, config.grid)
+    return matrixvt.matrices(matrixvt.ray_cells(batch, frame, config.grid), config.grid)
+
+
+def apply(
+    params: dict,
+    state: dict,
+    batch: CameraBatch,
+    *,
+    config: Config,
+    train: Train,
+    policy: Policy = Policy(),  # noqa: B008
+    key: Tensor | None = None,
+    places: Sequence[Place] | None = None,
+) -> tuple[dict, dict]:
+    """Runs the detector.
+
+    Only the current key frame carries a gradient. Earlier ones run after it, with its statistics already updated, and
+    in training normalise by their own batch and update the running statistics once more, as upstream.
+
+    Args:
+        batch: see `data.camera_batch.CameraBatch`; at least `config.frames` frames.
+        train: batch statistics (of all replicas with `Replicas`).
+        key: dropout; None switches it off.
+        places: of every frame instead of `place`.
+
+    Returns:
+        outputs naming every boundary ("frames": per frame "image", "image_neck", "depth_net", "depth", "place", "view";
+        "bev", "trunk", "bev_neck", "head") and the new state.
+
+    Raises ValueError if the batch has fewer frames or images of another size than the configuration.
+    """
+    _check(batch, config)
+    frames, image_side = [], {"image": state["image"], "view": state["view"]}
+    for t in range(config.frames):
+        weights = {"image": params["image"], "view": params["view"]}
+        if t > 0:
+            weights = tree.map(lambda leaf: leaf.detach(), weights)
+        outputs, image_side = _frame(
+            weights, image_side, batch, t, place(batch, t, config) if places is None else places[t],
+            config=config, train=train, policy=policy, key=None if key is None else rng.fold(key, t),
+        )  # fmt: skip
+        frames.append(outputs)
+    # Upstream forces everything behind the view transform to float32 under autocast.
+    bev = torch.cat([frame["view"]["bev"] for frame in frames], 1).float()  # B T*C Y X
+    trunk, trunk_state = resnet.apply(
+        params["bev"]["backbone"], state["bev"]["backbone"], bev, config=config.bev_backbone, train=train
+    )
+    x, neck_state = second_fpn.apply(
+        params["bev"]["neck"], state["bev"]["neck"], [bev, *trunk[1:]], config=config.bev_neck, train=train
+    )
+    head, head_state = centerpoint.apply(params["head"], state["head"], x, config=config.head, train=train)
+    new = {**image_side, "bev": {"backbone": trunk_state, "neck": neck_state}, "head": head_state}
+    return {"frames": frames, "bev": bev, "trunk": trunk, "bev_neck": x, "head": head}, new
+
+
+def _check(batch: CameraBatch, config: Config) -> None:
+    frames, size = batch.images.shape[1], tuple(batch.images.shape[3:5])
+    if frames < config.frames:
+        raise ValueError(f"the batch has {frames} frames, the model takes {config.frames}; read more key frames")
+    if size != config.grid.image_size:
+        raise ValueError(f"images are {size} pixels, the model's grid.image_size is {config.grid.image_size}")
+
+
+def _frame(
+    params: dict,
+    state: dict,
+    batch: CameraBatch,
+    t: int,
+    where: Place,
+    *,
+    config: Config,
+    train: Train,
+    policy: Policy,
+    key: Tensor | None,
+) -> tuple[dict, dict]:
+    """Images of frame t to its BEV map in the key frame's ego frame."""
+    images = normalise(batch.images[:, t]).flatten(0, 1).to(policy.compute)  # B*N 3 H W
+    image, view = params["image"], params["view"]
+    maps, backbone_state = resnet.apply(
+        image["backbone"], state["image"]["backbone"], images, config=config.backbone, train=train
+    )
+    x, neck_state = second_fpn.apply(image["neck"], state["image"]["neck"], maps[1:], config=config.neck, train=train)
+    cameras = depth_net.camera_vectors(batch)
+    net, net_state = depth_net.apply(
+        view["depth_net"], state["view"]["depth_net"], x, cameras, config=config.depth, train=train, key=key
+    )
+    depth, context = torch.softmax(net["logits"].float(), 1), net["context"].float()
+    new = {"image": {"backbone": backbone_state, "neck": neck_state}, "view": {"depth_net": net_state}}
+    if config.matrix is not None:
+        assert isinstance(where, tuple)
+        made, new["view"]["matrix"] = matrixvt.apply(
+            view["matrix"], state["view"]["matrix"], depth, context, where, grid=config.grid, train=train
+        )
+    elif config.aggregation:
+        assert isinstance(where, Tensor)
+        volume, new["view"]["aggregation"] = depth_aggregation.apply(
+            view["aggregation"], state["view"]["aggregation"], depth, context, train=train
+        )
+        made = {"bev": camera_grid.pool_volume(volume, where, config.grid)}
+    else:
+        assert isinstance(where, Tensor)
+        made = {"bev": camera_grid.pool(depth, context, where, config.grid)}
+    outputs = {"image": maps, "image_neck": x, "depth_net": net, "depth": depth, "place": where, "view": made}
+    return outputs, new
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 RGB [B N H W 3] -> float32 [B N 3 H W] in the order B, G, R (channels-last memory)."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device)
+    std = torch.tensor(IMAGE_STD, device=images.device)
+    return ((images.flip(-1).float() - mean) / std).permute(0, 1, 4, 2, 3)
+
+
+def loss(
+    params: dict,
+    state: dict,
+    batch: CameraBatch,
+    key: Tensor | None = None,
+    *,
+    config: Config,
+    policy: Policy = Policy(),  # noqa: B008
+    train: Train = True,
+    replicas: Replicas | None = None,
+) -> tuple[Tensor, tuple[dict, dict]]:
+    """Training loss, in the form that `train.make_step` takes once config, policy, train and replicas are bound.
+
+    train: True, or `Replicas` for batch statistics and loss normalisers over all replicas.
+    replicas: the detection losses' normalisers alone, with each process' own batch statistics: the published recipe.
+
+    Returns:
+        total (0-d float32) and (new state, metrics: loss terms "loss/*", "num_pos").
+
+    Raises ValueError if the batch has no annotations, or no depth while the depth loss counts.
+    """
+    if batch.boxes is None or batch.labels is None or batch.boxes_valid is None:
+        raise ValueError("CameraBatch.boxes, labels and boxes_valid are needed for training")
+    outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
+    pooled = train if isinstance(train, Replicas) else None
+    total, terms = centerpoint_loss.loss(
+        outputs["head"]["tasks"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head,
+        replicas=replicas or pooled,
+    )  # fmt: skip
+    metrics = {f"loss/{name}": terms[name].detach() for name in ("heatmap", "bbox")} | {"num_pos": terms["num_pos"]}
+    if config.depth_loss_weight:
+        depth = depth_loss(outputs, batch, config, pooled)
+        total, metrics["loss/depth"] = total + depth, depth.detach()
+    return total, (new, {"loss/total": total.detach(), **metrics})
+
+
+def depth_loss(outputs: dict, batch: CameraBatch, config: Config, replicas: Replicas | None = None) -> Tensor:
+    """Weighted depth loss of the current key frame, 0-d; raises ValueError if the batch has no depth."""
+    if batch.depth is None:
+        raise ValueError("CameraBatch.depth is needed for the depth loss; read it, or set depth_loss_weight to 0")
+    labels = depth_net.depth_labels(batch.depth.flatten(0, 1), config.grid.depth_m, config.grid.stride)
+    logits = outputs["frames"][0]["depth_net"]["logits"]
+    return depth_net.depth_loss(logits, labels, weight=config.depth_loss_weight, replicas=replicas)
+
+
+def decode(outputs: dict, config: Config) -> dict[str, Tensor]:
+    """Detections from the outputs: see `heads.centerpoint.decode`."""
+    return centerpoint.decode(outputs["head"]["tasks"], config.head)
+
+
+def predict(
+    params: dict,
+    state: dict,
+    batch: CameraBatch,
+    *,
+    config: Config,
+    policy: Policy = Policy(),  # noqa: B008
+) -> dict[str, Tensor]:
+    """Detections of a batch in evaluation mode, in the augmented ego frame of the key frame."""
+    outputs, _ = apply(params, state, batch, config=config, train=False, policy=policy)
+    return decode(outputs, config)

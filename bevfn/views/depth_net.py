@@ -1,0 +1,219 @@
+"""Camera-aware depth net of BEVDepth (Li et al. 2022, arXiv 2206.10092, section 4): a distribution over depth and a
+context vector per pixel, both gated by what is known about the camera, the depth supervised by LiDAR.
+
+    context = 1x1(gate(reduce(x), camera))
+    depth   = 1x1(deformable 3x3(ASPP(3 residual blocks(gate(reduce(x), camera)))))
+
+Source: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py, exps/nuscenes/base_exp.py; golden case bevdepth_r50_2key.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bevfn import rng
+from bevfn.backbones import resnet
+from bevfn.data.camera_batch import CameraBatch
+from bevfn.distributed import Replicas, Train
+from bevfn.layers import batch_norm, conv, conv_norm, deform_conv, linear
+from bevfn.views.camera_grid import Bounds
+
+CAMERA_NUMBERS = 27
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are BEVDepth's."""
+
+    channels_in: int = 512
+    channels: int = 512
+    context: int = 80
+    """channels lifted to the BEV map"""
+    depth_bins: int = 112
+    blocks: int = 3
+    dilations: tuple[int, ...] = (6, 12, 18)
+    """of the ASPP's 3x3 convolutions, beside its 1x1 and its average over the image"""
+    dropout: float = 0.5
+    """behind the ASPP"""
+    deform_groups: int = 4
+    """groups of the deformable convolution's weight; one set of offsets moves them all"""
+
+
+def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    """(params, state) as trained from scratch upstream: torch's defaults, the ASPP Kaiming normal, offsets 0."""
+    C = config.channels
+    params: dict = {}
+    state: dict = {}
+    params["reduce"], state["reduce"] = conv_norm.init(config.channels_in, C, 3, bias=True, generator=generator)
+    params["camera_norm"], state["camera_norm"] = batch_norm.init(CAMERA_NUMBERS)
+    for branch in ("context", "depth"):
+        params[f"{branch}_mlp"] = {
+            "fc1": linear.init(CAMERA_NUMBERS, C, bias=True, generator=generator),
+            "fc2": linear.init(C, C, bias=True, generator=generator),
+        }
+        params[f"{branch}_gate"] = {
+            name: conv.init(C, C, (1, 1), bias=True, generator=generator) for name in ("reduce", "expand")
+        }
+    params["context"] = conv.init(C, config.context, (1, 1), bias=True, generator=generator)
+    blocks = [resnet.init_basic(C, C, generator=generator) for _ in range(config.blocks)]
+    params["blocks"], state["blocks"] = [p for p, _ in blocks], [s for _, s in blocks]
+    params["aspp"], state["aspp"] = _init_aspp(config, generator)
+    params["deform"] = deform_conv.init(C, C, 3, groups=config.deform_groups, generator=generator)
+    params["depth"] = conv.init(C, config.depth_bins, (1, 1), bias=True, generator=generator)
+    return params, state
+
+
+def _init_aspp(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    def layer(channels_in: int, kernel: int) -> tuple[dict, dict]:
+        norm, statistics = batch_norm.init(config.channels)
+        weight = torch.empty(config.channels, channels_in, kernel, kernel)
+        weight.normal_(0, (2.0 / (channels_in * kernel * kernel)) ** 0.5, generator=generator)  # torch's: fan in
+        return {"conv": {"weight": weight}, "norm": norm}, {"norm": statistics}
+
+    C, count = config.channels, len(config.dilations)
+    branches = [layer(C, kernel) for kernel in (1, *(3,) * count)]
+    pooled, merge = layer(C, 1), layer(C * (count + 2), 1)
+    params, state = (
+        {"branches": [made[i] for made in branches], "pooled": pooled[i], "merge": merge[i]} for i in range(2)
+    )
+    return params, state
+
+
+def camera_vectors(batch: CameraBatch) -> Tensor:
+    """[B*N 27] float32: what the gates know of a camera, always the KEY frame's, whichever frame is processed.
+
+    fx, fy, cx, cy; image_aug's two rows without the depth column; bev_aug's 2x2 part and z scale; ego_from_camera's
+    first three rows, row by row.
+    """
+    K, image, pose = batch.intrinsics[:, 0], batch.image_aug[:, 0], batch.ego_from_camera[:, 0]  # B N 4 4
+    bev = batch.bev_aug[:, None].expand(-1, K.shape[1], -1, -1)
+    picked = [K[..., 0, 0], K[..., 1, 1], K[..., 0, 2], K[..., 1, 2]]
+    picked += [image[..., i, j] for i in (0, 1) for j in (0, 1, 3)]
+    picked += [bev[..., i, j] for i, j in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 2))]
+    return torch.cat([torch.stack(picked, -1), pose[..., :3, :].flatten(2)], -1).flatten(0, 1)
+
+
+def apply(
+    params: dict,
+    state: dict,
+    x: Tensor,
+    cameras: Tensor,
+    *,
+    config: Config,
+    train: Train,
+    key: Tensor | None = None,
+) -> tuple[dict, dict]:
+    """Image features to depth and context.
+
+    Args:
+        x: [M C_in H W] in the compute dtype, M = B*N images of one frame.
+        cameras: [M 27] float32, see `camera_vectors`.
+        key: randomness of the dropout; None switches it off.
+
+    Returns:
+        outputs with "logits" [M D H W] and "context" [M C H W] in the compute dtype, and every boundary before them;
+        and the new state.
+    """
+    new: dict = {}
+    reduced, new["reduce"] = conv_norm.apply(params["reduce"], state["reduce"], x, train=train, padding=1)
+    camera, new["camera_norm"] = batch_norm.apply(params["camera_norm"], state["camera_norm"], cameras, train=train)
+    out: dict = {"camera_raw": cameras, "camera": camera, "reduce": reduced}
+    for branch in ("context", "depth"):
+        out[f"{branch}_mlp"] = _mlp(params[f"{branch}_mlp"], camera.to(x.dtype))
+        out[f"{branch}_gated"] = _gate(params[f"{branch}_gate"], reduced, out[f"{branch}_mlp"])
+    out["context"] = conv.apply(params["context"], out["context_gated"])
+    y, out["blocks"], new["blocks"] = out["depth_gated"], [], []
+    for block, statistics in zip(params["blocks"], state["blocks"]):
+        y, seen = resnet.apply_basic(block, statistics, y, train=train)
+        out["blocks"].append(y)
+        new["blocks"].append(seen)
+    y, new["aspp"] = _aspp(params["aspp"], state["aspp"], y, config=config, train=train)
+    out["aspp"] = y = rng.dropout(y, config.dropout, key)
+    out["deform"], out["offset"] = deform_conv.apply(params["deform"], y, padding=1)
+    out["logits"] = conv.apply(params["depth"], out["deform"])
+    return out, new
+
+
+def _mlp(params: dict, x: Tensor) -> Tensor:
+    """[M 27] -> [M C]."""
+    return linear.apply(params["fc2"], torch.relu(linear.apply(params["fc1"], x)))
+
+
+def _gate(params: dict, x: Tensor, camera: Tensor) -> Tensor:
+    """x [M C H W] times a number in 0..1 per image and channel, from camera [M C] (squeeze and excitation)."""
+    g = torch.relu(conv.apply(params["reduce"], camera[..., None, None]))
+    return x * torch.sigmoid(conv.apply(params["expand"], g))
+
+
+def _aspp(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[Tensor, dict]:
+    """Atrous spatial pyramid pooling (Chen et al. 2017): x [M C H W] -> [M C H W]."""
+
+    def layer(params: dict, state: dict, x: Tensor, dilation: int = 1) -> tuple[Tensor, dict]:
+        padding = dilation * (params["conv"]["weight"].shape[-1] // 2)
+        y = conv.apply(params["conv"], x, padding=padding, dilation=dilation)
+        y, norm = batch_norm.apply(params["norm"], state["norm"], y, train=train)
+        return torch.relu(y), {"norm": norm}
+
+    made = [
+        layer(p, s, x, dilation)
+        for p, s, dilation in zip(params["branches"], state["branches"], (1, *config.dilations))
+    ]
+    mean = x.float().mean((2, 3), keepdim=True).to(x.dtype)  # M C 1 1
+    pooled, pooled_state = layer(params["pooled"], state["pooled"], mean)
+    y = torch.cat([*(y for y, _ in made), pooled.expand(-1, -1, *x.shape[2:])], 1)
+    y, merge_state = layer(params["merge"], state["merge"], y)
+    return y, {"branches": [s for _, s in made], "pooled": pooled_state, "merge": merge_state}
+
+
+# ------------------------------------------------------------------------------------------------ depth supervision
+
+
+def depth_labels(depth: Tensor, depth_m: Bounds, stride: int) -> Tensor:
+    """The depth bin of every feature pixel: int64 [... H/stride W/stride], -1 where there is none.
+
+    Of the points in a feature pixel's stride x stride image pixels the nearest counts. Bin k holds
+    [low + k step, low + (k + 1) step); nearer and farther points have no bin.
+
+    Args:
+        depth: [... H W] float32, m, 0 where no point falls.
+    """
+    low, high, step = depth_m
+    bins = round((high - low) / step)
+    *lead, H, W = depth.shape
+    far = torch.where(depth > 0, depth, 1e5)
+    blocks = far.reshape(-1, H // stride, stride, W // stride, stride).transpose(2, 3).flatten(3)
+    nearest = -(-blocks).max(-1)[0]  # max with a dim reaches an NPU graph, min does not
+    place = (nearest - (low - step)) / step
+    # label 0 upstream means "none", and place < 1 is nearer than the first bin
+    label = torch.where((place >= 0) & (place < bins + 1), place, 0.0).to(torch.int64) - 1
+    return label.view(*lead, H // stride, W // stride)
+
+
+def depth_loss(logits: Tensor, labels: Tensor, *, weight: float = 3.0, replicas: Replicas | None = None) -> Tensor:
+    """Binary cross-entropy of the softmax over bins against one-hot labels, per labelled pixel, times `weight`; 0-d.
+
+    Args:
+        logits: [M D H W]; labels: [M H W] int64, -1 where there is no label, see `depth_labels`.
+        replicas: count the labelled pixels of all of them, so that the mean of their losses is the loss of their one
+            big batch; upstream counts each process' own.
+    """
+    p = torch.softmax(logits.float(), 1)
+    target = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)[:, None, None]).float()
+    labelled = (labels >= 0).float()
+    count = labelled.sum()
+    if replicas is not None:
+        count = replicas.sum(count) / replicas.count
+    entropy = _binary_cross_entropy(p, target) * labelled[:, None]
+    return weight * entropy.sum() / count.clamp(min=1.0)
+
+
+def _binary_cross_entropy(p: Tensor, target: Tensor) -> Tensor:
+    """torch's, without its check that raises (on CUDA: aborts) when an overflowing fp16 step brings NaN.
+
+    Logarithms are bounded by -100, and the slope's denominator p (1 - p) by 1e-12.
+    """
+    q = p.detach()
+    value = -(target * q.log().clamp(min=-100.0) + (1 - target) * (1 - q).log().clamp(min=-100.0))
+    slope = (q - target) / (q * (1 - q)).clamp(min=1e-12)
+    return value + slope * (p - q)  # p - q is 0 with slope 1: the value above with the gradient of this line

@@ -1,0 +1,169 @@
+"""MatrixVT's view transform (Zhou et al. 2022, arXiv 2211.10593): image columns to BEV cells by two matrix products.
+
+Image rows are reduced away first ("prime extraction"): the depth by a learned weight per pixel, the feature by a
+maximum and 1-D convolutions along the row. What is left is one feature and one depth distribution per ray (camera and
+column), and two 0/1 matrices say where they go:
+
+    ring [D S]: bin d of any ray falls into cell s          ray [R S]: any bin of ray r falls into cell s
+    bev[c, s] = sum_r feature[r, c] ray[r, s] sum_d depth[r, d] ring[d, s]
+
+The matrices are built in the graph, from the calibration alone and without a gradient: training augments images and
+BEV, so that every sample has its own, and 24 MB a sample would be a poor thing to load and copy. A fixed rig can build
+them once (`matrices`) and give them to `apply`.
+
+Source: BEVDepth bevdepth/layers/backbones/matrixvt.py; golden case matrixvt_r50. All in float32, as there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bevfn import geometry
+from bevfn.data.camera_batch import CameraBatch
+from bevfn.distributed import Train
+from bevfn.layers import batch_norm, conv, conv_norm
+from bevfn.views import camera_grid
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are MatrixVT's."""
+
+    context: int = 80
+    channels: int = 512
+    """of the 1-D convolutions"""
+    blocks: int = 2
+
+
+def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    """(params, state) with torch's default initialisation."""
+    C, width = config.context, config.channels
+    weigh, weigh_state = conv_norm.init(C, C, 3, bias=True, generator=generator)
+    params: dict = {
+        "rows": {"hidden": weigh, "out": conv.init(C, 1, (3, 3), bias=True, generator=generator)},
+        "merge": [conv.init(C, C, (1, 1), bias=True, generator=generator) for _ in range(2)],
+    }
+    state: dict = {"rows": {"hidden": weigh_state}}
+    params["reduce"], state["reduce"] = _init_row_conv(C, width, generator)
+    blocks = [[_init_row_conv(width, width, generator) for _ in range(2)] for _ in range(config.blocks)]
+    params["blocks"], state["blocks"] = ([[layer[i] for layer in block] for block in blocks] for i in range(2))
+    params["out"], state["out"] = _init_row_conv(width, C, generator, bias=True)
+    return params, state
+
+
+def _init_row_conv(
+    channels_in: int, channels_out: int, generator: torch.Generator, bias: bool = False
+) -> tuple[dict, dict]:
+    norm, statistics = batch_norm.init(channels_out)
+    weights = conv.init(channels_in, channels_out, (1, 3), bias=bias, generator=generator)
+    return {"conv": weights, "norm": norm}, {"norm": statistics}
+
+
+def apply(
+    params: dict,
+    state: dict,
+    depth: Tensor,
+    context: Tensor,
+    places: tuple[Tensor, Tensor],
+    *,
+    grid: camera_grid.Config,
+    train: Train,
+) -> tuple[dict[str, Tensor], dict]:
+    """Depth and context of one frame's images to its BEV map.
+
+    Args:
+        depth: [B*N D H W] float32, softmax over D; context: [B*N C H W] float32.
+        places: ring [B D Y*X] and ray [B N*W Y*X], see `matrices`.
+
+    Returns:
+        outputs "row_logits" [B*N 1 H W], "depth_reduced" [B*N D W], "merged" [B*N C H W], "reduced" [B*N channels W],
+        "feature" [B*N C W] and "bev" [B C Y X]; and the new state.
+    """
+    ring, ray = places
+    new: dict = {"rows": {}}
+    hidden, new["rows"]["hidden"] = conv_norm.apply(
+        params["rows"]["hidden"], state["rows"]["hidden"], context, train=train, padding=1
+    )
+    logits = conv.apply(params["rows"]["out"], hidden, padding=1)  # B*N 1 H W
+    out = {"row_logits": logits, "depth_reduced": (depth * torch.softmax(logits, 2)).sum(2)}
+    merged = conv.apply(params["merge"][1], torch.sigmoid(conv.apply(params["merge"][0], context)))
+    out["merged"] = merged
+    x = merged.max(2)[0][:, :, None]  # B*N C 1 W
+    x, new["reduce"] = _row_conv(params["reduce"], state["reduce"], x, train=train)
+    out["reduced"], new["blocks"] = x[:, :, 0], []
+    for block, statistics in zip(params["blocks"], state["blocks"]):
+        y, seen = x, []
+        for layer, old in zip(block, statistics):
+            y, norm = _row_conv(layer, old, y, train=train)
+            seen.append(norm)
+        x = y + x  # no ReLU behind the sum
+        new["blocks"].append(seen)
+    x, new["out"] = _row_conv(params["out"], state["out"], x, train=train)
+    out["feature"] = x[:, :, 0]  # B*N C W
+    B = len(ring)
+    by_ray = _rays(out["depth_reduced"], B)  # B R D
+    weight = torch.bmm(by_ray, ring) * ray  # B R S
+    bev = torch.bmm(_rays(out["feature"], B).transpose(1, 2), weight)  # B C S
+    out["bev"] = bev.view(B, -1, *grid.cells)
+    return out, new
+
+
+def _row_conv(params: dict, state: dict, x: Tensor, *, train: Train) -> tuple[Tensor, dict]:
+    """Conv1d of size 3, batch norm, ReLU on x [M C 1 W]."""
+    x = conv.apply(params["conv"], x, padding=(0, 1))
+    x, norm = batch_norm.apply(params["norm"], state["norm"], x, train=train)
+    return torch.relu(x), {"norm": norm}
+
+
+def _rays(x: Tensor, B: int) -> Tensor:
+    """[B*N K W] -> [B N*W K], camera by camera, then column by column."""
+    M, K, W = x.shape
+    return x.transpose(1, 2).reshape(B, M // B * W, K)
+
+
+# ----------------------------------------------------------------------------------------------------- the matrices
+
+
+def ray_points(batch: CameraBatch, frame: int, grid: camera_grid.Config) -> geometry.Planes:
+    """One point per ray and depth bin, the mean over the image rows: x, y, z in cells from the grid's lower corner,
+    each [B R D], R = N*W."""
+    planes = []
+    point = camera_grid.frustum_points(batch, frame, grid)  # B N D H W
+    for coordinate, (low, _, step) in zip(point, (grid.x_m, grid.y_m, grid.z_m)):
+        size, centre = (coordinate.new_full((), value) for value in (step, low + step / 2))
+        place = (coordinate - (centre - size / 2)) / size
+        place = place.expand(*place.shape[:2], grid.depth_bins, *grid.feature_size).mean(3)  # B N D W
+        planes.append(place.transpose(2, 3).flatten(1, 2))
+    x, y, z = planes
+    return x, y, z
+
+
+def ray_cells(batch: CameraBatch, frame: int, grid: camera_grid.Config) -> Tensor:
+    """The cell of every ray's depth bin, int64 [B R D], y X + x.
+
+    By truncation toward zero; the height does not matter. Points outside go to the cell in the middle of the map, row
+    Y/2 and column X/2, which `matrices` then empties: upstream loses that cell, and so do we.
+    """
+    rows, columns = grid.cells
+    x, y, _ = ray_points(batch, frame, grid)
+    column, row = x.to(torch.int64), y.to(torch.int64)
+    inside = (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
+    return torch.where(inside, row * columns + column, _lost(grid))
+
+
+def matrices(cell: Tensor, grid: camera_grid.Config) -> tuple[Tensor, Tensor]:
+    """ring [B D S] and ray [B R S] float32 of 0 and 1 (S = Y*X) from `ray_cells` [B R D]."""
+    B, R, D = cell.shape
+    S = grid.cells[0] * grid.cells[1]
+    ones = torch.ones(B, R, D, device=cell.device)
+    keep = (torch.arange(S, device=cell.device) != _lost(grid)).float()
+    # Several bins of a ray write the same 1 into the same place.
+    ring = torch.zeros(B, D, S, device=cell.device).scatter(2, cell.transpose(1, 2), ones.transpose(1, 2))
+    ray = torch.zeros(B, R, S, device=cell.device).scatter(2, cell, ones)
+    return ring * keep, ray * keep
+
+
+def _lost(grid: camera_grid.Config) -> int:
+    rows, columns = grid.cells
+    return rows // 2 * columns + columns // 2
