@@ -84,7 +84,7 @@ FRAME = {
 }  # fmt: skip
 # The synthetic world on two CPU cores.
 SYNTHETIC = {
-    "scale": "mini", "epochs": 8, "batch_size": 2, "workers": 1, "lr": 2e-3, "norm_momentum": 0.1, "eval_every": 0,
+    "scale": "mini", "epochs": 9, "batch_size": 2, "workers": 1, "lr": 2e-3, "norm_momentum": 0.1, "eval_every": 0,
     "class_balanced": False, "augment": False, "eval_first": True, "eval_backend": "eager", "sweeps": 4,
     "source_size": source.WORLD_IMAGE,
 }  # fmt: skip

@@ -1,25 +1,22 @@
 """`bevfn graph EXPERIMENT`: the train step and the inference step as Ascend graphs, without an Ascend."""
 
+import importlib
 import json
+import tempfile
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
-from bevfn import optim, train
-from bevfn.data.batch import Batch
+from bevfn import run
+from bevfn.data import synthetic
 from bevfn.files import write_atomically
-from bevfn.models import bevfusion
-from bevfn.precision import Policy
 
-MODELS = {
-    "bevfusion": bevfusion.lidar_camera, "bevfusion_lidar": bevfusion.lidar_only, "bevfusion_camera": bevfusion.camera_only,
-}  # fmt: skip
-# Points and boxes of a sample: ten nuScenes sweeps, or a few.
-CAPACITIES = {"published": (350_000, 256), "mini": (40_000, 64)}
+EXPERIMENTS = ("bevfusion", "bevfusion_lidar")
 # Names of what a step takes and returns.
 NAMES: dict[str, dict[str, Any]] = {
     "train": {"takes": ("train_state", "batch"), "returns": ("train_state", "metrics")},
@@ -28,11 +25,14 @@ NAMES: dict[str, dict[str, Any]] = {
 
 
 def graph(
-    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")],
+    experiment: Annotated[
+        tyro.conf.Positional[Literal["bevfusion", "bevfusion_lidar"]], tyro.conf.arg(metavar="EXPERIMENT")
+    ],
     *,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     scale: Literal["published", "mini"] = "published",
-    batch_size: int = 4,
+    batch_size: int | None = None,
+    execute: int = 0,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
 ) -> int:
@@ -42,69 +42,82 @@ def graph(
     Exit code 1 if a step is not one static graph: docs/ascend.md says how to read the report.
 
     Args:
-        experiment: bevfusion, bevfusion_lidar or bevfusion_camera
+        experiment: bevfusion or bevfusion_lidar
         precision: of the step
         scale: published sizes, or the mini ones of demos and CI
-        batch_size: samples per device
+        batch_size: samples per device; by default the recipe's 4, and 1 at mini scale
+        execute: steps to run in the interpreter, from the same state as the eager step, on a generated frame (with an
+            AdamW eps of 1 and a loss scale of 64: see `steps`)
         json_file: also write the figures there
         out: folder for the graphs, as .pbtxt for reading and .air (the serialized model)
     """
     from bevfn.ascend import files
+    from bevfn.ascend.execute import execute as compare
     from bevfn.ascend.lower import lower
     from bevfn.ascend.report import report, text
 
     if out is not None:
         files.check_writable(out)
-    reports = []
-    for name, (step, arguments) in steps(experiment, scale, precision, batch_size).items():
+    batch_size = batch_size or (4 if scale == "published" else 1)
+    made: dict[str, dict] = {}
+    complete = True
+    for name, (step, arguments) in steps(experiment, scale, precision, batch_size, comparable=execute > 0).items():
         lowered = lower(step, arguments, **NAMES[name], strict=False)
-        reports.append(report(name, lowered))
-        print(text(reports[-1]), flush=True)
+        reported = report(name, lowered)
+        print(text(reported), flush=True)
+        made[name] = reported.to_json()
+        complete &= reported.complete
         if out is not None:
             files.write(lowered.graph, out / f"{experiment}_{scale}_{precision}_{name}")
+        if execute and name == "train" and reported.complete:
+            comparison = compare(step, lowered, *arguments, steps=execute)
+            print(comparison.text(), flush=True)
+            made[name]["execute"] = comparison.to_json()
     if json_file is not None:
         figures = {
-            "experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size,
-            "steps": {made.step: made.to_json() for made in reports},
+            "experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "steps": made,
         }  # fmt: skip
         write_atomically(json_file, json.dumps(figures, indent=1).encode())
-    return 0 if all(made.complete for made in reports) else 1
+    return 0 if complete else 1
 
 
-def steps(experiment: str, scale: str, precision: str, batch_size: int = 1) -> dict[str, tuple[Callable, tuple]]:
-    """{"train": (step, example arguments), "inference": ...}, the batches empty at their capacities.
+def steps(
+    experiment: str, scale: str, precision: str, batch_size: int, *, comparable: bool = False
+) -> dict[str, tuple[Callable, tuple]]:
+    """{"train": (step, example arguments), "inference": ...} of an experiment's task, on a generated frame.
 
-    Raises ValueError for an unknown experiment.
+    The batch has the capacities of the recipe on nuScenes (published), or on the synthetic world (mini).
+
+    comparable: three things are changed, so that several steps of two implementations can be compared. With AdamW's eps
+    of 1e-8 the first updates are lr x sign(gradient), and parameters whose gradient is rounding only walk at random; 1
+    makes the update proportional to the gradient. A loss scale of 2^16 overflows, and skipped steps compare nothing; it
+    starts at 64. One annotated box per class stays: before training, the matching of several boxes of a class is
+    degenerate (pairs can be exchanged at equal cost), and rounding decides.
     """
-    if experiment not in MODELS:
-        raise ValueError(f"experiment {experiment!r} is unknown; choose one of {', '.join(MODELS)}")
-    model, policy = MODELS[experiment](), Policy.of(precision)
-    model = bevfusion.mini(model) if scale == "mini" else model
-    optimizer = optim.Config(
-        lr=optim.Schedule(2e-4, (optim.Phase(1000, 2e-8),), 500, 1 / 3), beta1=optim.beta1_cycle(400, 1000)
-    )
-    batch = empty_batch(model, batch_size, *CAPACITIES[scale])
-    params, state = bevfusion.init(model, seed=0)
-    loss = partial(bevfusion.loss, config=model, policy=policy)
-    train_state = train.init(params, state, optimizer, precision=policy)
-    predict = partial(bevfusion.predict, config=model, policy=policy)
+    module = importlib.import_module(f"bevfn.experiments.{experiment}")
+    config = module.DEFAULTS["nuscenes" if scale == "published" else "synthetic"]
+    off = {name: False for name in ("class_balanced", "paste", "augment") if hasattr(config, name)}
+    with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
+        synthetic.write_frame(Path(folder), image_size=config.source_size)
+        config = replace(config, data_root=Path(folder), precision=precision, batch_size=batch_size, lr=None, **off)
+        task = module.task(config)
+        if comparable:
+            recipe = task.optimizer
+            task = replace(task, optimizer=lambda plan: replace(recipe(plan), eps=1.0))
+        made = run.Run(task, config, run.Plan(steps_per_epoch=1000, total_steps=1000, batch=config.recipe_batch))
+        batch = run.example(made)
+    if comparable:
+        batch = replace(batch, boxes_valid=batch.boxes_valid & _first_of_its_class(batch.labels))
+    train_state = run.initial_state(made)
+    if comparable and train_state.loss_scale is not None:
+        train_state.loss_scale.scale.fill_(64.0)
     return {
-        "train": (train.make_step(loss, optimizer, precision=policy), (train_state, batch)),
-        "inference": (predict, (params, state, batch)),
+        "train": (run.pure_step(made), (train_state, batch)),
+        "inference": (task.predict, (train_state.params, train_state.state, batch)),
     }
 
 
-def empty_batch(model: bevfusion.Config, B: int, P: int, G: int, N: int = 6) -> Batch:
-    """A Batch of zeros for the model's sensors."""
-    cameras: dict[str, Any] = {}
-    if model.camera is not None:
-        H, W = model.camera.view.image_size
-        poses = ("image_from_lidar", "lidar_from_camera", "intrinsics", "image_aug")
-        cameras = {name: torch.zeros(B, N, 4, 4) for name in poses}
-        cameras |= {name: torch.zeros(B, N, 3, 3) for name in ("undo_image_aug", "lidar_from_pixel")}
-        cameras["images"] = torch.zeros(B, N, H, W, 3, dtype=torch.uint8)
-    return Batch(
-        points=torch.zeros(B, P, 5), points_valid=torch.zeros(B, P, dtype=torch.bool), boxes=torch.zeros(B, G, 9),
-        labels=torch.zeros(B, G, dtype=torch.int64), boxes_valid=torch.zeros(B, G, dtype=torch.bool),
-        lidar_aug=torch.zeros(B, 4, 4), undo_lidar_aug=torch.zeros(B, 3, 3), **cameras,
-    )  # fmt: skip
+def _first_of_its_class(labels: Tensor) -> Tensor:
+    """bool [B G] of labels [B G]."""
+    same = labels[:, :, None] == labels[:, None, :]  # B G G
+    return ~torch.tril(same, diagonal=-1).any(2)
