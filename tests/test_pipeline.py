@@ -225,7 +225,7 @@ def test_points_of_moving_objects_follow_velocity_and_time_lag_through_every_aug
             for sign in (1, -1):
                 moved = np.stack([*(xy + sign * lag * box[7:9, None]), sample.points[:, 2]])
                 found = lag[points.in_box(moved, box)]
-                count[sign] += int((found > 0).sum())
+                count[sign] += int((found > 0.25).sum())  # a wrong sign moves a whole object away then
     assert count[1] > 100 and count[-1] < 0.2 * count[1]
 
 

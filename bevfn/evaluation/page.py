@@ -52,14 +52,14 @@ def write(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, so no folder can be made there; choose another folder for the report.")
-    scoring.write(out / "metrics.json", scores)  # first: the run's curve reads it
     side_by_side = {**(others or {}), name: scores}
+    tables.check_comparable(side_by_side)
+    scoring.write(out / "metrics.json", scores)  # first: the run's curve reads it
     charts: dict[str, Plot] = {
         "classes": lambda theme: plots.classes(scores, theme),
         "precision_recall": lambda theme: plots.precision_recall(scores, theme),
     }
     if others:
-        tables.check_comparable(side_by_side)
         charts["comparison"] = lambda theme: plots.comparison(side_by_side, theme)
     if run_dir is not None and (Path(run_dir) / report.METRICS_FILE).is_file():
         records = [*report.read_metrics(run_dir), *_evaluations(Path(run_dir))]
