@@ -7,15 +7,15 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.utils._pytree as pytree
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-Backend = Literal["inductor", "aot_eager", "eager"]
-LATER = ("torchair", "npugraph-ex")  # issue ASCEND
+Backend = Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"]
+ASCEND = ("torchair", "npugraph-ex")  # bevfn.ascend.device
 
 
 def step(step_fn: Callable, *, backend: str = "inductor", donate: bool = True, strict: bool = False) -> Callable:
@@ -39,10 +39,11 @@ def step(step_fn: Callable, *, backend: str = "inductor", donate: bool = True, s
         nonlocal run, made_for
         kept, state_spec = pytree.tree_flatten(train_state)
         leaves, spec = pytree.tree_flatten((train_state, batch))
-        inside = _large(kept) if donate else frozenset()
+        inside = _large(kept) if donate and backend not in ASCEND else frozenset()  # GE returns new tensors
         if run is None or spec != made_for:
             pure = _flat(step_fn, spec, state_spec)
-            run, made_for = _compiled(_donating(pure, inside, strict or backend == "eager"), backend), spec
+            plain = strict or backend in ("eager", *ASCEND)
+            run, made_for = _compiled(_donating(pure, inside, plain), backend), spec
         with torch.no_grad():
             new, metrics = run(leaves)
             if not donate:
@@ -90,6 +91,8 @@ def _large(leaves: list[torch.Tensor | None]) -> frozenset[int]:
 def function(f: Callable, *, backend: str = "inductor") -> Callable:
     """f(*pytrees) as one compiled graph, without gradients."""
     check_backend(backend)
+    if backend in ASCEND:
+        return _compiled(f, backend)
 
     def flat(leaves: list[torch.Tensor], spec: pytree.TreeSpec) -> Any:
         return f(*pytree.tree_unflatten(leaves, spec))
@@ -105,17 +108,21 @@ def function(f: Callable, *, backend: str = "inductor") -> Callable:
 
 def check_backend(backend: str) -> None:
     """Raises ValueError unless `backend` can run here."""
-    if backend in LATER:
-        raise ValueError(
-            f"backend {backend!r} needs an Ascend NPU, which bevfn does not drive yet; choose inductor, aot_eager or eager"
-        )
-    if backend not in ("inductor", "aot_eager", "eager"):
-        raise ValueError(f"backend {backend!r} is unknown; choose inductor, aot_eager or eager")
+    if backend in ASCEND:
+        from bevfn.ascend import device
+
+        device.check(backend)
+    elif backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
 
 
 def _compiled(flat: Callable, backend: str) -> Callable:
     if backend == "eager":
         return flat
+    if backend in ASCEND:
+        from bevfn.ascend import device
+
+        return device.compiled(flat, backend)  # type: ignore[arg-type]
     if backend == "inductor":
         _drop_half_written_libraries()
     return torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)

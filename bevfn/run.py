@@ -44,9 +44,9 @@ class Config:
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """fp16 scales the loss dynamically, in the graph"""
-    backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    backend: Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"] = "inductor"
     """what compiles the train step"""
-    eval_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    eval_backend: Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"] = "inductor"
     """what compiles the forward pass of an evaluation"""
     device: str = "cpu"
     """torch device: cpu, cuda, cuda:1; under torchrun each process takes its own"""

@@ -97,6 +97,43 @@ def test_batch_norm_in_training_mode(stock):
     assert differs(executed(batch_norm, *BATCH_NORM), batch_norm(*BATCH_NORM))
 
 
+LARGE = 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_arange_above_the_integers_of_float32(stock, dtype):
+    def numbers(x):
+        return x + torch.arange(LARGE, LARGE + 8, dtype=dtype)
+
+    x = torch.zeros(8, dtype=dtype)
+    assert torch.equal(executed(numbers, x), numbers(x))
+    stock(aten.arange.start, "arange")
+    assert not torch.equal(executed(numbers, x), numbers(x))
+
+
+@settings(max_examples=60)
+@given(
+    st.one_of(st.integers(-5, 5), st.sampled_from([0.25, -1.5, 0.1])),
+    st.one_of(st.integers(1, 4), st.sampled_from([0.1, 0.3, 1.5])),
+    st.integers(1, 30),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, None]),
+    st.booleans(),
+)
+def test_arange_of_any_numbers(start, step, count, dtype, backwards):
+    whole = isinstance(start, int) and isinstance(step, int)
+    if not whole and dtype in (torch.int32, torch.int64):
+        dtype = None
+    step = -step if backwards else step
+
+    def numbers(x):
+        return x, torch.arange(start, start + step * count, step, dtype=dtype)
+
+    ours, theirs = executed(numbers, random(1))[1], numbers(random(1))[1]
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 1e-2}.get(ours.dtype, 1e-6)
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
 def select_gradient(x):
     return grad(lambda t: (t[:, 1] ** 2).sum())(x)
 

@@ -150,11 +150,19 @@ def test_function_compiles_a_forward_as_one_graph():
 
 @pytest.mark.parametrize(
     ("backend", "message"),
-    [("torchair", "'torchair' needs an Ascend NPU"), ("npugraph-ex", "needs an Ascend NPU"), ("tvm", "'tvm' is unknown; choose inductor")],
-)  # fmt: skip
+    [
+        ("torchair", "'torchair' (needs an Ascend NPU|cannot run in a process that lowers).*`bevfn graph EXPERIMENT`"),
+        ("npugraph-ex", "'npugraph-ex' (needs an Ascend NPU|cannot run).*`bevfn graph EXPERIMENT`"),
+        ("tvm", "'tvm' is unknown; choose one of inductor, aot_eager, eager, torchair, npugraph-ex"),
+    ],
+)
 def test_backends_that_cannot_run_are_refused(backend, message):
     with pytest.raises(ValueError, match=message):
+        compilation.check_backend(backend)
+    with pytest.raises(ValueError, match=message):
         compilation.step(lambda ts, batch: (ts, {}), backend=backend)
+    with pytest.raises(ValueError, match=message):
+        compilation.function(lambda x: x, backend=backend)
 
 
 def test_inductor_neither_contracts_nor_reorders_floating_point():

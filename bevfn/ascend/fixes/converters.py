@@ -114,10 +114,34 @@ def _converters() -> dict:
             return y
         return ge.Add(y, ge.Unsqueeze(dtype_promote(bias, target_dtype=meta_outputs.dtype), axes=[1, 2]))
 
+    integers = (DataType.DT_INT32, DataType.DT_INT64)
+
+    def arange(start: Any, end: Any, step: Any, meta_outputs: Any) -> Any:
+        # torchair mixes int64 and int32; Range then counts in float32, whose integers end at 2^24.
+        whole = all(isinstance(number, int) for number in (start, end, step))
+        dtype = meta_outputs.dtype if meta_outputs.dtype in integers else DataType.DT_INT64
+        if not whole:
+            dtype = DataType.DT_DOUBLE if meta_outputs.dtype == DataType.DT_DOUBLE else DataType.DT_FLOAT
+            end = start + step * (meta_outputs.size[0] - 0.5)  # the last number is not a matter of rounding
+        counted = ge.Range(*(ge.Const(number, dtype=dtype) for number in (start, end, step)))
+        return dtype_promote(counted, target_dtype=meta_outputs.dtype)
+
+    def arange_to(end: Any, *, meta_outputs: Any = None, **_: Any) -> Any:
+        return arange(0, end, 1, meta_outputs)
+
+    def arange_from(start: Any, end: Any, *, meta_outputs: Any = None, **_: Any) -> Any:
+        return arange(start, end, 1, meta_outputs)
+
+    def arange_step(start: Any, end: Any, step: Any = 1, *, meta_outputs: Any = None, **_: Any) -> Any:
+        return arange(start, end, step, meta_outputs)
+
     xor = bitwise(ge.BitwiseXor, ge.NotEqual)
     both = bitwise(ge.BitwiseAnd, ge.LogicalAnd)
     either = bitwise(ge.BitwiseOr, ge.LogicalOr)
     return {
+        aten.arange.default: arange_to,
+        aten.arange.start: arange_from,
+        aten.arange.start_step: arange_step,
         aten.convolution.default: convolution,
         aten.index_add.default: index_add,
         aten.gelu.default: gelu,
