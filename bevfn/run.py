@@ -267,6 +267,8 @@ def microbatches(run: Run, start: int) -> Iterator[tuple[int, list[loader.Loaded
 def main(make_task: Callable[[Any], Task], config: Config) -> dict:
     """Trains, evaluates, reports, on one process or as one of torchrun's; returns the summary that it writes."""
     host.keep_freed_memory()
+    for backend in (config.backend, config.eval_backend):
+        compilation.check_backend(backend)
     replicas = distributed.start(config.device)
     try:
         if replicas is None or replicas.rank == 0:

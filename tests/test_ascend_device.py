@@ -67,6 +67,20 @@ def test_every_value_of_a_step_is_on_the_device():
     assert {value.device for value in values} == {CUDA}
 
 
+def test_torchairs_compiler_makes_the_graph_that_is_executed_offline():
+    """The call that a device gets, but for the device: torchair's own compiler on the retargeted module."""
+    ge_graphs.need_torchair()
+    ts, step = small_net.fresh("fp16")
+    lowered = lower(step, (ts, small_net.batch()))
+    traced = device.aten(step, (ts, small_net.batch()))
+    compiled = device._compile(device.retargeted(traced.module, CUDA), CUDA, "torchair")
+    graph = compiled.runner.graph._proto
+    assert [op.type for op in graph.op] == [op.type for op in lowered.graph.op]
+    assert [len(op.input) for op in graph.op] == [len(op.input) for op in lowered.graph.op]
+    placed = {op.output_desc[0].device_type for op in graph.op if op.type == "Data"}
+    assert placed == {"NPU"} == {op.output_desc[0].device_type for op in lowered.graph.op if op.type == "Data"}
+
+
 def test_the_compiled_call_gives_what_eager_gives(monkeypatch):
     """With the traced module in place of what torchair would make of it."""
     monkeypatch.setattr(device, "check", lambda backend: None)
