@@ -263,6 +263,7 @@ def child(run: Callable[[], None]) -> int:
     if pid == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # the pool of OpenMP threads did not survive the fork: waiting for it is for ever
             run()
             code = 0
         finally:
