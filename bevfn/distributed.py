@@ -77,10 +77,9 @@ def start(device: str) -> Replicas | None:
     """
     world = _environment()
     if world is None or world["WORLD_SIZE"] == 1:
+        check_device(device)
         return None
-    kind, _, index = device.partition(":")
-    if kind not in BACKENDS:
-        raise ValueError(f"device {device!r} has no collectives here; choose one of {', '.join(BACKENDS)}")
+    kind, index = _kind_and_index(device)
     if index:
         raise ValueError(f"device {device!r} is one device for {world['WORLD_SIZE']} processes; give {kind!r}")
     if kind != "cpu":
@@ -127,15 +126,38 @@ def _environment() -> dict[str, int] | None:
     return numbers
 
 
-def _take_device(kind: str, index: int) -> None:
+def check_device(device: str) -> None:
+    """Raises ValueError, which says what there is instead, unless this process can compute on `device`."""
+    kind, index = _kind_and_index(device)
+    if kind != "cpu" and int(index or 0) >= (found := _count(kind)):
+        remedy = f"choose {kind}:0 to {kind}:{found - 1}" if found else "use --device cpu"
+        raise ValueError(f"there is no device {device}; {remedy}")
+
+
+def _kind_and_index(device: str) -> tuple[str, str]:
+    kind, _, index = device.partition(":")
+    if kind not in BACKENDS or not (index.isdecimal() or device == kind):
+        raise ValueError(f"device {device!r} is none of {', '.join(BACKENDS)}, or one of several, as cuda:1")
+    return kind, index
+
+
+def _count(kind: str) -> int:
+    """Devices of this kind on this node."""
     if kind == "npu":
-        import torch_npu  # noqa: F401  (registers torch.npu and HCCL)
+        try:
+            import torch_npu  # noqa: F401  (registers torch.npu and HCCL)
+        except (ImportError, OSError):  # not installed, or without CANN
+            return 0
     module = torch.get_device_module(kind)
-    found = module.device_count() if module.is_available() else 0
+    return module.device_count() if module.is_available() else 0
+
+
+def _take_device(kind: str, index: int) -> None:
+    found = _count(kind)
     if index >= found:
         remedy = f"start at most {found} processes per node" if found else "use --device cpu"
         raise ValueError(f"process {index} of this node needs device {kind}:{index}, but there are {found}; {remedy}")
-    module.set_device(index)
+    torch.get_device_module(kind).set_device(index)
 
 
 # ------------------------------------------------------------------------------------------------------ on the host

@@ -24,7 +24,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value per step (0-based): half cosines one after the other, times a linear warm-up, then constant.
+    """A value per step (0-based): half cosines one after the other, then constant; times a linear warm-up, and times
+    `drop` from every step in `drops` on.
 
     Numerically mmengine's chained schedulers: in a phase [begin, end) the value at step s is
     target + (first - target) (1 + cos(pi (s - begin) / (end - begin))) / 2, `first` being the value of the last step
@@ -35,6 +36,8 @@ class Schedule:
     phases: tuple[Phase, ...] = ()
     warmup_steps: int = 0  # the factor rises linearly and is 1 from step warmup_steps - 1 on
     warmup_factor: float = 1 / 3  # of step 0
+    drops: tuple[int, ...] = ()  # MultiStepLR's milestones, in steps
+    drop: float = 0.1
 
     def __post_init__(self):
         ends = [0, *(phase.end for phase in self.phases)]
@@ -56,6 +59,8 @@ class Schedule:
         if self.warmup_steps > 1:
             done = (step.float() / (self.warmup_steps - 1)).clamp(max=1.0)
             value = value * (self.warmup_factor + (1 - self.warmup_factor) * done)
+        for begin in self.drops:
+            value = torch.where(step >= begin, value * self.drop, value)
         return value
 
     def complement(self) -> "Schedule":

@@ -1,27 +1,33 @@
 """What a training run says: progress in the terminal, every step's metrics in JSON lines and TensorBoard, peak memory.
 
-Counters (`overflow/...` did not fit a capacity, `bad/...` broken data, `empty/...` nothing to learn from) are metrics
-like others, and a sentence warns the first time that one is not zero.
+Counters (`overflow/...` did not fit a capacity, `bad/...` broken data, `empty/...` nothing to learn from, `missing/...`
+not in the data) are metrics like others. A sentence warns the first time that one is not zero, and the last line has
+their sums.
 """
 
 import contextlib
 import datetime
+import io
 import json
 import math
+import os
 import resource
+import socket
 import statistics
 import sys
+import time
 from collections import deque
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from bevfn.files import write_atomically
+from bevfn.files import write_atomically, writing
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, BOARD = "metrics.jsonl", "tensorboard"
 # What a counter's first non-zero value means to the user; the longest matching beginning of its name counts.
 WARNINGS = {
     "overflow/": "did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss",
@@ -34,8 +40,11 @@ WARNINGS = {
     "empty/": "samples have nothing to learn from; check the range and the data",
     "empty/points": "samples have no point in range; check the point files and point_cloud_range",
     "empty/boxes": "samples have no annotated box in range and teach background only",
+    "empty/depth": "images have no LiDAR point and teach no depth; check the calibration if there are many",
+    "missing/": "items are not in the data; check it with `bevfn data check`",
+    "missing/frames": "earlier key frames do not exist, as at a scene's start, and the current one stands for them",
 }
-COUNTERS = ("overflow/", "bad/", "empty/")
+COUNTERS = ("overflow/", "bad/", "empty/", "missing/")
 
 
 class Reporter:
@@ -83,16 +92,16 @@ class Reporter:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Reporter":
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only training needs it
-
         self.run_dir.mkdir(parents=True, exist_ok=True)
         _drop_half_line(self.run_dir / METRICS_FILE)
-        board = self.run_dir / "tensorboard"
-        # TensorBoard drops the steps from there on that a killed run had already written.
-        purge = self.start_step + 1 if board.exists() else None
         with contextlib.ExitStack() as stack:
-            self._jsonl = stack.enter_context(open(self.run_dir / METRICS_FILE, "a"))
-            self._board = stack.enter_context(SummaryWriter(str(board), purge_step=purge))
+            # Unbuffered: what a full disk refused must not be tried again, and fail again, when they are closed.
+            self._jsonl = stack.enter_context(open(self.run_dir / METRICS_FILE, "ab", buffering=0))
+            with writing(self.run_dir / BOARD):
+                continued = (self.run_dir / BOARD).exists()
+                (self.run_dir / BOARD).mkdir(exist_ok=True)
+                self._board = stack.enter_context(open(self.run_dir / BOARD / _event_file(), "wb", buffering=0))
+                _write_all(self._board, _first_events(self.start_step if continued else None))
             self._progress = None
             if self.console.is_terminal:
                 self._progress = Progress(
@@ -116,13 +125,17 @@ class Reporter:
         """Reports one step. step: steps done, 1..total_steps; metrics: numbers or 0-d tensors; seconds: its wall time.
 
         The line is in the file when this returns. Values that are not finite are written as "nan", "inf", "-inf".
+        Raises NotWritten if the disk is full.
         """
         values = {name: float(value) for name, value in metrics.items()}
         record = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._jsonl.write(json.dumps({"step": step, "seconds": round(seconds, 6), **record}) + "\n")
-        self._jsonl.flush()
-        for name, value in {**values, "seconds": seconds}.items():
-            self._board.add_scalar(name, value, step)
+        line = json.dumps({"step": step, "seconds": round(seconds, 6), **record}) + "\n"
+        for file, content in (
+            (self._jsonl, line.encode()),
+            (self._board, _scalars(step, {**values, "seconds": seconds})),
+        ):
+            with writing(Path(file.name)):
+                _write_all(file, content)
         self._warn(step, values)
 
         self._logged += 1
@@ -166,6 +179,50 @@ class Reporter:
             self.console.print(Text(f"warning: in all {self._logged} steps: {lost}.", style="yellow"), soft_wrap=True)
         memory = ", ".join(f"{where} {size / 2**30:.2f} GiB" for where, size in peak_memory().items())
         self.console.print(Text(f"peak memory: {memory}; metrics in {self.run_dir / METRICS_FILE}"), soft_wrap=True)
+
+
+def _write_all(file: BinaryIO, content: bytes) -> None:
+    """An unbuffered file takes what fits; the rest then meets the error."""
+    while content:
+        content = content[file.write(content) :]
+
+
+# TensorBoard's files are not written by torch's SummaryWriter: it does so in a thread, whose traceback is all that one
+# hears of a full disk.
+
+
+def _event_file() -> str:
+    """A new name; TensorBoard reads a folder's files in the order of their names."""
+    seconds, rest = divmod(time.time_ns(), 10**9)
+    return f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
+
+
+def _first_events(start_step: int | None) -> bytes:
+    """What an event file begins with; TensorBoard drops what older files have behind `start_step`, if that is given."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    events = [Event(file_version="brain.Event:2")]
+    if start_step is not None:
+        events.append(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+    return b"".join(map(_event, events))
+
+
+def _scalars(step: int, values: dict[str, float]) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    return _event(Event(step=step, summary=Summary(value=scalars)))
+
+
+def _event(event: Any) -> bytes:
+    """A record of an event file: length and content, each with its CRC."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    event.wall_time = time.time()
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(event.SerializeToString())
+    return buffer.getvalue()
 
 
 def _drop_half_line(path: Path) -> None:

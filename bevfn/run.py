@@ -22,8 +22,7 @@ import tyro
 
 from bevfn import checkpoint, distributed, host, optim, report, run_folder, signals, train, tree, upstream
 from bevfn import compile as compilation
-from bevfn.data import loader, paste, pipeline, sampling, source
-from bevfn.data.batch import Batch, collate
+from bevfn.data import loader, paste, sampling, source
 from bevfn.data.index import Index
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
@@ -74,7 +73,8 @@ class Config:
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     """how the recipe's learning rate follows the global batch (batch size x devices x accumulate) / recipe batch"""
     sync_statistics: bool = False
-    """batch norm and loss normalisers over all devices (none of the published recipes does)"""
+    """batch norm and loss normalisers over all devices (the published recipes do not; BEVDepth's and MatrixVT's average
+    the detection losses' normalisers alone, which happens anyway)"""
     workers: int = 4
     """processes per device that read samples; 0: none"""
     on_damaged: Literal["stop", "skip"] = "stop"
@@ -113,11 +113,12 @@ class Data:
     training: Index
     items: np.ndarray
     """int64 [n], places in `training`: one epoch before it is shuffled"""
-    reading: Callable[[int], pipeline.Config]
-    """how an epoch (0-based) reads; recipes change it towards the end"""
+    reading: Callable[[int], Any]
+    """how an epoch (0-based) reads, a Config of the reader's pipeline; recipes change it towards the end"""
     evaluation: Index
-    eval_reading: pipeline.Config
+    eval_reading: Any
     database: paste.Database | None = None
+    reader: source.Reader = source.BEVFUSION
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,12 @@ class Task:
     """-> (params, state) from the seed"""
     loss: Callable[..., Any]
     """(params, state, batch, key, train=True | Replicas) -> (loss, (new state, metrics))"""
-    predict: Callable[[dict, dict, Batch], dict[str, torch.Tensor]]
+    predict: Callable[[dict, dict, Any], dict[str, torch.Tensor]]
     """-> "boxes" [B Q 9], "scores" [B Q], "labels" [B Q], "valid" [B Q]"""
     optimizer: Callable[[Plan], optim.Config]
     ema: optim.Ema | None = None
+    shared_normalisers: bool = False
+    """`loss` takes replicas=: its normalisers are averaged over the processes though batch norm is not"""
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def initial_state(run: Run) -> train.TrainState:
     return tree.to(made, run.config.device)
 
 
-def pure_step(run: Run) -> Callable[[train.TrainState, Batch], tuple[train.TrainState, dict]]:
+def pure_step(run: Run) -> Callable[[train.TrainState, Any], tuple[train.TrainState, dict]]:
     """The step of one process and one microbatch as a pure function: what is lowered for Ascend."""
     loss = partial(run.task.loss, train=True)
     return train.make_step(loss, run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema)
@@ -224,19 +227,21 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
     """(train state, compiled step(train state, microbatches) -> (train state, metrics)), old buffers donated."""
     config, replicas = run.config, run.replicas
     statistics = replicas if config.sync_statistics and replicas is not None else True
+    loss = partial(run.task.loss, train=statistics)
+    if run.task.shared_normalisers:
+        loss = partial(loss, replicas=replicas)
     step = train.make_accumulated(
-        partial(run.task.loss, train=statistics), run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema,
-        replicas=replicas, accumulate=config.accumulate,
-        compiled=partial(compilation.step, backend=config.backend),
+        loss, run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema, replicas=replicas,
+        accumulate=config.accumulate, compiled=partial(compilation.step, backend=config.backend),
     )  # fmt: skip
     return initial_state(run), step
 
 
-def example(run: Run) -> Batch:
-    """One microbatch of the evaluation split's first key frame, on the device: what a step is measured or lowered with."""
-    data = run.task.data
-    sample = pipeline.load(data.evaluation[0], data.evaluation.root, data.eval_reading, np.random.default_rng(0))
-    batch, _ = collate([sample] * run.config.batch_size, capacities=data.eval_reading.capacities)
+def example(run: Run) -> Any:
+    """One microbatch of the training split's first key frame, on the device: what a step is measured or lowered with."""
+    data, reading = run.task.data, run.task.data.reading(0)
+    sample = data.reader.load(data.training, reading, data.database, 0, np.random.default_rng(0))
+    batch, _ = data.reader.collate([sample] * run.config.batch_size, capacities=reading.capacities)
     return batch.to(run.config.device)
 
 
@@ -248,10 +253,11 @@ def microbatches(run: Run, start: int) -> Iterator[tuple[int, list[loader.Loaded
     first, within = divmod(start, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         reading = data.reading(epoch)
-        load = partial(source.load, data.training, reading, data.database)
+        load = partial(data.reader.load, data.training, reading, data.database)
         stream = loader.batches(
             load, sampling.order(data.items, config.seed, epoch, shuffle=True), settings, seed=config.seed, epoch=epoch,
-            capacities=reading.capacities, rank=rank, replicas=count, accumulate=config.accumulate, start_step=within,
+            capacities=reading.capacities, collate=data.reader.collate, rank=rank, replicas=count,
+            accumulate=config.accumulate, start_step=within,
         )  # fmt: skip
         with contextlib.closing(stream):
             for step in range(epoch * plan.steps_per_epoch + within, (epoch + 1) * plan.steps_per_epoch):
@@ -300,8 +306,8 @@ def _train(run: Run, latest: Path | None) -> dict:
     if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
         summary["scores"] = evaluate(run, train_state, start)
     with reporting(run, start) as reporter, signals.on_terminate() as stop:
-        done, began = start, time.perf_counter()
-        for done, loaded in until_stopped(run, microbatches(run, start), stop):
+        done, began, problems = start, time.perf_counter(), []
+        for done, loaded in readable(run, microbatches(run, start), problems):
             batches = [item.batch.to(config.device) for item in loaded]
             train_state, metrics = step(train_state, batches)
             values = {name: float(value) for name, value in metrics.items()}  # the step's only copy to the host
@@ -317,21 +323,40 @@ def _train(run: Run, latest: Path | None) -> dict:
             if evaluation_due(run, done):
                 summary["scores"] = evaluate(run, train_state, done)
             began = time.perf_counter()
-        if distributed.agree(stop.requested, run.replicas):
-            if done > start:
-                save(run, train_state, done)
-            say(run, f"stopped by a signal after step {done}, which is saved; add --resume to go on")
+        if distributed.agree(stop.requested or bool(problems), run.replicas):
+            save_at_stop(run, train_state, start, done, stop, problems)
             return summary
     return finish(run, summary, seconds, started)
 
 
-def until_stopped(run: Run, steps: Iterator[tuple], stop: signals.Stop) -> Iterator[tuple]:
-    """`steps`, which end where a signal to the whole process group has ended the reading processes too."""
-    try:
-        yield from steps
-    except ChildProcessError:
-        if run.replicas is not None or not stop.requested:
-            raise
+def readable(run: Run, steps: Iterator[tuple], problems: list[Exception]) -> Iterator[tuple]:
+    """`steps`, which end for all processes where one cannot read on; its `problems` then say why."""
+    while True:
+        item = None
+        try:
+            item = next(steps, None)
+        except (ValueError, ChildProcessError) as error:  # a damaged file, or a reading process that was killed
+            problems.append(error)
+        if distributed.agree(item is None, run.replicas):
+            return
+        assert item is not None
+        yield item
+
+
+def save_at_stop(
+    run: Run, train_state: train.TrainState, start: int, done: int, stop: signals.Stop, problems: list[Exception]
+) -> None:
+    """Saves what was done since `start`, says so, and raises the problem that this process stopped for, if any."""
+    if done > start:
+        save(run, train_state, done)
+    what = "by a signal" if stop.requested else "because a sample cannot be read"
+    say(run, f"stopped {what} after step {done}{', which is saved; add --resume to go on' if done else ''}")
+    distributed.agree(
+        False, run.replicas
+    )  # who ends with an error has the others killed, so it waits for the checkpoint
+    # A signal to the whole process group ends the reading processes too: no problem of its own.
+    if problems and not (stop.requested and isinstance(problems[0], ChildProcessError)):
+        raise problems[0]
 
 
 def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dict:
@@ -376,7 +401,7 @@ def describe(run: Run, train_state: train.TrainState, done: int) -> str:
     """What is about to be trained, on what, for how long, and where the learning rate comes from."""
     config, plan, data = run.config, run.plan, run.task.data
     lr = run.task.optimizer(plan).lr
-    peak = max(lr.start, *(phase.target for phase in lr.phases))
+    peak = max((lr.start, *(phase.target for phase in lr.phases)))
     scaling = "--lr" if config.lr is not None else f"{config.lr_scaling} scaling from batch {config.recipe_batch}"
     return (
         f"{run.task.title}: {tree.num_elements(train_state.params) / 1e6:.1f} M parameters, {config.precision} on "
@@ -412,7 +437,7 @@ def _sum(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 
 
 def check_finite(
-    run: Run, train_state: train.TrainState, values: dict, batches: list[Batch], loaded: list[loader.Loaded], done: int
+    run: Run, train_state: train.TrainState, values: dict, batches: list[Any], loaded: list[loader.Loaded], done: int
 ) -> None:
     """Stops a run whose gradients are not finite where no loss scale explains it.
 
@@ -453,7 +478,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
     found = detect(
-        run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading,
+        run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading, reader=data.reader,
         batch_size=config.batch_size, workers=config.workers, backend=config.eval_backend, device=config.device,
         replicas=run.replicas,
     )  # fmt: skip
@@ -461,10 +486,10 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
         return {}
     out = evaluation_folder(run, done)
     judgement = judge(
-        data.evaluation, found, data.eval_reading, out, run_dir=config.run_dir, title=f"{run.task.title}, step {done}",
-        config=flags(config),
+        data.evaluation, found, data.eval_reading, out, reader=data.reader, run_dir=config.run_dir,
+        title=f"{run.task.title}, step {done}", config=flags(config),
     )  # fmt: skip
-    say(run, judgement.text)
+    say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
     if done:
         checkpoint.keep_best(config.run_dir / run_folder.CHECKPOINTS, out.name, judgement.value)
     return judgement.numbers
@@ -507,10 +532,16 @@ def cli(defaults: dict[source.Kind, Config], make_task: Callable[[Any], Task], d
 
 def parse(defaults: dict[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
     """The config of a command line; what is at --data-root decides on the defaults."""
-    root = None
-    for word, following in zip(arguments, [*arguments[1:], ""]):
-        name, _, value = word.partition("=")
-        if name.replace("_", "-") == "--data-root":
-            root = Path(value or following)
-    default = defaults[source.kind(root)]
+    root = flag(arguments, "--data-root")
+    default = defaults[source.kind(None if root is None else Path(root))]
     return tyro.cli(type(default), default=default, args=arguments, description=description)
+
+
+def flag(arguments: list[str], name: str) -> str | None:
+    """What a command line gives for --a-flag, before it is parsed: the defaults of the others depend on it."""
+    value = None
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        given, _, joined = word.partition("=")
+        if given.replace("_", "-") == name:
+            value = joined or following
+    return value

@@ -75,11 +75,12 @@ def draw(
 
 
 def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
-    """A key frame of an index as `draw` wants it: the key frame's own points, all boxes of class_names, no augmentation.
+    """A key frame of an index as `draw` wants it: the key frame's own points, the boxes of class_names that LiDAR or radar
+    sees, no augmentation.
 
     Cameras are left out if one of their images is missing. Raises ValueError if the point file cannot be read.
     """
-    known = [i for i, name in enumerate(frame.names) if name in class_names]
+    known = [i for i, name in enumerate(frame.names) if name in class_names and frame.valid[i]]
     boxes = np.nan_to_num(frame.boxes[known], nan=0.0).astype(np.float32)  # unknown velocities
     boxes[:, 2] -= 0.5 * boxes[:, 5]  # bottom centre
     cloud, _ = points.read(Path(root) / frame.lidar_path)

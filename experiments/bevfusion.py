@@ -11,7 +11,6 @@ fp32, 70.11 and 68.01 in fp16. 6 epochs, 8 devices x 4 samples, from the LiDAR-o
 The flags' defaults are the published recipe on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC` below) elsewhere.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -46,11 +45,17 @@ class Config(run.Config):
     epochs: int = 6
     recipe_lr: float = 2e-4
     """published peak learning rate, for recipe_batch samples"""
+    schedule: Literal["cosine", "cycle"] = "cosine"
+    """cosine: warm-up, then down, for a model that starts from a trained detector; cycle: up, then down, from scratch"""
     warmup_steps: int = 500
-    """linear, from warmup_factor; at most a tenth of the run"""
+    """of the cosine: linear, from warmup_factor; at most a tenth of the run"""
     warmup_factor: float = 1 / 3
+    start_lr: float = 0.1
+    """where the cycle starts, as a share of the peak"""
+    lr_turn: float = 0.4
+    """share of the run after which the cycle falls"""
     final_lr: float = 1e-4
-    """the cosine's end, as a share of the peak"""
+    """the end, as a share of the peak"""
     beta1_turn: float = 0.4
     """share of the run after which beta1 rises again"""
     published_beta1: bool = True
@@ -82,8 +87,9 @@ FRAME = {
     "augment": False, "sweeps": 0, "eval_first": True, "eval_every": 0, "eval_backend": "eager",
     "checkpoint_every": 1000,
 }  # fmt: skip
-# The synthetic world on two CPU cores.
+# The synthetic world on two CPU cores, from scratch.
 SYNTHETIC = {
+    "schedule": "cycle",
     "scale": "mini", "epochs": 9, "batch_size": 2, "workers": 1, "lr": 2e-3, "norm_momentum": 0.1, "eval_every": 0,
     "class_balanced": False, "augment": False, "eval_first": True, "eval_backend": "eager", "sweeps": 4,
     "source_size": source.WORLD_IMAGE,
@@ -97,36 +103,37 @@ DEFAULTS: dict[source.Kind, Config] = {
 
 def task(config: Config, splits: source.Splits | None = None) -> run.Task:
     """The LiDAR-camera or camera-only task; `splits`: (training, evaluation) key frames other than the config's."""
-    return assemble(config, splits, MODELS[config.modality](), pipeline.bevfusion_lidar_camera_train(), optimizer)
-
-
-def optimizer(config: Config, plan: run.Plan) -> optim.Config:
-    """AdamW; warm-up times a cosine over the run, and the beta1 cycle."""
-    total, peak = plan.total_steps, run.scaled_lr(config, plan, config.recipe_lr)
-    warmup = min(config.warmup_steps, total // 10)
-    lr = optim.Schedule(peak, (optim.Phase(total, peak * config.final_lr),), warmup, config.warmup_factor)
-    return adamw(config, plan, lr)
+    return assemble(config, splits, MODELS[config.modality](), pipeline.bevfusion_lidar_camera_train())
 
 
 # ------------------------------------------------------------------------------- what the LiDAR-only recipe shares
 
 
-def adamw(config: Config, plan: run.Plan, lr: optim.Schedule) -> optim.Config:
-    """Everything but the learning rate."""
-    turn = max(1, round(config.beta1_turn * plan.total_steps))
+def optimizer(config: Config, plan: run.Plan) -> optim.Config:
+    """AdamW with the recipe's learning rate, and beta1 the other way round."""
+    total, peak = plan.total_steps, run.scaled_lr(config, plan, config.recipe_lr)
+    final = peak * config.final_lr
+    if config.schedule == "cosine":
+        warmup = min(config.warmup_steps, total // 10)
+        lr = optim.Schedule(peak, (optim.Phase(total, final),), warmup, config.warmup_factor)
+    else:
+        top = max(1, round(config.lr_turn * total))
+        phases = (optim.Phase(top, peak), optim.Phase(max(total, top + 1), final))
+        lr = optim.Schedule(peak * config.start_lr, phases)
+    turn = max(1, round(config.beta1_turn * total))
     groups = tuple(optim.Group(pattern, frozen=True) for pattern in config.frozen)
     if config.image_backbone_lr != 1.0:
         groups += (optim.Group("camera.backbone.*", lr=config.image_backbone_lr),)
     return optim.Config(
         lr=lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm, groups=groups,
-        beta1=optim.beta1_cycle(turn, max(plan.total_steps, turn + 1), published=config.published_beta1),
+        beta1=optim.beta1_cycle(turn, max(total, turn + 1), published=config.published_beta1),
     )  # fmt: skip
 
 
 def assemble(
-    config: Config, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config, recipe: Callable
+    config: Config, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config
 ) -> run.Task:
-    """The task of one modality: `training` is its published pipeline, `recipe(config, plan)` its optimizer."""
+    """The task of one modality: `training` is its published pipeline."""
     model = sized(config, model)
     policy = Policy.of(config.precision)
     return run.Task(
@@ -135,7 +142,7 @@ def assemble(
         init=partial(bevfusion.init, model, config.seed),
         loss=partial(bevfusion.loss, config=model, policy=policy),
         predict=partial(bevfusion.predict, config=model, policy=policy),
-        optimizer=partial(recipe, config),
+        optimizer=partial(optimizer, config),
         ema=None if config.ema is None else optim.Ema(decay=config.ema),
     )
 

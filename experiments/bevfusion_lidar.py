@@ -12,7 +12,7 @@ What it shares with the LiDAR-camera recipe is in `bevfusion.py`.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bevfn import optim, run
+from bevfn import run
 from bevfn.data import paste as pasting
 from bevfn.data import pipeline, source
 from bevfn.experiments import bevfusion
@@ -28,17 +28,14 @@ class Config(bevfusion.Config):
     eval_every: int = 5
     recipe_lr: float = 1e-3
     """published peak learning rate, for recipe_batch samples"""
-    start_lr: float = 0.1
-    """where the cycle starts, as a share of the peak"""
+    schedule: Literal["cosine", "cycle"] = "cycle"
+    """up by a cosine, then down by one"""
     final_lr: float = 1e-5
-    """where it ends, as a share of the peak"""
-    lr_turn: float = 0.4
-    """share of the run after which the learning rate falls"""
-    warmup_steps: int = 0
+    """the end, as a share of the peak"""
     paste: bool = True
     """paste objects of other frames, from the database that `bevfn data prepare` made in the data root"""
     paste_off: int = 5
-    """last epochs without pasting"""
+    """last epochs without pasting; a run of no more epochs pastes nothing"""
 
 
 DEFAULTS: dict[source.Kind, Config] = {
@@ -50,16 +47,8 @@ DEFAULTS: dict[source.Kind, Config] = {
 
 def task(config: Config, splits: source.Splits | None = None) -> run.Task:
     """The LiDAR-only task; `splits`: (training, evaluation) key frames other than the config's."""
-    made = bevfusion.assemble(config, splits, lidar_only(), pipeline.bevfusion_lidar_train(), optimizer)
+    made = bevfusion.assemble(config, splits, lidar_only(), pipeline.bevfusion_lidar_train())
     return replace(made, data=with_paste(config, made.data))
-
-
-def optimizer(config: Config, plan: run.Plan) -> optim.Config:
-    """AdamW; the learning rate rises by a cosine, then falls by one, and beta1 the other way round."""
-    total, peak = plan.total_steps, run.scaled_lr(config, plan, config.recipe_lr)
-    turn = max(1, round(config.lr_turn * total))
-    phases = (optim.Phase(turn, peak), optim.Phase(max(total, turn + 1), peak * config.final_lr))
-    return bevfusion.adamw(config, plan, optim.Schedule(peak * config.start_lr, phases))
 
 
 def with_paste(config: Config, data: run.Data) -> run.Data:

@@ -29,6 +29,12 @@ def index() -> Index:
 
 
 @functools.cache
+def training() -> Index:
+    """The same world's train split: three key frames too."""
+    return nuscenes.index(index().root, "v1.0-trainval", "train")
+
+
+@functools.cache
 def tables():
     """The devkit's tables, loaded once."""
     return score.tables(index())

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import small_root
 
-from bevfn.data import check, nuscenes, source
+from bevfn.commands import data
+from bevfn.data import check, nuscenes
 
 VERSION = small_root.VERSION
 
@@ -110,6 +111,7 @@ def test_tables_are_named_first(root, kind):
     assert problem.path == "v1.0-mini/ego_pose.json"
     assert problem.kind == ("missing" if kind == "missing" else "damaged")
     assert ("does not exist" if kind == "missing" else "truncated or damaged") in problem.what
+    assert "1 problem; no sample can be read" in check.check(root).text()
 
 
 def test_a_missing_map_affects_all(root):
@@ -119,11 +121,12 @@ def test_a_missing_map_affects_all(root):
 
 
 def test_what_prepare_makes_is_said(root):
-    assert "mini_train: index not yet (made on first use); GT-paste database not there" in check.check(root).text()
-    folder = source.database_folder(nuscenes.index(root, VERSION, "mini_train"))
-    folder.mkdir(parents=True)
-    (folder / "objects.npz").write_bytes(b"")
-    assert "mini_train: index yes; GT-paste database yes" in check.check(root).text()
+    absent = "mini_train: index not yet (made on first use); GT-paste database not there; depth ground truth not there"
+    assert absent in check.check(root).text()
+    data.prepare(root, version=VERSION, workers=1)
+    text = check.check(root).text()
+    assert "mini_train: index yes; GT-paste database yes; depth ground truth yes" in text
+    assert "\n  mini_val: index not yet (made on first use)\n" in text  # nothing else is made of it
 
 
 def test_roots_to_which_the_question_does_not_apply(root, tmp_path):

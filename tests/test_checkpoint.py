@@ -353,17 +353,6 @@ def test_whenever_a_run_is_killed_its_latest_checkpoint_is_whole_20_times(tmp_pa
     kill_at_random(tmp_path, 20)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 6 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_full_disk_is_named_and_leaves_the_checkpoints_before(small_disk, monkeypatch, announced):
     """Known beforehand from the free space, or found out in the middle of writing."""

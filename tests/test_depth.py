@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from bevfn.data import depth, image, infos, points
+from bevfn.data import camera_pipeline, depth, image, infos, points, source
 from bevfn.data.camera_pipeline import CHANNELS
 from bevfn.data.index import Camera, Index
 
@@ -186,11 +187,39 @@ def test_bad_input_of_a_build_is_one_sentence(index, tmp_path):
             depth.build(index, tmp_path, progress=False)
 
 
+def test_training_reads_prepared_files_where_it_looks_for_them_with_the_same_numbers(index, tmp_path):
+    root = Path(shutil.copytree(index.root, tmp_path / "world"))
+    here = dataclasses.replace(index, root=root)
+    reading = camera_pipeline.Config(frames=1, source_size=(90, 160), image_size=(32, 88), depth=True)
+
+    def read() -> np.ndarray:
+        return source.BEVDEPTH.load(here, reading, None, 0, np.random.default_rng(0)).depth
+
+    on_the_fly = read()
+    assert on_the_fly.any() and depth.prepared(here) is None
+    depth.build(here, depth.folder(here), progress=False)
+    (root / index[0].lidar_path).unlink()
+    np.testing.assert_array_equal(read(), on_the_fly)
+
+
+def test_a_build_that_cannot_be_written_is_one_sentence(index, small_disk):
+    with pytest.raises(OSError, match=r"^/proc/depth could not be written \(.*\); make room there or choose another"):
+        depth.build(index, Path("/proc/depth"), progress=False)
+    (small_disk / "filler").write_bytes(bytes(6 * 2**20 - 2**14))
+    for workers in (1, 2):
+        with pytest.raises(OSError, match=r"could not be written \(No space left on device\)") as error:
+            depth.build(index, small_disk / "depth", workers=workers, progress=False)
+        assert str(small_disk) in str(error.value) and "[Errno" not in str(error.value)
+    (small_disk / "filler").unlink()
+    files = depth.build(index, small_disk / "depth", progress=False)  # goes on
+    assert len(list(files.iterdir())) == 6 * len(index)
+
+
 def test_prepare_makes_what_is_asked_for(index, tmp_path, capsys):
     from bevfn.commands import data
 
-    data.prepare(index.root, split="val", paste=False, out=tmp_path / "paste", depth_out=tmp_path / "depth")
+    data.prepare(index.root, split="val", workers=1, paste=False, out=tmp_path / "paste", depth_out=tmp_path / "depth")
     assert f"depth ground truth of {6 * len(index)} images" in capsys.readouterr().out
     assert depth.folder_of_files(tmp_path / "depth").is_dir() and not (tmp_path / "paste").exists()
-    data.prepare(index.root, split="val", depth=False, out=tmp_path / "paste", depth_out=tmp_path / "other")
+    data.prepare(index.root, split="val", workers=1, depth=False, out=tmp_path / "paste", depth_out=tmp_path / "other")
     assert (tmp_path / "paste/objects.npz").is_file() and not (tmp_path / "other").exists()

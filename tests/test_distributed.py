@@ -427,7 +427,7 @@ def test_without_torchrun_or_with_one_process_there_are_no_replicas(values, envi
         ({"LOCAL_WORLD_SIZE": "1"}, "cpu", "LOCAL_RANK=1 must be below the processes of this node, 1"),
         ({"LOCAL_WORLD_SIZE": "4"}, "cpu", "LOCAL_WORLD_SIZE=4 is above WORLD_SIZE=2"),
         ({}, "cuda:1", "'cuda:1' is one device for 2 processes; give 'cuda'"),
-        ({}, "tpu", "'tpu' has no collectives here; choose one of cpu, cuda, npu"),
+        ({}, "tpu", "'tpu' is none of cpu, cuda, npu, or one of several, as cuda:1"),
     ],
 )  # fmt: skip
 def test_a_bad_environment_is_named(changes, device, message, environment):
@@ -435,6 +435,23 @@ def test_a_bad_environment_is_named(changes, device, message, environment):
     with pytest.raises(ValueError, match=message):
         distributed.start(device)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "message"),
+    [
+        ("cuda", 0, "there is no device cuda; use --device cpu"),
+        ("cuda:2", 2, "there is no device cuda:2; choose cuda:0 to cuda:1"),
+        ("cuda:x", 2, "'cuda:x' is none of cpu, cuda, npu"),
+        ("gpu", 0, "'gpu' is none of cpu, cuda, npu"),
+    ],
+)
+def test_one_process_is_told_which_devices_there_are(device, there, message, environment, monkeypatch):
+    environment({})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(ValueError, match=message):
+        distributed.start(device)
 
 
 def test_a_device_that_is_not_there_is_named(environment, monkeypatch):

@@ -231,6 +231,12 @@ def test_wrong_roots_say_what_to_give(root, below, version, match):
         nuscenes.index(root.parent / below, version, "mini_train")
 
 
+def test_a_folder_of_one_key_frame_is_no_data_set(tmp_path):
+    (tmp_path / "frame.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a single key frame \(frame\.json\), no nuScenes data set"):
+        nuscenes.check_root(tmp_path, "v1.0-mini")
+
+
 @pytest.mark.parametrize("split", ["train", "test", "mini-train"])
 def test_a_split_without_scenes_names_those_that_have_some(root, split):
     with pytest.raises(ValueError, match=rf"no scene of the split '{split}'; .* are mini_train, mini_val\."):

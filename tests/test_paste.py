@@ -195,6 +195,17 @@ def test_damaged_databases_are_named_and_built_again(index, tmp_path):
     assert len(paste.read(tmp_path)) == len(made)
 
 
+def test_a_database_that_cannot_be_written_is_one_sentence(index, small_disk):
+    with pytest.raises(OSError, match=r"^/proc/db could not be written \(.*\); make room there or choose another"):
+        paste.build(index, Path("/proc/db"), class_names=NAMES, progress=False)
+    (small_disk / "filler").write_bytes(bytes(6 * 2**20 - 2**12))
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\)") as error:
+        paste.build(index, small_disk / "db", class_names=NAMES, progress=False)
+    assert str(small_disk) in str(error.value) and "[Errno" not in str(error.value)
+    (small_disk / "filler").unlink()
+    assert len(paste.build(index, small_disk / "db", class_names=NAMES, progress=False)) > 0
+
+
 def test_two_builds_in_one_folder_and_an_empty_index_are_refused(index, tmp_path):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

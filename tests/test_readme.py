@@ -1,5 +1,6 @@
 """What the README and the docs say can be run, runs."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -26,14 +27,49 @@ def test_links_and_paths_of_a_page_exist(page):
     assert missing == []
 
 
-def test_commands_of_the_readme_are_known_to_the_parsers():
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of ours in a page's code, blocks and `inline`, without the shell's."""
+    text = page.read_text().replace("\\\n", " ")
+    code = [
+        *re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL),
+        *re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE),
+    ]
+    lines = [line for block in code for line in block.splitlines()] + re.findall(
+        r"`((?:bevfn|python|torchrun) [^`]+)`", text
+    )
+    words = [line.partition("  #")[0].split() for line in lines]
+    return [
+        line for line in words if line[:1] == ["bevfn"] or any(word.startswith("bevfn.experiments.") for word in line)
+    ]
+
+
+def flags(words: list[str]) -> set[str]:
+    return {word.strip("[]").partition("=")[0] for word in words if word.strip("[").startswith("--")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_of_a_page_are_known_to_the_parsers_with_every_flag(page):
+    import tyro
+
     from bevfn.cli import COMMANDS, GROUPS
 
-    text = (ROOT / "README.md").read_text()
-    words = set(re.findall(r"^(?:\$ )?bevfn (\w+)", text, flags=re.MULTILINE))
-    assert words and words <= COMMANDS.keys()
-    for group, (_, commands) in GROUPS.items():
-        assert set(re.findall(rf"bevfn {group} (\w+)", text)) <= commands.keys()
-    targets = set(re.findall(r"^make (\w+)", text, flags=re.MULTILINE))
+    for words in commands(page):
+        if words[0] == "bevfn":
+            known = GROUPS[words[1]][1] if words[1] in GROUPS else COMMANDS
+            name = words[2 if words[1] in GROUPS else 1] if len(words) > 1 + (words[1] in GROUPS) else ""
+            for choice in name.split("|") if name and not name.startswith("-") else []:
+                helped = tyro.extras.get_parser(known[choice]).format_help()
+                assert all(flag in helped for flag in flags(words)), words
+        else:
+            place = next(i for i, word in enumerate(words) if word.startswith("bevfn.experiments."))
+            module = importlib.import_module(words[place])
+            helped = tyro.extras.get_parser(module.Config).format_help()
+            assert all(flag in helped for flag in flags(words[place:])), words
+
+
+def test_pages_have_commands_and_targets_that_exist():
+    found = [words for page in PAGES for words in commands(page)]
+    assert len(found) > 30 and {"torchrun", "python", "bevfn"} <= {words[0] for words in found}
+    targets = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     assert targets and all(f"\n{target}:" in makefile for target in targets)

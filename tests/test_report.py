@@ -70,6 +70,11 @@ def test_values_that_are_not_finite_stay_valid_json_and_warn_once(tmp_path):
         ("bad/samples", "7 samples are damaged and others took their place; check the files that are named."),
         ("bad/points", "7 points are NaN or infinite and were dropped; check the point files."),
         ("empty/points", "7 samples have no point in range; check the point files and point_cloud_range."),
+        ("empty/depth", "7 images have no LiDAR point and teach no depth; check the calibration if there are many."),
+        (
+            "missing/frames",
+            "7 earlier key frames do not exist, as at a scene's start, and the current one stands for them.",
+        ),
         ("overflow/other", "7 did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss."),
     ],
 )
@@ -142,3 +147,17 @@ def test_wrong_arguments_are_named(tmp_path):
 def test_peak_memory_is_plausible():
     host = report.peak_memory()["host"]
     assert 2**26 < host < 2**40
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_lines_before(small_disk, capfd):
+    """Metrics and TensorBoard's events; nothing is tried, or printed, again when they are closed."""
+    metrics = {f"loss/{i}": 1.0 for i in range(100)}
+    with (
+        pytest.raises(OSError, match=r"could not be written \(No space left on device\); make room") as error,
+        Reporter(small_disk / "run", 10_000, console=Console(file=io.StringIO())) as reporter,
+    ):
+        for step in range(1, 10_001):
+            reporter.log(step, metrics, seconds=0.5)
+    assert f"{small_disk}/run/" in str(error.value) and capfd.readouterr().err == ""
+    steps = [record["step"] for record in read_metrics(small_disk / "run")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 100

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_world
 import tiny_experiment as tiny
 import torch
 
 from bevfn import checkpoint, report, run
+from bevfn.data import sampling
 
 HERE = Path(__file__).parent
 
@@ -54,8 +57,9 @@ def assert_same_run(a: Path, b: Path) -> None:
     ours, theirs = (
         checkpoint.load_tensors(folder / "checkpoints" / last / checkpoint.TENSORS).items() for folder in (a, b)
     )
-    assert all(name == other and torch.equal(x, y) for (name, x), (other, y) in zip(ours, theirs, strict=True))
     assert numbers(a) == numbers(b)
+    for (name, x), (other, y) in zip(ours, theirs, strict=True):
+        assert name == other and torch.equal(x, y), name
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,34 @@ def test_sigterm_saves_and_the_rest_of_the_epoch_follows(whole, root, tmp_path):
     assert_same_run(whole[0], tmp_path / "run")
 
 
+def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is_whole(whole, root, tmp_path):
+    broken = Path(shutil.copytree(root, tmp_path / "world"))
+    index = small_world.training()
+    third = index[int(sampling.order(np.arange(len(index)), 0, 0, shuffle=True)[2])]  # of the second step
+    file = broken / third.lidar_path
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])
+    process = start(broken, tmp_path / "run")
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert f"bevfn: {file}: {len(content) - 7} bytes are not a whole number of points" in printed
+    assert "stopped because a sample cannot be read after step 1, which is saved; add --resume" in printed
+    assert "Traceback" not in printed
+    file.write_bytes(content)
+    assert "from step 1 on" in finish(start(broken, tmp_path / "run", "--resume"))
+    assert_same_run(whole[0], tmp_path / "run")
+
+
+def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, tmp_path):
+    broken = Path(shutil.copytree(root, tmp_path / "world"))
+    file = broken / small_world.training()[1].lidar_path
+    file.unlink()
+    printed = finish(start(broken, tmp_path / "run", "--on-damaged", "skip", "--epochs", "1"))
+    assert f"warning: skipped a damaged sample: {file}: the point file does not exist" in printed
+    assert sum(record["bad/samples"] for record in report.read_metrics(tmp_path / "run")) >= 1
+    assert "bad/samples" in printed.split("warning: in all 2 steps: ")[1]
+
+
 def test_two_processes_train_like_two_microbatches_and_find_every_frame(root, tmp_path):
     flags = ("--batch-size", "1", "--epochs", "1")
     finish(start(root, tmp_path / "one", *flags, "--accumulate", "2"))
@@ -136,6 +168,22 @@ def test_two_processes_train_like_two_microbatches_and_find_every_frame(root, tm
         torch.testing.assert_close(two[name], leaf, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     found = json.loads(next((tmp_path / "two" / "evaluations").glob("*/results_nusc.json")).read_text())["results"]
     assert found.keys() == small_world.index().positions.keys()
+
+
+@pytest.mark.slow
+def test_a_file_that_one_process_cannot_read_stops_all_of_them_at_a_saved_step(root, tmp_path):
+    broken = Path(shutil.copytree(root, tmp_path / "world"))
+    index = small_world.training()
+    order = sampling.order(np.arange(len(index)), 0, 0, shuffle=True)  # its third is of the second step
+    file = broken / index[int(order[2])].lidar_path
+    file.unlink()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, *command(broken, tmp_path / "run", "--batch-size", "1")], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode and f"bevfn: {file}: the point file does not exist" in done.stderr
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step_00000001"
 
 
 def config(root: Path, run_dir: Path, **changes) -> tiny.Config:

@@ -209,6 +209,12 @@ def test_mmcv_and_spconv_kernels_give_the_same_model_and_export_their_own_layout
     assert_same(back, mmcv)
 
 
+@pytest.mark.parametrize(("model", "has"), [("bevfusion-lidar", True), ("bevdepth-2key", False)])
+def test_the_layout_of_sparse_kernels_is_said_where_a_model_has_some(model, has):
+    _, _, report = upstream.import_state(upstream_state(model), model, sizes=SMALL)
+    assert ("sparse kernels spconv2" in report.text()) == has
+
+
 def test_sparse_kernels_of_two_layouts_are_refused():
     source = upstream_state("bevfusion-lidar")
     key = "pts_middle_encoder.conv_out.0.weight"
@@ -513,6 +519,7 @@ def test_import_and_export_commands_give_back_the_published_file(tmp_path, suffi
     names_in_file = set(safetensors.torch.load_file(imported))
     assert "params.head.shared.weight" in names_in_file and "state.fuser.norm.mean" not in names_in_file
     checkpoint.export(imported, exported)
+    assert "tensors of bevfusion-lidar, sparse kernels spconv2" in capsys.readouterr().out
     assert_same(upstream.read_state_dict(exported), source)
     checkpoint.show(imported)
     checkpoint.show(exported)

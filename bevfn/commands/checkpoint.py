@@ -7,7 +7,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from bevfn import tree, upstream
-from bevfn.upstream import recognise
+from bevfn.upstream import names, recognise
 
 Model = Literal[
     "bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages", "bevdepth-1key", "bevdepth-2key", "bevdepth-4key",
@@ -60,7 +60,8 @@ def export(
         read.params, read.state, read.model, carried, sparse=layout, naming=naming, prefix=prefix
     )
     upstream.write_state_dict(output, found, sparse=layout)
-    print(f"wrote {output}: {len(found)} tensors of {read.model}, sparse kernels {layout}")
+    kernels = f", sparse kernels {layout}" if names.has_sparse_kernels(read.model) else ""
+    print(f"wrote {output}: {len(found)} tensors of {read.model}{kernels}")
 
 
 def show(source: Positional[Path], *, every_key: bool = False) -> None:

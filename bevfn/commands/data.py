@@ -1,5 +1,6 @@
 """`bevfn data synth|check|prepare`: a data set to try things on; what is wrong with one; what is made of one before."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -75,25 +76,26 @@ def prepare(
     depth: bool = True,
     out: Path | None = None,
     depth_out: Path | None = None,
-    workers: int = 1,
+    workers: int = 0,
 ) -> None:
-    """Builds the index, the GT-paste database and the depth ground truth of a split; a run that was stopped goes on.
+    """Builds the index, the GT-paste database and the depth ground truth of a split; a build that was stopped goes on.
 
     Args:
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
         split: the version's training split (train, mini_train) without it
         paste: build the GT-paste database, for BEVFusion LiDAR-only
-        depth: build the depth ground truth, for BEVDepth and MatrixVT (270 kB a key frame); training without it makes it on
-            the fly, which takes 3 % of a sample's time
-        out: folder of the database; one in the root, where training looks for it, without this
-        depth_out: folder of the depth ground truth; likewise
-        workers: processes
+        depth: build the depth ground truth, for BEVDepth and MatrixVT (270 kB a key frame, 3 % of a sample's time); where
+            there is none, training makes it of the LiDAR files, with the same numbers
+        out: folder of the database; without this ROOT/bevfn_gt_database/SPLIT, where training looks for it
+        depth_out: folder of the depth ground truth; without this ROOT/bevfn_depth/SPLIT, where training looks for it
+        workers: processes; 0: one for each processor
     """
     from bevfn.data import check, nuscenes, pipeline, source
     from bevfn.data import depth as ground_truth
     from bevfn.data import paste as pasting
 
+    workers = workers or os.cpu_count() or 1
     version = version or check.only_version(root)
     nuscenes.check_root(root, version)
     split = split or next((name for name in nuscenes.splits(root, version) if name.endswith("train")), "train")

@@ -1,6 +1,5 @@
 """`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, or a submission for the test split."""
 
-import importlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,21 +8,19 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.progress import Progress
 
-from bevfn import run, run_folder, tree
+from bevfn import distributed, run, run_folder, tree
+from bevfn.commands import Experiment, experiment_module
 from bevfn.data import nuscenes, source
 from bevfn.evaluation import results
 from bevfn.evaluation.detect import detect
-from bevfn.evaluation.judge import judge
-
-EXPERIMENTS = ("bevfusion", "bevfusion_lidar")
+from bevfn.evaluation.judge import judge, submission
 
 
 def evaluate(
-    experiment: Annotated[
-        tyro.conf.Positional[Literal["bevfusion", "bevfusion_lidar"]], tyro.conf.arg(metavar="EXPERIMENT")
-    ],
+    experiment: Annotated[tyro.conf.Positional[Experiment], tyro.conf.arg(metavar="EXPERIMENT")],
     *,
     checkpoint: Path,
+    model: str | None = None,
     data_root: Path | None = None,
     version: str | None = None,
     split: str | None = None,
@@ -40,8 +37,10 @@ def evaluate(
     gets the results file alone, and its zip for the evaluation server.
 
     Args:
-        experiment: bevfusion or bevfusion_lidar
+        experiment: bevfusion, bevfusion_lidar, bevdepth or matrixvt
         checkpoint: a run's checkpoint folder (its config.json is used), or a file of `bevfn checkpoint import`
+        model: --model of the experiment, for an imported file (bevdepth: two-key, two-key-cbgs-da, ...); by default the
+            run's
         data_root: nuScenes root; by default the run's
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's
         split: val, mini_val, train, test, ...; by default the version's evaluation split
@@ -52,9 +51,12 @@ def evaluate(
         batch_size: key frames at a time
         workers: processes that read; 0: none
     """
-    module = importlib.import_module(f"bevfn.experiments.{experiment}")
+    distributed.check_device(device)
+    module = experiment_module(experiment)
     config = run_config(module, checkpoint, data_root)
-    changes: dict[str, Any] = {"data_root": data_root, "version": version, "precision": precision}
+    if model is not None and not hasattr(config, "model"):
+        raise ValueError(f"{experiment} has no --model; leave it out")
+    changes: dict[str, Any] = {"model": model, "data_root": data_root, "version": version, "precision": precision}
     config = replace(config, **{k: v for k, v in changes.items() if v is not None}, device=device, resume=False)
     splits = None
     if split is not None:
@@ -70,16 +72,17 @@ def evaluate(
     with Progress() as progress:
         bar = progress.add_task(f"{len(index)} key frames of {index.split}")
         found = detect(
-            task.predict, params, state, index, task.data.eval_reading, batch_size=batch_size, workers=workers,
-            backend=backend, device=device,
+            task.predict, params, state, index, task.data.eval_reading, reader=task.data.reader, batch_size=batch_size,
+            workers=workers, backend=backend, device=device,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     out = out if out is not None else _folder(config, checkpoint, split)
     if index.split == "test":
         return _submit(task, found, out)
     judgement = judge(
-        index, found, task.data.eval_reading, out, title=f"{task.title}, {checkpoint.name}", config=run.flags(config)
-    )
+        index, found, task.data.eval_reading, out, reader=task.data.reader, title=f"{task.title}, {checkpoint.name}",
+        config=run.flags(config),
+    )  # fmt: skip
     print(judgement.text)
     print(f"everything is in {out}")
     return 0
@@ -124,9 +127,7 @@ def _folder(config: Any, checkpoint: Path, split: str | None) -> Path:
 
 def _submit(task: run.Task, found: dict, out: Path) -> int:
     """The test split's results and what the server takes."""
-    reading = task.data.eval_reading
-    meta = results.Meta(use_camera=reading.cameras, use_lidar=True, use_external=False)
-    document = results.format(found, task.data.evaluation, class_names=reading.class_names, meta=meta)
+    document = submission(task.data.evaluation, found, task.data.eval_reading, task.data.reader)
     for name in ("results_nusc.json", "submission.zip"):
         results.write(out / name, document)
     print(

@@ -29,8 +29,10 @@ def parity(
         json_file: also write the table there
         device: torch device to run on
     """
+    from bevfn import distributed
     from bevfn.parity import bevdepth, bevfusion, case, compare
 
+    distributed.check_device(device)
     started = time.perf_counter()
     read = case.read(case_dir)
     table = compare.Table(str(case_dir))

@@ -161,16 +161,16 @@ def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, di
     """
     if not samples:
         raise ValueError("collate got no samples; a batch needs at least one.")
-    points = [_pad(s.points, capacities.points) for s in samples]
-    boxes = [_pad(s.boxes, capacities.boxes) for s in samples]
-    labels = [_pad(s.labels, capacities.boxes) for s in samples]
-    lidar_aug = _stack("lidar_aug", [s.lidar_aug for s in samples])  # B 4 4
+    points = [pad(s.points, capacities.points) for s in samples]
+    boxes = [pad(s.boxes, capacities.boxes) for s in samples]
+    labels = [pad(s.labels, capacities.boxes) for s in samples]
+    lidar_aug = stack("lidar_aug", [s.lidar_aug for s in samples])  # B 4 4
     cameras: dict[str, Tensor] = {}  # none if the samples hold calibration only
     with_images = [s for s in samples if s.images is not None]
     if with_images:
         if len(with_images) < len(samples):
             raise ValueError("collate got samples with and without images; read all with cameras or all without.")
-        cameras = {name: _stack(name, [getattr(s, name) for s in samples]) for name in _SAMPLE_CAMERA_FIELDS}
+        cameras = {name: stack(name, [getattr(s, name) for s in samples]) for name in _SAMPLE_CAMERA_FIELDS}
         cameras["undo_image_aug"] = geometry.invert(cameras["image_aug"][..., :3, :3])
         cameras["lidar_from_pixel"] = geometry.unprojection(cameras["lidar_from_camera"], cameras["intrinsics"])
     batch = Batch(
@@ -193,11 +193,7 @@ def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, di
     return batch, counts
 
 
-def _fields(batch: Batch) -> dict[str, Tensor | None]:
-    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-
-
-def _pad(array: np.ndarray, capacity: int) -> tuple[Tensor, Tensor]:
+def pad(array: np.ndarray, capacity: int) -> tuple[Tensor, Tensor]:
     """The first `capacity` rows, zeros behind them, and which rows are real."""
     value = np.zeros((capacity, *array.shape[1:]), dtype=array.dtype)
     kept = min(len(array), capacity)
@@ -205,11 +201,16 @@ def _pad(array: np.ndarray, capacity: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(value), torch.arange(capacity) < kept
 
 
-def _stack(name: str, arrays: list[np.ndarray]) -> Tensor:
+def stack(name: str, arrays: list[np.ndarray]) -> Tensor:
+    """The arrays [...] as one tensor [B ...]; raises ValueError, with `name`, if their shapes differ."""
     shapes = sorted({a.shape for a in arrays})
     if len(shapes) > 1:
         raise ValueError(f"collate got samples whose {name} differ in shape, {shapes}; one batch needs one shape.")
     return torch.from_numpy(np.stack(arrays))
+
+
+def _fields(batch: Batch) -> dict[str, Tensor | None]:
+    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
 
 
 def _check_layout(name: str, value: Tensor, sizes: dict[str, int]) -> None:

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from bevfn import host
+from bevfn.files import writing
 
 Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Holds a lock on the folder that the system lets go of when its process ends, however it ends.
+    """Makes the folder, and holds a lock on it that the system lets go of when its process ends, however it ends.
 
-    Raises ValueError if another process holds it.
+    Raises ValueError if another process holds it, NotWritten if the folder cannot be written.
     """
-    with open(out / ".lock", "w") as file:
+    with contextlib.ExitStack() as stack:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(out / ".lock", "w"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from bevfn.data import annotations, augment, camera_batch, image, points
 from bevfn.data import depth as ground_truth
-from bevfn.data.batch import Capacities, _pad, _stack
+from bevfn.data.batch import Capacities, pad, stack
 from bevfn.data.camera_batch import CameraBatch
 from bevfn.data.index import Camera, Frame, Index, inverse
 from bevfn.data.pipeline import CLASS_NAMES  # BEVDepth's order is the same
@@ -215,15 +215,15 @@ def collate(samples: list[CameraSample], *, capacities: Capacities) -> tuple[Cam
     if with_depth not in (0, len(samples)):
         raise ValueError("collate got samples with and without depth maps; read all with depth or all without.")
     names += ["depth"] if with_depth else []
-    boxes = [_pad(sample.boxes, capacities.boxes) for sample in samples]
+    boxes = [pad(sample.boxes, capacities.boxes) for sample in samples]
     counts = {"overflow/boxes": sum(max(0, len(sample.boxes) - capacities.boxes) for sample in samples)}
     for sample in samples:
         for name, count in sample.counts.items():
             counts[name] = counts.get(name, 0) + count
     batch = camera_batch.make(
-        **{name: _stack(name, [getattr(sample, name) for sample in samples]) for name in names},
+        **{name: stack(name, [getattr(sample, name) for sample in samples]) for name in names},
         boxes=torch.stack([value for value, _ in boxes]),
-        labels=torch.stack([_pad(sample.labels, capacities.boxes)[0] for sample in samples]),
+        labels=torch.stack([pad(sample.labels, capacities.boxes)[0] for sample in samples]),
         boxes_valid=torch.stack([valid for _, valid in boxes]),
     )
     return batch, counts

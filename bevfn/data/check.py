@@ -14,7 +14,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bevfn.data import image, nuscenes, paste, points, source
+from bevfn.data import depth, image, nuscenes, paste, points, source
 from bevfn.data.index import CAMERAS, Index
 
 CHUNK = 128  # files per task of a thread
@@ -57,7 +57,7 @@ class Report:
     parts: tuple[Part, ...]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
-    """What can be made: index, GT-paste database."""
+    """What `bevfn data prepare` makes, and whether it is there."""
 
     def text(self, shown: int = 20) -> str:
         """Summary first, then the first `shown` problems."""
@@ -73,7 +73,8 @@ class Report:
         if not self.problems:
             return "\n".join([*lines, "nothing is missing or damaged"])
         plural = "s" if len(self.problems) > 1 else ""
-        lines.append(f"{len(self.problems):,} problem{plural}; samples affected: {self.affected:,} of {total:,}")
+        affected = f"samples affected: {self.affected:,} of {total:,}" if total else "no sample can be read"
+        lines.append(f"{len(self.problems):,} problem{plural}; {affected}")
         for problem in self.problems[:shown]:
             needed = f" (samples: {problem.samples:,})" if problem.samples else ""
             lines.append(f"  {problem.path}: {problem.what.removeprefix(f'{self.root}/{problem.path}: ')}{needed}")
@@ -248,7 +249,11 @@ def _made(root: Path, version: str, splits: list[str]) -> list[str]:
     lines = []
     for split in splits:
         index = "yes" if nuscenes.has_index(root, version, split) else "not yet (made on first use)"
-        folder = source.database_folder(Index(root, version, split, frames=()))
-        database = "yes" if (folder / paste.OBJECTS).is_file() else "not there"
-        lines.append(f"{split}: index {index}; GT-paste database {database}")
+        empty = Index(root, version, split, frames=())
+        there = {
+            "GT-paste database": source.database_folder(empty) / paste.OBJECTS,
+            "depth ground truth": depth.folder(empty) / depth.DEPTH,
+        }
+        parts = [f"{name} {'yes' if path.is_file() else 'not there'}" for name, path in there.items()]
+        lines.append("; ".join([f"{split}: index {index}", *(parts if split.endswith("train") else [])]))
     return lines

@@ -91,6 +91,11 @@ def folder_of_files(out: Path) -> Path:
         raise ValueError(f"{path} is damaged ({error}); delete it and run `bevfn data prepare` again.") from error
 
 
+def prepared(index: Index) -> Path | None:
+    """The folder of a split's files where `bevfn data prepare` puts them, None if it made none."""
+    return folder_of_files(folder(index)) if (folder(index) / DEPTH).is_file() else None
+
+
 def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -> Path:
     """Makes the files of all images of `index`, or finds them made already; returns their folder, in `out`.
 
@@ -110,7 +115,6 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
         raise ValueError(
             f"{index.root} has several images {names.most_common(1)[0][0]}; their depth needs other names."
         )
-    out.mkdir(parents=True, exist_ok=True)
     with building.only_writer(out):
         files = out / f"files-{_fingerprint(index)}"
         if _is_built(out, files):

@@ -108,6 +108,8 @@ def check_root(root: Path, version: str) -> None:
     below = sorted({path.parents[1] for depth in ("*/*", "*/*/*") for path in root.glob(f"{depth}/sample.json")})
     if below:
         raise ValueError(f"{root} is above the data set; give the folder inside it as root: {below[0]}.")
+    if (root / "frame.json").is_file():
+        raise ValueError(f"{root} holds a single key frame (frame.json), no nuScenes data set; give the root of one.")
     raise ValueError(f"{root} has no {version}; extract nuScenes' metadata archive there, or give another root.")
 
 

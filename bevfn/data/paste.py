@@ -6,17 +6,13 @@ are stored relative to their box's bottom centre, with ten sweeps and their time
 Source: SECOND (Yan et al. 2018); mmdetection3d create_gt_database, DataBaseSampler, ObjectSample.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,10 +21,9 @@ import torch
 from rich.progress import Progress
 
 from bevfn import boxes as overlap
-from bevfn import host
-from bevfn.data import annotations, points, sweeps
+from bevfn.data import annotations, building, points, sweeps
 from bevfn.data.index import Frame, Index
-from bevfn.files import write_atomically
+from bevfn.files import write_atomically, writing
 
 OBJECTS = "objects.npz"
 SWEEPS = 10  # besides the key frame
@@ -190,8 +185,7 @@ def build(
     out = Path(out)
     if len(index) == 0:
         raise ValueError(f"{index.root} ({index.version}, split {index.split!r}) has no frames to build a database of.")
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(out):
+    with building.only_writer(out):
         key = _fingerprint(index, class_names, sweep_count)
         if not _is_built(out, key):
             ranges = [range(i, min(i + FRAMES, len(index))) for i in range(0, len(index), FRAMES)]
@@ -201,7 +195,7 @@ def build(
             with Progress(disable=not progress) as bar:
                 task = bar.add_task("GT-paste database", total=len(index), completed=len(index))
                 bar.update(task, completed=len(index) - sum(len(positions) for _, positions in todo))
-                for frames in _make_parts(index, todo, class_names, sweep_count, workers):
+                for frames in building.unordered(_make_part, _jobs(index, todo, class_names, sweep_count), workers):
                     bar.advance(task, frames)
             _merge(out, key, parts, class_names)
         made = read(out)
@@ -211,38 +205,11 @@ def build(
     return made
 
 
-def _make_parts(
-    index: Index, todo: list[tuple[Path, range]], class_names: tuple[str, ...], sweep_count: int, workers: int
-) -> Iterator[int]:
-    """Writes the parts, and yields the number of frames of each as it is done."""
-    if workers <= 1:
-        for part, positions in todo:
-            yield _make_part(part, [index[i] for i in positions], index.root, class_names, sweep_count)
-        return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=host.end_with_parent) as pool:
-        pending: set[Future] = set()
-        try:
-            for part, positions in todo:
-                frames = [index[i] for i in positions]
-                pending.add(pool.submit(_make_part, part, frames, index.root, class_names, sweep_count))
-                if len(pending) >= 2 * workers:  # frames of a whole data set need not wait in memory
-                    yield from _finished(pending)
-            while pending:
-                yield from _finished(pending)
-        except BaseException:
-            _cancel(pool)
-            raise
-
-
-def _finished(pending: set[Future]) -> list[int]:
-    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-    pending -= done
-    return [future.result() for future in done]
-
-
-def _cancel(pool: Executor) -> None:
-    pool.shutdown(wait=False, cancel_futures=True)
+def _jobs(
+    index: Index, todo: list[tuple[Path, range]], class_names: tuple[str, ...], sweep_count: int
+) -> Iterator[tuple]:
+    for part, positions in todo:
+        yield part, [index[i] for i in positions], index.root, class_names, sweep_count
 
 
 def _make_part(part: Path, frames: list[Frame], root: Path, class_names: tuple[str, ...], sweep_count: int) -> int:
@@ -284,7 +251,7 @@ def _merge(out: Path, key: str, parts: list[Path], class_names: tuple[str, ...])
     points_path = out / f"points-{key}.bin"
     temporary = points_path.with_suffix(".part")
     try:
-        with open(temporary, "wb") as file:
+        with writing(points_path), open(temporary, "wb") as file:
             for part in parts:
                 with np.load(part, allow_pickle=False) as arrays:
                     for name, values in columns.items():
@@ -321,17 +288,6 @@ def _fingerprint(index: Index, class_names: tuple[str, ...], sweep_count: int) -
         digest.update(json.dumps([frame.token, paths, list(frame.names), frame.valid.tolist()]).encode())
         digest.update(np.ascontiguousarray(frame.boxes).tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """A lock that the system lets go of when its process ends, however it ends."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{out}: another build is writing here; wait for it or choose another folder.") from error
-        yield
 
 
 def _npz(arrays: dict[str, np.ndarray]) -> bytes:

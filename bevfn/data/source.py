@@ -1,13 +1,18 @@
 """Where a run's key frames come from: a nuScenes root, a folder with one frame, or a synthetic world made on the spot."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from bevfn.data import infos, nuscenes, paste, pipeline, synth
+from bevfn.data import batch as lidar_batch
+from bevfn.data import camera_pipeline, depth, infos, nuscenes, paste, pipeline, synth
 from bevfn.data.batch import Sample
-from bevfn.data.index import Index
+from bevfn.data.camera_pipeline import CameraSample
+from bevfn.data.index import Frame, Index, inverse
+from bevfn.data.loader import Collate
 
 Kind = Literal["nuscenes", "frame", "synthetic"]
 Splits = tuple[Index, Index]  # training, evaluation
@@ -44,11 +49,54 @@ def open_splits(root: Path | None, version: str) -> Splits:
     return nuscenes.index(root, version, training), nuscenes.index(root, version, evaluation)
 
 
-def load(
+@dataclass(frozen=True)
+class Reader:
+    """The functions that go with a reading, the Config of a pipeline, which has at least class_names and capacities.
+
+    `BEVFUSION` and `BEVDEPTH` are the two that exist.
+    """
+
+    load: Callable[[Index, Any, paste.Database | None, int, np.random.Generator], Any]
+    """(index, reading, database, place, generator) -> a sample with token, boxes and labels; the loader's once the first
+    three are bound"""
+    collate: Collate
+    lidar_from_boxes: Callable[[Frame, Any], np.ndarray]
+    """(key frame, reading) -> [4,4] float64: the lidar frame from the one in which boxes and detections lie"""
+    sensors: Callable[[Any], tuple[str, ...]]
+    """reading -> "camera", "lidar": what a detector that reads so uses"""
+
+
+def _load_points_and_images(
     index: Index, reading: pipeline.Config, database: paste.Database | None, place: int, generator: np.random.Generator
 ) -> Sample:
-    """The key frame at a place of an index, read as `reading` says (the loader's function once the first three are bound)."""
     return pipeline.load(index[place], index.root, reading, generator, database=database)
+
+
+def _load_key_frames(
+    index: Index,
+    reading: camera_pipeline.Config,
+    database: paste.Database | None,
+    place: int,
+    generator: np.random.Generator,
+) -> CameraSample:
+    files = depth.prepared(index) if reading.depth else None
+    return camera_pipeline.load(index, place, reading, generator, depth_files=files)
+
+
+BEVFUSION = Reader(
+    load=_load_points_and_images,
+    collate=lidar_batch.collate,
+    lidar_from_boxes=lambda frame, reading: np.eye(4),
+    sensors=lambda reading: ("camera", "lidar") if reading.cameras else ("lidar",),
+)
+BEVDEPTH = Reader(  # the LiDAR's depth maps are what it learns from, not what it looks at
+    load=_load_key_frames,
+    collate=camera_pipeline.collate,
+    lidar_from_boxes=lambda frame, reading: (
+        inverse(frame.global_from_lidar) @ camera_pipeline.ego_pose(frame, reading.channels)
+    ),
+    sensors=lambda reading: ("camera",),
+)
 
 
 def database_folder(index: Index) -> Path:

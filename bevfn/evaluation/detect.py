@@ -3,14 +3,14 @@
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from bevfn import compile as compilation
 from bevfn import distributed
-from bevfn.data import loader, pipeline, source
-from bevfn.data.batch import Batch
+from bevfn.data import loader, source
 from bevfn.data.index import Index
 from bevfn.distributed import Replicas
 from bevfn.evaluation.results import Detections
@@ -19,12 +19,13 @@ _PARTS = ("boxes", "scores", "labels")
 
 
 def detect(
-    predict: Callable[[dict, dict, Batch], dict[str, torch.Tensor]],
+    predict: Callable[[dict, dict, Any], dict[str, torch.Tensor]],
     params: dict,
     state: dict,
     index: Index,
-    reading: pipeline.Config,
+    reading: Any,
     *,
+    reader: source.Reader = source.BEVFUSION,
     batch_size: int = 1,
     workers: int = 0,
     backend: str = "eager",
@@ -34,16 +35,17 @@ def detect(
 ) -> dict[str, Detections]:
     """Detections of all key frames by token, on every replica.
 
-    predict(params, state, batch) -> "boxes" [B Q 9] (bottom centre, lidar frame), "scores", "labels", "valid" [B Q].
-    Key frames are shared out over the replicas; what pads the last batch appears once.
+    predict(params, state, batch) -> "boxes" [B Q 9] (bottom centre; the reader's frame), "scores", "labels", "valid"
+    [B Q]. reading: how key frames are read, a Config of the reader's pipeline. Key frames are shared out over the
+    replicas; what pads the last batch appears once.
     """
     rank, count = (replicas.rank, replicas.count) if replicas is not None else (0, 1)
     compiled = compilation.function(predict, backend=backend)
     order = np.arange(len(index))
     batches = loader.steps_per_epoch(len(order), batch_size, count, 1)
     stream = loader.batches(
-        partial(source.load, index, reading, None), order, loader.Config(batch_size=batch_size, workers=workers),
-        seed=0, epoch=0, capacities=reading.capacities, rank=rank, replicas=count,
+        partial(reader.load, index, reading, None), order, loader.Config(batch_size=batch_size, workers=workers),
+        seed=0, epoch=0, capacities=reading.capacities, collate=reader.collate, rank=rank, replicas=count,
     )  # fmt: skip
     found: dict[str, np.ndarray] = {}
     with contextlib.closing(stream):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bevfn import view
-from bevfn.data import pipeline
+from bevfn.data import source
 from bevfn.data.index import Index
 from bevfn.evaluation import page, recall, results, score, tables
 from bevfn.evaluation.results import Detections, Meta
@@ -34,9 +34,10 @@ class Judgement:
 def judge(
     index: Index,
     found: Mapping[str, Detections],
-    reading: pipeline.Config,
+    reading: Any,
     out: Path,
     *,
+    reader: source.Reader = source.BEVFUSION,
     run_dir: Path | None = None,
     title: str = "Evaluation",
     config: Mapping[str, Any] | None = None,
@@ -44,31 +45,42 @@ def judge(
 ) -> Judgement:
     """Scores detections of every key frame of `index` (by token), and writes the folder `out`.
 
-    reading: how the frames were read for them. run_dir: the training run, whose curves the report shows. config: plain
-    data for the report. others: earlier scores to show beside these.
+    reading, reader: how the frames were read for them. run_dir: the training run, whose curves the report shows. config:
+    plain data for the report. others: earlier scores to show beside these.
     """
     if not (index.root / index.version / "sample.json").is_file():
-        return _recall(index, found, reading, out)
-    meta = Meta(use_camera=reading.cameras, use_lidar=True)
-    document = results.format(found, index, class_names=reading.class_names, meta=meta)
+        return _recall(index, found, reading, reader, out)
+    document = submission(index, found, reading, reader)
     results.write(out / RESULTS, document)
     scores = score.score(index, document)
     page.write(out, scores, title=title, index=index, found=document, run_dir=run_dir, config=config, others=others)
     return Judgement(scores.nds, scores.headline, tables.summary(scores, title))
 
 
-def _recall(index: Index, found: Mapping[str, Detections], reading: pipeline.Config, out: Path) -> Judgement:
+def submission(index: Index, found: Mapping[str, Detections], reading: Any, reader: source.Reader) -> dict:
+    """The nuScenes results document of detections of every key frame."""
+    sensors = reader.sensors(reading)
+    meta = Meta(use_camera="camera" in sensors, use_lidar="lidar" in sensors)
+    return results.format(
+        found, index, class_names=reading.class_names, meta=meta,
+        lidar_from_boxes=lambda frame: reader.lidar_from_boxes(frame, reading),
+    )  # fmt: skip
+
+
+def _recall(index: Index, found: Mapping[str, Detections], reading: Any, reader: source.Reader, out: Path) -> Judgement:
     """Recall over frames without nuScenes tables, and pictures of them."""
     numbers: dict[str, float] = {}
     texts = []
-    for frame in index:
-        sample, mine = pipeline.load(frame, index.root, reading), found[frame.token]
+    for place, frame in enumerate(index):
+        sample, mine = reader.load(index, reading, None, place, np.random.default_rng(0)), found[frame.token]
         counted = recall.recall(
             mine.boxes, mine.scores, mine.labels, sample.boxes, sample.labels, class_names=reading.class_names,
             score_threshold=SCORE_THRESHOLD,
         )  # fmt: skip
         picture = out / f"{frame.token}.png"
-        view.draw(sample, mine.boxes, mine.scores, mine.labels, picture, score_threshold=SCORE_THRESHOLD)
+        shown = results.moved(mine, reader.lidar_from_boxes(frame, reading))
+        picked = view.sample(frame, index.root, reading.class_names)
+        view.draw(picked, shown.boxes, shown.scores, shown.labels, picture, score_threshold=SCORE_THRESHOLD)
         texts.append(f"{counted.table()}\n{picture}")
         numbers |= {"recall": counted.total.recall, "precision": counted.total.precision}
         numbers |= {f"recall/{row.name}": row.recall for row in counted.rows}

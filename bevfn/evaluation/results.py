@@ -1,8 +1,8 @@
 """Detections as a nuScenes results file: boxes in the global frame, with attributes, at most 500 a key frame.
 
-A model's boxes have the bottom centre and lie in the key frame's lidar frame; an entry of the file has the gravity
-centre, size (width, length, height) and a quaternion (w, x, y, z) in the global frame. What the model does not say, an
-object's attribute, follows from its class and speed.
+A model's boxes have the bottom centre and lie in the key frame's lidar frame, or one that the caller names; an entry of
+the file has the gravity centre, size (width, length, height) and a quaternion (w, x, y, z) in the global frame. What the
+model does not say, an object's attribute, follows from its class and speed.
 
 Sources: the task's rules, nuscenes-devkit eval/detection/README.md; attributes and range, mmdetection3d
 evaluation/metrics/nuscenes_metric.py (the same rule in BEVDepth).
@@ -12,7 +12,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -48,7 +48,7 @@ class Detections:
     """What a model found in one key frame: n boxes, numpy arrays."""
 
     boxes: np.ndarray
-    """n 9 float: x y z of the BOTTOM centre, dx (length, along yaw) dy dz, yaw, vx, vy [m, rad, m/s; lidar frame]."""
+    """n 9 float: x y z of the BOTTOM centre, dx (length, along yaw) dy dz, yaw, vx, vy [m, rad, m/s]."""
     scores: np.ndarray
     """n float, 0..1."""
     labels: np.ndarray
@@ -75,8 +75,17 @@ def collect(found: Iterable[tuple[str, Detections]]) -> dict[str, Detections]:
     return collected
 
 
-def format(found: Mapping[str, Detections], index: Index, *, class_names: tuple[str, ...], meta: Meta) -> dict:
+def format(
+    found: Mapping[str, Detections],
+    index: Index,
+    *,
+    class_names: tuple[str, ...],
+    meta: Meta,
+    lidar_from_boxes: Callable[[Frame], np.ndarray] = lambda frame: np.eye(4),
+) -> dict:
     """The results file's document {"meta", "results": {token: [entry]}} of all key frames of `index`.
+
+    lidar_from_boxes: [4,4] for a key frame whose detections do not lie in its lidar frame.
 
     Raises ValueError if a key frame has no detections entry (an empty one is fine), if a token is not of the index, or
     for a box that is not finite or has no size or class.
@@ -92,7 +101,7 @@ def format(found: Mapping[str, Detections], index: Index, *, class_names: tuple[
     for token, detections in found.items():
         frame = index[index.position(token)]
         results[token] = entries(
-            token, detections, class_names=class_names, ego_from_boxes=frame.ego_from_lidar,
+            token, detections, class_names=class_names, ego_from_boxes=frame.ego_from_lidar @ lidar_from_boxes(frame),
             global_from_ego=frame.global_from_ego,
         )  # fmt: skip
     return {"meta": asdict(meta), "results": results}
@@ -168,6 +177,17 @@ def to_lidar(entries: list[dict], frame: Frame, class_names: tuple[str, ...]) ->
     scores = np.array([entry["detection_score"] for entry in entries], dtype=np.float64)
     labels = np.array([class_names.index(entry["detection_name"]) for entry in entries], dtype=np.int64)
     return Detections(boxes, scores, labels)
+
+
+def moved(found: Detections, target_from_boxes: np.ndarray) -> Detections:
+    """The detections in another frame, [4,4] from theirs, whose z axis is nearly theirs: boxes stay upright."""
+    boxes, turn = np.array(found.boxes, dtype=np.float64), target_from_boxes[:3, :3]
+    cos, sin = np.cos(boxes[:, 6]), np.sin(boxes[:, 6])
+    lift = [0.0, 0.0, 0.5] * boxes[:, 5:6]  # bottom to gravity centre
+    boxes[:, :3] = _move(target_from_boxes, boxes[:, :3] + lift) - lift
+    boxes[:, 6] = np.arctan2(turn[1, 0] * cos + turn[1, 1] * sin, turn[0, 0] * cos + turn[0, 1] * sin)
+    boxes[:, 7:9] = boxes[:, 7:9] @ turn[:2, :2].T
+    return Detections(boxes, found.scores, found.labels)
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:

@@ -82,7 +82,7 @@ class Config:
         backbone = self.bev_backbone
         return second_fpn.Config(
             channels_in=(backbone.channels_in, *backbone.stage_channels), channels=(self.neck_channels,) * 4,
-            strides=(1, 2, 4, 8), kaiming_normal=True,
+            strides=(1, 2, 4, 8), kaiming_normal=True, norm_momentum=self.neck.norm_momentum,
         )  # fmt: skip
 
     @property
@@ -119,19 +119,22 @@ def matrix_vt() -> Config:
 
 
 def mini(config: Config) -> Config:
-    """The same model at a size for demos and CI: 64 x 192 images, 64 x 64 cells of 1.6 m, narrow layers."""
+    """The same model at a size for demos and CI: 128 x 352 images seen at stride 8, 64 x 64 cells of 1.6 m, narrow layers,
+    a stem that is trained."""
     grid = replace(
-        config.grid, image_size=(64, 192), depth_m=(2.0, 58.0, 2.0), x_m=(-51.2, 51.2, 1.6), y_m=(-51.2, 51.2, 1.6)
-    )
+        config.grid, image_size=(128, 352), stride=8, depth_m=(2.0, 58.0, 1.0), x_m=(-51.2, 51.2, 1.6),
+        y_m=(-51.2, 51.2, 1.6),
+    )  # fmt: skip
     return replace(
-        config, grid=grid, backbone=replace(config.backbone, channels=16, blocks=(2, 2, 2, 2)),
-        neck=replace(config.neck, channels_in=(64, 128, 256, 512), channels=(32,) * 4),
+        config, grid=grid, backbone=replace(config.backbone, channels=16, blocks=(2, 2, 2, 2), frozen_stages=-1),
+        neck=replace(config.neck, channels_in=(64, 128, 256, 512), channels=(32,) * 4, strides=(0.5, 1, 2, 4)),
         depth=replace(
-            config.depth, channels_in=128, channels=64, context=32, depth_bins=28, blocks=1, dilations=(1, 2, 3)
+            config.depth, channels_in=128, channels=64, context=32, depth_bins=56, blocks=1, dilations=(1, 2, 3),
+            dropout=0.1,
         ),
         matrix=None if config.matrix is None else replace(config.matrix, context=32, channels=64),
         bev_channels=48, neck_channels=24,
-        head=replace(config.head, channels_in=96, channels=48, cell=(1.6, 1.6), cells=(64, 64)),
+        head=replace(config.head, channels_in=96, channels=24, cell=(1.6, 1.6), cells=(64, 64)),
     )  # fmt: skip
 
 
@@ -279,7 +282,7 @@ def normalise(images: Tensor) -> Tensor:
     """uint8 RGB [B N H W 3] -> float32 [B N 3 H W] in the order B, G, R (channels-last memory)."""
     mean = torch.tensor(IMAGE_MEAN, device=images.device)
     std = torch.tensor(IMAGE_STD, device=images.device)
-    return ((images.flip(-1).float() - mean) / std).permute(0, 1, 4, 2, 3)
+    return ((images.float().flip(-1) - mean) / std).permute(0, 1, 4, 2, 3)
 
 
 def loss(

@@ -44,7 +44,8 @@ class Report:
     def text(self, *, every_key: bool = False) -> str:
         """The report for a terminal; unused keys are grouped by reason unless `every_key`."""
         lines = [f"{self.what}, read as {self.model}"]
-        lines += [f"  layout     sparse kernels {self.sparse}, {self.naming} naming, key prefix {self.prefix!r}"]
+        kernels = f"sparse kernels {self.sparse}, " if names.has_sparse_kernels(self.model) else ""
+        lines += [f"  layout     {kernels}{self.naming} naming, key prefix {self.prefix!r}"]
         lines += [f"  used       {len(self.used)} tensors"]
         lines += [f"  unused     {count} {reason}" for reason, count in _count(self.unused.values()).items()]
         lines += [f"  at init    {name} (no {key})" for name, key in self.initial.items()]

@@ -77,6 +77,11 @@ def entries(model: str, sizes: Sizes, naming: Naming = "mmdet") -> list[Entry]:
     return found + _second(sizes) + _second_fpn(sizes) + _head(sizes)
 
 
+def has_sparse_kernels(model: str) -> bool:
+    """Whether a file of `model` has kernels in one of two layouts (see Entry)."""
+    return any(entry.layout == "sparse" for entry in entries(model, PUBLISHED))
+
+
 def derived(model: str, sizes: Sizes, naming: Naming = "mmdet") -> dict[str, Tensor]:
     """Upstream's stored buffers that follow from the configuration, by key: ours are computed, never loaded."""
     if model in names_bevdepth.MODELS:
