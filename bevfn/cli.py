@@ -10,6 +10,18 @@ from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity
 
 # Name: (what the group is for, its subcommands).
 GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
+    "bench": (
+        "Measure against peers and the machine's limits",
+        {
+            "ops": bench.ops,
+            "step": bench.step,
+            "views": bench.views,
+            "data": bench.data,
+            "world": bench.world,
+            "checkpoint": bench.checkpoint,
+            "startup": bench.startup,
+        },
+    ),
     "checkpoint": (
         "Read and write published checkpoints",
         {"import": checkpoint.import_, "export": checkpoint.export, "show": checkpoint.show},
@@ -40,7 +52,6 @@ COMMANDS: dict[str, Callable] = {
     **{name: _group(name) for name in GROUPS},
     "eval": evaluate.evaluate,
     "graph": graph.graph,
-    "bench": bench.bench,
 }
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bevfn.data import augment, image, infos, loader, paste, pipeline, points, sampling, sweeps, synthetic
+from bevfn.data import augment, image, infos, loader, paste, pipeline, points, sampling, sweeps, synth, synthetic
 from bevfn.data.batch import Sample, collate
 from bevfn.data.index import Index, Sweep
 
@@ -53,6 +53,28 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
             figures[name] = _measure(index, config, database, samples)
             _print(name, figures[name])
     return figures
+
+
+def world(*, scenes: int = 10, **options: Any) -> dict:
+    """Seconds and megabytes of a synthetic world as `bevfn data synth` writes it, with a process per core.
+
+    options: of `synth.write`.
+    """
+    with tempfile.TemporaryDirectory(prefix="bevfn-bench-", dir=".") as folder:
+        started = time.perf_counter()
+        root = synth.write(Path(folder) / "world", scenes=scenes, seed=0, **options)
+        seconds = time.perf_counter() - started
+        sizes = {path: path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    kinds = {"images": (".jpg",), "scans": (".bin",), "tables": (".json",)}
+    return {
+        "scenes": scenes,
+        "seconds": seconds,
+        "goal_seconds": 18.0 * scenes,  # ten scenes in three minutes on two cores
+        "megabytes": sum(sizes.values()) / 1e6,
+        **{f"megabytes of {kind}": sum(n for path, n in sizes.items() if path.suffix in ends) / 1e6
+           for kind, ends in kinds.items()},
+        "files": len(sizes),
+    }  # fmt: skip
 
 
 def _with_sweeps(index: Index) -> Index:

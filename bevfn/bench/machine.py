@@ -1,5 +1,8 @@
-"""What this machine can do at best: the yardsticks of every benchmark, measured in the same run."""
+"""What this machine can do at best, the yardsticks of every benchmark; and how time and memory are measured."""
 
+import ctypes
+import gc
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -7,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -27,6 +31,53 @@ def best_seconds(run: Callable[[], object], *, repeats: int = 5, warm_up: int = 
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def extra_mib(run: Callable[[], object]) -> float | None:
+    """MiB that a call of `run` needs at its worst moment beyond what was there before it, its result included.
+
+    The kernel's high-water mark of resident memory, which also sees what is not a tensor; Linux only, None elsewhere.
+    A first call warms up: what libraries keep from it, such as packing buffers, does not count.
+    """
+    reset, trim = Path("/proc/self/clear_refs"), getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if not reset.exists() or trim is None:
+        return None
+    run()
+    gc.collect()
+    trim(0)  # freed memory that malloc keeps would hide what the call takes
+    before = _status_kib("VmRSS")
+    reset.write_text("5")
+    kept = run()
+    peak = _status_kib("VmHWM")
+    del kept
+    return (peak - before) / 1024
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def in_process(target: Callable, *arguments: Any) -> Any:
+    """target(*arguments) in a fresh process, whose memory is its own.
+
+    Raises RuntimeError if the process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, target, arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"the benchmark process of {target.__name__}{arguments} died (out of memory?)") from None
+    finally:
+        process.join()
+
+
+def _send(sender: Any, target: Callable, arguments: tuple) -> None:
+    sender.send(target(*arguments))
 
 
 def gemm_gflops(*, size: int = 2048, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:

@@ -1,6 +1,6 @@
-"""The ops of `bevfn bench ops`: sparse convolution and voxel pooling against peers and the machine."""
+"""The ops of `bevfn bench ops`: sparse and deformable convolution and voxel pooling against peers and the machine."""
 
-from bevfn.bench import machine, pool, sparse
+from bevfn.bench import deform, machine, pool, sparse
 
 
 def measure() -> dict:
@@ -10,4 +10,5 @@ def measure() -> dict:
         "copy_gbps": machine.copy_gbps(),
         "sparse": sparse.measure(),
         "voxel_pool": pool.measure(),
+        "deform_conv": deform.measure(),
     }

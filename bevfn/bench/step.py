@@ -2,14 +2,13 @@
 
 import functools
 import gc
-import multiprocessing
 import resource
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
@@ -18,65 +17,63 @@ from bevfn import compile as compilation
 from bevfn import host
 from bevfn import run as running
 from bevfn.bench import machine
+from bevfn.commands import Experiment, experiment_module
 from bevfn.data import synthetic
+from bevfn.kernels import deform_conv, sparse_conv  # noqa: F401  they define the operators that are counted
 
-# Seconds of the published modules with plain-torch ops on 2 mostly idle cores (issue SLICE, section H): forward in
-# evaluation mode, and forward + backward in training mode.
-UPSTREAM_SECONDS = {"lidar-camera": {"forward": 7.0, "train": 43.0}, "lidar": {"forward": 2.6, "train": 8.0}}
+Model = Literal["bevfusion-lidar-camera", "bevfusion-lidar", "bevfusion-camera", "bevdepth", "matrixvt"]
+MODELS: dict[Model, tuple[Experiment, dict[str, Any]]] = {  # experiment and fields of its config
+    "bevfusion-lidar-camera": ("bevfusion", {}),
+    "bevfusion-lidar": ("bevfusion_lidar", {}),
+    "bevfusion-camera": ("bevfusion", {"modality": "camera"}),
+    "bevdepth": ("bevdepth", {}),
+    "matrixvt": ("matrixvt", {}),
+}
+# Seconds of the published modules with plain-torch ops on 2 mostly idle cores (shared/goldens): forward in evaluation
+# mode, and forward + backward in training mode. MatrixVT's were measured on a loaded machine only (13.6 and 52 s).
+UPSTREAM_SECONDS = {
+    "bevfusion-lidar-camera": {"forward": 7.0, "train": 43.0}, "bevfusion-lidar": {"forward": 2.6, "train": 8.0},
+    "bevdepth": {"forward": 9.0, "train": 31.0},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is measured."""
 
-    modality: str
+    model: Model
     frame: Path | None
     precision: str
     batch_size: int
     device: str
     threads: int
     repeats: int
+    scale: Literal["published", "mini"] = "published"
 
 
 def measure(setting: Setting) -> dict:
-    """Figures of one modality; every variant runs in a process of its own, so that peak memory is its own."""
+    """Figures of one model; every variant runs in a process of its own, so that peak memory is its own."""
     figures: dict[str, Any] = {
-        "modality": setting.modality,
+        "model": setting.model,
+        "scale": setting.scale,
         "precision": setting.precision,
         "batch_size": setting.batch_size,
     }
     for what in ("forward", "train"):
         for backend in ("eager", "inductor"):
-            figures[f"{what}/{backend}"] = _in_process(_variant, (setting, what, backend))
+            figures[f"{what}/{backend}"] = machine.in_process(_variant, setting, what, backend)
         slow, fast = figures[f"{what}/eager"], figures[f"{what}/inductor"]
         fast["gflop"] = slow["gflop"]
         fast["speedup_over_eager"] = slow["seconds"] / fast["seconds"]
-        upstream = UPSTREAM_SECONDS.get(setting.modality, {}).get(what)
-        if upstream and (setting.precision, setting.device, setting.batch_size) == ("fp32", "cpu", 1):
+        upstream = UPSTREAM_SECONDS.get(setting.model, {}).get(what)
+        same = (setting.scale, setting.precision, setting.device, setting.batch_size) == ("published", "fp32", "cpu", 1)
+        if upstream and same:
             for variant in (slow, fast):
                 variant["speedup_over_upstream"] = upstream / variant["seconds"]
         for variant in (slow, fast):
             variant["samples_per_second"] = setting.batch_size / variant["seconds"]
             variant["share_of_gemm_peak"] = variant["gflop"] / variant["seconds"] / variant["gemm_gflops"]
     return figures
-
-
-def _in_process(target: Callable, arguments: tuple) -> dict:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, target, arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"the benchmark process of {arguments} died (out of memory?)") from None
-    finally:
-        process.join()
-
-
-def _send(sender: Any, target: Callable, arguments: tuple) -> None:
-    sender.send(target(*arguments))
 
 
 def _variant(setting: Setting, what: str, backend: str) -> dict:
@@ -103,17 +100,16 @@ def _variant(setting: Setting, what: str, backend: str) -> dict:
 
 
 def _prepared(setting: Setting, what: str, backend: str) -> Callable[[], object]:
-    """One call is one forward pass with decoding, or one train step, on a key frame."""
-    from bevfn.experiments import bevfusion, bevfusion_lidar
-
-    experiment = bevfusion_lidar if setting.modality == "lidar" else bevfusion
+    """One call is one forward pass with decoding, or one train step, of the experiment on a key frame."""
+    experiment, fields = MODELS[setting.model]
+    module = experiment_module(experiment)
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         root = setting.frame if setting.frame is not None else synthetic.write_frame(Path(folder))
         config = replace(
-            experiment.DEFAULTS["frame"], modality=setting.modality, precision=setting.precision, backend=backend,
-            device=setting.device, data_root=root, batch_size=setting.batch_size,
+            module.DEFAULTS["frame"], precision=setting.precision, backend=backend, device=setting.device,
+            data_root=root, batch_size=setting.batch_size, scale=setting.scale, **fields,
         )  # fmt: skip
-        task = experiment.task(config)
+        task = module.task(config)
         run = running.Run(task, config, running.plan(config, task.data.items))
         batch = running.example(run)
     train_state, step = running.build(run)
@@ -135,7 +131,7 @@ def _prepared(setting: Setting, what: str, backend: str) -> Callable[[], object]
 
 
 def count_gflop(run: Callable[[], object]) -> float:
-    """GFLOP of matrix products, convolutions and our sparse convolution (real neighbour pairs only)."""
+    """GFLOP of matrix products and convolutions, ours too: sparse (real neighbour pairs only) and deformable."""
     _register_formulas()
     with FlopCounterMode(display=False) as counter:
         run()
@@ -144,7 +140,7 @@ def count_gflop(run: Callable[[], object]) -> float:
 
 @functools.cache
 def _register_formulas() -> None:
-    """FLOPs of the sparse operators; registered once per process."""
+    """FLOPs of our operators; registered once per process."""
 
     def forward(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, *_: Any, **__: Any) -> int:
         return 2 * int((table >= 0).sum()) * weight.shape[1] * weight.shape[2]
@@ -154,3 +150,12 @@ def _register_formulas() -> None:
 
     register_flop_formula(torch.ops.bevfn.sparse_conv, get_raw=True)(forward)
     register_flop_formula(torch.ops.bevfn.sparse_conv_weight_grad, get_raw=True)(weight_gradient)
+
+    def deformable(x: torch.Tensor, offset: torch.Tensor, mask: Any, weight: torch.Tensor, *_: Any, **__: Any) -> int:
+        return 2 * weight.numel() * x.shape[0] * offset.shape[2] * offset.shape[3]  # the product, not the sampling
+
+    def deformable_backward(grad: torch.Tensor, *operands: Any, **__: Any) -> int:
+        return 2 * deformable(*operands)
+
+    register_flop_formula(torch.ops.bevfn.deform_conv, get_raw=True)(deformable)
+    register_flop_formula(torch.ops.bevfn.deform_conv_backward, get_raw=True)(deformable_backward)

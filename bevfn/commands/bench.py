@@ -1,6 +1,8 @@
-"""`bevfn bench`: speed and memory as ratios, against peers and the machine's limits in the same run."""
+"""`bevfn bench ...`: speed and memory as ratios, against peers and the machine's limits in the same run."""
 
 import json
+import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,64 +10,144 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from bevfn.commands import Experiment
 from bevfn.files import write_atomically
 
+Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
-def bench(
-    what: Annotated[tyro.conf.Positional[Literal["ops", "step", "data"]], tyro.conf.arg(metavar="ops|step|data")],
+
+def ops(*, threads: int = 0, json_file: Json = None) -> None:
+    """Sparse convolution against spconv, deformable convolution against torchvision (`pip install 'bevfn[bench]'`),
+    both against plain torch and the machine's GEMM peak; voxel pooling against its copy bandwidth.
+
+    Args:
+        threads: CPU threads; 0: all cores (sparse convolution is measured with one)
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.bench import ops
+
+    _threads(threads)
+    _report("ops", ops.measure(), json_file)
+
+
+def step(
     *,
+    model: Literal[
+        "bevfusion-lidar-camera", "bevfusion-lidar", "bevfusion-camera", "bevdepth", "matrixvt"
+    ] = "bevfusion-lidar-camera",
     frame: Path | None = None,
-    modality: Literal["lidar-camera", "lidar", "camera"] = "lidar-camera",
+    scale: Literal["published", "mini"] = "published",
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     batch_size: int = 1,
     device: str = "cpu",
     threads: int = 0,
     repeats: int = 3,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-) -> int:
-    """Measure the ops, the full-size forward pass and train step, or the reading of samples.
-
-    ops: sparse encoder against spconv (`pip install 'bevfn[bench]'`) and plain torch, sparse convolution against the
-    machine's GEMM peak, voxel pooling against its copy bandwidth.
-    step: forward and train step, eager and compiled, as a share of the machine's GEMM peak, with peak memory.
-    data: training samples per second and core of both published pipelines, and where the time goes.
+    json_file: Json = None,
+) -> None:
+    """Forward pass and train step on one key frame, eager and compiled: seconds, share of the GEMM peak, peak memory.
 
     Args:
-        what: ops, step or data
-        frame: folder of a real key frame, such as ../shared/nuscenes_frame; a generated frame without it (step, data)
-        modality: sensors of the model (step)
+        model: what is measured
+        frame: folder of a real key frame, such as ../shared/nuscenes_frame; a generated one without it
+        scale: mini is the size of demos and CI
         precision: of the step
-        batch_size: copies of the frame in a batch (step)
-        device: torch device (step)
-        threads: CPU threads; 0: all cores (sparse convolution is measured with one)
-        repeats: timed repetitions; the median counts (step); tens of samples (data)
+        batch_size: copies of the frame in a batch
+        device: torch device
+        threads: CPU threads; 0: all cores
+        repeats: timed repetitions, of which the median counts
         json_file: also write the figures there, with the machine named
     """
-    from bevfn.bench import data, machine, ops, step
+    from bevfn.bench import step
 
-    torch.set_num_threads(threads or torch.get_num_threads())
-    if what == "ops":
-        figures = ops.measure()
-    elif what == "data":
-        figures = data.data(frame=frame, samples=10 * repeats)
-    else:
-        figures = step.measure(
-            step.Setting(modality, frame, precision, batch_size, device, torch.get_num_threads(), repeats)
-        )
+    setting = step.Setting(model, frame, precision, batch_size, device, _threads(threads), repeats, scale)
+    _report("step", step.measure(setting), json_file, device)
+
+
+def views(*, frame: Path | None = None, threads: int = 0, repeats: int = 5, json_file: Json = None) -> None:
+    """BEVDepth's pooling and MatrixVT's view transform against the textbook's outer product: time and peak memory.
+
+    Args:
+        frame: folder of a real key frame, whose cameras count; a generated one without it
+        threads: CPU threads; 0: all cores
+        repeats: timed repetitions, of which the median counts
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.bench import views
+
+    threads = _threads(threads)
+    _report("views", views.measure(frame, repeats=repeats, threads=threads), json_file)
+
+
+def data(*, frame: Path | None = None, samples: int = 30, json_file: Json = None) -> None:
+    """Training samples per second and core of both BEVFusion pipelines, and where the time goes.
+
+    Args:
+        frame: folder of a real key frame; a generated one without it
+        samples: how many are read
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.bench import data
+
+    _report("data", data.data(frame=frame, samples=samples), json_file)
+
+
+def world(*, scenes: int = 10, json_file: Json = None) -> None:
+    """Seconds and megabytes of a synthetic world (`bevfn data synth`), written to the current folder and deleted.
+
+    Args:
+        scenes: how many
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.bench import data
+
+    _report("world", data.world(scenes=scenes), json_file)
+
+
+def checkpoint(*, folder: Path = Path("runs"), repeats: int = 3, json_file: Json = None) -> None:
+    """Saving, verifying and loading the published LiDAR-camera detector against plain writing and reading.
+
+    Args:
+        folder: on the disk that is measured
+        repeats: timed repetitions, of which the median counts
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.bench import checkpoint
+
+    _report("checkpoint", checkpoint.measure(folder, repeats=repeats), json_file)
+
+
+def startup(
+    *,
+    experiment: Experiment = "bevfusion_lidar",
+    frame: Path | None = None,
+    json_file: Json = None,
+) -> None:
+    """Seconds from a recipe's command to its first step at the published size: empty caches, full caches, eager.
+
+    Args:
+        experiment: the recipe
+        frame: folder of a real key frame; a generated one without it
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.bench import startup
+
+    _report("startup", startup.measure(frame, experiment=experiment), json_file)
+
+
+def _threads(wanted: int) -> int:
+    torch.set_num_threads(wanted or torch.get_num_threads())
+    return torch.get_num_threads()
+
+
+def _report(benchmark: str, figures: dict, json_file: Path | None, device: str = "cpu") -> None:
+    """Prints and keeps the figures with the machine and with what to type to measure them again."""
+    from bevfn.bench import machine
+
     result = {
-        "benchmark": what, "date": datetime.now(UTC).date().isoformat(), "machine": machine.describe(device),
-        "command": _command(what, modality, precision, batch_size, device, frame), "figures": figures,
+        "benchmark": benchmark, "date": datetime.now(UTC).date().isoformat(), "machine": machine.describe(device),
+        "command": shlex.join(["bevfn", *sys.argv[1:]]), "figures": figures,
     }  # fmt: skip
     text = json.dumps(result, indent=1)
     print(text)
     if json_file is not None:
         write_atomically(json_file, text.encode())
-    return 0
-
-
-def _command(what: str, modality: str, precision: str, batch_size: int, device: str, frame: Path | None) -> str:
-    """What to type to measure it again."""
-    words = ["bevfn", "bench", what]
-    if what == "step":
-        words += ["--modality", modality, "--precision", precision, "--batch-size", str(batch_size), "--device", device]
-    return " ".join([*words, *(["--frame", str(frame)] if frame else [])])

@@ -1,0 +1,154 @@
+"""Benchmarks: what they compare computes the same, what they count is right, and files name the machine. No timings."""
+
+import json
+import sys
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import small_cameras
+import torch
+
+from bevfn import cli, optim, train
+from bevfn.bench import checkpoint, data, deform, machine, pool, startup, step, views
+from bevfn.commands import experiment_module
+from bevfn.data import synthetic
+from bevfn.kernels.deform_conv import deform_conv
+from bevfn.kernels.voxel_pool import voxel_pool
+from bevfn.models import bevdepth
+from bevfn.precision import Policy
+
+
+@pytest.fixture(scope="module")
+def frame(tmp_path_factory):
+    return synthetic.write_frame(tmp_path_factory.mktemp("frame"))
+
+
+def test_the_cumsum_trick_is_voxel_pool_in_values_and_gradients():
+    generator = torch.Generator().manual_seed(0)
+    depth = torch.rand(2, 5, 4, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    context = torch.randn(2, 4, 6, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    cell = torch.randint(-1, 9, depth.shape, dtype=torch.int32, generator=generator)
+    weight = torch.randn(11, 3, dtype=torch.float64, generator=generator)
+    results = []
+    for pooled in (voxel_pool, pool.cumsum_trick, pool.textbook):
+        out = pooled(depth, context, cell, 11)  # cells 9 and 10 stay empty
+        results.append([out.detach(), *torch.autograd.grad(out, (depth, context), weight)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_extra_memory_is_that_of_the_call_with_its_result_and_without_what_was_there():
+    if sys.platform != "linux":
+        pytest.skip("no high-water mark that can be reset")
+    before = torch.ones(2**23)  # 32 MiB that do not count
+
+    def run():
+        passing = before * 2  # 32 MiB, freed when `kept` is made
+        return passing[: 2**22] * 2  # 16 MiB
+
+    assert machine.extra_mib(run) == pytest.approx(48, abs=3)
+
+
+def test_a_dead_benchmark_process_is_one_sentence():
+    with pytest.raises(RuntimeError, match="died"):
+        machine.in_process(sys.exit, 1)
+
+
+def test_view_transforms_of_a_benchmark_agree_where_they_are_the_same():
+    config = bevdepth.mini(bevdepth.matrix_vt())
+    made = views.problem(config, small_cameras.make(B=1, T=1, size=config.grid.image_size))
+    maps = {}
+    for name in views.VARIANTS:
+        figures = views.figures_of(made, name, 1, 1)
+        assert figures.pop("relative_error", 0.0) < 1e-4 and len(figures) == 4
+        with torch.no_grad():
+            maps[name] = views.variant(made, name)[0](made.depth, made.context)
+        assert maps[name].shape == made.grad.shape and maps[name].abs().sum() > 0
+    for name in ("voxel_pool and cells", "outer product, index_add", "outer product, sort, cumsum"):
+        torch.testing.assert_close(maps[name], maps["voxel_pool"], rtol=1e-4, atol=1e-4)
+    assert torch.equal(maps["MatrixVT and matrices"], maps["MatrixVT"])
+
+
+def test_deformable_convolution_and_its_peers_agree():
+    figures = deform.measure(images=1, channels=16, repeats=1)
+    assert figures["reference"]["relative_difference"] < 1e-5
+    if "torchvision" in figures:
+        assert figures["torchvision"]["relative_difference"] < 1e-5
+    else:
+        assert "bevfn[bench]" in figures["peer"]
+
+
+def test_flops_of_a_deformable_convolution_are_those_of_its_products():
+    x, weight = torch.randn(2, 8, 5, 6, requires_grad=True), torch.randn(4, 2, 3, 3, requires_grad=True)
+    offset = torch.randn(2, 18, 5, 6, requires_grad=True)
+    product = 2e-9 * 2 * 5 * 6 * weight.numel()
+    assert step.count_gflop(lambda: deform_conv(x, offset, None, weight, padding=1)) == pytest.approx(product)
+    both = step.count_gflop(lambda: deform_conv(x, offset, None, weight, padding=1).sum().backward())
+    assert both == pytest.approx(3 * product)
+
+
+@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevdepth"])
+def test_a_step_is_measured(model, frame):
+    setting = step.Setting(model, frame, "fp32", 1, "cpu", 1, 1, "mini")
+    figures = machine.in_process(step._variant, setting, "train", "eager")
+    assert figures["gflop"] > 1 and figures["peak_memory_gb"] > 0.2 and figures["seconds"] > 0
+
+
+@pytest.mark.parametrize("model", get_args(step.Model))
+def test_every_model_has_an_experiment(model):
+    experiment, fields = step.MODELS[model]
+    module = experiment_module(experiment)
+    assert replace(module.DEFAULTS["frame"], **fields) and callable(module.task)
+
+
+def test_checkpoints_are_measured_and_leave_nothing(tmp_path):
+    optimizer = optim.Config(lr=optim.Schedule(1e-3))
+    params = {"a": torch.randn(1000), "b": torch.randn(3, 5)}
+    state = train.init(params, {}, optimizer, precision=Policy())
+    figures = checkpoint.of_state(state, tmp_path, repeats=2)
+    assert figures["parameters"] == 1015 and figures["bytes"] > 3 * 4 * 1015
+    assert figures["seconds"].keys() == {"save", "verify", "load", "plain write", "plain copy", "plain read"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_startup_watches_a_real_run_until_its_third_step(tmp_path, frame):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "bevfn.experiments.bevfusion_lidar", "--scale", "mini", "--backend", "eager"]
+    flags = ["--data-root", str(frame), "--run-dir", str(run_dir), "--no-eval-first"]
+    figures = startup.start([*command, *flags], run_dir, {"OMP_NUM_THREADS": "1"})
+    assert figures["seconds"] == pytest.approx(figures["before_first_step"] + figures["first_step"])
+    assert figures["before_first_step"] > 0.5 and figures["later_step_seconds"] > 0
+    with pytest.raises(RuntimeError, match=r"(?s)ended before step 3.*--precison"):
+        startup.start([*command, "--precison", "fp16"], tmp_path / "other", {})
+
+
+def test_a_world_is_measured_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figures = data.world(scenes=2, frames_per_scene=2, image_size=(90, 160), azimuths=60, workers=1, progress=False)
+    assert figures["files"] > 2 * 2 * 7
+    parts = sum(figures[f"megabytes of {kind}"] for kind in ("images", "scans", "tables"))
+    assert 0 < parts <= figures["megabytes"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_samples_is_measured(frame):
+    figures = data.data(frame=frame, samples=1)
+    for name in ("lidar-camera", "lidar"):
+        parts = figures[name]["parts_milliseconds"]
+        assert min(parts.values()) >= 0 and parts["move sweeps"] > 0 and figures[name]["points"] > 100_000
+
+
+def test_files_name_the_machine_and_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deform, "measure", lambda: {"ours": 1})
+    monkeypatch.setattr("bevfn.bench.pool.measure", lambda: {})
+    monkeypatch.setattr("bevfn.bench.sparse.measure", lambda: {})
+    out = tmp_path / "ops.json"
+    monkeypatch.setattr(sys, "argv", ["bevfn", "bench", "ops", "--json", str(out)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    made = json.loads(out.read_text())
+    assert end.value.code == 0 and json.loads(capsys.readouterr().out) == made
+    assert made["command"] == f"bevfn bench ops --json {out}" and made["figures"]["deform_conv"] == {"ours": 1}
+    assert {"processor", "cores", "threads", "torch", "commit"} <= made["machine"].keys()
