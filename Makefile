@@ -14,6 +14,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	rm -rf runs/demo
 	$(BIN)/python -m bevfn.experiments.bevfusion --precision fp16 --run-dir runs/demo
+	@echo "report: $$(ls $(CURDIR)/runs/demo/evaluations/*/report.html | tail -n 1)"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

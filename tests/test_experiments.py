@@ -64,6 +64,17 @@ def test_the_optimizers_are_the_published_ones(root):
         assert (made.weight_decay, made.clip_norm, made.groups) == (0.01, 35.0, ())
 
 
+def test_on_the_synthetic_world_both_modalities_train_with_the_same_numbers():
+    # Their scores at equal steps are compared (experiments/results/world_bevfusion.json): only sensors may differ.
+    both = [EXPERIMENTS[modality].DEFAULTS["synthetic"] for modality in ("lidar-camera", "lidar")]
+    plan = run.Plan(steps_per_epoch=70, total_steps=630, batch=2)
+    assert bevfusion.optimizer(both[0], plan) == bevfusion.optimizer(both[1], plan)
+    own = {"modality", "recipe_lr", "run_dir", "paste", "paste_off"}  # --lr is given, so recipe_lr has no effect
+    assert both[0].lr is not None and not both[1].paste
+    fields = {f.name for f in dataclasses.fields(both[0])} - own
+    assert {n for n in fields if getattr(both[0], n) != getattr(both[1], n)} == set()
+
+
 def test_published_numbers_of_the_recipes():
     fusion, lidar = bevfusion.DEFAULTS["nuscenes"], bevfusion_lidar.DEFAULTS["nuscenes"]
     assert (fusion.epochs, lidar.epochs) == (6, 20) and (fusion.eval_every, lidar.eval_every) == (1, 5)

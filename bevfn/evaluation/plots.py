@@ -146,6 +146,8 @@ def training(records: Sequence[Mapping[str, float]], theme: Theme = LIGHT) -> by
                 _curve(axes, steps, values, colour, name.removeprefix("loss/").removeprefix("eval/"), title)
         axes.set_title(title, loc="left", fontsize=10, color=theme.ink, fontweight="bold")
         axes.set_xlabel("step", color=theme.muted, fontsize=9)
+        if shown is evaluations:
+            axes.set_ylim(bottom=0)  # shares of 1; a lone point would set an axis of thousandths
         if len(shown) > 1:
             axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink)
     return _png(figure, theme)
