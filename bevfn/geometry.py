@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+_NORMAL = 0x00800000  # bits of the smallest normal float32
 Planes = tuple[Tensor, ...]  # x, y, z apart and broadcastable, since most factors vary along one or two axes only
 
 
@@ -164,11 +165,19 @@ def depth_map(pixel_depth: Planes, valid: Tensor, image_size: tuple[int, int]) -
     u, v, depth = pixel_depth
     (B, N, P), (H, W) = u.shape, image_size
     inside = (u >= 0) & (u < W) & (v >= 0) & (v < H) & valid[:, None]
-    pixel = torch.where(inside, v.to(torch.int64) * W + u.to(torch.int64), H * W).view(B * N, P)
-    # No two keys are equal, so any sort gives this order; then every pixel is written once: a determined scatter.
-    index = torch.sort(pixel * P + torch.arange(P, device=u.device), 1)[1]
-    pixel = pixel.gather(1, index)
-    last = torch.cat([pixel[:, 1:] != pixel[:, :-1], torch.ones_like(inside[:, :, 0].reshape(-1, 1))], 1)
-    pixel = torch.where(last, pixel, H * W)  # the others go where points outside go, behind the image
-    image = depth.new_zeros(B * N, H * W + 1).scatter(1, pixel, depth.reshape(B * N, P).gather(1, index))
-    return image[:, : H * W].reshape(B, N, H, W)
+    row, column = (torch.where(inside, x, torch.zeros_like(x)).to(torch.int32) for x in (v, u))
+    pixel = torch.where(inside, row * W + column, H * W).view(B * N, P)
+    # Sorted as the bits of positive normal floats, which are in the order of the integers: Ascend's AI Core sorts floats.
+    bits, order = torch.sort((pixel + _NORMAL).view(torch.float32), dim=1, stable=True)
+    pixel = bits.view(torch.int32) - _NORMAL
+    last = torch.cat([pixel[:, 1:] != pixel[:, :-1], torch.ones_like(pixel[:, :1], dtype=torch.bool)], 1)
+    kept = last & (pixel < H * W)
+    # Every pixel gets one depth and zeros: a sum in any order. The zeros are spread, not added to a single pixel.
+    spread = torch.arange(P, dtype=torch.int32, device=u.device) % (H * W)
+    image = torch.arange(B * N, dtype=torch.int32, device=u.device)[:, None] * (H * W)
+    depth = depth.reshape(B * N, P).gather(1, order)
+    place = (image + torch.where(kept, pixel, spread)).view(-1)
+    made = depth.new_zeros(B * N * H * W).index_add(
+        0, place, torch.where(kept, depth, torch.zeros_like(depth)).view(-1)
+    )
+    return made.view(B, N, H, W)

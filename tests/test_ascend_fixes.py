@@ -330,6 +330,11 @@ REPLACED = {
     "stable sort, falling": (lambda x: torch.sort(x, dim=1, stable=True, descending=True), random(3, 7)),
     "var": (lambda x: (x.var((0, 2)), x.var(correction=0), torch.var_mean(x, 1, keepdim=True)), random(2, 3, 4)),
     "min": (lambda x: x.min(1, keepdim=True), random(3, 5)),
+    "gradient of a maximum": (lambda x: grad(lambda t: (t.max(1)[0] ** 2).sum())(x), random(3, 5, 2)),
+    "scatter": (
+        lambda x: (x.scatter(1, INDEX[1:, :1] + ROWS[:2, None], x[:2, :1]), x.scatter(1, ROWS[:2, None], x[:2, 1:2])),
+        random(2, 4),
+    ),
     "isnan": (torch.isnan, torch.tensor([1.0, float("nan"), float("inf")])),
     "clamp": (lambda x: x.clamp(min=x.mean()).clamp(max=x.abs().mean()), random(9)),
     "bce": (lambda x: grad(lambda t: F.binary_cross_entropy(t.sigmoid(), (x > 0).float()))(x), random(9)),

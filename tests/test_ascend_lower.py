@@ -13,10 +13,12 @@ import small_net
 import torch
 from torch.func import grad
 
-from bevfn import optim, tree
+from bevfn import optim, train, tree
 from bevfn.ascend import interpret, report, torchair
 from bevfn.ascend.lower import lower
 from bevfn.ascend.trace import Value
+from bevfn.distributed import Replicas
+from bevfn.precision import Policy
 
 ge_graphs.need_torchair()
 
@@ -50,6 +52,55 @@ def test_five_lowered_steps_equal_eager_in_every_leaf(precision):
     for name, leaf in tree.flatten(theirs).items():
         moved = float((leaf - tree.flatten(start)[name]).double().norm())
         assert float((tree.flatten(ours)[name] - leaf).double().norm()) <= limit * moved + 1e-9, name
+
+
+class Twins(Replicas):
+    """Two replicas that hold the same, in one process."""
+
+    def sum(self, x):
+        return 2 * x.detach()
+
+    def stack(self, x):
+        return torch.stack([x.detach(), x.detach()])
+
+
+def doubled(x: torch.Tensor, *, reduction: str, group: str, fusion: int, fusion_id: int) -> torch.Tensor:
+    assert reduction == "sum"
+    return 2 * x
+
+
+def repeated(x: torch.Tensor, *, rank_size: int, group: str, fusion: int, fusion_id: int) -> torch.Tensor:
+    return torch.cat([x] * rank_size)
+
+
+@pytest.fixture
+def two_replicas():
+    """The group's name, in a process that takes itself for the first of two."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield torch.distributed.group.WORLD.group_name
+    torch.distributed.destroy_process_group()
+
+
+def test_a_step_of_two_replicas_is_one_graph_with_hccl_collectives(two_replicas):
+    def step_of(kind):
+        replicas = kind(two_replicas, 0, 2)
+        loss = small_net.loss_fn(Policy.of("fp32"), train=replicas)
+        return train.make_step(loss, small_net.recipe(), precision=Policy.of("fp32"), replicas=replicas)
+
+    start, _ = small_net.fresh("fp32")
+    batch = small_net.batch()
+    lowered = lower(step_of(Replicas), (start, batch), **NAMES)
+    collectives = [op for op in lowered.graph.op if op.type.startswith("Hcom")]
+    assert {op.type for op in collectives} == {"HcomAllReduce", "HcomAllGather"}
+    assert {op.attr["group"].s for op in collectives} == {b"tag=ptd:0;rank_list=0,1"}
+    told = report.report("train", lowered)
+    assert told.complete and told.families["collectives"].nodes == len(collectives)
+    program = interpret.prepare(lowered.graph, {"HcomAllReduce": doubled, "HcomAllGather": repeated})
+    ours, found = lowered.results(interpret.run(program, lowered.arguments(start, batch)))
+    theirs, expected = step_of(Twins)(start, batch)
+    ge_graphs.assert_same((ours, found), (theirs, expected))
 
 
 def test_inputs_and_outputs_are_named_and_static_on_the_device():

@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
+from test_deform_conv import make as deformable
+from test_deform_conv import problems as deformables
 from test_linear_assignment import assert_as_good_as_scipy
 from test_neighbours import STRIDES, make_sites
 from test_voxel_pool import assert_close, problem
@@ -22,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bevfn.bench import sparse
 from bevfn.kernels import ascend, neighbours
+from bevfn.kernels.deform_conv import ascend as deform_conv_ascend
 from bevfn.kernels.linear_assignment import ascend as linear_assignment
 from bevfn.kernels.linear_assignment import linear_assignment as assign
 from bevfn.kernels.neighbours import ascend as neighbours_ascend
@@ -161,6 +164,32 @@ def test_voxel_pool_is_the_op(shape, channels, num_cells, ops, seed, case):
         assert_close(a, b, tolerance)
 
 
+@settings(max_examples=40, deadline=None)
+@given(problem=deformables())
+def test_deform_conv_is_the_op(problem):
+    operands, grad = problem
+    close = {"rtol": 1e-11, "atol": 1e-11}
+    torch.testing.assert_close(lowered(OPS.deform_conv.default, *operands), OPS.deform_conv(*operands), **close)
+    expected = OPS.deform_conv_backward(grad, *operands)
+    for a, b in zip(lowered(OPS.deform_conv_backward.default, grad, *operands), expected, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_deform_conv_sums_half_precision_in_float32_and_an_image_beyond_int32_is_the_references(masked, monkeypatch):
+    operands, grad = deformable(masked=masked, groups=4, dtype=torch.float16)
+    expected = OPS.deform_conv(*operands), *OPS.deform_conv_backward(grad, *operands)
+    for index in (1 << 31, 8):
+        monkeypatch.setattr(deform_conv_ascend, "INDEX", index)
+        ours = (
+            lowered(OPS.deform_conv.default, *operands),
+            *lowered(OPS.deform_conv_backward.default, grad, *operands),
+        )
+        for a, b in zip(ours, expected, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert b.numel() == 0 or float((a.float() - b.float()).abs().max()) <= 1e-3 * float(b.abs().max())
+
+
 def test_an_unknown_choice_of_operators_is_named():
     with pytest.raises(ValueError, match="ops = 'cuda' is not known; choose one of stock, drivingsdk"):
         ascend.table("cuda")
@@ -196,6 +225,7 @@ def small_cases() -> dict:
     g = torch.Generator().manual_seed(0)
     x, grad = torch.randn(30, 16, generator=g), torch.randn(30, 8, generator=g)
     depth, context, cell = problem(2, 5, 3, 4, 8, 12)
+    deform, slopes = deformable(groups=4, dtype=torch.float32)
     return {
         OPS.voxelize.default: (*make_points(2, 60, 0), *VOXELS, 20),
         OPS.submanifold_neighbours.default: (coords, valid, KERNEL, GRID, BATCH),
@@ -204,6 +234,8 @@ def small_cases() -> dict:
         OPS.sparse_conv_weight_grad.default: (x, grad, table),
         OPS.voxel_pool.default: (depth, context, cell, 12),
         OPS.voxel_pool_backward.default: (torch.randn(12, 8, generator=g), depth, context, cell),
+        OPS.deform_conv.default: deform,
+        OPS.deform_conv_backward.default: (slopes, *deform),
         OPS.linear_assignment.default: (torch.randn(2, 10, 4, generator=g), torch.tensor([[True] * 3 + [False]] * 2)),
     }
 
@@ -296,6 +328,7 @@ BEV_POOL_V3 = {
 
 
 @needs_torchair
+@pytest.mark.filterwarnings("error:infer and generate sym shape failed")  # torchair would have run the operator itself
 @pytest.mark.parametrize("channels,used", [(8, True), (80, True), (7, False), (368, False)])
 def test_drivingsdk_pools_by_the_published_prototype_or_not_at_all(channels, used):
     depth, context, cell = problem(3, 5, 3, 4, channels, 12)
@@ -429,6 +462,17 @@ def test_published_tables_and_view_transform_are_static_graphs():
     assert len(list(cost.tables())) == 8
     stock, fused = (cost.view_transform()[name][0] for name in ("forward", "forward, BEVPoolV3"))
     assert fused.gigabytes < stock.gigabytes / 5  # the outer product is not stored
+
+
+@needs_torchair
+def test_published_deformable_convolution_multiplies_what_it_must_and_moves_less_than_the_reference():
+    from bevfn.bench import ascend as cost
+
+    made = cost.deformable()
+    for name in ("forward", "backward"):
+        ours, best = made[name]
+        assert ours.gflop < 1.1 * best.gflop
+    assert made["forward"][0].gigabytes < made["forward, a gather per corner"][0].gigabytes / 2
 
 
 @pytest.mark.slow

@@ -23,9 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from bevfn.ascend import lower, torchair
-from bevfn.ascend.fixes import decompositions, refusals, rewrites
-from bevfn.ascend.trace import Traced, placeholders, trace
-from bevfn.kernels import ascend as kernels
+from bevfn.ascend.fixes import refusals
+from bevfn.ascend.trace import Traced, placeholders
 
 Backend = Literal["torchair", "npugraph-ex"]
 MODES: dict[str, str] = {"torchair": "max-autotune", "npugraph-ex": "reduce-overhead"}
@@ -80,12 +79,10 @@ def compiled(f: Callable, backend: Backend) -> Callable:
 
 
 def aten(f: Callable, arguments: tuple) -> Traced:
-    """The graph of `f(*arguments)` as `lower` converts it; of the tensors only shapes and dtypes matter."""
+    """`lower.aten` of `f(*arguments)`; of the tensors only shapes and dtypes matter."""
     with FakeTensorMode(static_shapes=True):
         fakes = pytree.tree_map(lambda x: None if x is None else torch.empty(x.shape, dtype=x.dtype), arguments)
-    traced = trace(f, fakes, decompositions={**decompositions.table(), **kernels.table("stock")})
-    rewrites.apply(traced.module)
-    return traced
+    return lower.aten(f, fakes)
 
 
 def retargeted(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:

@@ -18,6 +18,7 @@ AI_CORE: dict[str, str] = {
     "BitwiseOr": "int16 uint16 int32 int64",
     "BitwiseXor": "int16 uint16 int32 int64",
     "BroadcastTo": f"{_COMMON} int64 uint32 int8 uint8 bool",
+    "Cast": f"{_COMMON} int64 int16 uint16 uint32 int8 uint8 bool",  # to one another
     "ClipByValueV2": f"{_COMMON} int64",
     "Cos": _FLOATS,
     "Cumsum": _COMMON,

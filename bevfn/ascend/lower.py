@@ -7,6 +7,7 @@
 The graph has static shapes only. It is the one that a device compiles: its step is traced by the same function.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class Lowered:
     spec: pytree.TreeSpec
     returned: tuple[int | None, ...]
     """for every leaf of `spec`, what the step returns, its place in `outputs`"""
+    ops: kernels.Ops
+    """what this package's own operators became"""
 
     def arguments(self, *arguments: Any) -> list[Tensor]:
         """The graph's inputs for a call of the step, contiguous."""
@@ -93,9 +96,7 @@ def lower(
     torchair.load()
     register_converters()
     started = time.perf_counter()
-    table = {**decompositions.table(), **kernels.table(ops)}
-    traced = trace(step, arguments, decompositions=table, takes=takes, returns=returns)
-    rewrites.apply(traced.module)
+    traced = aten(step, arguments, takes=takes, returns=returns, ops=ops)
     concrete, sources, missing = _convert(traced)
     if strict and missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -109,8 +110,23 @@ def lower(
     return Lowered(
         graph, tuple(traced.inputs[i] for i in used), tuple(outputs), traced.module, time.perf_counter() - started,
         {names.get(node, node): source for node, source in sources.items()}, tuple(missing), used, traced.spec,
-        tuple(None if i is None else places[i] for i in traced.returned),
+        tuple(None if i is None else places[i] for i in traced.returned), ops,
     )  # fmt: skip
+
+
+def aten(
+    step: Callable,
+    arguments: tuple,
+    *,
+    takes: tuple[str, ...] = (),
+    returns: tuple[str, ...] = (),
+    ops: kernels.Ops = "stock",
+) -> Traced:
+    """The graph of aten operators that is converted, here and on a device; see `lower`."""
+    table = {**decompositions.table(), **kernels.table(ops)}
+    traced = trace(step, arguments, decompositions=table, takes=takes, returns=returns)
+    rewrites.apply(traced.module)
+    return traced
 
 
 def register_converters() -> None:
@@ -149,8 +165,11 @@ def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, Source | None]],
         def run_node(self, node: fx.Node) -> Any:
             before, source = len(concrete.graph.op), node.meta.get("source")
             reason = refusals.reason(node)
+            # torchair calls an operator that it does not know, for its shapes: on fake tensors, not on what `empty` holds.
+            own = getattr(node.target, "namespace", "") == "bevfn" and fakes
             try:
-                value = super().run_node(node)
+                with fakes[0].fake_mode if own else contextlib.nullcontext():
+                    value = super().run_node(node)
             except Exception as error:
                 if node.op != "call_function":
                     raise

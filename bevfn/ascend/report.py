@@ -39,6 +39,7 @@ FAMILIES = {
         "UnsortedSegmentSum", "UnsortedSegmentMax", "SearchSorted",
     },
     "sorting": {"Sort", "TopKV2"},
+    "collectives": {"HcomAllReduce", "HcomAllGather"},
     "casts": {"Cast"},
     "data movement": {
         "Transpose", "ConcatV2", "SplitV", "Pack", "Unpack", "StridedSliceV2", "Slice", "PadV3", "BroadcastTo", "Expand",
@@ -46,6 +47,7 @@ FAMILIES = {
     },
     "views": VIEWS,
 }  # fmt: skip
+STILL = ("data movement", "casts", "gather and scatter", "collectives")  # families that compute nothing
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Report:
     """Figures of one graph; everything a promise is made about is named as in docs/ascend.md."""
 
     step: str
+    ops: str
+    """what this package's own operators are: of stock GE types only, or DrivingSDK's where they can be"""
     graph_breaks: int
     """0: a step that would break is an error of `trace`"""
     ge_graphs: int
@@ -124,6 +128,7 @@ def report(name: str, lowered: Lowered) -> Report:
     asked = sum(lowered.sources[cast][0] == "aten._to_copy.default" for cast in casts)
     return Report(
         step=name,
+        ops=lowered.ops,
         graph_breaks=0,
         ge_graphs=1,
         aten_nodes=len(lowered.aten.graph.nodes),
@@ -145,7 +150,7 @@ def report(name: str, lowered: Lowered) -> Report:
 def text(made: Report) -> str:
     """The report for people."""
     lines = [
-        f"{made.step}: {'one static graph' if made.complete else 'NOT one static graph'}",
+        f"{made.step}: {'one static graph' if made.complete else 'NOT one static graph'}, custom operators: {made.ops}",
         f"  graph breaks {made.graph_breaks}, GE graphs {made.ge_graphs}, aten nodes {made.aten_nodes}, GE nodes {made.nodes} "
         f"({made.constants} constants, {made.folded} computed from constants), converted in {made.seconds:.1f} s",
         f"  missing converters: {_listed(made.missing)}",
@@ -241,7 +246,7 @@ def _shrunk(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def _abstract(mode: FakeTensorMode) -> Mapping[str, Any]:
-    """Types that would allocate large constants."""
+    """Types that would allocate large constants, and collectives, which the interpreter has no other processes for."""
 
     def fill(dims: Tensor, value: Tensor) -> Tensor:
         sizes = [int(size) for size in dims.tolist()]
@@ -257,7 +262,13 @@ def _abstract(mode: FakeTensorMode) -> Mapping[str, Any]:
         with mode:
             return torch.empty(count, dtype=start.dtype)
 
-    return {"Fill": fill, "Range": range_}
+    def all_reduce(x: Tensor, *, reduction: str, group: str, fusion: int, fusion_id: int) -> Tensor:
+        return torch.empty_like(x)
+
+    def all_gather(x: Tensor, *, rank_size: int, group: str, fusion: int, fusion_id: int) -> Tensor:
+        return x.new_empty(rank_size * x.shape[0], *x.shape[1:])
+
+    return {"Fill": fill, "Range": range_, "HcomAllReduce": all_reduce, "HcomAllGather": all_gather}
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -354,5 +365,5 @@ def _flops(use: _Use) -> int:
         return 2 * shapes[2].numel() * math.prod(use.results[0].shape[1:])
     if use.kind == "Conv2DTranspose":
         return 2 * shapes[1].numel() * math.prod(shapes[2][1:])
-    still = use.kind in VIEWS or any(use.kind in FAMILIES[f] for f in ("data movement", "casts", "gather and scatter"))
+    still = use.kind in VIEWS or any(use.kind in FAMILIES[f] for f in STILL)
     return 0 if still else written

@@ -1,8 +1,8 @@
-"""What the stock-op lowering of the sparse encoder and the view transform costs on Ascend, against the ideal.
+"""What the stock-op lowering of sparse encoder, view transform and deformable convolution costs on Ascend, against ideals.
 
     python -m bevfn.bench.ascend        # Markdown, as in docs/ascend.md; needs torch_npu's converters, no device
 
-Stock: the operators' GE graphs at BEVFusion's published size, one sample, read by `ascend.report`: FLOPs of matrix
+Stock: the operators' GE graphs at published size, one sample, read by `ascend.report`: FLOPs of matrix
 products; bytes of all operands and results, once per node, before GE fuses nodes. Ideal: multiplications of real
 neighbour pairs only; operands and results of the whole operator, once. Pairs per output row are those of a nuScenes
 sweep: the published input has ten, is denser, and so is nearer to the ideal.
@@ -20,6 +20,7 @@ from bevfn.backbones import sparse_encoder
 from bevfn.bench import sparse
 from bevfn.kernels import ascend as kernels
 from bevfn.kernels import neighbours
+from bevfn.kernels.deform_conv import reference as reference_deform_conv
 from bevfn.kernels.sparse_conv import reference
 
 VOXELS = 120_000  # of a training sample
@@ -39,7 +40,7 @@ NOTHING = Cost(0.0, 0.0)
 BY_OFFSET = "forward, a product per offset"  # not how it is done
 
 
-def lowered(operator: Callable, *operands: Tensor | int | list, ops: kernels.Ops = "stock") -> Cost:
+def lowered(operator: Callable, *operands: Tensor | int | list | None, ops: kernels.Ops = "stock") -> Cost:
     """Of the operator's GE graph for operands of these shapes; their values do not matter."""
     tensors = [x for x in operands if isinstance(x, Tensor)]
 
@@ -140,6 +141,26 @@ def view_transform() -> dict[str, tuple[Cost, Cost]]:
     }
 
 
+def deformable() -> dict[str, tuple[Cost, Cost]]:
+    """BEVDepth's deformable convolution on one sample's six images, float32; every sample lies inside its image."""
+    x, offset = torch.empty(IMAGES, 512, 16, 44), torch.empty(IMAGES, 18, 16, 44)
+    weight, step = torch.empty(512, 128, 3, 3), (1, 1, 1)
+    samples = 9 * x.numel()
+    products = samples * weight.shape[1]  # as many outputs as inputs
+    conv, backward = torch.ops.bevfn.deform_conv, torch.ops.bevfn.deform_conv_backward
+    by_gather = reference_deform_conv.forward
+    return {
+        "forward": (lowered(conv, x, offset, None, weight, *step), ideal(products + 4 * samples, x, offset, weight, x)),
+        "forward, a gather per corner": (
+            lowered(by_gather, x, offset, None, weight, *step), ideal(products + 4 * samples, x, offset, weight, x)
+        ),
+        "backward": (
+            lowered(backward, x, x, offset, None, weight, *step),
+            ideal(2 * products + 12 * samples, x, x, offset, weight, x, offset, weight),
+        ),
+    }  # fmt: skip
+
+
 def markdown(rows: dict[str, tuple[Cost, Cost]]) -> str:
     """One line per row: GFLOP and GB, stock against ideal."""
     lines = ["| | GFLOP stock | ideal | ratio | GB stock | ideal | ratio |", "|---|---|---|---|---|---|---|"]
@@ -162,7 +183,8 @@ def main() -> None:
                 _add(by_part, layer.part, costs)
     print(f"Convolutions, float16, forward and both gradients:\n\n{markdown({**by_part, **by_direction})}\n")
     print(f"Neighbour tables:\n\n{markdown({name: (ours, best) for name, ours, best in tables()})}\n")
-    print(f"View transform, float32:\n\n{markdown(view_transform())}")
+    print(f"View transform, float32:\n\n{markdown(view_transform())}\n")
+    print(f"Deformable convolution, float32:\n\n{markdown(deformable())}")
 
 
 def _add(rows: dict[str, tuple[Cost, Cost]], key: str, costs: tuple[Cost, Cost]) -> None:

@@ -1,6 +1,5 @@
 """`bevfn graph EXPERIMENT`: the train step and the inference step as Ascend graphs, without an Ascend."""
 
-import importlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -13,10 +12,10 @@ import tyro
 from torch import Tensor
 
 from bevfn import run
+from bevfn.commands import Experiment, experiment_module
 from bevfn.data import synthetic
 from bevfn.files import write_atomically
 
-EXPERIMENTS = ("bevfusion", "bevfusion_lidar")
 # Names of what a step takes and returns.
 NAMES: dict[str, dict[str, Any]] = {
     "train": {"takes": ("train_state", "batch"), "returns": ("train_state", "metrics")},
@@ -25,13 +24,12 @@ NAMES: dict[str, dict[str, Any]] = {
 
 
 def graph(
-    experiment: Annotated[
-        tyro.conf.Positional[Literal["bevfusion", "bevfusion_lidar"]], tyro.conf.arg(metavar="EXPERIMENT")
-    ],
+    experiment: Annotated[tyro.conf.Positional[Experiment], tyro.conf.arg(metavar="EXPERIMENT")],
     *,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     scale: Literal["published", "mini"] = "published",
     batch_size: int | None = None,
+    ops: Literal["stock", "drivingsdk"] = "stock",
     execute: int = 0,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
@@ -42,10 +40,11 @@ def graph(
     Exit code 1 if a step is not one static graph: docs/ascend.md says how to read the report.
 
     Args:
-        experiment: bevfusion or bevfusion_lidar
+        experiment: bevfusion, bevfusion_lidar, bevdepth or matrixvt
         precision: of the step
         scale: published sizes, or the mini ones of demos and CI
-        batch_size: samples per device; by default the recipe's 4, and 1 at mini scale
+        batch_size: samples per device; by default the recipe's (4, or 8 of BEVDepth), and 1 at mini scale
+        ops: what bevfn's own operators become: GE types that CANN has, or DrivingSDK's where docs/ascend.md says so
         execute: steps to run in the interpreter, from the same state as the eager step, on a generated frame (with an
             AdamW eps of 1 and a loss scale of 64: see `steps`)
         json_file: also write the figures there
@@ -58,11 +57,12 @@ def graph(
 
     if out is not None:
         files.check_writable(out)
-    batch_size = batch_size or (4 if scale == "published" else 1)
+    published = experiment_module(experiment).DEFAULTS["nuscenes"].batch_size
+    batch_size = batch_size or (published if scale == "published" else 1)
     made: dict[str, dict] = {}
     complete = True
     for name, (step, arguments) in steps(experiment, scale, precision, batch_size, comparable=execute > 0).items():
-        lowered = lower(step, arguments, **NAMES[name], strict=False)
+        lowered = lower(step, arguments, **NAMES[name], ops=ops, strict=False)
         reported = report(name, lowered)
         print(text(reported), flush=True)
         made[name] = reported.to_json()
@@ -75,14 +75,15 @@ def graph(
             made[name]["execute"] = comparison.to_json()
     if json_file is not None:
         figures = {
-            "experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "steps": made,
+            "experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "ops": ops,
+            "steps": made,
         }  # fmt: skip
         write_atomically(json_file, json.dumps(figures, indent=1).encode())
     return 0 if complete else 1
 
 
 def steps(
-    experiment: str, scale: str, precision: str, batch_size: int, *, comparable: bool = False
+    experiment: Experiment, scale: str, precision: str, batch_size: int, *, comparable: bool = False
 ) -> dict[str, tuple[Callable, tuple]]:
     """{"train": (step, example arguments), "inference": ...} of an experiment's task, on a generated frame.
 
@@ -94,7 +95,7 @@ def steps(
     starts at 64. One annotated box per class stays: before training, the matching of several boxes of a class is
     degenerate (pairs can be exchanged at equal cost), and rounding decides.
     """
-    module = importlib.import_module(f"bevfn.experiments.{experiment}")
+    module = experiment_module(experiment)
     config = module.DEFAULTS["nuscenes" if scale == "published" else "synthetic"]
     off = {name: False for name in ("class_balanced", "paste", "augment") if hasattr(config, name)}
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:

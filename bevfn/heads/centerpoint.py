@@ -149,13 +149,15 @@ def _candidates(maps: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The task's highest cells over all its classes, without a search for peaks: boxes with GRAVITY centres."""
     B, K, Y, X = maps["heatmap"].shape
     scores, place = torch.topk(torch.sigmoid(maps["heatmap"]).reshape(B, -1), min(config.queries, K * Y * X))  # B Q
-    cell = place % (Y * X)
+    label = place.to(torch.int32) // (Y * X)  # Ascend's AI Core divides int32, not int64
+    cell = place.to(torch.int32) - label * (Y * X)
+    row = cell // X
     code = torch.cat([maps[name] for name in OUTPUTS], 1).flatten(2).transpose(1, 2)  # B Y*X 10
-    reg, height, dim, rot, vel = code.gather(1, cell[..., None].expand(-1, -1, code.shape[-1])).split(
+    reg, height, dim, rot, vel = code.gather(1, cell.long()[..., None].expand(-1, -1, code.shape[-1])).split(
         list(OUTPUTS.values()), -1
     )
-    x = ((cell % X).float() + reg[..., 0]) * config.cell[0] + config.lower[0]
-    y = ((cell // X).float() + reg[..., 1]) * config.cell[1] + config.lower[1]
+    x = ((cell - row * X).float() + reg[..., 0]) * config.cell[0] + config.lower[0]
+    y = (row.float() + reg[..., 1]) * config.cell[1] + config.lower[1]
     yaw = torch.atan2(rot[..., 0], rot[..., 1])
     boxes = torch.cat([torch.stack([x, y], -1), height, dim.exp(), yaw[..., None], vel], -1)
     lower, upper = (boxes.new_tensor(config.post_center_range[i : i + 3]) for i in (0, 3))
@@ -163,7 +165,7 @@ def _candidates(maps: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     return {
         "boxes": boxes,
         "scores": scores,
-        "labels": place // (Y * X),
+        "labels": label.long(),
         "valid": inside & (scores > config.score_threshold),
     }
 
@@ -177,7 +179,7 @@ def suppress(boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
     Args:
         boxes: [B tasks Q 9] in falling order of score; valid: [B tasks Q] bool.
     """
-    near = _near(boxes, config)
+    near = _near(boxes, config).to(torch.int32)  # Ascend's AI Core gathers no booleans
     Q = boxes.shape[2]
     rank = torch.arange(Q, 0, -1, device=boxes.device).float()  # the first box has the highest
     alive, keep = valid, torch.zeros_like(valid)
@@ -185,7 +187,7 @@ def suppress(boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
         first = (alive * rank).max(-1, keepdim=True)[1]  # B tasks 1
         taken = alive & (torch.arange(Q, device=boxes.device) == first)
         keep = keep | taken
-        row = near.gather(2, first[..., None].expand(-1, -1, -1, Q))[:, :, 0]  # B tasks Q
+        row = near.gather(2, first[..., None].expand(-1, -1, -1, Q))[:, :, 0] > 0  # B tasks Q
         alive = alive & ~(row | taken)
     return keep
 

@@ -217,11 +217,14 @@ def select_queries(logits: Tensor, config: Config) -> dict[str, Tensor]:
         keep = keep | (classes == small)
     h = torch.where(keep, h, torch.zeros_like(h)).reshape(B, K, X * Y)
     score, flat = torch.topk(h.reshape(B, -1), config.queries)  # B Q
-    index, labels = flat % (X * Y), flat // (X * Y)
-    row, column = index // Y, index % Y
+    flat = flat.to(torch.int32)  # Ascend's AI Core divides int32, not int64
+    labels = flat // (X * Y)
+    cell = flat - labels * (X * Y)
+    row = cell // Y
+    index, column = cell.long(), cell - row * Y
     class_scores = torch.gather(h, 2, index[:, None, :].expand(-1, K, -1)).transpose(1, 2)  # B Q K
     position = torch.stack([row, column], dim=-1).float() + 0.5
-    return {"index": index, "labels": labels, "score": score, "position": position, "class_scores": class_scores}
+    return {"index": index, "labels": labels.long(), "score": score, "position": position, "class_scores": class_scores}
 
 
 def _decode_layer(

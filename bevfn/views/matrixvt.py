@@ -154,14 +154,20 @@ def ray_cells(batch: CameraBatch, frame: int, grid: camera_grid.Config) -> Tenso
 
 def matrices(cell: Tensor, grid: camera_grid.Config) -> tuple[Tensor, Tensor]:
     """ring [B D S] and ray [B R S] float32 of 0 and 1 (S = Y*X) from `ray_cells` [B R D]."""
-    B, R, D = cell.shape
     S = grid.cells[0] * grid.cells[1]
-    ones = torch.ones(B, R, D, device=cell.device)
     keep = (torch.arange(S, device=cell.device) != _lost(grid)).float()
-    # Several bins of a ray write the same 1 into the same place.
-    ring = torch.zeros(B, D, S, device=cell.device).scatter(2, cell.transpose(1, 2), ones.transpose(1, 2))
-    ray = torch.zeros(B, R, S, device=cell.device).scatter(2, cell, ones)
-    return ring * keep, ray * keep
+    return _marked(cell.transpose(1, 2), S) * keep, _marked(cell, S) * keep
+
+
+def _marked(cell: Tensor, cells: int) -> Tensor:
+    """[B N cells] float32, 1 in row n where one of cell [B N M] is. Counted: Ascend's AI Core adds by index, it does not
+    scatter."""
+    rows = torch.arange(cell.shape[0] * cell.shape[1], device=cell.device).view(*cell.shape[:2], 1) * cells
+    index = (cell + rows).reshape(-1)
+    count = torch.zeros(rows.numel() * cells, device=cell.device).index_add(
+        0, index, torch.ones(len(index), device=cell.device)
+    )
+    return count.clamp(max=1.0).view(*cell.shape[:2], cells)
 
 
 def _lost(grid: camera_grid.Config) -> int:
