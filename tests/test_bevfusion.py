@@ -96,12 +96,13 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
 
 
 # aot_eager runs the same kernels in the same order: bit for bit here. Inductor reorders sums: measured 1e-6 on losses, 4e-7
-# to 3e-4 on the gradient norm of step 0 (ten dropout keys: a ReLU at the edge or not) and 6e-3 on the leaf that moves least
-# (a bias that starts at 0) after five steps. In fp16 inductor keeps in float32 what eager rounds between operators, so every activation differs by up to 5e-4: measured 5e-3 on the
-# gradient norm of step 0, 3e-2 on later losses (a query may be chosen differently), 0.16 on the worst leaf.
+# to 3e-4 on the gradient norm of step 0 (ten dropout keys: a ReLU at the edge or not) and 6e-3 to 3e-2 on the leaf that
+# moves least (a bias that starts at 0) after five steps. In fp16 inductor keeps in float32 what eager rounds between
+# operators, so every activation differs by up to 5e-4: measured 5e-3 on the gradient norm of step 0, 3e-2 on later losses
+# (a query may be chosen differently), 0.16 on the worst leaf.
 TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf (the median leaf: a tenth of it)
     ("aot_eager", "fp32"): (1e-6, 1e-6),
-    ("inductor", "fp32"): (5e-3, 2e-2),
+    ("inductor", "fp32"): (5e-3, 5e-2),
     ("aot_eager", "fp16"): (1e-6, 1e-6),
     ("inductor", "fp16"): (1e-1, 3e-1),
 }
