@@ -11,11 +11,13 @@ A key is an int64 scalar tensor in [0, 2^32). `fold` derives the key of a step, 
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+Integers = TypeVar("Integers", int, Tensor)
 
 
 def key(seed: int) -> Tensor:
@@ -26,8 +28,8 @@ def key(seed: int) -> Tensor:
 
 def fold(key: Tensor, site: int | Tensor) -> Tensor:
     """The key of `site` under `key`: a Python int or an int64 [] tensor (such as the step), 0 <= site < 2^32."""
-    site = torch.full_like(key, site) if isinstance(site, int) else site
-    return _mix(_mix(site ^ 0x5BD1E995) ^ key)
+    folded = _mix(key ^ _mix(site ^ 0x5BD1E995))
+    return torch.stack([folded, folded])[0]  # stored, see _mix
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -38,10 +40,11 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     columns = shape[-1] if shape else 1
     rows = math.prod(shape) // max(columns, 1)
-    row = _mix(_mix(torch.arange(rows, device=key.device)) ^ key)[:, None]
+    row = _mix(_mix(torch.arange(rows, device=key.device)) ^ key)
     column = _mix(torch.arange(columns, device=key.device) ^ 0x2545F491)
+    row, column = torch.cat([row, column]).split([rows, columns])  # stored, see _mix
     # The upper 24 bits: exact in float32, as 0xFFFFFF00 clears the others.
-    return ((_mix(row ^ column) & 0xFFFFFF00).float() * 2.0**-32).view(shape)
+    return ((_mix(row[:, None] ^ column) & 0xFFFFFF00).float() * 2.0**-32).view(shape)
 
 
 def dropout(x: Tensor, rate: float, key: Tensor | None, *, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -57,14 +60,16 @@ def dropout(x: Tensor, rate: float, key: Tensor | None, *, shape: tuple[int, ...
     return torch.where(keep, x * (1.0 / (1.0 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: Integers) -> Integers:
     # A bijection of 32-bit integers with almost no bias (lowbias32, Chris Wellons, nullprogram.com/blog/2018/07/31).
     # int64 so that nothing overflows into undefined behaviour: the second factor is 0x846CA68B - 2^32.
+    # Inductor writes x out at each of its two uses, which is 8 times the work of compiling x, and 8 times that for a hash
+    # of a hash, unless x is stored before: on a CPU what `cat` or `stack` makes is.
     x = ((x ^ _right(x, 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ _right(x, 15)) * -0x7B935975) & _MASK
     return x ^ _right(x, 16)
 
 
-def _right(x: Tensor, bits: int) -> Tensor:
-    """x >> bits of integers in [0, 2^32), bits >= 8. Ascend's AI Core has no shift; the bits that stay fit a float32."""
-    return ((x & (_MASK << bits & _MASK)).float() * 2.0**-bits).long()
+def _right(x: Integers, bits: int) -> Integers:
+    """x >> bits of integers in [0, 2^32). The mask tells `ascend.fixes.rewrites.shifts` that they are."""
+    return (x & (_MASK << bits & _MASK)) >> bits

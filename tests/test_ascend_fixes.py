@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
@@ -410,6 +411,21 @@ def test_views_of_channels_last_memory_keep_their_transposes(monkeypatch):
     assert_same(executed(channels_last_product, *arguments), channels_last_product(*arguments), 1e-5)
     monkeypatch.setattr(rewrites, "contiguous_views", lambda module: None)
     assert differs(executed(channels_last_product, *arguments), channels_last_product(*arguments))
+
+
+def shifted(x, bits, mask):
+    return (x & mask) >> bits, (x & mask) + 1
+
+
+def test_a_shift_of_masked_bits_needs_no_shift_and_any_other_stays_one():
+    x = torch.cat([torch.randint(1 << 32, (1 << 12,)), torch.tensor([0, 1, 0xFFFF, 0x10000, 0xFFFFFFFF])])
+    for bits in (8, 15, 16, 31):
+        f = partial(shifted, bits=bits, mask=0xFFFFFFFF << bits & 0xFFFFFFFF)
+        assert "RightShift" not in types(f, x)
+        assert_same(executed(f, x), f(x), 0.0)
+    for bits, mask in ((7, 0xFFFFFF80), (16, 0xFFFFFFFF), (16, 0xFFFFFFFF0000)):
+        assert "RightShift" in types(partial(shifted, bits=bits, mask=mask), x)
+    assert "RightShift" in types(lambda x: (x ^ 1) >> 16, x)
 
 
 @settings(deadline=None, max_examples=25)

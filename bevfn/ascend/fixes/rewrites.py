@@ -22,6 +22,7 @@ def apply(module: fx.GraphModule) -> None:
     own_constants(module)
     without_aliases(module)
     half_convolutions(module)
+    shifts(module)
     remove_noop_ops(module.graph)  # here, and not in torchair: it would take out the copies of the next line
     contiguous_views(module)
     module.graph.eliminate_dead_code()
@@ -78,6 +79,28 @@ def half_convolutions(module: fx.GraphModule) -> None:
         for cast in casts:
             cast.replace_all_uses_with(cast.args[0])
             module.graph.erase_node(cast)
+
+
+def shifts(module: fx.GraphModule) -> None:
+    """Right shifts of integers that a mask keeps below 2^32, in float32: the AI Core has no shift.
+
+    The mask must clear what is shifted out, and at most 24 bits stay: exact in float32.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is not aten.__rshift__.Scalar or node.args[0].target is not aten.bitwise_and.Scalar:
+            continue
+        (masked, bits), mask = node.args, node.args[0].args[1]
+        if not (8 <= bits < 32 and 0 <= mask < 1 << 32 and mask % (1 << bits) == 0):
+            continue
+        value, dtype = node.meta["val"], masked.meta["val"].dtype
+        with module.graph.inserting_before(node):
+            wide = module.graph.call_function(aten._to_copy.default, (masked,), {"dtype": torch.float32})
+            scaled = module.graph.call_function(aten.mul.Tensor, (wide, 2.0**-bits))
+            shifted = module.graph.call_function(aten._to_copy.default, (scaled,), {"dtype": dtype})
+        wide.meta = scaled.meta = dict(node.meta, val=value.float())
+        shifted.meta = dict(node.meta)
+        node.replace_all_uses_with(shifted)
+        module.graph.erase_node(node)
 
 
 def contiguous_views(module: fx.GraphModule) -> None:
