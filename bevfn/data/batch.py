@@ -6,7 +6,6 @@ Letters: B batch, N cameras, H W image rows and columns, P points, G padded boxe
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bevfn import geometry
+from bevfn.data import layout
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved: dict[str, Any] = {name: v if v is None else v.to(device) for name, v in _fields(self).items()}
+        moved: dict[str, Any] = {name: v if v is None else v.to(device) for name, v in layout.fields(self).items()}
         return Batch(**moved)
 
     def validate(self) -> None:
@@ -108,13 +108,8 @@ class Batch:
         missing = [name for name in _CAMERA_FIELDS if getattr(self, name) is None]
         if missing and len(missing) < len(_CAMERA_FIELDS):
             raise ValueError(f"Batch has camera fields but {', '.join(missing)} is None; give all of them or none.")
-        values = {name: value for name, value in _fields(self).items() if value is not None}
-        sizes: dict[str, int] = {}
-        for name, value in values.items():
-            _check_layout(name, value, sizes)
-        for name, value in values.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"Batch.{name} has NaN or infinite values; drop or replace them when reading.")
+        layout.check(self, _LAYOUT)
+        values = {name: value for name, value in layout.fields(self).items() if value is not None}
         for name, valid in (("points", self.points_valid), ("boxes", self.boxes_valid), ("labels", self.boxes_valid)):
             if bool((values[name][~valid] != 0).any()):
                 raise ValueError(f"Batch.{name} is not zero where it is not valid; pad with zeros.")
@@ -207,22 +202,3 @@ def stack(name: str, arrays: list[np.ndarray]) -> Tensor:
     if len(shapes) > 1:
         raise ValueError(f"collate got samples whose {name} differ in shape, {shapes}; one batch needs one shape.")
     return torch.from_numpy(np.stack(arrays))
-
-
-def _fields(batch: Batch) -> dict[str, Tensor | None]:
-    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-
-
-def _check_layout(name: str, value: Tensor, sizes: dict[str, int]) -> None:
-    """A letter must mean the same size in every field, a digit exactly that size; `sizes` collects the letters."""
-    letters, dtype = _LAYOUT[name]
-    wanted = letters.split()
-    fits = value.dim() == len(wanted) and all(
-        size == (int(letter) if letter.isdigit() else sizes.setdefault(letter, size))
-        for letter, size in zip(wanted, value.shape)
-    )
-    if not fits:
-        known = ", ".join(f"{letter} {size}" for letter, size in sizes.items() if letter in wanted)
-        raise ValueError(f"Batch.{name} has shape {list(value.shape)} but must be [{letters}] (here {known}).")
-    if value.dtype != dtype:
-        raise ValueError(f"Batch.{name} is {value.dtype} but must be {dtype}; convert it when reading.")

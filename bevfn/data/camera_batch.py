@@ -10,7 +10,6 @@ Source: BEVDepth (Li et al. 2022, arXiv 2206.10092); golden case bevdepth_r50_2k
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bevfn import geometry, tree
+from bevfn.data import layout
 
 
 @tree.register
@@ -54,7 +54,7 @@ class CameraBatch:
 
     def to(self, device: torch.device | str) -> CameraBatch:
         """The same batch on another device."""
-        moved: dict[str, Any] = {name: v if v is None else v.to(device) for name, v in _fields(self).items()}
+        moved: dict[str, Any] = {name: v if v is None else v.to(device) for name, v in layout.fields(self).items()}
         return CameraBatch(**moved)
 
     def validate(self) -> None:
@@ -62,25 +62,7 @@ class CameraBatch:
 
         Raises ValueError naming the first field that is wrong.
         """
-        sizes: dict[str, int] = {}
-        for name, value in _fields(self).items():
-            if value is None:
-                continue
-            letters, dtype = _LAYOUT[name]
-            if value.dtype != dtype:
-                raise ValueError(f"CameraBatch.{name} is {value.dtype} but must be {dtype}; convert it when reading.")
-            wanted = letters.split()
-            fits = value.dim() == len(wanted) and all(
-                size == (int(letter) if letter.isdigit() else sizes.setdefault(letter, size))
-                for letter, size in zip(wanted, value.shape)
-            )
-            if not fits:
-                known = ", ".join(f"{letter} {size}" for letter, size in sizes.items() if letter in wanted)
-                raise ValueError(
-                    f"CameraBatch.{name} has shape {list(value.shape)} but must be [{letters}] (here {known})."
-                )
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"CameraBatch.{name} has NaN or infinite values; drop or replace them when reading.")
+        layout.check(self, _LAYOUT)
         if self.depth is not None and bool((self.depth < 0).any()):
             raise ValueError("CameraBatch.depth has values below 0 m; a pixel without a point is 0.")
         annotations = (self.boxes, self.labels, self.boxes_valid)
@@ -117,7 +99,3 @@ _LAYOUT: dict[str, tuple[str, torch.dtype]] = {
     "labels": ("B G", torch.int64),
     "boxes_valid": ("B G", torch.bool),
 }
-
-
-def _fields(batch: CameraBatch) -> dict[str, Tensor | None]:
-    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
