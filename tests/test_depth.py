@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from bevfn.data import camera_pipeline, depth, image, infos, points, source
+from bevfn.data import camera_pipeline, depth, image, infos, nuscenes, paste, points, source
 from bevfn.data.camera_pipeline import CHANNELS
 from bevfn.data.index import Camera, Index
 
@@ -215,11 +216,20 @@ def test_a_build_that_cannot_be_written_is_one_sentence(index, small_disk):
     assert len(list(files.iterdir())) == 6 * len(index)
 
 
-def test_prepare_makes_what_is_asked_for(index, tmp_path, capsys):
+@pytest.mark.parametrize("writable", [True, False])
+def test_prepare_makes_what_is_asked_for_where_training_finds_it(index, tmp_path, capsys, monkeypatch, writable):
     from bevfn.commands import data
 
-    data.prepare(index.root, split="val", workers=1, paste=False, out=tmp_path / "paste", depth_out=tmp_path / "depth")
+    root = Path(shutil.copytree(index.root, tmp_path / "world"))
+    here = dataclasses.replace(index, root=root)
+    nuscenes.index(root, index.version, index.split)
+    if not writable:
+        monkeypatch.setenv("BEVFN_CACHE", str(tmp_path / "home"))
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    before = sorted(root.iterdir())
+    data.prepare(root, split="val", workers=1, paste=False)
     assert f"depth ground truth of {6 * len(index)} images" in capsys.readouterr().out
-    assert depth.folder_of_files(tmp_path / "depth").is_dir() and not (tmp_path / "paste").exists()
-    data.prepare(index.root, split="val", workers=1, depth=False, out=tmp_path / "paste", depth_out=tmp_path / "other")
-    assert (tmp_path / "paste/objects.npz").is_file() and not (tmp_path / "other").exists()
+    assert depth.prepared(here).is_dir() and not source.database_folder(here).exists()
+    data.prepare(root, split="val", workers=1, depth=False)
+    assert len(paste.read(source.database_folder(here))) > 0
+    assert writable or sorted(root.iterdir()) == before

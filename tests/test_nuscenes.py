@@ -172,7 +172,7 @@ def test_a_root_that_cannot_be_written_is_cached_at_home(root, tmp_path, monkeyp
     monkeypatch.setenv("BEVFN_CACHE", str(tmp_path / "home"))
     (root / ".bevfn").write_text("in the way, as root ignores permissions")
     nuscenes.index(root, VERSION, "mini_train")
-    assert list((tmp_path / "home" / "index").glob("*/index-v1.0-mini-mini_train.npz"))
+    assert list((tmp_path / "home" / "data").glob("*/index-v1.0-mini-mini_train.npz"))
     monkeypatch.setattr(nuscenes, "_build", no_build)
     nuscenes.index(root, VERSION, "mini_train")
 

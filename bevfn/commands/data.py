@@ -74,11 +74,12 @@ def prepare(
     split: str | None = None,
     paste: bool = True,
     depth: bool = True,
-    out: Path | None = None,
-    depth_out: Path | None = None,
     workers: int = 0,
 ) -> None:
     """Builds the index, the GT-paste database and the depth ground truth of a split; a build that was stopped goes on.
+
+    All of it lies where training looks for it: in the root, or, where that cannot be written, in `$BEVFN_CACHE`
+    (~/.cache/bevfn).
 
     Args:
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables
@@ -87,8 +88,6 @@ def prepare(
         paste: build the GT-paste database, for BEVFusion LiDAR-only
         depth: build the depth ground truth, for BEVDepth and MatrixVT (270 kB a key frame, 3 % of a sample's time); where
             there is none, training makes it of the LiDAR files, with the same numbers
-        out: folder of the database; without this ROOT/bevfn_gt_database/SPLIT, where training looks for it
-        depth_out: folder of the depth ground truth; without this ROOT/bevfn_depth/SPLIT, where training looks for it
         workers: processes; 0: one for each processor
     """
     from bevfn.data import check, nuscenes, pipeline, source
@@ -102,9 +101,9 @@ def prepare(
     index = nuscenes.index(root, version, split)
     print(f"{len(index):,} key frames of {version} {split}")
     if paste:
-        folder = out or source.database_folder(index)
+        folder = source.database_folder(index)
         database = pasting.build(index, folder, class_names=pipeline.CLASS_NAMES, workers=workers)
         print(f"{folder}: {len(database):,} objects")
     if depth:
-        files = ground_truth.build(index, depth_out or ground_truth.folder(index), workers=workers)
+        files = ground_truth.build(index, ground_truth.folder(index), workers=workers)
         print(f"{files}: depth ground truth of {sum(len(frame.cameras) for frame in index):,} images")

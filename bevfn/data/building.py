@@ -1,9 +1,11 @@
-"""Long builds in a folder: one process at a time, its jobs in parallel. A job writes its own files atomically, so a
-stopped build goes on where it was."""
+"""What is made of a data set once: where it lies, and long builds in a folder: one process at a time, its jobs in
+parallel. A job writes its own files atomically, so a stopped build goes on where it was."""
 
 import contextlib
 import fcntl
+import hashlib
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -11,8 +13,20 @@ from typing import TypeVar
 
 from bevfn import host
 from bevfn.files import writing
+from bevfn.kernels import native
 
 Result = TypeVar("Result")
+
+
+def home(root: Path) -> Path:
+    """The folder for what is made of a data set whose root cannot be written: in `$BEVFN_CACHE` or `~/.cache/bevfn`."""
+    return native.cache_dir() / "data" / hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
+
+
+def place(root: Path, name: str) -> Path:
+    """ROOT/name, or, where there is none and the root cannot be written, `name` in the root's `home`."""
+    inside = Path(root) / name
+    return inside if inside.exists() or os.access(root, os.W_OK) else home(root) / name
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def read(files: Path, image: str) -> np.ndarray:
 
 def folder(index: Index) -> Path:
     """Where `bevfn data prepare` puts the depth ground truth of a split."""
-    return index.root / "bevfn_depth" / index.split
+    return building.place(index.root, "bevfn_depth") / index.split
 
 
 def folder_of_files(out: Path) -> Path:

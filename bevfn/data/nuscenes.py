@@ -7,10 +7,8 @@ Source: nuscenes-devkit 1.2; mmdetection3d tools/dataset_converters/nuscenes_con
 """
 
 import contextlib
-import hashlib
 import io
 import json
-import os
 import warnings
 import zipfile
 import zlib
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.spatial.transform import Rotation
 
+from bevfn.data import building
 from bevfn.data.index import CAMERAS, Camera, Frame, Index, Packed, Sweep, inverse, pack
 from bevfn.files import write_atomically
 
@@ -75,7 +74,7 @@ def index(root: Path, version: str, split: str, cache: Path | None = None) -> In
     root = Path(root)
     check_root(root, version)
     header, name = _header(root, version, split), _name(version, split)
-    places = [Path(cache)] if cache is not None else [root / ".bevfn", _home(root)]
+    places = [Path(cache)] if cache is not None else [root / ".bevfn", building.home(root)]
     packed = _cached(places, name, header)
     if packed is None:
         scenes = scenes_of(root, version, split)
@@ -116,7 +115,7 @@ def check_root(root: Path, version: str) -> None:
 def has_index(root: Path, version: str, split: str) -> bool:
     """Whether `index` would read a cached file."""
     header = _header(root, version, split)
-    return _cached([root / ".bevfn", _home(root)], _name(version, split), header) is not None
+    return _cached([root / ".bevfn", building.home(root)], _name(version, split), header) is not None
 
 
 def splits(root: Path, version: str) -> dict[str, list[str]]:
@@ -338,12 +337,6 @@ def _header(root: Path, version: str, split: str) -> dict[str, Any]:
     stats = {name: root / version / f"{name}.json" for name in (*TABLES, "splits")}
     tables = {name: [(s := path.stat()).st_size, s.st_mtime_ns] for name, path in stats.items() if path.is_file()}
     return {"format": FORMAT, "version": version, "split": split, "tables": tables}
-
-
-def _home(root: Path) -> Path:
-    """Where the cache of a root lies that cannot be written."""
-    base = Path(os.environ.get("BEVFN_CACHE") or Path.home() / ".cache" / "bevfn")
-    return base / "index" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
 
 
 def _cached(places: list[Path], name: str, header: dict) -> Packed | None:

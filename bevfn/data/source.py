@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bevfn.data import batch as lidar_batch
-from bevfn.data import camera_pipeline, depth, infos, nuscenes, paste, pipeline, synth
+from bevfn.data import building, camera_pipeline, depth, infos, nuscenes, paste, pipeline, synth
 from bevfn.data.batch import Sample
 from bevfn.data.camera_pipeline import CameraSample
 from bevfn.data.index import Frame, Index, inverse
@@ -101,4 +101,4 @@ BEVDEPTH = Reader(  # the LiDAR's depth maps are what it learns from, not what i
 
 def database_folder(index: Index) -> Path:
     """Where `bevfn data prepare` puts the GT-paste database of a split."""
-    return index.root / "bevfn_gt_database" / index.split
+    return building.place(index.root, "bevfn_gt_database") / index.split
