@@ -118,6 +118,15 @@ def compare_leaves(start, ours, theirs, tolerance):
     assert sorted(errors.values())[len(errors) // 2] <= 0.1 * tolerance
 
 
+@pytest.mark.parametrize("variant", ["two", "matrix"])
+def test_the_loss_falls(variant):
+    model = tiny(variant)
+    model = replace(model, depth=replace(model.depth, dropout=0.0))  # whose masks move the loss of few steps by 3 %
+    history, _ = run_steps(model, small_cameras.make(classes=3), "fp32", "eager", steps=5)
+    losses = [metrics["loss/total"] for metrics in history]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
 def test_gradients_reach_every_parameter_but_the_frozen_stem():
     """Zero where a block starts as its shortcut (its last norm's weight is 0) until that weight has moved: two steps."""
     model = tiny("aggregated")
