@@ -76,7 +76,7 @@ TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf (the med
     ("inductor", "fp16"): (2e-1, 3e-1),
 }
 QUICK = {("two", "fp32", "aot_eager"), ("aggregated", "fp32", "aot_eager"), ("matrix", "fp16", "aot_eager")}
-QUICK |= {("one", "fp32", "inductor")}  # every operator but the earlier frames
+QUICK |= {("two", "fp32", "inductor"), ("two", "fp16", "inductor"), ("matrix", "fp32", "inductor")}
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(VARIANTS, ("fp32", "fp16"), ("aot_eager", "inductor"))
