@@ -68,12 +68,13 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
 
 # aot_eager runs the same kernels in the same order: bit for bit here; inductor reorders sums, and in fp16 keeps in float32
 # what eager rounds between operators, so it is compared with eager fp32. Measured ("two", 3 steps), worst leaf: inductor
-# fp16 0.08 from eager fp32, eager fp16 0.49 from both; first gradient norm 0.9 % and 1.3 % ("matrix": 0.06 % and 3.4 %).
-TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf (the median leaf: a tenth of it)
-    ("aot_eager", "fp32"): (1e-6, 1e-6),
-    ("inductor", "fp32"): (2e-3, 2e-2),
-    ("aot_eager", "fp16"): (1e-6, 1e-6),
-    ("inductor", "fp16"): (2e-1, 3e-1),
+# fp16 0.08 from eager fp32, eager fp16 0.49 from both; first gradient norm: inductor 2.9 %, eager fp16 0.02 to 2.3 % over ten
+# dropout keys, 0.01 % without dropout.
+TOLERANCES = {  # metrics before any update, later metrics, worst leaf (the median leaf: a tenth of it)
+    ("aot_eager", "fp32"): (1e-7, 1e-6, 1e-6),
+    ("inductor", "fp32"): (2e-4, 2e-3, 2e-2),
+    ("aot_eager", "fp16"): (1e-7, 1e-6, 1e-6),
+    ("inductor", "fp16"): (5e-2, 2e-1, 3e-1),
 }
 QUICK = {("two", "fp32", "aot_eager"), ("aggregated", "fp32", "aot_eager"), ("matrix", "fp16", "aot_eager")}
 QUICK |= {("two", "fp32", "inductor"), ("two", "fp16", "inductor"), ("matrix", "fp32", "inductor")}
@@ -94,11 +95,11 @@ def test_compiled_step_equals_eager_in_one_graph(variant, precision, backend):
     torch._dynamo.utils.counters.clear()
     compiled, compiled_state = run_steps(model, batch, precision, backend)
     assert compilation.graph_counts() == {"graphs": 1, "breaks": 0}
-    metric_tolerance, leaf_tolerance = TOLERANCES[backend, precision]
+    first, later, leaf_tolerance = TOLERANCES[backend, precision]
     for i, (a, b) in enumerate(zip(eager, compiled)):
         assert a.keys() == b.keys() - ({"loss_scale"} - a.keys())
         for name in a:
-            limit = metric_tolerance * (0.1 if i == 0 else 1.0)
+            limit = first if i == 0 else later
             assert b[name] == pytest.approx(a[name], rel=limit, abs=limit), (i, name)
     compare_leaves(bevdepth.init(model, seed=0)[0], eager_state, compiled_state, leaf_tolerance)
 
