@@ -36,6 +36,9 @@ def tiny_steps(train):
 LIMITS = {
     "fp32": {"loss/total": 1e-5, "grad_norm": 1e-3, "leaves": 1e-2},
     "fp16": {"loss/total": 2e-3, "grad_norm": 5e-2, "leaves": 0.3},
+    # At published size a few of an untrained LiDAR-only detector's 200 queries are chosen by rounding: parameters moved by
+    # 1e-7 change eager's own losses by 7e-5, loss/bbox by 2.8 %. Measured: 4.3e-5, 1.8e-2 (leaves); others 1.8e-7, 3e-3.
+    "published": {"loss/total": 1e-3, "grad_norm": 1e-2, "leaves": 5e-2},
 }
 
 
@@ -64,10 +67,10 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(experiment, pr
     check(compared, precision)
 
 
-def check(compared, precision):
+def check(compared, case):
     assert compared["skipped"] == 0
     errors = {**compared["metrics"], "leaves": compared["worst"]["leaves"][1]}
-    for what, limit in LIMITS[precision].items():
+    for what, limit in LIMITS[case].items():
         assert errors[what] <= limit, (what, errors[what])
 
 
@@ -76,7 +79,7 @@ def check(compared, precision):
 def test_the_published_size_trains_like_eager(experiment, tmp_path):
     assert graph(experiment, execute=1, batch_size=1, json_file=tmp_path / "g.json") == 0
     figures = json.loads((tmp_path / "g.json").read_text())
-    check(figures["steps"]["train"]["execute"], "fp32")
+    check(figures["steps"]["train"]["execute"], "published")
 
 
 @pytest.mark.parametrize("ops, kind", [("stock", "InplaceIndexAdd"), ("drivingsdk", "BEVPoolV3")])
