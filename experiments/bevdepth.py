@@ -30,10 +30,10 @@ from typing import Literal
 
 import numpy as np
 
-from bevfn import optim, run
 from bevfn.data import camera_pipeline, sampling, source
 from bevfn.models import bevdepth
 from bevfn.precision import Policy
+from bevfn.training import optim, run
 
 Model = Literal["two-key", "two-key-ema", "two-key-cbgs-da", "two-key-cbgs-da-ema", "one-key-ema", "four-key"]
 NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {

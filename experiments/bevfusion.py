@@ -17,10 +17,10 @@ from typing import Literal
 
 import numpy as np
 
-from bevfn import optim, run
 from bevfn.data import pipeline, sampling, source
 from bevfn.models import bevfusion
 from bevfn.precision import Policy
+from bevfn.training import optim, run
 
 MODELS = {
     "lidar-camera": bevfusion.lidar_camera, "lidar": bevfusion.lidar_only, "camera": bevfusion.camera_only,

@@ -12,11 +12,11 @@ What it shares with the LiDAR-camera recipe is in `bevfusion.py`.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bevfn import run
 from bevfn.data import paste as pasting
 from bevfn.data import pipeline, source
 from bevfn.experiments import bevfusion
 from bevfn.models.bevfusion import lidar_only
+from bevfn.training import run
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ What it shares with BEVDepth's recipes, nearly all, is in `bevdepth.py`.
 from dataclasses import dataclass
 from typing import Literal
 
-from bevfn import run
 from bevfn.data import source
 from bevfn.experiments import bevdepth
 from bevfn.models.bevdepth import matrix_vt
+from bevfn.training import run
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from bevfn import optim, rng, train, tree
+from bevfn import rng, tree
 from bevfn.layers import batch_norm, conv, linear
 from bevfn.precision import Policy
+from bevfn.training import optim, train
 
 
 def init(seed: int = 0) -> tuple[dict, dict]:

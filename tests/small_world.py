@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bevfn.data import nuscenes, synth
+from bevfn import synth
+from bevfn.data import nuscenes
 from bevfn.data.frame import CLASS_NAMES
 from bevfn.data.index import Frame, Index
 from bevfn.evaluation import results, score

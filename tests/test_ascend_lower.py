@@ -13,12 +13,13 @@ import small_net
 import torch
 from torch.func import grad
 
-from bevfn import optim, train, tree
+from bevfn import tree
 from bevfn.ascend import interpret, report, torchair
 from bevfn.ascend.lower import lower
 from bevfn.ascend.trace import Value
 from bevfn.distributed import Replicas
 from bevfn.precision import Policy
+from bevfn.training import optim, train
 
 ge_graphs.need_torchair()
 

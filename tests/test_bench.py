@@ -9,19 +9,20 @@ import pytest
 import small_cameras
 import torch
 
-from bevfn import cli, optim, train
+from bevfn import cli
 from bevfn.bench import checkpoint, data, deform, machine, pool, startup, step, views
 from bevfn.commands import experiment_module
-from bevfn.data import synthetic
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.models import bevdepth
 from bevfn.precision import Policy
+from bevfn.synth import key_frame
+from bevfn.training import optim, train
 
 
 @pytest.fixture(scope="module")
 def frame(tmp_path_factory):
-    return synthetic.write_frame(tmp_path_factory.mktemp("frame"))
+    return key_frame.write_frame(tmp_path_factory.mktemp("frame"))
 
 
 def test_the_cumsum_trick_is_voxel_pool_in_values_and_gradients():

@@ -9,12 +9,13 @@ import small_cameras
 import torch
 
 from bevfn import compile as compilation
-from bevfn import optim, train, tree
+from bevfn import tree
 from bevfn.backbones import resnet
 from bevfn.heads import centerpoint
 from bevfn.models import bevdepth
 from bevfn.necks import second_fpn
 from bevfn.precision import Policy
+from bevfn.training import optim, train
 from bevfn.views import camera_grid, depth_net, matrixvt
 
 VARIANTS = {"one": 1, "two": 2, "aggregated": 2, "matrix": 1}

@@ -11,15 +11,17 @@ import small_world
 import torch
 from PIL import Image
 
-from bevfn import checkpoint, cli, report, run, upstream
+from bevfn import cli, upstream
 from bevfn.commands import evaluate
-from bevfn.data import camera_pipeline, source, synthetic
+from bevfn.data import camera_pipeline, source
 from bevfn.distributed import Replicas
 from bevfn.evaluation import results, score
 from bevfn.evaluation.judge import submission
 from bevfn.evaluation.results import Detections
 from bevfn.experiments import bevdepth, bevfusion_lidar, matrixvt
 from bevfn.models import bevdepth as network
+from bevfn.synth import key_frame
+from bevfn.training import checkpoint, reporter, run
 
 EXPERIMENTS = {"bevdepth": bevdepth, "matrixvt": matrixvt}
 SIZE = (90, 160)  # of the small world's images
@@ -120,7 +122,7 @@ def trained(request, tmp_path_factory):
 
 def test_a_run_leaves_checkpoints_metrics_and_scores(trained):
     name, config, summary = trained
-    steps = report.read_metrics(config.run_dir)
+    steps = reporter.read_metrics(config.run_dir)
     assert [step["step"] for step in steps] == [1, 2]
     assert {"loss/heatmap", "loss/bbox", "loss/depth", "num_pos", "missing/frames", "empty/depth"} <= steps[0].keys()
     assert (sum(step["missing/frames"] for step in steps) > 0) == (name == "bevdepth")  # two of three frames, two steps
@@ -172,14 +174,14 @@ def test_a_checkpoint_scores_as_its_run_did(trained, monkeypatch, tmp_path):
 
 def test_a_single_frame_gets_recall_and_a_picture(tmp_path):
     """Its previous key frame is missing: the current one stands in its place."""
-    frame = synthetic.write_frame(tmp_path / "frame", image_size=SIZE)
+    frame = key_frame.write_frame(tmp_path / "frame", image_size=SIZE)
     config = replace(
         bevdepth.DEFAULTS["frame"], data_root=frame, scale="mini", source_size=SIZE, backend="eager", steps=1,
         eval_first=False, run_dir=tmp_path / "run",
     )  # fmt: skip
     summary = run.main(bevdepth.task, config)
     assert summary["scores"].keys() >= {"recall"}
-    assert report.read_metrics(config.run_dir)[0]["missing/frames"] == 1
+    assert reporter.read_metrics(config.run_dir)[0]["missing/frames"] == 1
     assert list((config.run_dir / "evaluations" / "step_00000001").glob("*.png"))
 
 

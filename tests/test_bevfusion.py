@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from bevfn import compile as compilation
-from bevfn import losses, optim, train, tree
+from bevfn import losses, tree
 from bevfn.backbones import second, sparse_encoder, swin
 from bevfn.data import batch as batches
-from bevfn.data import frame, synthetic
+from bevfn.data import frame
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.models import bevfusion
 from bevfn.necks import lss_fpn, second_fpn
 from bevfn.precision import Policy
+from bevfn.synth import key_frame
+from bevfn.training import optim, train
 from bevfn.views import lift_splat
 
 MODALITIES = ("lidar", "camera", "lidar-camera")
@@ -60,7 +62,7 @@ def tiny(modality):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return synthetic.write_frame(tmp_path_factory.mktemp("frame"), image_size=(225, 400))
+    return key_frame.write_frame(tmp_path_factory.mktemp("frame"), image_size=(225, 400))
 
 
 def make_batch(folder, model, count=1):

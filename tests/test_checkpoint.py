@@ -15,8 +15,9 @@ import pytest
 import small_net
 import torch
 
-from bevfn import checkpoint, optim, tree
 from bevfn import compile as compilation
+from bevfn import tree
+from bevfn.training import checkpoint, optim
 
 
 def same_bits(a, b) -> bool:
@@ -394,7 +395,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import torch
-from bevfn import checkpoint
+from bevfn.training import checkpoint
 state = {"a": torch.ones(2**25), "b": torch.ones(2**25)}  # 256 MB
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

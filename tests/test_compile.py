@@ -9,7 +9,8 @@ import small_net
 import torch
 
 from bevfn import compile as compilation
-from bevfn import optim, tree
+from bevfn import tree
+from bevfn.training import optim
 
 BACKENDS = ("aot_eager", "inductor")
 

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 from torch.utils import _pytree as pytree
 
 from bevfn import geometry
-from bevfn.data import frame, image, points, synthetic
+from bevfn.data import frame, image, points
 from bevfn.data.batch import Batch, Capacities, collate
+from bevfn.synth import key_frame
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared (real frame and goldens) is not here")
@@ -24,7 +25,7 @@ SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory) -> Path:
-    return synthetic.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size)
+    return key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size)
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_missing_image_is_named(folder):
 
 
 def test_point_file_that_is_no_whole_number_of_points_is_rejected(folder):
-    path = folder / synthetic.LIDAR_FILE
+    path = folder / key_frame.LIDAR_FILE
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"LIDAR_TOP.pcd.bin: \d+ bytes are not a whole number of points .*20 bytes"):
         frame.load(folder, config=SMALL)
@@ -145,20 +146,20 @@ def test_point_file_that_is_no_whole_number_of_points_is_rejected(folder):
 
 @pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"", "is empty")])
 def test_missing_or_empty_point_file_is_named(folder, content, message):
-    (folder / synthetic.LIDAR_FILE).unlink()
+    (folder / key_frame.LIDAR_FILE).unlink()
     if content is not None:
-        (folder / synthetic.LIDAR_FILE).write_bytes(content)
+        (folder / key_frame.LIDAR_FILE).write_bytes(content)
     with pytest.raises(ValueError, match=f"LIDAR_TOP.pcd.bin: the point file {message}"):
         frame.load(folder, config=SMALL)
 
 
 def test_nan_points_are_dropped_and_counted(folder):
     clean = frame.load(folder, config=SMALL)
-    raw = np.fromfile(folder / synthetic.LIDAR_FILE, dtype="<f4").reshape(-1, 5)
+    raw = np.fromfile(folder / key_frame.LIDAR_FILE, dtype="<f4").reshape(-1, 5)
     broken = np.insert(raw, [0, 7, 7], np.nan, axis=0)
     broken[0, :2] = 1.0  # one NaN column is enough
-    broken.tofile(folder / synthetic.LIDAR_FILE)
-    kept, bad = points.read(folder / synthetic.LIDAR_FILE)
+    broken.tofile(folder / key_frame.LIDAR_FILE)
+    kept, bad = points.read(folder / key_frame.LIDAR_FILE)
     assert bad == 3 and len(kept) == len(raw)
     sample = frame.load(folder, config=SMALL)
     np.testing.assert_array_equal(sample.points, clean.points)
@@ -212,7 +213,7 @@ def test_training_filters_keep_valid_boxes_of_known_classes_strictly_in_range(fo
         fields = {"bbox_3d": [x, 0.0, 0.8, *size, yaw], "bbox_label_3d": label, "velocity": list(velocity)}
         return {**fields, "bbox_3d_isvalid": valid}
 
-    car, cone = synthetic.NAMES.index("car"), synthetic.NAMES.index("traffic_cone")
+    car, cone = key_frame.NAMES.index("car"), key_frame.NAMES.index("traffic_cone")
     boxes = [
         box(1.0, cone, yaw=np.pi), box(54.0, car), box(2.0, car, valid=False), box(3.0, -1),
         box(4.0, car, yaw=7.0, velocity=(float("nan"), 3.0)),
@@ -336,19 +337,19 @@ def test_batch_is_a_pytree_that_compiles_as_one_graph(generated):
 
 
 def test_generated_frame_is_deterministic_and_has_every_class(generated, tmp_path):
-    again = synthetic.write_frame(tmp_path / "again", seed=1, image_size=SMALL.source_size)
-    other = synthetic.write_frame(tmp_path / "other", seed=2, image_size=SMALL.source_size)
+    again = key_frame.write_frame(tmp_path / "again", seed=1, image_size=SMALL.source_size)
+    other = key_frame.write_frame(tmp_path / "other", seed=2, image_size=SMALL.source_size)
     for name in sorted(os.listdir(generated)):
         assert (again / name).read_bytes() == (generated / name).read_bytes(), name
-    assert (other / synthetic.LIDAR_FILE).read_bytes() != (generated / synthetic.LIDAR_FILE).read_bytes()
-    world = synthetic.place(np.random.default_rng(1))
-    assert {synthetic.NAMES[label] for label in world.labels} == set(frame.CLASS_NAMES)
+    assert (other / key_frame.LIDAR_FILE).read_bytes() != (generated / key_frame.LIDAR_FILE).read_bytes()
+    world = key_frame.place(np.random.default_rng(1))
+    assert {key_frame.NAMES[label] for label in world.labels} == set(frame.CLASS_NAMES)
 
 
 def test_generated_points_lie_on_surfaces_and_never_behind_one():
     rng = np.random.default_rng(3)
-    world = synthetic.place(rng)
-    cloud, hit = synthetic.scan(world, rng)
+    world = key_frame.place(rng)
+    cloud, hit = key_frame.scan(world, rng)
     cos, sin = np.cos(world.boxes[:, 6]), np.sin(world.boxes[:, 6])
     offset = cloud[:, None, :3] - world.boxes[:, :3] - world.boxes[:, 3:6] * [0, 0, 0.5]  # P G 3
     local = np.stack(
@@ -356,25 +357,25 @@ def test_generated_points_lie_on_surfaces_and_never_behind_one():
         axis=-1,
     )
     outside = (np.abs(local) - world.boxes[:, 3:6] / 2).max(axis=-1)  # P G, m; 0 on the surface
-    tolerance = 6 * synthetic.RANGE_NOISE
+    tolerance = 6 * key_frame.RANGE_NOISE
     assert np.abs(outside[np.arange(len(hit)), hit][hit >= 0]).max() < tolerance
     assert outside.min() > -tolerance  # no ray enters a box
-    assert np.abs(cloud[hit < 0, 2] + synthetic.LIDAR_HEIGHT).max() < tolerance
+    assert np.abs(cloud[hit < 0, 2] + key_frame.LIDAR_HEIGHT).max() < tolerance
     assert (hit >= 0).sum() > 1000
 
 
 def test_generated_lidar_points_project_onto_the_painted_boxes(generated):
     """Lidar and cameras stand apart, so a few points that the lidar sees are hidden from the camera."""
     info = json.loads((generated / "frame.json").read_text())["data_list"][0]
-    world = synthetic.place(np.random.default_rng(1))
-    raw, _ = points.read(generated / synthetic.LIDAR_FILE)
+    world = key_frame.place(np.random.default_rng(1))
+    raw, _ = points.read(generated / key_frame.LIDAR_FILE)
     rng = np.random.default_rng(1)
-    cloud, hit = synthetic.scan(synthetic.place(rng), rng)
+    cloud, hit = key_frame.scan(key_frame.place(rng), rng)
     np.testing.assert_array_equal(raw, cloud)
     assert [i["num_lidar_pts"] for i in info["instances"]] == np.bincount(
         hit[hit >= 0], minlength=len(world.boxes)
     ).tolist()
-    wanted = np.array([synthetic.CLASSES[name][3] for name in synthetic.NAMES], dtype=np.float64)[world.labels]  # G 3
+    wanted = np.array([key_frame.CLASSES[name][3] for name in key_frame.NAMES], dtype=np.float64)[world.labels]  # G 3
     agree = []
     for name, camera in info["images"].items():
         picture = np.asarray(Image.open(generated / f"{name}.jpg"), dtype=np.float64)
@@ -397,5 +398,5 @@ def test_failed_write_leaves_no_frame_and_no_half_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
-        synthetic.write_frame(tmp_path, image_size=(90, 160))
+        key_frame.write_frame(tmp_path, image_size=(90, 160))
     assert os.listdir(tmp_path) == []

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bevfn import compile as compilation
-from bevfn import distributed, losses, optim, train, tree
-from bevfn.data import synthetic
+from bevfn import distributed, losses, tree
 from bevfn.layers import batch_norm
 from bevfn.models import bevfusion
 from bevfn.precision import Policy
+from bevfn.synth import key_frame
+from bevfn.training import optim, train
 
 STEPS = 3
 
@@ -386,7 +387,7 @@ DETECTOR = {"eager": (1e-6, 1e-5), "aot_eager": (1e-6, 1e-5), "inductor": (2e-3,
     ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)],
 )
 def test_a_detector_on_two_replicas_is_the_detector_on_both_samples(backend, tmp_path):
-    folders = [synthetic.write_frame(tmp_path / str(i), seed=i, image_size=(225, 400)) for i in range(2)]
+    folders = [key_frame.write_frame(tmp_path / str(i), seed=i, image_size=(225, 400)) for i in range(2)]
     whole = detector_job(None, "eager", folders=folders)
     one, two = launch({"detector": partial(detector_job, backend=backend, folders=folders)}, tmp_path)["detector"]
     assert all(torch.equal(one[k], two[k]) for k in one)

@@ -9,8 +9,9 @@ import pytest
 import small_root
 import small_world
 
-from bevfn import cli, run
+from bevfn import cli
 from bevfn.experiments import bevfusion_lidar
+from bevfn.training import run
 
 
 @pytest.fixture(scope="module")

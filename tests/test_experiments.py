@@ -10,10 +10,12 @@ import pytest
 import small_world
 import torch
 
-from bevfn import checkpoint, report, run, tree, upstream
-from bevfn.data import paste, synthetic
+from bevfn import tree, upstream
+from bevfn.data import paste
 from bevfn.data.pipeline import CLASS_NAMES
 from bevfn.experiments import bevfusion, bevfusion_lidar
+from bevfn.synth import key_frame
+from bevfn.training import checkpoint, reporter, run
 
 EXPERIMENTS = {"lidar-camera": bevfusion, "camera": bevfusion, "lidar": bevfusion_lidar}
 
@@ -107,7 +109,7 @@ def test_pasting_ends_with_the_last_epochs_and_needs_its_database(root):
 
 @pytest.fixture(scope="module")
 def frame_run(tmp_path_factory):
-    folder = synthetic.write_frame(tmp_path_factory.mktemp("frame"))
+    folder = key_frame.write_frame(tmp_path_factory.mktemp("frame"))
     config = replace(
         bevfusion_lidar.DEFAULTS["frame"], scale="mini", backend="eager", steps=2, data_root=folder,
         run_dir=tmp_path_factory.mktemp("run") / "demo",
@@ -120,7 +122,7 @@ def test_a_frames_run_leaves_metrics_checkpoint_picture_and_summary(frame_run):
     names = {path.name for path in config.run_dir.iterdir()}
     assert names >= {"metrics.jsonl", "tensorboard", "checkpoints", "evaluations", "summary.json", "config.json"}
     assert json.loads((config.run_dir / "summary.json").read_text()) == summary
-    steps = report.read_metrics(config.run_dir)
+    steps = reporter.read_metrics(config.run_dir)
     assert [step["step"] for step in steps] == [1, 2]
     assert steps[0]["loss/total"] == pytest.approx(summary["first_loss"], rel=1e-6)
     assert {"overflow/points", "overflow/voxels_l0", "grad_norm", "lr"} <= steps[0].keys()

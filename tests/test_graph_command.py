@@ -98,11 +98,11 @@ def test_the_choice_of_operators_is_in_the_report(ops, kind, monkeypatch, capsys
 def test_the_air_file_is_the_graph(tmp_path):
     from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
 
-    from bevfn.ascend import files, interpret
+    from bevfn.ascend import dump, interpret
     from bevfn.ascend.lower import lower
 
     lowered = lower(torch.neg, (torch.ones(3),))
-    readable, air = files.write(lowered.graph, tmp_path / "new" / "step")
+    readable, air = dump.write(lowered.graph, tmp_path / "new" / "step")
     model = ModelDef()
     model.ParseFromString(air.read_bytes())
     assert torch.equal(interpret.run(model.graph[0], [torch.ones(3)])[0], -torch.ones(3))

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from bevfn import optim, tree
+from bevfn import tree
+from bevfn.training import optim
 
 SHAPES = {"a": (7, 3), "b": (5,), "c": (2, 3, 2)}
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bevfn import boxes as shapes
-from bevfn.data import augment, infos, paste, pipeline, points, sampling, synthetic
+from bevfn.data import augment, infos, paste, pipeline, points, sampling
 from bevfn.data.batch import collate
 from bevfn.data.index import Index, Sweep
+from bevfn.synth import key_frame
 
 SIZES = {"source_size": (225, 400), "image_size": (64, 176)}
 IMAGES = augment.Images(resize=(0.42, 0.55))  # of 225 x 400: always covers 64 x 176 in height
@@ -26,11 +27,11 @@ PLAIN = dataclasses.replace(pipeline.bevfusion_eval(), **SIZES)
 def index(tmp_path_factory) -> Index:
     """A generated key frame with eleven sweeps: the same scan, seen again 0.3 m further back each time."""
     root = tmp_path_factory.mktemp("frame")
-    synthetic.write_frame(root, seed=1, image_size=SIZES["source_size"])
+    key_frame.write_frame(root, seed=1, image_size=SIZES["source_size"])
     one = infos.read(root / "frame.json")
     sweeps = []
     for k in range(1, 12):
-        shutil.copy(root / synthetic.LIDAR_FILE, root / f"{k}.bin")
+        shutil.copy(root / key_frame.LIDAR_FILE, root / f"{k}.bin")
         lidar_from_sweep = np.eye(4)
         lidar_from_sweep[1, 3] = -0.3 * k
         sweeps.append(Sweep(f"{k}.bin", lidar_from_sweep, 0.05 * k))

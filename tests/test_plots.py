@@ -12,7 +12,7 @@ import small_world
 from PIL import Image
 from small_world import annotations, document, index, nothing
 
-from bevfn import view
+from bevfn import draw
 from bevfn.data.frame import CLASS_NAMES
 from bevfn.evaluation import page, plots, score
 from bevfn.evaluation.results import Detections
@@ -72,7 +72,7 @@ def test_charts_of_a_silent_detector_and_of_a_run_without_losses_are_drawn(halve
 
 def test_a_frame_of_an_index_becomes_a_sample_that_projects_into_its_cameras():
     frame = index()[0]
-    sample = view.sample(frame, index().root, CLASS_NAMES)
+    sample = draw.sample(frame, index().root, CLASS_NAMES)
     assert sample.camera_names == tuple(frame.cameras) and sample.token == frame.token
     np.testing.assert_allclose(sample.boxes[:, 2] + sample.boxes[:, 5] / 2, frame.boxes[:, 2], atol=1e-5)
     camera = frame.cameras["CAM_FRONT"]
@@ -149,7 +149,7 @@ def test_report_refuses_a_file_and_scores_of_other_frames(halves, tmp_path):
 def test_pictures_without_camera_images_show_the_view_from_above(tmp_path):
     frame = index()[0]
     missing = {name: dataclasses.replace(camera, path="gone.jpg") for name, camera in frame.cameras.items()}
-    sample = view.sample(dataclasses.replace(frame, cameras=missing), index().root, CLASS_NAMES)
+    sample = draw.sample(dataclasses.replace(frame, cameras=missing), index().root, CLASS_NAMES)
     found = annotations(frame)
-    view.draw(sample, found.boxes, found.scores, found.labels, tmp_path / "a.png")
+    draw.draw(sample, found.boxes, found.scores, found.labels, tmp_path / "a.png")
     assert sample.image_paths == () and Image.open(tmp_path / "a.png").size[0] > 800

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bevfn import goldens, optim, tree
+from bevfn import goldens, tree
 from bevfn.backbones import resnet
+from bevfn.training import optim
 
 IMAGE = resnet.Config(channels=4, blocks=(2, 1, 1), strides=(1, 2, 2))
 BEV = resnet.Config(channels_in=6, channels=4, blocks=(1, 2), strides=(1, 2), bottleneck=False, pool=False)

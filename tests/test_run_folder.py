@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevfn import checkpoint, report, run_folder, signals
+from bevfn.training import checkpoint, reporter, run_folder, signals
 
 CONFIG = {"epochs": 20, "optimizer": {"lr": 1e-3, "betas": (0.9, 0.99)}, "root": Path("/data"), "workers": 4}
 
@@ -23,7 +23,7 @@ def state(step: int) -> dict:
 def run_to(folder: Path, step: int, config: dict = CONFIG) -> None:
     """A run that was killed after a checkpoint at `step`."""
     with run_folder.open(folder, config):
-        (folder / report.METRICS_FILE).write_text(json.dumps({"step": step}) + "\n")
+        (folder / reporter.METRICS_FILE).write_text(json.dumps({"step": step}) + "\n")
         checkpoint.save_step(folder / "checkpoints" / f"step_{step:08d}", state(step), {"step": step})
 
 
@@ -58,7 +58,7 @@ def test_a_resumed_run_goes_on_from_the_latest_whole_checkpoint(tmp_path):
 def test_resume_begins_where_there_is_nothing_to_go_on_from(tmp_path):
     with run_folder.open(tmp_path, CONFIG, resume=True) as latest:
         assert latest is None
-    (tmp_path / report.METRICS_FILE).write_text('{"step": 1}\n')  # killed before its first checkpoint
+    (tmp_path / reporter.METRICS_FILE).write_text('{"step": 1}\n')  # killed before its first checkpoint
     said = []
     with run_folder.open(tmp_path, CONFIG, resume=True, say=said.append) as latest:
         assert latest is None
@@ -143,7 +143,7 @@ def test_a_damaged_config_is_named(tmp_path):
 HOLD = """
 import os, sys
 from pathlib import Path
-from bevfn import run_folder
+from bevfn.training import run_folder
 with run_folder.open(Path(sys.argv[1]), {}):
     if len(sys.argv) > 2 and os.fork() == 0:   # as a data loader's worker
         import time; time.sleep(float(sys.argv[2])); os._exit(0)

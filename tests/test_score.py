@@ -10,7 +10,7 @@ import small_world
 from small_world import annotations, document, index, nothing
 
 from bevfn.data.frame import CLASS_NAMES
-from bevfn.evaluation import frames, results, score, tables
+from bevfn.evaluation import frame_quality, results, score, tables
 from bevfn.evaluation.results import Detections
 
 
@@ -179,7 +179,7 @@ def test_frames_are_ranked_by_what_was_found():
         n = round(share[frame.token] * len(whole.scores))
         found[frame.token] = Detections(whole.boxes[:n], whole.scores[:n], whole.labels[:n])
     made = results.format(found, index(), class_names=CLASS_NAMES, meta=small_world.META)
-    ranking = frames.rank(index(), made)
+    ranking = frame_quality.rank(index(), made)
     assert [c.token for c in ranking.frames] == [order[1], order[0], order[2]]
     assert ranking.frames[0].f1 == 1.0 and ranking.frames[0].found == ranking.frames[0].annotated
     best, worst = ranking.ends(5)
@@ -197,11 +197,11 @@ def test_the_threshold_keeps_false_alarms_out():
             np.r_[found.labels, found.labels, found.labels[:4]],
         )  # fmt: skip
 
-    ranking = frames.rank(index(), document(noisy))
+    ranking = frame_quality.rank(index(), document(noisy))
     assert ranking.score_threshold == pytest.approx(0.5)
     assert all(c.found == c.predicted == c.annotated for c in ranking.frames)
 
 
 def test_ranking_without_detections_has_every_frame_at_zero():
-    ranking = frames.rank(index(), document(lambda _: nothing()))
+    ranking = frame_quality.rank(index(), document(lambda _: nothing()))
     assert len(ranking.frames) == 3 and all(c.f1 == 0.0 and c.annotated > 0 for c in ranking.frames)

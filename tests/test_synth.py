@@ -20,9 +20,9 @@ from nuscenes.utils.splits import train, val
 from PIL import Image
 from shapely.geometry import Polygon
 
-from bevfn.data import synth
-from bevfn.data.synth import dataset, lidar, roads, shapes, tables, traffic, world
-from bevfn.data.synth.rig import CAMERAS, LIDAR, mounted
+from bevfn import synth
+from bevfn.synth import dataset, lidar, roads, shapes, tables, traffic, world
+from bevfn.synth.rig import CAMERAS, LIDAR, mounted
 
 SIZE, FRAMES, SEED = (225, 400), 4, 0
 SMALL = dict(scenes=2, seed=SEED, frames_per_scene=FRAMES, image_size=SIZE, azimuths=360, workers=1, progress=False)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from bevfn import compile as compilation
-from bevfn import optim, rng, train, tree
+from bevfn import rng, tree
 from bevfn.precision import LossScale, Policy
+from bevfn.training import optim, train
 
 
 def plain_loss(module: nn.ModuleDict, data: dict, key: torch.Tensor) -> torch.Tensor:

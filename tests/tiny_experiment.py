@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from bevfn import optim, run
 from bevfn.backbones import second, sparse_encoder
 from bevfn.data import augment, pipeline, source
 from bevfn.data.batch import Capacities
@@ -16,6 +15,7 @@ from bevfn.heads import transfusion
 from bevfn.models import bevfusion
 from bevfn.necks import second_fpn
 from bevfn.precision import Policy
+from bevfn.training import optim, run
 
 RANGE = (-24.0, -24.0, -5.0, 24.0, 24.0, 3.0)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from bevfn import checkpoint, optim, train, tree
+from bevfn import tree
 from bevfn.models import bevfusion
 from bevfn.precision import Policy
+from bevfn.training import checkpoint, optim, train
 
 
 def measure(folder: Path, *, repeats: int = 3) -> dict:

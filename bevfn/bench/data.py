@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bevfn.data import augment, image, infos, loader, paste, pipeline, points, sampling, sweeps, synth, synthetic
+from bevfn import synth
+from bevfn.data import augment, image, infos, loader, paste, pipeline, points, sampling, sweeps
 from bevfn.data.batch import Sample, collate
 from bevfn.data.index import Index, Sweep
+from bevfn.synth import key_frame
 
 TARGET = 4.1  # samples/s per device: BEVFusion LiDAR-camera, FP16, on 8 NPUs as published (32.8 samples/s)
 WORKERS = 8
@@ -46,7 +48,7 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
         "target_samples_per_second": TARGET,
     }
     with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:
-        index = _with_sweeps(infos.read((frame or synthetic.write_frame(Path(folder) / "frame")) / "frame.json"))
+        index = _with_sweeps(infos.read((frame or key_frame.write_frame(Path(folder) / "frame")) / "frame.json"))
         database = paste.build(index, Path(folder) / "paste", class_names=pipeline.CLASS_NAMES, progress=False)
         configs = {"lidar-camera": pipeline.bevfusion_lidar_camera_train(), "lidar": pipeline.bevfusion_lidar_train()}
         for name, config in configs.items():

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from bevfn.commands import Experiment
-from bevfn.data import synthetic
-from bevfn.report import METRICS_FILE, read_metrics
+from bevfn.synth import key_frame
+from bevfn.training.reporter import METRICS_FILE, read_metrics
 
 STEPS = 3  # watched: the first one compiles, the last one is as fast as all others
 
@@ -21,7 +21,7 @@ def measure(frame: Path | None, *, experiment: Experiment = "bevfusion_lidar", o
     """Figures of "cold", "warm" (the same again) and "eager" starts on one key frame, at the published size."""
     figures: dict = {"experiment": experiment}
     with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:
-        root = frame or synthetic.write_frame(Path(folder) / "frame")
+        root = frame or key_frame.write_frame(Path(folder) / "frame")
         for name, backend in (("cold", "inductor"), ("warm", "inductor"), ("eager", "eager")):
             command = [
                 sys.executable, "-m", f"bevfn.experiments.{experiment}", "--data-root", str(root), "--backend", backend,

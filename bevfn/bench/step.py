@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from bevfn import compile as compilation
 from bevfn import host
-from bevfn import run as running
 from bevfn.bench import machine
 from bevfn.commands import Experiment, experiment_module
-from bevfn.data import synthetic
 from bevfn.kernels import deform_conv, sparse_conv  # noqa: F401  they define the operators that are counted
+from bevfn.synth import key_frame
+from bevfn.training import run as running
 
 Model = Literal["bevfusion-lidar-camera", "bevfusion-lidar", "bevfusion-camera", "bevdepth", "matrixvt"]
 MODELS: dict[Model, tuple[Experiment, dict[str, Any]]] = {  # experiment and fields of its config
@@ -104,7 +104,7 @@ def _prepared(setting: Setting, what: str, backend: str) -> Callable[[], object]
     experiment, fields = MODELS[setting.model]
     module = experiment_module(experiment)
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
-        root = setting.frame if setting.frame is not None else synthetic.write_frame(Path(folder))
+        root = setting.frame if setting.frame is not None else key_frame.write_frame(Path(folder))
         config = replace(
             module.DEFAULTS["frame"], precision=setting.precision, backend=backend, device=setting.device,
             data_root=root, batch_size=setting.batch_size, scale=setting.scale, **fields,

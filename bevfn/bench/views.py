@@ -16,9 +16,10 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.bench import machine, pool
-from bevfn.data import camera_pipeline, infos, synthetic
+from bevfn.data import camera_pipeline, infos
 from bevfn.data.camera_batch import CameraBatch
 from bevfn.models import bevdepth
+from bevfn.synth import key_frame
 from bevfn.views import camera_grid, matrixvt
 
 # Name: what is measured; every ratio is to the first.
@@ -58,7 +59,7 @@ def measure(frame: Path | None, *, repeats: int = 5, threads: int = 1) -> dict:
     """{variant: milliseconds and MiB, forward and train, and their ratios to voxel_pool's} at the published size."""
     config = bevdepth.matrix_vt()
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
-        index = infos.read((frame or synthetic.write_frame(Path(folder))) / "frame.json")
+        index = infos.read((frame or key_frame.write_frame(Path(folder))) / "frame.json")
         reading = camera_pipeline.bevdepth_eval(config.frames)
         sample = camera_pipeline.load(index, 0, reading)
     batch, _ = camera_pipeline.collate([sample], capacities=reading.capacities)

@@ -29,7 +29,7 @@ def synth(
         image_size: height and width in pixels
         workers: processes; 0: one for each processor
     """
-    from bevfn.data import synth
+    from bevfn import synth
 
     path = synth.write(
         out, scenes=scenes, seed=seed, frames_per_scene=frames, image_size=image_size, workers=workers or None

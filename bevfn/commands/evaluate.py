@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.progress import Progress
 
-from bevfn import distributed, run, run_folder, tree
+from bevfn import distributed, tree
 from bevfn.commands import Experiment, experiment_module
 from bevfn.data import nuscenes, source
 from bevfn.evaluation import results
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge, submission
+from bevfn.training import run, run_folder
 
 
 def evaluate(

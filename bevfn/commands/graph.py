@@ -11,10 +11,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from bevfn import run
 from bevfn.commands import Experiment, experiment_module
-from bevfn.data import synthetic
 from bevfn.files import write_atomically
+from bevfn.synth import key_frame
+from bevfn.training import run
 
 # Names of what a step takes and returns.
 NAMES: dict[str, dict[str, Any]] = {
@@ -50,13 +50,13 @@ def graph(
         json_file: also write the figures there
         out: folder for the graphs, as .pbtxt for reading and .air (the serialized model)
     """
-    from bevfn.ascend import files
+    from bevfn.ascend import dump
     from bevfn.ascend.execute import execute as compare
     from bevfn.ascend.lower import lower
     from bevfn.ascend.report import report, text
 
     if out is not None:
-        files.check_writable(out)
+        dump.check_writable(out)
     published = experiment_module(experiment).DEFAULTS["nuscenes"].batch_size
     batch_size = batch_size or (published if scale == "published" else 1)
     made: dict[str, dict] = {}
@@ -68,7 +68,7 @@ def graph(
         made[name] = reported.to_json()
         complete &= reported.complete
         if out is not None:
-            files.write(lowered.graph, out / f"{experiment}_{scale}_{precision}_{name}")
+            dump.write(lowered.graph, out / f"{experiment}_{scale}_{precision}_{name}")
         if execute and name == "train" and reported.complete:
             comparison = compare(step, lowered, *arguments, steps=execute)
             print(comparison.text(), flush=True)
@@ -99,7 +99,7 @@ def steps(
     config = module.DEFAULTS["nuscenes" if scale == "published" else "synthetic"]
     off = {name: False for name in ("class_balanced", "paste", "augment") if hasattr(config, name)}
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
-        synthetic.write_frame(Path(folder), image_size=config.source_size)
+        key_frame.write_frame(Path(folder), image_size=config.source_size)
         config = replace(config, data_root=Path(folder), precision=precision, batch_size=batch_size, lr=None, **off)
         task = module.task(config)
         if comparable:

@@ -27,7 +27,7 @@ def load(root: Path, *, config: Config, generator: np.random.Generator | None = 
     """
     path = Path(root) / "frame.json"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a frame folder, or make one with `bevfn.data.synthetic`.")
+        raise ValueError(f"{path} does not exist; give a frame folder, or make one with `bevfn.synth.key_frame`.")
     index = infos.read(path)
     if len(index) != 1:
         raise ValueError(f"{path}: data_list has {len(index)} entries; a frame folder holds exactly one.")

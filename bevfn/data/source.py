@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bevfn import synth
 from bevfn.data import batch as lidar_batch
-from bevfn.data import building, camera_pipeline, depth, infos, nuscenes, paste, pipeline, synth
+from bevfn.data import building, camera_pipeline, depth, infos, nuscenes, paste, pipeline
 from bevfn.data.batch import Sample
 from bevfn.data.camera_pipeline import CameraSample
 from bevfn.data.index import Frame, Index, inverse

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bevfn import view
+from bevfn import draw
 from bevfn.data import source
 from bevfn.data.index import Index
 from bevfn.evaluation import page, recall, results, score, tables
@@ -79,8 +79,8 @@ def _recall(index: Index, found: Mapping[str, Detections], reading: Any, reader:
         )  # fmt: skip
         picture = out / f"{frame.token}.png"
         shown = results.moved(mine, reader.lidar_from_boxes(frame, reading))
-        picked = view.sample(frame, index.root, reading.class_names)
-        view.draw(picked, shown.boxes, shown.scores, shown.labels, picture, score_threshold=SCORE_THRESHOLD)
+        picked = draw.sample(frame, index.root, reading.class_names)
+        draw.draw(picked, shown.boxes, shown.scores, shown.labels, picture, score_threshold=SCORE_THRESHOLD)
         texts.append(f"{counted.table()}\n{picture}")
         numbers |= {"recall": counted.total.recall, "precision": counted.total.precision}
         numbers |= {f"recall/{row.name}": row.recall for row in counted.rows}

@@ -17,13 +17,14 @@ from typing import Any
 
 from PIL import Image
 
-from bevfn import report, view
+from bevfn import draw
 from bevfn.data.frame import CLASS_NAMES
 from bevfn.data.index import Index
-from bevfn.evaluation import frames, plots, results, tables
+from bevfn.evaluation import frame_quality, plots, results, tables
 from bevfn.evaluation import score as scoring
 from bevfn.evaluation.score import ERRORS, UNITS, Scores
 from bevfn.files import write_atomically
+from bevfn.training import reporter
 
 Plot = Callable[[plots.Theme], bytes]
 
@@ -61,8 +62,8 @@ def write(
     }
     if others:
         charts["comparison"] = lambda theme: plots.comparison(side_by_side, theme)
-    if run_dir is not None and (Path(run_dir) / report.METRICS_FILE).is_file():
-        records = [*report.read_metrics(run_dir), *_evaluations(Path(run_dir))]
+    if run_dir is not None and (Path(run_dir) / reporter.METRICS_FILE).is_file():
+        records = [*reporter.read_metrics(run_dir), *_evaluations(Path(run_dir))]
         if records:
             charts["training"] = lambda theme: plots.training(records, theme)
     pictures = {chart: (plot(plots.LIGHT), plot(plots.DARK)) for chart, plot in charts.items()}
@@ -91,7 +92,7 @@ Scene = tuple[str, str, bytes]  # heading, remark, PNG
 
 def _frames(out: Path, index: Index, found: Mapping[str, Any], num_frames: int) -> list[Scene]:
     """Writes frames.png and frames/*.png, and returns them, the overview first."""
-    ranking = frames.rank(index, found)
+    ranking = frame_quality.rank(index, found)
     best, worst = ranking.ends(num_frames)
     named = [(f"best {i + 1}", c) for i, c in enumerate(best)]
     named += [(f"worst {len(worst) - i}", c) for i, c in enumerate(worst)]
@@ -99,13 +100,13 @@ def _frames(out: Path, index: Index, found: Mapping[str, Any], num_frames: int) 
     for heading, counted in named:
         frame = index[index.position(counted.token)]
         entries = found["results"].get(counted.token, [])
-        sample = view.sample(frame, index.root, CLASS_NAMES)
+        sample = draw.sample(frame, index.root, CLASS_NAMES)
         detections = results.to_lidar(entries, frame, CLASS_NAMES)
-        matched = frames.compare(frame, entries)
+        matched = frame_quality.compare(frame, entries)
         panels.append(plots.Panel(heading, frame, sample.points, counted, matched, detections))
         path = out / "frames" / f"{heading.replace(' ', '_')}.png"
         arrays = detections.boxes, detections.scores, detections.labels
-        view.draw(sample, *arrays, path, score_threshold=ranking.score_threshold, title=f"{heading}: {counted.token}")
+        draw.draw(sample, *arrays, path, score_threshold=ranking.score_threshold, title=f"{heading}: {counted.token}")
         remark = f"{frame.scene or 'scene unknown'}, key frame {counted.token}: {_counts(counted)}"
         scenes.append((heading, remark, path.read_bytes()))
     if not panels:
@@ -113,13 +114,13 @@ def _frames(out: Path, index: Index, found: Mapping[str, Any], num_frames: int) 
     overview = plots.outcomes(panels, ranking.score_threshold, columns=max(1, len(best)))
     write_atomically(out / "frames.png", overview)
     remark = (
-        f"Matched within {frames.DISTANCE:g} m at score ≥ {ranking.score_threshold:.3f}, the threshold with the highest "
+        f"Matched within {frame_quality.DISTANCE:g} m at score ≥ {ranking.score_threshold:.3f}, the threshold with the highest "
         f"F1 over all {len(ranking.frames):,} key frames with annotations."
     )
     return [("overview", remark, overview), *scenes]
 
 
-def _counts(counted: frames.Counted) -> str:
+def _counts(counted: frame_quality.Counted) -> str:
     false = counted.predicted - counted.found
     return f"{counted.found} of {counted.annotated} found, {false} false alarm{'' if false == 1 else 's'}"
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bevfn import view
+from bevfn import draw
 from bevfn.data.index import Frame
-from bevfn.evaluation.frames import Counted, Matched
+from bevfn.evaluation.frame_quality import Counted, Matched
 from bevfn.evaluation.results import Detections
 from bevfn.evaluation.score import DISTANCES, ERRORS, UNITS, Scores
 from bevfn.evaluation.tables import check_comparable, number
@@ -203,7 +203,7 @@ def _outcome(axes: Axes, panel: Panel, score_threshold: float, range_m: float) -
         (predicted[~right], FALSE, 1.1),
         (boxes[m.annotated[~found]], MISSED, 2.4),
     ):
-        lines = [line for box in outlines for line in view.footprint(box)]
+        lines = [line for box in outlines for line in draw.footprint(box)]
         axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, zorder=3))
     axes.plot(0, 0, marker="+", color="black", markersize=8)
     axes.set(xlim=(-range_m, range_m), ylim=(-range_m, range_m), aspect="equal", xticks=(), yticks=())

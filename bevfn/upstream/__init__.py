@@ -6,9 +6,9 @@
 
 from bevfn.upstream.convert import Refused, Report, export_state, import_state, nest
 from bevfn.upstream.entries import Entry
-from bevfn.upstream.files import Imported, read_imported, read_state_dict, write_imported, write_state_dict
 from bevfn.upstream.merge import Merge, load_into
 from bevfn.upstream.names import MODELS, PUBLISHED, Sizes
+from bevfn.upstream.storage import Imported, read_imported, read_state_dict, write_imported, write_state_dict
 
 __all__ = [
     "MODELS",

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bevfn import view
+from bevfn import draw
 from bevfn.boxes import corners
-from bevfn.data import frame, synthetic
+from bevfn.data import frame
+from bevfn.synth import key_frame
 
 SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
 
@@ -19,25 +20,25 @@ SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     return frame.load(
-        synthetic.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size), config=SMALL
+        key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size), config=SMALL
     )
 
 
 def test_picture_shows_predictions_in_their_colours(sample, tmp_path):
     path = tmp_path / "new" / "frame.png"
-    view.draw(sample, sample.boxes, np.full(len(sample.boxes), 1.0), sample.labels, path, title="step 3")
+    draw.draw(sample, sample.boxes, np.full(len(sample.boxes), 1.0), sample.labels, path, title="step 3")
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert picture.shape[1] > picture.shape[0] > 800
     for label in set(sample.labels.tolist()):
-        colour = np.array([int(view.COLOURS[label][i : i + 2], 16) for i in (1, 3, 5)])
+        colour = np.array([int(draw.COLOURS[label][i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(picture - colour).max(axis=-1) < 12).sum() > 20, sample.class_names[label]
 
 
 def test_nothing_predicted_and_unfinite_boxes_still_give_a_picture(sample, tmp_path):
     nothing = np.zeros((0, 9))
-    view.draw(sample, nothing, np.zeros(0), np.zeros(0, dtype=np.int64), tmp_path / "a.png")
+    draw.draw(sample, nothing, np.zeros(0), np.zeros(0, dtype=np.int64), tmp_path / "a.png")
     broken = np.full((2, 9), np.nan)
-    view.draw(sample, broken, np.ones(2), np.zeros(2, dtype=np.int64), tmp_path / "b.png")
+    draw.draw(sample, broken, np.ones(2), np.zeros(2, dtype=np.int64), tmp_path / "b.png")
     assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png"]
 
 
@@ -50,7 +51,7 @@ def test_frame_without_cameras_boxes_or_points_is_drawn_from_above(sample, tmp_p
         boxes=sample.boxes[:0],
         labels=sample.labels[:0],
     )
-    view.draw(bare, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "bare.png")
+    draw.draw(bare, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "bare.png")
     assert Image.open(tmp_path / "bare.png").size[0] > 800
 
 
@@ -60,13 +61,13 @@ def test_projection_agrees_with_the_pinhole_and_cuts_what_is_behind():
         [[0, -1, 0], [0, 0, -1], [1, 0, 0]]
     )
     ahead = corners(torch.tensor([10.0, 0, -1, 2, 2, 2, 0], dtype=torch.float64)).numpy()
-    ends = np.concatenate(view._project(ahead, matrix, 100, 80))
+    ends = np.concatenate(draw._project(ahead, matrix, 100, 80))
     np.testing.assert_allclose(ends.min(axis=0), [50 - 100 / 9, 40 - 100 / 9])
     np.testing.assert_allclose(ends.max(axis=0), [50 + 100 / 9, 40 + 100 / 9])
     behind = ahead - [30.0, 0, 0]
-    assert view._project(behind, matrix, 100, 80) == []
+    assert draw._project(behind, matrix, 100, 80) == []
     around = corners(torch.tensor([0.0, 0, -1, 20, 2, 2, 0], dtype=torch.float64)).numpy()  # the camera is inside
-    assert np.isfinite(np.concatenate(view._project(around, matrix, 100, 80))).all()
+    assert np.isfinite(np.concatenate(draw._project(around, matrix, 100, 80))).all()
 
 
 def test_augmented_boxes_are_taken_back_before_projection(sample, tmp_path):
@@ -81,8 +82,8 @@ def test_augmented_boxes_are_taken_back_before_projection(sample, tmp_path):
     plain = tmp_path / "plain.png"
     turned = tmp_path / "turned.png"
     scores = np.ones(len(boxes))
-    view.draw(sample, sample.boxes, scores, sample.labels, plain)
-    view.draw(dataclasses.replace(sample, boxes=boxes, lidar_aug=lidar_aug), boxes, scores, sample.labels, turned)
+    draw.draw(sample, sample.boxes, scores, sample.labels, plain)
+    draw.draw(dataclasses.replace(sample, boxes=boxes, lidar_aug=lidar_aug), boxes, scores, sample.labels, turned)
     a, b = (
         np.asarray(Image.open(p).convert("RGB"))[:, : Image.open(p).size[0] // 2].astype(int) for p in (plain, turned)
     )
@@ -91,18 +92,18 @@ def test_augmented_boxes_are_taken_back_before_projection(sample, tmp_path):
 
 def test_wrong_calls_name_what_is_wrong(sample, tmp_path):
     with pytest.raises(ValueError, match=r"2 scores and 24|draw got boxes .* 2 scores"):
-        view.draw(sample, sample.boxes, np.ones(2), sample.labels, tmp_path / "a.png")
+        draw.draw(sample, sample.boxes, np.ones(2), sample.labels, tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"label 10, but the frame has 10 class names"):
-        view.draw(sample, sample.boxes[:1], np.ones(1), np.array([10]), tmp_path / "a.png")
+        draw.draw(sample, sample.boxes[:1], np.ones(1), np.array([10]), tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"written as PNG"):
-        view.draw(sample, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "a.jpg")
+        draw.draw(sample, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "a.jpg")
     assert os.listdir(tmp_path) == []
 
 
 def test_missing_image_leaves_no_half_written_picture(sample, tmp_path):
     gone = dataclasses.replace(sample, image_paths=(Path("nowhere.jpg"), *sample.image_paths[1:]))
     with pytest.raises(ValueError, match=r"nowhere.jpg: the image does not exist"):
-        view.draw(gone, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "a.png")
+        draw.draw(gone, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "a.png")
     assert os.listdir(tmp_path) == []
 
 
@@ -115,5 +116,5 @@ def test_a_failed_write_keeps_the_old_picture(sample, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
-        view.draw(sample, sample.boxes[:0], np.zeros(0), np.zeros(0, dtype=np.int64), path)
+        draw.draw(sample, sample.boxes[:0], np.zeros(0), np.zeros(0, dtype=np.int64), path)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["frame.png"]

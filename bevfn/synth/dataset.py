@@ -20,11 +20,11 @@ from pyquaternion import Quaternion
 from rich.progress import track
 
 from bevfn import host
-from bevfn.data.synth import camera, lidar, tables
-from bevfn.data.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
-from bevfn.data.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
-from bevfn.data.synth.tables import Seen
-from bevfn.data.synth.world import TICK, TICKS_PER_FRAME, World, build
+from bevfn.synth import camera, lidar, tables
+from bevfn.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
+from bevfn.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
+from bevfn.synth.tables import Seen
+from bevfn.synth.world import TICK, TICKS_PER_FRAME, World, build
 
 VERSION = "v1.0-trainval"
 FORM = 1  # changes when the same settings give other files

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevfn import optim, precision, rng, tree
+from bevfn import precision, rng, tree
 from bevfn.distributed import Replicas
+from bevfn.training import optim
 
 # Metrics whose names begin so are counts over the whole batch, the others means.
 COUNTERS = ("overflow/", "bad/", "num_pos")

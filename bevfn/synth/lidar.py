@@ -5,7 +5,7 @@ A turn is taken at one instant: the points need no correction for the motion wit
 
 import numpy as np
 
-from bevfn.data.synth.shapes import Solids
+from bevfn.synth.shapes import Solids
 
 BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations; ring 0 looks down
 AZIMUTHS = 1084  # firings a turn: 32 * 1084 = 34,688 rays as a nuScenes key frame

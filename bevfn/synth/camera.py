@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from bevfn.data.synth.shapes import FACES, Solids
-from bevfn.data.synth.world import Weather
+from bevfn.synth.shapes import FACES, Solids
+from bevfn.synth.world import Weather
 
 NEAR = 0.15  # m, near plane
 FAR = 110.0  # m, solids beyond are not drawn

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import tyro
 
-from bevfn import checkpoint, distributed, host, optim, report, run_folder, signals, train, tree, upstream
 from bevfn import compile as compilation
+from bevfn import distributed, host, tree, upstream
 from bevfn.data import loader, paste, sampling, source
 from bevfn.data.index import Index
 from bevfn.distributed import Replicas
@@ -29,6 +29,8 @@ from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
 from bevfn.files import write_atomically
 from bevfn.precision import Policy
+from bevfn.training import checkpoint, optim, run_folder, signals, train
+from bevfn.training.reporter import Reporter, peak_memory
 
 RUNS = Path("runs")
 # What a resumed run may change without changing its numbers.
@@ -366,7 +368,7 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
     summary |= {
         "samples_per_second": speed,
         "minutes": (time.perf_counter() - started) / 60,
-        "peak_memory_gb": {where: size / 2**30 for where, size in report.peak_memory().items()},
+        "peak_memory_gb": {where: size / 2**30 for where, size in peak_memory().items()},
         "config": flags(run.config),
     }
     if run.leads:
@@ -508,7 +510,7 @@ def step_name(done: int) -> str:
 def reporting(run: Run, start: int) -> contextlib.AbstractContextManager:
     """The Reporter of the process that leads, a silent one elsewhere."""
     if run.leads:
-        return report.Reporter(run.config.run_dir, run.plan.total_steps, start_step=start)
+        return Reporter(run.config.run_dir, run.plan.total_steps, start_step=start)
     return contextlib.nullcontext(_Silent())
 
 

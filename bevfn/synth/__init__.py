@@ -1,5 +1,5 @@
 """The synthetic world: a data set in nuScenes' own format, made from a seed. Its rules are in `world`."""
 
-from bevfn.data.synth.dataset import write
+from bevfn.synth.dataset import write
 
 __all__ = ["write"]

@@ -10,8 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from bevfn.data.synth.rig import CAMERAS, LIDAR, Rig, quaternion
-from bevfn.data.synth.world import TICK, TICKS_PER_FRAME, World
+from bevfn.synth.rig import CAMERAS, LIDAR, Rig, quaternion
+from bevfn.synth.world import TICK, TICKS_PER_FRAME, World
 
 TABLES = (
     "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bevfn.data.synth import shapes
-from bevfn.data.synth.roads import GRASS, MAP_RESOLUTION, WALK, Path, Road, crossing_roads, ground
-from bevfn.data.synth.shapes import Solids
-from bevfn.data.synth.traffic import EGO_FRONT, EGO_SIZE, Thing, ahead, drive_ego, everything, without_contact
+from bevfn.synth import shapes
+from bevfn.synth.roads import GRASS, MAP_RESOLUTION, WALK, Path, Road, crossing_roads, ground
+from bevfn.synth.shapes import Solids
+from bevfn.synth.traffic import EGO_FRONT, EGO_SIZE, Thing, ahead, drive_ego, everything, without_contact
 
 # class: RGB of the bodies an instance draws from
 PAINTS: dict[str, tuple[tuple[int, int, int], ...]] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bevfn.data.synth.roads import LANE, STEP, STOP, STRIP, TURNED, WALK, Path, joined
+from bevfn.synth.roads import LANE, STEP, STOP, STRIP, TURNED, WALK, Path, joined
 
 # class: length, width, height [m], nuScenes' means (two-wheelers: with a rider)
 SIZES: dict[str, tuple[float, float, float]] = {
