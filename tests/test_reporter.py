@@ -8,8 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bevfn.training import reporter
-from bevfn.training.reporter import Reporter, read_metrics
+from bevfn.training.reporter import METRICS_FILE, Reporter, peak_memory, read_metrics
 
 
 def run(folder, *, steps=20, terminal=False, metrics=lambda step: {"loss": 1.0 / step}, **options) -> str:
@@ -44,7 +43,7 @@ def test_a_terminal_gets_a_live_line(tmp_path):
 def test_every_step_is_one_json_object_at_once(tmp_path):
     with Reporter(tmp_path, 3, console=Console(file=io.StringIO())) as reporter:
         reporter.log(1, {"loss": torch.tensor(2.5), "overflow/points": 0}, seconds=0.25)
-        line = (tmp_path / reporter.METRICS_FILE).read_text()  # while the run goes on
+        line = (tmp_path / METRICS_FILE).read_text()  # while the run goes on
         assert json.loads(line) == {"step": 1, "seconds": 0.25, "loss": 2.5, "overflow/points": 0.0}
         reporter.log(2, {"loss": 2.0}, seconds=0.25)
     assert [record["loss"] for record in read_metrics(tmp_path)] == [2.5, 2.0]
@@ -52,7 +51,7 @@ def test_every_step_is_one_json_object_at_once(tmp_path):
 
 def test_values_that_are_not_finite_stay_valid_json_and_warn_once(tmp_path):
     text = run(tmp_path, metrics=lambda step: {"loss": float("nan") if step > 2 else 1.0, "grad_norm": float("inf")})
-    for line in (tmp_path / reporter.METRICS_FILE).read_text().splitlines():
+    for line in (tmp_path / METRICS_FILE).read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert read_metrics(tmp_path)[0]["grad_norm"] == float("inf")
     assert text.count("warning: loss is nan at step 3.") == 1 and text.count("warning: loss") == 1
@@ -100,7 +99,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 
 def test_a_continued_run_appends_and_drops_the_half_line_of_a_killed_one(tmp_path):
     run(tmp_path, steps=3)
-    with open(tmp_path / reporter.METRICS_FILE, "a") as file:
+    with open(tmp_path / METRICS_FILE, "a") as file:
         file.write('{"step": 4, "lo')
     assert len(read_metrics(tmp_path)) == 3
     run(tmp_path, steps=5, metrics=lambda step: {"loss": 100.0})
@@ -145,7 +144,7 @@ def test_wrong_arguments_are_named(tmp_path):
 
 
 def test_peak_memory_is_plausible():
-    host = reporter.peak_memory()["host"]
+    host = peak_memory()["host"]
     assert 2**26 < host < 2**40
 
 
