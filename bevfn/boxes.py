@@ -19,6 +19,24 @@ LEVEL_M = 1e-20
 _SIGNS = ((1.0, 1.0), (-1.0, 1.0), (-1.0, -1.0), (1.0, -1.0))
 
 
+def only_usable(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What can be a target: boxes [... G 7+], valid [... G] bool -> (boxes without NaN and infinities, valid ones whose
+    numbers are finite and sizes above 0, how many others were valid: 0-d int64).
+
+    The logarithm of a size of 0 makes a loss infinite, or hides: the gradient of an L1 distance from NaN is 0.
+    """
+    finite = torch.isfinite(boxes)
+    # sums, since Ascend reduces no booleans
+    usable = (finite.sum(-1) == boxes.shape[-1]) & ((boxes[..., 3:6] > 0).sum(-1) == 3)
+    return torch.where(finite, boxes, 0.0), valid & usable, (valid & ~usable).sum()
+
+
+def log_size(boxes: Tensor) -> Tensor:
+    """boxes [... 7+] -> [... 3]: log of dx, dy, dz; 0 where a size, as in padding, has none."""
+    size = boxes[..., 3:6]
+    return torch.where(size > 0, size, 1.0).log()
+
+
 def limit_yaw(yaw: Tensor) -> Tensor:
     """The same direction in [-pi, pi)."""
     turned = yaw - torch.floor(yaw / (2 * math.pi) + 0.5) * (2 * math.pi)

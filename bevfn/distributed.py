@@ -8,10 +8,12 @@
 one graph, and torchair converts them to HCCL operators. Below it are helpers for the host, on the CPU.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -27,6 +29,8 @@ from bevfn import tree
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 # Collectives wait for the slowest process: a cold compilation, or rank 0 scoring nuScenes val (20 minutes).
 TIMEOUT = timedelta(hours=2)
+# Who is left when one process is gone notices at its next collective, and then says so to the others.
+ANSWER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,69 @@ def stop() -> None:
     """Leaves the run; does nothing in a single process. Call it in a `finally`, or the others wait for the timeout."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+class Lost(ConnectionError):
+    """Another process of the run is gone; `gone` holds its rank, or ranks, as far as they are known."""
+
+    def __init__(self, message: str, gone: frozenset[int]) -> None:
+        super().__init__(message)
+        self.gone = gone
+
+
+@contextlib.contextmanager
+def watched(replicas: Replicas | None) -> Iterator[None]:
+    """Inside, what a collective raises because a process of the run has ended becomes `Lost`, one sentence that names it.
+
+    A process that ends closes its connections, which the others notice at their next collective at once; a machine that
+    is cut off they notice after TIMEOUT.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if replicas is None or not _of_a_connection(error):
+            raise
+        gone = _gone(replicas)
+        ranks = ", ".join(map(str, sorted(gone))) or "another"
+        raise Lost(
+            f"rank {ranks} of the run's {replicas.count} processes ended or does not answer, so rank {replicas.rank} ends "
+            "too; its own last words say why",
+            gone,
+        ) from None
+
+
+def _of_a_connection(error: RuntimeError) -> bool:
+    # gloo's errors are plain RuntimeErrors that begin with their place in its source
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).partition("]")[0]
+
+
+def _gone(replicas: Replicas) -> frozenset[int]:
+    """Ranks that do not say within ANSWER_S that they are still there."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    others = frozenset(range(replicas.count)) - {replicas.rank}
+    try:
+        store = _get_default_store()
+        store.set(f"bevfn/there/{replicas.rank}", "")
+        gone = _silent(store, "there", others)
+        store.set(f"bevfn/knows/{replicas.rank}", "")
+        if replicas.rank == 0:  # it may keep the store, which the others still ask
+            _silent(store, "knows", others - gone)
+        return gone
+    except RuntimeError:  # whoever kept the store took it along: rank 0, or torchrun
+        return frozenset() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else frozenset({0})
+
+
+def _silent(store: Any, what: str, ranks: frozenset[int]) -> frozenset[int]:
+    """Those of `ranks` that have not set their key within ANSWER_S, all of them together."""
+    silent: set[int] = set()
+    deadline = time.monotonic() + ANSWER_S
+    for rank in ranks:
+        try:
+            store.wait([f"bevfn/{what}/{rank}"], timedelta(seconds=max(0.05, deadline - time.monotonic())))
+        except torch.distributed.DistStoreError:  # nobody has set it
+            silent.add(rank)
+    return frozenset(silent)
 
 
 def _environment() -> dict[str, int] | None:

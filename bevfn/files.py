@@ -1,10 +1,13 @@
-"""Writing files so that a reader never finds half of one."""
+"""Writing files so that a reader never finds half of one, and the JSON in them: strict, both ways."""
 
 import contextlib
+import json
+import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 
 class NotWritten(OSError):
@@ -46,3 +49,37 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):  # of a folder that is read-only, or no folder
                 temporary.unlink(missing_ok=True)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> bytes:
+    """`value` as JSON that every reader takes: numbers that are not finite, which JSON lacks, become "nan", "inf", "-inf".
+
+    Python's float() reads those again. What JSON cannot say raises TypeError.
+    """
+    return json.dumps(_strict(value), indent=indent, allow_nan=False).encode()
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_json(text: bytes) -> Any:
+    """What strict JSON says; raises ValueError, without a file's name, for anything else, however it is broken."""
+    try:
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no number that fits")
+    return value

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from bevfn import tree
 
+# Below it the small gradients that the scale is for are lost, and at 0 every gradient is 0 / 0. As DeepSpeed's and
+# Megatron's; GradScaler has none.
+LOWEST_SCALE = 1.0
+
 _NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -64,11 +68,13 @@ def update_loss_scale(
 ) -> LossScale:
     """The next state, `finite` bool []: halved at once by an overflow, doubled after `interval` finite steps in a row.
 
-    Source: torch/amp/grad_scaler.py, aten _amp_update_scale_ (which also keeps the scale if doubling would overflow).
+    Never below LOWEST_SCALE. Source: torch/amp/grad_scaler.py, aten _amp_update_scale_ (which also keeps the scale if
+    doubling would overflow, but has no lower end).
     """
     grown = torch.where(torch.isfinite(state.scale * growth), state.scale * growth, state.scale)
     good = state.good_steps + 1
     full = good >= interval
     scale = torch.where(finite, torch.where(full, grown, state.scale), state.scale * backoff)
+    scale = scale.clamp(min=LOWEST_SCALE)
     zero = torch.zeros_like(good)
     return LossScale(scale, torch.where(finite & ~full, good, zero))

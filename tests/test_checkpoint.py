@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit there and back, complete or absent whatever happens, and errors that name file and tensor."""
 
 import itertools
+import json
 import os
 import random
 import resource
@@ -237,6 +238,160 @@ def test_sweeping_deletes_leftovers_only(tmp_path):
     (tmp_path / ".gitignore").write_text("*")
     checkpoint.sweep(tmp_path)
     assert names(tmp_path) == [".gitignore", "best.json", "step_00000001"]
+
+
+def test_sweeping_spares_what_a_user_hid_there(tmp_path):
+    save(tmp_path, 1)
+    mine = (".step_notes", ".step_00000001.backup", ".best.json.mine")
+    for name in mine:
+        (tmp_path / name).mkdir()
+    checkpoint.sweep(tmp_path)
+    assert names(tmp_path) == sorted([*mine, "step_00000001"])
+
+
+def test_pruning_removes_only_what_was_written_here(tmp_path):
+    mine = ("step_00000002.my_backup", "step_notes", "step_", "step_00000003 copy")
+    for name in mine:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "text").write_text("mine")
+    (tmp_path / "step_00000009").mkdir()  # empty, as bevfn leaves none
+    for step in range(1, 6):
+        made = save(tmp_path, step, keep=2)
+        if step == 2:
+            (made / "notes.md").write_text("mine")
+    assert names(tmp_path) == sorted([*mine, "step_00000002", "step_00000004", "step_00000005", "step_00000009"])
+    assert checkpoint.latest(tmp_path, lambda sentence: None) == tmp_path / "step_00000005"
+    assert [f.name for f in checkpoint.steps(tmp_path)] == [
+        "step_00000009", "step_00000002", "step_00000004", "step_00000005"
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_a_user_added_to_is_not_replaced_but_put_aside(tmp_path):
+    (save(tmp_path, 1) / "notes.md").write_text("mine")
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["step_00000001", "step_00000001.replaced"]
+    assert (tmp_path / "step_00000001.replaced" / "notes.md").read_text() == "mine"
+
+
+def test_a_linked_checkpoint_is_left_alone(tmp_path):
+    save(tmp_path / "other", 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step_00000001").symlink_to(tmp_path / "other" / "step_00000001")
+    for step in (2, 3):
+        save(tmp_path / "run", step, keep=1)
+    assert names(tmp_path / "run") == ["step_00000001", "step_00000003"] and names(tmp_path / "other")
+
+
+def trained(step: int) -> dict:
+    """As `numbered`, with the step that a train state carries."""
+    return {**numbered(step), "step": torch.tensor(step)}
+
+
+def rewritten(folder: Path, change: Callable[[dict], object]) -> None:
+    """meta.json with other values, as an editor leaves it."""
+    meta = json.loads((folder / checkpoint.META).read_text())
+    change(meta)
+    (folder / checkpoint.META).write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_of_meta_json_is_found_wherever_it_is(tmp_path, bit):
+    checkpoint.save_step(tmp_path / "step_00000001", trained(1), {"step": 1})
+    checkpoint.save_step(tmp_path / "step_00000002", trained(2), {"step": 2, "run": {"processes": 2}})
+    path = tmp_path / "step_00000002" / checkpoint.META
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+        said: list[str] = []
+        found = checkpoint.latest(tmp_path, said.append)
+        if found == tmp_path / "step_00000002":  # one space for another
+            assert checkpoint.read_meta(found)["step"] == 2 and said == []
+        else:
+            assert (
+                found == tmp_path / "step_00000001"
+                and len(said) == 1
+                and "step_00000002/meta.json is damaged" in said[0]
+            )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 7}, {"step": "2"}, {"step": None}, {"step": -1}, {"step": 2.5}, {"step": [2]}, {"step": True},
+        {"step": 10**400}, {"checkpoint": None}, {"checkpoint": []}, {"checkpoint": 3}, {"checkpoint": "x"},
+        {"checkpoint": {"serial": "x"}}, {"checkpoint": {"serial": None}}, {"checkpoint": {"serial": 1e300}},
+        {"checkpoint": {"serial": [1]}}, {"checkpoint": {"serial": {}}}, {"checkpoint": {"serial": 1, "bytes": "1"}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_meta_json_with_wrong_values_is_skipped_by_name(tmp_path, change, sealed):
+    for step in (1, 2):
+        checkpoint.save_step(tmp_path / f"step_{step:08d}", trained(step), {"step": step})
+    made = tmp_path / "step_00000002"
+    rewritten(made, lambda meta: meta.update(change))
+    if not sealed:  # as an older bevfn wrote it
+        rewritten(made, lambda meta: (meta.pop("seal"), meta.pop("format")))
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) == tmp_path / "step_00000001"
+    assert len(said) == 1 and f"{made}" in said[0] and "\n" not in said[0]
+    with pytest.raises(ValueError, match="step_00000002"):
+        checkpoint.load_step(made, trained(0))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"7", b"[" * 200_000, b'{"step": NaN}', b"\xff\xfe", b'{"a":1e999}']
+)
+def test_a_meta_json_that_is_no_object_is_skipped_by_name(tmp_path, content):
+    for step in (1, 2):
+        checkpoint.save_step(tmp_path / f"step_{step:08d}", trained(step), {"step": step})
+    (tmp_path / "step_00000002" / checkpoint.META).write_bytes(content)
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) == tmp_path / "step_00000001"
+    assert len(said) == 1 and "step_00000002/meta.json is damaged" in said[0]
+    save(tmp_path, 3, keep=1)  # and the run goes on
+
+
+def test_the_name_of_a_folder_is_its_step(tmp_path):
+    checkpoint.save_step(tmp_path / "step_00000002", trained(2), {"step": 2})
+    (tmp_path / "step_00000002").rename(tmp_path / "step_00000020")
+    with pytest.raises(ValueError, match=r"meta\.json is damaged \(it says step 2, its folder's name says 20\)"):
+        checkpoint.load_step(tmp_path / "step_00000020", trained(0))
+
+
+def test_the_tensors_are_of_the_step_that_meta_json_says(tmp_path):
+    checkpoint.save_step(tmp_path / "step_00000003", trained(2), {"step": 3})
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) is None
+    assert "train_state.safetensors is of step 2, meta.json says 3" in said[0]
+
+
+def test_a_checkpoint_of_an_older_bevfn_is_read(tmp_path):
+    checkpoint.save_step(tmp_path / "step_00000002", trained(2), {"step": 2})
+    rewritten(tmp_path / "step_00000002", lambda meta: (meta.pop("seal"), meta.pop("format")))
+    assert checkpoint.latest(tmp_path, pytest.fail) == tmp_path / "step_00000002"
+    loaded, meta = checkpoint.load_step(tmp_path / "step_00000002", trained(0))
+    assert same_bits(loaded, trained(2)) and meta["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "7", "null", '"x"', "{}", '{"name": 3, "value": 1}', '{"name": "step_00000001", "value": "1"}',
+     '{"name": "step_00000001", "value": NaN}', '{"name": "../elsewhere", "value": 1}', '{"name": null, "value": 1}',
+     '{"name": "step_00000001", "value": 1' + "0" * 400 + "}", "[" * 200_000],
+)  # fmt: skip
+def test_a_best_json_of_another_type_is_named(tmp_path, content):
+    save(tmp_path, 1)
+    (tmp_path / checkpoint.BEST).write_text(content)
+    with pytest.raises(ValueError, match=r"best\.json is damaged; delete it"):
+        checkpoint.best(tmp_path)
+    with pytest.raises(ValueError, match=r"best\.json is damaged; delete it"):
+        checkpoint.keep_best(tmp_path, "step_00000001", 0.5)
+
+
+def test_a_first_score_of_nan_is_not_written(tmp_path):
+    save(tmp_path, 1)
+    assert not checkpoint.keep_best(tmp_path, "step_00000001", float("nan"))
+    assert names(tmp_path) == ["step_00000001"]
 
 
 def test_a_checkpoint_that_was_loaded_is_not_tied_to_its_file(tmp_path):

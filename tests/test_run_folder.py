@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -52,17 +54,96 @@ def test_a_resumed_run_goes_on_from_the_latest_whole_checkpoint(tmp_path):
     said = []
     with run_folder.open(tmp_path, CONFIG, resume=True, say=said.append) as latest:
         assert latest == tmp_path / "checkpoints" / "step_00000010"
-    assert len(said) == 1 and "step_00000020/train_state.safetensors is damaged" in said[0]
+    assert len(said) == 2 and "step_00000020/train_state.safetensors is damaged" in said[0]
+    assert said[1] == f"going on from the older {tmp_path / 'checkpoints' / 'step_00000010'}"
 
 
 def test_resume_begins_where_there_is_nothing_to_go_on_from(tmp_path):
-    with run_folder.open(tmp_path, CONFIG, resume=True) as latest:
+    with run_folder.open(tmp_path, CONFIG):
+        pass
+    with run_folder.open(tmp_path, CONFIG, resume=True) as latest:  # killed before its first step
         assert latest is None
     (tmp_path / reporter.METRICS_FILE).write_text('{"step": 1}\n')  # killed before its first checkpoint
     said = []
     with run_folder.open(tmp_path, CONFIG, resume=True, say=said.append) as latest:
         assert latest is None
     assert said == [f"{tmp_path} has no whole checkpoint yet: the run begins from its start"]
+
+
+def test_resume_of_a_folder_without_a_run_is_refused_and_makes_nothing(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"typo holds no run to go on with \(it has no config\.json\); check --run-dir"),
+        run_folder.open(tmp_path / "typo", CONFIG, resume=True),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_is_refused_where_every_checkpoint_is_damaged(tmp_path):
+    run_to(tmp_path, 10)
+    checkpoint.save_step(tmp_path / "checkpoints" / "step_00000020", state(20), {"step": 20})
+    for folder in checkpoint.steps(tmp_path / "checkpoints"):
+        (folder / checkpoint.TENSORS).write_bytes(b"")
+    before = snapshot(tmp_path)
+    with (
+        pytest.raises(ValueError, match=r"none of its 2 checkpoints is whole \(.*step_00000020.*\); copy one back"),
+        run_folder.open(tmp_path, CONFIG, resume=True),
+    ):
+        pass
+    assert snapshot(tmp_path) == before
+
+
+# ----------------------------------------------------------------------------------------------------------- facts
+
+FACTS = {"processes": 2, "accumulate": 4, "microbatches": 8, "total_steps": 100, "data": "00ff"}
+
+
+def run_with(folder: Path, facts: dict | None, config: dict = CONFIG) -> None:
+    run_to(folder, 10, config)
+    meta = {"step": 20} | ({} if facts is None else {run_folder.FACTS: facts})
+    checkpoint.save_step(folder / "checkpoints" / "step_00000020", state(20), meta)
+
+
+@pytest.mark.parametrize("name, value", [("processes", 1), ("total_steps", 50), ("data", "ff00")])
+def test_another_fact_is_refused_and_named(tmp_path, name, value):
+    run_with(tmp_path, FACTS)
+    before = snapshot(tmp_path)
+    changed = f"{name}: {json.dumps(FACTS[name])} -> {json.dumps(value)}"
+    with (
+        pytest.raises(ValueError, match=f"begun with another config \\({changed}\\)"),
+        run_folder.open(tmp_path, CONFIG, resume=True, facts={**FACTS, name: value}),
+    ):
+        pass
+    assert snapshot(tmp_path) == before
+    said = []
+    with run_folder.open(
+        tmp_path, CONFIG, resume=True, force=True, facts={**FACTS, name: value}, say=said.append
+    ) as latest:
+        assert latest is not None
+    assert said == [f"warning: --force goes on although this differs: {changed}"]
+
+
+def test_a_fact_that_is_free_may_change(tmp_path):
+    run_with(tmp_path, FACTS)
+    free = frozenset({"processes", "accumulate"})
+    other = {**FACTS, "processes": 4, "accumulate": 2}
+    with run_folder.open(tmp_path, CONFIG, resume=True, facts=other, free=free) as latest:
+        assert latest is not None
+
+
+def test_a_checkpoint_of_an_older_bevfn_is_taken_with_a_sentence_and_its_configs_facts_bind(tmp_path):
+    run_with(tmp_path, None, {**CONFIG, "accumulate": 4})
+    free, said = frozenset({"processes", "accumulate"}), []
+    config = {**CONFIG, "accumulate": 4}
+    with run_folder.open(tmp_path, config, resume=True, facts=FACTS, free=free, say=said.append) as latest:
+        assert latest is not None
+    assert len(said) == 1 and "is of an older bevfn, which did not note its data, processes and code" in said[0]
+    other = {**FACTS, "processes": 4, "accumulate": 2}
+    with (
+        pytest.raises(ValueError, match=r"another config \(accumulate: 4 -> 2\)"),
+        run_folder.open(tmp_path, {**CONFIG, "accumulate": 2}, resume=True, facts=other, free=free),
+    ):
+        pass
 
 
 def test_a_folder_with_a_run_is_refused_unless_resumed_and_left_alone(tmp_path):
@@ -136,6 +217,75 @@ def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"epochs": ')
     with pytest.raises(ValueError, match=r"config\.json is damaged"), run_folder.open(tmp_path, CONFIG, resume=True):
         pass
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"7", b'"x"', b"null", b"[" * 200_000, b'{"lr": NaN}', b'{"lr": 1e999}', b"\xff"]
+)
+def test_a_config_of_another_type_is_named(tmp_path, content):
+    run_to(tmp_path, 10)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"), run_folder.open(tmp_path, CONFIG, resume=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]", b"7", b'{"loss": 1}', b'{"step": [2]}', b'{"step": 2, "loss": {}}', b'{"step": null}', b"{",
+             b'{"step": 2, "loss": 1' + b"0" * 400 + b"}", b'{"step": 2, "loss": NaN}', b"[" * 200_000],
+)  # fmt: skip
+def test_damaged_metrics_are_named_before_the_run_goes_on(tmp_path, line):
+    run_to(tmp_path, 10)
+    with open(tmp_path / reporter.METRICS_FILE, "ab") as file:
+        file.write(line + b"\n")
+    with (
+        pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged; delete that line"),
+        run_folder.open(tmp_path, CONFIG, resume=True),
+    ):
+        pass
+
+
+def test_a_damaged_note_of_the_best_is_named_before_the_run_goes_on(tmp_path):
+    run_to(tmp_path, 10)
+    (tmp_path / "checkpoints" / checkpoint.BEST).write_text('{"name": "step_00000010", "value": "high"}')
+    with pytest.raises(ValueError, match=r"best\.json is damaged"), run_folder.open(tmp_path, CONFIG, resume=True):
+        pass
+
+
+@dataclass(frozen=True)
+class Stored:
+    epochs: int = 1
+    lr: float | None = None
+    root: Path | None = None
+    mode: Literal["full", "performance"] = "full"
+    pretrained: tuple[Path, ...] = ()
+    size: tuple[int, int] = (1, 2)
+    resume: bool = False
+
+
+def stored(folder: Path, values: dict) -> Stored:
+    (folder / "config.json").write_text(json.dumps(values, default=str))
+    return run_folder.stored_config(folder / "config.json", Stored())
+
+
+def test_a_config_comes_back_as_it_was(tmp_path):
+    config = Stored(3, 1e-3, Path("/data"), "performance", (Path("a"), Path("b")), (3, 4), True)
+    assert stored(tmp_path, asdict(config)) == config
+    assert stored(tmp_path, {"lr": 1}) == Stored(lr=1)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("epochs", "four"), ("epochs", 1.5), ("epochs", True), ("epochs", None), ("lr", "x"), ("root", 3), ("mode", "other"),
+     ("mode", 0), ("pretrained", "a"), ("pretrained", [1]), ("size", [1]), ("size", {"a": 1}), ("resume", 1)],
+)  # fmt: skip
+def test_a_field_of_another_type_is_named(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"config\.json is damaged: {name} is "):
+        stored(tmp_path, {name: value})
+
+
+def test_a_config_of_another_experiment_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json is of another experiment \(it sets depth\)"):
+        stored(tmp_path, {"depth": 1})
 
 
 # ------------------------------------------------------------------------------------------------- who may write

@@ -1,6 +1,5 @@
 """`bevfn bench ...`: speed and memory as ratios, against peers and the machine's limits in the same run."""
 
-import json
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ import torch
 import tyro
 
 from bevfn.commands import Experiment
-from bevfn.files import write_atomically
+from bevfn.files import to_json, write_atomically
 
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
@@ -147,7 +146,7 @@ def _report(benchmark: str, figures: dict, json_file: Path | None, device: str =
         "benchmark": benchmark, "date": datetime.now(UTC).date().isoformat(), "machine": machine.describe(device),
         "command": shlex.join(["bevfn", *sys.argv[1:]]), "figures": figures,
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
+    text = to_json(result, indent=1)
+    print(text.decode())
     if json_file is not None:
-        write_atomically(json_file, text.encode())
+        write_atomically(json_file, text)

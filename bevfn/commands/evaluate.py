@@ -1,7 +1,6 @@
 """`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, or a submission for the test split."""
 
-import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,18 +94,7 @@ def run_config(module: Any, checkpoint: Path, data_root: Path | None) -> Any:
     default = module.DEFAULTS[source.kind(data_root)]
     if not (checkpoint.is_dir() and path.is_file()):
         return default
-    stored = json.loads(path.read_text())
-    if foreign := sorted(set(stored) - {field.name for field in fields(default)}):
-        raise ValueError(f"{path} is of another experiment (it sets {foreign[0]}); name the one that was trained")
-    values = {}
-    for field in fields(default):
-        value = stored.get(field.name, getattr(default, field.name))
-        if isinstance(value, list):
-            value = tuple(map(Path, value)) if field.name == "pretrained" else tuple(value)
-        if field.name in ("data_root", "run_dir") and value is not None:
-            value = Path(value)
-        values[field.name] = value
-    return type(default)(**values)
+    return run_folder.stored_config(path, default)
 
 
 def check_fits(task: run.Task, params: dict, state: dict, checkpoint: Path) -> None:

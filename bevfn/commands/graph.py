@@ -1,6 +1,5 @@
 """`bevfn graph EXPERIMENT`: the train step and the inference step as Ascend graphs, without an Ascend."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from bevfn.commands import Experiment, experiment_module
-from bevfn.files import write_atomically
+from bevfn.files import to_json, write_atomically
 from bevfn.synth import key_frame
 from bevfn.training import run
 
@@ -78,7 +77,7 @@ def graph(
             "experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "ops": ops,
             "steps": made,
         }  # fmt: skip
-        write_atomically(json_file, json.dumps(figures, indent=1).encode())
+        write_atomically(json_file, to_json(figures, indent=1))
     return 0 if complete else 1
 
 

@@ -13,6 +13,7 @@ pool), touch no device and print nothing.
 """
 
 import contextlib
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -213,10 +214,15 @@ def _read_ahead(epoch: _Epoch, starts: list[int]) -> Generator["Loaded | _Damage
             generator=torch.Generator(),  # of seeds that nothing here uses; not torch's global one
         )
         with _one_sentence_for_a_killed_worker():
-            iterator = iter(loader)
-    with _signals_of_workers(iterator), _one_sentence_for_a_killed_worker():
-        for item in iterator:
-            yield _received(item)
+            iterator: Any = iter(loader)
+    # At exit torch leaves its workers to multiprocessing, which sends SIGTERM once, and waits for ever: they ignore it.
+    at_exit = multiprocessing.util.Finalize(None, _kill, (iterator._workers,), exitpriority=1)
+    try:
+        with _signals_of_workers(iterator), _one_sentence_for_a_killed_worker():
+            for item in iterator:
+                yield _received(item)
+    finally:
+        at_exit.cancel()
 
 
 @dataclass(frozen=True)
@@ -242,6 +248,11 @@ def _shared_memory_fits(batch: Any, workers: int) -> bool:
     if not os.path.isdir(SHARED_MEMORY):
         return True  # macOS has another mechanism
     return shutil.disk_usage(SHARED_MEMORY).free > 2 * workers * sum(leaf.nbytes for leaf in tree.leaves(batch))
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _unchanged(item: Any) -> Any:

@@ -7,6 +7,7 @@ Source: BEVDepth bevdepth/layers/heads/bev_depth_head.py (behaviour); golden cas
 import torch
 from torch import Tensor
 
+from bevfn import boxes as box_ops
 from bevfn import losses
 from bevfn.distributed import Replicas
 from bevfn.heads.centerpoint import OUTPUTS, Config
@@ -30,9 +31,10 @@ def loss(
         replicas: normalisers are averaged over them, as published.
 
     Returns:
-        total (0-d) and {"task0/heatmap", "task0/bbox", ..., "heatmap", "bbox" (their sums), "num_pos"}, plus "targets":
-        what was assigned, for parity and notebooks.
+        total (0-d) and {"task0/heatmap", "task0/bbox", ..., "heatmap", "bbox" (their sums), "num_pos", "bad_boxes" (see
+        `boxes.only_usable`)}, plus "targets": what was assigned, for parity and notebooks.
     """
+    boxes, valid, bad = box_ops.only_usable(boxes, valid)
     found = targets(boxes, labels, valid, config)
     terms: dict = {}
     for t, maps in enumerate(tasks):
@@ -47,7 +49,7 @@ def loss(
     for name in ("heatmap", "bbox"):
         terms[name] = torch.stack([terms[f"task{t}/{name}"] for t in range(len(tasks))]).sum()
     total = terms["heatmap"] + terms["bbox"]
-    return total, {**terms, "num_pos": found["inside"].sum(), "targets": found}
+    return total, {**terms, "num_pos": found["inside"].sum(), "bad_boxes": bad, "targets": found}
 
 
 def _mean_count(count: Tensor, replicas: Replicas | None) -> Tensor:
@@ -68,7 +70,7 @@ def targets(boxes: Tensor, labels: Tensor, valid: Tensor, config: Config) -> dic
     place = [(boxes[..., a] - config.lower[a]) / config.cell[a] for a in range(2)]  # B G, in cells
     whole = [p.trunc() for p in place]
     inside = valid & (whole[0] >= 0) & (whole[0] < X) & (whole[1] >= 0) & (whole[1] < Y)
-    inside = inside & (boxes[..., 3] > 0) & (boxes[..., 4] > 0)
+    inside = inside & (boxes[..., 3] > 0) & (boxes[..., 4] > 0)  # as published; `loss` gives none with other sizes
     cell = torch.where(inside, whole[1] * X + whole[0], 0.0).to(torch.int64)
     code = torch.where(inside[..., None], encode(boxes, place, whole), 0.0)
     members = [
@@ -85,7 +87,7 @@ def encode(boxes: Tensor, place: list[Tensor], whole: list[Tensor]) -> Tensor:
     height = boxes[..., 2] + boxes[..., 5] * 0.5
     yaw = boxes[..., 6]
     turn = torch.stack([yaw.sin(), yaw.cos()], -1)
-    return torch.cat([offset, height[..., None], boxes[..., 3:6].log(), turn, boxes[..., 7:9]], -1)
+    return torch.cat([offset, height[..., None], box_ops.log_size(boxes), turn, boxes[..., 7:9]], -1)
 
 
 def gather_code(maps: dict[str, Tensor], cell: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ def loss(
 
     Returns:
         total (0-d) and {"heatmap", "cls", "bbox" (of the last layer; earlier ones "layer_i/..."), "matched_iou",
-        "num_pos"}, plus "targets": what was assigned, for parity and notebooks.
+        "num_pos", "bad_boxes" (see `boxes.only_usable`)}, plus "targets": what was assigned, for parity and notebooks.
     """
+    boxes, valid, bad = box_ops.only_usable(boxes, valid)
     heat = heatmap_target(boxes, labels, valid, config)
     total = terms_heatmap = losses.gaussian_focal(outputs["dense_heatmap"], heat, train=train)
     terms = {"heatmap": terms_heatmap}
@@ -45,7 +46,7 @@ def loss(
         targets |= assigned
     terms["matched_iou"] = targets["mean_iou"]
     terms["num_pos"] = targets["positive"].sum()
-    return total, {**terms, "targets": targets}
+    return total, {**terms, "bad_boxes": bad, "targets": targets}
 
 
 def matching_cost(pred: dict[str, Tensor], boxes: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -105,7 +106,7 @@ def encode_boxes(boxes: Tensor, config: Config) -> Tensor:
     height = boxes[..., 2] + boxes[..., 5] * 0.5
     yaw = boxes[..., 6]
     head = torch.stack([*center, height], -1)
-    return torch.cat([head, boxes[..., 3:6].log(), torch.stack([yaw.sin(), yaw.cos()], -1), boxes[..., 7:9]], -1)
+    return torch.cat([head, box_ops.log_size(boxes), torch.stack([yaw.sin(), yaw.cos()], -1), boxes[..., 7:9]], -1)
 
 
 def heatmap_target(boxes: Tensor, labels: Tensor, valid: Tensor, config: Config) -> Tensor:

@@ -302,7 +302,7 @@ def loss(
     replicas: the detection losses' normalisers alone, with each process' own batch statistics: the published recipe.
 
     Returns:
-        total (0-d float32) and (new state, metrics: loss terms "loss/*", "num_pos").
+        total (0-d float32) and (new state, metrics: loss terms "loss/*", "num_pos", "bad/targets").
 
     Raises ValueError if the batch has no annotations, or no depth while the depth loss counts.
     """
@@ -314,7 +314,8 @@ def loss(
         outputs["head"]["tasks"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head,
         replicas=replicas or pooled,
     )  # fmt: skip
-    metrics = {f"loss/{name}": terms[name].detach() for name in ("heatmap", "bbox")} | {"num_pos": terms["num_pos"]}
+    metrics = {f"loss/{name}": terms[name].detach() for name in ("heatmap", "bbox")}
+    metrics |= {"num_pos": terms["num_pos"], "bad/targets": terms["bad_boxes"]}
     if config.depth_loss_weight:
         depth = depth_loss(outputs, batch, config, pooled)
         total, metrics["loss/depth"] = total + depth, depth.detach()

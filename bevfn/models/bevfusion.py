@@ -290,7 +290,8 @@ def loss(
     loss of their one big batch. (The published recipe has True on every replica.)
 
     Returns:
-        total (0-d float32) and (new state, metrics: loss terms "loss/*", "matched_iou", "num_pos", "overflow/*").
+        total (0-d float32) and (new state, metrics: loss terms "loss/*", "matched_iou", "num_pos", "overflow/*",
+        "bad/targets").
     """
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     total, terms = transfusion_loss.loss(
@@ -298,7 +299,7 @@ def loss(
     )
     metrics = {"loss/total": total.detach(), "matched_iou": terms["matched_iou"], "num_pos": terms["num_pos"]}
     metrics |= {f"loss/{k}": v.detach() for k, v in terms.items() if k.split("/")[-1] in ("heatmap", "cls", "bbox")}
-    metrics |= {f"overflow/{k}": v for k, v in outputs["overflow"].items()}
+    metrics |= {f"overflow/{k}": v for k, v in outputs["overflow"].items()} | {"bad/targets": terms["bad_boxes"]}
     return total, (new, metrics)
 
 

@@ -4,12 +4,16 @@
     runs/x/checkpoints/best.json                                which of them scored best
 
 A folder is written under a hidden name, fsynced and renamed, and every other change is a rename too: whatever kills the
-process at whatever moment, each visible folder is a whole checkpoint. What a disk breaks later a CRC finds on reading.
+process at whatever moment, each visible folder is a whole checkpoint. What a disk breaks later two CRCs find on reading: the
+tensors' in meta.json, and meta.json's own.
 """
 
 import errno
+import itertools
 import json
+import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -17,14 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.files import write_atomically
+from bevfn.files import read_json, to_json, write_atomically
 
 TENSORS, META, BEST = "train_state.safetensors", "meta.json", "best.json"
+# "step_00000060+" was on its way to replace another of the same step. Other names beside them are the user's.
+NAME = re.compile(r"step_(\d+)\+?")
+LEFTOVER = re.compile(rf"\.step_\d+\+?\.\d+\.(new|old)|\.{re.escape(BEST)}\..*\d")
+FORMAT = 2  # of meta.json: sealed; before it had no format and no seal
 OVERHEAD = 2**20  # bytes on disk besides the tensors' own: names, JSON, the file system's blocks
 CHUNK = 2**22  # bytes
 UNREADABLE = -1  # serial of a checkpoint whose meta.json is damaged
@@ -77,7 +85,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def save_step(folder: Path, train_state: Any, meta: dict, *, keep: int = 3) -> None:
     """Writes `train_state` and `meta` as `folder`, such as runs/x/checkpoints/step_00000060, then deletes all but the
-    best and the `keep` last written beside it (0: none).
+    best and the `keep` last written beside it (0: none). What the user put there, or into one of them, stays.
 
     Raises OSError of one sentence that names the folder and the bytes it takes if they do not fit; nothing is left of
     it then, and the earlier checkpoints are as they were. One process may write there at a time (see run_folder).
@@ -89,13 +97,15 @@ def save_step(folder: Path, train_state: Any, meta: dict, *, keep: int = 3) -> N
         made.mkdir(parents=True)
         _check_room(folder.parent, leaves)
         _write_tensors(made / TENSORS, leaves)
-        record = {"torch": torch.__version__, **meta, "checkpoint": _seal(made, folder.parent)}
-        write_atomically(made / META, json.dumps(record, indent=1).encode())
+        record = {"torch": torch.__version__, **meta, "format": FORMAT, "checkpoint": _described(made, folder.parent)}
+        # as it will be read: tuples are lists there, and the seal is of that
+        record = read_json(to_json(record))
+        write_atomically(made / META, to_json(record | {"seal": _seal(record)}, indent=1))
         _sync(made)
         if folder.exists():  # no rename replaces a full folder, so the new one is first shown beside it
             _remove(beside)
             os.replace(made, beside)
-            _remove(folder)
+            _remove(folder) if _is_ours(folder) else os.replace(folder, _free_name(folder))
             os.replace(beside, folder)
         else:
             os.replace(made, folder)
@@ -107,7 +117,7 @@ def save_step(folder: Path, train_state: Any, meta: dict, *, keep: int = 3) -> N
     if keep:
         kept = {folder, best(folder.parent)}
         for old in steps(folder.parent)[:-keep]:
-            if old not in kept:
+            if old not in kept and _is_ours(old):
                 _remove(old)
 
 
@@ -118,9 +128,8 @@ def load_step(folder: Path, like: Any) -> tuple[Any, dict]:
     another shape or dtype.
     """
     folder = Path(folder)
-    meta = _read_meta(folder)
-    _check_tensors(folder, meta)
-    stored, ours = load_tensors(folder / TENSORS), tree.flatten(like)
+    meta = read_meta(folder)
+    stored, ours = read(folder), tree.flatten(like)
     differences = tree.diff(stored, ours)
     if differences:
         raise ValueError(
@@ -130,13 +139,20 @@ def load_step(folder: Path, like: Any) -> tuple[Any, dict]:
     return tree.unflatten({k: v.to(ours[k].device, copy=True) for k, v in stored.items()}, like), meta
 
 
+def read(folder: Path) -> dict[str, Tensor]:
+    """The leaves of a checkpoint by dotted path, on the CPU; raises ValueError, naming it, if anything of it is damaged."""
+    check(folder)
+    return load_tensors(Path(folder) / TENSORS)
+
+
 def steps(checkpoints: Path) -> list[Path]:
-    """The checkpoints of a run, step_*, in the order in which they were written; damaged ones first.
+    """The checkpoints of a run, step_<number>, in the order in which they were written; damaged ones first.
 
     The order is a number in meta.json, not the time or the name: clocks go wrong, copies lose times, and a run that
     starts again writes smaller step numbers beside larger ones of the run before.
     """
-    return sorted((f for f in Path(checkpoints).glob("step_*") if f.is_dir()), key=lambda f: (_serial(f), f.name))
+    found = (f for f in Path(checkpoints).glob("step_*") if NAME.fullmatch(f.name) and f.is_dir())
+    return sorted(found, key=lambda f: (_serial(f), f.name))
 
 
 def latest(checkpoints: Path, say: Callable[[str], Any] = print) -> Path | None:
@@ -144,7 +160,7 @@ def latest(checkpoints: Path, say: Callable[[str], Any] = print) -> Path | None:
     # Those that do not say when they were written come first, since they may have been the last.
     for folder in sorted(reversed(steps(checkpoints)), key=lambda f: _serial(f) > UNREADABLE):
         try:
-            _check_tensors(folder, _read_meta(folder))
+            check(folder)
             return folder
         except (ValueError, OSError) as error:
             say(f"skipped a checkpoint: {error}")
@@ -161,9 +177,9 @@ def keep_best(checkpoints: Path, name: str, value: float) -> bool:
             f"{checkpoints} has no checkpoint {name} that could be the best; save it before its evaluation."
         )
     before = _read_best(checkpoints)
-    if before is not None and not value > before["value"]:
+    if not math.isfinite(value) or (before is not None and not value > before["value"]):
         return False
-    write_atomically(Path(checkpoints) / BEST, json.dumps({"name": name, "value": value}).encode())
+    write_atomically(Path(checkpoints) / BEST, to_json({"name": name, "value": value}))
     return True
 
 
@@ -175,44 +191,103 @@ def best(checkpoints: Path) -> Path | None:
 
 def sweep(checkpoints: Path) -> None:
     """Deletes what killed writes left behind. Only for the process that holds the run folder's lock."""
-    for pattern in (".step_*", f".{BEST}.*"):
-        for leftover in Path(checkpoints).glob(pattern):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in Path(checkpoints).glob(".*"):
+        if LEFTOVER.fullmatch(leftover.name):
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------- small parts
 
 
-def _seal(made: Path, checkpoints: Path) -> dict[str, int]:
+def _described(made: Path, checkpoints: Path) -> dict[str, int]:
     """What `latest` orders by and checks: one more than any checkpoint there, size and CRC of the tensors."""
     size, crc = _crc(made / TENSORS)
     return {"serial": 1 + max(map(_serial, steps(checkpoints)), default=0), "bytes": size, "crc32": crc}
 
 
+def _seal(meta: dict) -> int:
+    """CRC-32 of what meta.json says besides, however it is laid out."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
 def _serial(folder: Path) -> int:
     try:
-        return int(_read_meta(folder).get("checkpoint", {}).get("serial", 0))
-    except (ValueError, AttributeError, TypeError):
+        return read_meta(folder).get("checkpoint", {}).get("serial", 0)
+    except (ValueError, OSError):
         return UNREADABLE
 
 
-def _read_meta(folder: Path) -> dict:
-    if not (folder / META).is_file():
+def read_meta(folder: Path) -> dict:
+    """What meta.json says, without its seal; raises ValueError, naming it, unless all of it is as it was written."""
+    path = Path(folder) / META
+    if not path.is_file():
         raise ValueError(
             f"{folder} is not a training checkpoint: it has no {META}; give a folder such as step_00000060"
         )
     try:
-        return dict(json.loads((folder / META).read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / META} is damaged ({error}); use an older checkpoint") from None
+        meta = read_json(path.read_bytes())
+        if not isinstance(meta, dict):
+            raise ValueError(f"it is a {type(meta).__name__}, not a JSON object")
+        _check_meta(meta)
+        named = NAME.fullmatch(Path(folder).name)
+        if named and meta.get("step", int(named[1])) != int(named[1]):
+            raise ValueError(f"it says step {meta['step']}, its folder's name says {int(named[1])}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); use an older checkpoint") from None
+    return meta
 
 
-def _check_tensors(folder: Path, meta: dict) -> None:
-    path, seal = folder / TENSORS, meta.get("checkpoint")
+def _check_meta(meta: dict) -> None:
+    """Raises ValueError unless the seal is right, and what is read here has its type; takes the seal out."""
+    seal = meta.pop("seal", None)
+    if "format" in meta or seal is not None:
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"its format is {meta.get('format')!r}, this bevfn reads {FORMAT}")
+        if seal != _seal(meta):
+            raise ValueError("it is not what its seal says")
+    described = meta.get("checkpoint", {})
+    if not isinstance(described, dict):
+        raise ValueError(f"its checkpoint is {described!r}")
+    numbers = {"step": meta.get("step", 0)} | {name: described.get(name, 0) for name in ("serial", "bytes", "crc32")}
+    for name, value in numbers.items():
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"its {name} is {str(value)[:40]}")
+
+
+def check(folder: Path) -> None:
+    """Raises ValueError, naming it, unless a checkpoint is whole: meta.json, tensors, folder name agree."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    path, described = folder / TENSORS, meta.get("checkpoint")
     if not path.is_file():
         raise ValueError(f"{folder} is incomplete: it has no {TENSORS}; use an older checkpoint")
-    if seal is not None and _crc(path) != (seal.get("bytes"), seal.get("crc32")):
+    if described is not None and _crc(path) != (described.get("bytes"), described.get("crc32")):
         raise ValueError(f"{path} is damaged: its size or CRC is not what {META} says; use an older checkpoint")
+    step = _step_of_tensors(path)
+    if step is not None and meta.get("step", step) != step:
+        raise ValueError(f"{path} is of step {step}, {META} says {meta['step']}; use an older checkpoint")
+
+
+def _step_of_tensors(path: Path) -> int | None:
+    """The leaf `step` of a train state, None where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            leaf = file.get_tensor("step") if "step" in file.keys() else None  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use an older checkpoint") from None
+    return int(leaf) if leaf is not None and leaf.numel() == 1 else None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether there is something in it, and nothing but what `save_step` writes."""
+    inside = {f.name for f in folder.iterdir()}
+    return not folder.is_symlink() and bool(inside) and inside <= {TENSORS, META}
+
+
+def _free_name(folder: Path) -> Path:
+    """Beside `folder`, and no checkpoint's."""
+    names = (folder.with_name(f"{folder.name}.replaced{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _crc(path: Path) -> tuple[int, int]:
@@ -229,10 +304,14 @@ def _read_best(checkpoints: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
-        return found if (Path(checkpoints) / found["name"]).is_dir() else None
-    except (ValueError, KeyError, TypeError):
+        found = read_json(path.read_bytes())
+        if not (
+            NAME.fullmatch(found["name"]) and type(found["value"]) in (int, float) and math.isfinite(found["value"])
+        ):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{path} is damaged; delete it, and the next evaluation writes it again") from None
+    return found if (Path(checkpoints) / found["name"]).is_dir() else None
 
 
 def _check_room(folder: Path, leaves: dict[str, Tensor]) -> None:

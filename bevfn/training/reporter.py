@@ -8,7 +8,6 @@ their sums.
 import contextlib
 import datetime
 import io
-import json
 import math
 import os
 import resource
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from bevfn.files import write_atomically, writing
+from bevfn.files import read_json, to_json, write_atomically, writing
 
 METRICS_FILE, BOARD = "metrics.jsonl", "tensorboard"
 # What a counter's first non-zero value means to the user; the longest matching beginning of its name counts.
@@ -37,6 +36,7 @@ WARNINGS = {
     "bad/": "items of the data are broken and were dropped; check the files",
     "bad/samples": "samples are damaged and others took their place; check the files that are named",
     "bad/points": "points are NaN or infinite and were dropped; check the point files",
+    "bad/targets": "boxes have sizes that are not above 0, or numbers that are not finite, and taught nothing; check the data",
     "empty/": "samples have nothing to learn from; check the range and the data",
     "empty/points": "samples have no point in range; check the point files and point_cloud_range",
     "empty/boxes": "samples have no annotated box in range and teach background only",
@@ -128,10 +128,9 @@ class Reporter:
         Raises NotWritten if the disk is full.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        record = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        line = json.dumps({"step": step, "seconds": round(seconds, 6), **record}) + "\n"
+        line = to_json({"step": step, "seconds": round(seconds, 6), **values}) + b"\n"
         for file, content in (
-            (self._jsonl, line.encode()),
+            (self._jsonl, line),
             (self._board, _scalars(step, {**values, "seconds": seconds})),
         ):
             with writing(Path(file.name)):
@@ -238,14 +237,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The steps of a run folder in order; every value a float.
 
     Where a resumed run begins again at a step, its lines replace those that the run before had written from that step
-    on. A last line that a killed run did not finish is left out.
+    on. A last line that a killed run did not finish is left out. Raises ValueError, naming file and line, for another
+    that is no record.
     """
-    text = (Path(run_dir) / METRICS_FILE).read_text()
+    path = Path(run_dir) / METRICS_FILE
+    text = path.read_bytes()
     records: list[dict[str, float]] = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        record = {name: float(value) for name, value in json.loads(line).items()}
-        while records and records[-1]["step"] >= record["step"]:
-            records.pop()
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            record = {name: float(value) for name, value in read_json(line).items()}
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
+            raise ValueError(f"{path}, line {number} is damaged; delete that line") from None
         records.append(record)
     return records
 

@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +29,14 @@ from bevfn.data.index import Index
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
-from bevfn.files import write_atomically
-from bevfn.precision import Policy
-from bevfn.training import checkpoint, optim, run_folder, signals, train
+from bevfn.files import read_json, to_json, write_atomically
+from bevfn.precision import LOWEST_SCALE, Policy
+from bevfn.training import checkpoint, optim, origin, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
 
 RUNS = Path("runs")
+SUMMARY = "summary.json"
+PATIENCE = 5  # steps of fp16 that are skipped in a row before it is asked why
 # What a resumed run may change without changing its numbers.
 FREE = frozenset(
     {"workers", "resume", "force", "keep", "checkpoint_every", "eval_every", "eval_backend", "on_damaged", "run_dir"}
@@ -94,9 +98,9 @@ class Config:
     run_dir: Path = Path("runs/run")
     """config.json, metrics.jsonl, tensorboard/, checkpoints/, evaluations/, report.html"""
     resume: bool = False
-    """go on from the latest checkpoint in --run-dir"""
+    """go on from the latest checkpoint in --run-dir. A run that SIGTERM or Ctrl-C stops saves, and exits with 143 or 130"""
     force: bool = False
-    """resume although the config has changed"""
+    """resume although the config, the data, the processes or the code have changed"""
     seed: int = 0
     """of parameters, augmentation, data order and dropout"""
 
@@ -164,6 +168,8 @@ class Run:
     config: Config
     plan: Plan
     replicas: Replicas | None = None
+    facts: dict = dataclasses.field(default_factory=dict)
+    """see `facts`; every checkpoint keeps them"""
 
     @property
     def leads(self) -> bool:
@@ -198,16 +204,24 @@ def initial(run: Run) -> tuple[dict, dict]:
 
 
 def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
-    """(params, state) of an imported file, or of a training checkpoint's folder (`ema`: their averages, if it has)."""
+    """(params, state) of an imported file, or of a training checkpoint's folder (`ema`: their averages, if it has).
+
+    Raises ValueError, naming the file, if it is absent or damaged, or a weight in it is not finite.
+    """
     if not path.is_dir():
         imported = upstream.read_imported(path)
-        return imported.params, imported.state
-    tensors = checkpoint.load_tensors(path / checkpoint.TENSORS)
-    root = "ema." if ema and any(name.startswith("ema.") for name in tensors) else ""
-    params, state = (
-        upstream.nest({n.removeprefix(root + part): x for n, x in tensors.items() if n.startswith(root + part)})
-        for part in ("params.", "state.")
-    )
+        params, state = imported.params, imported.state
+    else:
+        tensors = checkpoint.read(path)
+        root = "ema." if ema and any(name.startswith("ema.") for name in tensors) else ""
+        params, state = (
+            upstream.nest({n.removeprefix(root + part): x for n, x in tensors.items() if n.startswith(root + part)})
+            for part in ("params.", "state.")
+        )
+    if bad := train.first_nonfinite({"params": params, "state": state}):
+        raise ValueError(
+            f"{path}: {bad} is NaN or infinite; take an older checkpoint, or import the published file again"
+        )
     return params, state
 
 
@@ -247,7 +261,7 @@ def example(run: Run) -> Any:
     return batch.to(run.config.device)
 
 
-def microbatches(run: Run, start: int) -> Iterator[tuple[int, list[loader.Loaded]]]:
+def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loaded]], None, None]:
     """(steps done after it, this process' microbatches) of every step behind the first `start` ones."""
     data, config, plan = run.task.data, run.config, run.plan
     rank, count = (run.replicas.rank, run.replicas.count) if run.replicas is not None else (0, 1)
@@ -273,19 +287,24 @@ def microbatches(run: Run, start: int) -> Iterator[tuple[int, list[loader.Loaded
 
 
 def main(make_task: Callable[[Any], Task], config: Config) -> dict:
-    """Trains, evaluates, reports, on one process or as one of torchrun's; returns the summary that it writes."""
+    """Trains, evaluates, reports, on one process or as one of torchrun's; returns the summary that it writes.
+
+    Raises ValueError and OSError of one sentence for what a user can mend, distributed.Lost where another process of the
+    run is gone, and signals.Stopped, a SystemExit, after a signal.
+    """
     host.keep_freed_memory()
     for backend in (config.backend, config.eval_backend):
         compilation.check_backend(backend)
     replicas = distributed.start(config.device)
     try:
-        if replicas is None or replicas.rank == 0:
-            source.prepare(config.data_root)
-        distributed.gather(None, replicas)  # the others wait for it
-        task = make_task(config)
-        run = Run(task, config, plan(config, task.data.items, replicas), replicas)
-        with contextlib.ExitStack() as stack:
-            latest = stack.enter_context(open_folder(config)) if run.leads else None
+        with distributed.watched(replicas), contextlib.ExitStack() as stack:
+            if replicas is None or replicas.rank == 0:
+                source.prepare(config.data_root)
+            distributed.gather(None, replicas)  # the others wait for it
+            task = make_task(config)
+            run = Run(task, config, plan(config, task.data.items, replicas), replicas)
+            run = dataclasses.replace(run, facts=facts(run))
+            latest = stack.enter_context(open_folder(run)) if run.leads else None
             agreed = distributed.gather(None if latest is None else str(latest), replicas)[0]  # of the one that leads
             return _train(run, None if agreed is None else Path(agreed))
     finally:
@@ -295,26 +314,31 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
 def _train(run: Run, latest: Path | None) -> dict:
     """The run from its latest checkpoint, or from the start; its summary."""
     started, config = time.perf_counter(), run.config
+    if latest is not None and (summary := finished(run, latest)) is not None:
+        return summary
     train_state, step = build(run)
-    start = 0
     if latest is not None:
-        train_state, meta = checkpoint.load_step(latest, train_state)
-        start = meta["step"]
+        train_state, _ = checkpoint.load_step(latest, train_state)
+    start = int(train_state.step)
     say(run, describe(run, train_state, start))
-    summary: dict = {}
+    summary = {"steps": start}
     seconds: list[float] = []
+    skipped = 0  # steps in a row
     if start == 0 and config.eval_first:
         summary["scores_before"] = evaluate(run, train_state, 0)
     if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
         summary["scores"] = evaluate(run, train_state, start)
-    with reporting(run, start) as reporter, signals.on_terminate() as stop:
+    with (
+        reporting(run, start) as reporter, signals.on_terminate() as stop,
+        contextlib.closing(microbatches(run, start)) as stream, saved_when_others_end(run, train_state),
+    ):  # fmt: skip
         done, began, problems = start, time.perf_counter(), []
-        for done, loaded in readable(run, microbatches(run, start), problems):
+        for done, loaded in readable(run, stream, problems):
             batches = [item.batch.to(config.device) for item in loaded]
             train_state, metrics = step(train_state, batches)
             values = {name: float(value) for name, value in metrics.items()}  # the step's only copy to the host
             values |= counters(run, loaded)
-            check_finite(run, train_state, values, batches, loaded, done)
+            skipped = check_finite(run, train_state, values, batches, loaded, done, skipped)
             seconds.append(time.perf_counter() - began)
             reporter.log(done, values, seconds[-1])
             summary = {"first_loss": values["loss/total"], **summary, "last_loss": values["loss/total"], "steps": done}
@@ -327,7 +351,7 @@ def _train(run: Run, latest: Path | None) -> dict:
             began = time.perf_counter()
         if distributed.agree(stop.requested or bool(problems), run.replicas):
             save_at_stop(run, train_state, start, done, stop, problems)
-            return summary
+            raise signals.Stopped(stop.number or signal.SIGTERM)  # which another process got
     return finish(run, summary, seconds, started)
 
 
@@ -343,6 +367,27 @@ def readable(run: Run, steps: Iterator[tuple], problems: list[Exception]) -> Ite
             return
         assert item is not None
         yield item
+
+
+@contextlib.contextmanager
+def saved_when_others_end(run: Run, train_state: train.TrainState) -> Iterator[None]:
+    """Saves the steps that `train_state`, which every step updates in place, has made when another process is lost.
+
+    The process that leads writes, or the first that is left: all have the same state.
+    """
+    try:
+        with distributed.watched(run.replicas):
+            yield
+    except distributed.Lost as lost:
+        assert run.replicas is not None
+        done = int(train_state.step)
+        if run.replicas.rank == min(set(range(run.replicas.count)) - lost.gone) and done and run.config.mode == "full":
+            folder = run.config.run_dir / run_folder.CHECKPOINTS / step_name(done)
+            with contextlib.nullcontext() if run.leads else run_folder.locked(run.config.run_dir):
+                if not folder.is_dir():
+                    write(run, train_state, done)
+            print(f"step {done} is saved; add --resume to go on", flush=True)
+        raise
 
 
 def save_at_stop(
@@ -361,10 +406,24 @@ def save_at_stop(
         raise problems[0]
 
 
+def finished(run: Run, latest: Path) -> dict | None:
+    """The summary of a run of which nothing is left to do, and says so; None if there is."""
+    done, path = checkpoint.read_meta(latest).get("step"), run.config.run_dir / SUMMARY
+    if done is not None and done > run.plan.total_steps:
+        raise ValueError(f"{latest} has made {done} steps, the run has {run.plan.total_steps}; give the old flags")
+    if done != run.plan.total_steps or not path.is_file() or not evaluation_folder(run, done).is_dir():
+        return None
+    summary = read_json(path.read_bytes())
+    if not isinstance(summary, dict) or summary.get("steps") != done:
+        return None
+    say(run, f"{run.config.run_dir} is finished: all {done} steps are made and evaluated, and nothing is changed")
+    return summary
+
+
 def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dict:
     """Adds speed, time and memory to the summary, writes it and the report, says where."""
     counted = seconds[run.config.warm_up :] or seconds[1:] or seconds
-    speed = run.plan.batch * len(counted) / sum(counted) if counted else float("nan")
+    speed = run.plan.batch * len(counted) / sum(counted) if counted else None
     summary |= {
         "samples_per_second": speed,
         "minutes": (time.perf_counter() - started) / 60,
@@ -372,20 +431,37 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
         "config": flags(run.config),
     }
     if run.leads:
-        write_atomically(run.config.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        write_atomically(run.config.run_dir / SUMMARY, to_json(summary, indent=1))
     counted_from = (
         f"after {run.config.warm_up} steps" if len(seconds) > run.config.warm_up else "without the first step"
     )
-    say(run, f"{speed:.3g} samples/s {counted_from}, {summary['minutes']:.1f} minutes; all in {run.config.run_dir}")
+    pace = "no step was left to make" if speed is None else f"{speed:.3g} samples/s {counted_from}"
+    say(run, f"{pace}, {summary['minutes']:.1f} minutes; all in {run.config.run_dir}")
     return summary
 
 
 # ------------------------------------------------------------------------------------------------------- small parts
 
 
-def open_folder(config: Config) -> contextlib.AbstractContextManager[Path | None]:
+def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
     """The run folder, locked; gives the checkpoint to go on from."""
-    return run_folder.open(config.run_dir, flags(config), resume=config.resume, force=config.force, free=FREE)
+    config = run.config
+    # R processes with A microbatches each make the same step for equal R A, unless something is summed over the R.
+    coupled = config.sync_statistics or run.task.shared_normalisers
+    return run_folder.open(
+        config.run_dir, flags(config), resume=config.resume, force=config.force, facts=run.facts,
+        free=FREE if coupled else FREE | {"processes", "accumulate"},
+    )  # fmt: skip
+
+
+def facts(run: Run) -> dict:
+    """What the numbers of a run depend on besides its config, for its checkpoints."""
+    data, plan, processes = run.task.data, run.plan, run.replicas.count if run.replicas is not None else 1
+    return {
+        "processes": processes, "accumulate": run.config.accumulate, "microbatches": processes * run.config.accumulate,
+        "samples_per_epoch": len(data.items), "total_steps": plan.total_steps,
+        "data": origin.data(data.training, data.items), "code": origin.code(),
+    }  # fmt: skip
 
 
 def flags(config: Config) -> dict:
@@ -439,22 +515,63 @@ def _sum(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 
 
 def check_finite(
-    run: Run, train_state: train.TrainState, values: dict, batches: list[Any], loaded: list[loader.Loaded], done: int
-) -> None:
-    """Stops a run whose gradients are not finite where no loss scale explains it.
+    run: Run,
+    train_state: train.TrainState,
+    values: dict,
+    batches: list[Any],
+    loaded: list[loader.Loaded],
+    done: int,
+    skipped: int,
+) -> int:
+    """Steps that were skipped in a row, this one included; `skipped` were before it.
 
-    Raises ValueError naming the step, the samples and the first bad tensor.
+    Stops a run that cannot learn so: at once in fp32 and bf16, where nothing explains a loss or a gradient that is not
+    finite; in fp16, whose scale may be too high, after PATIENCE steps in a row if the loss itself is not finite, or the
+    scale cannot fall. Raises ValueError naming the step, the samples, and the terms of the loss or the first bad tensor,
+    in all processes.
     """
-    if not values["skipped"] or run.config.precision == "fp16":
-        return
-    bad = train.bad_gradient(
-        partial(run.task.loss, train=True), run.task.optimizer(run.plan), train_state, batches, run.replicas
-    )
-    tokens = ", ".join(token for item in loaded for token in item.tokens)
+    if not values["skipped"]:
+        return 0
+    scaled, skipped = run.config.precision == "fp16", skipped + 1
+    bad_terms = [name for name, value in values.items() if name.startswith(train.LOSS) and not math.isfinite(value)]
+    tokens = [token for item in loaded for token in item.tokens]
+    if scaled and skipped % PATIENCE:
+        tell_of_fp16(run, values, done, skipped, bad_terms, tokens)
+        return skipped
+    lowest = scaled and values["loss_scale"] <= LOWEST_SCALE
+    if scaled and not bad_terms and not lowest:
+        return skipped
+    samples = distributed.gather(tokens, run.replicas)
+    loss = partial(run.task.loss, train=True)
+    if bad_terms:
+        alone = [
+            f"sample {loaded[bad.microbatch].tokens[bad.sample]}: {', '.join(bad.terms)}"
+            for bad in train.bad_losses(loss, train_state, batches)
+        ]
+        alone = [line for part in distributed.gather(alone, run.replicas) for line in part]
+        what = f"the loss is not finite, {'; '.join(alone) or ', '.join(bad_terms)}"
+        first = train.first_nonfinite({"batch": batches[0] if len(batches) == 1 else batches})
+        what += f", first {first}" if first else ""
+    else:
+        optimizer = run.task.optimizer(run.plan)
+        bad = train.bad_gradient(loss, optimizer, train_state, batches, run.replicas)
+        what = f"the gradients are not finite, first {bad or 'in another process'}"
     raise ValueError(
-        f"step {done}: the gradients are not finite, first {bad or 'in another process'}; samples {tokens}; lower --lr, "
-        "or look at these samples"
+        f"step {done}: {what}; samples {', '.join(token for part in samples for token in part)}; lower --lr, or look at "
+        "these samples"
     )
+
+
+def tell_of_fp16(run: Run, values: dict, done: int, skipped: int, bad_terms: list[str], tokens: list[str]) -> None:
+    """Says what a skipped step of fp16 may mean, where it is more than a loss scale that was too high."""
+    if bad_terms and skipped == 1:
+        samples = ", ".join(token for part in distributed.gather(tokens, run.replicas) for token in part)
+        say(run, f"warning: step {done} is skipped: {', '.join(bad_terms)} not finite, with samples {samples}")
+    if LOWEST_SCALE < values["loss_scale"] <= 2 * LOWEST_SCALE:
+        say(
+            run,
+            f"warning: step {done}: the loss scale has fallen to its lowest, {LOWEST_SCALE:g}; lower --lr, or take bf16",
+        )
 
 
 def checkpoint_due(run: Run, done: int) -> bool:
@@ -465,8 +582,13 @@ def checkpoint_due(run: Run, done: int) -> bool:
 def save(run: Run, train_state: train.TrainState, done: int) -> None:
     """A checkpoint; every process has the same state, one writes."""
     if run.leads:
-        folder = run.config.run_dir / run_folder.CHECKPOINTS / step_name(done)
-        checkpoint.save_step(folder, train_state, {"step": done}, keep=run.config.keep)
+        write(run, train_state, done)
+
+
+def write(run: Run, train_state: train.TrainState, done: int) -> None:
+    """A checkpoint of this process' state, with what the run's numbers depend on."""
+    folder = run.config.run_dir / run_folder.CHECKPOINTS / step_name(done)
+    checkpoint.save_step(folder, train_state, {"step": done, run_folder.FACTS: run.facts}, keep=run.config.keep)
 
 
 def evaluation_due(run: Run, done: int) -> bool:

@@ -1,10 +1,14 @@
 """A run's folder belongs to one process at a time and to one config: the lock, config.json, and where to go on.
 
-with run_folder.open(Path("runs/x"), config, resume=True) as latest:      # a checkpoint's folder, or None
+with run_folder.open(Path("runs/x"), config, resume=True, facts={"total_steps": 630}) as latest:  # a folder, or None
     ...
+
+What a run's numbers depend on besides its config (`facts`: data, processes, code) is in each checkpoint's meta.json under
+"run", and a run that goes on from it must have the same.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -14,12 +18,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from bevfn.files import write_atomically
+from bevfn.files import read_json, to_json, write_atomically
 from bevfn.training import checkpoint
-from bevfn.training.reporter import METRICS_FILE
+from bevfn.training.reporter import METRICS_FILE, read_metrics
 
+FACTS = "run"  # in meta.json
 CONFIG_FILE, LOCK_FILE, CHECKPOINTS = "config.json", ".lock", "checkpoints"
 PATIENCE = 3.0  # s for the workers of a killed run, which hold its lock until they notice (data/loader.py)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
@@ -33,36 +39,103 @@ def open(
     resume: bool = False,
     force: bool = False,
     free: frozenset[str] = frozenset(),
+    facts: dict | None = None,
     say: Callable[[str], Any] = print,
 ) -> Iterator[Path | None]:
     """Context manager: the run folder, locked, with `config` in its config.json; gives the checkpoint to go on from.
 
-    config: plain JSON values (others as their str), nested or not; `free` names its fields, as `workers` or
+    config, facts: plain JSON values (others as their str), nested or not; `free` names fields of either, as `workers` or
     `data.workers`, that a resumed run may change. None is given where there is nothing to go on from: without `resume`,
     and before a run's first checkpoint. Leftovers of killed writes are deleted; `say` gets a sentence per damaged
-    checkpoint that was skipped.
+    checkpoint that was skipped, and one if the checkpoint is too old to say which facts it was made with.
 
     Raises ValueError of one sentence if the folder cannot be written, is in use by another run, holds a run that is not
-    to be resumed, or was made with another config (each difference named; not with `force`, which keeps the old config
-    beside the new one as config.1.json, ...). Nothing is changed then.
+    to be resumed or none that could be, has files that are damaged or checkpoints of which none is whole, or was made
+    with another config or other facts (each difference named; not with `force`, which says them, and keeps the old
+    config beside the new one as config.1.json, ...). Nothing is changed then.
     """
     run_dir = Path(run_dir)
-    config = json.loads(json.dumps(config, default=str))
+    config, facts = (json.loads(json.dumps(part, default=str)) for part in (config, facts or {}))
+    if resume and not ((run_dir / CONFIG_FILE).is_file() or _holds_run(run_dir)):
+        raise ValueError(
+            f"{run_dir} holds no run to go on with (it has no {CONFIG_FILE}); check --run-dir, or leave out --resume to "
+            "begin one there."
+        )
     with contextlib.ExitStack() as stack:
         with _writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(run_dir, say))
+            stack.enter_context(locked(run_dir, say))
+        latest = None
         if resume:
-            _check_config(run_dir, config, force, free)
+            latest = _latest(run_dir, say)
+            changed = _config_changes(run_dir, config, free) + _fact_changes(run_dir, latest, facts, free, say)
+            if changed and not force:
+                raise ValueError(
+                    f"{run_dir} was begun with another config ({'; '.join(changed)}); give the old values, choose another "
+                    "folder with --run-dir, or add --force to go on with the new ones."
+                )
+            if changed:
+                say(f"warning: --force goes on although this differs: {'; '.join(changed)}")
+            _check_readable(run_dir)
         else:
             _check_empty(run_dir)
         with _writing(run_dir):
             _write_config(run_dir, config, free)
             checkpoint.sweep(run_dir / CHECKPOINTS)
-        latest = checkpoint.latest(run_dir / CHECKPOINTS, say) if resume else None
         if resume and latest is None and _holds_run(run_dir):
             say(f"{run_dir} has no whole checkpoint yet: the run begins from its start")
         yield latest
+
+
+def read_config(path: Path) -> dict:
+    """What a config.json says; raises ValueError, naming it, if it is damaged or no JSON object."""
+    try:
+        config = read_json(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"it is a {type(config).__name__}, not a JSON object")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); copy it back, or delete it to take the config as it is now."
+        ) from None
+    return config
+
+
+def stored_config(path: Path, default: Any) -> Any:
+    """The config dataclass that a config.json was written from; what it does not say is `default`'s.
+
+    Raises ValueError, naming the file and the field, if it is damaged, of another dataclass, or has a value of another
+    type.
+    """
+    stored, hints = read_config(path), get_type_hints(type(default))
+    if foreign := sorted(set(stored) - {field.name for field in dataclasses.fields(default)}):
+        raise ValueError(f"{path} is of another experiment (it sets {foreign[0]}); name the one that was trained")
+    values = {}
+    for name, value in stored.items():
+        try:
+            values[name] = _typed(value, hints[name])
+        except TypeError:
+            raise ValueError(f"{path} is damaged: {name} is {json.dumps(value)[:40]}; copy it back") from None
+    return dataclasses.replace(default, **values)
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """A JSON value as what a field of this type held; raises TypeError if it is none."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        for option in inside:
+            with contextlib.suppress(TypeError):
+                return _typed(value, option)
+    elif kind is tuple and isinstance(value, list):
+        each = inside[:1] * len(value) if inside[1:] == (Ellipsis,) else inside
+        if len(each) == len(value):
+            return tuple(map(_typed, value, each))
+    elif kind is Literal and any(type(value) is type(option) and value == option for option in inside):
+        return value
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is Any or type(value) is hint or (hint is float and type(value) is int):
+        return value
+    raise TypeError
 
 
 def differences(before: dict, now: dict) -> dict[str, str]:
@@ -92,16 +165,52 @@ def _holds_run(run_dir: Path) -> bool:
     return bool(checkpoint.steps(run_dir / CHECKPOINTS)) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
-def _check_config(run_dir: Path, config: dict, force: bool, free: frozenset[str]) -> None:
-    before = _read_config(run_dir) if _holds_run(run_dir) else None
-    if before is None or force:
-        return
-    changed = [f"{name}: {how}" for name, how in differences(before, config).items() if not _is_free(name, free)]
-    if changed:
+def _latest(run_dir: Path, say: Callable[[str], Any]) -> Path | None:
+    """The last whole checkpoint; None if the run has written none yet."""
+    skipped: list[str] = []
+    latest = checkpoint.latest(run_dir / CHECKPOINTS, skipped.append)
+    if latest is None and skipped:
         raise ValueError(
-            f"{run_dir} was begun with another config ({'; '.join(changed)}); give the old values, choose another folder "
-            "with --run-dir, or add --force to go on with the new ones."
+            f"{run_dir}: none of its {len(skipped)} checkpoints is whole ({skipped[0]}); copy one back, or begin anew in "
+            "another folder with --run-dir."
         )
+    for sentence in skipped:
+        say(sentence)
+    if skipped:
+        say(f"going on from the older {latest}")
+    return latest
+
+
+def _config_changes(run_dir: Path, config: dict, free: frozenset[str]) -> list[str]:
+    before = _read_config(run_dir) if _holds_run(run_dir) else None
+    return [] if before is None else _changed(before, config, free)
+
+
+def _fact_changes(
+    run_dir: Path, latest: Path | None, facts: dict, free: frozenset[str], say: Callable[[str], Any]
+) -> list[str]:
+    if latest is None:
+        return []
+    before = checkpoint.read_meta(latest).get(FACTS)
+    if isinstance(before, dict):
+        return _changed(before, facts, free)
+    if facts:
+        say(f"{latest} is of an older bevfn, which did not note its data, processes and code: nothing compares them")
+    # Facts that are in the config too were not free then.
+    config = _read_config(run_dir) or {}
+    known = {name: config[name] for name in facts if name in config}
+    return _changed(known, {name: facts[name] for name in known})
+
+
+def _changed(before: dict, now: dict, free: frozenset[str] = frozenset()) -> list[str]:
+    return [f"{name}: {how}" for name, how in differences(before, now).items() if not _is_free(name, free)]
+
+
+def _check_readable(run_dir: Path) -> None:
+    """Raises ValueError for damaged files that the run would read hours later."""
+    checkpoint.best(run_dir / CHECKPOINTS)
+    if (run_dir / METRICS_FILE).is_file():
+        read_metrics(run_dir)
 
 
 def _is_free(name: str, free: frozenset[str]) -> bool:
@@ -113,10 +222,7 @@ def _read_config(run_dir: Path) -> dict | None:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         return None
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to resume with the config as it is now.") from None
+    return read_config(path)
 
 
 def _write_config(run_dir: Path, config: dict, free: frozenset[str]) -> None:
@@ -124,7 +230,7 @@ def _write_config(run_dir: Path, config: dict, free: frozenset[str]) -> None:
     if before is not None and any(not _is_free(name, free) for name in differences(before, config)):
         numbers = [int(m[1]) for f in run_dir.iterdir() if (m := re.fullmatch(r"config\.(\d+)\.json", f.name))]
         write_atomically(run_dir / f"config.{max(numbers, default=0) + 1}.json", (run_dir / CONFIG_FILE).read_bytes())
-    write_atomically(run_dir / CONFIG_FILE, json.dumps(config, indent=1).encode())
+    write_atomically(run_dir / CONFIG_FILE, to_json(config, indent=1))
 
 
 def _flat(config: Any, path: str = "") -> dict[str, Any]:
@@ -143,8 +249,11 @@ def _shown(flat: dict[str, Any], name: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path, say: Callable[[str], Any]) -> Iterator[None]:
-    """The folder's exclusive lock, which the kernel takes back however this process ends."""
+def locked(run_dir: Path, say: Callable[[str], Any] = print) -> Iterator[None]:
+    """The folder's exclusive lock, which the kernel takes back however this process ends.
+
+    Raises ValueError, which says who has it, if another process keeps it for PATIENCE.
+    """
     descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         began = time.monotonic()

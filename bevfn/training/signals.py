@@ -1,4 +1,8 @@
-"""Stopping a run between two steps when it is asked to end: SIGTERM (schedulers, `timeout`, torchrun) and Ctrl-C."""
+"""Stopping a run between two steps when it is asked to end: SIGTERM (schedulers, `timeout`, torchrun) and Ctrl-C.
+
+A run that ends so exits with 128 + the signal's number, as a shell reports a process that the signal killed: 143 after
+SIGTERM, 130 after Ctrl-C. So `train && next` goes on only with a model that is done.
+"""
 
 import contextlib
 import os
@@ -13,7 +17,19 @@ from types import FrameType
 class Stop:
     """What was asked so far; the signal handler writes it."""
 
-    requested: bool = False
+    number: int = 0
+    """of the first signal, 0: none"""
+
+    @property
+    def requested(self) -> bool:
+        return self.number != 0
+
+
+class Stopped(SystemExit):
+    """Ends the process whose run was asked to stop, once that is saved; where no handler of SystemExit is, with `code`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
 
 
 @contextlib.contextmanager
@@ -37,7 +53,7 @@ def on_terminate() -> Iterator[Stop]:
         if not stop.requested:
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"\nbevfn: {signal.Signals(number).name}: stopping after this step\n".encode())
-        stop.requested = True
+            stop.number = number
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

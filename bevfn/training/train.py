@@ -25,6 +25,7 @@ from bevfn.training import optim
 
 # Metrics whose names begin so are counts over the whole batch, the others means.
 COUNTERS = ("overflow/", "bad/", "num_pos")
+LOSS = "loss/"  # the loss and its terms, which must be finite
 
 
 @tree.register
@@ -78,9 +79,10 @@ def make_step(
 ) -> Step:
     """The step for `loss_fn(params, state, batch, key) -> (loss, (new state, metrics))`.
 
-    Metrics are the loss function's and "grad_norm" (before clipping), "lr", "beta1", "skipped" (1: the gradients were not
-    finite, nothing was updated), and with fp16 "loss_scale"; all 0-d tensors on the device. In fp32 and bf16 a
-    non-finite gradient is skipped too, but never expected: the host should stop (`bad_gradient` names it).
+    Metrics are the loss function's and "grad_norm" (before clipping), "lr", "beta1", "skipped" (1: the gradients, or a
+    metric "loss/...", were not finite, and nothing was updated), and with fp16 "loss_scale"; all 0-d tensors on the
+    device. In fp32 and bf16 that is skipped too, but never expected: the host should stop (`bad_losses` and
+    `bad_gradient` name it).
 
     With `replicas` every replica gives its own batch and gets the same new state, bit for bit: gradients, batch-norm
     statistics and metrics are averaged over the replicas (counters, see `COUNTERS`, summed), and randomness differs.
@@ -208,7 +210,9 @@ def _update(
     layout = optim.layout(optimizer, old.params)
     leaves = optim.select(old.params, layout)
     gradient, norm = optim.clip(gradient, optimizer.clip_norm)
-    finite = torch.isfinite(norm)  # of a sum of squares: one bad element makes it bad
+    # Of sums: one bad element makes them bad. A loss that is NaN can have gradients that are not (of sign, of clamp).
+    terms = [value for name, value in metrics.items() if name.startswith(LOSS)]
+    finite = torch.isfinite(torch.stack([norm, *terms]).sum())
     vector, moments = optim.update(optimizer, layout, old.optimizer, optim.join(leaves), gradient, old.step, finite)
     params = optim.insert(old.params, layout, optim.split(vector, leaves))
     # An overflowing forward of fp16 updates the statistics upstream, and may leave infinities there for good.
@@ -241,6 +245,37 @@ def first_nonfinite(values: Any) -> str | None:
         if not _finite(leaf):
             return path
     return None
+
+
+@dataclass(frozen=True)
+class BadLoss:
+    """A sample whose loss is not finite."""
+
+    microbatch: int
+    """of this replica's in the step"""
+    sample: int
+    """its row in the microbatch"""
+    terms: tuple[str, ...]
+    """metrics "loss/..." that are not finite"""
+
+
+def bad_losses(loss_fn: Loss, train_state: TrainState, batches: Iterable[Any]) -> list[BadLoss]:
+    """The samples of a skipped step whose own loss is not finite, found by repeating its forward pass sample by sample
+    in eager mode, without a loss scale, on the host. `loss_fn` must not be synchronised over replicas.
+
+    train_state: as the skipped step returned it; batches: its microbatches, of this replica. Empty if every sample's
+    loss is finite when it is alone.
+    """
+    key = rng.fold(train_state.key, train_state.step - 1)
+    found = []
+    with torch.no_grad():
+        for a, batch in enumerate(batches):
+            for i in range(len(tree.leaves(batch)[0])):
+                sample = tree.map(lambda leaf, i=i: leaf[i : i + 1], batch)
+                _, (_, metrics) = loss_fn(train_state.params, train_state.state, sample, key)
+                terms = tuple(name for name, value in metrics.items() if name.startswith(LOSS) and not _finite(value))
+                found += [BadLoss(a, i, terms)] if terms else []
+    return found
 
 
 def _finite(leaf: Tensor) -> bool:
