@@ -146,6 +146,26 @@ def test_a_task_without_objects_costs_no_box_loss_and_sends_no_gradient():
     assert float(gradient[0]["reg"].abs().sum()) > 0
 
 
+@pytest.mark.parametrize("column", range(9))
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_box_that_is_no_box_is_no_target_and_counted(column, value):
+    boxes, labels = far_apart(CONFIG)
+    tasks = [
+        {name: torch.randn(1, n, *CONFIG.cells) for name, n in {**centerpoint.OUTPUTS, "heatmap": k}.items()}
+        for k in CONFIG.tasks
+    ]
+    good = math.isfinite(value) and column not in (3, 4, 5)
+    expected, terms = centerpoint_loss.loss(
+        tasks, boxes, labels, torch.tensor([[True, True, True, good]]), config=CONFIG
+    )
+    assert int(terms["bad_boxes"]) == 0
+    boxes[0, 3, column] = value
+    total, others = centerpoint_loss.loss(tasks, boxes, labels, torch.ones(1, 4, dtype=torch.bool), config=CONFIG)
+    assert torch.isfinite(total) and int(others["bad_boxes"]) == (not good)
+    assert good or torch.equal(total, expected)
+    assert torch.isfinite(others["targets"]["code"]).all()
+
+
 # ------------------------------------------------------------------------------------------------------ suppression
 
 

@@ -307,6 +307,23 @@ def test_workers_of_a_killed_training_process_end_at_once():
         assert are_gone(pids, 2)
 
 
+UNCAUGHT = ENDLESS.replace("time.sleep(600)", "raise RuntimeError('of a collective')")
+
+
+def test_an_uncaught_error_while_workers_read_ends_the_process_and_them():
+    """At exit multiprocessing sends one SIGTERM, which workers ignore, and joins them: it was for ever."""
+    command = [sys.executable, "-c", UNCAUGHT, os.path.dirname(__file__)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 1 and "of a collective" in error
+        assert len(pids) == 2 and are_gone(pids, 10)
+
+
 def test_batches_take_the_pipe_where_shared_memory_is_too_small(monkeypatch):
     expected = read(workers=2)
     monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))

@@ -49,6 +49,16 @@ def test_loss_scale_never_grows_to_infinity():
     assert float(precision.update_loss_scale(huge, torch.tensor(True)).scale) == pytest.approx(3e38)
 
 
+def test_loss_scale_never_falls_below_one():
+    state = precision.init_loss_scale()
+    for _ in range(300):  # without a lower end: 2^-284, which float32 rounds to 0
+        state = precision.update_loss_scale(state, torch.tensor(False))
+    assert float(state.scale) == precision.LOWEST_SCALE == 1.0
+    assert (
+        float(precision.update_loss_scale(LossScale(state.scale, torch.tensor(1999)), torch.tensor(True)).scale) == 2.0
+    )
+
+
 def test_loss_scale_update_is_one_graph():
     compiled = torch.compile(precision.update_loss_scale, fullgraph=True, backend="aot_eager")
     for finite in (True, False):

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ import small_world
 import tiny_experiment as tiny
 import torch
 
-from bevfn.data import sampling
-from bevfn.training import checkpoint, reporter, run
+from bevfn.data import sampling, source
+from bevfn.files import read_json
+from bevfn.training import checkpoint, origin, reporter, run
 
 HERE = Path(__file__).parent
 
@@ -41,10 +43,20 @@ def start(root: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen, code: int = 0) -> str:
     printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
+    assert process.returncode == code, printed
+    assert "Traceback" not in printed
     return printed
+
+
+def wait_for_steps(process: subprocess.Popen, run_dir: Path, count: int = 1) -> None:
+    """Until the run has logged that many."""
+    metrics = run_dir / reporter.METRICS_FILE
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def numbers(run_dir: Path) -> list[dict]:
@@ -94,7 +106,8 @@ def kill_and_resume(root: Path, run_dir: Path, kills: int, seed: int) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        flags = ["--checkpoint-every", "1", "--resume"]
+        if (run_dir / "config.json").is_file():  # else it came to nothing
+            flags = ["--checkpoint-every", "1", "--resume"]
     finish(start(root, run_dir, *flags))
 
 
@@ -110,18 +123,75 @@ def test_twenty_kills_change_nothing(whole, root, tmp_path):
         assert_same_run(whole[0], tmp_path / f"run{i}")
 
 
-def test_sigterm_saves_and_the_rest_of_the_epoch_follows(whole, root, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_exits_with_its_code_and_the_rest_of_the_epoch_follows(whole, root, tmp_path, number, code):
     process = start(root, tmp_path / "run")
-    metrics = tmp_path / "run" / reporter.METRICS_FILE
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed = finish(process)
+    wait_for_steps(process, tmp_path / "run")
+    process.send_signal(number)
+    printed = finish(process, code)  # so that `train && next` stops too
     done = int(re.search(r"stopped by a signal after step (\d+)", printed)[1])
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step_{done:08d}"
     assert "from step" in finish(start(root, tmp_path / "run", "--resume"))
     assert_same_run(whole[0], tmp_path / "run")
+
+
+def test_the_codes_are_in_the_help(root, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(tiny.DEFAULTS, ["--data-root", str(root), "--help"])
+    assert "exits with 143 or 130" in " ".join(capsys.readouterr().out.replace("│", "").split())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_finished_run_says_so_and_keeps_its_files(whole, root, tmp_path):
+    run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    flags = ("--checkpoint-every", "1", "--resume")
+    moved = json.loads((run_dir / "config.json").read_text()) | {"run_dir": str(run_dir), "resume": True}
+    (run_dir / "config.json").write_text(json.dumps(moved, indent=1))
+    before = contents(run_dir)
+    assert f"{run_dir} is finished: all 6 steps are made and evaluated, and nothing is changed" in finish(
+        start(root, run_dir, *flags)
+    )
+    assert contents(run_dir) == before
+
+
+def test_a_finished_run_without_its_summary_gets_one_that_is_json(whole, root, tmp_path):
+    run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    (run_dir / "summary.json").unlink()
+    assert "no step was left to make" in finish(start(root, run_dir, "--checkpoint-every", "1", "--resume"))
+    summary = read_json((run_dir / "summary.json").read_bytes())
+    assert summary["steps"] == 6 and summary["samples_per_second"] is None
+
+
+def test_what_a_checkpoint_was_made_with_is_in_it_and_compared(whole, root, tmp_path):
+    run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    latest = checkpoint.latest(run_dir / "checkpoints")
+    facts = checkpoint.read_meta(latest)["run"]
+    assert facts | {"data": "", "code": ""} == {
+        "processes": 1, "accumulate": 1, "microbatches": 1, "samples_per_epoch": 3, "total_steps": 6, "data": "", "code": "",
+    }  # fmt: skip
+    training = small_world.training()
+    assert facts["data"] == origin.data(training, np.arange(3)) != origin.data(training, np.arange(2))
+    assert facts["code"] == origin.code()
+    other = replace(training, frames=tuple(training)[:2])
+    task = lambda config: replace(  # noqa: E731
+        tiny.task(config), data=replace(tiny.task(config).data, training=other, items=np.array([0, 1, 1]))
+    )
+    with pytest.raises(ValueError, match=r"begun with another config \(data: \"[0-9a-f]{16}\" -> \"[0-9a-f]{16}\"\)"):
+        run.main(task, config(root, run_dir, checkpoint_every=1, resume=True))
+
+
+def test_a_resumed_run_on_other_processes_is_refused(whole, root, tmp_path):
+    run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    printed, code = on_two(root, run_dir, "--checkpoint-every", "1", "--resume")
+    assert code and "microbatches: 1 -> 2; total_steps: 6 -> 3" in printed and "--force" in printed
+
+
+def test_a_folder_without_a_run_is_not_resumed(root, tmp_path):
+    printed = finish(start(root, tmp_path / "typo", "--resume"), 2)
+    assert "typo holds no run to go on with" in printed and not (tmp_path / "typo").exists()
 
 
 def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is_whole(whole, root, tmp_path):
@@ -152,24 +222,102 @@ def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, 
     assert "bad/samples" in printed.split("warning: in all 2 steps: ")[1]
 
 
-def test_two_processes_train_like_two_microbatches_and_find_every_frame(root, tmp_path):
-    flags = ("--batch-size", "1", "--epochs", "1")
-    finish(start(root, tmp_path / "one", *flags, "--accumulate", "2"))
+def on_two(root: Path, run_dir: Path, *flags: str) -> tuple[str, int]:
+    """(what was printed, exit code) of torchrun with two processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    printed = subprocess.run(
-        [*launch, *command(root, tmp_path / "two", *flags)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    done = subprocess.run(
+        [*launch, *command(root, run_dir, *flags)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    assert printed.returncode == 0, printed.stdout
-    assert printed.stdout.count("samples an epoch") == 1  # one process speaks
-    one, two = (
-        checkpoint.load_tensors(checkpoint.latest(tmp_path / name / "checkpoints") / checkpoint.TENSORS)
-        for name in ("one", "two")
+    return done.stdout, done.returncode
+
+
+@pytest.fixture(scope="module")
+def two(root, tmp_path_factory):
+    """What two processes with a sample each print and leave: 2 epochs of 2 steps, all checkpoints kept."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    printed, code = on_two(
+        root, run_dir, "--batch-size", "1", "--epochs", "2", "--checkpoint-every", "1", "--keep", "9"
     )
-    for name, leaf in one.items():
-        torch.testing.assert_close(two[name], leaf, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
-    found = json.loads(next((tmp_path / "two" / "evaluations").glob("*/results_nusc.json")).read_text())["results"]
+    assert code == 0, printed
+    return run_dir, printed
+
+
+def test_two_processes_train_like_two_microbatches_and_find_every_frame(two, root, tmp_path):
+    finish(start(root, tmp_path / "one", "--batch-size", "1", "--epochs", "2", "--accumulate", "2"))
+    assert two[1].count("samples an epoch") == 1  # one process speaks
+    ours, theirs = (
+        checkpoint.load_tensors(checkpoint.latest(folder / "checkpoints") / checkpoint.TENSORS)
+        for folder in (tmp_path / "one", two[0])
+    )
+    for name, leaf in ours.items():
+        torch.testing.assert_close(
+            theirs[name], leaf, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    found = json.loads(next((two[0] / "evaluations").glob("*/results_nusc.json")).read_text())["results"]
     assert found.keys() == small_world.index().positions.keys()
+
+
+def test_a_run_of_two_processes_goes_on_in_one_with_two_microbatches_bit_for_bit(two, root, tmp_path):
+    """The same sum of two gradients, the same samples, random numbers and schedule."""
+    run_dir = Path(shutil.copytree(two[0], tmp_path / "run"))
+    for made in ("checkpoints/step_00000002", "checkpoints/step_00000003", "checkpoints/step_00000004", "evaluations"):
+        shutil.rmtree(run_dir / made)  # as if it had been killed in its second step
+    (run_dir / "summary.json").unlink()
+    (run_dir / "checkpoints" / "best.json").unlink()
+    same = ("--batch-size", "1", "--epochs", "2", "--checkpoint-every", "1", "--keep", "9", "--resume")
+    assert "from step 1 on" in finish(start(root, run_dir, *same, "--accumulate", "2"))
+    assert_same_run(two[0], run_dir)
+    printed = finish(start(root, run_dir, *same, "--accumulate", "3"), 2)
+    assert "microbatches: 2 -> 3" in printed
+
+
+def test_what_is_summed_over_processes_binds_their_number(two, root, tmp_path):
+    shared = lambda config: replace(tiny.task(config), shared_normalisers=True)  # noqa: E731
+    run_dir = Path(shutil.copytree(two[0], tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"accumulate: 1 -> 2.*processes: 2 -> 1"):
+        run.main(
+            shared,
+            config(root, run_dir, batch_size=1, epochs=2, checkpoint_every=1, keep=9, accumulate=2, resume=True),
+        )
+
+
+def start_two(root: Path, run_dir: Path, *flags: str) -> list[subprocess.Popen]:
+    """Two processes that nobody watches, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command(root, run_dir, *flags)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("killed", [1, 0])
+def test_when_one_process_dies_the_other_names_it_saves_and_ends(root, tmp_path, killed):
+    """Today's fault was to hang for ever at exit, joining a process that reads samples."""
+    processes = start_two(root, tmp_path / "run", "--batch-size", "1", "--workers", "1", "--epochs", "10000")
+    try:
+        wait_for_steps(processes[0], tmp_path / "run", 3)
+        processes[killed].kill()
+        printed, _ = processes[1 - killed].communicate(
+            timeout=90
+        )  # seconds alone; its pipe closes when its workers end
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    assert processes[1 - killed].returncode == 2, printed
+    assert f"bevfn: rank {killed} of the run's 2 processes ended or does not answer" in printed
+    assert "Traceback" not in printed and "gloo" not in printed
+    done = int(re.search(r"step (\d+) is saved; add --resume to go on", printed)[1])
+    latest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert latest.name == f"step_{done:08d}" and done >= 2
 
 
 @pytest.mark.slow
@@ -179,12 +327,8 @@ def test_a_file_that_one_process_cannot_read_stops_all_of_them_at_a_saved_step(r
     order = sampling.order(np.arange(len(index)), 0, 0, shuffle=True)  # its third is of the second step
     file = broken / index[int(order[2])].lidar_path
     file.unlink()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, *command(broken, tmp_path / "run", "--batch-size", "1")], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode and f"bevfn: {file}: the point file does not exist" in done.stderr
+    printed, code = on_two(broken, tmp_path / "run", "--batch-size", "1")
+    assert code and f"bevfn: {file}: the point file does not exist" in printed
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step_00000001"
 
 
@@ -193,11 +337,112 @@ def config(root: Path, run_dir: Path, **changes) -> tiny.Config:
 
 
 def test_gradients_that_are_not_finite_stop_fp32_with_step_samples_and_tensor(root, tmp_path):
+    def task(config: tiny.Config) -> run.Task:
+        made = tiny.task(config)
+
+        def loss(params, *rest, **options):
+            value, aux = made.loss(params, *rest, **options)
+            # 0, with an infinite derivative
+            return value + (params["head"]["shared"]["bias"] * 0).abs().sum().sqrt(), aux
+
+        return replace(made, loss=loss)
+
     with pytest.raises(
-        ValueError, match=r"step \d+: the gradients are not finite, first .*; samples [0-9a-f]{32}"
+        ValueError, match=r"step 1: the gradients are not finite, first the gradient of .*; samples [0-9a-f]{32}"
     ) as e:
-        run.main(tiny.task, config(root, tmp_path / "run", lr=1e30))
+        run.main(task, config(root, tmp_path / "run"))
     assert any(token in str(e.value) for token in source_tokens(root))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_that_is_not_finite_stops_and_names_samples_and_terms(root, tmp_path, precision):
+    with pytest.raises(ValueError, match=r"step \d+: the loss is not finite, sample [0-9a-f]{32}: loss/total, loss/"):
+        run.main(tiny.task, config(root, tmp_path / "run", lr=1e30, precision=precision))
+
+
+def poisoned(bad: set[str]):
+    """The task, with NaN intensities in the samples of these tokens: what a reader must never let through."""
+
+    factor = np.array([1, 1, 1, np.nan, 1], np.float32)
+
+    def load(*arguments):
+        sample = source.BEVFUSION.load(*arguments)
+        return replace(sample, points=sample.points * factor) if sample.token in bad else sample
+
+    def task(config: tiny.Config) -> run.Task:
+        made = tiny.task(config)
+        return replace(made, data=replace(made.data, reader=replace(source.BEVFUSION, load=load)))
+
+    return task
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_sample_whose_loss_is_not_finite_is_named_alone(root, tmp_path, accumulate):
+    tokens = [frame.token for frame in small_world.training()]
+    with pytest.raises(ValueError, match="the loss is not finite") as error:
+        run.main(poisoned({tokens[1]}), config(root, tmp_path / "run", accumulate=accumulate))
+    told = str(error.value)
+    assert f"sample {tokens[1]}: loss/total, loss/" in told and "sample " in told and ".points; samples" in told
+    assert not any(f"sample {token}:" in told for token in (tokens[0], tokens[2]))
+
+
+def test_in_fp16_a_loss_that_stays_not_finite_stops_after_some_steps_and_is_named(root, tmp_path, capsys):
+    tokens = [frame.token for frame in small_world.training()]
+    with pytest.raises(ValueError, match=r"step 5: the loss is not finite, sample [0-9a-f]{32}: loss/total, loss/"):
+        run.main(poisoned(set(tokens)), config(root, tmp_path / "run", precision="fp16"))
+    printed = capsys.readouterr().out
+    assert printed.count("warning: step 1 is skipped: loss/total, loss/") == 1 and "with samples" in printed
+
+
+def test_in_fp16_one_bad_sample_is_skipped_and_told(root, tmp_path, capsys):
+    tokens = [frame.token for frame in small_world.training()]
+    summary = run.main(poisoned({tokens[1]}), config(root, tmp_path / "run", precision="fp16", mode="performance"))
+    printed = capsys.readouterr().out
+    assert summary["steps"] == 2 and tokens[1] in printed.split("is skipped: ")[1]
+
+
+def test_a_loss_scale_that_cannot_fall_is_told_and_stops_the_run(root, tmp_path, capsys):
+    def task(config: tiny.Config) -> run.Task:  # gradients that no loss scale makes finite; the loss is
+        made = tiny.task(config)
+
+        def loss(params, *rest, **options):
+            value, aux = made.loss(params, *rest, **options)
+            return value + (params["head"]["shared"]["bias"] * 0).abs().sum().sqrt(), aux
+
+        return replace(made, loss=loss)
+
+    with pytest.raises(ValueError, match=r"step 20: the gradients are not finite, first the gradient of "):
+        run.main(task, config(root, tmp_path / "run", precision="fp16", steps=100))
+    assert (
+        "warning: step 16: the loss scale has fallen to its lowest, 1; lower --lr, or take bf16"
+        in capsys.readouterr().out
+    )
+    assert reporter.read_metrics(tmp_path / "run")[-1]["loss_scale"] == 1.0
+
+
+def test_weights_of_a_damaged_checkpoint_are_refused(whole, tmp_path):
+    made = Path(shutil.copytree(checkpoint.latest(whole[0] / "checkpoints"), tmp_path / "step_00000006"))
+    params, _ = run.read_weights(made)
+    assert params
+    content = bytearray((made / checkpoint.TENSORS).read_bytes())
+    content[-5] ^= 1
+    (made / checkpoint.TENSORS).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"step_00000006/train_state\.safetensors is damaged: its size or CRC is not what"
+    ):
+        run.read_weights(made)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(whole, tmp_path, value):
+    leaves = checkpoint.read(checkpoint.latest(whole[0] / "checkpoints"))
+    name = next(name for name in leaves if name.startswith("params.head"))
+    leaves[name].view(-1)[0] = value
+    checkpoint.save_step(tmp_path / "step_00000006", leaves, {"step": 6})
+    with pytest.raises(
+        ValueError, match=rf"step_00000006: {re.escape(name)} is NaN or infinite; take an older checkpoint"
+    ):
+        run.read_weights(tmp_path / "step_00000006")
 
 
 def source_tokens(root: Path) -> set[str]:

@@ -145,6 +145,40 @@ def test_a_batch_with_nan_is_reported_and_leaves_parameters_and_statistics_finit
     assert train.first_nonfinite(data) == "x"
 
 
+def hiding(params, state, batch, key):
+    """A loss that is NaN where a target is, and whose gradient is not: that of |x| is sign(x), and sign(NaN) is 0."""
+    value, (new, _) = small_net.loss_fn(Policy(), dropout=0.0)(params, state, {**batch, "y": torch.zeros(1)}, key)
+    box = (params["head"]["bias"] - batch["y"]).abs().mean()
+    total = value + box
+    return total, (new, {"loss/total": total.detach(), "loss/box": box.detach(), "loss/net": value.detach()})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_whose_loss_alone_is_not_finite_is_skipped(precision):
+    policy, config, data = Policy.of(precision), small_net.recipe(), small_net.batch()
+    ts = train.init(*small_net.init(), config, precision=policy)
+    step = train.make_step(hiding, config, precision=policy)
+    assert float(step(ts, data)[1]["skipped"]) == 0
+    data["y"][2, 1] = float("nan")
+    after, metrics = step(ts, data)
+    assert torch.isfinite(metrics["grad_norm"]) and not torch.isfinite(metrics["loss/box"])
+    assert float(metrics["skipped"]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(ts.params), tree.leaves(after.params)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bad_losses_names_sample_and_terms(accumulate):
+    config, parts = small_net.recipe(), halves(small_net.batch())[:accumulate]
+    ts = train.init(*small_net.init(), config, precision=Policy())
+    step = train.make_accumulated(hiding, config, accumulate=accumulate, precision=Policy())
+    parts[-1]["y"][1, 2] = float("inf")
+    ts, metrics = step(ts, parts)
+    assert float(metrics["skipped"]) == 1
+    expected = train.BadLoss(microbatch=accumulate - 1, sample=1, terms=("loss/total", "loss/box"))
+    assert train.bad_losses(hiding, ts, parts) == [expected]
+    assert train.bad_losses(hiding, ts, halves(small_net.batch(1))) == []
+
+
 def test_first_nonfinite_names_the_first_bad_path_and_ignores_integers():
     value = {
         "a": torch.arange(3),

@@ -91,6 +91,28 @@ def test_no_boxes_leave_background_losses_only():
     assert torch.isfinite(total) and float(total) > 0
 
 
+BAD_BOXES = [(column, value) for column in (3, 4, 5) for value in (0.0, -1.0, float("nan"), float("inf"))] + [
+    (column, value) for column in (0, 2, 6, 7) for value in (float("nan"), float("-inf"))
+]
+
+
+@pytest.mark.parametrize("column, value", BAD_BOXES)
+def test_a_box_that_is_no_box_is_no_target_and_counted(column, value):
+    box, label = boxes(5)
+    expected, terms = run_loss(box, label, torch.tensor([[True] * 4 + [False]]))
+    box[0, 4, column] = value
+    total, others = run_loss(box, label, torch.ones(1, 5, dtype=torch.bool))
+    assert torch.equal(total, expected) and torch.isfinite(total)
+    assert int(others["bad_boxes"]) == 1 and int(terms["bad_boxes"]) == 0
+    for name in ("code", "one_hot", "heatmap"):
+        assert torch.equal(others["targets"][name], terms["targets"][name])
+    assert torch.isfinite(others["targets"]["cost"]).all()
+
+
+def test_padding_has_no_logarithm_of_nothing():
+    assert torch.isfinite(transfusion_loss.encode_boxes(torch.zeros(1, 2, 9), CONFIG)).all()
+
+
 def test_more_boxes_than_queries_match_every_query_once():
     box, label = boxes(13)
     _, terms = run_loss(box, label, torch.ones(1, 13, dtype=torch.bool))
