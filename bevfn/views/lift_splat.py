@@ -121,6 +121,7 @@ def apply(
 def lidar_depth_map(batch: Batch, image_size: tuple[int, int]) -> Tensor:
     """Depth of the LiDAR points in the input images [B N *image_size], m, 0 where no point falls."""
     fields = _fields(batch, "undo_lidar_aug", "lidar_aug", "image_from_lidar", "image_aug")
+    fields = {name.replace("lidar", "base"): value for name, value in fields.items()}
     return geometry.depth_map(geometry.project(batch.points, **fields), batch.points_valid, image_size)
 
 
@@ -128,7 +129,8 @@ def frustum_points(batch: Batch, config: Config) -> geometry.Planes:
     """x, y, z of every camera's frustum in the augmented LiDAR frame, each [B N D H W], m."""
     fields = _fields(batch, "image_aug", "undo_image_aug", "lidar_from_pixel", "lidar_from_camera", "lidar_aug")
     frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, fields["image_aug"].device)
-    return geometry.frustum_in_lidar(frustum, **fields)
+    fields = {name.replace("lidar", "base"): value for name, value in fields.items()}
+    return geometry.frustum_in_base(frustum, **fields)
 
 
 def _fields(batch: Batch, *names: str) -> dict[str, Tensor]:
