@@ -159,7 +159,7 @@ def _enter(boxes: np.ndarray, rays: np.ndarray) -> np.ndarray:
     """Distance [G,R] at which rays [R,3] from the origin enter each box (slab test), infinite where they miss."""
     cos, sin = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])  # G 1
 
-    def into(x, y, z):  # lidar axes to box axes
+    def into(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:  # lidar axes to box axes
         return np.stack([cos * x + sin * y, cos * y - sin * x, z + 0 * cos])
 
     along = into(*rays.T)  # 3 G R
