@@ -221,9 +221,7 @@ def apply(
         bev.append(lidar["sparse"]["bev"])
     x = bev[0]
     if config.camera is not None:
-        x, new["fuser"] = conv_norm.apply(
-            params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train, padding=1
-        )
+        x, new["fuser"] = conv_norm.apply(params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train)
         outputs["fuser"] = x
     maps, backbone_state = second.apply(
         params["bev"]["backbone"], state["bev"]["backbone"], x, config=config.backbone, train=train
