@@ -15,6 +15,7 @@ import pytest
 import small_net
 import test_bevfusion
 import torch
+from graph_counts import graph_counts
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,7 +43,7 @@ def fresh(precision="fp32", *, replicas=None, sync=False, dropout=0.0, accumulat
     policy, config = Policy.of(precision), small_net.recipe()
     loss = small_net.loss_fn(policy, train=replicas if sync and replicas is not None else True, dropout=dropout)
     step = train.make_accumulated(
-        loss, config, accumulate=accumulate, precision=policy, replicas=replicas, ema=ema,
+        loss, config, accumulate=accumulate, replicas=replicas, ema=ema,
         compiled=partial(compilation.step, backend=backend) if backend else lambda step: step,
     )  # fmt: skip
     return train.init(*small_net.init(), config, precision=policy, seed=7, ema=ema), step
@@ -55,8 +56,8 @@ def trained(batches, **options):
     ts, step = fresh(**options)
     for i in range(STEPS):
         ts, metrics = step(ts, batches(i))
-    counts = {"graphs": torch.tensor(compilation.graph_counts()["graphs"])}
-    counts["breaks"] = torch.tensor(compilation.graph_counts()["breaks"])
+    counts = {"graphs": torch.tensor(graph_counts()["graphs"])}
+    counts["breaks"] = torch.tensor(graph_counts()["breaks"])
     return {**tree.flatten(ts), **{f"metrics/{k}": v for k, v in metrics.items()}, **counts}
 
 
@@ -128,7 +129,7 @@ def counting_step(replicas):
         rank = torch.tensor(replicas.rank)
         return params["w"].sum(), (state, {"overflow/points": 2 * rank + 1, "num_pos": rank.float(), "loss/x": rank})
 
-    return train.make_step(loss, small_net.recipe(), precision=Policy(), replicas=replicas)
+    return train.make_step(loss, small_net.recipe(), replicas=replicas)
 
 
 def traffic_job(replicas):
@@ -188,14 +189,14 @@ def detector_job(replicas, backend, precision="fp32", folders=()):
     def loss(params, state, batch, key):  # without dropout, which differs between the two ways to number samples
         return bevfusion.loss(params, state, batch, config=model, policy=policy, train=replicas or True)
 
-    step = train.make_step(loss, optimizer, precision=policy, replicas=replicas)
+    step = train.make_step(loss, optimizer, replicas=replicas)
     step = compilation.step(step, backend=backend)
     ts = train.init(*bevfusion.init(model, seed=0), optimizer, precision=policy)
     history = []
     for _ in range(STEPS):
         ts, metrics = step(ts, batch)
         history.append(torch.tensor([float(metrics[k]) for k in sorted(metrics)]))
-    graphs = torch.tensor(list(compilation.graph_counts().values()))
+    graphs = torch.tensor(list(graph_counts().values()))
     return {**tree.flatten(ts), "history": torch.stack(history), "graphs": graphs}
 
 

@@ -19,7 +19,8 @@ import tiny_experiment as tiny
 import torch
 
 from bevfn.data import sampling
-from bevfn.training import checkpoint, reporter, run
+from bevfn.metrics import METRICS_FILE, read_metrics
+from bevfn.training import checkpoint, run
 
 HERE = Path(__file__).parent
 
@@ -49,9 +50,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def numbers(run_dir: Path) -> list[dict]:
     """Every step's metrics that do not depend on the clock."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith("seconds")} for record in reporter.read_metrics(run_dir)
-    ]
+    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in read_metrics(run_dir)]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -77,8 +76,8 @@ def test_a_run_leaves_checkpoints_metrics_evaluation_and_summary(whole):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["samples_per_second"] > 0
     assert {"NDS", "mAP"} <= summary["scores"].keys()
-    assert [step["step"] for step in reporter.read_metrics(run_dir)] == list(range(1, 7))
-    assert {"loss/total", "lr", "overflow/voxels_l0", "bad/samples"} <= reporter.read_metrics(run_dir)[0].keys()
+    assert [step["step"] for step in read_metrics(run_dir)] == list(range(1, 7))
+    assert {"loss/total", "lr", "overflow/voxels_l0", "bad/samples"} <= read_metrics(run_dir)[0].keys()
     assert len(checkpoint.steps(run_dir / "checkpoints")) == 3  # the last ones
     assert checkpoint.best(run_dir / "checkpoints").name == "step_00000006"
     assert (run_dir / "evaluations" / "step_00000006" / "report.html").is_file()
@@ -112,7 +111,7 @@ def test_twenty_kills_change_nothing(whole, root, tmp_path):
 
 def test_sigterm_saves_and_the_rest_of_the_epoch_follows(whole, root, tmp_path):
     process = start(root, tmp_path / "run")
-    metrics = tmp_path / "run" / reporter.METRICS_FILE
+    metrics = tmp_path / "run" / METRICS_FILE
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -148,7 +147,7 @@ def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, 
     file.unlink()
     printed = finish(start(broken, tmp_path / "run", "--on-damaged", "skip", "--epochs", "1"))
     assert f"warning: skipped a damaged sample: {file}: the point file does not exist" in printed
-    assert sum(record["bad/samples"] for record in reporter.read_metrics(tmp_path / "run")) >= 1
+    assert sum(record["bad/samples"] for record in read_metrics(tmp_path / "run")) >= 1
     assert "bad/samples" in printed.split("warning: in all 2 steps: ")[1]
 
 
