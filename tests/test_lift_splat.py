@@ -167,7 +167,7 @@ def test_the_camera_branch_reproduces_the_golden_case():
         pytest.skip(f"needs the golden case {CASE}")
     inputs, stored = load_file(CASE / "inputs.safetensors"), load_file(CASE / "outputs.safetensors")
     stats = json.loads((CASE / "stats.json").read_text())
-    params, state, _ = upstream.import_state(goldens.fill_case(CASE), "bevfusion-lidar-cam")
+    params, state, _ = upstream.import_state(goldens.fill_case(CASE), "bevfusion-lidar-camera")
     params, state = params["camera"], state["camera"]
     batch = Batch(
         points=inputs["points"][None],

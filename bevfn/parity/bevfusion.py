@@ -58,12 +58,12 @@ def run(case: Case, table: Table, *, only: str | None, device: str) -> None:
 def model_name(case: Case) -> str:
     """The model that the manifest's keys belong to."""
     camera = any(key.startswith("img_backbone.") for key in case.manifest["weights"])
-    return "bevfusion-lidar-cam" if camera else "bevfusion-lidar"
+    return "bevfusion-lidar-camera" if camera else "bevfusion-lidar"
 
 
 def config_for(case: Case, name: str) -> bevfusion.Config:
     """The published model with capacities that this case's points cannot overflow by much: overflow is compared too."""
-    config = bevfusion.lidar_camera() if name == "bevfusion-lidar-cam" else bevfusion.lidar_only()
+    config = bevfusion.lidar_camera() if name == "bevfusion-lidar-camera" else bevfusion.lidar_only()
     assert config.lidar is not None
     room = min(len(case.inputs["points"]), config.voxels.max_voxels[1])
     encoder = replace(config.lidar.encoder, capacities=(3 * room, 2 * room, room, room))
