@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bevfn-tests-inductor-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
-import bevfn  # noqa: E402, F401  (where torch_npu is installed without CANN, torch can be imported only after it)
+import bevfn  # noqa: F401  (where torch_npu is installed without CANN, torch can be imported only after it)
 
 
 @pytest.fixture
