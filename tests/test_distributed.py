@@ -5,7 +5,6 @@ One pair of processes runs all jobs (importing torch is most of a job's time); t
 
 import json
 import os
-import socket
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -229,7 +228,7 @@ class Launch:
         torch.set_num_threads(1)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.count), LOCAL_WORLD_SIZE=str(self.count),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port), TORCHELASTIC_USE_AGENT_STORE="True",
         )  # fmt: skip
         replicas = distributed.start("cpu")
         try:
@@ -242,10 +241,9 @@ class Launch:
 
 def launch(jobs, folder):
     """{job: [tensors of rank 0, of rank 1]}"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(Launch(jobs, folder, port), nprocs=2)
+    # As under torchrun, the store is the launcher's: it holds its port from the moment that it chose it.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(Launch(jobs, folder, store.port), nprocs=2)
     return {name: [load_file(folder / f"{name}.{rank}") for rank in range(2)] for name in jobs}
 
 
