@@ -244,7 +244,7 @@ def initial_state(run: Run) -> train.TrainState:
 def pure_step(run: Run) -> Callable[[train.TrainState, Any], tuple[train.TrainState, dict]]:
     """The step of one process and one microbatch as a pure function: what is lowered for Ascend."""
     loss = partial(run.task.loss, train=True)
-    return train.make_step(loss, run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema)
+    return train.make_step(loss, run.task.optimizer(run.plan), ema=run.task.ema)
 
 
 def build(run: Run) -> tuple[train.TrainState, Callable]:
@@ -255,7 +255,7 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
     if run.task.shared_normalisers:
         loss = partial(loss, replicas=replicas)
     step = train.make_accumulated(
-        loss, run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema, replicas=replicas,
+        loss, run.task.optimizer(run.plan), ema=run.task.ema, replicas=replicas,
         accumulate=config.accumulate, compiled=partial(compilation.step, backend=config.backend),
     )  # fmt: skip
     return initial_state(run), step
