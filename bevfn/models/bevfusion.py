@@ -152,6 +152,26 @@ def mini(config: Config) -> Config:
     )
 
 
+def with_capacities(config: Config, voxels: tuple[int, int], sites: tuple[int, ...]) -> Config:
+    """Other capacities of voxels (training, evaluation) and of active sites per encoder level; cameras have none."""
+    if config.lidar is None:
+        return config
+    encoder = replace(config.lidar.encoder, capacities=sites)
+    return replace(
+        config, lidar=replace(config.lidar, encoder=encoder), voxels=replace(config.voxels, max_voxels=voxels)
+    )
+
+
+def with_norm_momentum(config: Config, momentum: float) -> Config:
+    """Another momentum of the BEV and sparse batch norms (published: 0.01)."""
+    backbone = replace(config.backbone, norm_momentum=momentum)
+    neck = replace(config.neck, norm_momentum=momentum)
+    lidar = config.lidar
+    if lidar is not None:
+        lidar = replace(lidar, encoder=replace(lidar.encoder, norm_momentum=momentum))
+    return replace(config, backbone=backbone, neck=neck, lidar=lidar)
+
+
 def init(config: Config, seed: int) -> tuple[dict, dict]:
     """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
     generator = torch.Generator().manual_seed(seed)
@@ -232,7 +252,7 @@ def _camera_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy, key: Tensor | None
 ) -> tuple[dict, dict]:
     assert config.camera is not None
-    images = cameras.normalise(batch.images, order="rgb").to(policy.compute)  # B*N 3 H W
+    images = cameras.normalise(batch.images[:, 0], order="rgb").to(policy.compute)  # B*N 3 H W
     swin_key = None if key is None else rng.fold(key, 0)
     features = swin.apply(params["backbone"], images, config=config.camera.backbone, train=train, key=swin_key)
     fpn, neck_state = lss_fpn.apply(params["neck"], state["neck"], features, train=train)
