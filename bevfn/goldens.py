@@ -66,7 +66,7 @@ def draw(key: str, spec: Mapping[str, Any], seed: int) -> np.ndarray:
 
 
 def _derived(case_dir: Path, specs: Mapping[str, Any], sizes: names.Sizes) -> dict[str, Tensor]:
-    computed = names.derived("bevfusion-lidar-cam", sizes)
+    computed = names.derived("bevfusion-lidar-camera", sizes)
     for key, spec in specs.items():
         if key not in computed:
             raise ValueError(f"{case_dir}: no rule for the derived tensor {key}.")

@@ -2,8 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
-from typing import get_args
 
 import pytest
 import small_cameras
@@ -11,7 +9,6 @@ import torch
 
 from bevfn import cli
 from bevfn.bench import checkpoint, data, deform, machine, pool, startup, step, views
-from bevfn.commands import experiment_module
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.models import bevdepth
@@ -90,18 +87,11 @@ def test_flops_of_a_deformable_convolution_are_those_of_its_products():
     assert both == pytest.approx(3 * product)
 
 
-@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevdepth"])
+@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevdepth-2key"])
 def test_a_step_is_measured(model, frame):
     setting = step.Setting(model, frame, "fp32", 1, "cpu", 1, 1, "mini")
     figures = machine.in_process(step._variant, setting, "train", "eager")
     assert figures["gflop"] > 1 and figures["peak_memory_gb"] > 0.2 and figures["seconds"] > 0
-
-
-@pytest.mark.parametrize("model", get_args(step.Model))
-def test_every_model_has_an_experiment(model):
-    experiment, fields = step.MODELS[model]
-    module = experiment_module(experiment)
-    assert replace(module.DEFAULTS["frame"], **fields) and callable(module.task)
 
 
 def test_checkpoints_are_measured_and_leave_nothing(tmp_path):
@@ -120,7 +110,7 @@ def test_startup_watches_a_real_run_until_its_third_step(tmp_path, frame):
     flags = ["--data-root", str(frame), "--run-dir", str(run_dir), "--no-eval-first"]
     figures = startup.start([*command, *flags], run_dir, {"OMP_NUM_THREADS": "1"})
     assert figures["seconds"] == pytest.approx(figures["before_first_step"] + figures["first_step"])
-    assert figures["before_first_step"] > 0.5 and figures["later_step_seconds"] > 0
+    assert figures["before_first_step"] > 0 and figures["later_step_seconds"] > 0
     with pytest.raises(RuntimeError, match=r"(?s)ended before step 3.*--precison"):
         startup.start([*command, "--precison", "fp16"], tmp_path / "other", {})
 
@@ -152,4 +142,4 @@ def test_files_name_the_machine_and_the_command(tmp_path, monkeypatch, capsys):
     made = json.loads(out.read_text())
     assert end.value.code == 0 and json.loads(capsys.readouterr().out) == made
     assert made["command"] == f"bevfn bench ops --json {out}" and made["figures"]["deform_conv"] == {"ours": 1}
-    assert {"processor", "cores", "threads", "torch", "commit"} <= made["machine"].keys()
+    assert made.keys() == {"command", "commit", "date", "machine", "versions", "benchmark", "figures"}

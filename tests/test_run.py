@@ -21,9 +21,11 @@ import torch
 
 from bevfn.data import sampling, source
 from bevfn.files import read_json
-from bevfn.training import checkpoint, origin, reporter, run
+from bevfn.metrics import METRICS_FILE, read_metrics
+from bevfn.training import checkpoint, origin, run
 
 HERE = Path(__file__).parent
+STEPS = 6  # 3 epochs of 2
 
 
 @pytest.fixture(scope="module")
@@ -35,35 +37,30 @@ def command(root: Path, run_dir: Path, *flags: str) -> list[str]:
     return [str(HERE / "tiny_experiment.py"), "--data-root", str(root), "--run-dir", str(run_dir), *flags]
 
 
-def start(root: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
+def launch(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command(root, run_dir, *flags)], env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start(root: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
+    return launch([sys.executable, *command(root, run_dir, *flags)])
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate()
     assert process.returncode == code, printed
     assert "Traceback" not in printed
     return printed
 
 
-def wait_for_steps(process: subprocess.Popen, run_dir: Path, count: int = 1) -> None:
-    """Until the run has logged that many."""
-    metrics = run_dir / reporter.METRICS_FILE
-    deadline = time.monotonic() + 120
-    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < count:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def numbers(run_dir: Path) -> list[dict]:
     """Every step's metrics that do not depend on the clock."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith("seconds")} for record in reporter.read_metrics(run_dir)
-    ]
+    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in read_metrics(run_dir)]
+
+
+def steps_done(run_dir: Path) -> int:
+    begun = (run_dir / METRICS_FILE).is_file()
+    return int(max((record["step"] for record in numbers(run_dir)), default=0)) if begun else 0
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -89,8 +86,8 @@ def test_a_run_leaves_checkpoints_metrics_evaluation_and_summary(whole):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["samples_per_second"] > 0
     assert {"NDS", "mAP"} <= summary["scores"].keys()
-    assert [step["step"] for step in reporter.read_metrics(run_dir)] == list(range(1, 7))
-    assert {"loss/total", "lr", "overflow/voxels_l0", "bad/samples"} <= reporter.read_metrics(run_dir)[0].keys()
+    assert [step["step"] for step in read_metrics(run_dir)] == list(range(1, 7))
+    assert {"loss/total", "lr", "overflow/voxels_l0", "bad/samples"} <= read_metrics(run_dir)[0].keys()
     assert len(checkpoint.steps(run_dir / "checkpoints")) == 3  # the last ones
     assert checkpoint.best(run_dir / "checkpoints").name == "step_00000006"
     assert (run_dir / "evaluations" / "step_00000006" / "report.html").is_file()
@@ -98,11 +95,13 @@ def test_a_run_leaves_checkpoints_metrics_evaluation_and_summary(whole):
 
 
 def kill_and_resume(root: Path, run_dir: Path, kills: int, seed: int) -> None:
-    """Kills the run at random moments, anywhere from its start-up to its evaluation, and then lets it end."""
+    """Kills the run soon after random steps, anywhere from its start-up to its evaluation, and then lets it end."""
     chance, flags = random.Random(seed), ["--checkpoint-every", "1"]
-    for _ in range(kills):
+    for after in sorted(chance.choices(range(STEPS + 1), k=kills)):
         process = start(root, run_dir, *flags)
-        time.sleep(chance.uniform(3.0, 9.0))
+        while process.poll() is None and steps_done(run_dir) < after:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
@@ -123,14 +122,28 @@ def test_twenty_kills_change_nothing(whole, root, tmp_path):
         assert_same_run(whole[0], tmp_path / f"run{i}")
 
 
+STOPPING = """  # after its second step, and on no other process's clock
+import os, runpy, signal, sys
+number = int(sys.argv.pop(1))
+sys.path.insert(0, sys.argv.pop(1))
+from bevfn.training import reporter
+log = reporter.Reporter.log
+def log_and_stop(self, step, *arguments, **named):
+    log(self, step, *arguments, **named)
+    if step == 2:
+        os.kill(os.getpid(), number)
+reporter.Reporter.log = log_and_stop
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_exits_with_its_code_and_the_rest_of_the_epoch_follows(whole, root, tmp_path, number, code):
-    process = start(root, tmp_path / "run")
-    wait_for_steps(process, tmp_path / "run")
-    process.send_signal(number)
-    printed = finish(process, code)  # so that `train && next` stops too
+    ask = [sys.executable, "-c", STOPPING, str(int(number)), str(HERE)]
+    printed = finish(launch(ask + command(root, tmp_path / "run")), code)  # so that `train && next` stops too
     done = int(re.search(r"stopped by a signal after step (\d+)", printed)[1])
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step_{done:08d}"
+    assert done < STEPS and checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step_{done:08d}"
     assert "from step" in finish(start(root, tmp_path / "run", "--resume"))
     assert_same_run(whole[0], tmp_path / "run")
 
@@ -185,8 +198,9 @@ def test_what_a_checkpoint_was_made_with_is_in_it_and_compared(whole, root, tmp_
 
 def test_a_resumed_run_on_other_processes_is_refused(whole, root, tmp_path):
     run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
-    printed, code = on_two(root, run_dir, "--checkpoint-every", "1", "--resume")
-    assert code and "microbatches: 1 -> 2; total_steps: 6 -> 3" in printed and "--force" in printed
+    process = launch([*TWO, *command(root, run_dir, "--checkpoint-every", "1", "--resume")])
+    printed, _ = process.communicate()
+    assert process.returncode and "microbatches: 1 -> 2; total_steps: 6 -> 3" in printed and "--force" in printed
 
 
 def test_a_folder_without_a_run_is_not_resumed(root, tmp_path):
@@ -202,7 +216,7 @@ def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is
     content = file.read_bytes()
     file.write_bytes(content[:-7])
     process = start(broken, tmp_path / "run")
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate()
     assert process.returncode == 2
     assert f"bevfn: {file}: {len(content) - 7} bytes are not a whole number of points" in printed
     assert "stopped because a sample cannot be read after step 1, which is saved; add --resume" in printed
@@ -218,28 +232,25 @@ def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, 
     file.unlink()
     printed = finish(start(broken, tmp_path / "run", "--on-damaged", "skip", "--epochs", "1"))
     assert f"warning: skipped a damaged sample: {file}: the point file does not exist" in printed
-    assert sum(record["bad/samples"] for record in reporter.read_metrics(tmp_path / "run")) >= 1
+    assert sum(record["bad/samples"] for record in read_metrics(tmp_path / "run")) >= 1
     assert "bad/samples" in printed.split("warning: in all 2 steps: ")[1]
 
 
-def on_two(root: Path, run_dir: Path, *flags: str) -> tuple[str, int]:
-    """(what was printed, exit code) of torchrun with two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, *command(root, run_dir, *flags)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    return done.stdout, done.returncode
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
 def two(root, tmp_path_factory):
     """What two processes with a sample each print and leave: 2 epochs of 2 steps, all checkpoints kept."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
-    printed, code = on_two(
-        root, run_dir, "--batch-size", "1", "--epochs", "2", "--checkpoint-every", "1", "--keep", "9"
+    printed = finish(
+        launch(
+            [
+                *TWO,
+                *command(root, run_dir, "--batch-size", "1", "--epochs", "2", "--checkpoint-every", "1", "--keep", "9"),
+            ]
+        )
     )
-    assert code == 0, printed
     return run_dir, printed
 
 
@@ -302,7 +313,8 @@ def test_when_one_process_dies_the_other_names_it_saves_and_ends(root, tmp_path,
     """Today's fault was to hang for ever at exit, joining a process that reads samples."""
     processes = start_two(root, tmp_path / "run", "--batch-size", "1", "--workers", "1", "--epochs", "10000")
     try:
-        wait_for_steps(processes[0], tmp_path / "run", 3)
+        while processes[0].poll() is None and steps_done(tmp_path / "run") < 3:
+            time.sleep(0.02)
         processes[killed].kill()
         printed, _ = processes[1 - killed].communicate(
             timeout=90
@@ -327,8 +339,9 @@ def test_a_file_that_one_process_cannot_read_stops_all_of_them_at_a_saved_step(r
     order = sampling.order(np.arange(len(index)), 0, 0, shuffle=True)  # its third is of the second step
     file = broken / index[int(order[2])].lidar_path
     file.unlink()
-    printed, code = on_two(broken, tmp_path / "run", "--batch-size", "1")
-    assert code and f"bevfn: {file}: the point file does not exist" in printed
+    process = launch([*TWO, *command(broken, tmp_path / "run", "--batch-size", "1")])
+    printed, _ = process.communicate()
+    assert process.returncode and f"bevfn: {file}: the point file does not exist" in printed
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step_00000001"
 
 
@@ -417,7 +430,7 @@ def test_a_loss_scale_that_cannot_fall_is_told_and_stops_the_run(root, tmp_path,
         "warning: step 16: the loss scale has fallen to its lowest, 1; lower --lr, or take bf16"
         in capsys.readouterr().out
     )
-    assert reporter.read_metrics(tmp_path / "run")[-1]["loss_scale"] == 1.0
+    assert read_metrics(tmp_path / "run")[-1]["loss_scale"] == 1.0
 
 
 def test_weights_of_a_damaged_checkpoint_are_refused(whole, tmp_path):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn import goldens, tree, upstream
+from bevfn import catalogue, goldens, tree, upstream
 from bevfn.commands import checkpoint
 from bevfn.models import bevdepth, bevfusion
 from bevfn.upstream import names, names_bevdepth, recognise
@@ -76,11 +76,11 @@ def test_export_inverts_import_bit_for_bit(model):
     assert not (report.missing or report.initial or report.mismatched or report.unknown or report.warnings)
 
 
-@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevfusion-lidar-cam"])
+@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevfusion-lidar-camera"])
 def test_published_manifests_are_accounted_for_and_round_trip(model):
-    folder = case(model.replace("-", "_"))
+    folder = case(catalogue.MODELS[model].case)
     source = goldens.fill_case(folder)
-    assert len(source) == {"bevfusion-lidar": 306, "bevfusion-lidar-cam": 566 + 16}[model]
+    assert len(source) == {"bevfusion-lidar": 306, "bevfusion-lidar-camera": 566 + 16}[model]
     params, state, report = upstream.import_state(source, model)
     assert set(report.used) | set(report.unused) == set(source) and not report.warnings
     learned = [key for key in source if not key.endswith(("num_batches_tracked", "relative_position_index"))]
@@ -149,8 +149,8 @@ def test_torchvisions_resnet_starts_a_detector():
 
 
 def test_leaves_land_where_the_contract_says():
-    source = upstream_state("bevfusion-lidar-cam")
-    params, state, _ = upstream.import_state(source, "bevfusion-lidar-cam", sizes=SMALL)
+    source = upstream_state("bevfusion-lidar-camera")
+    params, state, _ = upstream.import_state(source, "bevfusion-lidar-camera", sizes=SMALL)
     block = params["camera"]["backbone"]["stages"][1]["blocks"][1]
     key = "img_backbone.stages.1.blocks.1."
     assert torch.equal(block["attn"]["bias_table"], source[key + "attn.w_msa.relative_position_bias_table"])
@@ -171,7 +171,7 @@ def test_leaves_land_where_the_contract_says():
 
 PUBLISHED = {
     "bevfusion-lidar": (bevfusion, bevfusion.lidar_only()),
-    "bevfusion-lidar-cam": (bevfusion, bevfusion.lidar_camera()),
+    "bevfusion-lidar-camera": (bevfusion, bevfusion.lidar_camera()),
     "bevdepth-1key": (bevdepth, bevdepth.key_frames(1)),
     "bevdepth-2key": (bevdepth, bevdepth.two_key()),
     "bevdepth-4key": (bevdepth, bevdepth.key_frames(4)),
@@ -229,9 +229,17 @@ def test_sparse_kernels_of_two_layouts_are_refused():
 @pytest.mark.parametrize(
     ("keys", "model", "message"),
     [
-        ("bevfusion-lidar", "bevfusion-lidar-cam", "looks like a LiDAR-only BEVFusion.*use --model bevfusion-lidar[.]"),
-        ("bevfusion-lidar-cam", "bevfusion-lidar", r"camera \+ LiDAR BEVFusion.*use --model bevfusion-lidar-cam[.]"),
-        ("swin-nuimages", "bevfusion-lidar-cam", "looks like a Swin backbone.*use --model swin-nuimages[.]"),
+        (
+            "bevfusion-lidar",
+            "bevfusion-lidar-camera",
+            "looks like a LiDAR-only BEVFusion.*use --model bevfusion-lidar[.]",
+        ),
+        (
+            "bevfusion-lidar-camera",
+            "bevfusion-lidar",
+            r"camera \+ LiDAR BEVFusion.*use --model bevfusion-lidar-camera[.]",
+        ),
+        ("swin-nuimages", "bevfusion-lidar-camera", "looks like a Swin backbone.*use --model swin-nuimages[.]"),
         (["encoders.lidar.backbone.x"], "bevfusion-lidar", "original MIT repository.*: bevfn reads"),
         (
             "bevdepth-1key",
@@ -307,17 +315,17 @@ def test_export_names_missing_foreign_and_misshapen_leaves():
 
 
 def test_a_frustum_of_another_camera_warns_and_still_exports_as_it_was():
-    source = upstream_state("bevfusion-lidar-cam")
+    source = upstream_state("bevfusion-lidar-camera")
     source["view_transform.frustum"] = source["view_transform.frustum"] + 0.5
-    params, state, report = upstream.import_state(source, "bevfusion-lidar-cam", sizes=SMALL)
+    params, state, report = upstream.import_state(source, "bevfusion-lidar-camera", sizes=SMALL)
     (warning,) = report.warnings
     assert warning == "view_transform.frustum differs from the configuration's by up to 0.5, bevfn uses its own"
-    back = upstream.export_state(params, state, "bevfusion-lidar-cam", report.carried, sizes=SMALL)
+    back = upstream.export_state(params, state, "bevfusion-lidar-camera", report.carried, sizes=SMALL)
     assert torch.equal(back["view_transform.frustum"], source["view_transform.frustum"])
 
 
 def test_derived_buffers_follow_the_manifest_rules():
-    found = names.derived("bevfusion-lidar-cam", names.PUBLISHED)
+    found = names.derived("bevfusion-lidar-camera", names.PUBLISHED)
     index = found["img_backbone.stages.2.blocks.3.attn.w_msa.relative_position_index"]
     (qi, qj), (ki, kj) = (2, 5), (6, 1)
     assert index[qi * 7 + qj, ki * 7 + kj] == 13 * (qi - ki + 6) + (qj - kj + 6)
@@ -383,7 +391,9 @@ def test_imagenet_swin_leaves_the_output_norms_at_init():
 
 
 def small_trees() -> tuple[dict, dict]:
-    params, state, _ = upstream.import_state(upstream_state("bevfusion-lidar-cam"), "bevfusion-lidar-cam", sizes=SMALL)
+    params, state, _ = upstream.import_state(
+        upstream_state("bevfusion-lidar-camera"), "bevfusion-lidar-camera", sizes=SMALL
+    )
     return tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, state)
 
 

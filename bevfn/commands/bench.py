@@ -1,15 +1,12 @@
 """`bevfn bench ...`: speed and memory as ratios, against peers and the machine's limits in the same run."""
 
-import shlex
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from bevfn.commands import Experiment
+from bevfn import provenance, recipes
 from bevfn.files import to_json, write_atomically
 
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
@@ -31,9 +28,7 @@ def ops(*, threads: int = 0, json_file: Json = None) -> None:
 
 def step(
     *,
-    model: Literal[
-        "bevfusion-lidar-camera", "bevfusion-lidar", "bevfusion-camera", "bevdepth", "matrixvt"
-    ] = "bevfusion-lidar-camera",
+    model: recipes.Model = "bevfusion-lidar-camera",
     frame: Path | None = None,
     scale: Literal["published", "mini"] = "published",
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
@@ -117,7 +112,7 @@ def checkpoint(*, folder: Path = Path("runs"), repeats: int = 3, json_file: Json
 
 def startup(
     *,
-    experiment: Experiment = "bevfusion_lidar",
+    experiment: recipes.Experiment = "bevfusion_lidar",
     frame: Path | None = None,
     json_file: Json = None,
 ) -> None:
@@ -133,6 +128,11 @@ def startup(
     _report("startup", startup.measure(frame, experiment=experiment), json_file)
 
 
+def list_() -> None:
+    """Which file of experiments/results/ was made when, of which commit, and by which command. Also: `bevfn bench --list`."""
+    print(provenance.listing())
+
+
 def _threads(wanted: int) -> int:
     torch.set_num_threads(wanted or torch.get_num_threads())
     return torch.get_num_threads()
@@ -140,12 +140,7 @@ def _threads(wanted: int) -> int:
 
 def _report(benchmark: str, figures: dict, json_file: Path | None, device: str = "cpu") -> None:
     """Prints and keeps the figures with the machine and with what to type to measure them again."""
-    from bevfn.bench import machine
-
-    result = {
-        "benchmark": benchmark, "date": datetime.now(UTC).date().isoformat(), "machine": machine.describe(device),
-        "command": shlex.join(["bevfn", *sys.argv[1:]]), "figures": figures,
-    }  # fmt: skip
+    result = {**provenance.head(device), "benchmark": benchmark, "figures": figures}
     text = to_json(result, indent=1)
     print(text.decode())
     if json_file is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from bevfn.files import to_json, write_atomically
+from bevfn import provenance
 
 
 def parity(
@@ -52,5 +52,5 @@ def parity(
         + (f"; FAILED: {', '.join(failed)}" if failed else "")
     )
     if json_file is not None:
-        write_atomically(json_file, to_json(table.to_json(), indent=1))
+        provenance.write(json_file, table.to_json(), device=device)
     return 0 if table.ok else 1

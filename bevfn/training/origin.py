@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, is_dataclass
@@ -53,7 +52,7 @@ def code() -> str:
     root = Path(bevfn.__file__).parent
     for file in sorted(_sources(root)):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    return f"{importlib.metadata.version('bevfn')} {digest.hexdigest()[:DIGITS]}"
+    return f"{bevfn.__version__} {digest.hexdigest()[:DIGITS]}"
 
 
 def _sources(root: Path) -> Iterable[Path]:

@@ -22,8 +22,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bevfn.files import read_json, to_json, write_atomically
+from bevfn.metrics import METRICS_FILE, read_metrics
 from bevfn.training import checkpoint
-from bevfn.training.reporter import METRICS_FILE, read_metrics
 
 FACTS = "run"  # in meta.json
 CONFIG_FILE, LOCK_FILE, CHECKPOINTS = "config.json", ".lock", "checkpoints"

@@ -19,7 +19,7 @@ from bevfn.upstream.entries import conv_norm as _conv_norm
 from bevfn.upstream.entries import normalisation as _norm
 from bevfn.upstream.entries import weight_bias as _weight_bias
 
-MODELS = ("bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages", *names_bevdepth.MODELS)
+MODELS = ("bevfusion-lidar", "bevfusion-lidar-camera", "swin-nuimages", *names_bevdepth.MODELS)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def entries(model: str, sizes: Sizes, naming: Naming = "mmdet") -> list[Entry]:
         return names_bevdepth.entries(model, sizes.bevdepth)
     if model == "swin-nuimages":
         return _swin(sizes, "camera.backbone", "", naming)
-    camera = model == "bevfusion-lidar-cam"
+    camera = model == "bevfusion-lidar-camera"
     found = []
     if camera:
         found += _swin(sizes, "camera.backbone", "img_backbone.", "mmdet")
@@ -96,7 +96,7 @@ def derived(model: str, sizes: Sizes, naming: Naming = "mmdet") -> dict[str, Ten
         for i, depth in enumerate(sizes.swin_depths)
         for j in range(depth)
     }
-    if model == "bevfusion-lidar-cam":
+    if model == "bevfusion-lidar-camera":
         found["view_transform.dx"] = torch.tensor([step for _, _, step in sizes.grid])
         found["view_transform.bx"] = torch.tensor([lower + step / 2 for lower, _, step in sizes.grid])
         found["view_transform.nx"] = torch.tensor([round((upper - lower) / step) for lower, upper, step in sizes.grid])

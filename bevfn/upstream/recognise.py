@@ -44,7 +44,7 @@ def recognise(keys: Mapping[str, Tensor]) -> Source:
     lidar = _prefix_before(keys, "pts_middle_encoder.")
     if lidar is not None and any(key.startswith(f"{lidar}bbox_head.") for key in keys):
         if any(key.startswith(f"{lidar}img_backbone.") for key in keys):
-            return Source("a camera + LiDAR BEVFusion detector", "bevfusion-lidar-cam", lidar)
+            return Source("a camera + LiDAR BEVFusion detector", "bevfusion-lidar-camera", lidar)
         return Source("a LiDAR-only BEVFusion detector", "bevfusion-lidar", lidar)
     for part, what in _FOREIGN.items():
         if any(key.startswith(part) or f".{part}" in key for key in keys):
