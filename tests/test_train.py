@@ -158,7 +158,7 @@ def hiding(params, state, batch, key):
 def test_a_step_whose_loss_alone_is_not_finite_is_skipped(precision):
     policy, config, data = Policy.of(precision), small_net.recipe(), small_net.batch()
     ts = train.init(*small_net.init(), config, precision=policy)
-    step = train.make_step(hiding, config, precision=policy)
+    step = train.make_step(hiding, config)
     assert float(step(ts, data)[1]["skipped"]) == 0
     data["y"][2, 1] = float("nan")
     after, metrics = step(ts, data)
@@ -171,7 +171,7 @@ def test_a_step_whose_loss_alone_is_not_finite_is_skipped(precision):
 def test_bad_losses_names_sample_and_terms(accumulate):
     config, parts = small_net.recipe(), halves(small_net.batch())[:accumulate]
     ts = train.init(*small_net.init(), config, precision=Policy())
-    step = train.make_accumulated(hiding, config, accumulate=accumulate, precision=Policy())
+    step = train.make_accumulated(hiding, config, accumulate=accumulate)
     parts[-1]["y"][1, 2] = float("inf")
     ts, metrics = step(ts, parts)
     assert float(metrics["skipped"]) == 1

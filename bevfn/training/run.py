@@ -559,7 +559,7 @@ def check_finite(
     bad_terms = [name for name, value in values.items() if name.startswith(train.LOSS) and not math.isfinite(value)]
     tokens = [token for item in loaded for token in item.tokens]
     if scaled and skipped % PATIENCE:
-        tell_of_fp16(run, values, done, skipped, bad_terms, tokens)
+        tell_of_fp16(run, values, done, bad_terms, tokens)
         return skipped
     lowest = scaled and values["loss_scale"] <= LOWEST_SCALE
     if scaled and not bad_terms and not lowest:
@@ -585,9 +585,9 @@ def check_finite(
     )
 
 
-def tell_of_fp16(run: Run, values: dict, done: int, skipped: int, bad_terms: list[str], tokens: list[str]) -> None:
+def tell_of_fp16(run: Run, values: dict, done: int, bad_terms: list[str], tokens: list[str]) -> None:
     """Says what a skipped step of fp16 may mean, where it is more than a loss scale that was too high."""
-    if bad_terms and skipped == 1:
+    if bad_terms:
         samples = ", ".join(token for part in distributed.gather(tokens, run.replicas) for token in part)
         say(run, f"warning: step {done} is skipped: {', '.join(bad_terms)} not finite, with samples {samples}")
     if LOWEST_SCALE < values["loss_scale"] <= 2 * LOWEST_SCALE:
