@@ -1,9 +1,11 @@
 """`bevfn eval`: the scores that the run itself got, a submission, and checkpoints that do not fit."""
 
 import json
+import shutil
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import small_root
@@ -11,7 +13,7 @@ import small_world
 
 from bevfn import cli
 from bevfn.experiments import bevfusion_lidar
-from bevfn.training import run
+from bevfn.training import checkpoint, run
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,40 @@ def test_a_missing_checkpoint_is_named(monkeypatch, capsys, tmp_path):
         small_world.index().root,
     ) == 2  # fmt: skip
     assert "no.safetensors" in capsys.readouterr().err
+
+
+def copied(checkpoint: Path, folder: Path) -> Path:
+    """The run's config and one checkpoint, elsewhere."""
+    made = Path(shutil.copytree(checkpoint, folder / "checkpoints" / checkpoint.name))
+    shutil.copy(checkpoint.parent.parent / "config.json", folder)
+    return made
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused(trained, monkeypatch, capsys, tmp_path):
+    made = copied(trained[1], tmp_path)
+    content = bytearray((made / "train_state.safetensors").read_bytes())
+    content[-3] ^= 4
+    (made / "train_state.safetensors").write_bytes(content)
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST) == 2
+    assert "train_state.safetensors is damaged: its size or CRC" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_weights_that_are_nan_is_refused(trained, monkeypatch, capsys, tmp_path):
+    made = copied(trained[1], tmp_path)
+    leaves = checkpoint.read(made)
+    leaves["params.head.shared.bias"][0] = float("nan")
+    checkpoint.save_step(made, leaves, {"step": 1})
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST) == 2
+    assert "params.head.shared.bias is NaN or infinite; take an older checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [[], {"batch_size": "four"}, {"data_root": 3}, {"precision": "fp8"}, {"source_size": [1]}]
+)
+def test_a_runs_config_of_another_type_is_one_sentence(trained, monkeypatch, capsys, tmp_path, change):
+    made = copied(trained[1], tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | change if isinstance(change, dict) else change))
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST) == 2
+    error = capsys.readouterr().err
+    assert "config.json is damaged" in error and "Traceback" not in error
