@@ -33,7 +33,6 @@ import numpy as np
 from bevfn.choices import one_of
 from bevfn.data import camera_pipeline, sampling, source
 from bevfn.models import bevdepth
-from bevfn.precision import Policy
 from bevfn.training import optim, run
 
 NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
@@ -117,20 +116,12 @@ def task(config: Config, splits: source.Splits | None = None) -> run.Task:
 def assemble(config: Config, splits: source.Splits | None, model: bevdepth.Config) -> run.Task:
     """The task of a published network under the config's recipe."""
     model = sized(config, model)
-    policy = Policy.of(config.precision)
     read = data(config, splits, model)
     ema = None
     if config.ema is not None:
         ema = optim.Ema(config.ema, config.ema_ramp, first_update=len(read.items) * config.epochs)
-    return run.Task(
-        title=f"{config.model}, {config.scale} size",
-        data=read,
-        init=partial(bevdepth.init, model, config.seed),
-        loss=partial(bevdepth.loss, config=model, policy=policy),
-        predict=partial(bevdepth.predict, config=model, policy=policy),
-        optimizer=partial(optimizer, config, model),
-        ema=ema,
-        shared_normalisers=True,
+    return run.make_task(
+        config, bevdepth, model, read, partial(optimizer, config, model), ema=ema, shared_normalisers=True
     )
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from bevfn.choices import one_of
 from bevfn.data import pipeline, sampling, source
 from bevfn.models import bevfusion
-from bevfn.precision import Policy
 from bevfn.training import optim, run
 
 NETWORKS = {"bevfusion-lidar-camera": bevfusion.lidar_camera, "bevfusion-camera": bevfusion.camera_only}
@@ -134,15 +133,9 @@ def assemble(
 ) -> run.Task:
     """The task of one network: `training` is its published pipeline."""
     model = sized(config, model)
-    policy = Policy.of(config.precision)
-    return run.Task(
-        title=f"{config.model}, {config.scale} size",
-        data=data(config, splits, model, training),
-        init=partial(bevfusion.init, model, config.seed),
-        loss=partial(bevfusion.loss, config=model, policy=policy),
-        predict=partial(bevfusion.predict, config=model, policy=policy),
-        optimizer=partial(optimizer, config),
-        ema=None if config.ema is None else optim.Ema(decay=config.ema),
+    ema = None if config.ema is None else optim.Ema(decay=config.ema)
+    return run.make_task(
+        config, bevfusion, model, data(config, splits, model, training), partial(optimizer, config), ema=ema
     )
 
 

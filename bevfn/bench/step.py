@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
@@ -39,7 +39,7 @@ class Setting:
     device: str
     threads: int
     repeats: int
-    scale: Literal["published", "mini"] = "published"
+    scale: running.Scale = "published"
 
 
 def measure(setting: Setting) -> dict:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
 from bevfn.files import write_atomically
-from bevfn.precision import Policy
+from bevfn.precision import Policy, Precision
 from bevfn.training import checkpoint, optim, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
 
 RUNS = Path("runs")
+Scale = Literal["published", "mini"]
 # What a resumed run may change without changing its numbers.
 FREE = frozenset(
     {"workers", "resume", "force", "keep", "checkpoint_every", "eval_every", "eval_backend", "on_damaged", "run_dir"}
@@ -46,9 +47,9 @@ class Config:
 
     model: str = ""
     """network and recipe, a name of `bevfn.catalogue`"""
-    scale: Literal["published", "mini"] = "published"
+    scale: Scale = "published"
     """published: every size as in the paper; mini: the same code at a size for demos and CI"""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """fp16 scales the loss dynamically, in the graph"""
     backend: compilation.Backend = "inductor"
     """what compiles the train step"""
@@ -176,6 +177,38 @@ class Task:
     ema: optim.Ema | None = None
     shared_normalisers: bool = False
     """`loss` takes replicas=: its normalisers are averaged over the processes though batch norm is not"""
+
+
+class Family(Protocol):
+    """A file of bevfn/models/, as far as a run needs it."""
+
+    init: Callable[[Any, int], tuple[dict, dict]]
+    loss: Callable[..., Any]
+    predict: Callable[..., dict[str, torch.Tensor]]
+
+
+def make_task(
+    config: Config,
+    family: Family,
+    network: Any,
+    data: Data,
+    optimizer: Callable[[Plan], optim.Config],
+    *,
+    ema: optim.Ema | None = None,
+    shared_normalisers: bool = False,
+) -> Task:
+    """The task of a family's `network`, a Config of it, in the config's precision and from its seed."""
+    bound = {"config": network, "policy": Policy.of(config.precision)}
+    return Task(
+        title=f"{config.model}, {config.scale} size",
+        data=data,
+        init=partial(family.init, network, config.seed),
+        loss=partial(family.loss, **bound),
+        predict=partial(family.predict, **bound),
+        optimizer=optimizer,
+        ema=ema,
+        shared_normalisers=shared_normalisers,
+    )
 
 
 @dataclass(frozen=True)
