@@ -13,7 +13,7 @@ The flags' defaults are the published recipe on nuScenes, and smaller numbers (`
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -83,14 +83,14 @@ class Config(Shared):
 
 
 # One key frame over and over, nothing augmented: for a first look at a laptop.
-FRAME = {
+FRAME: dict[str, Any] = {
     "steps": 40, "batch_size": 1, "workers": 0, "lr": 1e-3, "norm_momentum": 0.1, "class_balanced": False,
     "augment": False, "sweeps": 0, "eval_first": True, "eval_every": 0, "eval_backend": "eager",
     "checkpoint_every": 1000,
 }  # fmt: skip
 # The synthetic world on two CPU cores, from scratch: on the cycle of the LiDAR-only recipe, as the cosine is for a model
 # that starts from a trained detector.
-SYNTHETIC = {
+SYNTHETIC: dict[str, Any] = {
     "schedule": "cycle", "final_lr": 1e-5, "scale": "mini", "epochs": 9, "batch_size": 2, "workers": 1, "lr": 2e-3,
     "norm_momentum": 0.1, "eval_every": 0, "class_balanced": False, "augment": False, "eval_first": True,
     "eval_backend": "eager", "sweeps": 4, "source_size": source.WORLD_IMAGE,

@@ -79,7 +79,7 @@ def graph(
 
 
 def steps(
-    experiment: str, scale: str, precision: str, batch_size: int, *, comparable: bool = False
+    experiment: str, scale: run.Scale, precision: Precision, batch_size: int, *, comparable: bool = False
 ) -> dict[str, tuple[Callable, tuple]]:
     """{"train": (step, example arguments), "inference": ...} of an experiment's task, on a generated frame.
 

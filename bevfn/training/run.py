@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -180,11 +180,14 @@ class Task:
 
 
 class Family(Protocol):
-    """A file of bevfn/models/, as far as a run needs it."""
+    """A file of bevfn/models/, as far as a run needs it; the functions are Task's with a network and a policy to bind."""
 
-    init: Callable[[Any, int], tuple[dict, dict]]
-    loss: Callable[..., Any]
-    predict: Callable[..., dict[str, torch.Tensor]]
+    @property
+    def init(self) -> Callable[..., tuple[dict, dict]]: ...
+    @property
+    def loss(self) -> Callable[..., Any]: ...
+    @property
+    def predict(self) -> Callable[..., dict[str, torch.Tensor]]: ...
 
 
 def make_task(
@@ -578,7 +581,7 @@ class _Silent:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def cli(defaults: dict[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
+def cli(defaults: Mapping[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
     """Parses the command line; a user's mistake ends in one sentence and exit code 2."""
     try:
         config = parse(defaults, sys.argv[1:], description)
@@ -588,7 +591,7 @@ def cli(defaults: dict[source.Kind, Config], make_task: Callable[[Any], Task], d
         sys.exit(2)
 
 
-def parse(defaults: dict[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
+def parse(defaults: Mapping[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
     """The config of a command line; what is at --data-root decides on the defaults."""
     root = flag(arguments, "--data-root")
     default = defaults[source.kind(None if root is None else Path(root))]
