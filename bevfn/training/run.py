@@ -366,7 +366,8 @@ def _train(run: Run, latest: Path | None) -> dict:
     if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
         summary["scores"] = evaluate(run, train_state, start)
     with reporting(run, start) as reporter, signals.on_terminate() as stop:
-        done, began, problems = start, time.perf_counter(), []
+        done, began = start, time.perf_counter()
+        problems: list[Exception] = []
         for done, loaded in readable(run, microbatches(run, start), problems):
             batches = [item.batch.to(config.device) for item in loaded]
             train_state, metrics = step(train_state, batches)
@@ -493,7 +494,7 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     }
 
 
-def _sum(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
 
 
