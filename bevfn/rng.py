@@ -28,7 +28,8 @@ def key(seed: int) -> Tensor:
 
 def fold(key: Tensor, site: int | Tensor) -> Tensor:
     """The key of `site` under `key`: a Python int or an int64 [] tensor (such as the step), 0 <= site < 2^32."""
-    folded = _mix(key ^ _mix(site ^ 0x5BD1E995))
+    mixed = _mix(site ^ 0x5BD1E995) if isinstance(site, int) else _mix(site ^ 0x5BD1E995)
+    folded = _mix(key ^ mixed)
     return torch.stack([folded, folded])[0]  # stored, see _mix
 
 
