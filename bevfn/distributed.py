@@ -85,8 +85,8 @@ def start(device: str) -> Replicas | None:
     if kind != "cpu":
         _take_device(kind, world["LOCAL_RANK"])
     backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
-    place = {"rank": world["RANK"], "world_size": world["WORLD_SIZE"]}
-    torch.distributed.init_process_group(backend, **place, timeout=TIMEOUT)
+    rank, size = world["RANK"], world["WORLD_SIZE"]
+    torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
     everyone = torch.distributed.group.WORLD
     assert everyone is not None
     return Replicas(everyone.group_name, world["RANK"], world["WORLD_SIZE"])
