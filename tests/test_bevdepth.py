@@ -239,7 +239,7 @@ def test_published_variants_and_their_mini_sizes_are_consistent(make):
     size = config.grid.image_size
     batch = small_cameras.make(B=1, T=config.frames, size=size, classes=10)
     outputs, _ = bevdepth.apply(params, bevdepth.init(config, seed=0)[1], batch, config=config, train=False)
-    assert outputs["bev"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
+    assert outputs["bev"]["map"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
     assert make().head.code_weights[-1] == (0.5 if make().frames == 1 else 1.0)
 
 

@@ -131,14 +131,15 @@ def boundaries(outputs: dict, suffix_of: tuple[str, ...]) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for t, suffix in enumerate(suffix_of):
         frame = outputs["frames"][t]
-        net, view, image = frame["depth_net"], frame["view"], frame["image"]
+        view, image = frame["view"], frame["image"]["backbone"]
+        net = view["depth_net"]
         named = {
             "img_stem": image[0], **{f"img_stage{s}": image[s] for s in range(1, len(image))},
-            "img_neck": frame["image_neck"], "mlp_input_raw": net["camera_raw"], "mlp_input_bn": net["camera"],
+            "img_neck": frame["image"]["neck"], "mlp_input_raw": net["camera_raw"], "mlp_input_bn": net["camera"],
             "depth_mlp": net["depth_mlp"], "context_mlp": net["context_mlp"], "depthnet_reduce": net["reduce"],
             "context_se": net["context_gated"], "depth_se": net["depth_gated"], "depth_conv_aspp": net["aspp"],
             **{f"depth_conv_block{b}": y for b, y in enumerate(net["blocks"])}, "dcn_offset": net["offset"],
-            "depth_conv_dcn": net["deform"], "depth_conv_logits": net["logits"], "depth_prob": frame["depth"],
+            "depth_conv_dcn": net["deform"], "depth_conv_logits": net["logits"], "depth_prob": view["depth"],
             "context": net["context"], "bev": view["bev"],
         }  # fmt: skip
         if "merged" in view:
@@ -147,9 +148,9 @@ def boundaries(outputs: dict, suffix_of: tuple[str, ...]) -> dict[str, Tensor]:
                 "hori_reduce": view["reduced"], "horiconv_out": view["feature"],
             }  # fmt: skip
         made |= {name + suffix: x for name, x in named.items()}
-    trunk = outputs["trunk"]
+    trunk = outputs["bev"]["backbone"]
     made |= {"trunk_stem": trunk[0], **{f"bev_stage{s}": trunk[s] for s in range(1, len(trunk))}}
-    made |= {"bev_neck": outputs["bev_neck"], "head_shared": outputs["head"]["shared"]}
+    made |= {"bev_neck": outputs["bev"]["neck"], "head_shared": outputs["head"]["shared"]}
     for t, maps in enumerate(outputs["head"]["tasks"]):
         made |= {f"task{t}/{name}": x for name, x in maps.items()}
     return made

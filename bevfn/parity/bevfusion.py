@@ -113,7 +113,7 @@ def _evaluate(case: Case, table: Table, params: dict, state: dict, config: bevfu
         _sites(case, table, "eval/voxel", _voxels(outputs), {"num_points": "num_points", "features": "features"})
     for name in [n for n in case.names("eval/sparse/") if n.endswith("/coords")]:
         stage = name.removesuffix("/coords")
-        reached = outputs["sparse"][stage]
+        reached = sparse_stage(outputs["lidar"], stage)
         found = {
             "coords": reached["coords"][reached["valid"]][:, 1:],
             "features": reached["features"][reached["valid"]],
@@ -121,30 +121,36 @@ def _evaluate(case: Case, table: Table, params: dict, state: dict, config: bevfu
         _sites(case, table, f"eval/sparse/{stage}", found, {"features": "features"})
     _dense(case, table, "eval/", dense_boundaries(outputs))
     if config.camera is not None:
-        _depth_map(case, table, "eval/vt", outputs["vt"]["depth_map"])
+        _depth_map(case, table, "eval/vt", outputs["camera"]["view"]["depth_map"])
         _augmented_geometry(case, table, config, device)
     _queries(case, table, "eval/head", outputs["head"], EVAL_TOLERANCE)
     _detections(case, table, {k: v[0].cpu() for k, v in detections.items()})
 
 
+def sparse_stage(lidar: dict, name: str) -> dict[str, Tensor]:
+    """The sites that upstream calls `name`."""
+    number = name.removeprefix("encoder_layer")
+    return lidar["stages"][int(number) - 1] if number.isdigit() else lidar[name]
+
+
 def dense_boundaries(outputs: dict) -> dict[str, Callable[[], Tensor]]:
     """Stored name -> our tensor in upstream's layout, for everything that has a place and no order."""
     made = {
-        "sparse/bev": lambda: outputs["sparse"]["bev"],
+        "sparse/bev": lambda: outputs["lidar"]["bev"],
         "fuser": lambda: outputs["fuser"],
-        "second/0": lambda: outputs["second"][0],
-        "second/1": lambda: outputs["second"][1],
-        "secfpn": lambda: outputs["secfpn"],
-        "head/shared_conv": lambda: outputs["head"]["shared_conv"],
+        "second/0": lambda: outputs["bev"]["backbone"][0],
+        "second/1": lambda: outputs["bev"]["backbone"][1],
+        "secfpn": lambda: outputs["bev"]["neck"],
+        "head/shared_conv": lambda: outputs["head"]["shared"],
         "head/dense_heatmap": lambda: outputs["head"]["dense_heatmap"],
-        "vt/geometry": lambda: outputs["vt"]["geometry"],
-        "vt/dtransform": lambda: outputs["vt"]["dtransform"],
-        "vt/depthnet": lambda: outputs["vt"]["depthnet"],
-        "vt/bev_pool": lambda: outputs["vt"]["bev_pool"],
-        "vt/bev": lambda: outputs["vt"]["bev"],
+        "vt/geometry": lambda: outputs["camera"]["view"]["geometry"],
+        "vt/dtransform": lambda: outputs["camera"]["view"]["depth_transform"],
+        "vt/depthnet": lambda: outputs["camera"]["view"]["depth_net"],
+        "vt/bev_pool": lambda: outputs["camera"]["view"]["bev_pool"],
+        "vt/bev": lambda: outputs["camera"]["view"]["bev"],
     }
-    made |= {f"swin/{i}": lambda i=i: outputs["swin"][i] for i in range(3)}
-    made |= {f"lssfpn/{i}": lambda i=i: outputs["lssfpn"][i] for i in range(2)}
+    made |= {f"swin/{i}": lambda i=i: outputs["camera"]["backbone"][i] for i in range(3)}
+    made |= {f"lssfpn/{i}": lambda i=i: outputs["camera"]["neck"][i] for i in range(2)}
     return made
 
 
@@ -168,11 +174,11 @@ def _overflow(table: Table, outputs: dict) -> None:
 
 
 def _voxels(outputs: dict) -> dict[str, Tensor]:
-    filled = outputs["voxel"]["count"][0] > 0
+    filled = outputs["voxels"]["count"][0] > 0
     return {
-        "coords": outputs["voxel"]["coords"][0][filled],
-        "num_points": outputs["voxel"]["count"][0][filled].float(),
-        "features": outputs["voxel"]["features"][0][filled],
+        "coords": outputs["voxels"]["coords"][0][filled],
+        "num_points": outputs["voxels"]["count"][0][filled].float(),
+        "features": outputs["voxels"]["features"][0][filled],
     }
 
 
