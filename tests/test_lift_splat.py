@@ -9,10 +9,11 @@ import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bevfn import geometry, goldens, upstream
+from bevfn import geometry, upstream
 from bevfn.backbones import swin
 from bevfn.data.batch import Batch
 from bevfn.necks import lss_fpn
+from bevfn.parity import golden
 from bevfn.views import lift_splat
 
 CASE = Path(__file__).parents[1].parent / "shared" / "goldens" / "bevfusion_lidar_cam"
@@ -167,7 +168,7 @@ def test_the_camera_branch_reproduces_the_golden_case():
         pytest.skip(f"needs the golden case {CASE}")
     inputs, stored = load_file(CASE / "inputs.safetensors"), load_file(CASE / "outputs.safetensors")
     stats = json.loads((CASE / "stats.json").read_text())
-    params, state, _ = upstream.import_state(goldens.fill_case(CASE), "bevfusion-lidar-cam")
+    params, state, _ = upstream.import_state(golden.fill_case(CASE), "bevfusion-lidar-camera")
     params, state = params["camera"], state["camera"]
     batch = Batch(
         points=inputs["points"][None],

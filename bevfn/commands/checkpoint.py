@@ -7,10 +7,10 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from bevfn import tree, upstream
-from bevfn.upstream import names, recognise
+from bevfn.upstream import models, recognise
 
 Model = Literal[
-    "bevfusion-lidar", "bevfusion-lidar-cam", "swin-nuimages", "bevdepth-1key", "bevdepth-2key", "bevdepth-4key",
+    "bevfusion-lidar", "bevfusion-lidar-camera", "swin-nuimages", "bevdepth-1key", "bevdepth-2key", "bevdepth-4key",
     "bevdepth-2key-da", "matrixvt", "resnet50",
 ]  # fmt: skip
 
@@ -60,7 +60,7 @@ def export(
         read.params, read.state, read.model, carried, sparse=layout, naming=naming, prefix=prefix
     )
     upstream.write_state_dict(output, found, sparse=layout)
-    kernels = f", sparse kernels {layout}" if names.has_sparse_kernels(read.model) else ""
+    kernels = f", sparse kernels {layout}" if models.has_sparse_kernels(read.model) else ""
     print(f"wrote {output}: {len(found)} tensors of {read.model}{kernels}")
 
 
