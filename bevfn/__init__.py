@@ -10,6 +10,8 @@ import importlib.util
 import os
 import sys
 
+__version__ = "0.1.0"
+
 
 def _without_cann() -> bool:
     """torch_npu is installed, but the library that it is linked with cannot be loaded."""

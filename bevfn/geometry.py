@@ -1,7 +1,8 @@
 """Frames, projection, the camera frustum and BEV cells, with upstream's float32 rounding.
 
-Frames: pixel (u right, v down, of the network's input image), camera, LiDAR; "augmented" is the LiDAR frame after the
-3D augmentation, in which points, boxes and the BEV grid live. Matrices are `target_from_source`.
+Frames: pixel (u right, v down, of the network's input image), camera, base (the batch's base frame, LiDAR or ego);
+"augmented" is the base frame after the 3D augmentation, in which points, boxes and the BEV grid live. Matrices are
+`target_from_source`.
 
 One ulp moves frustum points across cell borders (54 of 1,993,728 in the golden case bevfusion_lidar_cam), and one such
 point is 1/118 of a context vector, so the order of the float32 operations below is part of the contract: products of
@@ -43,12 +44,12 @@ def invert(matrix: Tensor) -> Tensor:
     return right
 
 
-def unprojection(lidar_from_camera: Tensor, intrinsics: Tensor) -> Tensor:
-    """lidar_from_pixel [... 3 3]: (u d, v d, d) of an original image to LiDAR axes centred on its camera; for the host.
+def unprojection(base_from_camera: Tensor, intrinsics: Tensor) -> Tensor:
+    """base_from_pixel [... 3 3]: (u d, v d, d) of an original image to base axes centred on its camera; for the host.
 
     Both matrices [... 4 4] or [... 3 3], float32.
     """
-    rotation, columns = lidar_from_camera[..., :3, :3], invert(intrinsics[..., :3, :3]).unbind(-1)
+    rotation, columns = base_from_camera[..., :3, :3], invert(intrinsics[..., :3, :3]).unbind(-1)
     return torch.stack([torch.stack(rotate(rotation, column.unbind(-1)), -1) for column in columns], -1)
 
 
@@ -94,24 +95,24 @@ def _spread(last: int, count: int) -> list[float]:
     return [step * i if i < max(count // 2, 1) else last - step * (count - 1 - i) for i in range(count)]
 
 
-def frustum_in_lidar(
+def frustum_in_base(
     point: Planes,
     *,
     image_aug: Tensor,
     undo_image_aug: Tensor,
-    lidar_from_pixel: Tensor,
-    lidar_from_camera: Tensor,
-    lidar_aug: Tensor,
+    base_from_pixel: Tensor,
+    base_from_camera: Tensor,
+    base_aug: Tensor,
 ) -> Planes:
-    """Frustum points (see `frustum`) in the augmented LiDAR frame: planes [B N D H W], m.
+    """Frustum points (see `frustum`) in the augmented base frame: planes [B N D H W], m.
 
-    image_aug, lidar_from_camera [B N 4 4]; undo_image_aug, lidar_from_pixel [B N 3 3]; lidar_aug [B 4 4].
+    image_aug, base_from_camera [B N 4 4]; undo_image_aug, base_from_pixel [B N 3 3]; base_aug [B 4 4].
     """
     point = translate(-image_aug[..., :3, 3], tuple(p[None, None] for p in point))
     x, y, depth = rotate(undo_image_aug, point)  # pixels of the original image
-    point = rotate(lidar_from_pixel, (x * depth, y * depth, depth))
-    point = translate(lidar_from_camera[..., :3, 3], point)
-    return translate(lidar_aug[..., :3, 3], rotate(lidar_aug[..., :3, :3], point))
+    point = rotate(base_from_pixel, (x * depth, y * depth, depth))
+    point = translate(base_from_camera[..., :3, 3], point)
+    return translate(base_aug[..., :3, 3], rotate(base_aug[..., :3, :3], point))
 
 
 def bev_cells(point: Planes, bounds_m: tuple[tuple[float, float, float], ...], *, truncate_toward_zero: bool) -> Tensor:
@@ -140,18 +141,18 @@ def num_cells(bounds_m: tuple[float, float, float]) -> int:
 
 
 def project(
-    points: Tensor, *, undo_lidar_aug: Tensor, lidar_aug: Tensor, image_from_lidar: Tensor, image_aug: Tensor
+    points: Tensor, *, undo_base_aug: Tensor, base_aug: Tensor, image_from_base: Tensor, image_aug: Tensor
 ) -> Planes:
-    """Augmented LiDAR points [B P 3+] in the input images: u, v (pixels) and depth (m), each [B N P].
+    """Points [B P 3+] of the augmented base frame in the input images: u, v (pixels) and depth (m), each [B N P].
 
-    undo_lidar_aug [B 3 3], lidar_aug [B 4 4], image_from_lidar and image_aug [B N 4 4]. The depth is clamped to
+    undo_base_aug [B 3 3], base_aug [B 4 4], image_from_base and image_aug [B N 4 4]. The depth is clamped to
     [1e-5, 1e5] before the division and not tested for its sign: upstream counts on points behind a camera landing far
     outside.
     """
-    point = translate(-lidar_aug[:, :3, 3], points[..., :3].unbind(-1))
-    x, y, z = rotate(undo_lidar_aug, point)  # B P, original LiDAR frame
-    point = rotate(image_from_lidar[..., :3, :3], (x[:, None], y[:, None], z[:, None]))
-    x, y, z = translate(image_from_lidar[..., :3, 3], point)  # B N P
+    point = translate(-base_aug[:, :3, 3], points[..., :3].unbind(-1))
+    x, y, z = rotate(undo_base_aug, point)  # B P, original base frame
+    point = rotate(image_from_base[..., :3, :3], (x[:, None], y[:, None], z[:, None]))
+    x, y, z = translate(image_from_base[..., :3, 3], point)  # B N P
     depth = z.clamp(1e-5, 1e5)
     u, v, _ = translate(image_aug[..., :3, 3], rotate(image_aug[..., :3, :3], (x / depth, y / depth, depth)))
     return u, v, depth

@@ -64,6 +64,28 @@ def diff(a: Any, b: Any) -> list[str]:
     return lines + [f"{path}: {one} in the first, {two} in the second" for path, one, two in both if one != two]
 
 
+def unzip(made: Any) -> tuple[Any, Any]:
+    """(params, state) of nested dicts and lists of what layers' `init` gave: (params, state) pairs, or parameters alone.
+
+    The state has no entry for what has none; a list's stateless layers come last.
+    """
+    params, state = _unzip(made)
+    return params, {} if state is None else state
+
+
+def _unzip(made: Any) -> tuple[Any, Any]:
+    if isinstance(made, tuple):
+        return made[0], made[1]
+    if isinstance(made, dict):
+        pairs = {name: _unzip(part) for name, part in made.items()}
+        states = {name: state for name, (_, state) in pairs.items() if state is not None}
+        return {name: params for name, (params, _) in pairs.items()}, states or None
+    if isinstance(made, list):
+        parts = [_unzip(part) for part in made]
+        return [params for params, _ in parts], [state for _, state in parts if state is not None] or None
+    return made, None
+
+
 def cast(tree: Any, dtype: torch.dtype) -> Any:
     """Floating-point leaves in `dtype`; integer and bool leaves as they are."""
     return map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)

@@ -2,15 +2,15 @@
 
 Published (nuScenes val, BEVDepth at d78c7b5; 8 devices x 8 samples, fp16, from an ImageNet ResNet-50):
 
-    --model              key frames  epochs             mAP     mATE   mASE   mAOE   mAVE   mAAE   NDS
-    two-key              2           24                 .3304   .7021  .2795  .5346  .5530  .2274  .4355
-    two-key-ema          2           24, EMA            .3329   .6832  .2761  .5446  .5258  .2259  .4409
-    two-key-cbgs-da      2           20, CBGS           .3484   .6159  .2716  .4144  .4402  .1954  .4805
-    two-key-cbgs-da-ema  2           20, CBGS, EMA      .3589   .6119  .2692  .5074  .4086  .2009  .4797
-    one-key-ema          1           24, EMA            not published (the base of MatrixVT); its rate never falls
-    four-key             4           24                 not published; two-key with four key frames
+    --model               key frames  epochs             mAP     mATE   mASE   mAOE   mAVE   mAAE   NDS
+    bevdepth-2key         2           24                 .3304   .7021  .2795  .5346  .5530  .2274  .4355
+    bevdepth-2key-ema     2           24, EMA            .3329   .6832  .2761  .5446  .5258  .2259  .4409
+    bevdepth-2key-da      2           20, CBGS           .3484   .6159  .2716  .4144  .4402  .1954  .4805
+    bevdepth-2key-da-ema  2           20, CBGS, EMA      .3589   .6119  .2692  .5074  .4086  .2009  .4797
+    bevdepth-1key-ema     1           24, EMA            not published (the base of MatrixVT); its rate never falls
+    bevdepth-4key         4           24                 not published; bevdepth-2key with four key frames
 
-On eight Ascend NPUs (DrivingSDK) two-key reaches 32.53 mAP, 43.32 NDS in fp16. "da" refines the lifted volume before it
+On eight Ascend NPUs (DrivingSDK) bevdepth-2key reaches 32.53 mAP, 43.32 NDS in fp16. "da" refines the lifted volume before it
 is pooled. (Upstream's "key4" files are BEVStereo's and read one earlier camera sweep, not four key frames.)
 
     bevfn checkpoint import resnet50-0676ba61.pth resnet50.safetensors --model resnet50
@@ -26,68 +26,59 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 
+from bevfn.choices import one_of
 from bevfn.data import camera_pipeline, sampling, source
 from bevfn.models import bevdepth
 from bevfn.precision import Policy
 from bevfn.training import optim, run
 
-Model = Literal["two-key", "two-key-ema", "two-key-cbgs-da", "two-key-cbgs-da-ema", "one-key-ema", "four-key"]
 NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
-    "two-key": bevdepth.two_key, "two-key-ema": bevdepth.two_key,
-    "two-key-cbgs-da": bevdepth.two_key_aggregated, "two-key-cbgs-da-ema": bevdepth.two_key_aggregated,
-    "one-key-ema": partial(bevdepth.key_frames, 1), "four-key": partial(bevdepth.key_frames, 4),
-}  # fmt: skip
+    "bevdepth-2key": bevdepth.two_key,
+    "bevdepth-2key-ema": bevdepth.two_key,
+    "bevdepth-2key-da": bevdepth.two_key_aggregated,
+    "bevdepth-2key-da-ema": bevdepth.two_key_aggregated,
+    "bevdepth-1key-ema": partial(bevdepth.key_frames, 1),
+    "bevdepth-4key": partial(bevdepth.key_frames, 4),
+}
 
 
 @dataclass(frozen=True)
 class Config(run.Config):
-    """The two-key recipe (bev_depth_lss_r50_256x704_128x128_24e_2key)."""
+    """The recipe of bevdepth-2key (bev_depth_lss_r50_256x704_128x128_24e_2key)."""
 
-    model: Model = "two-key"
+    model: Annotated[str, one_of(NETWORKS)] = "bevdepth-2key"
     """network and recipe; the other flags' defaults are its published numbers"""
-    scale: Literal["published", "mini"] = "published"
-    """published: every size as in the paper; mini: the same code at a size for demos and CI"""
     epochs: int = 24
     batch_size: int = 8
     recipe_batch: int = 64
     eval_every: int = 0
     recipe_lr: float = 2e-4
-    """published learning rate, for recipe_batch samples"""
     milestones: tuple[int, ...] = (19, 23)
     """epochs after which the learning rate falls to a tenth; with --steps at the same shares of the run"""
     weight_decay: float = 1e-7
     clip_norm: float = 5.0
-    """global L2 norm of the gradients"""
-    ema: float | None = None
-    """decay of the averaged parameters that are evaluated; it is reached after ema_ramp updates, counted from the number
-    of samples of the whole run, as published: at once on nuScenes"""
     ema_ramp: float = 2000.0
-    """updates in which the decay comes within 1/e of its value"""
+    """updates in which the decay of --ema comes within 1/e of its value; counted from the number of samples of the whole
+    run, as published: on nuScenes it has arrived before the first step"""
     depth_loss: float = 3.0
     """weight of the depth loss; 0: no depth maps are read"""
-    norm_momentum: float | None = None
-    """of the necks' batch norms; none: published, 0.01, whose statistics need hundreds of steps"""
-    class_balanced: bool = False
-    """CBGS: every class supplies as many key frames as the others"""
-    augment: bool = True
-    """resize, crop, mirror and turn images; turn, scale and mirror the vehicle's frame"""
     source_size: tuple[int, int] = (900, 1600)
     """(H, W) of the image files in pixels"""
 
 
 VARIANTS: dict[str, Config] = {
-    "two-key": Config(),
-    "two-key-ema": Config(model="two-key-ema", ema=0.999),
-    "two-key-cbgs-da": Config(model="two-key-cbgs-da", epochs=20, milestones=(16, 19), class_balanced=True),
-    "two-key-cbgs-da-ema": Config(
-        model="two-key-cbgs-da-ema", epochs=20, milestones=(16, 19), class_balanced=True, ema=0.999
+    "bevdepth-2key": Config(),
+    "bevdepth-2key-ema": Config(model="bevdepth-2key-ema", ema=0.999),
+    "bevdepth-2key-da": Config(model="bevdepth-2key-da", epochs=20, milestones=(16, 19), class_balanced=True),
+    "bevdepth-2key-da-ema": Config(
+        model="bevdepth-2key-da-ema", epochs=20, milestones=(16, 19), class_balanced=True, ema=0.999
     ),
-    "one-key-ema": Config(model="one-key-ema", milestones=(), ema=0.999),
-    "four-key": Config(model="four-key"),
+    "bevdepth-1key-ema": Config(model="bevdepth-1key-ema", milestones=(), ema=0.999),
+    "bevdepth-4key": Config(model="bevdepth-4key"),
 }
 # One key frame over and over, nothing augmented: for a first look at a laptop.
 FRAME = {
@@ -112,23 +103,18 @@ def defaults(recipe: Config, name: str = "bevdepth") -> dict[source.Kind, Config
     }
 
 
-DEFAULTS = defaults(VARIANTS["two-key"])
+DEFAULTS = defaults(VARIANTS["bevdepth-2key"])
 
 
 def task(config: Config, splits: source.Splits | None = None) -> run.Task:
-    """The task of config.model; `splits`: (training, evaluation) key frames other than the config's.
-
-    Raises ValueError for a model of another experiment.
-    """
-    if config.model not in NETWORKS:
-        raise ValueError(f"model {config.model!r} is none of bevdepth's ({', '.join(NETWORKS)}); name its experiment")
-    return assemble(config, splits, NETWORKS[config.model](), f"BEVDepth {config.model}, {config.scale} size")
+    """The task of config.model; `splits`: (training, evaluation) key frames other than the config's."""
+    return assemble(config, splits, NETWORKS[config.model]())
 
 
 # ---------------------------------------------------------------------------------------- what MatrixVT's recipe shares
 
 
-def assemble(config: Config, splits: source.Splits | None, model: bevdepth.Config, title: str) -> run.Task:
+def assemble(config: Config, splits: source.Splits | None, model: bevdepth.Config) -> run.Task:
     """The task of a published network under the config's recipe."""
     model = sized(config, model)
     policy = Policy.of(config.precision)
@@ -137,7 +123,7 @@ def assemble(config: Config, splits: source.Splits | None, model: bevdepth.Confi
     if config.ema is not None:
         ema = optim.Ema(config.ema, config.ema_ramp, first_update=len(read.items) * config.epochs)
     return run.Task(
-        title=title,
+        title=f"{config.model}, {config.scale} size",
         data=read,
         init=partial(bevdepth.init, model, config.seed),
         loss=partial(bevdepth.loss, config=model, policy=policy),
@@ -151,7 +137,7 @@ def assemble(config: Config, splits: source.Splits | None, model: bevdepth.Confi
 def optimizer(config: Config, model: bevdepth.Config, plan: run.Plan) -> optim.Config:
     """AdamW at a constant rate that falls to a tenth at the milestones; the image backbone's stem stays as it is."""
     drops = tuple(round(plan.total_steps * epoch / config.epochs) for epoch in config.milestones)
-    lr = optim.Schedule(run.scaled_lr(config, plan, config.recipe_lr), drops=drops)
+    lr = optim.Schedule(run.scaled_lr(config, plan), drops=drops)
     return optim.Config(
         lr=lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
         groups=tuple(optim.Group(pattern, frozen=True) for pattern in model.frozen),
@@ -163,7 +149,7 @@ def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:
     if config.scale == "mini":
         model = bevdepth.mini(model)
     if config.norm_momentum is not None:
-        model = replace(model, neck=replace(model.neck, norm_momentum=config.norm_momentum))
+        model = bevdepth.with_norm_momentum(model, config.norm_momentum)
     return replace(model, depth_loss_weight=config.depth_loss)
 
 
@@ -182,8 +168,8 @@ def data(config: Config, splits: source.Splits | None, model: bevdepth.Config) -
 
 def main() -> None:
     """The command line; --model decides on the other flags' defaults."""
-    named = run.flag(sys.argv[1:], "--model") or "two-key"
-    run.cli(defaults(VARIANTS.get(named, VARIANTS["two-key"])), task, __doc__)
+    named = run.flag(sys.argv[1:], "--model") or "bevdepth-2key"
+    run.cli(defaults(VARIANTS.get(named, VARIANTS["bevdepth-2key"])), task, __doc__)
 
 
 if __name__ == "__main__":

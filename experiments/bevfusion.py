@@ -13,18 +13,17 @@ The flags' defaults are the published recipe on nuScenes, and smaller numbers (`
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
+from bevfn.choices import one_of
 from bevfn.data import pipeline, sampling, source
 from bevfn.models import bevfusion
 from bevfn.precision import Policy
 from bevfn.training import optim, run
 
-MODELS = {
-    "lidar-camera": bevfusion.lidar_camera, "lidar": bevfusion.lidar_only, "camera": bevfusion.camera_only,
-}  # fmt: skip
+NETWORKS = {"bevfusion-lidar-camera": bevfusion.lidar_camera, "bevfusion-camera": bevfusion.camera_only}
 SCAN_POINTS = 35_000  # of one sweep, at most 34,720
 # A real key frame alone has 17,509 voxels and at most 29,374 active sites a level.
 FRAME_VOXELS = (20_480, 20_480)
@@ -35,16 +34,9 @@ MINI_SITES = (20_000, 9_000, 9_000)
 
 
 @dataclass(frozen=True)
-class Config(run.Config):
-    """The LiDAR-camera recipe (mmdetection3d bevfusion_lidar-cam_voxel0075_second_secfpn_8xb4-cyclic-20e)."""
+class Shared(run.Config):
+    """Flags of this recipe and of the LiDAR-only one."""
 
-    modality: Literal["lidar-camera", "camera"] = "lidar-camera"
-    """sensors of the model (LiDAR-only: bevfn.experiments.bevfusion_lidar)"""
-    scale: Literal["published", "mini"] = "published"
-    """published: every size as in the paper; mini: the same code at a size for demos and CI"""
-    epochs: int = 6
-    recipe_lr: float = 2e-4
-    """published peak learning rate, for recipe_batch samples"""
     schedule: Literal["cosine", "cycle"] = "cosine"
     """cosine: warm-up, then down, for a model that starts from a trained detector; cycle: up, then down, from scratch"""
     warmup_steps: int = 500
@@ -60,25 +52,35 @@ class Config(run.Config):
     """share of the run after which beta1 rises again"""
     published_beta1: bool = True
     """the recipe's beta1, which ends at 1.0 because mmengine takes a ratio for a value; no: 0.9 -> 0.8 -> 0.9"""
-    weight_decay: float = 0.01
-    clip_norm: float = 35.0
-    """global L2 norm of the gradients"""
-    image_backbone_lr: float = 1.0
-    """learning rate of the image backbone over the others'"""
     frozen: tuple[str, ...] = ()
     """paths of parameters that are not trained, such as "lidar.*" (published: none)"""
-    ema: float | None = None
-    """decay of the averaged parameters that are evaluated (published: none)"""
-    norm_momentum: float | None = None
-    """of the BEV and sparse batch norms; none: published, 0.01, whose statistics need hundreds of steps"""
     class_balanced: bool = True
-    """CBGS: every class supplies as many key frames as the others"""
-    augment: bool = True
-    """image, rotation, scale, translation, flips, point order"""
     sweeps: int = 9
     """LiDAR sweeps added to the key frame's"""
     source_size: tuple[int, int] = (900, 1600)
     """(H, W) of the image files in pixels"""
+
+    @property
+    def groups(self) -> tuple[optim.Group, ...]:
+        """What is trained otherwise than the rest."""
+        return tuple(optim.Group(pattern, frozen=True) for pattern in self.frozen)
+
+
+@dataclass(frozen=True)
+class Config(Shared):
+    """The LiDAR-camera recipe (mmdetection3d bevfusion_lidar-cam_voxel0075_second_secfpn_8xb4-cyclic-20e)."""
+
+    model: Annotated[str, one_of(NETWORKS)] = "bevfusion-lidar-camera"
+    """sensors of the model (LiDAR-only: bevfn.experiments.bevfusion_lidar)"""
+    epochs: int = 6
+    recipe_lr: float = 2e-4
+    image_backbone_lr: float = 1.0
+    """learning rate of the image backbone over the others'"""
+
+    @property
+    def groups(self) -> tuple[optim.Group, ...]:
+        lr = self.image_backbone_lr
+        return super().groups + ((optim.Group("camera.backbone.*", lr=lr),) if lr != 1.0 else ())
 
 
 # One key frame over and over, nothing augmented: for a first look at a laptop.
@@ -103,15 +105,15 @@ DEFAULTS: dict[source.Kind, Config] = {
 
 def task(config: Config, splits: source.Splits | None = None) -> run.Task:
     """The LiDAR-camera or camera-only task; `splits`: (training, evaluation) key frames other than the config's."""
-    return assemble(config, splits, MODELS[config.modality](), pipeline.bevfusion_lidar_camera_train())
+    return assemble(config, splits, NETWORKS[config.model](), pipeline.bevfusion_lidar_camera_train())
 
 
 # ------------------------------------------------------------------------------- what the LiDAR-only recipe shares
 
 
-def optimizer(config: Config, plan: run.Plan) -> optim.Config:
+def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
     """AdamW with the recipe's learning rate, and beta1 the other way round."""
-    total, peak = plan.total_steps, run.scaled_lr(config, plan, config.recipe_lr)
+    total, peak = plan.total_steps, run.scaled_lr(config, plan)
     final = peak * config.final_lr
     if config.schedule == "cosine":
         warmup = min(config.warmup_steps, total // 10)
@@ -121,23 +123,20 @@ def optimizer(config: Config, plan: run.Plan) -> optim.Config:
         phases = (optim.Phase(top, peak), optim.Phase(max(total, top + 1), final))
         lr = optim.Schedule(peak * config.start_lr, phases)
     turn = max(1, round(config.beta1_turn * total))
-    groups = tuple(optim.Group(pattern, frozen=True) for pattern in config.frozen)
-    if config.image_backbone_lr != 1.0:
-        groups += (optim.Group("camera.backbone.*", lr=config.image_backbone_lr),)
     return optim.Config(
-        lr=lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm, groups=groups,
+        lr=lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm, groups=config.groups,
         beta1=optim.beta1_cycle(turn, max(total, turn + 1), published=config.published_beta1),
     )  # fmt: skip
 
 
 def assemble(
-    config: Config, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config
+    config: Shared, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config
 ) -> run.Task:
-    """The task of one modality: `training` is its published pipeline."""
+    """The task of one network: `training` is its published pipeline."""
     model = sized(config, model)
     policy = Policy.of(config.precision)
     return run.Task(
-        title=f"BEVFusion {config.modality}, {config.scale} size",
+        title=f"{config.model}, {config.scale} size",
         data=data(config, splits, model, training),
         init=partial(bevfusion.init, model, config.seed),
         loss=partial(bevfusion.loss, config=model, policy=policy),
@@ -147,29 +146,18 @@ def assemble(
     )
 
 
-def sized(config: Config, model: bevfusion.Config) -> bevfusion.Config:
+def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
     """The model at the config's scale, with the static capacities of what it reads."""
     if config.scale == "mini":
-        model = with_capacities(bevfusion.mini(model), MINI_VOXELS, MINI_SITES)
+        model = bevfusion.with_capacities(bevfusion.mini(model), MINI_VOXELS, MINI_SITES)
     elif config.sweeps == 0:
-        model = with_capacities(model, FRAME_VOXELS, FRAME_SITES)
+        model = bevfusion.with_capacities(model, FRAME_VOXELS, FRAME_SITES)
     if config.norm_momentum is not None:
-        fast = {"norm_momentum": config.norm_momentum}
-        model = replace(model, backbone=replace(model.backbone, **fast), neck=replace(model.neck, **fast))
-        if model.lidar is not None:
-            model = replace(model, lidar=replace(model.lidar, encoder=replace(model.lidar.encoder, **fast)))
+        model = bevfusion.with_norm_momentum(model, config.norm_momentum)
     return model
 
 
-def with_capacities(model: bevfusion.Config, voxels: tuple[int, int], sites: tuple[int, ...]) -> bevfusion.Config:
-    """The model with other voxel capacities (training, evaluation) and active sites per encoder level."""
-    if model.lidar is None:
-        return model
-    encoder = replace(model.lidar.encoder, capacities=sites)
-    return replace(model, lidar=replace(model.lidar, encoder=encoder), voxels=replace(model.voxels, max_voxels=voxels))
-
-
-def data(config: Config, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config) -> run.Data:
+def data(config: Shared, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
     train_split, eval_split = splits or source.open_splits(config.data_root, config.version)
     reading, eval_reading = (
@@ -183,7 +171,7 @@ def data(config: Config, splits: source.Splits | None, model: bevfusion.Config, 
     return run.Data(train_split, items, lambda epoch: reading, eval_split, eval_reading)
 
 
-def fitted(config: Config, model: bevfusion.Config, reading: pipeline.Config) -> pipeline.Config:
+def fitted(config: Shared, model: bevfusion.Config, reading: pipeline.Config) -> pipeline.Config:
     """A published way of reading, for the config's image files and sweeps and the model's image size."""
     if config.sweeps != reading.sweeps:
         room = replace(reading.capacities, points=SCAN_POINTS * (1 + config.sweeps))

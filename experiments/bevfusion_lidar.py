@@ -10,24 +10,27 @@ What it shares with the LiDAR-camera recipe is in `bevfusion.py`.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+from bevfn.choices import one_of
 from bevfn.data import paste as pasting
 from bevfn.data import pipeline, source
 from bevfn.experiments import bevfusion
 from bevfn.models.bevfusion import lidar_only
 from bevfn.training import run
 
+NETWORKS = {"bevfusion-lidar": lidar_only}
+
 
 @dataclass(frozen=True)
-class Config(bevfusion.Config):
+class Config(bevfusion.Shared):
     """The LiDAR-only recipe (mmdetection3d bevfusion_lidar_voxel0075_second_secfpn_8xb4-cyclic-20e)."""
 
-    modality: Literal["lidar"] = "lidar"
+    model: Annotated[str, one_of(NETWORKS)] = "bevfusion-lidar"
+    """network and recipe"""
     epochs: int = 20
     eval_every: int = 5
     recipe_lr: float = 1e-3
-    """published peak learning rate, for recipe_batch samples"""
     schedule: Literal["cosine", "cycle"] = "cycle"
     """up by a cosine, then down by one"""
     final_lr: float = 1e-5
@@ -47,7 +50,7 @@ DEFAULTS: dict[source.Kind, Config] = {
 
 def task(config: Config, splits: source.Splits | None = None) -> run.Task:
     """The LiDAR-only task; `splits`: (training, evaluation) key frames other than the config's."""
-    made = bevfusion.assemble(config, splits, lidar_only(), pipeline.bevfusion_lidar_train())
+    made = bevfusion.assemble(config, splits, NETWORKS[config.model](), pipeline.bevfusion_lidar_train())
     return replace(made, data=with_paste(config, made.data))
 
 

@@ -12,19 +12,22 @@ What it shares with BEVDepth's recipes, nearly all, is in `bevdepth.py`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
 
+from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.experiments import bevdepth
 from bevfn.models.bevdepth import matrix_vt
 from bevfn.training import run
+
+NETWORKS = {"matrixvt": matrix_vt}
 
 
 @dataclass(frozen=True)
 class Config(bevdepth.Config):
     """The recipe of matrixvt_bev_depth_lss_r50_256x704_128x128_24e_ema."""
 
-    model: Literal["matrixvt"] = "matrixvt"
+    model: Annotated[str, one_of(NETWORKS)] = "matrixvt"
     """network and recipe"""
     milestones: tuple[int, ...] = ()
     """epochs after which the learning rate falls to a tenth (published: it never does)"""
@@ -37,7 +40,7 @@ DEFAULTS = bevdepth.defaults(Config(), "matrixvt")
 
 def task(config: Config, splits: source.Splits | None = None) -> run.Task:
     """MatrixVT's task; `splits`: (training, evaluation) key frames other than the config's."""
-    return bevdepth.assemble(config, splits, matrix_vt(), f"MatrixVT, {config.scale} size")
+    return bevdepth.assemble(config, splits, NETWORKS[config.model]())
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
-from typing import get_args
 
 import pytest
 import small_cameras
@@ -11,7 +9,6 @@ import torch
 
 from bevfn import cli
 from bevfn.bench import checkpoint, data, deform, machine, pool, startup, step, views
-from bevfn.commands import experiment_module
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.models import bevdepth
@@ -90,18 +87,11 @@ def test_flops_of_a_deformable_convolution_are_those_of_its_products():
     assert both == pytest.approx(3 * product)
 
 
-@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevdepth"])
+@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevdepth-2key"])
 def test_a_step_is_measured(model, frame):
     setting = step.Setting(model, frame, "fp32", 1, "cpu", 1, 1, "mini")
     figures = machine.in_process(step._variant, setting, "train", "eager")
     assert figures["gflop"] > 1 and figures["peak_memory_gb"] > 0.2 and figures["seconds"] > 0
-
-
-@pytest.mark.parametrize("model", get_args(step.Model))
-def test_every_model_has_an_experiment(model):
-    experiment, fields = step.MODELS[model]
-    module = experiment_module(experiment)
-    assert replace(module.DEFAULTS["frame"], **fields) and callable(module.task)
 
 
 def test_checkpoints_are_measured_and_leave_nothing(tmp_path):

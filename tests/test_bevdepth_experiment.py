@@ -48,33 +48,33 @@ def test_the_recipes_are_the_published_ones():
     assert all(c.augment and not c.sync_statistics and c.norm_momentum is None for c in recipes.values())
     different = {name: (c.epochs, c.milestones, c.ema, c.class_balanced) for name, c in recipes.items()}
     assert different == {
-        "two-key": (24, (19, 23), None, False), "two-key-ema": (24, (19, 23), 0.999, False),
-        "two-key-cbgs-da": (20, (16, 19), None, True), "two-key-cbgs-da-ema": (20, (16, 19), 0.999, True),
-        "one-key-ema": (24, (), 0.999, False), "four-key": (24, (19, 23), None, False),
+        "bevdepth-2key": (24, (19, 23), None, False), "bevdepth-2key-ema": (24, (19, 23), 0.999, False),
+        "bevdepth-2key-da": (20, (16, 19), None, True), "bevdepth-2key-da-ema": (20, (16, 19), 0.999, True),
+        "bevdepth-1key-ema": (24, (), 0.999, False), "bevdepth-4key": (24, (19, 23), None, False),
         "matrixvt": (24, (), 0.999, True),
     }  # fmt: skip
     frames = {name: make().frames for name, make in bevdepth.NETWORKS.items()}
-    assert frames == {name: {"t": 2, "o": 1, "f": 4}[name[0]] for name in bevdepth.VARIANTS}
+    assert frames == {name: int(name[len("bevdepth-")]) for name in bevdepth.VARIANTS}
     assert {name for name, make in bevdepth.NETWORKS.items() if make().aggregation} == {
-        "two-key-cbgs-da", "two-key-cbgs-da-ema",
+        "bevdepth-2key-da", "bevdepth-2key-da-ema",
     }  # fmt: skip
 
 
 def test_the_optimizer_is_multi_step_adamw_that_leaves_the_stem():
-    config = bevdepth.VARIANTS["two-key"]
+    config = bevdepth.VARIANTS["bevdepth-2key"]
     plan = run.Plan(steps_per_epoch=10, total_steps=240, batch=64)
     made = bevdepth.optimizer(config, network.two_key(), plan)
     at = [float(made.lr.at(torch.tensor(s))) for s in (0, 189, 190, 229, 230, 239)]
     assert at == pytest.approx([2e-4, 2e-4, 2e-5, 2e-5, 2e-6, 2e-6])
     assert (made.beta1.start, made.beta1.phases, made.beta2, made.eps) == (0.9, (), 0.999, 1e-8)
     assert [(g.pattern, g.frozen) for g in made.groups] == [("image.backbone.stem.*", True)]
-    one = bevdepth.optimizer(bevdepth.VARIANTS["one-key-ema"], network.key_frames(1), replace(plan, batch=8))
+    one = bevdepth.optimizer(bevdepth.VARIANTS["bevdepth-1key-ema"], network.key_frames(1), replace(plan, batch=8))
     assert float(one.lr.at(torch.tensor(239))) == pytest.approx(2e-4 / 8)  # never falls; linear in the batch
 
 
 def test_the_average_starts_at_its_published_decay():
     """Upstream counts updates from len(dataset) * epochs on; on nuScenes the ramp is over before it starts."""
-    ema = bevdepth.task(small("bevdepth", model="two-key-ema", ema=0.999, epochs=24)).ema
+    ema = bevdepth.task(small("bevdepth", model="bevdepth-2key-ema", ema=0.999, epochs=24)).ema
     assert ema is not None and ema.first_update == 24 * 3
     assert float(replace(ema, first_update=28130 * 24).keep(torch.tensor(0))) == pytest.approx(0.999)
 
@@ -99,12 +99,12 @@ def test_every_model_and_scale_reads_what_it_takes(model):
 def test_the_flags_follow_the_model(monkeypatch):
     parsed = []
     monkeypatch.setattr(run, "main", lambda task, config: parsed.append(config))
-    for words in (["--model", "one-key-ema"], ["--model=two-key-cbgs-da", "--epochs", "3"]):
+    for words in (["--model", "bevdepth-1key-ema"], ["--model=bevdepth-2key-da", "--epochs", "3"]):
         monkeypatch.setattr(sys, "argv", ["bevdepth", *words, "--data-root", str(small_world.index().root)])
         bevdepth.main()
     one, aggregated = parsed
-    assert (one.model, one.milestones, one.ema, one.epochs) == ("one-key-ema", (), 0.999, 24)
-    assert (aggregated.model, aggregated.class_balanced, aggregated.epochs) == ("two-key-cbgs-da", True, 3)
+    assert (one.model, one.milestones, one.ema, one.epochs) == ("bevdepth-1key-ema", (), 0.999, 24)
+    assert (aggregated.model, aggregated.class_balanced, aggregated.epochs) == ("bevdepth-2key-da", True, 3)
     monkeypatch.setattr(sys, "argv", ["bevdepth", "--model", "three-key"])
     with pytest.raises(SystemExit):
         bevdepth.main()
@@ -251,7 +251,7 @@ def test_a_bevfusion_checkpoint_is_refused(monkeypatch, capsys, tmp_path):
     with pytest.raises(ValueError, match=r"which the model lacks: it is a checkpoint of another model"):
         start(small("bevdepth", pretrained=(file,)), "bevdepth")
     assert bevfn(monkeypatch, "eval", "bevdepth", "--checkpoint", file, "--data-root", root, *FAST) == 2
-    assert "does not fit BEVDepth two-key" in capsys.readouterr().err
+    assert "does not fit bevdepth-2key" in capsys.readouterr().err
 
 
 def test_a_published_checkpoint_is_evaluated_as_the_model_it_is_of(monkeypatch, capsys, tmp_path):
@@ -261,12 +261,15 @@ def test_a_published_checkpoint_is_evaluated_as_the_model_it_is_of(monkeypatch, 
     exported = upstream.export_state(params, state, "bevdepth-1key", {})
     upstream.write_imported(file, *upstream.import_state(exported, "bevdepth-1key"), source="test")
     loaded = run.read_weights(file)
-    config = replace(bevdepth.VARIANTS["one-key-ema"], data_root=small_world.index().root)
+    config = replace(bevdepth.VARIANTS["bevdepth-1key-ema"], data_root=small_world.index().root)
     evaluate.check_fits(bevdepth.task(config), *loaded, file)
-    with pytest.raises(ValueError, match="does not fit BEVDepth two-key"):
-        evaluate.check_fits(bevdepth.task(replace(config, model="two-key")), *loaded, file)
-    assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", file, "--model", "camera", *FAST) == 2
-    assert "bevfusion has no --model" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="does not fit bevdepth-2key"):
+        evaluate.check_fits(bevdepth.task(replace(config, model="bevdepth-2key")), *loaded, file)
+    assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", file, "--model", "bevdepth-1key-ema", *FAST) == 2
+    assert (
+        "model bevdepth-1key-ema is none of bevfusion's (bevfusion-lidar-camera, bevfusion-camera); name its experiment"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("trained", ["bevdepth"], indirect=True)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bevfn import tree
 from bevfn.distributed import Replicas
 from bevfn.heads import centerpoint, centerpoint_loss
 from bevfn.heads.transfusion_loss import gaussian_radius
@@ -48,6 +49,30 @@ def scalar_targets(boxes, labels, config):
                 value = math.exp(-square / (2 * ((2 * radius + 1) / 6) ** 2))
                 heat[label, r, c] = max(heat[label, r, c], value)
     return heat, found
+
+
+def test_heatmaps_and_codes_are_heads_of_their_own():
+    """What two heads of one kind of branch predict is what the head with both predicts from the same weights."""
+    params, state = centerpoint.init(CONFIG, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 8, *CONFIG.cells, generator=torch.Generator().manual_seed(1))
+    whole, new = centerpoint.apply(params, state, x, config=CONFIG, train=True)
+
+    def only(head: dict, heatmap: bool) -> dict:
+        tasks = [{k: v for k, v in task.items() if (k == "heatmap") == heatmap} for task in head["tasks"]]
+        return {**head, "tasks": tasks}
+
+    (first, one), (second, two) = (
+        centerpoint.apply(only(params, heatmap), only(state, heatmap), x, config=CONFIG, train=True)
+        for heatmap in (True, False)
+    )
+    tasks = [{**codes, **heatmap} for codes, heatmap in zip(second["tasks"], first["tasks"], strict=True)]
+    boxes, labels = boxes_in(CONFIG, 4)
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    args = (boxes.expand(2, -1, -1), labels.expand(2, -1), valid.expand(2, -1))
+    merged, _ = centerpoint_loss.loss(tasks, *args, config=CONFIG)
+    wanted, _ = centerpoint_loss.loss(whole["tasks"], *args, config=CONFIG)
+    assert torch.equal(merged, wanted)
+    assert tree.diff([{**b, **a} for a, b in zip(one["tasks"], two["tasks"])], new["tasks"]) == []
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 8))

@@ -257,10 +257,10 @@ def frustum(b: Batch) -> np.ndarray:
     """The golden's frustum points in the augmented lidar frame, [B,N,D,H,W,3]."""
     return torch.stack(
         torch.broadcast_tensors(
-            *geometry.frustum_in_lidar(
+            *geometry.frustum_in_base(
                 geometry.frustum((256, 704), (32, 88), (1.0, 60.0, 0.5), torch.device("cpu")),
-                image_aug=b.image_aug, undo_image_aug=b.undo_image_aug, lidar_from_pixel=b.lidar_from_pixel,
-                lidar_from_camera=b.lidar_from_camera, lidar_aug=b.lidar_aug,
+                image_aug=b.image_aug, undo_image_aug=b.undo_image_aug, base_from_pixel=b.lidar_from_pixel,
+                base_from_camera=b.lidar_from_camera, base_aug=b.lidar_aug,
             )
         ), dim=-1,
     ).numpy()  # fmt: skip

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import small_world
 import torch
+import tyro
 
-from bevfn import tree, upstream
+from bevfn import catalogue, recipes, tree, upstream
 from bevfn.data import paste
 from bevfn.data.pipeline import CLASS_NAMES
 from bevfn.experiments import bevfusion, bevfusion_lidar
 from bevfn.synth import key_frame
 from bevfn.training import checkpoint, reporter, run
 
-EXPERIMENTS = {"lidar-camera": bevfusion, "camera": bevfusion, "lidar": bevfusion_lidar}
+EXPERIMENTS = {"bevfusion-lidar-camera": bevfusion, "bevfusion-camera": bevfusion, "bevfusion-lidar": bevfusion_lidar}
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +26,18 @@ def root(tmp_path_factory):
     return small_world.index().root
 
 
-def small(modality: str, root: Path, **changes):
+def small(model: str, root: Path, **changes):
     """The published recipe on the small world."""
-    config = replace(EXPERIMENTS[modality].DEFAULTS["nuscenes"], data_root=root, modality=modality)
-    return replace(config, **{**({"paste": False} if modality == "lidar" else {}), **changes})
+    config = replace(EXPERIMENTS[model].DEFAULTS["nuscenes"], data_root=root, model=model)
+    return replace(config, **{**({"paste": False} if model == "bevfusion-lidar" else {}), **changes})
 
 
-@pytest.mark.parametrize("modality", EXPERIMENTS)
+@pytest.mark.parametrize("model", EXPERIMENTS)
 @pytest.mark.parametrize("scale", ["published", "mini"])
-def test_every_modality_and_scale_reads_what_its_model_takes(modality, scale, root):
-    task = EXPERIMENTS[modality].task(small(modality, root, scale=scale))
+def test_every_model_and_scale_reads_what_it_takes(model, scale, root):
+    task = EXPERIMENTS[model].task(small(model, root, scale=scale))
     reading = task.data.reading(0)
-    assert reading.cameras == (modality != "lidar") and reading.sweeps == 9 and reading.random
+    assert reading.cameras == (model != "bevfusion-lidar") and reading.sweeps == 9 and reading.random
     assert not task.data.eval_reading.random
     if reading.cameras:
         assert reading.image_size == ((256, 704) if scale == "published" else (64, 192))
@@ -44,14 +45,14 @@ def test_every_modality_and_scale_reads_what_its_model_takes(modality, scale, ro
     assert len(task.data.items) > len(task.data.training)  # class-balanced
 
 
-def optimizer(modality, root, total, **changes):
-    config = small(modality, root, **changes)
+def optimizer(model, root, total, **changes):
+    config = small(model, root, **changes)
     plan = run.Plan(steps_per_epoch=total, total_steps=total, batch=config.recipe_batch)
     return bevfusion.optimizer(config, plan)
 
 
 def test_the_optimizers_are_the_published_ones(root):
-    lidar, fusion = optimizer("lidar", root, 20_000), optimizer("lidar-camera", root, 6_000)
+    lidar, fusion = optimizer("bevfusion-lidar", root, 20_000), optimizer("bevfusion-lidar-camera", root, 6_000)
     at = [float(lidar.lr.at(torch.tensor(s))) for s in (0, 8_000, 19_999)]
     assert (
         at[0] == pytest.approx(1e-4)
@@ -66,13 +67,14 @@ def test_the_optimizers_are_the_published_ones(root):
         assert (made.weight_decay, made.clip_norm, made.groups) == (0.01, 35.0, ())
 
 
-def test_on_the_synthetic_world_both_modalities_train_with_the_same_numbers():
+def test_on_the_synthetic_world_both_models_train_with_the_same_numbers():
     # Their scores at equal steps are compared (experiments/results/world_bevfusion.json): only sensors may differ.
-    both = [EXPERIMENTS[modality].DEFAULTS["synthetic"] for modality in ("lidar-camera", "lidar")]
+    both = [EXPERIMENTS[model].DEFAULTS["synthetic"] for model in ("bevfusion-lidar-camera", "bevfusion-lidar")]
     plan = run.Plan(steps_per_epoch=70, total_steps=630, batch=2)
     assert bevfusion.optimizer(both[0], plan) == bevfusion.optimizer(both[1], plan)
-    own = {"modality", "recipe_lr", "run_dir", "paste", "paste_off"}  # --lr is given, so recipe_lr has no effect
-    assert both[0].lr is not None and not both[1].paste
+    # --lr is given, so recipe_lr has no effect
+    own = {"model", "recipe_lr", "run_dir", "paste", "paste_off", "image_backbone_lr"}
+    assert both[0].lr is not None and not both[1].paste and both[0].image_backbone_lr == 1.0
     fields = {f.name for f in dataclasses.fields(both[0])} - own
     assert {n for n in fields if getattr(both[0], n) != getattr(both[1], n)} == set()
 
@@ -85,14 +87,14 @@ def test_published_numbers_of_the_recipes():
 
 
 def test_multipliers_and_frozen_parts_become_optimizer_groups(root):
-    made = optimizer("lidar-camera", root, 10, image_backbone_lr=0.1, frozen=("lidar.*",))
+    made = optimizer("bevfusion-lidar-camera", root, 10, image_backbone_lr=0.1, frozen=("lidar.*",))
     assert [(g.pattern, g.lr, g.frozen) for g in made.groups] == [
         ("lidar.*", 1.0, True), ("camera.backbone.*", 0.1, False),
     ]  # fmt: skip
 
 
 def test_pasting_ends_with_the_last_epochs_and_needs_its_database(root):
-    config = small("lidar", root, paste=True)
+    config = small("bevfusion-lidar", root, paste=True)
     with pytest.raises(ValueError, match="bevfn data prepare"):
         bevfusion_lidar.task(config)
     from bevfn.data import source
@@ -143,13 +145,13 @@ def test_a_run_starts_from_another_runs_checkpoint(frame_run):
 
 
 def test_a_lidar_only_detector_starts_a_lidar_camera_model(root, tmp_path):
-    made = bevfusion_lidar.task(small("lidar", root))
+    made = bevfusion_lidar.task(small("bevfusion-lidar", root))
     params, state = made.init()
     params["head"]["shared"]["bias"].fill_(0.5)
     exported = upstream.export_state(params, state, "bevfusion-lidar", {})
     path = tmp_path / "lidar.safetensors"
     upstream.write_imported(path, *upstream.import_state(exported, "bevfusion-lidar"), source="test")
-    config = small("lidar-camera", root, pretrained=(path,))
+    config = small("bevfusion-lidar-camera", root, pretrained=(path,))
     task = bevfusion.task(config)
     merged, _ = run.initial(run.Run(task, config, run.plan(config, task.data.items)))
     assert (merged["head"]["shared"]["bias"] == 0.5).all() and "camera" in merged
@@ -162,10 +164,10 @@ def test_a_later_backend_is_refused_before_anything_is_read(frame_run):
         run.build(run.Run(task, replace(config, backend="torchair"), run.plan(config, task.data.items)))
 
 
-def test_every_flag_has_a_help_text():
-    for module in {bevfusion, bevfusion_lidar}:
-        import tyro
-
-        helped = tyro.extras.get_parser(module.Config).format_help()
-        for field in dataclasses.fields(module.Config):
-            assert f"--{field.name.replace('_', '-')}" in helped or f"--no-{field.name.replace('_', '-')}" in helped
+@pytest.mark.parametrize("experiment", catalogue.EXPERIMENTS)
+def test_every_flag_has_a_help_text(experiment):
+    config = type(recipes.load(experiment).DEFAULTS["nuscenes"])
+    helped = tyro.extras.get_parser(config).format_help()
+    for field in dataclasses.fields(config):
+        assert f"--{field.name.replace('_', '-')}" in helped or f"--no-{field.name.replace('_', '-')}" in helped
+    assert ("camera" in helped or "image" in helped) == (experiment != "bevfusion_lidar")

@@ -25,18 +25,18 @@ def golden():
 
 def matrices(inputs: dict, which: str) -> dict:
     prefix = "" if which == "eval" else "aug/"
-    image_aug, lidar_aug = inputs[f"{prefix}img_aug_matrix"][None], inputs[f"{prefix}lidar_aug_matrix"][None]
+    image_aug, base_aug = inputs[f"{prefix}img_aug_matrix"][None], inputs[f"{prefix}lidar_aug_matrix"][None]
     return {
         "image_aug": image_aug,
         "undo_image_aug": geometry.invert(image_aug[..., :3, :3]),
-        "lidar_from_camera": inputs["cam2lidar"][None],
-        "lidar_aug": lidar_aug,
-        "lidar_from_pixel": geometry.unprojection(inputs["cam2lidar"][None], inputs["cam2img"][None]),
+        "base_from_camera": inputs["cam2lidar"][None],
+        "base_aug": base_aug,
+        "base_from_pixel": geometry.unprojection(inputs["cam2lidar"][None], inputs["cam2img"][None]),
     }
 
 
 def frustum_points(fields: dict) -> geometry.Planes:
-    return geometry.frustum_in_lidar(geometry.frustum(IMAGE, FEATURE, DEPTH, torch.device("cpu")), **fields)
+    return geometry.frustum_in_base(geometry.frustum(IMAGE, FEATURE, DEPTH, torch.device("cpu")), **fields)
 
 
 def upstream_points(fields: dict) -> torch.Tensor:
@@ -45,9 +45,9 @@ def upstream_points(fields: dict) -> torch.Tensor:
     point = torch.stack(torch.broadcast_tensors(x, y, depth), -1) - fields["image_aug"][:, :, None, None, None, :3, 3]
     point = fields["undo_image_aug"][:, :, None, None, None] @ point[..., None]
     point = torch.cat([point[..., :2, :] * point[..., 2:, :], point[..., 2:, :]], -2)
-    point = (fields["lidar_from_pixel"][:, :, None, None, None] @ point)[..., 0]
-    point = point + fields["lidar_from_camera"][:, :, None, None, None, :3, 3]
-    turn = fields["lidar_aug"][:, None, None, None, None]
+    point = (fields["base_from_pixel"][:, :, None, None, None] @ point)[..., 0]
+    point = point + fields["base_from_camera"][:, :, None, None, None, :3, 3]
+    turn = fields["base_aug"][:, None, None, None, None]
     turned = turn[..., :3, :3].expand(*point.shape[:-1], 3, 3) @ point[..., None]
     return turned[..., 0] + turn[..., :3, 3]
 
@@ -80,9 +80,9 @@ def test_depth_map_has_the_golden_bits_whatever_the_padding(golden, which, paddi
     valid = (torch.arange(points.shape[1]) < points.shape[1] - padding)[None]
     pixel_depth = geometry.project(
         points,
-        undo_lidar_aug=geometry.invert(fields["lidar_aug"][:, :3, :3]),
-        lidar_aug=fields["lidar_aug"],
-        image_from_lidar=inputs["lidar2img"][None],
+        undo_base_aug=geometry.invert(fields["base_aug"][:, :3, :3]),
+        base_aug=fields["base_aug"],
+        image_from_base=inputs["lidar2img"][None],
         image_aug=fields["image_aug"],
     )
     index = outputs[f"{which}/vt/depth_index"].long().unbind(1)
@@ -116,24 +116,24 @@ def scene(seed: int) -> dict:
         m[i, j], m[j, i] = -math.sin(angle), math.sin(angle)
         return m
 
-    lidar_from_camera = turn(number(-3, 3), (0, 1)) @ turn(number(-3, 3), (1, 2))
-    lidar_from_camera[:3, 3] = torch.tensor([number(-2, 2) for _ in range(3)])
+    base_from_camera = turn(number(-3, 3), (0, 1)) @ turn(number(-3, 3), (1, 2))
+    base_from_camera[:3, 3] = torch.tensor([number(-2, 2) for _ in range(3)])
     intrinsics = torch.eye(4)
     intrinsics[0, 0] = intrinsics[1, 1] = number(300, 900)
     intrinsics[0, 2], intrinsics[1, 2] = number(300, 500), number(100, 300)
     image_aug = turn(number(-0.1, 0.1), (0, 1))
     image_aug[:2, :2] *= number(0.4, 0.6)
     image_aug[:2, 3] = torch.tensor([number(-50, 50), number(-50, 50)])
-    lidar_aug = turn(number(-0.8, 0.8), (0, 1))
-    lidar_aug[:3, :3] *= number(0.9, 1.1)
-    lidar_aug[:3, 3] = torch.tensor([number(-0.5, 0.5) for _ in range(3)])
-    image_from_lidar = (intrinsics.double() @ torch.linalg.inv(lidar_from_camera.double())).float()
+    base_aug = turn(number(-0.8, 0.8), (0, 1))
+    base_aug[:3, :3] *= number(0.9, 1.1)
+    base_aug[:3, 3] = torch.tensor([number(-0.5, 0.5) for _ in range(3)])
+    image_from_base = (intrinsics.double() @ torch.linalg.inv(base_from_camera.double())).float()
     return {
-        "lidar_from_camera": lidar_from_camera[None, None],
+        "base_from_camera": base_from_camera[None, None],
         "intrinsics": intrinsics[None, None],
         "image_aug": image_aug[None, None],
-        "lidar_aug": lidar_aug[None],
-        "image_from_lidar": image_from_lidar[None, None],
+        "base_aug": base_aug[None],
+        "image_from_base": image_from_base[None, None],
     }
 
 
@@ -142,20 +142,20 @@ def scene(seed: int) -> dict:
 def test_projecting_frustum_points_gives_back_their_pixels_and_depths(seed):
     m = scene(seed)
     grid = geometry.frustum((64, 96), (8, 12), (2.0, 40.0, 2.0), torch.device("cpu"))
-    planes = geometry.frustum_in_lidar(
+    planes = geometry.frustum_in_base(
         grid,
         image_aug=m["image_aug"],
         undo_image_aug=geometry.invert(m["image_aug"][..., :3, :3]),
-        lidar_from_pixel=geometry.unprojection(m["lidar_from_camera"], m["intrinsics"]),
-        lidar_from_camera=m["lidar_from_camera"],
-        lidar_aug=m["lidar_aug"],
+        base_from_pixel=geometry.unprojection(m["base_from_camera"], m["intrinsics"]),
+        base_from_camera=m["base_from_camera"],
+        base_aug=m["base_aug"],
     )
     points = torch.stack(planes, -1).reshape(1, -1, 3)
     back = geometry.project(
         points,
-        undo_lidar_aug=geometry.invert(m["lidar_aug"][:, :3, :3]),
-        lidar_aug=m["lidar_aug"],
-        image_from_lidar=m["image_from_lidar"],
+        undo_base_aug=geometry.invert(m["base_aug"][:, :3, :3]),
+        base_aug=m["base_aug"],
+        image_from_base=m["image_from_base"],
         image_aug=m["image_aug"],
     )
     for found, expected, tolerance in zip(back, torch.broadcast_tensors(*grid), (2e-2, 2e-2, 1e-3)):  # pixels, m
@@ -165,7 +165,7 @@ def test_projecting_frustum_points_gives_back_their_pixels_and_depths(seed):
 @given(st.integers(0, 10_000))
 @settings(max_examples=30, deadline=None)
 def test_invert_agrees_with_float64_and_needs_no_nonzero_diagonal(seed):
-    matrix = scene(seed)["lidar_from_camera"][0, 0, :3, :3]
+    matrix = scene(seed)["base_from_camera"][0, 0, :3, :3]
     matrix = torch.stack([matrix, matrix[[1, 2, 0]], torch.eye(3)[[2, 0, 1]], torch.eye(3)[[0, 2, 1]]])
     assert torch.allclose(geometry.invert(matrix).double(), torch.linalg.inv(matrix.double()), atol=2e-6)
 
@@ -187,7 +187,7 @@ def test_points_behind_a_camera_stay_out_of_its_image():
     intrinsics = torch.tensor([[50.0, 0, 8, 0], [0, 50.0, 8, 0], [0, 0, 1, 0], [0, 0, 0, 1]])[None, None]
     points = torch.tensor([[[0.1, 0.1, -5.0], [0.1, 0.1, 5.0]]])
     planes = geometry.project(
-        points, undo_lidar_aug=eye[0, :, :3, :3], lidar_aug=eye[0], image_from_lidar=intrinsics, image_aug=eye
+        points, undo_base_aug=eye[0, :, :3, :3], base_aug=eye[0], image_from_base=intrinsics, image_aug=eye
     )
     image = geometry.depth_map(planes, torch.ones(1, 2, dtype=torch.bool), (16, 16))
     assert int((image != 0).sum()) == 1 and float(image.max()) == 5.0

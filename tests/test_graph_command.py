@@ -4,19 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from typing import get_args
 
 import ge_graphs
 import pytest
 import torch
 
-from bevfn.commands import Experiment
+from bevfn import catalogue
 from bevfn.commands import graph as command
 from bevfn.commands.graph import graph
 from bevfn.kernels.voxel_pool import voxel_pool
 
 ge_graphs.need_torchair()
-EXPERIMENTS = get_args(Experiment)
+EXPERIMENTS = catalogue.EXPERIMENTS
 
 
 def dynamic(x):

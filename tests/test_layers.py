@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bevfn.layers import attention, batch_norm, conv, conv_norm, layer_norm, linear
+from bevfn import tree
+from bevfn.layers import attention, batch_norm, branch, conv, conv_norm, deform_conv, layer_norm, linear
 
 
 @pytest.fixture
@@ -97,15 +98,83 @@ def test_fp16_convolution_on_a_cpu_rounds_operands_and_accumulates_in_float32(ge
 @pytest.mark.parametrize("transposed", [False, True])
 def test_conv_norm_has_the_shape_its_stride_asks_for(transposed, generator):
     params, state = conv_norm.init(3, 5, 2, generator=generator, transposed=transposed)
-    y, new = conv_norm.apply(params, state, torch.randn(1, 3, 4, 6), train=True, stride=2, transposed=transposed)
+    x = torch.randn(1, 3, 4, 6)
+    if transposed:
+        y, new = conv_norm.apply_transposed(params, state, x, train=True, stride=2)
+    else:
+        y, new = conv_norm.apply(params, state, x, train=True, stride=2, padding=0)
     assert y.shape == ((1, 5, 8, 12) if transposed else (1, 5, 2, 3))
     assert new["norm"]["mean"].shape == (5,) and (y >= 0).all()
 
 
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (3, {"groups": 2, "stride": 2}),
+        ((1, 3), {}),
+        ((3, 5), {"dilation": 2, "groups": 4}),
+        (2, {"stride": 2, "padding": 0}),
+    ],
+)
+def test_conv_norm_equals_torchs_modules(kernel, options, relu, generator):
+    groups, bias = options.pop("groups", 1), "stride" in options
+    params, state = conv_norm.init(8, 12, kernel, generator=generator, groups=groups, bias=bias)
+    around = {"padding": "same", **options} if "stride" not in options else {"padding": 1, **options}
+    module = nn.Sequential(nn.Conv2d(8, 12, kernel, groups=groups, bias=bias, **around), nn.BatchNorm2d(12))
+    module[0].load_state_dict(params["conv"])
+    x = torch.randn(2, 8, 10, 12, generator=generator)
+    y, new = conv_norm.apply(params, state, x, train=True, relu=relu, **options)
+    wanted = module(x)
+    torch.testing.assert_close(y, wanted.relu() if relu else wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(new["norm"]["var"], module[1].running_var)
+
+
+def test_chained_layers_are_applied_one_after_another(generator):
+    params, state = tree.unzip([conv_norm.init(4, 4, 3, generator=generator) for _ in range(2)])
+    x = torch.randn(1, 4, 8, 8, generator=generator)
+    y, new = conv_norm.chain(params, state, x, train=True, strides=(2, 1))
+    z, first = conv_norm.apply(params[0], state[0], x, train=True, stride=2)
+    z, second = conv_norm.apply(params[1], state[1], z, train=True)
+    assert torch.equal(y, z) and tree.diff(new, [first, second]) == []
+    with pytest.raises(ValueError, match="zip"):
+        conv_norm.chain(params, state, x, train=True, strides=(2,))
+
+
+def test_a_deformable_convolution_takes_norm_and_relu_like_any_other(generator):
+    params, state = conv_norm.with_norm(deform_conv.init(8, 6, 3, groups=2, generator=generator), 6)
+    x = torch.randn(2, 8, 5, 7, generator=generator)
+    y, offset = deform_conv.apply(params["conv"], x)
+    y, new = conv_norm.finish(params, state, y, train=True)
+    assert not offset.any()  # it starts as a plain convolution
+    plain, _ = conv_norm.apply({**params, "conv": {"weight": params["conv"]["weight"]}}, state, x, train=True)
+    torch.testing.assert_close(y, plain, atol=1e-5, rtol=1e-4)
+    assert (new["norm"]["mean"] != 0).all()
+
+
+def test_impossible_convolutions_are_refused(generator):
+    with pytest.raises(ValueError, match="3 groups must divide the channels, 8 in and 12 out"):
+        conv.init(8, 12, 3, bias=False, generator=generator, groups=3)
+    params = conv.init(8, 12, 2, bias=False, generator=generator)
+    with pytest.raises(ValueError, match=r"kernel of \(2, 2\): give `padding`"):
+        conv.apply(params, torch.randn(1, 8, 4, 4))
+
+
+def test_branch_predicts_from_its_hidden_layer(generator):
+    params, state = branch.init(4, 2, generator=generator, kaiming="fan_out")
+    x = torch.randn(2, 4, 5, 6, generator=generator)
+    y, new = branch.apply(params, state, x, train=True)
+    hidden, seen = conv_norm.apply(params["hidden"], state["hidden"], x, train=True)
+    assert y.shape == (2, 2, 5, 6) and torch.equal(y, conv.apply(params["out"], hidden))
+    assert tree.diff(new, {"hidden": seen}) == []
+
+
 def test_initialisation_follows_the_published_modules(generator):
-    kaiming = conv.init(64, 128, (3, 3), bias=True, generator=generator, kaiming_normal=True)
+    kaiming = conv.init(64, 128, (3, 3), bias=True, generator=generator, kaiming="fan_out")
     assert kaiming["weight"].std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     assert (kaiming["bias"] == 0).all()
+    fan_in = conv.init(64, 128, (1, 3), bias=False, generator=generator, groups=4, kaiming="fan_in")
+    assert fan_in["weight"].std().item() == pytest.approx((2 / (16 * 3)) ** 0.5, rel=0.03)
     default = conv.init(64, 128, (3, 3), bias=True, generator=generator)
     assert default["weight"].abs().max().item() == pytest.approx((64 * 9) ** -0.5, rel=0.01)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bevfn import catalogue
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -25,6 +27,10 @@ def test_links_and_paths_of_a_page_exist(page):
     modules = set(re.findall(r"`((?:bevfn|kernels|experiments|layers|views|heads|backbones|models)/[\w/]+\.py)`", text))
     missing = [m for m in modules if not (ROOT / m).exists() and not (ROOT / "bevfn" / m).exists()]
     assert missing == []
+
+
+def test_the_table_of_models_is_the_catalogues():
+    assert catalogue.table() in (ROOT / "README.md").read_text(), f"the README's table should be\n{catalogue.table()}"
 
 
 def commands(page: Path) -> list[list[str]]:

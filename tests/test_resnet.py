@@ -133,7 +133,7 @@ def test_half_precision_follows_its_input():
 def test_a_basic_block_stands_alone():
     params, state = resnet.init_basic(5, 7, generator=torch.Generator().manual_seed(0), stride=2)
     x = torch.randn(2, 5, 8, 6)
-    y, new = resnet.apply_basic(params, state, x, train=True, stride=2)
+    y, new = resnet.apply_block(params, state, x, train=True, stride=2)
     assert y.shape == (2, 7, 4, 3) and not bool((y < 0).any())
     assert tree.flatten(new).keys() == tree.flatten(state).keys() and "shortcut" in params
     assert float(params["layers"][1]["norm"]["weight"].min()) == 1.0  # learns from the first step: torch's defaults

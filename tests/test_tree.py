@@ -84,3 +84,12 @@ def test_everything_traces_as_one_graph():
     a = example()
     compiled = torch.compile(f, fullgraph=True, backend="eager")
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(compiled(a, a)), tree.leaves(f(a, a))))
+
+
+def test_unzip_parts_parameters_from_states_and_leaves_out_what_has_none():
+    one, two, three = (torch.full((1,), float(i)) for i in range(3))
+    made = {"a": ({"w": one}, {"s": two}), "b": {"w": three}, "c": [({"w": one}, {}), {"w": two}], "d": [{"w": one}]}
+    params, state = tree.unzip(made)
+    assert params == {"a": {"w": one}, "b": {"w": three}, "c": [{"w": one}, {"w": two}], "d": [{"w": one}]}
+    assert state == {"a": {"s": two}, "c": [{}]}
+    assert tree.unzip({"w": one}) == ({"w": one}, {})

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn import tree, upstream
+from bevfn import catalogue, tree, upstream
 from bevfn.commands import checkpoint
 from bevfn.models import bevdepth
 from bevfn.parity import golden
@@ -82,7 +82,7 @@ def test_export_inverts_import_bit_for_bit(model):
 
 @pytest.mark.parametrize("model", ["bevfusion-lidar", "bevfusion-lidar-camera"])
 def test_published_manifests_are_accounted_for_and_round_trip(model):
-    folder = case(model.replace("-", "_"))
+    folder = case(catalogue.MODELS[model].case)
     source = golden.fill_case(folder)
     assert len(source) == {"bevfusion-lidar": 306, "bevfusion-lidar-camera": 566 + 16}[model]
     params, state, report = upstream.import_state(source, model)

@@ -64,7 +64,7 @@ def task(config: Config) -> run.Task:
         loss=partial(bevfusion.loss, **bound),
         predict=partial(bevfusion.predict, **bound),
         optimizer=lambda plan: optim.Config(
-            lr=optim.Schedule(run.scaled_lr(config, plan, 1e-3), (optim.Phase(plan.total_steps, 1e-6),))
+            lr=optim.Schedule(run.scaled_lr(config, plan), (optim.Phase(plan.total_steps, 1e-6),))
         ),
     )
 

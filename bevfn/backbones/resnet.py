@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.distributed import Train
-from bevfn.layers import batch_norm, conv
+from bevfn.layers import conv, conv_norm
 
 EXPANSION = 4  # output channels of a bottleneck per channel of its 3x3
 
@@ -58,36 +58,32 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 
     As mmdetection: Kaiming normal (fan out), and every block starts as its shortcut (its last norm has weight 0).
     """
-    stem, stem_state = _init_layer(config.channels_in, config.channels, 7, generator, kaiming_normal=True)
-    params: dict = {"stem": stem, "stages": []}
-    state: dict = {"stem": stem_state, "stages": []}
+    stem = conv_norm.init(config.channels_in, config.channels, 7, generator=generator, kaiming="fan_out")
+    stages: list = []
     c_in = config.channels
     for s, (count, stride, c_out) in enumerate(zip(config.blocks, config.strides, config.stage_channels)):
-        made = []
+        stages.append([])
         for i in range(count):
             widths = (config.channels * 2**s,) * 2 + (c_out,) if config.bottleneck else (c_out, c_out)
-            block, statistics = _init_block(c_in, widths, stride if i == 0 else 1, generator, kaiming_normal=True)
+            block, statistics = _init_block(c_in, widths, stride if i == 0 else 1, generator, kaiming="fan_out")
             torch.nn.init.zeros_(block["layers"][-1]["norm"]["weight"])
-            made.append((block, statistics))
+            stages[-1].append((block, statistics))
             c_in = c_out
-        params["stages"].append([block for block, _ in made])
-        state["stages"].append([statistics for _, statistics in made])
-    return params, state
+    return tree.unzip({"stem": stem, "stages": stages})
 
 
 def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[list[Tensor], dict]:
     """x [M C H W] -> (maps of the stem (pooled) and of every stage, finest first, new state); dtype of x."""
     frozen = config.frozen_stages
     stem = _detached(params["stem"]) if frozen >= 0 else params["stem"]
-    x, stem_state = _layer(stem, state["stem"], x, train=train if frozen < 0 else False, stride=2)
-    x = torch.relu(x)
+    x, stem_state = conv_norm.apply(stem, state["stem"], x, train=train if frozen < 0 else False, stride=2)
     maps, states = [F.max_pool2d(x, 3, 2, 1) if config.pool else x], []
     for s, (blocks, old) in enumerate(zip(params["stages"], state["stages"])):
         y, new = maps[-1], []
         for i, (block, statistics) in enumerate(zip(blocks, old)):
             block = _detached(block) if s < frozen else block
             stride = config.strides[s] if i == 0 else 1
-            y, seen = _block(block, statistics, y, train=train if s >= frozen else False, stride=stride)
+            y, seen = apply_block(block, statistics, y, train=train if s >= frozen else False, stride=stride)
             new.append(seen)
         maps.append(y)
         states.append(new)
@@ -101,62 +97,38 @@ def init_basic(
     return _init_block(channels_in, (channels_out,) * 2, stride, generator)
 
 
-def apply_basic(params: dict, state: dict, x: Tensor, *, train: Train, stride: int = 1) -> tuple[Tensor, dict]:
-    """x [M C_in H W] -> (relu(layers(x) + shortcut(x)) [M C_out H/stride W/stride], new state)."""
-    return _block(params, state, x, train=train, stride=stride)
-
-
 def _init_block(
-    channels_in: int, widths: tuple[int, ...], stride: int, generator: torch.Generator, kaiming_normal: bool = False
+    channels_in: int,
+    widths: tuple[int, ...],
+    stride: int,
+    generator: torch.Generator,
+    kaiming: conv.Kaiming | None = None,
 ) -> tuple[dict, dict]:
     """Two layers 3x3, 3x3 or three 1x1, 3x3, 1x1 of `widths` output channels."""
     kernels = (1, 3, 1) if len(widths) == 3 else (3, 3)
-    made = [
-        _init_layer(c_in, c_out, kernel, generator, kaiming_normal)
-        for c_in, c_out, kernel in zip((channels_in, *widths), widths, kernels)
-    ]
-    params: dict = {"layers": [layer for layer, _ in made]}
-    state: dict = {"layers": [statistics for _, statistics in made]}
+    made: dict = {
+        "layers": [
+            conv_norm.init(c_in, c_out, kernel, generator=generator, kaiming=kaiming)
+            for c_in, c_out, kernel in zip((channels_in, *widths), widths, kernels)
+        ]
+    }
     if stride != 1 or channels_in != widths[-1]:
-        layer, statistics = _init_layer(channels_in, widths[-1], 1, generator, kaiming_normal)
-        params["shortcut"], state["shortcut"] = layer, statistics
-    return params, state
+        made["shortcut"] = conv_norm.init(channels_in, widths[-1], 1, generator=generator, kaiming=kaiming)
+    return tree.unzip(made)
 
 
-def _block(params: dict, state: dict, x: Tensor, *, train: Train, stride: int) -> tuple[Tensor, dict]:
-    y, new = x, []
-    last = len(params["layers"]) - 1
-    for i, (layer, old) in enumerate(zip(params["layers"], state["layers"])):
-        y, seen = _layer(layer, old, y, train=train, stride=stride if i == last - 1 else 1)  # its first 3x3
-        y = torch.relu(y) if i < last else y
-        new.append(seen)
+def apply_block(params: dict, state: dict, x: Tensor, *, train: Train, stride: int = 1) -> tuple[Tensor, dict]:
+    """x [M C_in H W] -> (relu(layers(x) + shortcut(x)) [M C_out H/stride W/stride], new state)."""
+    *inner, last = params["layers"]
+    *inner_state, last_state = state["layers"]
+    strides = (1, stride) if len(inner) == 2 else (stride,)  # the first 3x3 strides
+    y, layers = conv_norm.chain(inner, inner_state, x, train=train, strides=strides)
+    y, seen = conv_norm.apply(last, last_state, y, train=train, relu=False)  # its ReLU comes behind the sum
+    layers.append(seen)
     if "shortcut" not in params:
-        return torch.relu(y + x), {"layers": new}
-    x, seen = _layer(params["shortcut"], state["shortcut"], x, train=train, stride=stride)
-    return torch.relu(y + x), {"layers": new, "shortcut": seen}
-
-
-def _init_layer(
-    channels_in: int, channels_out: int, kernel: int, generator: torch.Generator, kaiming_normal: bool
-) -> tuple[dict, dict]:
-    weights = conv.init(
-        channels_in,
-        channels_out,
-        (kernel, kernel),
-        bias=False,
-        generator=generator,
-        kaiming_normal=kaiming_normal,
-    )
-    norm, statistics = batch_norm.init(channels_out)
-    return {"conv": weights, "norm": norm}, {"norm": statistics}
-
-
-def _layer(params: dict, state: dict, x: Tensor, *, train: Train, stride: int) -> tuple[Tensor, dict]:
-    """norm(conv(x)), padded to keep the size at stride 1."""
-    padding = params["conv"]["weight"].shape[-1] // 2
-    y = conv.apply(params["conv"], x, stride=stride, padding=padding)
-    y, norm = batch_norm.apply(params["norm"], state["norm"], y, train=train)
-    return y, {"norm": norm}
+        return torch.relu(y + x), {"layers": layers}
+    x, seen = conv_norm.apply(params["shortcut"], state["shortcut"], x, train=train, stride=stride, relu=False)
+    return torch.relu(y + x), {"layers": layers, "shortcut": seen}
 
 
 def _detached(params: dict) -> dict:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bevfn import tree
 from bevfn.distributed import Train
 from bevfn.layers import conv_norm
 
@@ -26,33 +27,21 @@ class Config:
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state): {"blocks": [stage][layer]{"conv", "norm"}}."""
-    blocks, states, channels_in = [], [], config.channels_in
+    blocks, channels_in = [], config.channels_in
     for channels in config.channels:
         widths = [channels_in] + [channels] * config.layers
-        made = [conv_norm.init(width, channels, 3, generator=generator) for width in widths]
-        blocks.append([params for params, _ in made])
-        states.append([state for _, state in made])
+        blocks.append([conv_norm.init(width, channels, 3, generator=generator) for width in widths])
         channels_in = channels
-    return {"blocks": blocks}, {"blocks": states}
+    return tree.unzip({"blocks": blocks})
 
 
 def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[list[Tensor], dict]:
     """x [B C X Y] -> (one map per stage [B C_s X/stride Y/stride], new state)."""
     maps, states = [], []
-    for block, statistics, stride in zip(params["blocks"], state["blocks"], config.strides):
-        new = []
-        for i, (layer, old) in enumerate(zip(block, statistics)):
-            x, seen = conv_norm.apply(
-                layer,
-                old,
-                x,
-                train=train,
-                stride=stride if i == 0 else 1,
-                padding=1,
-                momentum=config.norm_momentum,
-                eps=config.norm_eps,
-            )
-            new.append(seen)
+    norm = {"momentum": config.norm_momentum, "eps": config.norm_eps}
+    for block, old, stride in zip(params["blocks"], state["blocks"], config.strides):
+        strides = (stride, *(1,) * config.layers)
+        x, seen = conv_norm.chain(block, old, x, train=train, strides=strides, **norm)
         maps.append(x)
-        states.append(new)
+        states.append(seen)
     return maps, {"blocks": states}

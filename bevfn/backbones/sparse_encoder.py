@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bevfn import tree
 from bevfn.distributed import Train
 from bevfn.kernels import neighbours
 from bevfn.layers import batch_norm, sparse_conv
@@ -49,31 +50,28 @@ def output_grid(config: Config, grid: tuple[int, int, int]) -> tuple[int, int, i
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state): conv_input, stages[level]{blocks, down}, conv_out."""
-    first, first_state = sparse_conv.init(config.channels_in, config.channels[0], KERNEL, generator)
-    params: dict = {"conv_input": first, "stages": []}
-    state: dict = {"conv_input": first_state, "stages": []}
+    made: dict = {
+        "conv_input": sparse_conv.init(config.channels_in, config.channels[0], KERNEL, generator),
+        "stages": [],
+    }
     for level, width in enumerate(config.channels):
-        made = [_init_block(width, generator) for _ in range(config.blocks)]
-        stage, stage_state = {"blocks": [p for p, _ in made]}, {"blocks": [s for _, s in made]}
+        stage: dict = {"blocks": [_init_block(width, generator) for _ in range(config.blocks)]}
         if level + 1 < len(config.channels):
-            stage["down"], stage_state["down"] = sparse_conv.init(width, config.channels[level + 1], KERNEL, generator)
-        params["stages"].append(stage)
-        state["stages"].append(stage_state)
-    params["conv_out"], state["conv_out"] = sparse_conv.init(
-        config.channels[-1], config.channels_out, (1, 1, 3), generator
-    )
-    return params, state
+            stage["down"] = sparse_conv.init(width, config.channels[level + 1], KERNEL, generator)
+        made["stages"].append(stage)
+    made["conv_out"] = sparse_conv.init(config.channels[-1], config.channels_out, (1, 1, 3), generator)
+    return tree.unzip(made)
 
 
 def _init_block(width: int, generator: torch.Generator) -> tuple[dict, dict]:
-    norms = [batch_norm.init(width) for _ in range(2)]
-    params = {
-        "conv1": sparse_conv.init_weight(width, width, KERNEL, generator),
-        "norm1": norms[0][0],
-        "conv2": sparse_conv.init_weight(width, width, KERNEL, generator),
-        "norm2": norms[1][0],
-    }
-    return params, {"norm1": norms[0][1], "norm2": norms[1][1]}
+    return tree.unzip(
+        {
+            "conv1": sparse_conv.init_weight(width, width, KERNEL, generator),
+            "norm1": batch_norm.init(width),
+            "conv2": sparse_conv.init_weight(width, width, KERNEL, generator),
+            "norm2": batch_norm.init(width),
+        }
+    )
 
 
 def apply(

@@ -67,7 +67,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
             stages[-1]["downsample"] = {"norm": layer_norm.init(4 * width), "reduction": reduction}
     params = {
         "patch_embed": {
-            "conv": conv.init(3, config.channels, (config.patch,) * 2, bias=True, generator=generator),
+            "conv": conv.init(3, config.channels, config.patch, bias=True, generator=generator),
             "norm": layer_norm.init(config.channels),
         },
         "stages": stages,
@@ -106,7 +106,7 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
         raise ValueError(
             f"images of {height}x{width} pixels: choose a height and width that are multiples of {config.stride}"
         )
-    x = conv.apply(params["patch_embed"]["conv"], images, stride=config.patch).permute(0, 2, 3, 1)  # M H W C
+    x = conv.apply(params["patch_embed"]["conv"], images, stride=config.patch, padding=0).permute(0, 2, 3, 1)  # M H W C
     x = layer_norm.apply(params["patch_embed"]["norm"], x)
     outputs: list[Tensor] = []
     index, last = 0, max(sum(config.depths) - 1, 1)

@@ -10,14 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from bevfn.commands import Experiment
 from bevfn.synth import key_frame
 from bevfn.training.reporter import METRICS_FILE, read_metrics
 
 STEPS = 3  # watched: the first one compiles, the last one is as fast as all others
 
 
-def measure(frame: Path | None, *, experiment: Experiment = "bevfusion_lidar", options: tuple[str, ...] = ()) -> dict:
+def measure(frame: Path | None, *, experiment: str = "bevfusion_lidar", options: tuple[str, ...] = ()) -> dict:
     """Figures of "cold", "warm" (the same again) and "eager" starts on one key frame, at the published size."""
     figures: dict = {"experiment": experiment}
     with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:

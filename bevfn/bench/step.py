@@ -13,27 +13,18 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from bevfn import catalogue, host, recipes
 from bevfn import compile as compilation
-from bevfn import host
 from bevfn.bench import machine
-from bevfn.commands import Experiment, experiment_module
 from bevfn.kernels import deform_conv, sparse_conv  # noqa: F401  they define the operators that are counted
 from bevfn.synth import key_frame
 from bevfn.training import run as running
 
-Model = Literal["bevfusion-lidar-camera", "bevfusion-lidar", "bevfusion-camera", "bevdepth", "matrixvt"]
-MODELS: dict[Model, tuple[Experiment, dict[str, Any]]] = {  # experiment and fields of its config
-    "bevfusion-lidar-camera": ("bevfusion", {}),
-    "bevfusion-lidar": ("bevfusion_lidar", {}),
-    "bevfusion-camera": ("bevfusion", {"modality": "camera"}),
-    "bevdepth": ("bevdepth", {}),
-    "matrixvt": ("matrixvt", {}),
-}
 # Seconds of the published modules with plain-torch ops on 2 mostly idle cores (shared/goldens): forward in evaluation
 # mode, and forward + backward in training mode. MatrixVT's were measured on a loaded machine only (13.6 and 52 s).
 UPSTREAM_SECONDS = {
     "bevfusion-lidar-camera": {"forward": 7.0, "train": 43.0}, "bevfusion-lidar": {"forward": 2.6, "train": 8.0},
-    "bevdepth": {"forward": 9.0, "train": 31.0},
+    "bevdepth-2key": {"forward": 9.0, "train": 31.0},
 }  # fmt: skip
 
 
@@ -41,7 +32,7 @@ UPSTREAM_SECONDS = {
 class Setting:
     """What is measured."""
 
-    model: Model
+    model: str
     frame: Path | None
     precision: str
     batch_size: int
@@ -101,15 +92,14 @@ def _variant(setting: Setting, what: str, backend: str) -> dict:
 
 def _prepared(setting: Setting, what: str, backend: str) -> Callable[[], object]:
     """One call is one forward pass with decoding, or one train step, of the experiment on a key frame."""
-    experiment, fields = MODELS[setting.model]
-    module = experiment_module(experiment)
+    recipe = recipes.load(catalogue.MODELS[setting.model].experiment)
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         root = setting.frame if setting.frame is not None else key_frame.write_frame(Path(folder))
         config = replace(
-            module.DEFAULTS["frame"], precision=setting.precision, backend=backend, device=setting.device,
-            data_root=root, batch_size=setting.batch_size, scale=setting.scale, **fields,
+            recipe.DEFAULTS["frame"], model=setting.model, precision=setting.precision, backend=backend, device=setting.device,
+            data_root=root, batch_size=setting.batch_size, scale=setting.scale,
         )  # fmt: skip
-        task = module.task(config)
+        task = recipe.task(config)
         run = running.Run(task, config, running.plan(config, task.data.items))
         batch = running.example(run)
     train_state, step = running.build(run)

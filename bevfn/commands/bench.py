@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from bevfn.commands import Experiment
+from bevfn import recipes
 from bevfn.files import write_atomically
 
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
@@ -32,9 +32,7 @@ def ops(*, threads: int = 0, json_file: Json = None) -> None:
 
 def step(
     *,
-    model: Literal[
-        "bevfusion-lidar-camera", "bevfusion-lidar", "bevfusion-camera", "bevdepth", "matrixvt"
-    ] = "bevfusion-lidar-camera",
+    model: recipes.Model = "bevfusion-lidar-camera",
     frame: Path | None = None,
     scale: Literal["published", "mini"] = "published",
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
@@ -118,7 +116,7 @@ def checkpoint(*, folder: Path = Path("runs"), repeats: int = 3, json_file: Json
 
 def startup(
     *,
-    experiment: Experiment = "bevfusion_lidar",
+    experiment: recipes.Experiment = "bevfusion_lidar",
     frame: Path | None = None,
     json_file: Json = None,
 ) -> None:

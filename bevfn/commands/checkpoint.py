@@ -1,21 +1,19 @@
 """`bevfn checkpoint import|export|show`: published checkpoints in, published layout out, every key accounted for."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 from tyro.conf import Positional
 
-from bevfn import tree, upstream
+from bevfn import catalogue, tree, upstream
+from bevfn.choices import one_of
 from bevfn.upstream import models, recognise
 
-Model = Literal[
-    "bevfusion-lidar", "bevfusion-lidar-camera", "swin-nuimages", "bevdepth-1key", "bevdepth-2key", "bevdepth-4key",
-    "bevdepth-2key-da", "matrixvt", "resnet50",
-]  # fmt: skip
+Checkpoint = Annotated[str, one_of(catalogue.CHECKPOINTS)]
 
 
-def import_(source: Positional[Path], output: Positional[Path], *, model: Model, every_key: bool = False) -> None:
+def import_(source: Positional[Path], output: Positional[Path], *, model: Checkpoint, every_key: bool = False) -> None:
     """Reads a published checkpoint and writes it as one .safetensors file under our names.
 
     Args:

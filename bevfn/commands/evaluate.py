@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.progress import Progress
 
-from bevfn import distributed, tree
-from bevfn.commands import Experiment, experiment_module
+from bevfn import catalogue, distributed, recipes, tree
+from bevfn.choices import one_of
 from bevfn.data import nuscenes, source
 from bevfn.evaluation import results
 from bevfn.evaluation.detect import detect
@@ -18,10 +18,10 @@ from bevfn.training import run, run_folder
 
 
 def evaluate(
-    experiment: Annotated[tyro.conf.Positional[Experiment], tyro.conf.arg(metavar="EXPERIMENT")],
+    experiment: tyro.conf.Positional[recipes.Experiment],
     *,
     checkpoint: Path,
-    model: str | None = None,
+    model: Annotated[str | None, one_of(catalogue.MODELS)] = None,
     data_root: Path | None = None,
     version: str | None = None,
     split: str | None = None,
@@ -38,10 +38,9 @@ def evaluate(
     gets the results file alone, and its zip for the evaluation server.
 
     Args:
-        experiment: bevfusion, bevfusion_lidar, bevdepth or matrixvt
+        experiment: the recipe
         checkpoint: a run's checkpoint folder (its config.json is used), or a file of `bevfn checkpoint import`
-        model: --model of the experiment, for an imported file (bevdepth: two-key, two-key-cbgs-da, ...); by default the
-            run's
+        model: of the experiment, for an imported file; by default the run's, or the recipe's first
         data_root: nuScenes root; by default the run's
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's
         split: val, mini_val, train, test, ...; by default the version's evaluation split
@@ -53,20 +52,20 @@ def evaluate(
         workers: processes that read; 0: none
     """
     distributed.check_device(device)
-    module = experiment_module(experiment)
-    config = run_config(module, checkpoint, data_root)
-    if model is not None and not hasattr(config, "model"):
-        raise ValueError(f"{experiment} has no --model; leave it out")
+    recipe = recipes.load(experiment)
+    config = run_config(recipe, checkpoint, data_root)
     changes: dict[str, Any] = {"model": model, "data_root": data_root, "version": version, "precision": precision}
     config = replace(config, **{k: v for k, v in changes.items() if v is not None}, device=device, resume=False)
+    if config.model not in recipe.NETWORKS:
+        raise ValueError(
+            f"model {config.model} is none of {experiment}'s ({', '.join(recipe.NETWORKS)}); name its experiment"
+        )
     splits = None
     if split is not None:
         root = config.data_root if config.data_root is not None else source.WORLD
         index = nuscenes.index(root, config.version, split)
         splits = (index, index)
-    # What only training needs, such as the GT-paste database, need not be there.
-    config = replace(config, **{k: False for k in ("class_balanced", "paste", "augment") if hasattr(config, k)})
-    task = module.task(config, splits)
+    task = recipe.task(config.plain(), splits)
     params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
     check_fits(task, params, state, checkpoint)
     index = task.data.evaluation
@@ -89,10 +88,10 @@ def evaluate(
     return 0
 
 
-def run_config(module: Any, checkpoint: Path, data_root: Path | None) -> Any:
+def run_config(recipe: recipes.Recipe, checkpoint: Path, data_root: Path | None) -> run.Config:
     """The config of the run that the checkpoint belongs to; the experiment's defaults for an imported file."""
     path = checkpoint.parent.parent / run_folder.CONFIG_FILE
-    default = module.DEFAULTS[source.kind(data_root)]
+    default = recipe.DEFAULTS[source.kind(data_root)]
     if not (checkpoint.is_dir() and path.is_file()):
         return default
     stored = json.loads(path.read_text())

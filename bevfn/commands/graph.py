@@ -11,7 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bevfn.commands import Experiment, experiment_module
+from bevfn import recipes
 from bevfn.files import write_atomically
 from bevfn.synth import key_frame
 from bevfn.training import run
@@ -24,7 +24,7 @@ NAMES: dict[str, dict[str, Any]] = {
 
 
 def graph(
-    experiment: Annotated[tyro.conf.Positional[Experiment], tyro.conf.arg(metavar="EXPERIMENT")],
+    experiment: tyro.conf.Positional[recipes.Experiment],
     *,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     scale: Literal["published", "mini"] = "published",
@@ -40,7 +40,7 @@ def graph(
     Exit code 1 if a step is not one static graph: docs/ascend.md says how to read the report.
 
     Args:
-        experiment: bevfusion, bevfusion_lidar, bevdepth or matrixvt
+        experiment: the recipe
         precision: of the step
         scale: published sizes, or the mini ones of demos and CI
         batch_size: samples per device; by default the recipe's (4, or 8 of BEVDepth), and 1 at mini scale
@@ -57,7 +57,7 @@ def graph(
 
     if out is not None:
         dump.check_writable(out)
-    published = experiment_module(experiment).DEFAULTS["nuscenes"].batch_size
+    published = recipes.load(experiment).DEFAULTS["nuscenes"].batch_size
     batch_size = batch_size or (published if scale == "published" else 1)
     made: dict[str, dict] = {}
     complete = True
@@ -83,7 +83,7 @@ def graph(
 
 
 def steps(
-    experiment: Experiment, scale: str, precision: str, batch_size: int, *, comparable: bool = False
+    experiment: str, scale: str, precision: str, batch_size: int, *, comparable: bool = False
 ) -> dict[str, tuple[Callable, tuple]]:
     """{"train": (step, example arguments), "inference": ...} of an experiment's task, on a generated frame.
 
@@ -95,16 +95,15 @@ def steps(
     starts at 64. One annotated box per class stays: before training, the matching of several boxes of a class is
     degenerate (pairs can be exchanged at equal cost), and rounding decides.
     """
-    module = experiment_module(experiment)
-    config = module.DEFAULTS["nuscenes" if scale == "published" else "synthetic"]
-    off = {name: False for name in ("class_balanced", "paste", "augment") if hasattr(config, name)}
+    recipe = recipes.load(experiment)
+    config = recipe.DEFAULTS["nuscenes" if scale == "published" else "synthetic"].plain()
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         key_frame.write_frame(Path(folder), image_size=config.source_size)
-        config = replace(config, data_root=Path(folder), precision=precision, batch_size=batch_size, lr=None, **off)
-        task = module.task(config)
+        config = replace(config, data_root=Path(folder), precision=precision, batch_size=batch_size, lr=None)
+        task = recipe.task(config)
         if comparable:
-            recipe = task.optimizer
-            task = replace(task, optimizer=lambda plan: replace(recipe(plan), eps=1.0))
+            optimizer = task.optimizer
+            task = replace(task, optimizer=lambda plan: replace(optimizer(plan), eps=1.0))
         made = run.Run(task, config, run.Plan(steps_per_epoch=1000, total_steps=1000, batch=config.recipe_batch))
         batch = run.example(made)
     if comparable:

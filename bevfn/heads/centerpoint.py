@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bevfn import tree
 from bevfn.distributed import Train
-from bevfn.layers import conv, conv_norm
+from bevfn.layers import branch, conv_norm
 
 OUTPUTS = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}  # channels of a task's code maps, in the code's order
 
@@ -80,21 +81,36 @@ def size_aware(config: Config) -> Config:
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
-    """(params, state): hidden layers Kaiming normal as mmcv's, the last ones torch's default."""
-    C = config.channels
-    shared, shared_state = conv_norm.init(config.channels_in, C, 3, generator=generator, kaiming_normal=True)
-    tasks, states = [], []
-    for classes in config.tasks:
-        task: dict = {}
-        statistics: dict = {}
-        for name, width in {**OUTPUTS, "heatmap": classes}.items():
-            hidden, seen = conv_norm.init(C, C, 3, generator=generator, kaiming_normal=True)
-            task[name] = {"hidden": hidden, "out": conv.init(C, width, (3, 3), bias=True, generator=generator)}
-            statistics[name] = {"hidden": seen}
-        task["heatmap"]["out"]["bias"].fill_(config.heatmap_bias)
-        tasks.append(task)
-        states.append(statistics)
-    return {"shared": shared, "tasks": tasks}, {"shared": shared_state, "tasks": states}
+    """(params, state) of {"shared", "tasks"}: hidden layers Kaiming normal as mmcv's, the last ones torch's default."""
+    return tree.unzip(
+        {
+            "shared": init_shared(config, generator),
+            "tasks": [
+                {**init_codes(config, generator), "heatmap": init_heatmap(config, classes, generator)}
+                for classes in config.tasks
+            ],
+        }
+    )
+
+
+def init_shared(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
+    """(params, state) of the layer before all branches."""
+    return conv_norm.init(config.channels_in, config.channels, 3, generator=generator, kaiming="fan_out")
+
+
+def init_codes(config: Config, generator: torch.Generator) -> dict[str, tuple[dict, dict]]:
+    """A task's regression branches: {"reg": (params, state), "height", "dim", "rot", "vel"}."""
+    return {
+        name: branch.init(config.channels, width, generator=generator, kaiming="fan_out")
+        for name, width in OUTPUTS.items()
+    }
+
+
+def init_heatmap(config: Config, classes: int, generator: torch.Generator) -> tuple[dict, dict]:
+    """A task's heatmap branch."""
+    params, state = branch.init(config.channels, classes, generator=generator, kaiming="fan_out")
+    params["out"]["bias"].fill_(config.heatmap_bias)
+    return params, state
 
 
 def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[dict, dict]:
@@ -103,19 +119,21 @@ def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train)
     Outputs: "shared" [B C Y X] and "tasks", per task {"reg" 2 (cell fraction), "height" 1 (m, gravity centre), "dim" 3
     (log m), "rot" 2 (sin, cos), "vel" 2 (m/s), "heatmap" (logits)}, each [B n Y X].
 
+    Params may lack branches: a head of heatmaps alone and one of codes alone are two calls, whose tasks are merged for
+    the loss and for `decode`.
+
     Raises ValueError if the map is not of `config.cells`.
     """
     if tuple(x.shape[2:]) != config.cells:
         raise ValueError(f"BEV map is {tuple(x.shape[2:])} cells, the head's config.cells is {config.cells}")
-    shared, shared_state = conv_norm.apply(params["shared"], state["shared"], x, train=train, padding=1)
+    shared, shared_state = conv_norm.apply(params["shared"], state["shared"], x, train=train)
     tasks, states = [], []
     for task, statistics in zip(params["tasks"], state["tasks"]):
         maps: dict = {}
         seen: dict = {}
-        for name, branch in task.items():
-            hidden, new = conv_norm.apply(branch["hidden"], statistics[name]["hidden"], shared, train=train, padding=1)
-            maps[name] = conv.apply(branch["out"], hidden, padding=1).float()
-            seen[name] = {"hidden": new}
+        for name, weights in task.items():
+            y, seen[name] = branch.apply(weights, statistics[name], shared, train=train)
+            maps[name] = y.float()
         tasks.append(maps)
         states.append(seen)
     return {"shared": shared, "tasks": tasks}, {"shared": shared_state, "tasks": states}

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn import rng
+from bevfn import rng, tree
 from bevfn.distributed import Train
-from bevfn.layers import attention, batch_norm, conv, conv_norm, layer_norm, linear
+from bevfn.layers import attention, batch_norm, branch, conv, conv_norm, layer_norm, linear
 
 OUTPUTS = {"center": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}  # numbers per query, besides the class logits
 
@@ -64,22 +64,18 @@ class Config:
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state) as trained from scratch upstream: decoder matrices Xavier uniform, the rest layer defaults."""
     C = config.channels
-    hidden, hidden_state = conv_norm.init(C, C, 3, generator=generator, kaiming_normal=True)
-    params = {
-        "shared": conv.init(config.channels_in, C, (3, 3), bias=True, generator=generator),
-        "heatmap": {"hidden": hidden, "out": conv.init(C, config.classes, (3, 3), bias=True, generator=generator)},
+    hidden = conv_norm.init(C, C, 3, generator=generator, kaiming="fan_out")  # drawn first
+    made: dict = {
+        "shared": conv.init(config.channels_in, C, 3, bias=True, generator=generator),
+        "heatmap": {"hidden": hidden, "out": conv.init(C, config.classes, 3, bias=True, generator=generator)},
         "class_encoding": linear.init(config.classes, C, bias=True, generator=generator),
+        "decoder": [_init_decoder(config, generator) for _ in range(config.layers)],
+        "predict": [_init_predict(config, generator) for _ in range(config.layers)],
     }
+    params, state = tree.unzip(made)
     if config.heatmap_bias is not None:
         params["heatmap"]["out"]["bias"].fill_(config.heatmap_bias)
-    decoder = [_init_decoder(config, generator) for _ in range(config.layers)]
-    predict = [_init_predict(config, generator) for _ in range(config.layers)]
-    params["decoder"], params["predict"] = [p for p, _ in decoder], [p for p, _ in predict]
-    return params, {
-        "heatmap": {"hidden": hidden_state},
-        "decoder": [s for _, s in decoder],
-        "predict": [s for _, s in predict],
-    }
+    return params, state
 
 
 def _init_decoder(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
@@ -90,35 +86,31 @@ def _init_decoder(config: Config, generator: torch.Generator) -> tuple[dict, dic
         bound = (6.0 / (c_in + c_out)) ** 0.5
         return {**weights, "weight": weights["weight"].uniform_(-bound, bound, generator=generator)}
 
-    def position() -> tuple[dict, dict]:
-        norm, statistics = batch_norm.init(C)
-        return {"fc1": dense(2, C), "norm": norm, "fc2": dense(C, C)}, {"norm": statistics}
+    def position() -> dict:
+        return {"fc1": dense(2, C), "norm": batch_norm.init(C), "fc2": dense(C, C)}
 
-    self_position, self_state = position()
-    cross_position, cross_state = position()
-    params = {
-        "self_attn": attention.init(C, generator),
-        "cross_attn": attention.init(C, generator),
-        "ffn": {"fc1": dense(C, config.ffn_channels), "fc2": dense(config.ffn_channels, C)},
-        "norms": [layer_norm.init(C) for _ in range(3)],
-        "self_position": self_position,
-        "cross_position": cross_position,
-    }
-    return params, {"self_position": self_state, "cross_position": cross_state}
+    places = {"self_position": position(), "cross_position": position()}  # drawn first
+    return tree.unzip(
+        {
+            "self_attn": attention.init(C, generator),
+            "cross_attn": attention.init(C, generator),
+            "ffn": {"fc1": dense(C, config.ffn_channels), "fc2": dense(config.ffn_channels, C)},
+            "norms": [layer_norm.init(C) for _ in range(3)],
+            **places,
+        }
+    )
 
 
 def _init_predict(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
-    params, state = {}, {}
+    C, made = config.head_channels, {}
+    std = (2.0 / C) ** 0.5  # mmcv ConvModule: fan out
     for name, width in {**OUTPUTS, "heatmap": config.classes}.items():
-        norm, statistics = batch_norm.init(config.head_channels)
-        weight = torch.empty(config.head_channels, config.channels)
-        weight.normal_(0, (2.0 / config.head_channels) ** 0.5, generator=generator)  # mmcv ConvModule: fan out
-        params[name] = {
-            "hidden": {"conv": {"weight": weight}, "norm": norm},
-            "out": linear.init(config.head_channels, width, bias=True, generator=generator),
+        hidden = linear.init(config.channels, C, bias=False, generator=generator, std=std)
+        made[name] = {
+            "hidden": conv_norm.with_norm(hidden, C),
+            "out": linear.init(C, width, bias=True, generator=generator),
         }
-        state[name] = {"hidden": {"norm": statistics}}
-    return params, state
+    return tree.unzip(made)
 
 
 def apply(
@@ -140,12 +132,9 @@ def apply(
     B, (X, Y) = x.shape[0], config.cells
     if x.shape[2:] != config.cells:
         raise ValueError(f"BEV map is {tuple(x.shape[2:])} cells, the head's config.cells is {config.cells}")
-    shared = conv.apply(params["shared"], x, padding=1)  # B C X Y
+    shared = conv.apply(params["shared"], x)  # B C X Y
     # Upstream forces the dense heatmap to float32 under autocast.
-    hidden, heatmap_state = conv_norm.apply(
-        params["heatmap"]["hidden"], state["heatmap"]["hidden"], shared.float(), train=train, padding=1
-    )
-    dense = conv.apply(params["heatmap"]["out"], hidden, padding=1)  # B K X Y
+    dense, heatmap_state = branch.apply(params["heatmap"], state["heatmap"], shared.float(), train=train)  # B K X Y
     query = select_queries(dense.detach(), config)
     cells = shared.permute(0, 2, 3, 1).reshape(B, X * Y, -1)  # B S C
     row = torch.arange(B, device=x.device)[:, None] * (X * Y) + query["index"]  # B Q
@@ -186,7 +175,7 @@ def apply(
         position = pred["center"].detach()
         decoder_state.append(seen)
         predict_state.append(pred_seen)
-    return outputs, {"heatmap": {"hidden": heatmap_state}, "decoder": decoder_state, "predict": predict_state}
+    return outputs, {"heatmap": heatmap_state, "decoder": decoder_state, "predict": predict_state}
 
 
 def cell_centres(config: Config, device: torch.device) -> Tensor:
@@ -278,10 +267,10 @@ def _predict(params: dict, state: dict, query: Tensor, *, train: Train) -> tuple
     pred, new = {}, {}
     for name, head in params.items():
         x = linear.apply(head["hidden"]["conv"], query)
-        rows = x.flatten(0, 1)  # statistics over all queries of the batch
-        rows, norm = batch_norm.apply(head["hidden"]["norm"], state[name]["hidden"]["norm"], rows, train=train)
-        pred[name] = linear.apply(head["out"], torch.relu(rows).view_as(x)).float()
-        new[name] = {"hidden": {"norm": norm}}
+        # statistics over all queries of the batch
+        rows, seen = conv_norm.finish(head["hidden"], state[name]["hidden"], x.flatten(0, 1), train=train)
+        pred[name] = linear.apply(head["out"], rows.view_as(x)).float()
+        new[name] = {"hidden": seen}
     return pred, new
 
 

@@ -1,4 +1,7 @@
-"""A deformable convolution that makes its own offsets (Dai et al. 2017, arXiv 1703.06211), as mmcv's layer `DCN`."""
+"""A deformable convolution that makes its own offsets (Dai et al. 2017, arXiv 1703.06211), as mmcv's layer `DCN`.
+
+Norm and ReLU go behind it as behind any convolution: `conv_norm.with_norm` and `conv_norm.finish`.
+"""
 
 import torch
 from torch import Tensor
@@ -30,10 +33,11 @@ def init(
     }
 
 
-def apply(params: dict, x: Tensor, *, stride: int = 1, padding: int = 0) -> tuple[Tensor, Tensor]:
+def apply(params: dict, x: Tensor, *, stride: int = 1, padding: int | None = None) -> tuple[Tensor, Tensor]:
     """x [B C_in H W] -> (y [B C_out H' W'], offset [B 2DK H' W'] in pixels), dtype of x.
 
-    The groups, and the deformable groups D, are those that `init` was told.
+    The groups, and the deformable groups D, are those that `init` was told. padding: None keeps the size at stride 1.
     """
+    padding = params["weight"].shape[-1] // 2 if padding is None else padding
     offset = conv.apply(params["offset"], x, stride=stride, padding=padding)
     return deform_conv(x, offset, None, params["weight"].to(x.dtype), stride=stride, padding=padding), offset

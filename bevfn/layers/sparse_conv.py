@@ -1,11 +1,12 @@
 """Sparse 3-D convolution, batch norm over the active sites, ReLU, over `kernels.sparse_conv`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bevfn.distributed import Train
 from bevfn.kernels.sparse_conv import sparse_conv
-from bevfn.layers import batch_norm
+from bevfn.layers import conv_norm
 
 
 def init_weight(channels_in: int, channels_out: int, kernel: tuple[int, int, int], generator: torch.Generator) -> dict:
@@ -18,8 +19,7 @@ def init(
     channels_in: int, channels_out: int, kernel: tuple[int, int, int], generator: torch.Generator
 ) -> tuple[dict, dict]:
     """({"conv", "norm"}, {"norm": statistics})."""
-    norm, statistics = batch_norm.init(channels_out)
-    return {"conv": init_weight(channels_in, channels_out, kernel, generator), "norm": norm}, {"norm": statistics}
+    return conv_norm.with_norm(init_weight(channels_in, channels_out, kernel, generator), channels_out)
 
 
 def convolve(params: dict, x: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
@@ -29,18 +29,10 @@ def convolve(params: dict, x: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
 
 
 def apply(
-    params: dict,
-    state: dict,
-    x: Tensor,
-    table: Tensor,
-    inverse: Tensor,
-    valid: Tensor,
-    *,
-    train: Train,
-    momentum: float,
-    eps: float,
+    params: dict, state: dict, x: Tensor, table: Tensor, inverse: Tensor, valid: Tensor, **norm: Any
 ) -> tuple[Tensor, dict]:
-    """relu(norm(conv(x))) [W C_out] with rows that are not `valid` [W] at zero, and the new state."""
-    y = convolve(params["conv"], x, table, inverse)
-    y, norm = batch_norm.apply(params["norm"], state["norm"], y, train=train, momentum=momentum, eps=eps, valid=valid)
-    return torch.relu(y), {"norm": norm}
+    """relu(norm(conv(x))) [W C_out] with rows that are not `valid` [W] at zero, and the new state.
+
+    `norm`: train, momentum and eps, as in `conv_norm.finish`.
+    """
+    return conv_norm.finish(params, state, convolve(params["conv"], x, table, inverse), valid=valid, **norm)

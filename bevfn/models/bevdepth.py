@@ -138,6 +138,11 @@ def mini(config: Config) -> Config:
     )  # fmt: skip
 
 
+def with_norm_momentum(config: Config, momentum: float) -> Config:
+    """Another momentum of both necks' batch norms (published: 0.01)."""
+    return replace(config, neck=replace(config.neck, norm_momentum=momentum))
+
+
 def init(config: Config, seed: int) -> tuple[dict, dict]:
     """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
     generator = torch.Generator().manual_seed(seed)

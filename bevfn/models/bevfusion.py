@@ -135,6 +135,26 @@ def mini(config: Config) -> Config:
     )  # fmt: skip
 
 
+def with_capacities(config: Config, voxels: tuple[int, int], sites: tuple[int, ...]) -> Config:
+    """Other capacities of voxels (training, evaluation) and of active sites per encoder level; cameras have none."""
+    if config.lidar is None:
+        return config
+    encoder = replace(config.lidar.encoder, capacities=sites)
+    return replace(
+        config, lidar=replace(config.lidar, encoder=encoder), voxels=replace(config.voxels, max_voxels=voxels)
+    )
+
+
+def with_norm_momentum(config: Config, momentum: float) -> Config:
+    """Another momentum of the BEV and sparse batch norms (published: 0.01)."""
+    backbone = replace(config.backbone, norm_momentum=momentum)
+    neck = replace(config.neck, norm_momentum=momentum)
+    lidar = config.lidar
+    if lidar is not None:
+        lidar = replace(lidar, encoder=replace(lidar.encoder, norm_momentum=momentum))
+    return replace(config, backbone=backbone, neck=neck, lidar=lidar)
+
+
 def init(config: Config, seed: int) -> tuple[dict, dict]:
     """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
     generator = torch.Generator().manual_seed(seed)
@@ -201,9 +221,7 @@ def apply(
         bev.append(lidar["lidar"]["bev"])
     x = bev[0]
     if config.camera is not None:
-        x, new["fuser"] = conv_norm.apply(
-            params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train, padding=1
-        )
+        x, new["fuser"] = conv_norm.apply(params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train)
         outputs["fuser"] = x
     maps, backbone_state = second.apply(
         params["bev"]["backbone"], state["bev"]["backbone"], x, config=config.backbone, train=train

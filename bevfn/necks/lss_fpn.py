@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bevfn import tree
 from bevfn.distributed import Train
 from bevfn.layers import conv_norm
 
@@ -29,18 +30,14 @@ class Config:
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state) of {"laterals", "outputs"}: one entry per level but the coarsest, mmcv's initialisation."""
-    params: dict = {"laterals": [], "outputs": []}
-    state: dict = {"laterals": [], "outputs": []}
+    C = config.channels_out
+    made: dict = {"laterals": [], "outputs": []}
     coarsest = len(config.channels_in) - 1
     for level, channels in enumerate(config.channels_in[:-1]):
-        above = config.channels_in[-1] if level + 1 == coarsest else config.channels_out
-        for name, channels_in, kernel in (("laterals", channels + above, 1), ("outputs", config.channels_out, 3)):
-            weights, statistics = conv_norm.init(
-                channels_in, config.channels_out, kernel, generator=generator, kaiming_normal=True
-            )
-            params[name].append(weights)
-            state[name].append(statistics)
-    return params, state
+        above = config.channels_in[-1] if level + 1 == coarsest else C
+        made["laterals"].append(conv_norm.init(channels + above, C, 1, generator=generator, kaiming="fan_out"))
+        made["outputs"].append(conv_norm.init(C, C, 3, generator=generator, kaiming="fan_out"))
+    return tree.unzip(made)
 
 
 def apply(params: dict, state: dict, features: list[Tensor], *, train: Train) -> tuple[list[Tensor], dict]:
@@ -49,10 +46,8 @@ def apply(params: dict, state: dict, features: list[Tensor], *, train: Train) ->
     coarser, outputs = features[-1], []
     for level in reversed(range(len(features) - 1)):
         x = torch.cat([features[level], resize(coarser, features[level].shape[-2:])], 1)
-        for name, padding in (("laterals", 0), ("outputs", 1)):
-            x, new[name][level] = conv_norm.apply(
-                params[name][level], state[name][level], x, train=train, padding=padding
-            )
+        for name in ("laterals", "outputs"):
+            x, new[name][level] = conv_norm.apply(params[name][level], state[name][level], x, train=train)
         coarser = x
         outputs.insert(0, x)
     return outputs, new

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bevfn import tree
 from bevfn.distributed import Train
 from bevfn.layers import conv_norm
 
@@ -29,8 +30,10 @@ class Config:
 
     def __post_init__(self) -> None:
         if not len(self.channels_in) == len(self.channels) == len(self.strides):
-            raise ValueError(f"channels_in {self.channels_in}, channels {self.channels} and strides {self.strides} "
-                             "must name the same stages")  # fmt: skip
+            raise ValueError(
+                f"channels_in {self.channels_in}, channels {self.channels} and strides {self.strides} must name the "
+                "same stages"
+            )
         if any(_size(stride) != (stride if stride >= 1 else 1 / stride) for stride in self.strides):
             raise ValueError(f"strides {self.strides} must be whole numbers or 1 / whole numbers")
 
@@ -46,28 +49,28 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     for c_in, c_out, stride in zip(config.channels_in, config.channels, config.strides):
         kaiming = config.kaiming_normal and stride >= 1
         params, state = conv_norm.init(
-            c_in, c_out, _size(stride), generator=generator, transposed=stride > 1 or kaiming, kaiming_normal=kaiming
+            c_in,
+            c_out,
+            _size(stride),
+            generator=generator,
+            transposed=stride > 1 or kaiming,
+            kaiming="fan_out" if kaiming else None,
         )
         if kaiming and stride == 1:  # drawn as upstream's transposed convolution, whose fan out counts its inputs
             params["conv"]["weight"] = params["conv"]["weight"].transpose(0, 1).contiguous()
         made.append((params, state))
-    return {"blocks": [params for params, _ in made]}, {"blocks": [state for _, state in made]}
+    return tree.unzip({"blocks": made})
 
 
 def apply(params: dict, state: dict, maps: list[Tensor], *, config: Config, train: Train) -> tuple[Tensor, dict]:
     """maps [B C_s X_s Y_s] per stage -> ([B sum(channels) X Y], new state)."""
     raised, states = [], []
+    norm = {"momentum": config.norm_momentum, "eps": config.norm_eps}
     for block, old, x, stride in zip(params["blocks"], state["blocks"], maps, config.strides):
-        y, seen = conv_norm.apply(
-            block,
-            old,
-            x,
-            train=train,
-            stride=_size(stride),
-            transposed=stride > 1,
-            momentum=config.norm_momentum,
-            eps=config.norm_eps,
-        )
+        if stride > 1:
+            y, seen = conv_norm.apply_transposed(block, old, x, train=train, stride=_size(stride), **norm)
+        else:
+            y, seen = conv_norm.apply(block, old, x, train=train, stride=_size(stride), padding=0, **norm)
         raised.append(y)
         states.append(seen)
     return torch.cat(raised, dim=1), {"blocks": states}

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from typing_extensions import Self
 
 from bevfn import compile as compilation
 from bevfn import distributed, host, tree, upstream
@@ -41,13 +42,17 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class Config:
-    """Flags that every experiment has."""
+    """Flags that every experiment has; a recipe sets its own defaults."""
 
+    model: str = ""
+    """network and recipe, a name of `bevfn.catalogue`"""
+    scale: Literal["published", "mini"] = "published"
+    """published: every size as in the paper; mini: the same code at a size for demos and CI"""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """fp16 scales the loss dynamically, in the graph"""
-    backend: Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"] = "inductor"
+    backend: compilation.Backend = "inductor"
     """what compiles the train step"""
-    eval_backend: Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"] = "inductor"
+    eval_backend: compilation.Backend = "inductor"
     """what compiles the forward pass of an evaluation"""
     device: str = "cpu"
     """torch device: cpu, cuda, cuda:1; under torchrun each process takes its own"""
@@ -70,10 +75,23 @@ class Config:
     """microbatches per device whose gradients are averaged into one step"""
     recipe_batch: int = 32
     """the global batch that the published learning rate is for"""
+    recipe_lr: float = 1e-3
+    """published peak learning rate, for recipe_batch samples"""
     lr: float | None = None
     """peak learning rate, taken as it is; none: the recipe's, scaled by --lr-scaling"""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     """how the recipe's learning rate follows the global batch (batch size x devices x accumulate) / recipe batch"""
+    weight_decay: float = 0.01
+    clip_norm: float = 35.0
+    """global L2 norm of the gradients"""
+    ema: float | None = None
+    """decay of the averaged parameters that are evaluated; none: they are not averaged"""
+    norm_momentum: float | None = None
+    """of the batch norms that are published with 0.01, whose statistics need hundreds of steps; none: as published"""
+    class_balanced: bool = False
+    """CBGS: every class supplies as many key frames as the others"""
+    augment: bool = True
+    """images, boxes and points are moved, turned, scaled and mirrored at random"""
     sync_statistics: bool = False
     """batch norm and loss normalisers over all devices (the published recipes do not; BEVDepth's and MatrixVT's average
     the detection losses' normalisers alone, which happens anyway)"""
@@ -106,6 +124,10 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"--steps {self.steps} must be at least 1")
+
+    def plain(self) -> Self:
+        """Without what only training needs: frames as they come, nothing moved or pasted in."""
+        return replace(self, class_balanced=False, augment=False)
 
 
 @dataclass(frozen=True)
@@ -414,12 +436,12 @@ def describe(run: Run, train_state: train.TrainState, done: int) -> str:
     )
 
 
-def scaled_lr(config: Config, plan: Plan, published: float) -> float:
+def scaled_lr(config: Config, plan: Plan) -> float:
     """The peak learning rate of a run, see Config.lr_scaling."""
     if config.lr is not None:
         return config.lr
     ratio = plan.batch / config.recipe_batch
-    return published * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[config.lr_scaling]
+    return config.recipe_lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[config.lr_scaling]
 
 
 def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:

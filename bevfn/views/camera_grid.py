@@ -65,13 +65,13 @@ class Config:
 def frustum_points(batch: CameraBatch, frame: int, config: Config) -> geometry.Planes:
     """x, y, z of the frustums of frame t's cameras in the augmented key ego frame, each [B N D H W], m."""
     frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, batch.image_aug.device)
-    return geometry.frustum_in_lidar(
+    return geometry.frustum_in_base(
         frustum,
         image_aug=batch.image_aug[:, frame],
         undo_image_aug=batch.undo_image_aug[:, frame],
-        lidar_from_pixel=batch.ego_from_pixel[:, frame],
-        lidar_from_camera=batch.ego_from_camera[:, frame],
-        lidar_aug=batch.bev_aug,
+        base_from_pixel=batch.ego_from_pixel[:, frame],
+        base_from_camera=batch.ego_from_camera[:, frame],
+        base_aug=batch.bev_aug,
     )
 
 

@@ -9,29 +9,24 @@ Source: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py, `DepthAggregation`; 
 import torch
 from torch import Tensor
 
+from bevfn import tree
 from bevfn.distributed import Train
 from bevfn.layers import conv, conv_norm
 
 
 def init(channels: int, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state) of 3x3 convolutions with torch's default initialisation."""
-    reduce, reduce_state = conv_norm.init(channels, channels, 3, generator=generator)
-    block = [conv_norm.init(channels, channels, 3, generator=generator) for _ in range(2)]
-    out = conv.init(channels, channels, (3, 3), bias=True, generator=generator)
-    params = {"reduce": reduce, "block": [p for p, _ in block], "out": out}
-    return params, {"reduce": reduce_state, "block": [s for _, s in block]}
+    layers = [conv_norm.init(channels, channels, 3, generator=generator) for _ in range(3)]
+    out = conv.init(channels, channels, 3, bias=True, generator=generator)
+    return tree.unzip({"reduce": layers[0], "block": layers[1:], "out": out})
 
 
 def apply(params: dict, state: dict, depth: Tensor, context: Tensor, *, train: Train) -> tuple[Tensor, dict]:
     """depth [M D H W], context [M C H W] -> (refined volume [M C D H W], new state), float32."""
     volume = torch.einsum("mdhw,mchw->mhcwd", depth, context)
     M, H, C, W, D = volume.shape
-    x, reduce_state = conv_norm.apply(
-        params["reduce"], state["reduce"], volume.reshape(M * H, C, W, D), train=train, padding=1
-    )
-    y, states = x, []
-    for layer, old in zip(params["block"], state["block"]):
-        y, seen = conv_norm.apply(layer, old, y, train=train, padding=1)
-        states.append(seen)
-    y = conv.apply(params["out"], y + x, padding=1)  # M*H C W D
-    return y.view(M, H, C, W, D).permute(0, 2, 4, 1, 3), {"reduce": reduce_state, "block": states}
+    rows = volume.reshape(M * H, C, W, D)
+    x, reduced = conv_norm.apply(params["reduce"], state["reduce"], rows, train=train)
+    y, seen = conv_norm.chain(params["block"], state["block"], x, train=train)
+    y = conv.apply(params["out"], y + x)  # M*H C W D
+    return y.view(M, H, C, W, D).permute(0, 2, 4, 1, 3), {"reduce": reduced, "block": seen}

@@ -8,11 +8,12 @@ Source: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py, exps/nuscenes/base_e
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bevfn import rng
+from bevfn import rng, tree
 from bevfn.backbones import resnet
 from bevfn.data.camera_batch import CameraBatch
 from bevfn.distributed import Replicas, Train
@@ -43,41 +44,36 @@ class Config:
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state) as trained from scratch upstream: torch's defaults, the ASPP Kaiming normal, offsets 0."""
     C = config.channels
-    params: dict = {}
-    state: dict = {}
-    params["reduce"], state["reduce"] = conv_norm.init(config.channels_in, C, 3, bias=True, generator=generator)
-    params["camera_norm"], state["camera_norm"] = batch_norm.init(CAMERA_NUMBERS)
+    made: dict = {
+        "reduce": conv_norm.init(config.channels_in, C, 3, bias=True, generator=generator),
+        "camera_norm": batch_norm.init(CAMERA_NUMBERS),
+    }
     for branch in ("context", "depth"):
-        params[f"{branch}_mlp"] = {
+        made[f"{branch}_mlp"] = {
             "fc1": linear.init(CAMERA_NUMBERS, C, bias=True, generator=generator),
             "fc2": linear.init(C, C, bias=True, generator=generator),
         }
-        params[f"{branch}_gate"] = {
-            name: conv.init(C, C, (1, 1), bias=True, generator=generator) for name in ("reduce", "expand")
+        made[f"{branch}_gate"] = {
+            name: conv.init(C, C, 1, bias=True, generator=generator) for name in ("reduce", "expand")
         }
-    params["context"] = conv.init(C, config.context, (1, 1), bias=True, generator=generator)
-    blocks = [resnet.init_basic(C, C, generator=generator) for _ in range(config.blocks)]
-    params["blocks"], state["blocks"] = [p for p, _ in blocks], [s for _, s in blocks]
-    params["aspp"], state["aspp"] = _init_aspp(config, generator)
-    params["deform"] = deform_conv.init(C, C, 3, groups=config.deform_groups, generator=generator)
-    params["depth"] = conv.init(C, config.depth_bins, (1, 1), bias=True, generator=generator)
-    return params, state
+    made["context"] = conv.init(C, config.context, 1, bias=True, generator=generator)
+    made["blocks"] = [resnet.init_basic(C, C, generator=generator) for _ in range(config.blocks)]
+    made["aspp"] = _init_aspp(config, generator)
+    made["deform"] = deform_conv.init(C, C, 3, groups=config.deform_groups, generator=generator)
+    made["depth"] = conv.init(C, config.depth_bins, 1, bias=True, generator=generator)
+    return tree.unzip(made)
 
 
 def _init_aspp(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
-    def layer(channels_in: int, kernel: int) -> tuple[dict, dict]:
-        norm, statistics = batch_norm.init(config.channels)
-        weight = torch.empty(config.channels, channels_in, kernel, kernel)
-        weight.normal_(0, (2.0 / (channels_in * kernel * kernel)) ** 0.5, generator=generator)  # torch's: fan in
-        return {"conv": {"weight": weight}, "norm": norm}, {"norm": statistics}
-
     C, count = config.channels, len(config.dilations)
-    branches = [layer(C, kernel) for kernel in (1, *(3,) * count)]
-    pooled, merge = layer(C, 1), layer(C * (count + 2), 1)
-    params, state = (
-        {"branches": [made[i] for made in branches], "pooled": pooled[i], "merge": merge[i]} for i in range(2)
+    layer = partial(conv_norm.init, channels_out=C, generator=generator, kaiming="fan_in")
+    return tree.unzip(
+        {
+            "branches": [layer(C, kernel=kernel) for kernel in (1, *(3,) * count)],
+            "pooled": layer(C, kernel=1),
+            "merge": layer(C * (count + 2), kernel=1),
+        }
     )
-    return params, state
 
 
 def camera_vectors(batch: CameraBatch) -> Tensor:
@@ -116,7 +112,7 @@ def apply(
         and the new state.
     """
     new: dict = {}
-    reduced, new["reduce"] = conv_norm.apply(params["reduce"], state["reduce"], x, train=train, padding=1)
+    reduced, new["reduce"] = conv_norm.apply(params["reduce"], state["reduce"], x, train=train)
     camera, new["camera_norm"] = batch_norm.apply(params["camera_norm"], state["camera_norm"], cameras, train=train)
     out: dict = {"camera_raw": cameras, "camera": camera, "reduce": reduced}
     for branch in ("context", "depth"):
@@ -125,12 +121,12 @@ def apply(
     out["context"] = conv.apply(params["context"], out["context_gated"])
     y, out["blocks"], new["blocks"] = out["depth_gated"], [], []
     for block, statistics in zip(params["blocks"], state["blocks"]):
-        y, seen = resnet.apply_basic(block, statistics, y, train=train)
+        y, seen = resnet.apply_block(block, statistics, y, train=train)
         out["blocks"].append(y)
         new["blocks"].append(seen)
     y, new["aspp"] = _aspp(params["aspp"], state["aspp"], y, config=config, train=train)
     out["aspp"] = y = rng.dropout(y, config.dropout, key)
-    out["deform"], out["offset"] = deform_conv.apply(params["deform"], y, padding=1)
+    out["deform"], out["offset"] = deform_conv.apply(params["deform"], y)
     out["logits"] = conv.apply(params["depth"], out["deform"])
     return out, new
 
@@ -149,21 +145,16 @@ def _gate(params: dict, x: Tensor, camera: Tensor) -> Tensor:
 def _aspp(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[Tensor, dict]:
     """Atrous spatial pyramid pooling (Chen et al. 2017): x [M C H W] -> [M C H W]."""
 
-    def layer(params: dict, state: dict, x: Tensor, dilation: int = 1) -> tuple[Tensor, dict]:
-        padding = dilation * (params["conv"]["weight"].shape[-1] // 2)
-        y = conv.apply(params["conv"], x, padding=padding, dilation=dilation)
-        y, norm = batch_norm.apply(params["norm"], state["norm"], y, train=train)
-        return torch.relu(y), {"norm": norm}
-
-    made = [
-        layer(p, s, x, dilation)
-        for p, s, dilation in zip(params["branches"], state["branches"], (1, *config.dilations))
-    ]
+    branches, seen = [], []
+    for layer, old, dilation in zip(params["branches"], state["branches"], (1, *config.dilations)):
+        y, new = conv_norm.apply(layer, old, x, train=train, dilation=dilation)
+        branches.append(y)
+        seen.append(new)
     mean = x.float().mean((2, 3), keepdim=True).to(x.dtype)  # M C 1 1
-    pooled, pooled_state = layer(params["pooled"], state["pooled"], mean)
-    y = torch.cat([*(y for y, _ in made), pooled.expand(-1, -1, *x.shape[2:])], 1)
-    y, merge_state = layer(params["merge"], state["merge"], y)
-    return y, {"branches": [s for _, s in made], "pooled": pooled_state, "merge": merge_state}
+    pooled, pooled_state = conv_norm.apply(params["pooled"], state["pooled"], mean, train=train)
+    y = torch.cat([*branches, pooled.expand(-1, -1, *x.shape[2:])], 1)
+    y, merge_state = conv_norm.apply(params["merge"], state["merge"], y, train=train)
+    return y, {"branches": seen, "pooled": pooled_state, "merge": merge_state}
 
 
 # ------------------------------------------------------------------------------------------------ depth supervision

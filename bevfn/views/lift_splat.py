@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bevfn import geometry
+from bevfn import geometry, tree
 from bevfn.data.batch import Batch
 from bevfn.distributed import Train
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.layers import conv, conv_norm
 
-_STRIDES = {"depth_transform": (1, 4, 2), "depth_net": (1, 1, 1), "downsample": (1, 2, 1)}
+_STRIDES = {"depth_transform": (1, 4, 2), "depth_net": (1, 1), "downsample": (1, 2, 1)}
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,12 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     if config.lidar_depth:
         parts["depth_transform"] = [(1, 8, 1), (8, 32, 5), (32, 64, 5)]
         parts["depth_net"] = [(width + 64, width, 3), (width, width, 3)]
-    params: dict = {"depth_net": []}
-    state: dict = {}
+    made: dict = {"depth_net": []}
     for part in sorted(parts):
-        params[part], state[part] = [], []
-        for channels_in, channels_out, kernel in parts[part]:
-            weights, statistics = conv_norm.init(
-                channels_in, channels_out, kernel, bias=part != "downsample", generator=generator
-            )
-            params[part].append(weights)
-            state[part].append(statistics)
-    last = conv.init(width, config.depth_bins + config.channels_out, (1, 1), bias=True, generator=generator)
-    params["depth_net"].append({"conv": last})
-    return params, state
+        made[part] = [conv_norm.init(*layer, bias=part != "downsample", generator=generator) for layer in parts[part]]
+    last = conv.init(width, config.depth_bins + config.channels_out, 1, bias=True, generator=generator)
+    made["depth_net"].append({"conv": last})
+    return tree.unzip(made)
 
 
 def apply(
@@ -128,6 +121,7 @@ def apply(
 def lidar_depth_map(batch: Batch, image_size: tuple[int, int]) -> Tensor:
     """Depth of the LiDAR points in the input images [B N *image_size], m, 0 where no point falls."""
     fields = _fields(batch, "undo_lidar_aug", "lidar_aug", "image_from_lidar", "image_aug")
+    fields = {name.replace("lidar", "base"): value for name, value in fields.items()}
     return geometry.depth_map(geometry.project(batch.points, **fields), batch.points_valid, image_size)
 
 
@@ -135,7 +129,8 @@ def frustum_points(batch: Batch, config: Config) -> geometry.Planes:
     """x, y, z of every camera's frustum in the augmented LiDAR frame, each [B N D H W], m."""
     fields = _fields(batch, "image_aug", "undo_image_aug", "lidar_from_pixel", "lidar_from_camera", "lidar_aug")
     frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, fields["image_aug"].device)
-    return geometry.frustum_in_lidar(frustum, **fields)
+    fields = {name.replace("lidar", "base"): value for name, value in fields.items()}
+    return geometry.frustum_in_base(frustum, **fields)
 
 
 def _fields(batch: Batch, *names: str) -> dict[str, Tensor]:
@@ -147,15 +142,9 @@ def _fields(batch: Batch, *names: str) -> dict[str, Tensor]:
 
 
 def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: Train) -> Tensor:
-    """x through the convolutions of a part; its new statistics go into `new`. Layers without a norm come last."""
-    statistics = []
-    for place, (layer, stride) in enumerate(zip(params[part], _STRIDES[part])):
-        around = {"stride": stride, "padding": layer["conv"]["weight"].shape[-1] // 2}
-        if "norm" in layer:
-            x, seen = conv_norm.apply(layer, state[part][place], x, train=train, **around)
-            statistics.append(seen)
-        else:
-            x = conv.apply(layer["conv"], x, **around)
-    if statistics:
-        new[part] = statistics
-    return x
+    """x through the convolutions of a part; its new statistics go into `new`."""
+    count = len(state.get(part, ()))  # the depth net's last convolution has no norm
+    if count:
+        layers, strides = params[part][:count], _STRIDES[part]
+        x, new[part] = conv_norm.chain(layers, state[part], x, train=train, strides=strides)
+    return conv.apply(params[part][count]["conv"], x) if count < len(params[part]) else x

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bevfn import geometry
+from bevfn import geometry, tree
 from bevfn.data.camera_batch import CameraBatch
 from bevfn.distributed import Train
-from bevfn.layers import batch_norm, conv, conv_norm
+from bevfn.layers import branch, conv, conv_norm
 from bevfn.views import camera_grid
+
+ROW = (1, 3)  # kernel of a 1-D convolution along the image rows
 
 
 @dataclass(frozen=True)
@@ -39,25 +41,17 @@ class Config:
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state) with torch's default initialisation."""
     C, width = config.context, config.channels
-    weigh, weigh_state = conv_norm.init(C, C, 3, bias=True, generator=generator)
-    params: dict = {
-        "rows": {"hidden": weigh, "out": conv.init(C, 1, (3, 3), bias=True, generator=generator)},
-        "merge": [conv.init(C, C, (1, 1), bias=True, generator=generator) for _ in range(2)],
-    }
-    state: dict = {"rows": {"hidden": weigh_state}}
-    params["reduce"], state["reduce"] = _init_row_conv(C, width, generator)
-    blocks = [[_init_row_conv(width, width, generator) for _ in range(2)] for _ in range(config.blocks)]
-    params["blocks"], state["blocks"] = ([[layer[i] for layer in block] for block in blocks] for i in range(2))
-    params["out"], state["out"] = _init_row_conv(width, C, generator, bias=True)
-    return params, state
-
-
-def _init_row_conv(
-    channels_in: int, channels_out: int, generator: torch.Generator, bias: bool = False
-) -> tuple[dict, dict]:
-    norm, statistics = batch_norm.init(channels_out)
-    weights = conv.init(channels_in, channels_out, (1, 3), bias=bias, generator=generator)
-    return {"conv": weights, "norm": norm}, {"norm": statistics}
+    return tree.unzip(
+        {
+            "rows": branch.init(C, 1, bias=True, generator=generator),
+            "merge": [conv.init(C, C, 1, bias=True, generator=generator) for _ in range(2)],
+            "reduce": conv_norm.init(C, width, ROW, generator=generator),
+            "blocks": [
+                [conv_norm.init(width, width, ROW, generator=generator) for _ in range(2)] for _ in range(config.blocks)
+            ],
+            "out": conv_norm.init(width, C, ROW, bias=True, generator=generator),
+        }
+    )
 
 
 def apply(
@@ -81,25 +75,19 @@ def apply(
         "feature" [B*N C W] and "bev" [B C Y X]; and the new state.
     """
     ring, ray = places
-    new: dict = {"rows": {}}
-    hidden, new["rows"]["hidden"] = conv_norm.apply(
-        params["rows"]["hidden"], state["rows"]["hidden"], context, train=train, padding=1
-    )
-    logits = conv.apply(params["rows"]["out"], hidden, padding=1)  # B*N 1 H W
+    new: dict = {}
+    logits, new["rows"] = branch.apply(params["rows"], state["rows"], context, train=train)  # B*N 1 H W
     out = {"row_logits": logits, "depth_reduced": (depth * torch.softmax(logits, 2)).sum(2)}
     merged = conv.apply(params["merge"][1], torch.sigmoid(conv.apply(params["merge"][0], context)))
     out["merged"] = merged
     x = merged.max(2)[0][:, :, None]  # B*N C 1 W
-    x, new["reduce"] = _row_conv(params["reduce"], state["reduce"], x, train=train)
+    x, new["reduce"] = conv_norm.apply(params["reduce"], state["reduce"], x, train=train)
     out["reduced"], new["blocks"] = x[:, :, 0], []
     for block, statistics in zip(params["blocks"], state["blocks"]):
-        y, seen = x, []
-        for layer, old in zip(block, statistics):
-            y, norm = _row_conv(layer, old, y, train=train)
-            seen.append(norm)
+        y, seen = conv_norm.chain(block, statistics, x, train=train)
         x = y + x  # no ReLU behind the sum
         new["blocks"].append(seen)
-    x, new["out"] = _row_conv(params["out"], state["out"], x, train=train)
+    x, new["out"] = conv_norm.apply(params["out"], state["out"], x, train=train)
     out["feature"] = x[:, :, 0]  # B*N C W
     B = len(ring)
     by_ray = _rays(out["depth_reduced"], B)  # B R D
@@ -107,13 +95,6 @@ def apply(
     bev = torch.bmm(_rays(out["feature"], B).transpose(1, 2), weight)  # B C S
     out["bev"] = bev.view(B, -1, *grid.cells)
     return out, new
-
-
-def _row_conv(params: dict, state: dict, x: Tensor, *, train: Train) -> tuple[Tensor, dict]:
-    """Conv1d of size 3, batch norm, ReLU on x [M C 1 W]."""
-    x = conv.apply(params["conv"], x, padding=(0, 1))
-    x, norm = batch_norm.apply(params["norm"], state["norm"], x, train=train)
-    return torch.relu(x), {"norm": norm}
 
 
 def _rays(x: Tensor, B: int) -> Tensor:

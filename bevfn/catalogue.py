@@ -1,0 +1,80 @@
+"""Everything that bevfn can train, by its one name: where its recipe is, which files start it, what is published.
+
+Names and strings only, so that everything may import it. The choices of `bevfn graph`, `eval`, `bench`, `checkpoint` and
+`parity` and the README's table follow from here. A new model is a line of `MODELS`; the code is in its model
+(`bevfn/models/`), its recipe (`experiments/`, whose `NETWORKS` has the name), its checkpoint's names (`bevfn/upstream/`) and
+its parity map (`bevfn/parity/`), which tests hold against this dictionary.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of the nuScenes validation split, in percent, and whose it is."""
+
+    mean_ap: float
+    nds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trainable model; its name is the recipe's `--model`."""
+
+    experiment: str
+    """file in experiments/"""
+    family: str
+    """file in bevfn/models/"""
+    parameters: float
+    """millions"""
+    checkpoints: tuple[str, ...]
+    """published layouts that `bevfn checkpoint import --model` reads for it: the model's own, if there is one, then parts"""
+    published: Published | None = None
+    case: str | None = None
+    """folder of goldens/ that it is compared with upstream on"""
+
+
+MODELS: dict[str, Model] = {
+    "bevfusion-lidar-camera": Model(
+        "bevfusion", "bevfusion", 39.8, ("bevfusion-lidar-camera", "bevfusion-lidar", "swin-nuimages"),
+        Published(68.6, 71.4, "mmdetection3d"), "bevfusion_lidar_cam",
+    ),
+    "bevfusion-lidar": Model(
+        "bevfusion_lidar", "bevfusion", 8.3, ("bevfusion-lidar",), Published(64.9, 69.6, "mmdetection3d"), "bevfusion_lidar"
+    ),
+    "bevfusion-camera": Model("bevfusion", "bevfusion", 35.1, ("swin-nuimages",)),
+    "bevdepth-2key": Model(
+        "bevdepth", "bevdepth", 76.4, ("bevdepth-2key", "resnet50"), Published(33.04, 43.55, "BEVDepth"), "bevdepth_r50_2key"
+    ),
+    "bevdepth-2key-ema": Model(
+        "bevdepth", "bevdepth", 76.4, ("bevdepth-2key", "resnet50"), Published(33.29, 44.09, "BEVDepth"), "bevdepth_r50_2key"
+    ),
+    "bevdepth-2key-da": Model(
+        "bevdepth", "bevdepth", 76.6, ("bevdepth-2key-da", "resnet50"), Published(34.84, 48.05, "BEVDepth")
+    ),
+    "bevdepth-2key-da-ema": Model(
+        "bevdepth", "bevdepth", 76.6, ("bevdepth-2key-da", "resnet50"), Published(35.89, 47.97, "BEVDepth")
+    ),
+    "bevdepth-1key-ema": Model("bevdepth", "bevdepth", 75.8, ("bevdepth-1key", "resnet50")),
+    "bevdepth-4key": Model("bevdepth", "bevdepth", 77.6, ("bevdepth-4key", "resnet50")),
+    "matrixvt": Model(
+        "matrixvt", "bevdepth", 79.2, ("matrixvt", "resnet50"), Published(32.99, 41.4, "DrivingSDK on GPUs"), "matrixvt_r50"
+    ),
+}  # fmt: skip
+EXPERIMENTS = tuple(dict.fromkeys(model.experiment for model in MODELS.values()))
+CHECKPOINTS = tuple(dict.fromkeys(name for model in MODELS.values() for name in model.checkpoints))
+
+
+def table() -> str:
+    """The README's table, in Markdown."""
+    lines = [
+        "| `--model` | of `bevfn.experiments.` | parameters | published: mAP, NDS on nuScenes val | parity with upstream |",
+        "|---|---|---|---|---|",
+    ]
+    for name, model in MODELS.items():
+        figures = model.published
+        published = f"{figures.mean_ap:g}, {figures.nds:g} ({figures.source})" if figures else "none"
+        parity = f"`bevfn parity ../shared/goldens/{model.case}`" if model.case else "no golden case"
+        lines.append(f"| {name} | {model.experiment} | {model.parameters} M | {published} | {parity} |")
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""What a recipe of experiments/ is to the commands: found by its name in the catalogue.
+
+Only commands and benchmarks, which stand above the experiments, import this.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Protocol, cast
+
+from bevfn import catalogue
+from bevfn.choices import one_of
+from bevfn.data import source
+from bevfn.training import run
+
+# Of a command line: the names are the choices, and strings to everybody else.
+Experiment = Annotated[str, one_of(catalogue.EXPERIMENTS)]
+Model = Annotated[str, one_of(catalogue.MODELS)]
+
+
+class Recipe(Protocol):
+    """A file of experiments/: its models' networks, flags' defaults by what lies at the data root, the task of a config."""
+
+    NETWORKS: Mapping[str, Callable[[], Any]]
+    DEFAULTS: Mapping[source.Kind, run.Config]
+
+    def task(self, config: Any, splits: source.Splits | None = None) -> run.Task:
+        """`splits`: (training, evaluation) key frames other than the config's."""
+
+
+def load(experiment: str) -> Recipe:
+    """The recipe of an experiment."""
+    return cast(Recipe, importlib.import_module(f"bevfn.experiments.{experiment}"))
