@@ -1,7 +1,9 @@
-# make demo: the main job on data it makes itself.  make test: everything CI checks but lint.  make lint: ruff.
+# make demo: the main job on data it makes itself.  make lint: ruff.
+# make test: everything CI checks but lint, JOBS files at a time (3 GB each).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 .PHONY: demo test slow lint format clean
 
@@ -17,7 +19,7 @@ demo: $(VENV)/.installed
 	@echo "report: $$(ls $(CURDIR)/runs/demo/evaluations/*/report.html | tail -n 1)"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.utils._pytree as pytree
-from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 Backend = Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"]
@@ -146,11 +145,3 @@ def _elf_end(header: bytes) -> int:
     (offset,) = struct.unpack_from("<Q", header, 0x28)
     size, count = struct.unpack_from("<HH", header, 0x3A)
     return offset + size * count
-
-
-def graph_counts() -> dict[str, int]:
-    """What Dynamo has done in this process since `torch._dynamo.reset()`: graphs compiled and graph breaks."""
-    return {
-        "graphs": counters["stats"].get("unique_graphs", 0),
-        "breaks": sum(counters["graph_break"].values()),
-    }

@@ -1,7 +1,7 @@
 """Data parallelism: processes that run the same step on other samples, and what they sum.
 
     replicas = distributed.start("cuda")        # None in a single process; launched by torchrun otherwise
-    step = train.make_step(loss_fn, optimizer, precision=policy, replicas=replicas)
+    step = train.make_step(loss_fn, optimizer, replicas=replicas)
     distributed.stop()
 
 `Replicas` is a plain value; its methods are functional collectives (`_c10d_functional`), so they are nodes of the step's

@@ -55,7 +55,7 @@ def fresh(name: str, *, ema: optim.Ema | None = None, gain: float = 1.0, **chang
     """(train state, pure step) at precision `name`."""
     policy, config = Policy.of(name), recipe(**changes)
     params, state = init()
-    step = train.make_step(loss_fn(policy, gain), config, precision=policy, ema=ema)
+    step = train.make_step(loss_fn(policy, gain), config, ema=ema)
     return train.init(params, state, config, precision=policy, ema=ema, seed=7), step
 
 

@@ -88,7 +88,7 @@ def test_a_step_of_two_replicas_is_one_graph_with_hccl_collectives(two_replicas)
     def step_of(kind):
         replicas = kind(two_replicas, 0, 2)
         loss = small_net.loss_fn(Policy.of("fp32"), train=replicas)
-        return train.make_step(loss, small_net.recipe(), precision=Policy.of("fp32"), replicas=replicas)
+        return train.make_step(loss, small_net.recipe(), replicas=replicas)
 
     start, _ = small_net.fresh("fp32")
     batch = small_net.batch()

@@ -110,7 +110,7 @@ def test_startup_watches_a_real_run_until_its_third_step(tmp_path, frame):
     flags = ["--data-root", str(frame), "--run-dir", str(run_dir), "--no-eval-first"]
     figures = startup.start([*command, *flags], run_dir, {"OMP_NUM_THREADS": "1"})
     assert figures["seconds"] == pytest.approx(figures["before_first_step"] + figures["first_step"])
-    assert figures["before_first_step"] > 0.5 and figures["later_step_seconds"] > 0
+    assert figures["before_first_step"] > 0 and figures["later_step_seconds"] > 0
     with pytest.raises(RuntimeError, match=r"(?s)ended before step 3.*--precison"):
         startup.start([*command, "--precison", "fp16"], tmp_path / "other", {})
 
@@ -142,4 +142,4 @@ def test_files_name_the_machine_and_the_command(tmp_path, monkeypatch, capsys):
     made = json.loads(out.read_text())
     assert end.value.code == 0 and json.loads(capsys.readouterr().out) == made
     assert made["command"] == f"bevfn bench ops --json {out}" and made["figures"]["deform_conv"] == {"ours": 1}
-    assert {"processor", "cores", "threads", "torch", "commit"} <= made["machine"].keys()
+    assert made.keys() == {"command", "commit", "date", "machine", "versions", "benchmark", "figures"}

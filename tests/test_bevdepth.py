@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import small_cameras
 import torch
+from graph_counts import graph_counts
 
 from bevfn import compile as compilation
 from bevfn import tree
@@ -59,7 +60,7 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
     if policy.scales_loss:
         train_state.loss_scale.scale.fill_(2.0**6)
     loss = partial(bevdepth.loss, config=model, policy=policy)
-    step = compilation.step(train.make_step(loss, optimizer, precision=policy), backend=backend)
+    step = compilation.step(train.make_step(loss, optimizer), backend=backend)
     history = []
     for _ in range(steps):
         train_state, metrics = step(train_state, batch)
@@ -95,7 +96,7 @@ def test_compiled_step_equals_eager_in_one_graph(variant, precision, backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled, compiled_state = run_steps(model, batch, precision, backend)
-    assert compilation.graph_counts() == {"graphs": 1, "breaks": 0}
+    assert graph_counts() == {"graphs": 1, "breaks": 0}
     first, later, leaf_tolerance = TOLERANCES[backend, precision]
     for i, (a, b) in enumerate(zip(eager, compiled)):
         assert a.keys() == b.keys() - ({"loss_scale"} - a.keys())
@@ -158,13 +159,13 @@ def test_the_earlier_frame_is_lifted_by_its_own_poses_and_sends_no_gradient():
 
     assert of_frame(0) > 0 and of_frame(1) == 0
     still = replace(
-        batch, ego_from_camera=batch.ego_from_camera[:, :1].expand_as(batch.ego_from_camera),
-        ego_from_pixel=batch.ego_from_pixel[:, :1].expand_as(batch.ego_from_pixel),
+        batch, base_from_camera=batch.base_from_camera[:, :1].expand_as(batch.base_from_camera),
+        base_from_pixel=batch.base_from_pixel[:, :1].expand_as(batch.base_from_pixel),
         images=batch.images[:, :1].expand_as(batch.images),
     )  # fmt: skip
     a, b = (frame["view"]["bev"] for frame in apply(model, still, False)[0]["frames"])
     torch.testing.assert_close(a, b)  # the same frame twice, which is also what a missing key frame becomes
-    c = apply(model, replace(still, ego_from_pixel=batch.ego_from_pixel), False)[0]["frames"][1]["view"]["bev"]
+    c = apply(model, replace(still, base_from_pixel=batch.base_from_pixel), False)[0]["frames"][1]["view"]["bev"]
     assert not torch.allclose(a, c)
 
 
@@ -249,7 +250,7 @@ def test_bad_batches_and_settings_are_one_sentence():
     for wrong, message in (
         (small_cameras.make(T=1, classes=3), "1 frames, the model takes 2"),
         (small_cameras.make(size=(64, 96)), r"images are \(64, 96\) pixels"),
-        (replace(batch, depth=None), "CameraBatch.depth is needed"),
+        (replace(batch, depth=None), "Batch.depth is needed"),
         (replace(batch, boxes=None), "boxes, labels and boxes_valid are needed"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -268,10 +269,10 @@ def test_a_batch_that_does_not_fit_together_is_refused():
     batch = small_cameras.make(classes=3)
     batch.validate()
     for change, message in (
-        ({"images": batch.images.float()}, "CameraBatch.images is torch.float32 but must be torch.uint8"),
-        ({"depth": batch.depth[:, :1]}, r"CameraBatch.depth has shape .* must be \[B N H W\]"),
+        ({"images": batch.images.float()}, "Batch.images is torch.float32 but must be torch.uint8"),
+        ({"depth": batch.depth[:, :1]}, r"Batch.depth has shape .* must be \[B N H W\]"),
         ({"depth": -batch.depth}, "below 0 m"),
-        ({"bev_aug": batch.bev_aug * torch.nan}, "CameraBatch.bev_aug has NaN"),
+        ({"base_aug": batch.base_aug * torch.nan}, "Batch.base_aug has NaN"),
         ({"labels": None}, "all of boxes, labels and boxes_valid"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,9 +19,10 @@ from bevfn.evaluation import results, score
 from bevfn.evaluation.judge import submission
 from bevfn.evaluation.results import Detections
 from bevfn.experiments import bevdepth, bevfusion_lidar, matrixvt
+from bevfn.metrics import read_metrics
 from bevfn.models import bevdepth as network
 from bevfn.synth import key_frame
-from bevfn.training import checkpoint, reporter, run
+from bevfn.training import checkpoint, run
 
 EXPERIMENTS = {"bevdepth": bevdepth, "matrixvt": matrixvt}
 SIZE = (90, 160)  # of the small world's images
@@ -122,7 +123,7 @@ def trained(request, tmp_path_factory):
 
 def test_a_run_leaves_checkpoints_metrics_and_scores(trained):
     name, config, summary = trained
-    steps = reporter.read_metrics(config.run_dir)
+    steps = read_metrics(config.run_dir)
     assert [step["step"] for step in steps] == [1, 2]
     assert {"loss/heatmap", "loss/bbox", "loss/depth", "num_pos", "missing/frames", "empty/depth"} <= steps[0].keys()
     assert (sum(step["missing/frames"] for step in steps) > 0) == (name == "bevdepth")  # two of three frames, two steps
@@ -181,7 +182,7 @@ def test_a_single_frame_gets_recall_and_a_picture(tmp_path):
     )  # fmt: skip
     summary = run.main(bevdepth.task, config)
     assert summary["scores"].keys() >= {"recall"}
-    assert reporter.read_metrics(config.run_dir)[0]["missing/frames"] == 1
+    assert read_metrics(config.run_dir)[0]["missing/frames"] == 1
     assert list((config.run_dir / "evaluations" / "step_00000001").glob("*.png"))
 
 

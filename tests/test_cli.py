@@ -12,7 +12,7 @@ from bevfn import cli
 
 def run(*arguments):
     module = arguments[0]
-    done = subprocess.run([sys.executable, "-m", module, *arguments[1:]], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", module, *arguments[1:]], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 

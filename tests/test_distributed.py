@@ -5,7 +5,6 @@ One pair of processes runs all jobs (importing torch is most of a job's time); t
 
 import json
 import os
-import socket
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import small_net
 import test_bevfusion
 import torch
+from graph_counts import graph_counts
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,7 +42,7 @@ def fresh(precision="fp32", *, replicas=None, sync=False, dropout=0.0, accumulat
     policy, config = Policy.of(precision), small_net.recipe()
     loss = small_net.loss_fn(policy, train=replicas if sync and replicas is not None else True, dropout=dropout)
     step = train.make_accumulated(
-        loss, config, accumulate=accumulate, precision=policy, replicas=replicas, ema=ema,
+        loss, config, accumulate=accumulate, replicas=replicas, ema=ema,
         compiled=partial(compilation.step, backend=backend) if backend else lambda step: step,
     )  # fmt: skip
     return train.init(*small_net.init(), config, precision=policy, seed=7, ema=ema), step
@@ -55,8 +55,8 @@ def trained(batches, **options):
     ts, step = fresh(**options)
     for i in range(STEPS):
         ts, metrics = step(ts, batches(i))
-    counts = {"graphs": torch.tensor(compilation.graph_counts()["graphs"])}
-    counts["breaks"] = torch.tensor(compilation.graph_counts()["breaks"])
+    counts = {"graphs": torch.tensor(graph_counts()["graphs"])}
+    counts["breaks"] = torch.tensor(graph_counts()["breaks"])
     return {**tree.flatten(ts), **{f"metrics/{k}": v for k, v in metrics.items()}, **counts}
 
 
@@ -128,7 +128,7 @@ def counting_step(replicas):
         rank = torch.tensor(replicas.rank)
         return params["w"].sum(), (state, {"overflow/points": 2 * rank + 1, "num_pos": rank.float(), "loss/x": rank})
 
-    return train.make_step(loss, small_net.recipe(), precision=Policy(), replicas=replicas)
+    return train.make_step(loss, small_net.recipe(), replicas=replicas)
 
 
 def traffic_job(replicas):
@@ -188,14 +188,14 @@ def detector_job(replicas, backend, precision="fp32", folders=()):
     def loss(params, state, batch, key):  # without dropout, which differs between the two ways to number samples
         return bevfusion.loss(params, state, batch, config=model, policy=policy, train=replicas or True)
 
-    step = train.make_step(loss, optimizer, precision=policy, replicas=replicas)
+    step = train.make_step(loss, optimizer, replicas=replicas)
     step = compilation.step(step, backend=backend)
     ts = train.init(*bevfusion.init(model, seed=0), optimizer, precision=policy)
     history = []
     for _ in range(STEPS):
         ts, metrics = step(ts, batch)
         history.append(torch.tensor([float(metrics[k]) for k in sorted(metrics)]))
-    graphs = torch.tensor(list(compilation.graph_counts().values()))
+    graphs = torch.tensor(list(graph_counts().values()))
     return {**tree.flatten(ts), "history": torch.stack(history), "graphs": graphs}
 
 
@@ -228,7 +228,7 @@ class Launch:
         torch.set_num_threads(1)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.count), LOCAL_WORLD_SIZE=str(self.count),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port), TORCHELASTIC_USE_AGENT_STORE="True",
         )  # fmt: skip
         replicas = distributed.start("cpu")
         try:
@@ -241,10 +241,9 @@ class Launch:
 
 def launch(jobs, folder):
     """{job: [tensors of rank 0, of rank 1]}"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(Launch(jobs, folder, port), nprocs=2)
+    # As under torchrun, the store is the launcher's: it holds its port from the moment that it chose it.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(Launch(jobs, folder, store.port), nprocs=2)
     return {name: [load_file(folder / f"{name}.{rank}") for rank in range(2)] for name in jobs}
 
 

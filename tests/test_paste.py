@@ -2,12 +2,7 @@
 
 import dataclasses
 import fcntl
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_frames import indexed, labelled
+from test_checkpoint import killed_at
 
 from bevfn import boxes as shapes
 from bevfn.data import paste, points
@@ -140,34 +136,14 @@ def test_another_data_set_replaces_the_database(index, tmp_path):
     assert len(list(tmp_path.glob("points-*.bin"))) == 1
 
 
-def test_kill_at_any_moment_loses_nothing(index, tmp_path):
-    """A real process, killed while it writes; whatever it left, the next build ends in the same bytes."""
-    script = textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        import test_paste
-        from bevfn.data import paste
-        paste.FRAMES = 1
-        index = test_paste.world(Path({str(tmp_path)!r}))
-        real = paste._make_part
-        def slow(*arguments):
-            time.sleep(0.02)
-            return real(*arguments)
-        paste._make_part = slow
-        print("ready", flush=True)
-        paste.build(index, Path({str(tmp_path / "out")!r}), class_names=test_paste.NAMES, progress=False)
-        """)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    time.sleep(0.12)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+@pytest.mark.parametrize("event", [3, 9, 14])
+def test_kill_at_any_moment_loses_nothing(index, tmp_path, monkeypatch, event):
+    """A real process, killed at one of its changes of the disk; whatever it left, the next build ends in the same bytes."""
+    monkeypatch.setattr(paste, "FRAMES", 1)
+    build = functools.partial(paste.build, class_names=NAMES, progress=False)
+    assert killed_at(event, lambda: build(index, tmp_path / "out"))
     assert not (tmp_path / "out" / paste.OBJECTS).exists()
-    same = world(tmp_path)
-    made = paste.build(same, tmp_path / "out", class_names=NAMES, progress=False)
-    clean = paste.build(same, tmp_path / "clean", class_names=NAMES, progress=False)
+    made, clean = build(index, tmp_path / "out"), build(index, tmp_path / "clean")
     assert len(made) == len(clean) and made.points_path.read_bytes() == clean.points_path.read_bytes()
 
 

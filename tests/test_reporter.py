@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from bevfn.training.reporter import METRICS_FILE, Reporter, peak_memory, read_metrics
+from bevfn.metrics import METRICS_FILE, read_metrics
+from bevfn.training.reporter import Reporter, peak_memory
 
 
 def run(folder, *, steps=20, terminal=False, metrics=lambda step: {"loss": 1.0 / step}, **options) -> str:

@@ -19,9 +19,11 @@ import tiny_experiment as tiny
 import torch
 
 from bevfn.data import sampling
-from bevfn.training import checkpoint, reporter, run
+from bevfn.metrics import METRICS_FILE, read_metrics
+from bevfn.training import checkpoint, run
 
 HERE = Path(__file__).parent
+STEPS = 6  # 3 epochs of 2
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +35,29 @@ def command(root: Path, run_dir: Path, *flags: str) -> list[str]:
     return [str(HERE / "tiny_experiment.py"), "--data-root", str(root), "--run-dir", str(run_dir), *flags]
 
 
-def start(root: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
+def launch(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command(root, run_dir, *flags)], env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start(root: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
+    return launch([sys.executable, *command(root, run_dir, *flags)])
 
 
 def finish(process: subprocess.Popen) -> str:
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate()
     assert process.returncode == 0, printed
     return printed
 
 
 def numbers(run_dir: Path) -> list[dict]:
     """Every step's metrics that do not depend on the clock."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith("seconds")} for record in reporter.read_metrics(run_dir)
-    ]
+    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in read_metrics(run_dir)]
+
+
+def steps_done(run_dir: Path) -> int:
+    begun = (run_dir / METRICS_FILE).is_file()
+    return int(max((record["step"] for record in numbers(run_dir)), default=0)) if begun else 0
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -77,8 +83,8 @@ def test_a_run_leaves_checkpoints_metrics_evaluation_and_summary(whole):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["samples_per_second"] > 0
     assert {"NDS", "mAP"} <= summary["scores"].keys()
-    assert [step["step"] for step in reporter.read_metrics(run_dir)] == list(range(1, 7))
-    assert {"loss/total", "lr", "overflow/voxels_l0", "bad/samples"} <= reporter.read_metrics(run_dir)[0].keys()
+    assert [step["step"] for step in read_metrics(run_dir)] == list(range(1, 7))
+    assert {"loss/total", "lr", "overflow/voxels_l0", "bad/samples"} <= read_metrics(run_dir)[0].keys()
     assert len(checkpoint.steps(run_dir / "checkpoints")) == 3  # the last ones
     assert checkpoint.best(run_dir / "checkpoints").name == "step_00000006"
     assert (run_dir / "evaluations" / "step_00000006" / "report.html").is_file()
@@ -86,11 +92,13 @@ def test_a_run_leaves_checkpoints_metrics_evaluation_and_summary(whole):
 
 
 def kill_and_resume(root: Path, run_dir: Path, kills: int, seed: int) -> None:
-    """Kills the run at random moments, anywhere from its start-up to its evaluation, and then lets it end."""
+    """Kills the run soon after random steps, anywhere from its start-up to its evaluation, and then lets it end."""
     chance, flags = random.Random(seed), ["--checkpoint-every", "1"]
-    for _ in range(kills):
+    for after in sorted(chance.choices(range(STEPS + 1), k=kills)):
         process = start(root, run_dir, *flags)
-        time.sleep(chance.uniform(3.0, 9.0))
+        while process.poll() is None and steps_done(run_dir) < after:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
@@ -110,16 +118,26 @@ def test_twenty_kills_change_nothing(whole, root, tmp_path):
         assert_same_run(whole[0], tmp_path / f"run{i}")
 
 
+STOPPING = """  # after its second step, and on no other process's clock
+import os, runpy, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+from bevfn.training import reporter
+log = reporter.Reporter.log
+def log_and_stop(self, step, *arguments, **named):
+    log(self, step, *arguments, **named)
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+reporter.Reporter.log = log_and_stop
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_sigterm_saves_and_the_rest_of_the_epoch_follows(whole, root, tmp_path):
-    process = start(root, tmp_path / "run")
-    metrics = tmp_path / "run" / reporter.METRICS_FILE
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed = finish(process)
+    ask = [sys.executable, "-c", STOPPING, str(HERE)]
+    printed = finish(launch(ask + command(root, tmp_path / "run")))
     done = int(re.search(r"stopped by a signal after step (\d+)", printed)[1])
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step_{done:08d}"
+    assert done < STEPS and checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step_{done:08d}"
     assert "from step" in finish(start(root, tmp_path / "run", "--resume"))
     assert_same_run(whole[0], tmp_path / "run")
 
@@ -132,7 +150,7 @@ def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is
     content = file.read_bytes()
     file.write_bytes(content[:-7])
     process = start(broken, tmp_path / "run")
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate()
     assert process.returncode == 2
     assert f"bevfn: {file}: {len(content) - 7} bytes are not a whole number of points" in printed
     assert "stopped because a sample cannot be read after step 1, which is saved; add --resume" in printed
@@ -148,20 +166,18 @@ def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, 
     file.unlink()
     printed = finish(start(broken, tmp_path / "run", "--on-damaged", "skip", "--epochs", "1"))
     assert f"warning: skipped a damaged sample: {file}: the point file does not exist" in printed
-    assert sum(record["bad/samples"] for record in reporter.read_metrics(tmp_path / "run")) >= 1
+    assert sum(record["bad/samples"] for record in read_metrics(tmp_path / "run")) >= 1
     assert "bad/samples" in printed.split("warning: in all 2 steps: ")[1]
+
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def test_two_processes_train_like_two_microbatches_and_find_every_frame(root, tmp_path):
     flags = ("--batch-size", "1", "--epochs", "1")
     finish(start(root, tmp_path / "one", *flags, "--accumulate", "2"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    printed = subprocess.run(
-        [*launch, *command(root, tmp_path / "two", *flags)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert printed.returncode == 0, printed.stdout
-    assert printed.stdout.count("samples an epoch") == 1  # one process speaks
+    printed = finish(launch([*TWO, *command(root, tmp_path / "two", *flags)]))
+    assert printed.count("samples an epoch") == 1  # one process speaks
     one, two = (
         checkpoint.load_tensors(checkpoint.latest(tmp_path / name / "checkpoints") / checkpoint.TENSORS)
         for name in ("one", "two")
@@ -179,12 +195,9 @@ def test_a_file_that_one_process_cannot_read_stops_all_of_them_at_a_saved_step(r
     order = sampling.order(np.arange(len(index)), 0, 0, shuffle=True)  # its third is of the second step
     file = broken / index[int(order[2])].lidar_path
     file.unlink()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, *command(broken, tmp_path / "run", "--batch-size", "1")], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode and f"bevfn: {file}: the point file does not exist" in done.stderr
+    process = launch([*TWO, *command(broken, tmp_path / "run", "--batch-size", "1")])
+    printed, _ = process.communicate()
+    assert process.returncode and f"bevfn: {file}: the point file does not exist" in printed
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step_00000001"
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import small_net
 import torch
+from graph_counts import graph_counts
 from torch import nn
 
 from bevfn import compile as compilation
@@ -203,7 +204,7 @@ def accumulating(accumulate: int, precision: str = "fp32", backend: str | None =
     """(train state, step on a list of microbatches) of the small net without dropout."""
     policy, config = Policy.of(precision), small_net.recipe(**changes)
     step = train.make_accumulated(
-        small_net.loss_fn(policy, dropout=0.0), config, accumulate=accumulate, precision=policy,
+        small_net.loss_fn(policy, dropout=0.0), config, accumulate=accumulate,
         compiled=lambda step: step if backend is None else compilation.step(step, backend=backend),
     )  # fmt: skip
     return train.init(*small_net.init(), config, precision=policy, seed=7), step
@@ -223,16 +224,14 @@ def test_an_accumulated_step_has_the_mean_gradient_statistics_and_metrics_of_its
 
 def test_one_microbatch_is_the_plain_step_bit_for_bit():
     ts, plain = small_net.fresh("fp16")
-    step = train.make_accumulated(
-        small_net.loss_fn(Policy.of("fp16")), small_net.recipe(), accumulate=1, precision=Policy.of("fp16")
-    )
+    step = train.make_accumulated(small_net.loss_fn(Policy.of("fp16")), small_net.recipe(), accumulate=1)
     for a, b in zip(*(tree.leaves(s) for s in (plain(ts, small_net.batch()), step(ts, [small_net.batch()])))):
         assert torch.equal(a, b)
 
 
 def test_microbatches_have_their_own_dropout():
     policy = Policy()
-    step = train.make_accumulated(small_net.loss_fn(policy), small_net.recipe(), accumulate=2, precision=policy)
+    step = train.make_accumulated(small_net.loss_fn(policy), small_net.recipe(), accumulate=2)
     ts, plain = small_net.fresh("fp32")
     half = halves(small_net.batch())[0]
     twice, once = step(ts, [half, half])[1], plain(ts, half)[1]
@@ -250,7 +249,7 @@ def test_accumulation_under_a_compiler_is_two_graphs_reused_and_donates_the_stat
         theirs, expected = eager(theirs, halves(small_net.batch(i)))
         assert after is ours
         assert float(metrics["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-5)
-    assert compilation.graph_counts() == {"graphs": 2, "breaks": 0}
+    assert graph_counts() == {"graphs": 2, "breaks": 0}
     assert [leaf.data_ptr() for leaf in tree.leaves(ours)] == pointers
     for a, b in zip(tree.leaves(ours), tree.leaves(theirs)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -296,7 +295,7 @@ def test_bad_gradient_names_the_parameter_nearest_to_the_loss():
 
     config = small_net.recipe()
     ts = train.init(*small_net.init(), config, precision=Policy())
-    ts, metrics = train.make_step(loss, config, precision=Policy())(ts, small_net.batch())
+    ts, metrics = train.make_step(loss, config)(ts, small_net.batch())
     assert float(metrics["skipped"]) == 1 and torch.isfinite(metrics["loss/total"])
     found = train.bad_gradient(loss, config, ts, [small_net.batch()])
     assert found == "the gradient of body.0.norm.bias"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from bevfn.kernels import neighbours
 from bevfn.kernels.sparse_conv import sparse_conv
 from bevfn.kernels.voxelize import voxelize
+from bevfn.synth import key_frame
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "goldens" / "bevfusion_lidar" / "inputs.safetensors"
 GRID = (1440, 1440, 41)
@@ -52,14 +54,13 @@ class Layer:
 
 
 def golden_voxels(path: Path = GOLDEN) -> tuple[Tensor, Tensor, str]:
-    """(features [V 5], sites [V 4] int32 (b, x, y, z), where they come from); random voxels if `path` is absent."""
+    """(features [V 5], sites [V 4] int32 (b, x, y, z), where they come from); of a generated scan if `path` is absent."""
     if path.exists():
         points, source = load_file(path)["points"], "one nuScenes sweep (goldens/bevfusion_lidar)"
-    else:  # walls and ground of about the same number of voxels
-        g = torch.Generator().manual_seed(0)
-        points, source = torch.rand(34_000, 5, generator=g), "random voxels (no golden case at hand)"
-        points[:, :2] = torch.randn(34_000, 2, generator=g) * 9
-        points[:, 2] = torch.where(torch.rand(34_000, generator=g) < 0.6, -1.8, points[:, 2] * 3 - 2)
+    else:  # surfaces, as a real scan: how many neighbours a voxel has is what the figures depend on
+        rng = np.random.default_rng(0)
+        scan, _ = key_frame.scan(key_frame.place(rng), rng)
+        points, source = torch.from_numpy(scan), "one generated scan (synth.key_frame)"
     features, cells, count, _ = voxelize(
         points[None], torch.ones(1, len(points), dtype=torch.bool), lower=(-54.0, -54.0, -5.0),
         size=(0.075, 0.075, 0.2), grid=(1440, 1440, 40), max_points=10, max_voxels=160_000,

@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bevfn.metrics import METRICS_FILE, read_metrics
 from bevfn.synth import key_frame
-from bevfn.training.reporter import METRICS_FILE, read_metrics
 
 STEPS = 3  # watched: the first one compiles, the last one is as fast as all others
 
@@ -48,8 +48,8 @@ def start(command: list[str], run_dir: Path, environment: dict[str, str]) -> dic
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
         first: float | None = None
         try:
-            while len(metrics := _metrics(run_dir)) < STEPS:
-                if metrics and first is None:
+            while len(done := _steps(run_dir)) < STEPS:
+                if done and first is None:
                     first = time.perf_counter() - started
                 if process.poll() is not None:
                     output.seek(0)
@@ -61,12 +61,12 @@ def start(command: list[str], run_dir: Path, environment: dict[str, str]) -> dic
             process.kill()
             process.wait()
     first = first if first is not None else time.perf_counter() - started
-    inside = float(metrics[0]["seconds"])
+    inside = float(done[0]["seconds"])
     return {
         "seconds": first, "before_first_step": first - inside, "first_step": inside,
-        "later_step_seconds": float(metrics[-1]["seconds"]),
+        "later_step_seconds": float(done[-1]["seconds"]),
     }  # fmt: skip
 
 
-def _metrics(run_dir: Path) -> list[dict[str, float]]:
+def _steps(run_dir: Path) -> list[dict[str, float]]:
     return read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []

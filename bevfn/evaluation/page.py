@@ -24,7 +24,7 @@ from bevfn.evaluation import frame_quality, plots, results, tables
 from bevfn.evaluation import score as scoring
 from bevfn.evaluation.score import ERRORS, UNITS, Scores
 from bevfn.files import write_atomically
-from bevfn.training import reporter
+from bevfn.metrics import METRICS_FILE, read_metrics
 
 Plot = Callable[[plots.Theme], bytes]
 
@@ -62,8 +62,8 @@ def write(
     }
     if others:
         charts["comparison"] = lambda theme: plots.comparison(side_by_side, theme)
-    if run_dir is not None and (Path(run_dir) / reporter.METRICS_FILE).is_file():
-        records = [*reporter.read_metrics(run_dir), *_evaluations(Path(run_dir))]
+    if run_dir is not None and (Path(run_dir) / METRICS_FILE).is_file():
+        records = [*read_metrics(run_dir), *_evaluations(Path(run_dir))]
         if records:
             charts["training"] = lambda theme: plots.training(records, theme)
     pictures = {chart: (plot(plots.LIGHT), plot(plots.DARK)) for chart, plot in charts.items()}

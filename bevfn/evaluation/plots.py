@@ -126,7 +126,7 @@ def comparison(scores: Mapping[str, Scores], theme: Theme = LIGHT) -> bytes:
 def training(records: Sequence[Mapping[str, float]], theme: Theme = LIGHT) -> bytes:
     """Loss and its terms, evaluation scores if any (`eval/...`), gradient norm and learning rate over the steps.
 
-    records: `report.read_metrics`.
+    records: `read_metrics`.
     """
     names = list(dict.fromkeys(name for record in records for name in record))
     terms = [n for n in names if n.startswith("loss/") and n != "loss/total"]

@@ -13,8 +13,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.data import camera_batch
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Base, Batch, make
 from bevfn.data.pipeline import CLASS_NAMES
 from bevfn.evaluation import results
 from bevfn.heads import centerpoint, centerpoint_loss
@@ -67,7 +66,7 @@ def config_for(case: Case, published: bevdepth.Config) -> bevdepth.Config:
     return published
 
 
-def batch_of(case: Case, device: str, *, train: bool) -> CameraBatch:
+def batch_of(case: Case, device: str, *, train: bool) -> Batch:
     """The stored inputs as a batch of one; earlier frames' images are made from the key frame's as the README says."""
     inputs = case.inputs
     frames = [inputs["imgs_u8_rgb"]]
@@ -79,16 +78,18 @@ def batch_of(case: Case, device: str, *, train: bool) -> CameraBatch:
     depth[tuple(inputs["depth_gt_cam_y_x"].long().T)] = inputs["depth_gt_value"]
     boxes = inputs["gt_boxes"].clone()
     boxes[:, 2] -= boxes[:, 5] * 0.5
-    made = camera_batch.make(
-        torch.stack(frames)[None],
-        inputs["intrin_mats"][None],
-        inputs["ida_mats"][None],
-        inputs["sensor2ego_mats"][None],
-        inputs["bda_mat"][None],
-        depth=depth[None],
+    made = make(
+        base=Base.EGO_AT_CAMERAS,
+        base_aug=inputs["bda_mat"][None],
         boxes=boxes[None],
         labels=inputs["gt_labels"][None],
         boxes_valid=torch.ones(1, len(boxes), dtype=torch.bool),
+        images=torch.stack(frames)[None],
+        intrinsics=inputs["intrin_mats"][None],
+        image_aug=inputs["ida_mats"][None],
+        base_from_camera=inputs["sensor2ego_mats"][None],
+        image_from_base=(inputs["intrin_mats"] @ torch.linalg.inv(inputs["sensor2ego_mats"]))[None],
+        depth=depth[None],
     )
     made.validate()
     return made.to(device)
@@ -109,7 +110,7 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
     return frames | PATHS
 
 
-def loss(outputs: dict, batch: CameraBatch, config: bevdepth.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
+def loss(outputs: dict, batch: Batch, config: bevdepth.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
     assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
     annotations = batch.boxes, batch.labels, batch.boxes_valid
     detection, terms = centerpoint_loss.loss(outputs["head"]["tasks"], *annotations, config=config.head)
@@ -121,7 +122,7 @@ def loss(outputs: dict, batch: CameraBatch, config: bevdepth.Config) -> tuple[Te
 # -------------------------------------------------------------------------------------------------------- geometry
 
 
-def places(case: Case, table: Table, batch: CameraBatch, config: bevdepth.Config) -> dict[str, Any]:
+def places(case: Case, table: Table, batch: Batch, config: bevdepth.Config) -> dict[str, Any]:
     """Compares depth labels and where the features go, then hands back the stored places."""
     assert batch.depth is not None
     ours = depth_net.depth_labels(batch.depth[0], config.grid.depth_m, config.grid.stride)
@@ -145,7 +146,7 @@ def _cells(case: Case, table: Table, name: str, ours: Tensor) -> Tensor:
     return stored.long().to(ours.device)
 
 
-def _matrices(case: Case, table: Table, batch: CameraBatch, config: bevdepth.Config) -> bevdepth.Place:
+def _matrices(case: Case, table: Table, batch: Batch, config: bevdepth.Config) -> bevdepth.Place:
     points = torch.stack(matrixvt.ray_points(batch, 0, config.grid), -1)[0]
     compare.boundary(case, table, "eval/ray_points_voxel", points, EVAL_TOLERANCE)
     cells = _cells(case, table, "ray_points_index", matrixvt.ray_cells(batch, 0, config.grid))
@@ -159,7 +160,7 @@ def _matrices(case: Case, table: Table, batch: CameraBatch, config: bevdepth.Con
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-def evaluated(case: Case, table: Table, outputs: dict, batch: CameraBatch, config: bevdepth.Config) -> None:
+def evaluated(case: Case, table: Table, outputs: dict, batch: Batch, config: bevdepth.Config) -> None:
     """Detections, the results file, and the decoder alone on synthetic maps with both kinds of suppression."""
     _detections(case, table, "eval", bevdepth.decode(outputs, config), case.noise("eval", "task4/rot"))
     _results(case, table)
@@ -214,9 +215,7 @@ def _results(case: Case, table: Table) -> None:
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def trained(
-    case: Case, table: Table, outputs: dict, targets: dict, batch: CameraBatch, config: bevdepth.Config
-) -> None:
+def trained(case: Case, table: Table, outputs: dict, targets: dict, batch: Batch, config: bevdepth.Config) -> None:
     for t, suffix in enumerate(suffixes(case)):
         if f"train/mlp_input_bn{suffix}" in case.outputs:
             _camera_norm(case, table, f"mlp_input_bn{suffix}", outputs["frames"][t]["view"]["depth_net"]["camera"])

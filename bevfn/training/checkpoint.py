@@ -30,25 +30,13 @@ CHUNK = 2**22  # bytes
 UNREADABLE = -1  # serial of a checkpoint whose meta.json is damaged
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes one safetensors file atomically, from the tensors' own memory where they are on the CPU.
-
-    Raises OSError of one sentence, and leaves `path` as it was, if the disk has no room or fails.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_tensors(path, tensors, metadata)
-    except (OSError, SafetensorError) as error:
-        raise _not_written(path, tensors, error) from None
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, atomically, from the tensors' own memory where they are on the CPU."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors 0.8 makes files that only their owner can read
-        save_file({k: _own(v.detach().cpu()) for k, v in tensors.items()}, temporary, metadata)
+        save_file({k: _own(v.detach().cpu()) for k, v in tensors.items()}, temporary)
         temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)

@@ -26,8 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from bevfn.files import write_atomically, writing
+from bevfn.metrics import COUNTERS, METRICS_FILE
 
-METRICS_FILE, BOARD = "metrics.jsonl", "tensorboard"
+BOARD = "tensorboard"
 # What a counter's first non-zero value means to the user; the longest matching beginning of its name counts.
 WARNINGS = {
     "overflow/": "did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss",
@@ -44,7 +45,6 @@ WARNINGS = {
     "missing/": "items are not in the data; check it with `bevfn data check`",
     "missing/frames": "earlier key frames do not exist, as at a scene's start, and the current one stands for them",
 }
-COUNTERS = ("overflow/", "bad/", "empty/", "missing/")
 
 
 class Reporter:
@@ -232,22 +232,6 @@ def _drop_half_line(path: Path) -> None:
         whole = written[: written.rfind(b"\n") + 1]
         if len(whole) < len(written):
             write_atomically(path, whole)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The steps of a run folder in order; every value a float.
-
-    Where a resumed run begins again at a step, its lines replace those that the run before had written from that step
-    on. A last line that a killed run did not finish is left out.
-    """
-    text = (Path(run_dir) / METRICS_FILE).read_text()
-    records: list[dict[str, float]] = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        record = {name: float(value) for name, value in json.loads(line).items()}
-        while records and records[-1]["step"] >= record["step"]:
-            records.pop()
-        records.append(record)
-    return records
 
 
 def peak_memory() -> dict[str, int]:

@@ -22,7 +22,7 @@ import tyro
 from typing_extensions import Self
 
 from bevfn import compile as compilation
-from bevfn import distributed, host, tree, upstream
+from bevfn import distributed, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, source
 from bevfn.data.index import Index
 from bevfn.distributed import Replicas
@@ -244,7 +244,7 @@ def initial_state(run: Run) -> train.TrainState:
 def pure_step(run: Run) -> Callable[[train.TrainState, Any], tuple[train.TrainState, dict]]:
     """The step of one process and one microbatch as a pure function: what is lowered for Ascend."""
     loss = partial(run.task.loss, train=True)
-    return train.make_step(loss, run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema)
+    return train.make_step(loss, run.task.optimizer(run.plan), ema=run.task.ema)
 
 
 def build(run: Run) -> tuple[train.TrainState, Callable]:
@@ -255,7 +255,7 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
     if run.task.shared_normalisers:
         loss = partial(loss, replicas=replicas)
     step = train.make_accumulated(
-        loss, run.task.optimizer(run.plan), precision=run.policy, ema=run.task.ema, replicas=replicas,
+        loss, run.task.optimizer(run.plan), ema=run.task.ema, replicas=replicas,
         accumulate=config.accumulate, compiled=partial(compilation.step, backend=config.backend),
     )  # fmt: skip
     return initial_state(run), step
@@ -392,6 +392,7 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
         "minutes": (time.perf_counter() - started) / 60,
         "peak_memory_gb": {where: size / 2**30 for where, size in peak_memory().items()},
         "config": flags(run.config),
+        **provenance.head(run.config.device),
     }
     if run.leads:
         write_atomically(run.config.run_dir / "summary.json", json.dumps(summary, indent=1).encode())

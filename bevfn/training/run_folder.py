@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bevfn.files import write_atomically
+from bevfn.metrics import METRICS_FILE
 from bevfn.training import checkpoint
-from bevfn.training.reporter import METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE, CHECKPOINTS = "config.json", ".lock", "checkpoints"
 PATIENCE = 3.0  # s for the workers of a killed run, which hold its lock until they notice (data/loader.py)

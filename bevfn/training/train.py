@@ -1,6 +1,6 @@
 """The train step: one pure function from (train state, batch) to (train state, metrics), top to bottom.
 
-    step = make_step(loss_fn, optimizer, precision=Policy.of("fp16"))
+    step = make_step(loss_fn, optimizer)
     train_state, metrics = step(train_state, batch)        # eager, or through `compile.step` one static graph
 
 Forward, loss, backward, unscaling, finite check, clipping, schedule, AdamW, EMA and loss scale are all in it; a skipped
@@ -21,10 +21,8 @@ from torch import Tensor
 
 from bevfn import precision, rng, tree
 from bevfn.distributed import Replicas
+from bevfn.metrics import SUMMED
 from bevfn.training import optim
-
-# Metrics whose names begin so are counts over the whole batch, the others means.
-COUNTERS = ("overflow/", "bad/", "num_pos")
 
 
 @tree.register
@@ -72,7 +70,6 @@ def make_step(
     loss_fn: Loss,
     optimizer: optim.Config,
     *,
-    precision: precision.Policy,
     ema: optim.Ema | None = None,
     replicas: Replicas | None = None,
 ) -> Step:
@@ -83,7 +80,7 @@ def make_step(
     non-finite gradient is skipped too, but never expected: the host should stop (`bad_gradient` names it).
 
     With `replicas` every replica gives its own batch and gets the same new state, bit for bit: gradients, batch-norm
-    statistics and metrics are averaged over the replicas (counters, see `COUNTERS`, summed), and randomness differs.
+    statistics and metrics are averaged over the replicas (counts, see `metrics.SUMMED`, added up), and randomness differs.
     Whether batch norm and loss normalisers see the other replicas is the loss function's business.
     """
 
@@ -100,7 +97,6 @@ def make_accumulated(
     optimizer: optim.Config,
     *,
     accumulate: int,
-    precision: precision.Policy,
     ema: optim.Ema | None = None,
     replicas: Replicas | None = None,
     compiled: Callable[[Callable], Callable] = lambda step: step,
@@ -115,7 +111,7 @@ def make_accumulated(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1 microbatch per step")
-    whole = compiled(make_step(loss_fn, optimizer, precision=precision, ema=ema, replicas=replicas))
+    whole = compiled(make_step(loss_fn, optimizer, ema=ema, replicas=replicas))
     first = accumulate * (replicas.rank if replicas is not None else 0)
 
     def add(sums: Sums, inputs: tuple[TrainState, Any]) -> tuple[Sums, dict]:
@@ -186,7 +182,7 @@ def _differentiate(
 def _average(
     gradient: Tensor, state: dict, metrics: dict, accumulate: int, replicas: Replicas | None
 ) -> tuple[Tensor, dict, dict]:
-    """Means over the step's microbatches (counters: sums) of what was summed over `accumulate` of them here.
+    """Means over the step's microbatches (counts: sums) of what was summed over `accumulate` of them here.
 
     Two collectives: the flat gradient, and everything small.
     """
@@ -197,7 +193,7 @@ def _average(
         small = optim.split(replicas.sum(optim.join(small)), small)
     statistics, values = small[: len(small) - len(names)], small[len(small) - len(names) :]
     state = tree.unflatten({k: v / count for k, v in zip(tree.flatten(state), statistics)}, state)
-    divisors = [1 if name.startswith(COUNTERS) else count for name in names]
+    divisors = [1 if name.startswith(SUMMED) else count for name in names]
     return gradient / count, state, {name: v / divisor for name, v, divisor in zip(names, values, divisors)}
 
 
