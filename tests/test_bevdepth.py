@@ -162,13 +162,13 @@ def test_the_earlier_frame_is_lifted_by_its_own_poses_and_sends_no_gradient():
 
     assert of_frame(0) > 0 and of_frame(1) == 0
     still = replace(
-        batch, ego_from_camera=batch.ego_from_camera[:, :1].expand_as(batch.ego_from_camera),
-        ego_from_pixel=batch.ego_from_pixel[:, :1].expand_as(batch.ego_from_pixel),
+        batch, base_from_camera=batch.base_from_camera[:, :1].expand_as(batch.base_from_camera),
+        base_from_pixel=batch.base_from_pixel[:, :1].expand_as(batch.base_from_pixel),
         images=batch.images[:, :1].expand_as(batch.images),
     )  # fmt: skip
     a, b = (frame["view"]["bev"] for frame in apply(model, still, False)[0]["frames"])
     torch.testing.assert_close(a, b)  # the same frame twice, which is also what a missing key frame becomes
-    c = apply(model, replace(still, ego_from_pixel=batch.ego_from_pixel), False)[0]["frames"][1]["view"]["bev"]
+    c = apply(model, replace(still, base_from_pixel=batch.base_from_pixel), False)[0]["frames"][1]["view"]["bev"]
     assert not torch.allclose(a, c)
 
 
@@ -260,7 +260,7 @@ def test_bad_batches_and_settings_are_one_sentence():
     for wrong, message in (
         (small_cameras.make(T=1, classes=3), "1 frames, the model takes 2"),
         (small_cameras.make(size=(64, 96)), r"images are \(64, 96\) pixels"),
-        (replace(batch, depth=None), "CameraBatch.depth is needed"),
+        (replace(batch, depth=None), "Batch.depth is needed"),
         (replace(batch, boxes=None), "boxes, labels and boxes_valid are needed"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -279,10 +279,10 @@ def test_a_batch_that_does_not_fit_together_is_refused():
     batch = small_cameras.make(classes=3)
     batch.validate()
     for change, message in (
-        ({"images": batch.images.float()}, "CameraBatch.images is torch.float32 but must be torch.uint8"),
-        ({"depth": batch.depth[:, :1]}, r"CameraBatch.depth has shape .* must be \[B N H W\]"),
+        ({"images": batch.images.float()}, "Batch.images is torch.float32 but must be torch.uint8"),
+        ({"depth": batch.depth[:, :1]}, r"Batch.depth has shape .* must be \[B N H W\]"),
         ({"depth": -batch.depth}, "below 0 m"),
-        ({"bev_aug": batch.bev_aug * torch.nan}, "CameraBatch.bev_aug has NaN"),
+        ({"base_aug": batch.base_aug * torch.nan}, "Batch.base_aug has NaN"),
         ({"labels": None}, "all of boxes, labels and boxes_valid"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Key frames to a CameraSample: the golden inputs, frames that align, augmentations that agree, each way data is wrong."""
+"""Key frames to a Sample: the golden inputs, frames that align, augmentations that agree, each way data is wrong."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from scipy.spatial.transform import Rotation
 
 from bevfn import geometry, tree
 from bevfn.data import augment, camera_pipeline, depth, infos, loader, points, sampling
-from bevfn.data.batch import Capacities
-from bevfn.data.camera_pipeline import CHANNELS, CameraSample
+from bevfn.data.batch import Capacities, Sample, collate
+from bevfn.data.camera_pipeline import CHANNELS
 from bevfn.data.index import Frame, Index, inverse
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -36,7 +36,7 @@ def index() -> Index:
 
 
 @functools.cache
-def load(place: int, config: camera_pipeline.Config, seed: int = 0) -> CameraSample:
+def load(place: int, config: camera_pipeline.Config, seed: int = 0) -> Sample:
     return camera_pipeline.load(small_world.index(), place, config, sampling.generator(seed, 0, 0))
 
 
@@ -55,13 +55,13 @@ def move(matrix: np.ndarray, xyz: np.ndarray) -> np.ndarray:
     return xyz @ matrix[..., :3, :3].swapaxes(-1, -2) + matrix[..., None, :3, 3]
 
 
-def lift(sample: CameraSample, t: int, n: int, pixels: np.ndarray, far: np.ndarray) -> np.ndarray:
+def lift(sample: Sample, t: int, n: int, pixels: np.ndarray, far: np.ndarray) -> np.ndarray:
     """Pixels [P,2] of a sample's image with depths [P] to its ego frame, not augmented: what the models do."""
-    batch, _ = camera_pipeline.collate([sample], capacities=Capacities(boxes=200))
+    batch, _ = collate([sample], capacities=Capacities(boxes=200))
     there = np.concatenate([pixels, np.zeros((len(pixels), 1))], 1) - sample.image_aug[t, n, :3, 3]
     there = there @ batch.undo_image_aug[0, t, n].numpy().T
     there = np.concatenate([there[:, :2], np.ones((len(pixels), 1))], 1) * far[:, None]
-    return there @ batch.ego_from_pixel[0, t, n].numpy().T + sample.ego_from_camera[t, n, :3, 3]
+    return there @ batch.base_from_pixel[0, t, n].numpy().T + sample.base_from_camera[t, n, :3, 3]
 
 
 # --- the golden inputs ---
@@ -92,9 +92,9 @@ def test_the_golden_inputs():
     np.testing.assert_array_equal(sample.images[0], golden["imgs_u8_rgb"])
     np.testing.assert_allclose(sample.intrinsics, golden["intrin_mats"], rtol=1e-7)
     np.testing.assert_allclose(sample.image_aug, golden["ida_mats"], rtol=1e-6)
-    np.testing.assert_array_equal(sample.bev_aug, golden["bda_mat"])
+    np.testing.assert_array_equal(sample.base_aug, golden["bda_mat"])
     # upstream's float32 in global coordinates has 1e-4 m of noise
-    np.testing.assert_allclose(sample.ego_from_camera, golden["sensor2ego_mats"], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(sample.base_from_camera, golden["sensor2ego_mats"], rtol=0, atol=2e-4)
     boxes = golden["gt_boxes"].copy()
     boxes[:, 2] -= 0.5 * boxes[:, 5]
     np.testing.assert_array_equal(sample.labels, golden["gt_labels"])
@@ -106,7 +106,7 @@ def test_the_golden_inputs():
     turn = Rotation.from_quat(golden["ego2global_rotation"][[1, 2, 3, 0]]).as_matrix()
     np.testing.assert_allclose(pose[:3, :3], turn, atol=1e-9)
     assert sample.depth is not None and np.count_nonzero(sample.depth) == len(golden["depth_gt_value"])
-    made, _ = camera_pipeline.collate([sample], capacities=config.capacities)
+    made, _ = collate([sample], capacities=config.capacities)
     made.validate()
 
 
@@ -146,14 +146,14 @@ def test_boxes_are_those_that_the_devkit_and_pyquaternion_make_of_the_annotation
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31))
-def test_boxes_move_as_bev_aug_says(seed):
+def test_boxes_move_as_base_aug_says(seed):
     index = small_world.index()
     config = dataclasses.replace(TRAIN, frames=1, depth=False)
     before, labels = camera_pipeline.ego_boxes(index[1], CHANNELS, config.class_names)
     sample = load(1, config, seed)
-    linear = sample.bev_aug[:3, :3]
+    linear = sample.base_aug[:3, :3]
     scale = abs(float(linear[2, 2]))
-    assert 0.95 <= scale <= 1.05 and not sample.bev_aug[:3, 3].any()
+    assert 0.95 <= scale <= 1.05 and not sample.base_aug[:3, 3].any()
     np.testing.assert_allclose(linear @ linear.T, scale**2 * np.eye(3), atol=1e-6)
     angle = np.degrees(np.arctan2(*(linear[:2, 0] * [1, np.sign(linear[0, 0])])[::-1]))
     assert min(abs(angle), 180 - abs(angle)) <= 22.5 + 1e-3
@@ -192,7 +192,7 @@ def test_a_static_object_lies_at_one_place_whichever_frame_and_camera_sees_it(in
             lifted = lift(sample, t, n, pixels, far)
             expected = move(inverse(key.cameras[channel].global_from_ego), centres[which])
             np.testing.assert_allclose(lifted, expected, atol=0.01)
-            moved = lifted @ sample.bev_aug[:3, :3].T
+            moved = lifted @ sample.base_aug[:3, :3].T
             assert np.abs(moved - boxes[which]).max(initial=0) < 0.7  # the boxes' ego frame is a mean over the cameras
             seen[t, which] = True
     assert seen.all(axis=0).sum() >= 3
@@ -203,7 +203,7 @@ def test_a_missing_previous_key_frame_is_the_current_one(index):
     assert first.counts["missing/frames"] == 2 and second.counts["missing/frames"] == 1
     for t in (1, 2):
         np.testing.assert_array_equal(first.images[t], first.images[0])
-        np.testing.assert_allclose(first.ego_from_camera[t], first.ego_from_camera[0], atol=1e-6)
+        np.testing.assert_allclose(first.base_from_camera[t], first.base_from_camera[0], atol=1e-6)
     np.testing.assert_array_equal(second.images[2], second.images[0])  # not the one before, as upstream
     np.testing.assert_array_equal(second.images[1], first.images[0])
     assert np.abs(second.images[1].astype(int) - second.images[0]).max() > 20
@@ -263,7 +263,7 @@ def test_a_cameras_frames_share_one_draw_and_cameras_do_not():
 def test_a_seed_is_a_sample_and_evaluation_draws_nothing(index):
     again = camera_pipeline.load(index, 1, TRAIN, sampling.generator(3, 0, 0))
     first, other = load(1, TRAIN, 3), load(1, TRAIN, 4)
-    for name in ("images", "image_aug", "bev_aug", "boxes", "depth"):
+    for name in ("images", "image_aug", "base_aug", "boxes", "depth"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
         assert not np.array_equal(getattr(first, name), getattr(other, name))
     np.testing.assert_array_equal(camera_pipeline.load(index, 1, EVAL).images, load(1, EVAL, 5).images)
@@ -282,33 +282,33 @@ def test_stored_depth_is_the_same(index, tmp_path):
 
 def test_samples_collate_pad_and_count(index):
     samples = [load(place, TRAIN) for place in range(3)]
-    made, counts = camera_pipeline.collate(samples, capacities=Capacities(boxes=4))
+    made, counts = collate(samples, capacities=Capacities(boxes=4))
     made.validate()
     assert tuple(made.images.shape) == (3, 3, 6, 32, 96, 3) and made.depth is not None and made.boxes is not None
     assert counts["overflow/boxes"] == sum(len(sample.boxes) - 4 for sample in samples)
     assert counts["missing/frames"] == 3 and counts["empty/depth"] == counts["empty/boxes"] == 0
     np.testing.assert_array_equal(made.boxes[1], samples[1].boxes[:4])
-    plain, _ = camera_pipeline.collate([load(0, camera_pipeline.bevdepth_eval(3, **SIZES))], capacities=Capacities())
+    plain, _ = collate([load(0, camera_pipeline.bevdepth_eval(3, **SIZES))], capacities=Capacities())
     plain.validate()
     assert plain.depth is None
-    with pytest.raises(ValueError, match="with and without depth maps"):
-        camera_pipeline.collate([samples[0], dataclasses.replace(samples[1], depth=None)], capacities=Capacities())
+    with pytest.raises(ValueError, match="with and without depth"):
+        collate([samples[0], dataclasses.replace(samples[1], depth=None)], capacities=Capacities())
     with pytest.raises(ValueError, match="images differ in shape"):
         cut = dataclasses.replace(samples[1], images=samples[1].images[..., :64, :])
-        camera_pipeline.collate([samples[0], cut], capacities=Capacities())
+        collate([samples[0], cut], capacities=Capacities())
     with pytest.raises(ValueError, match="no samples"):
-        camera_pipeline.collate([], capacities=Capacities())
+        collate([], capacities=Capacities())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_makes_camera_batches(index, workers):
     stream = loader.batches(
         functools.partial(_load, index), np.array([2, 0, 1, 2]), loader.Config(batch_size=2, workers=workers),
-        seed=7, epoch=1, capacities=TRAIN.capacities, collate=camera_pipeline.collate,
+        seed=7, epoch=1, capacities=TRAIN.capacities, collate=collate,
     )  # fmt: skip
     items = list(stream)
     assert [item.tokens for item in items] == [[index[2].token, index[0].token], [index[1].token, index[2].token]]
-    expected, _ = camera_pipeline.collate(
+    expected, _ = collate(
         [_load(index, place, sampling.generator(7, 1, position)) for position, place in ((2, 1), (3, 2))],
         capacities=TRAIN.capacities,
     )
@@ -317,7 +317,7 @@ def test_the_loader_makes_camera_batches(index, workers):
     items[1].batch.validate()
 
 
-def _load(index: Index, place: int, generator: np.random.Generator) -> CameraSample:
+def _load(index: Index, place: int, generator: np.random.Generator) -> Sample:
     return camera_pipeline.load(index, place, TRAIN, generator)
 
 
@@ -360,7 +360,7 @@ def test_a_frame_without_boxes_is_counted(index):
     none = changed(index, 1, valid=np.zeros(len(index[1].valid), bool))
     sample = camera_pipeline.load(none, 1, TRAIN, sampling.generator(0, 0, 0))
     assert sample.boxes.shape == (0, 9) and sample.counts["empty/boxes"] == 1
-    made, _ = camera_pipeline.collate([sample], capacities=TRAIN.capacities)
+    made, _ = collate([sample], capacities=TRAIN.capacities)
     made.validate()
 
 
@@ -373,14 +373,14 @@ def test_a_damaged_image_can_be_skipped(index, tmp_path):
     items = list(
         loader.batches(
             functools.partial(_load_one, broken), np.array([0, 2]), config, seed=0, epoch=0,
-            capacities=TRAIN.capacities, collate=camera_pipeline.collate,
+            capacities=TRAIN.capacities, collate=collate,
         )
     )  # fmt: skip
     assert [item.tokens[0] for item in items] == [index[2].token] * 2
     assert items[0].counts["bad/samples"] == 1 and "cannot be decoded" in items[0].problems[0]
 
 
-def _load_one(index: Index, place: int, generator: np.random.Generator) -> CameraSample:
+def _load_one(index: Index, place: int, generator: np.random.Generator) -> Sample:
     return camera_pipeline.load(index, place, dataclasses.replace(TRAIN, frames=1), generator)
 
 

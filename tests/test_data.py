@@ -52,16 +52,17 @@ def test_real_frame_reproduces_the_golden_inputs(case):
     np.testing.assert_allclose(sample.boxes, golden["gt_boxes"], atol=1e-6)
     np.testing.assert_array_equal(sample.labels, golden["gt_labels"])
     if case.endswith("cam"):
-        np.testing.assert_array_equal(sample.images, golden["imgs"])
+        np.testing.assert_array_equal(sample.images, golden["imgs"][None])
         names = {
-            "image_from_lidar": "lidar2img",
+            "image_from_base": "lidar2img",
             "intrinsics": "cam2img",
-            "lidar_from_camera": "cam2lidar",
+            "base_from_camera": "cam2lidar",
             "image_aug": "img_aug_matrix",
-            "lidar_aug": "lidar_aug_matrix",
+            "base_aug": "lidar_aug_matrix",
         }
         for ours, theirs in names.items():
-            np.testing.assert_allclose(getattr(sample, ours), golden[theirs], rtol=1e-6, atol=1e-6, err_msg=ours)
+            found = getattr(sample, ours).reshape(golden[theirs].shape)  # without T
+            np.testing.assert_allclose(found, golden[theirs], rtol=1e-6, atol=1e-6, err_msg=ours)
     else:
         assert sample.images is None
 
@@ -250,7 +251,7 @@ def test_collate_pads_counts_overflow_and_keeps_the_first(generated):
     made, counts = collate([sample], capacities=Capacities())
     assert counts["overflow/points"] == counts["overflow/boxes"] == 0
     assert made.points_valid.sum() == len(sample.points) and made.boxes_valid.sum() == len(sample.boxes)
-    assert made.images.shape == (1, 6, 64, 176, 3) and made.images.dtype == torch.uint8
+    assert made.images.shape == (1, 1, 6, 64, 176, 3) and made.images.dtype == torch.uint8
 
 
 def frustum(b: Batch) -> np.ndarray:
@@ -259,8 +260,8 @@ def frustum(b: Batch) -> np.ndarray:
         torch.broadcast_tensors(
             *geometry.frustum_in_base(
                 geometry.frustum((256, 704), (32, 88), (1.0, 60.0, 0.5), torch.device("cpu")),
-                image_aug=b.image_aug, undo_image_aug=b.undo_image_aug, base_from_pixel=b.lidar_from_pixel,
-                base_from_camera=b.lidar_from_camera, base_aug=b.lidar_aug,
+                image_aug=b.image_aug[:, 0], undo_image_aug=b.undo_image_aug[:, 0],
+                base_from_pixel=b.base_from_pixel[:, 0], base_from_camera=b.base_from_camera[:, 0], base_aug=b.base_aug,
             )
         ), dim=-1,
     ).numpy()  # fmt: skip
@@ -274,7 +275,7 @@ def test_host_inverses_reproduce_the_golden_frustum_bit_for_bit():
     made, _ = collate([sample], capacities=Capacities())
     stored = np.s_[:, :, ::8, ::4, ::8]
     np.testing.assert_array_equal(frustum(made)[stored], outputs["eval/vt/geometry"])
-    augmented = {"image_aug": inputs["aug/img_aug_matrix"], "lidar_aug": inputs["aug/lidar_aug_matrix"]}
+    augmented = {"image_aug": inputs["aug/img_aug_matrix"][None], "base_aug": inputs["aug/lidar_aug_matrix"]}
     made, _ = collate([dataclasses.replace(sample, **augmented)], capacities=Capacities())
     np.testing.assert_array_equal(frustum(made)[stored], outputs["aug/vt/geometry"])
 
@@ -284,7 +285,7 @@ def test_lidar_only_batch_has_no_camera_fields(generated):
         [frame.load(generated, config=dataclasses.replace(SMALL, cameras=False))], capacities=Capacities()
     )
     made.validate()
-    assert made.images is None and made.image_from_lidar is None and made.lidar_from_pixel is None
+    assert made.images is None and made.image_from_base is None and made.base_from_pixel is None
 
 
 def test_collate_rejects_samples_that_do_not_fit_together(generated):
@@ -322,7 +323,9 @@ def test_validate_names_the_field(generated, field, change, message):
 def test_batch_is_a_pytree_that_compiles_as_one_graph(generated):
     made, _ = collate([frame.load(generated, config=SMALL)], capacities=Capacities())
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(made)[0]]
-    assert ".points" in paths and len(paths) == len(dataclasses.fields(Batch))
+    assert (
+        ".points" in paths and len(paths) == len(dataclasses.fields(Batch)) - 2
+    )  # no depth, and the base is structure
 
     def count(b: Batch) -> torch.Tensor:
         return b.points_valid.sum() + b.boxes_valid.sum()

@@ -65,7 +65,7 @@ def test_camera_vectors_are_the_key_frames():
     batch = small_cameras.make()
     vectors = depth_net.camera_vectors(batch)
     assert vectors.shape == (4, depth_net.CAMERA_NUMBERS)
-    K, pose = batch.intrinsics[0, 0, 1], batch.ego_from_camera[0, 0, 1]
+    K, pose = batch.intrinsics[0, 0, 1], batch.base_from_camera[0, 0, 1]
     assert vectors[1, :4].tolist() == [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]
     assert vectors[1, 4:10].tolist() == [0.5, 0.0, 0.0, 0.0, 0.5, -2.0]
     assert vectors[1, 15:].tolist() == pose[:3].flatten().tolist()
@@ -99,11 +99,11 @@ def test_dropout_needs_a_key():
 
 def test_cells_are_those_of_projected_points():
     """A cell's frustum point, taken back through the camera, is the pixel and depth that it came from."""
-    batch = small_cameras.make(bev_aug=small_cameras.yaw(0.3) @ torch.diag(torch.tensor([1.0, -1.0, 1.0, 1.0])))
+    batch = small_cameras.make(base_aug=small_cameras.yaw(0.3) @ torch.diag(torch.tensor([1.0, -1.0, 1.0, 1.0])))
     for t in range(2):
         x, y, z = camera_grid.frustum_points(batch, t, GRID)
         points = torch.stack([x, y, z, torch.ones_like(x)], -1)  # B N D H W 4
-        back = torch.linalg.inv(batch.bev_aug[:, None] @ batch.ego_from_camera[:, t])[:, :, None, None, None]
+        back = torch.linalg.inv(batch.base_aug[:, None] @ batch.base_from_camera[:, t])[:, :, None, None, None]
         camera = (back @ points[..., None])[..., 0]
         pixel = (batch.intrinsics[:, t][:, :, None, None, None] @ camera[..., None])[..., 0]
         torch.testing.assert_close(

@@ -9,9 +9,10 @@ import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bevfn import geometry, goldens, upstream
+from bevfn import goldens, upstream
 from bevfn.backbones import swin
-from bevfn.data.batch import Batch
+from bevfn.data import batch as batches
+from bevfn.data.batch import Base, Batch
 from bevfn.necks import lss_fpn
 from bevfn.views import lift_splat
 
@@ -26,27 +27,25 @@ def make_batch(B: int = 2, N: int = 2, P: int = 60, image: tuple[int, int] = (32
     generator = torch.Generator().manual_seed(0)
     forward = torch.tensor([[0.0, 0, 1, 0.2], [-1, 0, 0, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]])
     back = torch.diag(torch.tensor([-1.0, -1, 1, 1])) @ forward
-    lidar_from_camera = torch.stack([forward, back])[:N].expand(B, N, 4, 4).clone()
+    base_from_camera = torch.stack([forward, back])[:N].expand(B, N, 4, 4).clone()
     intrinsics = torch.tensor([[50.0, 0, 48, 0], [0, 50, 32, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).expand(B, N, 4, 4).clone()
     image_aug = torch.diag(torch.tensor([0.5, 0.5, 1, 1])).expand(B, N, 4, 4).clone()
-    lidar_aug = torch.diag(torch.tensor([1.05, 1.05, 1.05, 1])).expand(B, 4, 4).clone()
+    base_aug = torch.diag(torch.tensor([1.05, 1.05, 1.05, 1])).expand(B, 4, 4).clone()
     points = 20 * torch.rand(B, P, 5, generator=generator) - 10
     valid = torch.rand(B, P, generator=generator) > 0.2
-    return Batch(
+    return batches.make(
+        base=Base.LIDAR,
         points=points * valid[..., None],
         points_valid=valid,
         boxes=torch.zeros(B, 3, 9),
         labels=torch.zeros(B, 3, dtype=torch.int64),
         boxes_valid=torch.zeros(B, 3, dtype=torch.bool),
-        lidar_aug=lidar_aug,
-        undo_lidar_aug=geometry.invert(lidar_aug[:, :3, :3]),
-        images=torch.zeros(B, N, *image, 3, dtype=torch.uint8),
-        image_from_lidar=intrinsics @ torch.linalg.inv(lidar_from_camera),
-        lidar_from_camera=lidar_from_camera,
-        intrinsics=intrinsics,
-        image_aug=image_aug,
-        undo_image_aug=geometry.invert(image_aug[..., :3, :3]),
-        lidar_from_pixel=geometry.unprojection(lidar_from_camera, intrinsics),
+        base_aug=base_aug,
+        images=torch.zeros(B, 1, N, *image, 3, dtype=torch.uint8),
+        image_from_base=(intrinsics @ torch.linalg.inv(base_from_camera))[:, None],
+        base_from_camera=base_from_camera[:, None],
+        intrinsics=intrinsics[:, None],
+        image_aug=image_aug[:, None],
     )
 
 
@@ -169,21 +168,19 @@ def test_the_camera_branch_reproduces_the_golden_case():
     stats = json.loads((CASE / "stats.json").read_text())
     params, state, _ = upstream.import_state(goldens.fill_case(CASE), "bevfusion-lidar-camera")
     params, state = params["camera"], state["camera"]
-    batch = Batch(
+    batch = batches.make(
+        base=Base.LIDAR,
         points=inputs["points"][None],
         points_valid=torch.ones(1, len(inputs["points"]), dtype=torch.bool),
         boxes=torch.zeros(1, 1, 9),
         labels=torch.zeros(1, 1, dtype=torch.int64),
         boxes_valid=torch.zeros(1, 1, dtype=torch.bool),
-        lidar_aug=inputs["lidar_aug_matrix"][None],
-        undo_lidar_aug=geometry.invert(inputs["lidar_aug_matrix"][None, :3, :3]),
-        images=inputs["imgs"][None],
-        image_from_lidar=inputs["lidar2img"][None],
-        lidar_from_camera=inputs["cam2lidar"][None],
-        intrinsics=inputs["cam2img"][None],
-        image_aug=inputs["img_aug_matrix"][None],
-        undo_image_aug=geometry.invert(inputs["img_aug_matrix"][None, :, :3, :3]),
-        lidar_from_pixel=geometry.unprojection(inputs["cam2lidar"], inputs["cam2img"])[None],
+        base_aug=inputs["lidar_aug_matrix"][None],
+        images=inputs["imgs"][None, None],
+        image_from_base=inputs["lidar2img"][None, None],
+        base_from_camera=inputs["cam2lidar"][None, None],
+        intrinsics=inputs["cam2img"][None, None],
+        image_aug=inputs["img_aug_matrix"][None, None],
     )
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     images = ((inputs["imgs"].float() - mean) / std).permute(0, 3, 1, 2)

@@ -54,12 +54,12 @@ def corners(sample) -> np.ndarray:
 
 def source_pixels(sample, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(pixels [N,P,2] of the original image, and of the sample's) of points in the sample's (augmented) lidar frame."""
-    undo = np.linalg.inv(sample.lidar_aug.astype(np.float64))
+    undo = np.linalg.inv(sample.base_aug.astype(np.float64))
     original = xyz @ undo[:3, :3].T + undo[:3, 3]
-    seen = np.einsum("nij,pj->npi", sample.image_from_lidar.astype(np.float64)[:, :3, :3], original)
-    seen += sample.image_from_lidar[:, None, :3, 3]
+    seen = np.einsum("nij,pj->npi", sample.image_from_base[0].astype(np.float64)[:, :3, :3], original)
+    seen += sample.image_from_base[0, :, None, :3, 3]
     source = seen[..., :2] / seen[..., 2:]
-    moved = np.einsum("nij,npj->npi", sample.image_aug[:, :2, :2], source) + sample.image_aug[:, None, :2, 3]
+    moved = np.einsum("nij,npj->npi", sample.image_aug[0, :, :2, :2], source) + sample.image_aug[0, :, None, :2, 3]
     moved[seen[..., 2] < 1.0] = -1  # behind the camera, or nearly
     return source, moved
 
@@ -94,22 +94,22 @@ def test_image_content_lies_where_the_matrices_say(index, seed):
         inside = ((moved[n] > 1) & (moved[n] < [174, 62])).all(axis=1)
         u, v = np.floor(moved[n][inside]).astype(int).T
         x, y = np.clip(np.floor(source[n][inside]).astype(int), 0, [399, 224]).T
-        found = np.abs(sample.images[n, v, u].astype(int) - picture[y, x]).max(axis=1) < 25
+        found = np.abs(sample.images[0, n, v, u].astype(int) - picture[y, x]).max(axis=1) < 25
         agree, seen = agree + found.sum(), seen + len(found)
     assert seen > 1000 and agree / seen > 0.9
 
 
 @pytest.mark.parametrize("config", ["camera", "lidar"])
-def test_points_and_boxes_are_lidar_aug_of_the_unaugmented(index, database, config):
+def test_points_and_boxes_are_base_aug_of_the_unaugmented(index, database, config):
     wide = (-150.0, -150.0, -19.0, 150.0, 150.0, 19.0)
     train = TRAIN if config == "camera" else dataclasses.replace(pipeline.bevfusion_lidar_train(), paste=None)
     train = dataclasses.replace(train, point_cloud_range=wide, shuffle_points=False, sweep_choice="newest")
     before = load(index, dataclasses.replace(PLAIN, point_cloud_range=wide))
     after = load(index, train, 3)
-    moved = before.points[:, :3] @ after.lidar_aug[:3, :3].T + after.lidar_aug[:3, 3]
+    moved = before.points[:, :3] @ after.base_aug[:3, :3].T + after.base_aug[:3, 3]
     np.testing.assert_allclose(after.points[:, :3], moved, atol=1e-4)
     np.testing.assert_array_equal(after.points[:, 3:], before.points[:, 3:])
-    centres = before.boxes[:, :3] @ after.lidar_aug[:3, :3].T + after.lidar_aug[:3, 3]
+    centres = before.boxes[:, :3] @ after.base_aug[:3, :3].T + after.base_aug[:3, 3]
     np.testing.assert_allclose(after.boxes[:, :3], centres, atol=1e-4)
     np.testing.assert_array_equal(after.labels, before.labels)
 
@@ -133,10 +133,10 @@ def test_a_sample_is_a_function_of_seed_epoch_and_position(index, database):
         return pipeline.load(index[0], index.root, config, sampling.generator(*numbers), database=database)
 
     first, again = made(1, 2, 3), made(1, 2, 3)
-    for name in ("points", "boxes", "labels", "lidar_aug", "images", "image_aug"):
+    for name in ("points", "boxes", "labels", "base_aug", "images", "image_aug"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name), err_msg=name)
     for numbers in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
-        assert (made(*numbers).lidar_aug != first.lidar_aug).any()
+        assert (made(*numbers).base_aug != first.base_aug).any()
     collate([first], capacities=config.capacities)[0].validate()
 
 
@@ -144,7 +144,7 @@ def test_evaluation_needs_no_generator_and_takes_the_newest_sweeps(index):
     sample = pipeline.load(index[0], index.root, PLAIN)
     lags = np.unique(sample.points[:, 4])
     np.testing.assert_allclose(lags, 0.05 * np.arange(10), rtol=1e-6)
-    np.testing.assert_array_equal(sample.lidar_aug, np.eye(4))
+    np.testing.assert_array_equal(sample.base_aug, np.eye(4))
     np.testing.assert_array_equal(sample.points, load(index, PLAIN, 9).points)
     random = dataclasses.replace(PLAIN, sweep_choice="random")
     assert {tuple(np.unique(load(index, random, seed).points[:, 4])) for seed in range(8)} != {tuple(lags)}
@@ -184,7 +184,7 @@ def test_grid_mask_blacks_the_same_squares_in_all_cameras(index):
     plain = load(index, PLAIN)
     masked = load(index, dataclasses.replace(PLAIN, grid_mask=augment.GridMask(1.0)), 2)
     black = (masked.images == 0).all(axis=-1)
-    assert 0.1 < black.all(axis=0).mean() < 0.6
+    assert 0.1 < black[0].all(axis=0).mean() < 0.6
     np.testing.assert_array_equal(np.where(black[..., None], 0, plain.images), masked.images)
 
 

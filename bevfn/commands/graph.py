@@ -1,6 +1,5 @@
 """`bevfn graph EXPERIMENT`: the train step and the inference step as Ascend graphs, without an Ascend."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +10,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bevfn import recipes
-from bevfn.files import write_atomically
+from bevfn import provenance, recipes
 from bevfn.synth import key_frame
 from bevfn.training import run
 
@@ -74,11 +72,8 @@ def graph(
             print(comparison.text(), flush=True)
             made[name]["execute"] = comparison.to_json()
     if json_file is not None:
-        figures = {
-            "experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "ops": ops,
-            "steps": made,
-        }  # fmt: skip
-        write_atomically(json_file, json.dumps(figures, indent=1).encode())
+        what = {"experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "ops": ops}
+        provenance.write(json_file, {**what, "steps": made})
     return 0 if complete else 1
 
 

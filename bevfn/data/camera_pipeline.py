@@ -1,4 +1,4 @@
-"""A key frame and those before it to a CameraSample: images of several frames, calibration, depth, boxes in ego.
+"""A key frame and those before it to a Sample: images of several frames, calibration, depth, boxes in ego.
 
 Everything lies in the vehicle's frame at the key frame, of which there are two kinds, as upstream: a camera's pose is
 relative to the vehicle at that camera's own exposure (an earlier exposure's pose contains the motion since then), boxes
@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.spatial.transform import Rotation
 
-from bevfn.data import annotations, augment, camera_batch, image, points
+from bevfn.data import annotations, augment, image, points
 from bevfn.data import depth as ground_truth
-from bevfn.data.batch import Capacities, pad, stack
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Base, Capacities, Sample
 from bevfn.data.index import Camera, Frame, Index, inverse
 from bevfn.data.pipeline import CLASS_NAMES  # BEVDepth's order is the same
 
@@ -44,7 +42,7 @@ class Config:
     image_augmentation: augment.Images | None = None
     """one draw per camera for all its frames; None: `resize`, centred in width, aligned with the bottom"""
     bev_augmentation: augment.Global | None = None
-    """of the vehicle's frame; None: bev_aug is the identity"""
+    """of the vehicle's frame; None: base_aug is the identity"""
     depth: bool = False
     """depth maps of the key frame, from the LiDAR"""
     capacities: Capacities = field(default_factory=lambda: Capacities(points=0, boxes=200))
@@ -63,29 +61,6 @@ class Config:
     def resize(self) -> float:
         """Factor before the crop without augmentation: the image just covers image_size."""
         return max(size / source for size, source in zip(self.image_size, self.source_size))
-
-
-@dataclass(frozen=True)
-class CameraSample:
-    """One key frame and the T - 1 before it, numpy arrays: CameraBatch's fields without the leading B and padding."""
-
-    images: np.ndarray  # T N H W 3 uint8
-    intrinsics: np.ndarray  # T N 4 4 float32
-    image_aug: np.ndarray  # T N 4 4 float32
-    ego_from_camera: np.ndarray  # T N 4 4 float32
-    bev_aug: np.ndarray  # 4 4 float32
-    boxes: np.ndarray  # G 9 float32, bottom centre, augmented ego
-    labels: np.ndarray  # G int64
-    depth: np.ndarray | None = None  # N H W float32
-    token: str = ""
-    """The data set's name of the key frame."""
-    timestamp: float = 0.0
-    """Of the key frame's LiDAR, s since 1970."""
-    class_names: tuple[str, ...] = ()
-    """What `labels` index."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """`bad/points` NaN points dropped, `empty/boxes` 1 if there is none, `empty/depth` cameras whose depth map has no
-    point, `missing/frames` earlier key frames in whose place the current one stands."""
 
 
 def bevdepth_eval(
@@ -118,7 +93,7 @@ def load(
     generator: np.random.Generator | None = None,
     *,
     depth_files: Path | None = None,
-) -> CameraSample:
+) -> Sample:
     """The key frame at `place` of the index with the key frames before it.
 
     Where an earlier key frame is missing (a scene's start, or not in the index), the current one stands in its place.
@@ -134,9 +109,9 @@ def load(
     frames = key_frames(index, place, config.frames)
     cameras = [_cameras(frame, config.channels) for frame in frames]
     moves = [_move(config, rng) for _ in config.channels]
-    bev_aug = np.eye(4, dtype=np.float32)
+    base_aug = np.eye(4, dtype=np.float32)
     if config.bev_augmentation is not None:
-        bev_aug = augment.draw_matrix(config.bev_augmentation, rng)
+        base_aug = augment.draw_matrix(config.bev_augmentation, rng)
     image_aug = np.stack([image.matrix(size=config.image_size, **move) for move in moves])  # N 4 4
     boxes, labels = ego_boxes(frames[0], config.channels, config.class_names)
     counts = {"empty/boxes": int(len(boxes) == 0), "missing/frames": sum(f is frames[0] for f in frames[1:])}
@@ -144,17 +119,21 @@ def load(
     if config.depth:
         depth, found = _depth(frames[0], index.root, config, image_aug, depth_files)
         counts |= found
-    return CameraSample(
+    intrinsics = np.stack([[_intrinsics(camera) for camera in row] for row in cameras])
+    base_from_camera = np.stack([_poses(cameras[0], row) for row in cameras])
+    camera_from_base = np.array([[inverse(pose) for pose in row] for row in base_from_camera], dtype=np.float32)
+    return Sample(
+        base=Base.EGO_AT_CAMERAS,
         images=_images(frames, cameras, index.root, config, moves),
-        intrinsics=np.stack([[_intrinsics(camera) for camera in row] for row in cameras]),
+        intrinsics=intrinsics,
         image_aug=np.stack([image_aug] * config.frames),
-        ego_from_camera=np.stack([_poses(cameras[0], row) for row in cameras]),
-        bev_aug=bev_aug,
-        boxes=augment.move_boxes(boxes, bev_aug),
+        base_from_camera=base_from_camera,
+        image_from_base=intrinsics @ camera_from_base,
+        base_aug=base_aug,
+        boxes=augment.move_boxes(boxes, base_aug),
         labels=labels,
         depth=depth,
         token=frames[0].token,
-        timestamp=frames[0].timestamp,
         class_names=config.class_names,
         counts=counts,
     )
@@ -201,32 +180,6 @@ def ego_boxes(frame: Frame, channels: tuple[str, ...], class_names: tuple[str, .
     moved[:, 6] = np.arctan2(turn[0, 0] * sin - turn[0, 1] * cos, turn[0, 0] * cos + turn[0, 1] * sin)
     moved[:, 7:9] = np.nan_to_num(boxes[:, 7:9], nan=0.0) @ turn[:2, :2].T
     return moved.astype(np.float32), labels
-
-
-def collate(samples: list[CameraSample], *, capacities: Capacities) -> tuple[CameraBatch, dict[str, int]]:
-    """Pads samples to one CameraBatch on the CPU, and counts what did not fit, as `batch.collate`.
-
-    Raises ValueError if there is no sample, or if samples differ in frames, cameras, image size or having depth.
-    """
-    if not samples:
-        raise ValueError("collate got no samples; a batch needs at least one.")
-    names = ["images", "intrinsics", "image_aug", "ego_from_camera", "bev_aug"]
-    with_depth = sum(sample.depth is not None for sample in samples)
-    if with_depth not in (0, len(samples)):
-        raise ValueError("collate got samples with and without depth maps; read all with depth or all without.")
-    names += ["depth"] if with_depth else []
-    boxes = [pad(sample.boxes, capacities.boxes) for sample in samples]
-    counts = {"overflow/boxes": sum(max(0, len(sample.boxes) - capacities.boxes) for sample in samples)}
-    for sample in samples:
-        for name, count in sample.counts.items():
-            counts[name] = counts.get(name, 0) + count
-    batch = camera_batch.make(
-        **{name: stack(name, [getattr(sample, name) for sample in samples]) for name in names},
-        boxes=torch.stack([value for value, _ in boxes]),
-        labels=torch.stack([pad(sample.labels, capacities.boxes)[0] for sample in samples]),
-        boxes_valid=torch.stack([valid for _, valid in boxes]),
-    )
-    return batch, counts
 
 
 def _cameras(frame: Frame, channels: tuple[str, ...]) -> list[Camera]:

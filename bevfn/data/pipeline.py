@@ -15,7 +15,7 @@ from bevfn.boxes import limit_yaw
 from bevfn.data import annotations, augment, image, points
 from bevfn.data import paste as pasting
 from bevfn.data import sweeps as aggregation
-from bevfn.data.batch import Capacities, Sample
+from bevfn.data.batch import Base, Capacities, Sample
 from bevfn.data.index import Frame
 
 CLASS_NAMES = (  # in the order of BEVFusion's labels, which is not the devkit's
@@ -52,7 +52,7 @@ class Config:
     paste: pasting.Config | None = None
     """GT paste from a database; None: nothing is pasted."""
     global_augmentation: augment.Global | None = None
-    """Of points and boxes; None: lidar_aug is the identity."""
+    """Of points and boxes; None: base_aug is the identity."""
     grid_mask: augment.GridMask | None = None
     shuffle_points: bool = False
     """Random order of the points, which decides which ones a full voxel keeps."""
@@ -122,10 +122,10 @@ def load(
         new_boxes, new_labels, pasted = pasting.sample(database, boxes, labels, config.class_names, config.paste, rng)
         cloud = pasting.insert(cloud, new_boxes, pasted)
         boxes, labels = np.concatenate([boxes, new_boxes]), np.concatenate([labels, new_labels])
-    lidar_aug = np.eye(4, dtype=np.float32)
+    base_aug = np.eye(4, dtype=np.float32)
     if config.global_augmentation is not None:
-        lidar_aug = augment.draw_matrix(config.global_augmentation, rng)
-        cloud, boxes = augment.move_points(cloud, lidar_aug), augment.move_boxes(boxes, lidar_aug)
+        base_aug = augment.draw_matrix(config.global_augmentation, rng)
+        cloud, boxes = augment.move_points(cloud, base_aug), augment.move_boxes(boxes, base_aug)
     cloud = cloud[points.in_range(cloud, config.point_cloud_range)]
     boxes, labels = _known_and_in_range(boxes, labels, config)
     if config.grid_mask is not None and "images" in cameras:
@@ -133,13 +133,13 @@ def load(
     if config.shuffle_points:
         cloud = cloud.take(rng.permutation(len(cloud)), axis=0)
     return Sample(
+        base=Base.LIDAR,
         points=cloud,
         boxes=boxes,
         labels=labels,
-        lidar_aug=lidar_aug,
+        base_aug=base_aug,
         **cameras,
         token=frame.token,
-        timestamp=frame.timestamp,
         class_names=config.class_names,
         counts={"bad/points": bad, "empty/points": int(len(cloud) == 0), "empty/boxes": int(len(boxes) == 0)},
     )
@@ -176,15 +176,17 @@ def _cameras(frame: Frame, root: Path, config: Config, rng: np.random.Generator)
     fields = {
         "image_paths": tuple(files),
         "camera_names": tuple(frame.cameras),
-        "intrinsics": np.stack(intrinsics),
-        "image_from_lidar": np.stack(image_from_lidar),
-        "lidar_from_camera": np.stack(lidar_from_camera),
+        "intrinsics": np.stack(intrinsics)[None],
+        "image_from_base": np.stack(image_from_lidar)[None],
+        "base_from_camera": np.stack(lidar_from_camera)[None],
     }
-    return {**fields, **_images(files, config, rng)} if config.cameras else fields
+    if not config.cameras:
+        return {name: fields[name] for name in ("image_paths", "camera_names")}
+    return {**fields, **_images(files, config, rng)}
 
 
 def _images(files: list[Path], config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Images [N,H,W,3] and their matrices [N,4,4], each resized, cropped, mirrored and turned on its own."""
+    """Images [1,N,H,W,3] and their matrices [1,N,4,4], each resized, cropped, mirrored and turned on its own."""
     source, size = config.source_size, config.image_size
     if config.image_augmentation is not None:
         moves = [augment.draw_image(config.image_augmentation, source, size, rng) for _ in files]
@@ -192,4 +194,5 @@ def _images(files: list[Path], config: Config, rng: np.random.Generator) -> dict
         crop = image.centre_crop(source, size, config.resize)
         moves = [{"resize": config.resize, "crop": crop}] * len(files)
     pairs = [image.transform(image.read(file, size=source), size=size, **move) for file, move in zip(files, moves)]
-    return {"images": np.stack([pixels for pixels, _ in pairs]), "image_aug": np.stack([matrix for _, matrix in pairs])}
+    images, matrices = zip(*pairs)
+    return {"images": np.stack(images)[None], "image_aug": np.stack(matrices)[None]}

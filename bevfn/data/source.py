@@ -8,10 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from bevfn import synth
-from bevfn.data import batch as lidar_batch
-from bevfn.data import building, camera_pipeline, depth, infos, nuscenes, paste, pipeline
+from bevfn.data import batch, building, camera_pipeline, depth, infos, nuscenes, paste, pipeline
 from bevfn.data.batch import Sample
-from bevfn.data.camera_pipeline import CameraSample
 from bevfn.data.index import Frame, Index, inverse
 from bevfn.data.loader import Collate
 
@@ -79,20 +77,20 @@ def _load_key_frames(
     database: paste.Database | None,
     place: int,
     generator: np.random.Generator,
-) -> CameraSample:
+) -> Sample:
     files = depth.prepared(index) if reading.depth else None
     return camera_pipeline.load(index, place, reading, generator, depth_files=files)
 
 
 BEVFUSION = Reader(
     load=_load_points_and_images,
-    collate=lidar_batch.collate,
+    collate=batch.collate,
     lidar_from_boxes=lambda frame, reading: np.eye(4),
     sensors=lambda reading: ("camera", "lidar") if reading.cameras else ("lidar",),
 )
 BEVDEPTH = Reader(  # the LiDAR's depth maps are what it learns from, not what it looks at
     load=_load_key_frames,
-    collate=camera_pipeline.collate,
+    collate=batch.collate,
     lidar_from_boxes=lambda frame, reading: (
         inverse(frame.global_from_lidar) @ camera_pipeline.ego_pose(frame, reading.channels)
     ),

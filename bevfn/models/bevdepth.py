@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Batch
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
 from bevfn.necks import second_fpn
@@ -170,7 +170,7 @@ def init(config: Config, seed: int) -> tuple[dict, dict]:
 Place = Tensor | tuple[Tensor, Tensor]
 
 
-def place(batch: CameraBatch, frame: int, config: Config) -> Place:
+def place(batch: Batch, frame: int, config: Config) -> Place:
     """Where frame t's features go: the cell of every frustum point, or MatrixVT's ring and ray matrices.
 
     It follows from the calibration and the augmentation alone; a fixed rig can make it once and give it to `apply`.
@@ -183,7 +183,7 @@ def place(batch: CameraBatch, frame: int, config: Config) -> Place:
 def apply(
     params: dict,
     state: dict,
-    batch: CameraBatch,
+    batch: Batch,
     *,
     config: Config,
     train: Train,
@@ -197,7 +197,7 @@ def apply(
     in training normalise by their own batch and update the running statistics once more, as upstream.
 
     Args:
-        batch: see `data.camera_batch.CameraBatch`; at least `config.frames` frames.
+        batch: see `data.batch.Batch`; at least `config.frames` frames.
         train: batch statistics (of all replicas with `Replicas`).
         key: dropout; None switches it off.
         places: of every frame instead of `place`.
@@ -232,7 +232,7 @@ def apply(
     return {"frames": frames, "bev": bev, "trunk": trunk, "bev_neck": x, "head": head}, new
 
 
-def _check(batch: CameraBatch, config: Config) -> None:
+def _check(batch: Batch, config: Config) -> None:
     frames, size = batch.images.shape[1], tuple(batch.images.shape[3:5])
     if frames < config.frames:
         raise ValueError(f"the batch has {frames} frames, the model takes {config.frames}; read more key frames")
@@ -243,7 +243,7 @@ def _check(batch: CameraBatch, config: Config) -> None:
 def _frame(
     params: dict,
     state: dict,
-    batch: CameraBatch,
+    batch: Batch,
     t: int,
     where: Place,
     *,
@@ -293,7 +293,7 @@ def normalise(images: Tensor) -> Tensor:
 def loss(
     params: dict,
     state: dict,
-    batch: CameraBatch,
+    batch: Batch,
     key: Tensor | None = None,
     *,
     config: Config,
@@ -312,7 +312,7 @@ def loss(
     Raises ValueError if the batch has no annotations, or no depth while the depth loss counts.
     """
     if batch.boxes is None or batch.labels is None or batch.boxes_valid is None:
-        raise ValueError("CameraBatch.boxes, labels and boxes_valid are needed for training")
+        raise ValueError("Batch.boxes, labels and boxes_valid are needed for training")
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     pooled = train if isinstance(train, Replicas) else None
     total, terms = centerpoint_loss.loss(
@@ -326,10 +326,10 @@ def loss(
     return total, (new, {"loss/total": total.detach(), **metrics})
 
 
-def depth_loss(outputs: dict, batch: CameraBatch, config: Config, replicas: Replicas | None = None) -> Tensor:
+def depth_loss(outputs: dict, batch: Batch, config: Config, replicas: Replicas | None = None) -> Tensor:
     """Weighted depth loss of the current key frame, 0-d; raises ValueError if the batch has no depth."""
     if batch.depth is None:
-        raise ValueError("CameraBatch.depth is needed for the depth loss; read it, or set depth_loss_weight to 0")
+        raise ValueError("Batch.depth is needed for the depth loss; read it, or set depth_loss_weight to 0")
     labels = depth_net.depth_labels(batch.depth.flatten(0, 1), config.grid.depth_m, config.grid.stride)
     logits = outputs["frames"][0]["depth_net"]["logits"]
     return depth_net.depth_loss(logits, labels, weight=config.depth_loss_weight, replicas=replicas)
@@ -343,7 +343,7 @@ def decode(outputs: dict, config: Config) -> dict[str, Tensor]:
 def predict(
     params: dict,
     state: dict,
-    batch: CameraBatch,
+    batch: Batch,
     *,
     config: Config,
     policy: Policy = Policy(),  # noqa: B008

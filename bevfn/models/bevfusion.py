@@ -240,7 +240,7 @@ def _camera_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy, key: Tensor | None
 ) -> tuple[dict, dict]:
     assert config.camera is not None
-    images = normalise(batch.images).flatten(0, 1).to(policy.compute)  # B*N 3 H W
+    images = normalise(batch.images[:, 0]).flatten(0, 1).to(policy.compute)  # B*N 3 H W
     swin_key = None if key is None else rng.fold(key, 0)
     features = swin.apply(params["backbone"], images, config=config.camera.backbone, train=train, key=swin_key)
     fpn, neck_state = lss_fpn.apply(params["neck"], state["neck"], features, train=train)

@@ -14,8 +14,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from bevfn import goldens, tree, upstream
-from bevfn.data import camera_batch
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Base, Batch, make
 from bevfn.data.pipeline import CLASS_NAMES
 from bevfn.evaluation import results
 from bevfn.heads import centerpoint, centerpoint_loss
@@ -57,7 +56,7 @@ def config_for(case: Case, name: str) -> bevdepth.Config:
     return bevdepth.key_frames(len(case.inputs["ida_mats"]))
 
 
-def batch_of(case: Case, device: str) -> CameraBatch:
+def batch_of(case: Case, device: str) -> Batch:
     """The stored inputs as a batch of one; earlier frames' images are made from the key frame's as the README says."""
     inputs = case.inputs
     frames = [inputs["imgs_u8_rgb"]]
@@ -69,11 +68,19 @@ def batch_of(case: Case, device: str) -> CameraBatch:
     depth[tuple(inputs["depth_gt_cam_y_x"].long().T)] = inputs["depth_gt_value"]
     boxes = inputs["gt_boxes"].clone()
     boxes[:, 2] -= boxes[:, 5] * 0.5
-    made = camera_batch.make(
-        torch.stack(frames)[None], inputs["intrin_mats"][None], inputs["ida_mats"][None],
-        inputs["sensor2ego_mats"][None], inputs["bda_mat"][None], depth=depth[None], boxes=boxes[None],
-        labels=inputs["gt_labels"][None], boxes_valid=torch.ones(1, len(boxes), dtype=torch.bool),
-    )  # fmt: skip
+    made = make(
+        base=Base.EGO_AT_CAMERAS,
+        base_aug=inputs["bda_mat"][None],
+        boxes=boxes[None],
+        labels=inputs["gt_labels"][None],
+        boxes_valid=torch.ones(1, len(boxes), dtype=torch.bool),
+        images=torch.stack(frames)[None],
+        intrinsics=inputs["intrin_mats"][None],
+        image_aug=inputs["ida_mats"][None],
+        base_from_camera=inputs["sensor2ego_mats"][None],
+        image_from_base=(inputs["intrin_mats"] @ torch.linalg.inv(inputs["sensor2ego_mats"]))[None],
+        depth=depth[None],
+    )
     made.validate()
     return made.to(device)
 
@@ -86,16 +93,16 @@ def suffixes(case: Case) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------------------------------- geometry
 
 
-def _depth_labels(case: Case, table: Table, batch: CameraBatch, config: bevdepth.Config) -> None:
+def _depth_labels(case: Case, table: Table, batch: Batch, config: bevdepth.Config) -> None:
     assert batch.depth is not None
     ours = depth_net.depth_labels(batch.depth[0], config.grid.depth_m, config.grid.stride).cpu()
     wrong = int((ours != case.inputs["depth_label_bin"]).sum())
     table.add("inputs/depth_label_bin", wrong, 0.0, f"of {ours.numel()} cells differ")
 
 
-def _places(case: Case, table: Table, batch: CameraBatch, config: bevdepth.Config) -> list[bevdepth.Place]:
+def _places(case: Case, table: Table, batch: Batch, config: bevdepth.Config) -> list[bevdepth.Place]:
     """Compares where the features go, then hands back the stored answer."""
-    device = batch.bev_aug.device
+    device = batch.base_aug.device
     if config.matrix is not None:
         return [_matrices(case, table, batch, config)]
     found: list[bevdepth.Place] = []
@@ -109,7 +116,7 @@ def _places(case: Case, table: Table, batch: CameraBatch, config: bevdepth.Confi
     return found
 
 
-def _matrices(case: Case, table: Table, batch: CameraBatch, config: bevdepth.Config) -> bevdepth.Place:
+def _matrices(case: Case, table: Table, batch: Batch, config: bevdepth.Config) -> bevdepth.Place:
     points = torch.stack(matrixvt.ray_points(batch, 0, config.grid), -1)[0].cpu()
     _compare(case, table, "eval/ray_points_voxel", points, EVAL_TOLERANCE)
     stored = case.outputs["eval/ray_points_index"].long()
@@ -191,7 +198,7 @@ def _camera_norm(case: Case, table: Table, name: str, ours: Tensor) -> None:
 
 
 def _evaluate(
-    case: Case, table: Table, params: dict, state: dict, batch: CameraBatch, config: bevdepth.Config,
+    case: Case, table: Table, params: dict, state: dict, batch: Batch, config: bevdepth.Config,
     places: list[bevdepth.Place],
 ) -> None:  # fmt: skip
     with torch.no_grad():
@@ -269,7 +276,7 @@ def _decoder(case: Case, table: Table, config: bevdepth.Config) -> None:
 
 
 def _train(
-    case: Case, table: Table, params: dict, state: dict, batch: CameraBatch, config: bevdepth.Config, name: str,
+    case: Case, table: Table, params: dict, state: dict, batch: Batch, config: bevdepth.Config, name: str,
     places: list[bevdepth.Place],
 ) -> None:  # fmt: skip
     assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
@@ -300,7 +307,7 @@ def _losses(case: Case, table: Table, ours: dict) -> None:
         table.add(f"train/loss/{key}", error, max(TRAIN_TOLERANCE, 10 * float(noise.get(key, 0.0))))
 
 
-def _targets(case: Case, table: Table, batch: CameraBatch, ours: dict, head: centerpoint.Config) -> None:
+def _targets(case: Case, table: Table, batch: Batch, ours: dict, head: centerpoint.Config) -> None:
     """Stored rows of a task: its boxes by class, then in input order."""
     assert batch.labels is not None
     labels = batch.labels[0].cpu()

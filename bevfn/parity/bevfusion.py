@@ -12,8 +12,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from bevfn import geometry, goldens, tree, upstream
-from bevfn.data.batch import Batch
+from bevfn import goldens, tree, upstream
+from bevfn.data import batch
+from bevfn.data.batch import Base, Batch
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.kernels.linear_assignment import linear_assignment
 from bevfn.models import bevfusion
@@ -82,21 +83,17 @@ def batch_of(case: Case, boxes: Tensor | None, device: str, prefix: str = "") ->
         "labels": inputs["gt_labels"][chosen][None],
         "boxes_valid": torch.ones(1, len(chosen), dtype=torch.bool),
     }
-    lidar_aug = inputs.get(f"{prefix}lidar_aug_matrix", torch.eye(4))[None]
-    fields |= {"lidar_aug": lidar_aug, "undo_lidar_aug": geometry.invert(lidar_aug[:, :3, :3])}
-    if "imgs" in inputs:
-        image_aug = inputs[f"{prefix}img_aug_matrix"][None]
-        lidar_from_camera, intrinsics = inputs["cam2lidar"][None], inputs["cam2img"][None]
-        fields |= {
-            "images": inputs["imgs"][None],
-            "image_from_lidar": inputs["lidar2img"][None],
-            "lidar_from_camera": lidar_from_camera,
-            "intrinsics": intrinsics,
-            "image_aug": image_aug,
-            "undo_image_aug": geometry.invert(image_aug[..., :3, :3]),
-            "lidar_from_pixel": geometry.unprojection(lidar_from_camera, intrinsics),
+    if "imgs" in inputs:  # with one frame, T = 1
+        names = {
+            "images": "imgs",
+            "intrinsics": "cam2img",
+            "image_aug": f"{prefix}img_aug_matrix",
+            "base_from_camera": "cam2lidar",
+            "image_from_base": "lidar2img",
         }
-    return Batch(**fields).to(device)
+        fields |= {ours: inputs[theirs][None, None] for ours, theirs in names.items()}
+    base_aug = inputs.get(f"{prefix}lidar_aug_matrix", torch.eye(4))[None]
+    return batch.make(base=Base.LIDAR, base_aug=base_aug, **fields).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

@@ -22,7 +22,7 @@ import tyro
 from typing_extensions import Self
 
 from bevfn import compile as compilation
-from bevfn import distributed, host, tree, upstream
+from bevfn import distributed, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, source
 from bevfn.data.index import Index
 from bevfn.distributed import Replicas
@@ -392,6 +392,7 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
         "minutes": (time.perf_counter() - started) / 60,
         "peak_memory_gb": {where: size / 2**30 for where, size in peak_memory().items()},
         "config": flags(run.config),
+        **provenance.head(run.config.device),
     }
     if run.leads:
         write_atomically(run.config.run_dir / "summary.json", json.dumps(summary, indent=1).encode())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bevfn import geometry
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Batch
 from bevfn.kernels.voxel_pool import voxel_pool
 
 Bounds = tuple[float, float, float]
@@ -62,20 +62,20 @@ class Config:
         return geometry.num_cells(self.y_m), geometry.num_cells(self.x_m)
 
 
-def frustum_points(batch: CameraBatch, frame: int, config: Config) -> geometry.Planes:
+def frustum_points(batch: Batch, frame: int, config: Config) -> geometry.Planes:
     """x, y, z of the frustums of frame t's cameras in the augmented key ego frame, each [B N D H W], m."""
     frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, batch.image_aug.device)
     return geometry.frustum_in_base(
         frustum,
         image_aug=batch.image_aug[:, frame],
         undo_image_aug=batch.undo_image_aug[:, frame],
-        base_from_pixel=batch.ego_from_pixel[:, frame],
-        base_from_camera=batch.ego_from_camera[:, frame],
-        base_aug=batch.bev_aug,
+        base_from_pixel=batch.base_from_pixel[:, frame],
+        base_from_camera=batch.base_from_camera[:, frame],
+        base_aug=batch.base_aug,
     )
 
 
-def cells(batch: CameraBatch, frame: int, config: Config) -> Tensor:
+def cells(batch: Batch, frame: int, config: Config) -> Tensor:
     """The cell of every frustum point: int32 [B N D H W], (b Y + y) X + x, or -1 outside the grid.
 
     By truncation toward zero, as upstream: points up to one cell below the grid land in cell 0, and with one cell of

@@ -96,7 +96,7 @@ def apply(
             f"feature of {size} does not fit image_size {config.image_size}: expected {config.feature_size}"
         )
     outputs: dict[str, Tensor] = {}
-    new, B = dict(state), len(batch.points)
+    new, B = dict(state), len(batch.base_aug)
     x = feature.float()
     if config.lidar_depth:
         depth_map = lidar_depth_map(batch, config.image_size).flatten(0, 1)  # BN image rows, columns
@@ -120,25 +120,24 @@ def apply(
 
 def lidar_depth_map(batch: Batch, image_size: tuple[int, int]) -> Tensor:
     """Depth of the LiDAR points in the input images [B N *image_size], m, 0 where no point falls."""
-    fields = _fields(batch, "undo_lidar_aug", "lidar_aug", "image_from_lidar", "image_aug")
-    fields = {name.replace("lidar", "base"): value for name, value in fields.items()}
+    fields = _fields(batch, "undo_base_aug", "base_aug", "image_from_base", "image_aug")
     return geometry.depth_map(geometry.project(batch.points, **fields), batch.points_valid, image_size)
 
 
 def frustum_points(batch: Batch, config: Config) -> geometry.Planes:
     """x, y, z of every camera's frustum in the augmented LiDAR frame, each [B N D H W], m."""
-    fields = _fields(batch, "image_aug", "undo_image_aug", "lidar_from_pixel", "lidar_from_camera", "lidar_aug")
+    fields = _fields(batch, "image_aug", "undo_image_aug", "base_from_pixel", "base_from_camera", "base_aug")
     frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, fields["image_aug"].device)
-    fields = {name.replace("lidar", "base"): value for name, value in fields.items()}
     return geometry.frustum_in_base(frustum, **fields)
 
 
 def _fields(batch: Batch, *names: str) -> dict[str, Tensor]:
+    """Fields of the batch; of those of every frame, the key frame's."""
     fields = {name: getattr(batch, name) for name in names}
     for name, value in fields.items():
         if value is None:
             raise ValueError(f"Batch.{name} is None: the view transform needs the camera fields of the batch")
-    return fields
+    return {name: value if name.endswith("base_aug") else value[:, 0] for name, value in fields.items()}
 
 
 def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: Train) -> Tensor:

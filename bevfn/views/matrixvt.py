@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bevfn import geometry, tree
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Batch
 from bevfn.distributed import Train
 from bevfn.layers import branch, conv, conv_norm
 from bevfn.views import camera_grid
@@ -106,7 +106,7 @@ def _rays(x: Tensor, B: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- the matrices
 
 
-def ray_points(batch: CameraBatch, frame: int, grid: camera_grid.Config) -> geometry.Planes:
+def ray_points(batch: Batch, frame: int, grid: camera_grid.Config) -> geometry.Planes:
     """One point per ray and depth bin, the mean over the image rows: x, y, z in cells from the grid's lower corner,
     each [B R D], R = N*W."""
     planes = []
@@ -120,7 +120,7 @@ def ray_points(batch: CameraBatch, frame: int, grid: camera_grid.Config) -> geom
     return x, y, z
 
 
-def ray_cells(batch: CameraBatch, frame: int, grid: camera_grid.Config) -> Tensor:
+def ray_cells(batch: Batch, frame: int, grid: camera_grid.Config) -> Tensor:
     """The cell of every ray's depth bin, int64 [B R D], y X + x.
 
     By truncation toward zero; the height does not matter. Points outside go to the cell in the middle of the map, row
