@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.files import write_atomically
+from bevfn.upstream import models
 from bevfn.upstream.convert import Report, nest
 from bevfn.upstream.entries import Naming
 from bevfn.upstream.recognise import SparseLayout
@@ -154,7 +155,7 @@ def read_imported(path: Path) -> Imported:
         nest(parts["params"]),
         nest(parts["state"]),
         parts["upstream"],
-        metadata["model"],
+        models.RENAMED.get(metadata["model"], metadata["model"]),
         metadata["source"],
         cast(SparseLayout, metadata["sparse"]),
         cast(Naming, metadata["naming"]),
