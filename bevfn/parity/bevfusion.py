@@ -100,10 +100,14 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
 
 
 def loss(outputs: dict, batch: Batch, config: bevfusion.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
-    total, terms = transfusion_loss.loss(
-        outputs["head"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head
-    )
+    boxes, labels, valid = _annotations(batch)
+    total, terms = transfusion_loss.loss(outputs["head"], boxes, labels, valid, config=config.head)
     return total, _terms(terms), terms["targets"]
+
+
+def _annotations(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
+    return batch.boxes, batch.labels, batch.boxes_valid
 
 
 def _terms(terms: dict) -> dict[str, Tensor]:
@@ -125,7 +129,7 @@ def evaluated(case: Case, table: Table, outputs: dict, batch: Batch, config: bev
             _sites(case, table, f"eval/{name}", _at(outputs, path))
     if config.camera is not None:
         _depth_map(case, table, "eval/vt", outputs["camera"]["view"]["depth_map"])
-        _augmented_geometry(case, table, config, str(batch.points.device))
+        _augmented_geometry(case, table, config, str(batch.base_aug.device))
     _queries(case, table, "eval/head", outputs["head"], EVAL_TOLERANCE)
     found = transfusion.decode(outputs["head"], config.head)
     made = {key: found[key][0][found["valid"][0]] for key in ("boxes", "scores", "labels")}
@@ -209,7 +213,7 @@ def trained(case: Case, table: Table, outputs: dict, targets: dict, batch: Batch
     if "train_all/loss/loss_heatmap" in case.outputs:
         _all_boxes(case, table, head, config)
     if any(name.startswith("unit/") for name in case.outputs):
-        _unit(case, table, config, str(batch.points.device))
+        _unit(case, table, config, str(batch.base_aug.device))
 
 
 def _targets(case: Case, table: Table, name: str, order: Tensor, targets: dict) -> None:
@@ -244,7 +248,7 @@ def _all_boxes(case: Case, table: Table, head: dict, config: bevfusion.Config) -
     query, box = case.outputs["train_all/match"].long().T
     chosen = _order(case, "train/head", head)[query]
     pred = torch.cat([head["pred"][-1][k] for k in BOX], -1)[0].cpu()[chosen]
-    code = transfusion_loss.encode_boxes(batch.boxes, config.head)[0].cpu()[box]
+    code = transfusion_loss.encode_boxes(_annotations(batch)[0], config.head)[0].cpu()[box]
     weights = torch.tensor(config.head.code_weights)
     injected = config.head.bbox_weight * float(((pred - code).abs() * weights).sum()) / len(box)
     error = compare.relative(injected, float(case.outputs["train_all/loss/layer_-1_loss_bbox"]))
@@ -271,7 +275,7 @@ def _unit(case: Case, table: Table, config: bevfusion.Config, device: str) -> No
     compare.boundary(case, table, "unit/cost", targets["cost"][0], TRAIN_TOLERANCE)
     compare.losses(case, table, "unit", {"total": total, **terms}, ABSOLUTE)
     _targets(case, table, "unit", torch.arange(targets["cost"].shape[1]), targets)
-    match = linear_assignment(case.outputs["unit/cost"][None], batch.boxes_valid.cpu())[0]
+    match = linear_assignment(case.outputs["unit/cost"][None], _annotations(batch)[2].cpu())[0]
     paired = float(case.outputs["unit/cost"].double()[match, torch.arange(len(match))].sum())
     table.add("unit/match_cost", compare.relative(paired, case.stats["unit/match_cost"]), 1e-6, "of the stored costs")
     for key, gradient in gradients.items():

@@ -63,7 +63,8 @@ def run(case: Case, table: Table, *, only: str | None, device: str) -> None:
     family, maps = spec.family, MAPS[spec.family]
     config = maps.config_for(case, spec.config())
     params, state, _ = upstream.import_state(golden.fill_case(case.folder), source.model)
-    params, state, _ = upstream.load_into(*family.init(config, seed=0), {str(case.folder): (params, state)})
+    initial, statistics = family.init(config, seed=0)
+    params, state, _ = upstream.load_into(initial, statistics, {str(case.folder): (params, state)})
     params, state = tree.to(params, device), tree.to(state, device)
     extra = maps.places(case, table, maps.batch_of(case, device, train=False), config)
     if only != "train":

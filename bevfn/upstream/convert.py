@@ -1,5 +1,6 @@
 """Foreign state dicts to our trees and back, every key accounted for."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class Report:
         kernels = f"sparse kernels {self.sparse}, " if models.has_sparse_kernels(self.model) else ""
         lines += [f"  layout     {kernels}{self.naming} naming, key prefix {self.prefix!r}"]
         lines += [f"  used       {len(self.used)} tensors"]
-        lines += [f"  unused     {count} {reason}" for reason, count in _count(self.unused.values()).items()]
+        lines += [f"  unused     {count} {reason}" for reason, count in Counter(self.unused.values()).items()]
         lines += [f"  at init    {name} (no {key})" for name, key in self.initial.items()]
         lines += [f"  missing    {name} (no {key})" for name, key in self.missing.items()]
         lines += [f"  mismatched {key}: {shapes}" for key, shapes in self.mismatched.items()]
@@ -198,7 +199,7 @@ def nest(flat: Mapping[str, Tensor]) -> dict:
     return _lists(root, "")
 
 
-def _lists(node: dict, path: str):
+def _lists(node: Any, path: str) -> Any:
     if not isinstance(node, dict):
         return node
     children = {name: _lists(child, f"{path}{name}.") for name, child in node.items()}
@@ -267,10 +268,3 @@ def _difference(stored: Tensor, computed: Tensor) -> str | None:
 
 def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
-
-
-def _count(reasons) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for reason in reasons:
-        found[reason] = found.get(reason, 0) + 1
-    return found

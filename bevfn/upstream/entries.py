@@ -62,7 +62,7 @@ def conv_norm(
 ) -> Names:
     """A convolution and its batch norm: `conv` and `norm` upstream below `key`, the two `names` here below `path`."""
     for ours, theirs, how in zip(names.split(), (conv, norm), (layout, "same")):
-        yield Named(f"{path}.{ours}", f"{key}.{theirs}", how)  # type: ignore[arg-type]  # of the tuple of literals
+        yield Named(f"{path}.{ours}", f"{key}.{theirs}", how)
 
 
 def entries(names: Iterable[Named], params: dict, state: dict) -> list[Entry]:
