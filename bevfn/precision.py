@@ -13,6 +13,7 @@ These places compute in float32 whatever the policy says, and hand back the acti
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from bevfn import tree
 # Megatron's; GradScaler has none.
 LOWEST_SCALE = 1.0
 
+Precision = Literal["fp32", "fp16", "bf16"]
 _NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
