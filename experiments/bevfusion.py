@@ -178,7 +178,7 @@ def fitted(config: Shared, model: bevfusion.Config, reading: pipeline.Config) ->
         reading = replace(reading, sweeps=config.sweeps, capacities=room, pad_empty_sweeps=False)
     if model.camera is None:
         return reading
-    H, W = model.camera.view.image_size
+    H, W = model.camera.view.grid.image_size
     scale = H / reading.image_size[0] * reading.source_size[0] / config.source_size[0]
     images = reading.image_augmentation
     if images is not None:

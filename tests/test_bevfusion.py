@@ -18,7 +18,7 @@ from bevfn.necks import lss_fpn, second_fpn
 from bevfn.precision import Policy
 from bevfn.synth import key_frame
 from bevfn.training import optim, train
-from bevfn.views import lift_splat
+from bevfn.views import camera_grid, lift_splat
 
 MODALITIES = ("lidar", "camera", "lidar-camera")
 STEPS = 5
@@ -35,10 +35,15 @@ def tiny(modality):
     view = lift_splat.Config(
         channels_in=16,
         channels_out=8,
-        image_size=(32, 96),
-        depth_m=(1.0, 31.0, 3.0),
-        x_m=(-24.0, 24.0, 0.75),
-        y_m=(-24.0, 24.0, 0.75),
+        grid=camera_grid.Config(
+            image_size=(32, 96),
+            stride=8,
+            depth_m=(1.0, 31.0, 3.0),
+            x_m=(-24.0, 24.0, 0.75),
+            y_m=(-24.0, 24.0, 0.75),
+            z_m=(-10.0, 10.0, 20.0),
+            rows="x",
+        ),
         lidar_depth=modality == "lidar-camera",
     )
     camera = bevfusion.Camera(
@@ -71,7 +76,7 @@ def make_batch(folder, model, count=1):
         cameras=model.camera is not None, source_size=(225, 400), capacities=batches.Capacities(6000, 16)
     )
     if model.camera is not None:
-        reading = replace(reading, image_size=model.camera.view.image_size, resize=0.24)
+        reading = replace(reading, image_size=model.camera.view.grid.image_size, resize=0.24)
     reading = replace(reading, point_cloud_range=(-24.0, -24.0, -5.0, 24.0, 24.0, 3.0))
     sample = frame.load(folder, config=reading)
     keep = slice(None, None, 4)

@@ -77,6 +77,10 @@ class Config:
             X, Y, _ = sparse_encoder.output_grid(self.lidar.encoder, self.sparse_grid)
             if self.head.cells != (X, Y):
                 raise ValueError(f"the sparse encoder makes {X} x {Y} BEV cells, head.cells is {self.head.cells}")
+        if self.camera is not None:
+            X, Y = (count // 2 for count in self.camera.view.grid.cells)
+            if self.head.cells != (X, Y):
+                raise ValueError(f"the view transform makes {X} x {Y} BEV cells, head.cells is {self.head.cells}")
 
     @property
     def sparse_grid(self) -> tuple[int, int, int]:
@@ -122,10 +126,7 @@ def mini(config: Config) -> Config:
         view = lift_splat.Config(
             channels_in=32,
             channels_out=16,
-            image_size=(64, 192),
-            depth_m=(1.0, 61.0, 1.0),
-            x_m=span,
-            y_m=span,
+            grid=replace(camera.view.grid, image_size=(64, 192), depth_m=(1.0, 61.0, 1.0), x_m=span, y_m=span),
             lidar_depth=camera.view.lidar_depth,
         )
         neck = lss_fpn.Config(channels_in=(32, 64, 128), channels_out=32)
@@ -252,7 +253,8 @@ def _camera_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy, key: Tensor | None
 ) -> tuple[dict, dict]:
     assert config.camera is not None
-    images = cameras.normalise(batch.images[:, 0], order="rgb").to(policy.compute)  # B*N 3 H W
+    frames = cameras.images(batch, 1, config.camera.view.grid.image_size)
+    images = cameras.normalise(frames[:, 0], order="rgb").to(policy.compute)  # B*N 3 H W
     swin_key = None if key is None else rng.fold(key, 0)
     features = swin.apply(params["backbone"], images, config=config.camera.backbone, train=train, key=swin_key)
     fpn, neck_state = lss_fpn.apply(params["neck"], state["neck"], features, train=train)

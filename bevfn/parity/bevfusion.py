@@ -21,7 +21,7 @@ from bevfn.models import bevfusion
 from bevfn.parity import compare
 from bevfn.parity.case import Case
 from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
-from bevfn.views import lift_splat
+from bevfn.views import camera_grid, lift_splat
 
 PER_QUERY = ("query_score", "query_pos", "query_feat_in", "self_attn", "cross_attn", "decoder_out")
 
@@ -206,8 +206,8 @@ def _augmented_geometry(case: Case, table: Table, config: bevfusion.Config, devi
     assert config.camera is not None
     batch = batch_of(case, None, device, prefix="aug/")
     view = config.camera.view
-    _depth_map(case, table, "aug/vt", lift_splat.lidar_depth_map(batch, view.image_size))
-    points = torch.stack(lift_splat.frustum_points(batch, view), -1)
+    _depth_map(case, table, "aug/vt", lift_splat.lidar_depth_map(batch, view.grid.image_size))
+    points = torch.stack(camera_grid.frustum_points(batch, 0, view.grid), -1)
     _dense(case, table, "aug/", {"vt/geometry": lambda: points})
 
 
