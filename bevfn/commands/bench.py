@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
 
 from bevfn import provenance, recipes
 from bevfn.files import write_atomically
+from bevfn.precision import Precision
+from bevfn.training import run
 
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
@@ -31,8 +33,8 @@ def step(
     *,
     model: recipes.Model = "bevfusion-lidar-camera",
     frame: Path | None = None,
-    scale: Literal["published", "mini"] = "published",
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    scale: run.Scale = "published",
+    precision: Precision = "fp32",
     batch_size: int = 1,
     device: str = "cpu",
     threads: int = 0,

@@ -11,6 +11,7 @@ import tyro
 from torch import Tensor
 
 from bevfn import provenance, recipes
+from bevfn.precision import Precision
 from bevfn.synth import key_frame
 from bevfn.training import run
 
@@ -24,8 +25,8 @@ NAMES: dict[str, dict[str, Any]] = {
 def graph(
     experiment: tyro.conf.Positional[recipes.Experiment],
     *,
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
-    scale: Literal["published", "mini"] = "published",
+    precision: Precision = "fp32",
+    scale: run.Scale = "published",
     batch_size: int | None = None,
     ops: Literal["stock", "drivingsdk"] = "stock",
     execute: int = 0,
@@ -78,7 +79,7 @@ def graph(
 
 
 def steps(
-    experiment: str, scale: str, precision: str, batch_size: int, *, comparable: bool = False
+    experiment: str, scale: run.Scale, precision: Precision, batch_size: int, *, comparable: bool = False
 ) -> dict[str, tuple[Callable, tuple]]:
     """{"train": (step, example arguments), "inference": ...} of an experiment's task, on a generated frame.
 

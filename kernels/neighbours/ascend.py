@@ -61,10 +61,9 @@ def strided(
     rest = [p - q * s for p, q, s in zip(site, last, stride)]
     reach = [range(-(-k // s)) for k, s in zip(kernel, stride)]
     steps = list(itertools.product(*reach))  # J of them: 8 for kernel 3, stride 2
-    feeds = _all_offsets([
-        _inside(q - _column(j, q), n) & (r + _column([i * s for i in j], q) < k)
-        for q, r, j, n, k, s in zip(last, rest, reach, out, kernel, stride)
-    ]) & valid  # J V  # fmt: skip
+    axes = zip(last, rest, reach, out, kernel, stride)
+    fed = [_inside(q - _column(j, q), n) & (r + _column([i * s for i in j], q) < k) for q, r, j, n, k, s in axes]
+    feeds = _all_offsets(fed) & valid  # J V
 
     # Mark the cells that are fed; what feeds nothing adds 0 to a place of its own behind them. The running count of
     # marked cells numbers the outputs in ascending order.
