@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from bevfn import geometry
@@ -124,7 +125,7 @@ def pool(depth: Tensor, context: Tensor, cell: Tensor, config: Config) -> Tensor
     rows, columns = config.cells
     B = cell.shape[0]
     pooled = voxel_pool(depth, context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns)
-    return pooled.view(B, rows, columns, -1).permute(0, 3, 1, 2)
+    return rearrange(pooled, "(b r c) k -> b k r c", b=B, r=rows)
 
 
 def pool_volume(volume: Tensor, cell: Tensor, config: Config) -> Tensor:
