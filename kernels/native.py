@@ -17,14 +17,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bevfn.files import cache_dir
+
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wall")
 # -ffp-contract=off: voxel and cell indices must round exactly as the published code does. Kernels whose inner loop is
 # a dot product call __builtin_fma (or vector intrinsics) where a fused multiply-add is wanted.
-
-
-def cache_dir() -> Path:
-    """Folder of compiled kernels: `$BEVFN_CACHE` or `~/.cache/bevfn`."""
-    return Path(os.environ.get("BEVFN_CACHE") or Path.home() / ".cache" / "bevfn")
 
 
 def _compiler() -> str:

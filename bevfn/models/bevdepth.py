@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.batch import Batch
+from bevfn.data.batch import Base, Batch, check_base
+from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
 from bevfn.necks import second_fpn
@@ -232,7 +233,20 @@ def apply(
     return {"frames": frames, "bev": bev, "trunk": trunk, "bev_neck": x, "head": head}, new
 
 
+def needs(config: Config) -> Needs:
+    """What the model reads of a batch."""
+    return Needs(
+        model="BEVDepth",
+        base=Base.EGO_AT_CAMERAS,
+        classes=sum(config.head.tasks),
+        image_size=config.grid.image_size,
+        frames=config.frames,
+        depth=config.depth_loss_weight > 0,
+    )
+
+
 def _check(batch: Batch, config: Config) -> None:
+    check_base(batch, Base.EGO_AT_CAMERAS, "BEVDepth")
     frames, size = batch.images.shape[1], tuple(batch.images.shape[3:5])
     if frames < config.frames:
         raise ValueError(f"the batch has {frames} frames, the model takes {config.frames}; read more key frames")
