@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from bevfn import tree
@@ -97,7 +98,7 @@ def test_unzip_parts_parameters_from_states_and_leaves_out_what_has_none():
 
 def test_a_static_field_is_structure_and_an_absent_one_stays_absent():
     @tree.register(static=("kind",))
-    @dataclasses.dataclass(frozen=True)
+    @dataclass(frozen=True)
     class Node:
         kind: str
         x: Tensor

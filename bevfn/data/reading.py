@@ -93,10 +93,10 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.cameras is None and (self.depth or self.base is Base.EGO_AT_CAMERAS):
-            what = "depth maps" if self.depth else f"the base {self.base.value!r}"
+            what = "depth maps" if self.depth else f"base frame of the {self.base.value}"
             raise ValueError(f"a reading without cameras has no {what}; give Reading.cameras")
         if self.base is not Base.LIDAR and self.points is not None:
-            raise ValueError(f"points are read in the LiDAR's frame, not in the base {self.base.value!r}")
+            raise ValueError(f"points are read in the LiDAR's frame, not in that of the {self.base.value}")
         if self.paste is not None and self.points is None:
             raise ValueError("GT paste adds points and boxes; give Reading.points or set paste to None")
 

@@ -7,6 +7,7 @@ bevdepth_r50_2key). One difference: a frame whose boxes are all filtered away is
 draws another frame instead.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from bevfn.data import annotations, augment, cameras, depth, points
 from bevfn.data import paste as pasting
 from bevfn.data import sweeps as aggregation
 from bevfn.data.batch import Base, Sample
-from bevfn.data.index import Index
-from bevfn.data.reading import Reading
+from bevfn.data.index import Frame, Index
+from bevfn.data.reading import Cameras, Points, Reading
 
 
 def load(
@@ -38,29 +39,11 @@ def load(
     if generator is None and reading.random:
         raise ValueError("a random augmentation needs a generator; give `sampling.generator(seed, epoch, position)`.")
     rng = generator if generator is not None else np.random.default_rng(0)  # of which nothing is drawn
-    frame, root = index[place], index.root
-    parts: dict[str, Any] = {}
-    counts: dict[str, int] = {}
-    if reading.cameras is not None:
-        frames = cameras.key_frames(index, place, reading.cameras.frames)
-        row = frame.rig(reading.channels)
-        parts |= cameras.read(frames, root, reading, drawn := cameras.moves(row, root, reading.cameras, rng))
-        counts["missing/frames"] = sum(f is frame for f in frames[1:])
-        if reading.depth:
-            sizes = [cameras.image_size(camera, root) for camera in row]
-            parts["depth"], found = depth.maps(index, frame, row, sizes, reading.cameras.image_size, drawn)
-            counts |= found
+    frame = index[place]
+    parts, counts = ({}, {}) if reading.cameras is None else _seen(index, place, reading, reading.cameras, rng)
     cloud: np.ndarray | None = None
     if reading.points is not None:
-        config = reading.points
-        cloud, counts["bad/points"] = aggregation.aggregate(
-            frame,
-            root,
-            count=config.sweeps,
-            choice=config.sweep_choice,
-            pad_empty=config.pad_empty_sweeps,
-            generator=rng,
-        )
+        cloud, counts["bad/points"] = _scanned(frame, index.root, reading.points, rng)
     boxes, labels = annotations.boxes(frame, reading.base, reading.channels, reading.class_names)
     if reading.paste is not None:
         assert cloud is not None
@@ -80,6 +63,29 @@ def load(
         base=reading.base, base_aug=base_aug, boxes=boxes, labels=labels, token=frame.token,
         class_names=reading.class_names, counts=counts, **parts,
     )  # fmt: skip
+
+
+def _seen(
+    index: Index, place: int, reading: Reading, config: Cameras, rng: np.random.Generator
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The Sample's fields of cameras and depth, and counts about them."""
+    root, frames = index.root, cameras.key_frames(index, place, config.frames)
+    row = frames[0].rig(config.channels)
+    moves = cameras.moves(row, root, config, rng)
+    parts = cameras.read(frames, root, reading, moves)
+    counts = {"missing/frames": sum(frame is frames[0] for frame in frames[1:])}
+    if reading.depth:
+        sizes = [cameras.image_size(camera, root) for camera in row]
+        parts["depth"], found = depth.maps(index, frames[0], row, sizes, config.image_size, moves)
+        counts |= found
+    return parts, counts
+
+
+def _scanned(frame: Frame, root: Path, config: Points, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(points of the key frame and its sweeps, number of bad ones)."""
+    return aggregation.aggregate(
+        frame, root, count=config.sweeps, choice=config.sweep_choice, pad_empty=config.pad_empty_sweeps, generator=rng
+    )
 
 
 def _pasted(
