@@ -22,8 +22,9 @@ from bevfn.files import write_atomically
 
 # One colour a class, in label order; further classes start over.
 COLOURS = (
-    "#3b82f6", "#f97316", "#eab308", "#dc2626", "#92400e", "#f472b6", "#06b6d4", "#65a30d", "#9333ea", "#0f766e",
-)  # fmt: skip
+    *("#3b82f6", "#f97316", "#eab308", "#dc2626", "#92400e"),
+    *("#f472b6", "#06b6d4", "#65a30d", "#9333ea", "#0f766e"),
+)
 DASHED: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (4, 2))}  # annotations
 # corner numbers of `boxes.corners`: the bottom's, the top's and the upright edges
 EDGES = tuple((i + k, (i + 1) % 4 + k) for k in (0, 4) for i in range(4)) + tuple((i, i + 4) for i in range(4))

@@ -26,7 +26,7 @@ def key(seed: int) -> Tensor:
     return _mix(torch.tensor((seed ^ 0x9E3779B9) & _MASK) ^ _mix(torch.tensor((seed >> 32) & _MASK)))
 
 
-def fold(key: Tensor, site: int | Tensor) -> Tensor:
+def fold(key: Tensor, site: Integers) -> Tensor:
     """The key of `site` under `key`: a Python int or an int64 [] tensor (such as the step), 0 <= site < 2^32."""
     folded = _mix(key ^ _mix(site ^ 0x5BD1E995))
     return torch.stack([folded, folded])[0]  # stored, see _mix

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -36,7 +36,6 @@ from bevfn.data import augment, sampling, source
 from bevfn.data.batch import Base, Capacities
 from bevfn.data.reading import Cameras, Reading
 from bevfn.models import bevdepth
-from bevfn.precision import Policy
 from bevfn.training import optim, run
 
 NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
@@ -94,13 +93,13 @@ VARIANTS: dict[str, Config] = {
     "bevdepth-4key": Config(model="bevdepth-4key"),
 }
 # One key frame over and over, nothing augmented: for a first look at a laptop.
-FRAME = {
+FRAME: dict[str, Any] = {
     "steps": 40, "batch_size": 1, "workers": 0, "lr": 1e-3, "norm_momentum": 0.1, "class_balanced": False, "ema": None,
     "augment": False, "eval_first": True, "eval_backend": "eager", "checkpoint_every": 1000,
 }  # fmt: skip
 # The synthetic world on two CPU cores. Nothing is augmented: with the vehicle's frame turned and mirrored, runs of this
 # length ended at mAOE 1.3 rad and mAVE 2.3 m/s, without at 0.3 and 1.0 (experiments/results/world_bevdepth.json).
-SYNTHETIC = {
+SYNTHETIC: dict[str, Any] = {
     "scale": "mini", "epochs": 14, "milestones": (10, 13), "batch_size": 2, "workers": 1, "lr": 2e-3,
     "norm_momentum": 0.1, "class_balanced": False, "augment": False, "eval_first": True, "eval_backend": "eager",
 }  # fmt: skip
@@ -129,21 +128,12 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 def assemble(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Task:
     """The task of a published network under the config's recipe."""
     model = sized(config, model)
-    policy = Policy.of(config.precision)
     read = data(config, splits, model)
     ema = None
     if config.ema is not None:
         ema = optim.Ema(config.ema, config.ema_ramp, first_update=len(read.items) * config.epochs)
-    return run.Task(
-        title=f"{config.model}, {config.scale} size",
-        data=read,
-        needs=bevdepth.needs(model),
-        init=partial(bevdepth.init, model, config.seed),
-        loss=partial(bevdepth.loss, config=model, policy=policy),
-        predict=partial(bevdepth.predict, config=model, policy=policy),
-        optimizer=partial(optimizer, config, model),
-        ema=ema,
-        shared_normalisers=True,
+    return run.make_task(
+        config, bevdepth, model, read, partial(optimizer, config, model), ema=ema, shared_normalisers=True
     )
 
 

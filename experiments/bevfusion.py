@@ -13,7 +13,7 @@ The flags' defaults are the published recipe on nuScenes, and smaller numbers (`
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from bevfn.data import augment, sampling, source
 from bevfn.data.batch import Capacities
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.models import bevfusion
-from bevfn.precision import Policy
 from bevfn.training import optim, run
 
 NETWORKS = {"bevfusion-lidar-camera": bevfusion.lidar_camera, "bevfusion-camera": bevfusion.camera_only}
@@ -98,14 +97,14 @@ class Config(Shared):
 
 
 # One key frame over and over, nothing augmented: for a first look at a laptop.
-FRAME = {
+FRAME: dict[str, Any] = {
     "steps": 40, "batch_size": 1, "workers": 0, "lr": 1e-3, "norm_momentum": 0.1, "class_balanced": False,
     "augment": False, "sweeps": 0, "eval_first": True, "eval_every": 0, "eval_backend": "eager",
     "checkpoint_every": 1000,
 }  # fmt: skip
 # The synthetic world on two CPU cores, from scratch: on the cycle of the LiDAR-only recipe, as the cosine is for a model
 # that starts from a trained detector.
-SYNTHETIC = {
+SYNTHETIC: dict[str, Any] = {
     "schedule": "cycle", "final_lr": 1e-5, "scale": "mini", "epochs": 9, "batch_size": 2, "workers": 1, "lr": 2e-3,
     "norm_momentum": 0.1, "eval_every": 0, "class_balanced": False, "augment": False, "eval_first": True,
     "eval_backend": "eager", "sweeps": 4,
@@ -146,16 +145,9 @@ def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
 def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Task:
     """The task of one network: `training` is how it is published to read."""
     model = sized(config, model)
-    policy = Policy.of(config.precision)
-    return run.Task(
-        title=f"{config.model}, {config.scale} size",
-        data=data(config, splits, model, training),
-        needs=bevfusion.needs(model),
-        init=partial(bevfusion.init, model, config.seed),
-        loss=partial(bevfusion.loss, config=model, policy=policy),
-        predict=partial(bevfusion.predict, config=model, policy=policy),
-        optimizer=partial(optimizer, config),
-        ema=None if config.ema is None else optim.Ema(decay=config.ema),
+    ema = None if config.ema is None else optim.Ema(decay=config.ema)
+    return run.make_task(
+        config, bevfusion, model, data(config, splits, model, training), partial(optimizer, config), ema=ema
     )
 
 

@@ -108,10 +108,18 @@ def lower(
     for i, value in enumerate(traced.outputs):
         outputs[places[i]] = value
     return Lowered(
-        graph, tuple(traced.inputs[i] for i in used), tuple(outputs), traced.module, time.perf_counter() - started,
-        {names.get(node, node): source for node, source in sources.items()}, tuple(missing), used, traced.spec,
-        tuple(None if i is None else places[i] for i in traced.returned), ops,
-    )  # fmt: skip
+        graph,
+        inputs=tuple(traced.inputs[i] for i in used),
+        outputs=tuple(outputs),
+        aten=traced.module,
+        seconds=time.perf_counter() - started,
+        sources={names.get(node, node): source for node, source in sources.items()},
+        missing=tuple(missing),
+        used=used,
+        spec=traced.spec,
+        returned=tuple(None if i is None else places[i] for i in traced.returned),
+        ops=ops,
+    )
 
 
 def aten(

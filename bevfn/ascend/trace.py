@@ -192,7 +192,7 @@ class _Sources(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         source = self.gradient or _source(sys._getframe(1))
-        self.forward.setdefault(torch.autograd._get_sequence_nr() - 1, source)
+        self.forward.setdefault(torch._C._autograd._get_sequence_nr() - 1, source)
         last = next(iter(reversed(self.graph.nodes)), None)
         try:
             out = func(*args, **(kwargs or {}))

@@ -3,17 +3,19 @@
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.progress import Progress
 
 from bevfn import catalogue, distributed, recipes, tree
+from bevfn import compile as compilation
 from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.evaluation import results
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge, submission
+from bevfn.precision import Precision
 from bevfn.training import run, run_folder
 
 
@@ -26,8 +28,8 @@ def evaluate(
     version: str | None = None,
     split: str | None = None,
     out: Path | None = None,
-    precision: Literal["fp32", "fp16", "bf16"] | None = None,
-    backend: Literal["inductor", "aot_eager", "eager"] = "inductor",
+    precision: Precision | None = None,
+    backend: compilation.Backend = "inductor",
     device: str = "cpu",
     batch_size: int = 1,
     workers: int = 4,

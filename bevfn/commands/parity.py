@@ -1,6 +1,5 @@
 """`bevfn parity CASE_DIR`: is our model the published one?"""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from bevfn.files import write_atomically
+from bevfn import provenance
 
 
 def parity(
@@ -53,5 +52,5 @@ def parity(
         + (f"; FAILED: {', '.join(failed)}" if failed else "")
     )
     if json_file is not None:
-        write_atomically(json_file, json.dumps(table.to_json(), indent=1).encode())
+        provenance.write(json_file, table.to_json(), device=device)
     return 0 if table.ok else 1

@@ -43,13 +43,15 @@ class Theme:
 
 
 LIGHT = Theme(
-    "#ffffff", "#1c2430", "#66707e", "#e6e9ee", "#cfdff9", "#d5d9e0", ("#0b3c8c", "#2f6fde", "#6ea3f2", "#a9c8f8"),
-    ("#2f6fde", "#e0761a", "#178a66", "#b0407d", "#7a5ccf", "#8a7a1f"),
-)  # fmt: skip
+    *("#ffffff", "#1c2430", "#66707e", "#e6e9ee", "#cfdff9", "#d5d9e0"),
+    distances=("#0b3c8c", "#2f6fde", "#6ea3f2", "#a9c8f8"),
+    series=("#2f6fde", "#e0761a", "#178a66", "#b0407d", "#7a5ccf", "#8a7a1f"),
+)
 DARK = Theme(
-    "#171b22", "#e6e9ee", "#98a2b1", "#2b323d", "#2a4272", "#414a57", ("#c5dafc", "#8db6fa", "#5b93f5", "#3766b8"),
-    ("#5b93f5", "#f0913d", "#3fbf93", "#dd6fae", "#a48cf0", "#c9b548"),
-)  # fmt: skip
+    *("#171b22", "#e6e9ee", "#98a2b1", "#2b323d", "#2a4272", "#414a57"),
+    distances=("#c5dafc", "#8db6fa", "#5b93f5", "#3766b8"),
+    series=("#5b93f5", "#f0913d", "#3fbf93", "#dd6fae", "#a48cf0", "#c9b548"),
+)
 FOUND, MISSED, FALSE = "#178a66", "#d62839", "#e8890c"
 
 

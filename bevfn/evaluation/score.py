@@ -22,9 +22,7 @@ from bevfn.files import write_atomically
 
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, at which AP is averaged; true positives are measured at 2 m
 # our name of an error: the devkit's
-ERRORS = {
-    "ATE": "trans_err", "ASE": "scale_err", "AOE": "orient_err", "AVE": "vel_err", "AAE": "attr_err",
-}  # fmt: skip
+ERRORS = {"ATE": "trans_err", "ASE": "scale_err", "AOE": "orient_err", "AVE": "vel_err", "AAE": "attr_err"}
 UNITS = {"ATE": "m", "ASE": "1 - IoU", "AOE": "rad", "AVE": "m/s", "AAE": "1 - accuracy"}
 
 
@@ -162,11 +160,10 @@ def _complete(results: Mapping[str, Any], split: str, tables: Any) -> dict:
     listed |= results["results"]
     if not any(listed.values()):
         token = next(iter(listed))
-        far = {
-            "sample_token": token, "translation": [1e7, 1e7, 0.0], "size": [1.0] * 3, "rotation": [1.0, 0.0, 0.0, 0.0],
-            "velocity": [0.0, 0.0], "detection_name": "car", "detection_score": 0.0, "attribute_name": "",
-        }  # fmt: skip
-        listed[token] = [far]
+        # The devkit divides by the number of boxes: one that is nowhere near counts as none at all.
+        far = {"translation": [1e7, 1e7, 0.0], "size": [1.0] * 3, "rotation": [1.0, 0.0, 0.0, 0.0]}
+        car = {"velocity": [0.0, 0.0], "detection_name": "car", "detection_score": 0.0, "attribute_name": ""}
+        listed[token] = [{"sample_token": token, **far, **car}]
     return {"meta": results["meta"], "results": listed}
 
 

@@ -22,13 +22,10 @@ from bevfn.data.batch import Base, Batch, check_base
 from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
+from bevfn.models import cameras
 from bevfn.necks import second_fpn
 from bevfn.precision import Policy
 from bevfn.views import camera_grid, depth_aggregation, depth_net, matrixvt
-
-# Of R, G, B upstream, applied to B, G, R: it normalises an RGB image with `to_rgb=True`, which swaps the channels.
-IMAGE_MEAN = (123.675, 116.28, 103.53)
-IMAGE_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
@@ -73,18 +70,25 @@ class Config:
     def bev_backbone(self) -> resnet.Config:
         """ResNet-18 without its last stage and without pooling, on the key frames' maps side by side."""
         return resnet.Config(
-            channels_in=self.frames * self.depth.context, channels=self.bev_channels, blocks=(2, 2, 2),
-            strides=(1, 2, 2), bottleneck=False, pool=False,
-        )  # fmt: skip
+            channels_in=self.frames * self.depth.context,
+            channels=self.bev_channels,
+            blocks=(2, 2, 2),
+            strides=(1, 2, 2),
+            bottleneck=False,
+            pool=False,
+        )
 
     @property
     def bev_neck(self) -> second_fpn.Config:
         """The BEV map itself and the backbone's stages, all brought to the map's resolution."""
         backbone = self.bev_backbone
         return second_fpn.Config(
-            channels_in=(backbone.channels_in, *backbone.stage_channels), channels=(self.neck_channels,) * 4,
-            strides=(1, 2, 4, 8), kaiming_normal=True, norm_momentum=self.neck.norm_momentum,
-        )  # fmt: skip
+            channels_in=(backbone.channels_in, *backbone.stage_channels),
+            channels=(self.neck_channels,) * 4,
+            strides=(1, 2, 4, 8),
+            kaiming_normal=True,
+            norm_momentum=self.neck.norm_momentum,
+        )
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -122,21 +126,21 @@ def matrix_vt() -> Config:
 def mini(config: Config) -> Config:
     """The same model at a size for demos and CI: 128 x 352 images seen at stride 8, 64 x 64 cells of 1.6 m, narrow layers,
     a stem that is trained."""
-    grid = replace(
-        config.grid, image_size=(128, 352), stride=8, depth_m=(2.0, 58.0, 1.0), x_m=(-51.2, 51.2, 1.6),
-        y_m=(-51.2, 51.2, 1.6),
-    )  # fmt: skip
+    span, C = (-51.2, 51.2, 1.6), 32
+    depth = depth_net.Config(
+        channels_in=128, channels=64, context=C, depth_bins=56, blocks=1, dilations=(1, 2, 3), dropout=0.1
+    )
     return replace(
-        config, grid=grid, backbone=replace(config.backbone, channels=16, blocks=(2, 2, 2, 2), frozen_stages=-1),
+        config,
+        backbone=replace(config.backbone, channels=16, blocks=(2, 2, 2, 2), frozen_stages=-1),
         neck=replace(config.neck, channels_in=(64, 128, 256, 512), channels=(32,) * 4, strides=(0.5, 1, 2, 4)),
-        depth=replace(
-            config.depth, channels_in=128, channels=64, context=32, depth_bins=56, blocks=1, dilations=(1, 2, 3),
-            dropout=0.1,
-        ),
-        matrix=None if config.matrix is None else replace(config.matrix, context=32, channels=64),
-        bev_channels=48, neck_channels=24,
+        grid=replace(config.grid, image_size=(128, 352), stride=8, depth_m=(2.0, 58.0, 1.0), x_m=span, y_m=span),
+        depth=depth,
+        matrix=None if config.matrix is None else replace(config.matrix, context=C, channels=64),
+        bev_channels=48,
+        neck_channels=24,
         head=replace(config.head, channels_in=96, channels=24, cell=(1.6, 1.6), cells=(64, 64)),
-    )  # fmt: skip
+    )
 
 
 def with_norm_momentum(config: Config, momentum: float) -> Config:
@@ -147,25 +151,24 @@ def with_norm_momentum(config: Config, momentum: float) -> Config:
 def init(config: Config, seed: int) -> tuple[dict, dict]:
     """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
     generator = torch.Generator().manual_seed(seed)
-    view = {"depth_net": depth_net.init(config.depth, generator)}
+    view: dict = {"depth_net": depth_net.init(config.depth, generator)}
     if config.aggregation:
         view["aggregation"] = depth_aggregation.init(config.depth.context, generator)
     if config.matrix is not None:
         view["matrix"] = matrixvt.init(config.matrix, generator)
     made = {
         "image": {
-            "backbone": resnet.init(config.backbone, generator), "neck": second_fpn.init(config.neck, generator),
+            "backbone": resnet.init(config.backbone, generator),
+            "neck": second_fpn.init(config.neck, generator),
         },
         "view": view,
         "bev": {
             "backbone": resnet.init(config.bev_backbone, generator),
             "neck": second_fpn.init(config.bev_neck, generator),
         },
-    }  # fmt: skip
-    params: dict = {part: {name: p for name, (p, _) in parts.items()} for part, parts in made.items()}
-    state: dict = {part: {name: s for name, (_, s) in parts.items()} for part, parts in made.items()}
-    params["head"], state["head"] = centerpoint.init(config.head, generator)
-    return params, state
+        "head": centerpoint.init(config.head, generator),
+    }
+    return tree.unzip(made)
 
 
 Place = Tensor | tuple[Tensor, Tensor]
@@ -210,16 +213,14 @@ def apply(
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
     _check(batch, config)
-    frames, image_side = [], {"image": state["image"], "view": state["view"]}
-    for t in range(config.frames):
-        weights = {"image": params["image"], "view": params["view"]}
-        if t > 0:
-            weights = tree.map(lambda leaf: leaf.detach(), weights)
-        outputs, image_side = _frame(
-            weights, image_side, batch, t, place(batch, t, config) if places is None else places[t],
-            config=config, train=train, policy=policy, key=None if key is None else rng.fold(key, t),
-        )  # fmt: skip
-        frames.append(outputs)
+
+    def one(params: dict, state: dict, t: int, train: Train) -> tuple[dict, dict]:
+        where = place(batch, t, config) if places is None else places[t]
+        site = None if key is None else rng.fold(key, t)
+        return _frame(params, state, batch, t, where, config=config, train=train, policy=policy, key=site)
+
+    weights, statistics = ({part: made[part] for part in ("image", "view")} for made in (params, state))
+    frames, image_side = cameras.over_frames(one, weights, statistics, order=range(config.frames), train=train)
     # Upstream forces everything behind the view transform to float32 under autocast.
     bev = torch.cat([frame["view"]["bev"] for frame in frames], 1).float()  # B T*C Y X
     trunk, trunk_state = resnet.apply(
@@ -267,15 +268,15 @@ def _frame(
     key: Tensor | None,
 ) -> tuple[dict, dict]:
     """Images of frame t to its BEV map in the key frame's ego frame."""
-    images = normalise(batch.images[:, t]).flatten(0, 1).to(policy.compute)  # B*N 3 H W
+    images = cameras.normalise(batch.images[:, t], order="bgr").to(policy.compute)  # B*N 3 H W
     image, view = params["image"], params["view"]
     maps, backbone_state = resnet.apply(
         image["backbone"], state["image"]["backbone"], images, config=config.backbone, train=train
     )
     x, neck_state = second_fpn.apply(image["neck"], state["image"]["neck"], maps[1:], config=config.neck, train=train)
-    cameras = depth_net.camera_vectors(batch)
+    known = depth_net.camera_vectors(batch)
     net, net_state = depth_net.apply(
-        view["depth_net"], state["view"]["depth_net"], x, cameras, config=config.depth, train=train, key=key
+        view["depth_net"], state["view"]["depth_net"], x, known, config=config.depth, train=train, key=key
     )
     depth, context = torch.softmax(net["logits"].float(), 1), net["context"].float()
     new = {"image": {"backbone": backbone_state, "neck": neck_state}, "view": {"depth_net": net_state}}
@@ -295,13 +296,6 @@ def _frame(
         made = {"bev": camera_grid.pool(depth, context, where, config.grid)}
     outputs = {"image": maps, "image_neck": x, "depth_net": net, "depth": depth, "place": where, "view": made}
     return outputs, new
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 RGB [B N H W 3] -> float32 [B N 3 H W] in the order B, G, R (channels-last memory)."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device)
-    std = torch.tensor(IMAGE_STD, device=images.device)
-    return ((images.float().flip(-1) - mean) / std).permute(0, 1, 4, 2, 3)
 
 
 def loss(
@@ -330,9 +324,13 @@ def loss(
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     pooled = train if isinstance(train, Replicas) else None
     total, terms = centerpoint_loss.loss(
-        outputs["head"]["tasks"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head,
+        outputs["head"]["tasks"],
+        batch.boxes,
+        batch.labels,
+        batch.boxes_valid,
+        config=config.head,
         replicas=replicas or pooled,
-    )  # fmt: skip
+    )
     metrics = {f"loss/{name}": terms[name].detach() for name in ("heatmap", "bbox")} | {"num_pos": terms["num_pos"]}
     if config.depth_loss_weight:
         depth = depth_loss(outputs, batch, config, pooled)

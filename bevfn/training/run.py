@@ -10,11 +10,11 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import tyro
 from typing_extensions import Self
 
 from bevfn import compile as compilation
-from bevfn import distributed, host, tree, upstream
+from bevfn import distributed, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, scene, source
 from bevfn.data.batch import Batch, Sample, collate
 from bevfn.data.index import Index
@@ -31,11 +31,12 @@ from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
 from bevfn.files import write_atomically
-from bevfn.precision import Policy
+from bevfn.precision import Policy, Precision
 from bevfn.training import checkpoint, optim, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
 
 RUNS = Path("runs")
+Scale = Literal["published", "mini"]
 # What a resumed run may change without changing its numbers.
 FREE = frozenset(
     {"workers", "resume", "force", "keep", "checkpoint_every", "eval_every", "eval_backend", "on_damaged", "run_dir"}
@@ -48,9 +49,9 @@ class Config:
 
     model: str = ""
     """network and recipe, a name of `bevfn.catalogue`"""
-    scale: Literal["published", "mini"] = "published"
+    scale: Scale = "published"
     """published: every size as in the paper; mini: the same code at a size for demos and CI"""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """fp16 scales the loss dynamically, in the graph"""
     backend: compilation.Backend = "inductor"
     """what compiles the train step"""
@@ -179,6 +180,44 @@ class Task:
     ema: optim.Ema | None = None
     shared_normalisers: bool = False
     """`loss` takes replicas=: its normalisers are averaged over the processes though batch norm is not"""
+
+
+class Family(Protocol):
+    """A file of bevfn/models/, as far as a run needs it; the functions are Task's with a network and a policy to bind."""
+
+    @property
+    def needs(self) -> Callable[..., Needs]: ...
+    @property
+    def init(self) -> Callable[..., tuple[dict, dict]]: ...
+    @property
+    def loss(self) -> Callable[..., Any]: ...
+    @property
+    def predict(self) -> Callable[..., dict[str, torch.Tensor]]: ...
+
+
+def make_task(
+    config: Config,
+    family: Family,
+    network: Any,
+    data: Data,
+    optimizer: Callable[[Plan], optim.Config],
+    *,
+    ema: optim.Ema | None = None,
+    shared_normalisers: bool = False,
+) -> Task:
+    """The task of a family's `network`, a Config of it, in the config's precision and from its seed."""
+    bound = {"config": network, "policy": Policy.of(config.precision)}
+    return Task(
+        title=f"{config.model}, {config.scale} size",
+        data=data,
+        needs=family.needs(network),
+        init=partial(family.init, network, config.seed),
+        loss=partial(family.loss, **bound),
+        predict=partial(family.predict, **bound),
+        optimizer=optimizer,
+        ema=ema,
+        shared_normalisers=shared_normalisers,
+    )
 
 
 @dataclass(frozen=True)
@@ -361,7 +400,8 @@ def _train(run: Run, latest: Path | None) -> dict:
     if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
         summary["scores"] = evaluate(run, train_state, start)
     with reporting(run, start) as reporter, signals.on_terminate() as stop:
-        done, began, problems = start, time.perf_counter(), []
+        done, began = start, time.perf_counter()
+        problems: list[Exception] = []
         for done, loaded in readable(run, microbatches(run, start), problems):
             batches = [item.batch.to(config.device) for item in loaded]
             train_state, metrics = step(train_state, batches)
@@ -423,6 +463,7 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
         "minutes": (time.perf_counter() - started) / 60,
         "peak_memory_gb": {where: size / 2**30 for where, size in peak_memory().items()},
         "config": flags(run.config),
+        **provenance.head(run.config.device),
     }
     if run.leads:
         write_atomically(run.config.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
@@ -487,7 +528,7 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     }
 
 
-def _sum(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
 
 
@@ -575,7 +616,7 @@ class _Silent:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def cli(defaults: dict[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
+def cli(defaults: Mapping[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
     """Parses the command line; a user's mistake ends in one sentence and exit code 2."""
     try:
         config = parse(defaults, sys.argv[1:], description)
@@ -585,7 +626,7 @@ def cli(defaults: dict[source.Kind, Config], make_task: Callable[[Any], Task], d
         sys.exit(2)
 
 
-def parse(defaults: dict[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
+def parse(defaults: Mapping[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
     """The config of a command line; what is at --data-root decides on the defaults."""
     root = flag(arguments, "--data-root")
     default = defaults[source.kind(None if root is None else Path(root))]

@@ -1,9 +1,11 @@
 """Sparse convolution over a neighbour table: gather, multiply, sum; differentiable in features and weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bevfn.kernels.sparse_conv import reference
+from bevfn.kernels.sparse_conv import cpu, reference
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define("sparse_conv(Tensor x, Tensor weight, Tensor table) -> Tensor")
@@ -53,15 +55,15 @@ def sparse_conv(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Te
 
 class _SparseConv(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, table, inverse):
+    def forward(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
         return torch.ops.bevfn.sparse_conv(x, weight, table)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, table, inverse = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # an input feeds along `inverse` what its outputs read along `table`
@@ -71,29 +73,17 @@ class _SparseConv(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-def _forward_cpu(x, weight, table):
-    from bevfn.kernels.sparse_conv import cpu
-
-    return cpu.sparse_conv(x, weight, table)
-
-
-def _weight_grad_cpu(x, grad, table):
-    from bevfn.kernels.sparse_conv import cpu
-
-    return cpu.weight_grad(x, grad, table)
-
-
 @torch.library.register_fake("bevfn::sparse_conv", lib=_library)
-def _forward_fake(x, weight, table):
+def _forward_fake(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(table.shape[1], weight.shape[2])
 
 
 @torch.library.register_fake("bevfn::sparse_conv_weight_grad", lib=_library)
-def _weight_grad_fake(x, grad, table):
+def _weight_grad_fake(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(table.shape[0], x.shape[1], grad.shape[1])
 
 
 _library.impl("sparse_conv", reference.sparse_conv, "CompositeExplicitAutograd")
-_library.impl("sparse_conv", _forward_cpu, "CPU")
+_library.impl("sparse_conv", cpu.sparse_conv, "CPU")
 _library.impl("sparse_conv_weight_grad", reference.weight_grad, "CompositeExplicitAutograd")
-_library.impl("sparse_conv_weight_grad", _weight_grad_cpu, "CPU")
+_library.impl("sparse_conv_weight_grad", cpu.weight_grad, "CPU")

@@ -78,7 +78,9 @@ def index_by_tensor(x: Tensor, indices: list[Tensor], *, indices_mask: list[int]
     return x[tuple(next(rest) if masked else slice(None) for masked in indices_mask)]
 
 
-def scatter_elements(data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"):
+def scatter_elements(
+    data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
+) -> Tensor:
     """A copy of data with updates written at (…, index, …) along `axis`, or combined with what is there."""
     only("reduction", reduction, "none", "add", "mul")
     same_dtype(data, updates)
