@@ -1,5 +1,6 @@
 """BEVDepth and MatrixVT: the compiled train step is the eager one, frames and gradients behave as published."""
 
+import functools
 import itertools
 from dataclasses import replace
 from functools import partial
@@ -68,6 +69,14 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
     return history, train_state
 
 
+@functools.cache
+def ran(variant, precision, backend):
+    """(metrics of every step, last train state, graph counts) of STEPS steps, once for all tests."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return *run_steps(tiny(variant), small_cameras.make(classes=3), precision, backend), graph_counts()
+
+
 # aot_eager runs the same kernels in the same order: bit for bit here; inductor reorders sums, and in fp16 keeps in float32
 # what eager rounds between operators, so it is compared with eager fp32. Measured ("two", 3 steps), worst leaf: inductor
 # fp16 0.08 from eager fp32, eager fp16 0.49 from both; first gradient norm: inductor 2.9 %, eager fp16 0.02 to 2.3 % over ten
@@ -88,22 +97,18 @@ CASES = [
 
 @pytest.mark.parametrize(("variant", "precision", "backend"), CASES)
 def test_compiled_step_equals_eager_in_one_graph(variant, precision, backend):
-    model = tiny(variant)
-    batch = small_cameras.make(classes=3)
-    eager, eager_state = run_steps(model, batch, "fp32" if backend == "inductor" else precision, "eager")
+    eager, eager_state, _ = ran(variant, "fp32" if backend == "inductor" else precision, "eager")
     assert eager[0]["num_pos"] > 0  # the loss of three steps is up or down with dropout's masks, 3 % of it
     assert all(metrics["skipped"] == 0 for metrics in eager)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled, compiled_state = run_steps(model, batch, precision, backend)
-    assert graph_counts() == {"graphs": 1, "breaks": 0}
+    compiled, compiled_state, counts = ran(variant, precision, backend)
+    assert counts == {"graphs": 1, "breaks": 0}
     first, later, leaf_tolerance = TOLERANCES[backend, precision]
     for i, (a, b) in enumerate(zip(eager, compiled)):
         assert a.keys() == b.keys() - ({"loss_scale"} - a.keys())
         for name in a:
             limit = first if i == 0 else later
             assert b[name] == pytest.approx(a[name], rel=limit, abs=limit), (i, name)
-    compare_leaves(bevdepth.init(model, seed=0)[0], eager_state, compiled_state, leaf_tolerance)
+    compare_leaves(bevdepth.init(tiny(variant), seed=0)[0], eager_state, compiled_state, leaf_tolerance)
 
 
 def compare_leaves(start, ours, theirs, tolerance):
@@ -132,10 +137,8 @@ def test_the_loss_falls(variant):
 
 def test_gradients_reach_every_parameter_but_the_frozen_stem():
     """Zero where a block starts as its shortcut (its last norm's weight is 0) until that weight has moved: two steps."""
-    model = tiny("aggregated")
-    before = tree.flatten(bevdepth.init(model, seed=0)[0])
-    _, after = run_steps(model, small_cameras.make(classes=3), "fp32", "aot_eager", steps=3)
-    after = tree.flatten(after.params)
+    before = tree.flatten(bevdepth.init(tiny("aggregated"), seed=0)[0])
+    after = tree.flatten(ran("aggregated", "fp32", "aot_eager")[1].params)
     still = {name for name, leaf in before.items() if torch.equal(leaf, after[name])}
     assert still == {name for name in before if name.startswith("image.backbone.stem.")}
 
@@ -265,7 +268,7 @@ def test_published_variants_and_their_mini_sizes_are_consistent(make):
     size = config.grid.image_size
     batch = small_cameras.make(B=1, T=config.frames, size=size, classes=10)
     outputs, _ = bevdepth.apply(params, bevdepth.init(config, seed=0)[1], batch, config=config, train=False)
-    assert outputs["bev"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
+    assert outputs["bev"]["map"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
     assert make().head.code_weights[-1] == (0.5 if make().frames == 1 else 1.0)
 
 

@@ -1,5 +1,6 @@
 """BEVFusion: the compiled train step is the eager one, in one graph, for every modality and precision."""
 
+import functools
 from dataclasses import replace
 from functools import partial
 
@@ -101,6 +102,15 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
     return history, train_state
 
 
+@functools.cache
+def ran(folder, modality, precision, backend):
+    """(metrics of every step, last train state, graph counts) of STEPS steps, once for all tests."""
+    model = tiny(modality)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return *run_steps(model, make_batch(folder, model), precision, backend), graph_counts()
+
+
 # aot_eager runs the same kernels in the same order: bit for bit here. Inductor reorders sums: measured 1e-6 on losses, 4e-7
 # to 3e-4 on the gradient norm of step 0 (ten dropout keys: a ReLU at the edge or not) and 6e-3 to 3e-2 on the leaf that
 # moves least (a bias that starts at 0) after five steps. In fp16 inductor keeps in float32 what eager rounds between
@@ -117,18 +127,14 @@ TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf (the med
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_compiled_step_equals_eager_in_one_graph(modality, precision, folder):
-    model = tiny(modality)
-    batch = make_batch(folder, model)
-    eager, eager_state = run_steps(model, batch, precision, "eager")
+    eager, eager_state, _ = ran(folder, modality, precision, "eager")
     assert eager[0]["num_pos"] > 0 and eager[-1]["loss/total"] < eager[0]["loss/total"]
     for backend in ("aot_eager", "inductor"):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        compiled, compiled_state = run_steps(model, batch, precision, backend)
-        assert graph_counts() == {"graphs": 1, "breaks": 0}
+        compiled, compiled_state, counts = ran(folder, modality, precision, backend)
+        assert counts == {"graphs": 1, "breaks": 0}
         metric_tolerance, leaf_tolerance = TOLERANCES[backend, precision]
         compare_metrics(eager, compiled, metric_tolerance)
-        compare_leaves(bevfusion.init(model, seed=0)[0], eager_state, compiled_state, leaf_tolerance)
+        compare_leaves(bevfusion.init(tiny(modality), seed=0)[0], eager_state, compiled_state, leaf_tolerance)
 
 
 def compare_metrics(ours, theirs, tolerance):
@@ -157,10 +163,8 @@ def compare_leaves(start, ours, theirs, tolerance):
 
 def test_gradients_of_the_compiled_step_reach_every_parameter(folder):
     """Dynamo drops gradients silently in some spellings (an input straight into an autograd.Function)."""
-    model = tiny("lidar-camera")
-    batch = make_batch(folder, model)
-    before, _ = bevfusion.init(model, seed=0)
-    _, after = run_steps(model, batch, "fp32", "aot_eager", steps=1)
+    before, _ = bevfusion.init(tiny("lidar-camera"), seed=0)
+    _, after, _ = ran(folder, "lidar-camera", "fp32", "aot_eager")
     still = [k for k, v in tree.flatten(before).items() if torch.equal(v, tree.flatten(after.params)[k])]
     decay_only = [k for k in still if float(tree.flatten(before)[k].abs().max()) > 0]
     assert decay_only == []

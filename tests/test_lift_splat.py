@@ -9,11 +9,12 @@ import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bevfn import goldens, upstream
+from bevfn import upstream
 from bevfn.backbones import swin
 from bevfn.data import batch as batches
 from bevfn.data.batch import Base, Batch
 from bevfn.necks import lss_fpn
+from bevfn.parity import golden
 from bevfn.views import lift_splat
 
 CASE = Path(__file__).parents[1].parent / "shared" / "goldens" / "bevfusion_lidar_cam"
@@ -59,8 +60,8 @@ def make(config: lift_splat.Config) -> tuple[dict, dict, Tensor, Batch]:
 def test_pooling_is_the_sum_of_depth_times_context_over_the_points_of_a_cell(config):
     params, state, feature, batch = make(config)
     outputs, _ = lift_splat.apply(params, state, feature, batch, config=config, train=False)
-    depth = outputs["depthnet"][:, :12].double().softmax(1)  # BN D H W
-    context = outputs["depthnet"][:, 12:].double()  # BN C H W
+    depth = outputs["depth_net"][:, :12].double().softmax(1)  # BN D H W
+    context = outputs["depth_net"][:, 12:].double()  # BN C H W
     product = (depth[:, :, None] * context[:, None]).view(2, 2, 12, 4, 4, 6)  # B N D C H W
     expected = torch.zeros(2, 4, 32, 32, dtype=torch.float64)
     place = ((outputs["geometry"] - torch.tensor([-16.0, -16.0, -8.0])) / torch.tensor([1.0, 1.0, 16.0])).trunc()
@@ -76,22 +77,22 @@ def test_pooling_is_the_sum_of_depth_times_context_over_the_points_of_a_cell(con
 def test_every_boundary_is_there_and_the_lidar_depth_is_used():
     params, state, feature, batch = make(CONFIG)
     outputs, new = lift_splat.apply(params, state, feature, batch, config=CONFIG, train=True)
-    assert set(outputs) == {"depth_map", "dtransform", "depthnet", "geometry", "bev_pool", "bev"}
-    assert outputs["depth_map"].shape == (4, 32, 48) and outputs["dtransform"].shape == (4, 64, 4, 6)
+    assert set(outputs) == {"depth_map", "depth_transform", "depth_net", "geometry", "bev_pool", "bev"}
+    assert outputs["depth_map"].shape == (4, 32, 48) and outputs["depth_transform"].shape == (4, 64, 4, 6)
     assert pytree.tree_structure(new) == pytree.tree_structure(state)
     without = Batch(**{**vars(batch), "points_valid": torch.zeros_like(batch.points_valid)})
     blind, _ = lift_splat.apply(params, state, feature, without, config=CONFIG, train=True)
     assert float(blind["depth_map"].abs().max()) == 0.0
-    assert not torch.equal(blind["depthnet"], outputs["depthnet"])
+    assert not torch.equal(blind["depth_net"], outputs["depth_net"])
 
 
 def test_the_camera_only_depth_net_is_one_convolution_and_reads_no_points():
     params, state, feature, batch = make(CAMERA_ONLY)
     assert set(params) == {"depth_net", "downsample"} and set(state) == {"downsample"}
     outputs, new = lift_splat.apply(params, state, feature, batch, config=CAMERA_ONLY, train=True)
-    assert set(outputs) == {"depthnet", "geometry", "bev_pool", "bev"} and set(new) == {"downsample"}
+    assert set(outputs) == {"depth_net", "geometry", "bev_pool", "bev"} and set(new) == {"downsample"}
     expected = torch.nn.functional.conv2d(feature, *params["depth_net"][0]["conv"].values())
-    assert torch.allclose(outputs["depthnet"], expected, atol=1e-5)
+    assert torch.allclose(outputs["depth_net"], expected, atol=1e-5)
 
 
 def test_samples_of_a_batch_do_not_mix():
@@ -166,7 +167,7 @@ def test_the_camera_branch_reproduces_the_golden_case():
         pytest.skip(f"needs the golden case {CASE}")
     inputs, stored = load_file(CASE / "inputs.safetensors"), load_file(CASE / "outputs.safetensors")
     stats = json.loads((CASE / "stats.json").read_text())
-    params, state, _ = upstream.import_state(goldens.fill_case(CASE), "bevfusion-lidar-camera")
+    params, state, _ = upstream.import_state(golden.fill_case(CASE), "bevfusion-lidar-camera")
     params, state = params["camera"], state["camera"]
     batch = batches.make(
         base=Base.LIDAR,

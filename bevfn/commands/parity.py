@@ -29,23 +29,14 @@ def parity(
         device: torch device to run on
     """
     from bevfn import distributed
-    from bevfn.parity import bevdepth, bevfusion, case, compare
+    from bevfn.parity import compare, golden, run
 
     distributed.check_device(device)
     started = time.perf_counter()
-    read = case.read(case_dir)
+    case = golden.read(case_dir)
     table = compare.Table(str(case_dir))
-    print(f"{'boundary':<44} {'error':>10} {'tolerance':>10}")
-    source = read.manifest.get("upstream", {})
-    model = source.get("class", source.get("model_class", "")).rpartition(".")[2]
-    models = {"BEVFusion": bevfusion, "BaseBEVDepth": bevdepth, "MatrixVT_Det": bevdepth}
-    if model not in models:
-        raise ValueError(
-            f"{case_dir}/manifest.json is a case of {model or 'an unnamed model'}; bevfn has BEVFusion, BEVDepth and "
-            "MatrixVT so far"
-        )
     torch.manual_seed(0)  # nothing here draws random numbers; a difference between runs would be a bug
-    models[model].run(read, table, only=only, device=device)
+    run.run(case, table, only=only, device=device)
     failed = [line.name for line in table.lines if not line.ok]
     print(
         f"{len(table.lines) - len(failed)} of {len(table.lines)} ok in {time.perf_counter() - started:.0f} s"

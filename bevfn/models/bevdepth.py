@@ -207,8 +207,9 @@ def apply(
         places: of every frame instead of `place`.
 
     Returns:
-        outputs naming every boundary ("frames": per frame "image", "image_neck", "depth_net", "depth", "place", "view";
-        "bev", "trunk", "bev_neck", "head") and the new state.
+        outputs naming every boundary by the path of the parameters that made it ("frames": per frame "image":
+        "backbone", "neck"; "view": "depth_net", "depth", "place", "bev"; then "bev": "map", "backbone", "neck"; "head"),
+        and the new state.
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
@@ -231,7 +232,7 @@ def apply(
     )
     head, head_state = centerpoint.apply(params["head"], state["head"], x, config=config.head, train=train)
     new = {**image_side, "bev": {"backbone": trunk_state, "neck": neck_state}, "head": head_state}
-    return {"frames": frames, "bev": bev, "trunk": trunk, "bev_neck": x, "head": head}, new
+    return {"frames": frames, "bev": {"map": bev, "backbone": trunk, "neck": x}, "head": head}, new
 
 
 def needs(config: Config) -> Needs:
@@ -269,33 +270,33 @@ def _frame(
 ) -> tuple[dict, dict]:
     """Images of frame t to its BEV map in the key frame's ego frame."""
     images = cameras.normalise(batch.images[:, t], order="bgr").to(policy.compute)  # B*N 3 H W
-    image, view = params["image"], params["view"]
+    image, weights = params["image"], params["view"]
     maps, backbone_state = resnet.apply(
         image["backbone"], state["image"]["backbone"], images, config=config.backbone, train=train
     )
     x, neck_state = second_fpn.apply(image["neck"], state["image"]["neck"], maps[1:], config=config.neck, train=train)
     known = depth_net.camera_vectors(batch)
     net, net_state = depth_net.apply(
-        view["depth_net"], state["view"]["depth_net"], x, known, config=config.depth, train=train, key=key
+        weights["depth_net"], state["view"]["depth_net"], x, known, config=config.depth, train=train, key=key
     )
     depth, context = torch.softmax(net["logits"].float(), 1), net["context"].float()
     new = {"image": {"backbone": backbone_state, "neck": neck_state}, "view": {"depth_net": net_state}}
     if config.matrix is not None:
         assert isinstance(where, tuple)
         made, new["view"]["matrix"] = matrixvt.apply(
-            view["matrix"], state["view"]["matrix"], depth, context, where, grid=config.grid, train=train
+            weights["matrix"], state["view"]["matrix"], depth, context, where, grid=config.grid, train=train
         )
     elif config.aggregation:
         assert isinstance(where, Tensor)
         volume, new["view"]["aggregation"] = depth_aggregation.apply(
-            view["aggregation"], state["view"]["aggregation"], depth, context, train=train
+            weights["aggregation"], state["view"]["aggregation"], depth, context, train=train
         )
         made = {"bev": camera_grid.pool_volume(volume, where, config.grid)}
     else:
         assert isinstance(where, Tensor)
         made = {"bev": camera_grid.pool(depth, context, where, config.grid)}
-    outputs = {"image": maps, "image_neck": x, "depth_net": net, "depth": depth, "place": where, "view": made}
-    return outputs, new
+    view = {"depth_net": net, "depth": depth, "place": where, **made}
+    return {"image": {"backbone": maps, "neck": x}, "view": view}, new
 
 
 def loss(
@@ -343,7 +344,7 @@ def depth_loss(outputs: dict, batch: Batch, config: Config, replicas: Replicas |
     if batch.depth is None:
         raise ValueError("Batch.depth is needed for the depth loss; read it, or set depth_loss_weight to 0")
     labels = depth_net.depth_labels(batch.depth.flatten(0, 1), config.grid.depth_m, config.grid.stride)
-    logits = outputs["frames"][0]["depth_net"]["logits"]
+    logits = outputs["frames"][0]["view"]["depth_net"]["logits"]
     return depth_net.depth_loss(logits, labels, weight=config.depth_loss_weight, replicas=replicas)
 
 

@@ -229,8 +229,8 @@ def apply(
         key: dropout and stochastic depth; None switches both off.
 
     Returns:
-        outputs naming every boundary ("voxel", "sparse", "swin", "lssfpn", "vt", "fuser", "second", "secfpn", "head",
-        "overflow") and the new state.
+        outputs naming every boundary by the path of the parameters that made it ("camera": "backbone", "neck", "view";
+        "lidar", "fuser", "bev": "backbone", "neck"; "head"; "voxels", "overflow"), and the new state.
     """
     check_base(batch, Base.LIDAR, "BEVFusion")
     outputs: dict = {"overflow": {}}
@@ -238,13 +238,13 @@ def apply(
     bev = []
     if config.camera is not None:
         camera, new["camera"] = _camera_branch(params["camera"], state["camera"], batch, config, train, policy, key)
-        outputs |= camera
-        bev.append(camera["vt"]["bev"].to(policy.compute))
+        outputs["camera"] = camera
+        bev.append(camera["view"]["bev"].to(policy.compute))
     if config.lidar is not None:
         lidar, new["lidar"] = _lidar_branch(params["lidar"], state["lidar"], batch, config, train, policy)
         outputs["overflow"] |= lidar.pop("overflow")
         outputs |= lidar
-        bev.append(lidar["sparse"]["bev"])
+        bev.append(lidar["lidar"]["bev"])
     x = bev[0]
     if config.camera is not None:
         x, new["fuser"] = conv_norm.apply(params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train)
@@ -254,7 +254,7 @@ def apply(
     )
     x, neck_state = second_fpn.apply(params["bev"]["neck"], state["bev"]["neck"], maps, config=config.neck, train=train)
     new["bev"] = {"backbone": backbone_state, "neck": neck_state}
-    outputs["second"], outputs["secfpn"] = maps, x
+    outputs["bev"] = {"backbone": maps, "neck": x}
     head_key = None if key is None else rng.fold(key, 1)
     outputs["head"], new["head"] = transfusion.apply(
         params["head"], state["head"], x, config=config.head, train=train, key=head_key
@@ -274,7 +274,7 @@ def _camera_branch(
     view, view_state = lift_splat.apply(
         params["view"], state["view"], fpn[0].float(), batch, config=config.camera.view, train=train
     )
-    return {"swin": features, "lssfpn": fpn, "vt": view}, {"backbone": {}, "neck": neck_state, "view": view_state}
+    return {"backbone": features, "neck": fpn, "view": view}, {"backbone": {}, "neck": neck_state, "view": view_state}
 
 
 def _lidar_branch(
@@ -293,7 +293,7 @@ def _lidar_branch(
         train=train,
     )
     overflow |= sparse.pop("overflow")
-    return {"voxel": voxels, "sparse": sparse, "overflow": overflow}, new
+    return {"voxels": voxels, "lidar": sparse, "overflow": overflow}, new
 
 
 def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: Train) -> tuple[dict, dict]:

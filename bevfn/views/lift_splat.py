@@ -84,8 +84,8 @@ def apply(
 ) -> tuple[dict[str, Tensor], dict]:
     """feature [B*N C H W] of the batch's cameras -> (outputs, new state), float32.
 
-    Outputs: `depth_map` [B*N image rows, columns] (m, 0 = no point) and `dtransform` [B*N 64 H W] with LiDAR depth;
-    `depthnet` [B*N D+C H W] logits and context; `geometry` [B N D H W 3] (m, augmented LiDAR frame); `bev_pool`
+    Outputs: `depth_map` [B*N image rows, columns] (m, 0 = no point) and `depth_transform` [B*N 64 H W] with LiDAR depth;
+    `depth_net` [B*N D+C H W] logits and context; `geometry` [B N D H W 3] (m, augmented LiDAR frame); `bev_pool`
     [B C X Y]; `bev` [B C X/2 Y/2]. No gradient flows into geometry or the depth map.
 
     Raises ValueError if the batch has no cameras or the feature is not 1/8 of `config.image_size`.
@@ -102,7 +102,7 @@ def apply(
         depth_map = lidar_depth_map(batch, config.image_size).flatten(0, 1)  # BN image rows, columns
         image = depth_map[..., None].permute(0, 3, 1, 2)  # one channel, and channels-last to what decides by strides
         y = _layers(params, state, new, "depth_transform", image, train=train)
-        outputs |= {"depth_map": depth_map, "dtransform": y}
+        outputs |= {"depth_map": depth_map, "depth_transform": y}
         x = torch.cat([y, x], 1)
     x = _layers(params, state, new, "depth_net", x, train=train)  # BN D+C H W
     logits, context = x.split([config.depth_bins, config.channels_out], 1)
@@ -114,7 +114,7 @@ def apply(
     pooled = voxel_pool(logits.softmax(1), context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns)
     pooled = pooled.view(B, rows, columns, -1).permute(0, 3, 1, 2)  # B C X Y
     bev = _layers(params, state, new, "downsample", pooled, train=train)
-    outputs |= {"depthnet": x, "geometry": torch.stack(point, -1), "bev_pool": pooled, "bev": bev}
+    outputs |= {"depth_net": x, "geometry": torch.stack(point, -1), "bev_pool": pooled, "bev": bev}
     return outputs, new
 
 
