@@ -46,7 +46,7 @@ def available() -> bool:
     if importlib.util.find_spec(torchair.PACKAGE) is None:
         return False
     try:
-        ctypes.CDLL("libascendcl.so")  # without CANN, importing torch_npu would leave torch half patched
+        ctypes.CDLL("libascendcl.so")  # of CANN, without which importing torch_npu raises
         importlib.import_module(torchair.PACKAGE)
     except (OSError, ImportError):
         return False

@@ -232,7 +232,7 @@ def _finish(graph: Any, names: list[str]) -> dict[str, str]:
             producer, _, index = name.rpartition(":")
             if producer in renamed:
                 op.input[i] = f"{renamed[producer]}:{index}"
-    # As on a device: torchair places inputs that it saw on the CPU on the host, and inserts copies for them.
+    # The step was traced on CPU tensors, which torchair takes for inputs that stay on the host.
     graph.attr["_input_placements"].list.i[:] = [NPU] * len(names)
     graph.attr["_executor_type"].i = NPU
     return renamed
