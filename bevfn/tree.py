@@ -69,7 +69,7 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
 
     Raises ValueError that names the paths which are missing or unknown.
     """
-    pairs, spec = pytree.tree_flatten_with_path(like)
+    pairs, spec = pytree.tree_flatten_with_path(like)  # its order, not that of `flat`: a file may hold any
     names = [None if leaf is None else _dotted(path) for path, leaf in pairs]
     missing = [n for n in names if n is not None and n not in flat]
     known = set(names)
@@ -135,6 +135,7 @@ def describe(leaf: Any) -> str:
 
 def _aligned(other: Any, tree: Any) -> list:
     """The leaves of `other`, None included, in the order of `tree`'s."""
+    # The common case first, without paths: a train step maps hundreds of leaves several times.
     leaves, spec = pytree.tree_flatten(tree)
     others, other_spec = pytree.tree_flatten(other)
     if spec == other_spec and all((a is None) == (b is None) for a, b in zip(leaves, others)):
