@@ -242,10 +242,10 @@ def test_performance_mode_measures_and_neither_saves_nor_evaluates(root, tmp_pat
 
 def test_the_recipes_learning_rate_follows_the_batch(root, tmp_path):
     plan = run.Plan(steps_per_epoch=10, total_steps=10, batch=8)
-    base = config(root, tmp_path, lr=None)
-    rates = {way: run.scaled_lr(replace(base, lr_scaling=way), plan, 1e-3) for way in ("linear", "sqrt", "none")}
+    base = config(root, tmp_path, lr=None, recipe_lr=1e-3)
+    rates = {way: run.scaled_lr(replace(base, lr_scaling=way), plan) for way in ("linear", "sqrt", "none")}
     assert rates == pytest.approx({"linear": 2.5e-4, "sqrt": 5e-4, "none": 1e-3})
-    assert run.scaled_lr(replace(base, lr=0.5), plan, 1e-3) == 0.5
+    assert run.scaled_lr(replace(base, lr=0.5), plan) == 0.5
 
 
 def test_what_lies_at_the_data_root_decides_on_the_defaults(root, tmp_path):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.batch import Batch
+from bevfn.data.batch import Base, Batch, check_base
+from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
 from bevfn.models import cameras
@@ -212,6 +213,7 @@ def apply(
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
+    check_base(batch, Base.EGO_AT_CAMERAS, "BEVDepth")
     images = cameras.images(batch, config.frames, config.grid.image_size)
 
     def one(params: dict, state: dict, t: int, train: Train) -> tuple[dict, dict]:
@@ -233,6 +235,18 @@ def apply(
     head, head_state = centerpoint.apply(params["head"], state["head"], x, config=config.head, train=train)
     new = {**image_side, "bev": {"backbone": trunk_state, "neck": neck_state}, "head": head_state}
     return {"frames": frames, "bev": {"map": bev, "backbone": trunk, "neck": x}, "head": head}, new
+
+
+def needs(config: Config) -> Needs:
+    """What the model reads of a batch."""
+    return Needs(
+        model="BEVDepth",
+        base=Base.EGO_AT_CAMERAS,
+        classes=sum(config.head.tasks),
+        image_size=config.grid.image_size,
+        frames=config.frames,
+        depth=config.depth_loss_weight > 0,
+    )
 
 
 def _frame(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import second, sparse_encoder, swin
-from bevfn.data.batch import Batch
+from bevfn.data.batch import Base, Batch, check_base
+from bevfn.data.reading import Needs
 from bevfn.distributed import Train
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.kernels.voxelize import voxelize
@@ -199,6 +200,18 @@ def init(config: Config, seed: int) -> tuple[dict, dict]:
     return tree.unzip(made)
 
 
+def needs(config: Config) -> Needs:
+    """What the model reads of a batch."""
+    view = None if config.camera is None else config.camera.view
+    return Needs(
+        model="BEVFusion",
+        base=Base.LIDAR,
+        classes=config.head.classes,
+        points=config.lidar is not None or (view is not None and view.lidar_depth),
+        image_size=None if view is None else view.grid.image_size,
+    )
+
+
 def apply(
     params: dict,
     state: dict,
@@ -220,6 +233,7 @@ def apply(
         outputs naming every boundary by the path of the parameters that made it ("camera": "backbone", "neck", "view";
         "lidar", "fuser", "bev": "backbone", "neck"; "head"; "voxels", "overflow"), and the new state.
     """
+    check_base(batch, Base.LIDAR, "BEVFusion")
     outputs: dict = {"overflow": {}}
     new: dict = {}
     bev = []
