@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class Base(str, enum.Enum):
 
 
 pytree.register_constant(Base)
+Field = TypeVar("Field", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,13 @@ class Batch:
                 product = values[inverse].double() @ values[matrix][..., :3, :3].double()
                 if not torch.allclose(product, torch.eye(3).to(product), atol=1e-4):
                     raise ValueError(f"Batch.{inverse} is not the inverse of {matrix}[:3,:3]; build it with make.")
+
+
+def needed(field: Field | None, name: str) -> Field:
+    """A field of a batch or sample that somebody cannot do without; raises ValueError where it is None."""
+    if field is None:
+        raise ValueError(f"the batch has no {name}, which are needed here; let the reading ask for them.")
+    return field
 
 
 _LAYOUT: dict[str, tuple[str, torch.dtype]] = {
