@@ -6,22 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_frames
 import torch
 from PIL import Image
 
 from bevfn import draw
 from bevfn.boxes import corners
-from bevfn.data import frame
 from bevfn.synth import key_frame
-
-SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    return frame.load(
-        key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size), config=SMALL
-    )
+    return small_frames.load(key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=(225, 400)))
 
 
 def test_picture_shows_predictions_in_their_colours(sample, tmp_path):

@@ -11,6 +11,7 @@ import tyro
 from torch import Tensor
 
 from bevfn import provenance, recipes
+from bevfn.data import source
 from bevfn.precision import Precision
 from bevfn.synth import key_frame
 from bevfn.training import run
@@ -93,8 +94,9 @@ def steps(
     """
     recipe = recipes.load(experiment)
     config = recipe.DEFAULTS["nuscenes" if scale == "published" else "synthetic"].plain()
+    image_size = key_frame.CALIBRATED_SIZE if scale == "published" else source.WORLD_IMAGE
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
-        key_frame.write_frame(Path(folder), image_size=config.source_size)
+        key_frame.write_frame(Path(folder), image_size=image_size)
         config = replace(config, data_root=Path(folder), precision=precision, batch_size=batch_size, lr=None)
         task = recipe.task(config)
         if comparable:

@@ -19,13 +19,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from bevfn import geometry, tree
 
 
-class Base(str, enum.Enum):
+class Base(enum.Enum):
     """Which frame a batch's base is. It is part of a batch's structure, no tensor: another base is another graph."""
 
     LIDAR = "lidar"
@@ -36,7 +35,6 @@ class Base(str, enum.Enum):
     are relative to the mean of these vehicle poses over the cameras."""
 
 
-pytree.register_constant(Base)
 Field = TypeVar("Field", np.ndarray, Tensor)
 
 
@@ -82,7 +80,7 @@ class Sample:
     one stands."""
 
 
-@tree.register
+@tree.register(static=("base",))
 @dataclass(frozen=True)
 class Batch:
     """A pytree of tensors. A group (points, boxes, cameras, depth) that a model does not read is None as a whole.
@@ -183,6 +181,14 @@ _GROUPS = {
     "box": ("boxes", "labels", "boxes_valid"),
     "camera": tuple(name for name, (letters, _) in _LAYOUT.items() if " T N " in letters),
 }
+
+
+def check_base(batch: Batch, accepted: Base, model: str) -> None:
+    """Raises ValueError where a model that means one base frame gets a batch in another; free in a graph."""
+    if batch.base != accepted:
+        raise ValueError(
+            f"{model} takes batches in the base frame {accepted.value!r}, not {batch.base.value!r}; read with that Reading.base"
+        )
 
 
 def make(*, base: Base, base_aug: Tensor, **given: Tensor) -> Batch:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from bevfn import rng, tree
@@ -176,14 +177,12 @@ def depth_labels(depth: Tensor, depth_m: Bounds, stride: int) -> Tensor:
     """
     low, high, step = depth_m
     bins = round((high - low) / step)
-    *lead, H, W = depth.shape
     far = torch.where(depth > 0, depth, 1e5)
-    blocks = far.reshape(-1, H // stride, stride, W // stride, stride).transpose(2, 3).flatten(3)
+    blocks = rearrange(far, "... (h i) (w j) -> ... h w (i j)", i=stride, j=stride)
     nearest = -(-blocks).max(-1)[0]  # max with a dim reaches an NPU graph, min does not
     place = (nearest - (low - step)) / step
     # label 0 upstream means "none", and place < 1 is nearer than the first bin
-    label = torch.where((place >= 0) & (place < bins + 1), place, 0.0).to(torch.int64) - 1
-    return label.view(*lead, H // stride, W // stride)
+    return torch.where((place >= 0) & (place < bins + 1), place, 0.0).to(torch.int64) - 1
 
 
 def depth_loss(logits: Tensor, labels: Tensor, *, weight: float = 3.0, replicas: Replicas | None = None) -> Tensor:
