@@ -169,6 +169,7 @@ def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, Source | None]],
     # Private parts of torchair, for its public door compiles for a device: everything up to its GE graph, and no further.
     fakes = [node.meta["val"] for node in traced.module.graph.nodes if node.op == "placeholder"]
     concrete = GeConcreteGraph(compiler_config, name="step")
+    concrete.graph.op_name_list = _Names()
 
     class Converter(_NpuGraphConverter):
         def run_node(self, node: fx.Node) -> Any:
@@ -207,6 +208,12 @@ def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, Source | None]],
         Converter(module, graph=concrete, garbage_collect_values=False).run(*fakes)
         concrete.optimize_graph_without_runtime(*fakes, observer=observer, aot_gm=module)
     return concrete, sources, missing
+
+
+class _Names(set):
+    """The names that a graph has given: torchair looks for every new one among all of them, a tenth of all its time."""
+
+    append = set.add
 
 
 def _reason(node: fx.Node, error: Exception) -> str:

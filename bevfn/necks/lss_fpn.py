@@ -43,7 +43,8 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 def apply(params: dict, state: dict, features: list[Tensor], *, train: Train) -> tuple[list[Tensor], dict]:
     """features [M C_l H_l W_l], fine to coarse -> ([M C_out H_l W_l] of every level but the coarsest, new state)."""
     new = {name: list(entries) for name, entries in state.items()}
-    coarser, outputs = features[-1], list[Tensor]()
+    coarser = features[-1]
+    outputs: list[Tensor] = []
     for level in reversed(range(len(features) - 1)):
         x = torch.cat([features[level], resize(coarser, features[level].shape[-2:])], 1)
         for name in ("laterals", "outputs"):
