@@ -22,6 +22,7 @@ is pooled. (Upstream's "key4" files are BEVStereo's and read one earlier camera 
 The flags' defaults are the published recipe of --model on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC`) elsewhere.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +32,9 @@ from typing import Annotated, Any
 import numpy as np
 
 from bevfn.choices import one_of
-from bevfn.data import camera_pipeline, sampling, source
+from bevfn.data import augment, sampling, source
+from bevfn.data.batch import Base, Capacities
+from bevfn.data.reading import Cameras, Reading
 from bevfn.models import bevdepth
 from bevfn.training import optim, run
 
@@ -43,6 +46,18 @@ NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
     "bevdepth-1key-ema": partial(bevdepth.key_frames, 1),
     "bevdepth-4key": partial(bevdepth.key_frames, 4),
 }
+
+
+# How key frames are read, as published. No range filters boxes.
+CHANNELS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+CAMERAS = Cameras(channels=CHANNELS, frames=2)
+EVAL = Reading(base=Base.EGO_AT_CAMERAS, cameras=CAMERAS, capacities=Capacities(points=0, boxes=200))
+TRAIN = replace(
+    EVAL,
+    cameras=replace(CAMERAS, augmentation=augment.Images(resize=(0.386, 0.55))),
+    augmentation=augment.Global(rotation=math.radians(22.5), scale=(0.95, 1.05), translation=0.0),
+    depth=True,
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,6 @@ class Config(run.Config):
     run, as published: on nuScenes it has arrived before the first step"""
     depth_loss: float = 3.0
     """weight of the depth loss; 0: no depth maps are read"""
-    source_size: tuple[int, int] = (900, 1600)
-    """(H, W) of the image files in pixels"""
 
 
 VARIANTS: dict[str, Config] = {
@@ -89,7 +102,6 @@ FRAME: dict[str, Any] = {
 SYNTHETIC: dict[str, Any] = {
     "scale": "mini", "epochs": 14, "milestones": (10, 13), "batch_size": 2, "workers": 1, "lr": 2e-3,
     "norm_momentum": 0.1, "class_balanced": False, "augment": False, "eval_first": True, "eval_backend": "eager",
-    "source_size": source.WORLD_IMAGE,
 }  # fmt: skip
 
 
@@ -105,15 +117,15 @@ def defaults(recipe: Config, name: str = "bevdepth") -> dict[source.Kind, Config
 DEFAULTS = defaults(VARIANTS["bevdepth-2key"])
 
 
-def task(config: Config, splits: source.Splits | None = None) -> run.Task:
-    """The task of config.model; `splits`: (training, evaluation) key frames other than the config's."""
+def task(config: Config, splits: source.Source | None = None) -> run.Task:
+    """The task of config.model; `splits`: key frames other than the config's."""
     return assemble(config, splits, NETWORKS[config.model]())
 
 
 # ---------------------------------------------------------------------------------------- what MatrixVT's recipe shares
 
 
-def assemble(config: Config, splits: source.Splits | None, model: bevdepth.Config) -> run.Task:
+def assemble(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Task:
     """The task of a published network under the config's recipe."""
     model = sized(config, model)
     read = data(config, splits, model)
@@ -144,17 +156,22 @@ def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:
     return replace(model, depth_loss_weight=config.depth_loss)
 
 
-def data(config: Config, splits: source.Splits | None, model: bevdepth.Config) -> run.Data:
+def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    train_split, eval_split = splits or source.open_splits(config.data_root, config.version)
-    sizes = {"source_size": config.source_size, "image_size": model.grid.image_size}
-    eval_reading = camera_pipeline.bevdepth_eval(model.frames, **sizes)
-    reading = camera_pipeline.bevdepth_train(model.frames, **sizes) if config.augment else eval_reading
-    reading = replace(reading, depth=config.depth_loss > 0)
-    items = np.arange(len(train_split))
+    splits = splits or source.open(config.data_root, config.version)
+    reading, eval_reading = (fitted(model, way) for way in (TRAIN, EVAL))
+    reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
+    items = np.arange(len(splits.training))
     if config.class_balanced:
-        items = sampling.cbgs(train_split, reading.class_names, config.seed)
-    return run.Data(train_split, items, lambda epoch: reading, eval_split, eval_reading, reader=source.BEVDEPTH)
+        items = sampling.cbgs(splits.training, reading.class_names, config.seed)
+    return run.Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
+
+
+def fitted(model: bevdepth.Config, reading: Reading) -> Reading:
+    """A published way of reading, for the model's frames and image size."""
+    assert reading.cameras is not None
+    cameras = replace(reading.cameras, frames=model.frames, image_size=model.grid.image_size)
+    return replace(reading, cameras=cameras)
 
 
 def main() -> None:

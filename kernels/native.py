@@ -20,15 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bevfn.kernels.cache import cache_dir
+
 SHARED = Path(__file__).with_name("parallel.h")  # what the sources include
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wall")
 # -ffp-contract=off: voxel and cell indices must round exactly as the published code does. Kernels whose inner loop is
 # a dot product call __builtin_fma (or vector intrinsics) where a fused multiply-add is wanted.
-
-
-def cache_dir() -> Path:
-    """Folder of compiled kernels: `$BEVFN_CACHE` or `~/.cache/bevfn`."""
-    return Path(os.environ.get("BEVFN_CACHE") or Path.home() / ".cache" / "bevfn")
 
 
 def _compiler() -> str:

@@ -301,7 +301,7 @@ def test_a_batch_that_does_not_fit_together_is_refused():
         ({"depth": batch.depth[:, :1]}, r"Batch.depth has shape .* must be \[B N H W\]"),
         ({"depth": -batch.depth}, "below 0 m"),
         ({"base_aug": batch.base_aug * torch.nan}, "Batch.base_aug has NaN"),
-        ({"labels": None}, "all of boxes, labels and boxes_valid"),
+        ({"labels": None}, "box fields but labels is None"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(batch, **change).validate()

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import small_frames
 import torch
 from graph_counts import graph_counts
 
@@ -12,14 +13,13 @@ from bevfn import compile as compilation
 from bevfn import losses, tree
 from bevfn.backbones import second, sparse_encoder, swin
 from bevfn.data import batch as batches
-from bevfn.data import frame
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.models import bevfusion
 from bevfn.necks import lss_fpn, second_fpn
 from bevfn.precision import Policy
 from bevfn.synth import key_frame
 from bevfn.training import optim, train
-from bevfn.views import lift_splat
+from bevfn.views import camera_grid, lift_splat
 
 MODALITIES = ("lidar", "camera", "lidar-camera")
 STEPS = 5
@@ -36,10 +36,15 @@ def tiny(modality):
     view = lift_splat.Config(
         channels_in=16,
         channels_out=8,
-        image_size=(32, 96),
-        depth_m=(1.0, 31.0, 3.0),
-        x_m=(-24.0, 24.0, 0.75),
-        y_m=(-24.0, 24.0, 0.75),
+        grid=camera_grid.Config(
+            image_size=(32, 96),
+            stride=8,
+            depth_m=(1.0, 31.0, 3.0),
+            x_m=(-24.0, 24.0, 0.75),
+            y_m=(-24.0, 24.0, 0.75),
+            z_m=(-10.0, 10.0, 20.0),
+            rows="x",
+        ),
         lidar_depth=modality == "lidar-camera",
     )
     camera = bevfusion.Camera(
@@ -68,13 +73,16 @@ def folder(tmp_path_factory):
 
 
 def make_batch(folder, model, count=1):
-    reading = frame.Config(
-        cameras=model.camera is not None, source_size=(225, 400), capacities=batches.Capacities(6000, 16)
+    reading = replace(
+        small_frames.SMALL,
+        cameras=None,
+        range=(-24.0, -24.0, -5.0, 24.0, 24.0, 3.0),
+        capacities=batches.Capacities(6000, 16),
     )
     if model.camera is not None:
-        reading = replace(reading, image_size=model.camera.view.image_size, resize=0.24)
-    reading = replace(reading, point_cloud_range=(-24.0, -24.0, -5.0, 24.0, 24.0, 3.0))
-    sample = frame.load(folder, config=reading)
+        size = model.camera.view.grid.image_size
+        reading = replace(reading, cameras=replace(small_frames.SMALL.cameras, image_size=size))
+    sample = small_frames.load(folder, reading)
     keep = slice(None, None, 4)
     sample = replace(sample, points=sample.points[keep])
     return batches.collate([sample] * count, capacities=reading.capacities)[0]

@@ -1,6 +1,7 @@
 """Depth net, depth supervision and the frustum over the BEV grid."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import small_cameras
@@ -132,6 +133,22 @@ def test_pool_puts_rows_at_y_and_columns_at_x():
     torch.testing.assert_close(bev, expected, atol=1e-5, rtol=1e-5)
     volume = depth[:, None] * context[:, :, None]  # M C D H W
     torch.testing.assert_close(camera_grid.pool_volume(volume, cell, GRID), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_x_where_the_grid_says_so_and_floor_leaves_out_what_lies_below():
+    batch = small_cameras.make()
+    y_first = camera_grid.cells(batch, 0, GRID)
+    x_first = camera_grid.cells(batch, 0, replace(GRID, rows="x"))
+    (b, row, column), inside = ((y_first // 512, y_first % 512 // 32, y_first % 32), y_first >= 0)
+    assert replace(GRID, rows="x").cells == (32, 16) == GRID.cells[::-1]
+    assert torch.equal(x_first, torch.where(inside, (b * 32 + column) * 16 + row, -1).to(torch.int32))
+    high = replace(GRID, z_m=(1.0, 9.0, 8.0))  # some points lie below it, by less than a cell
+    truncated, floored = (
+        camera_grid.cells(batch, 0, replace(high, truncate_toward_zero=rule)) for rule in (True, False)
+    )
+    point = camera_grid.frustum_points(batch, 0, high)
+    below = torch.stack(torch.broadcast_tensors(*(p < low for p, low in zip(point, (-16.0, -12.0, 1.0))))).any(0)
+    assert bool((below & (truncated >= 0)).any()) and torch.equal(floored, torch.where(below, -1, truncated))
 
 
 def test_depth_aggregation_moves_mass_along_rows_only():

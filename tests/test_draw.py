@@ -6,22 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_frames
 import torch
 from PIL import Image
 
 from bevfn import draw
 from bevfn.boxes import corners
-from bevfn.data import frame
 from bevfn.synth import key_frame
-
-SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    return frame.load(
-        key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size), config=SMALL
-    )
+    return small_frames.load(key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=(225, 400)))
 
 
 def test_picture_shows_predictions_in_their_colours(sample, tmp_path):
@@ -118,3 +114,9 @@ def test_a_failed_write_keeps_the_old_picture(sample, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         draw.draw(sample, sample.boxes[:0], np.zeros(0), np.zeros(0, dtype=np.int64), path)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["frame.png"]
+
+
+def test_a_frame_that_was_read_without_points_is_refused(sample, tmp_path):
+    bare = dataclasses.replace(sample, points=None)
+    with pytest.raises(ValueError, match="the batch has no points, which are needed here"):
+        draw.draw(bare, np.zeros((0, 9)), np.zeros(0), np.zeros(0, dtype=int), tmp_path / "a.png")

@@ -1,6 +1,7 @@
 """View transform: pooling against a plain outer product, gradients, both depth nets, and the golden camera branch."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,20 @@ from bevfn.data import batch as batches
 from bevfn.data.batch import Base, Batch
 from bevfn.necks import lss_fpn
 from bevfn.parity import golden
-from bevfn.views import lift_splat
+from bevfn.views import camera_grid, lift_splat
 
 CASE = Path(__file__).parents[1].parent / "shared" / "goldens" / "bevfusion_lidar_cam"
-GRID = {"x_m": (-16.0, 16.0, 1.0), "y_m": (-16.0, 16.0, 1.0), "z_m": (-8.0, 8.0, 16.0)}
-CONFIG = lift_splat.Config(channels_in=6, channels_out=4, image_size=(32, 48), depth_m=(1.0, 13.0, 1.0), **GRID)
-CAMERA_ONLY = lift_splat.Config(**{**vars(CONFIG), "lidar_depth": False})
+GRID = camera_grid.Config(
+    image_size=(32, 48),
+    stride=8,
+    depth_m=(1.0, 13.0, 1.0),
+    x_m=(-16.0, 16.0, 1.0),
+    y_m=(-16.0, 16.0, 1.0),
+    z_m=(-8.0, 8.0, 16.0),
+    rows="x",
+)
+CONFIG = lift_splat.Config(channels_in=6, channels_out=4, grid=GRID)
+CAMERA_ONLY = replace(CONFIG, lidar_depth=False)
 
 
 def make_batch(B: int = 2, N: int = 2, P: int = 60, image: tuple[int, int] = (32, 48)) -> Batch:
@@ -153,12 +162,10 @@ def test_wrong_inputs_are_refused_with_the_remedy():
         lift_splat.apply(params, state, feature, blind, config=CONFIG, train=False)
     with pytest.raises(ValueError, match=r"feature of \(4, 5\) does not fit image_size \(32, 48\): expected \(4, 6\)"):
         lift_splat.apply(params, state, feature[..., :5], batch, config=CONFIG, train=False)
-    with pytest.raises(ValueError, match=r"z_m .* must hold one cell; make its step 20\.0"):
-        lift_splat.Config(z_m=(-10.0, 10.0, 5.0))
-    with pytest.raises(ValueError, match=r"x_m .* whole number of steps"):
-        lift_splat.Config(x_m=(-54.0, 54.0, 0.7))
-    with pytest.raises(ValueError, match=r"image_size .* multiples of 8"):
-        lift_splat.Config(image_size=(250, 704))
+    with pytest.raises(ValueError, match=r"at stride 8, grid\.stride is 16"):
+        lift_splat.Config(grid=replace(GRID, stride=16))
+    with pytest.raises(ValueError, match=r"\(31, 32\) cells are halved"):
+        lift_splat.Config(grid=replace(GRID, x_m=(-16.0, 15.0, 1.0)))
 
 
 @pytest.mark.slow

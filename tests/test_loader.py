@@ -25,8 +25,14 @@ def sample(index: int, generator: np.random.Generator) -> Sample:
     points = np.full((5, 5), index, np.float32)
     points[:, 1:] = generator.random((5, 4))
     boxes = np.ones((1, 9), np.float32)
-    labels = np.zeros(1, np.int64)
-    return Sample(Base.LIDAR, np.eye(4, dtype=np.float32), points, boxes, labels, token=f"t{index}")
+    return Sample(
+        base=Base.LIDAR,
+        base_aug=np.eye(4, dtype=np.float32),
+        points=points,
+        boxes=boxes,
+        labels=np.zeros(1, np.int64),
+        token=f"t{index}",
+    )
 
 
 def damaged(*bad: int):

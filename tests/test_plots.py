@@ -13,7 +13,7 @@ from PIL import Image
 from small_world import annotations, document, index, nothing
 
 from bevfn import draw
-from bevfn.data.frame import CLASS_NAMES
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import page, plots, score
 from bevfn.evaluation.results import Detections
 

@@ -123,7 +123,7 @@ def report(name: str, lowered: Lowered) -> Report:
             unknown.append(f"all, because the graph cannot be interpreted: {error}")
     unknown += [f"{use.kind} {use.name}: {use.unknown}" for use in uses if use.unknown]
     constant = {use.name for use in uses if use.constant}
-    working = [use for use in uses if not use.constant]
+    working = [use for use in uses if not use.constant]  # what the device does each step; GE computes the rest once
     casts = [op.name for op in graph.op if op.type == "Cast" and op.name not in constant]
     asked = sum(lowered.sources[cast][0] == "aten._to_copy.default" for cast in casts)
     return Report(

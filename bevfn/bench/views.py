@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.bench import machine, pool
-from bevfn.data import camera_pipeline, infos
-from bevfn.data.batch import Batch, collate
+from bevfn.data import infos, scene
+from bevfn.data.batch import Batch, collate, needed
+from bevfn.experiments import bevdepth as recipe
 from bevfn.models import bevdepth
 from bevfn.synth import key_frame
 from bevfn.views import camera_grid, matrixvt
@@ -48,7 +49,7 @@ class Problem:
 def problem(config: bevdepth.Config, batch: Batch) -> Problem:
     """Random depth and context for the cameras of the batch's first sample. `config` is a MatrixVT."""
     grid, C = config.grid, config.depth.context
-    N, generator = batch.images.shape[2], torch.Generator().manual_seed(0)
+    N, generator = needed(batch.images, "images").shape[2], torch.Generator().manual_seed(0)
     depth = torch.randn(N, grid.depth_bins, *grid.feature_size, generator=generator).softmax(1)
     context = torch.randn(N, C, *grid.feature_size, generator=generator)
     grad = torch.randn(1, C, *grid.cells, generator=generator)
@@ -60,8 +61,8 @@ def measure(frame: Path | None, *, repeats: int = 5, threads: int = 1) -> dict:
     config = bevdepth.matrix_vt()
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         index = infos.read((frame or key_frame.write_frame(Path(folder))) / "frame.json")
-        reading = camera_pipeline.bevdepth_eval(config.frames)
-        sample = camera_pipeline.load(index, 0, reading)
+        reading = recipe.fitted(config, recipe.EVAL)
+        sample = scene.load(index, 0, reading)
     batch, _ = collate([sample], capacities=reading.capacities)
     made = problem(config, batch)
     figures: dict = {

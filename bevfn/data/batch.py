@@ -15,16 +15,16 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from bevfn import geometry, tree
 
 
-class Base(str, enum.Enum):
+class Base(enum.Enum):
     """Which frame a batch's base is. It is part of a batch's structure, no tensor: another base is another graph."""
 
     LIDAR = "lidar"
@@ -35,7 +35,7 @@ class Base(str, enum.Enum):
     are relative to the mean of these vehicle poses over the cameras."""
 
 
-pytree.register_constant(Base)
+Field = TypeVar("Field", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Sample:
     one stands."""
 
 
-@tree.register
+@tree.register(static=("base",))
 @dataclass(frozen=True)
 class Batch:
     """A pytree of tensors. A group (points, boxes, cameras, depth) that a model does not read is None as a whole.
@@ -152,6 +152,13 @@ class Batch:
                     raise ValueError(f"Batch.{inverse} is not the inverse of {matrix}[:3,:3]; build it with make.")
 
 
+def needed(field: Field | None, name: str) -> Field:
+    """A field of a batch or sample that somebody cannot do without; raises ValueError where it is None."""
+    if field is None:
+        raise ValueError(f"the batch has no {name}, which are needed here; let the reading ask for them.")
+    return field
+
+
 _LAYOUT: dict[str, tuple[str, torch.dtype]] = {
     "base_aug": ("B 4 4", torch.float32),
     "undo_base_aug": ("B 3 3", torch.float32),
@@ -174,6 +181,14 @@ _GROUPS = {
     "box": ("boxes", "labels", "boxes_valid"),
     "camera": tuple(name for name, (letters, _) in _LAYOUT.items() if " T N " in letters),
 }
+
+
+def check_base(batch: Batch, accepted: Base, model: str) -> None:
+    """Raises ValueError where a model that means one base frame gets a batch in another; free in a graph."""
+    if batch.base != accepted:
+        raise ValueError(
+            f"{model} takes batches in the base frame {accepted.value!r}, not {batch.base.value!r}; read with that Reading.base"
+        )
 
 
 def make(*, base: Base, base_aug: Tensor, **given: Tensor) -> Batch:

@@ -13,14 +13,14 @@ from typing import TypeVar
 
 from bevfn import host
 from bevfn.files import writing
-from bevfn.kernels import native
+from bevfn.kernels.cache import cache_dir
 
 Result = TypeVar("Result")
 
 
 def home(root: Path) -> Path:
     """The folder for what is made of a data set whose root cannot be written: in `$BEVFN_CACHE` or `~/.cache/bevfn`."""
-    return native.cache_dir() / "data" / hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
+    return cache_dir() / "data" / hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
 
 
 def place(root: Path, name: str) -> Path:

@@ -129,6 +129,7 @@ def _evaluate(index: Index, results: Mapping[str, Any], split: str, tables: Any)
                 f"{index.root}: the devkit refuses split {split!r} of {index.version} ({error}); check that split, "
                 "version and index belong together."
             ) from error
+        # A split may be more than the index, which may hold a part of it: only its key frames count.
         for boxes in (judge.gt_boxes, judge.pred_boxes):
             boxes.boxes = type(boxes.boxes)(list, {t: b for t, b in boxes.boxes.items() if t in index.positions})
         metrics, curves = judge.evaluate()
@@ -160,7 +161,7 @@ def _complete(results: Mapping[str, Any], split: str, tables: Any) -> dict:
     listed |= results["results"]
     if not any(listed.values()):
         token = next(iter(listed))
-        # The devkit divides by the number of boxes: one that is nowhere near counts as none at all.
+        # The devkit tells detections from tracks by the first box, so it needs one; this one is out of everything's reach.
         far = {"translation": [1e7, 1e7, 0.0], "size": [1.0] * 3, "rotation": [1.0, 0.0, 0.0, 0.0]}
         car = {"velocity": [0.0, 0.0], "detection_name": "car", "detection_score": 0.0, "attribute_name": ""}
         listed[token] = [{"sample_token": token, **far, **car}]

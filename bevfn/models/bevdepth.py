@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.batch import Batch
+from bevfn.data.batch import Base, Batch, check_base
+from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
 from bevfn.models import cameras
@@ -212,13 +213,15 @@ def apply(
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
-    _check(batch, config)
+    check_base(batch, Base.EGO_AT_CAMERAS, "BEVDepth")
+    images = cameras.images(batch, config.frames, config.grid.image_size)
 
     def one(params: dict, state: dict, t: int, train: Train) -> tuple[dict, dict]:
         where = place(batch, t, config) if places is None else places[t]
         site = None if key is None else rng.fold(key, t)
-        return _frame(params, state, batch, t, where, config=config, train=train, policy=policy, key=site)
+        return _frame(params, state, images[:, t], known, where, config=config, train=train, policy=policy, key=site)
 
+    known = depth_net.camera_vectors(batch)
     weights, statistics = ({part: made[part] for part in ("image", "view")} for made in (params, state))
     frames, image_side = cameras.over_frames(one, weights, statistics, order=range(config.frames), train=train)
     # Upstream forces everything behind the view transform to float32 under autocast.
@@ -234,19 +237,23 @@ def apply(
     return {"frames": frames, "bev": {"map": bev, "backbone": trunk, "neck": x}, "head": head}, new
 
 
-def _check(batch: Batch, config: Config) -> None:
-    frames, size = batch.images.shape[1], tuple(batch.images.shape[3:5])
-    if frames < config.frames:
-        raise ValueError(f"the batch has {frames} frames, the model takes {config.frames}; read more key frames")
-    if size != config.grid.image_size:
-        raise ValueError(f"images are {size} pixels, the model's grid.image_size is {config.grid.image_size}")
+def needs(config: Config) -> Needs:
+    """What the model reads of a batch."""
+    return Needs(
+        model="BEVDepth",
+        base=Base.EGO_AT_CAMERAS,
+        classes=sum(config.head.tasks),
+        image_size=config.grid.image_size,
+        frames=config.frames,
+        depth=config.depth_loss_weight > 0,
+    )
 
 
 def _frame(
     params: dict,
     state: dict,
-    batch: Batch,
-    t: int,
+    images: Tensor,
+    known: Tensor,
     where: Place,
     *,
     config: Config,
@@ -254,14 +261,13 @@ def _frame(
     policy: Policy,
     key: Tensor | None,
 ) -> tuple[dict, dict]:
-    """Images of frame t to its BEV map in the key frame's ego frame."""
-    images = cameras.normalise(batch.images[:, t], order="bgr").to(policy.compute)  # B*N 3 H W
+    """uint8 images [B N H W 3] of a frame, and what is known of the cameras, to its BEV map in the key frame's base."""
+    x = cameras.normalise(images, order="bgr").to(policy.compute)  # B*N 3 H W
     image, weights = params["image"], params["view"]
     maps, backbone_state = resnet.apply(
-        image["backbone"], state["image"]["backbone"], images, config=config.backbone, train=train
+        image["backbone"], state["image"]["backbone"], x, config=config.backbone, train=train
     )
     x, neck_state = second_fpn.apply(image["neck"], state["image"]["neck"], maps[1:], config=config.neck, train=train)
-    known = depth_net.camera_vectors(batch)
     net, net_state = depth_net.apply(
         weights["depth_net"], state["view"]["depth_net"], x, known, config=config.depth, train=train, key=key
     )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import second, sparse_encoder, swin
-from bevfn.data.batch import Batch
+from bevfn.data.batch import Base, Batch, check_base, needed
+from bevfn.data.reading import Needs
 from bevfn.distributed import Train
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.kernels.voxelize import voxelize
@@ -77,6 +78,10 @@ class Config:
             X, Y, _ = sparse_encoder.output_grid(self.lidar.encoder, self.sparse_grid)
             if self.head.cells != (X, Y):
                 raise ValueError(f"the sparse encoder makes {X} x {Y} BEV cells, head.cells is {self.head.cells}")
+        if self.camera is not None:
+            X, Y = (count // 2 for count in self.camera.view.grid.cells)
+            if self.head.cells != (X, Y):
+                raise ValueError(f"the view transform makes {X} x {Y} BEV cells, head.cells is {self.head.cells}")
 
     @property
     def sparse_grid(self) -> tuple[int, int, int]:
@@ -122,10 +127,7 @@ def mini(config: Config) -> Config:
         view = lift_splat.Config(
             channels_in=32,
             channels_out=16,
-            image_size=(64, 192),
-            depth_m=(1.0, 61.0, 1.0),
-            x_m=span,
-            y_m=span,
+            grid=replace(camera.view.grid, image_size=(64, 192), depth_m=(1.0, 61.0, 1.0), x_m=span, y_m=span),
             lidar_depth=camera.view.lidar_depth,
         )
         neck = lss_fpn.Config(channels_in=(32, 64, 128), channels_out=32)
@@ -198,6 +200,18 @@ def init(config: Config, seed: int) -> tuple[dict, dict]:
     return tree.unzip(made)
 
 
+def needs(config: Config) -> Needs:
+    """What the model reads of a batch."""
+    view = None if config.camera is None else config.camera.view
+    return Needs(
+        model="BEVFusion",
+        base=Base.LIDAR,
+        classes=config.head.classes,
+        points=config.lidar is not None or (view is not None and view.lidar_depth),
+        image_size=None if view is None else view.grid.image_size,
+    )
+
+
 def apply(
     params: dict,
     state: dict,
@@ -219,6 +233,7 @@ def apply(
         outputs naming every boundary by the path of the parameters that made it ("camera": "backbone", "neck", "view";
         "lidar", "fuser", "bev": "backbone", "neck"; "head"; "voxels", "overflow"), and the new state.
     """
+    check_base(batch, Base.LIDAR, "BEVFusion")
     outputs: dict = {"overflow": {}}
     new: dict = {}
     bev = []
@@ -252,7 +267,8 @@ def _camera_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy, key: Tensor | None
 ) -> tuple[dict, dict]:
     assert config.camera is not None
-    images = cameras.normalise(batch.images[:, 0], order="rgb").to(policy.compute)  # B*N 3 H W
+    frames = cameras.images(batch, 1, config.camera.view.grid.image_size)
+    images = cameras.normalise(frames[:, 0], order="rgb").to(policy.compute)  # B*N 3 H W
     swin_key = None if key is None else rng.fold(key, 0)
     features = swin.apply(params["backbone"], images, config=config.camera.backbone, train=train, key=swin_key)
     fpn, neck_state = lss_fpn.apply(params["neck"], state["neck"], features, train=train)
@@ -267,7 +283,8 @@ def _lidar_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy
 ) -> tuple[dict, dict]:
     assert config.lidar is not None
-    voxels, overflow = voxelise(batch.points, batch.points_valid, config.voxels, train=train)
+    points, valid = needed(batch.points, "points"), needed(batch.points_valid, "points_valid")
+    voxels, overflow = voxelise(points, valid, config.voxels, train=train)
     sparse, new = sparse_encoder.apply(
         params,
         state,
@@ -318,7 +335,12 @@ def loss(
     """
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     total, terms = transfusion_loss.loss(
-        outputs["head"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head, train=train
+        outputs["head"],
+        needed(batch.boxes, "boxes"),
+        needed(batch.labels, "labels"),
+        needed(batch.boxes_valid, "boxes_valid"),
+        config=config.head,
+        train=train,
     )
     metrics = {"loss/total": total.detach(), "matched_iou": terms["matched_iou"], "num_pos": terms["num_pos"]}
     metrics |= {f"loss/{k}": v.detach() for k, v in terms.items() if k.split("/")[-1] in ("heatmap", "cls", "bbox")}

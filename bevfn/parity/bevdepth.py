@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.data.batch import Base, Batch, make
-from bevfn.data.pipeline import CLASS_NAMES
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import results
 from bevfn.heads import centerpoint, centerpoint_loss
 from bevfn.models import bevdepth

@@ -18,7 +18,7 @@ from bevfn.models import bevfusion
 from bevfn.parity import compare, golden
 from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
 from bevfn.parity.golden import Case
-from bevfn.views import lift_splat
+from bevfn.views import camera_grid, lift_splat
 
 PATHS = {  # stored name: path in outputs
     "sparse/bev": "lidar.bev",
@@ -171,8 +171,8 @@ def _augmented_geometry(case: Case, table: Table, config: bevfusion.Config, devi
         return
     assert config.camera is not None
     view, moved = config.camera.view, batch_of(case, device, train=False, prefix="aug/")
-    _depth_map(case, table, "aug/vt", lift_splat.lidar_depth_map(moved, view.image_size))
-    points = torch.stack(lift_splat.frustum_points(moved, view), -1)
+    _depth_map(case, table, "aug/vt", lift_splat.lidar_depth_map(moved, view.grid.image_size))
+    points = torch.stack(camera_grid.frustum_points(moved, 0, view.grid), -1)
     compare.boundary(case, table, "aug/vt/geometry", points, EVAL_TOLERANCE)
 
 

@@ -64,8 +64,7 @@ class World:
 def write_frame(folder: Path, seed: int = 0, *, image_size: tuple[int, int] = CALIBRATED_SIZE) -> Path:
     """Writes frame.json, six JPEGs of image_size (H,W) and LIDAR_TOP.pcd.bin into `folder`; returns it.
 
-    Read images of another size than 900x1600 with `frame.Config(source_size=image_size, ...)`. frame.json is written
-    last and every file atomically, so a folder with a frame.json is complete.
+    frame.json is written last and every file atomically, so a folder with a frame.json is complete.
     """
     folder = Path(folder)
     rng = np.random.default_rng(seed)
@@ -84,6 +83,8 @@ def write_frame(folder: Path, seed: int = 0, *, image_size: tuple[int, int] = CA
             "cam2img": intrinsics.tolist(),
             "cam2ego": ego_from_camera.tolist(),
             "lidar2cam": camera_from_lidar.tolist(),
+            "height": image_size[0],
+            "width": image_size[1],
         }
     write_atomically(folder / LIDAR_FILE, points.tobytes())
     returns = np.bincount(hit[hit >= 0], minlength=len(world.boxes))  # G

@@ -25,8 +25,10 @@ from typing_extensions import Self
 
 from bevfn import compile as compilation
 from bevfn import distributed, host, provenance, tree, upstream
-from bevfn.data import loader, paste, sampling, source
+from bevfn.data import loader, paste, sampling, scene, source
+from bevfn.data.batch import Batch, Sample, collate
 from bevfn.data.index import Index
+from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
@@ -142,12 +144,11 @@ class Data:
     training: Index
     items: np.ndarray
     """int64 [n], places in `training`: one epoch before it is shuffled"""
-    reading: Callable[[int], Any]
-    """how an epoch (0-based) reads, a Config of the reader's pipeline; recipes change it towards the end"""
+    reading: Callable[[int], Reading]
+    """how an epoch (0-based) reads; recipes change it towards the end"""
     evaluation: Index
-    eval_reading: Any
+    eval_reading: Reading
     database: paste.Database | None = None
-    reader: source.Reader = source.BEVFUSION
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ class Task:
 
     title: str
     data: Data
+    needs: Needs
+    """what the model takes, held against what `data` reads before the first step"""
     init: Callable[[], tuple[dict, dict]]
     """-> (params, state) from the seed"""
     loss: Callable[..., Any]
@@ -186,6 +189,8 @@ class Task:
 class Family(Protocol):
     """A file of bevfn/models/, as far as a run needs it; the functions are Task's with a network and a policy to bind."""
 
+    @property
+    def needs(self) -> Callable[..., Needs]: ...
     @property
     def init(self) -> Callable[..., tuple[dict, dict]]: ...
     @property
@@ -209,6 +214,7 @@ def make_task(
     return Task(
         title=f"{config.model}, {config.scale} size",
         data=data,
+        needs=family.needs(network),
         init=partial(family.init, network, config.seed),
         loss=partial(family.loss, **bound),
         predict=partial(family.predict, **bound),
@@ -311,11 +317,31 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
     return initial_state(run), step
 
 
-def example(run: Run) -> Any:
+def check(task: Task, *, train: bool = True) -> None:
+    """Raises ValueError, one sentence, where the splits, what is read of them and the model do not fit together.
+
+    train: the training split too.
+    """
+    data = task.data
+    source.check(data.evaluation, data.eval_reading, train=False)
+    task.needs.check(data.eval_reading, train=False)
+    if not train:
+        return
+    reading = data.reading(0)
+    source.check(data.training, reading, train=True)
+    task.needs.check(reading, train=True)
+    if data.database is not None and (foreign := set(data.database.class_names) - set(reading.class_names)):
+        raise ValueError(
+            f"{data.database.points_path.parent} has objects of the classes {', '.join(sorted(foreign))}, which the model "
+            f"does not detect ({', '.join(reading.class_names)}); build the database again"
+        )
+
+
+def example(run: Run) -> Batch:
     """One microbatch of the training split's first key frame, on the device: what a step is measured or lowered with."""
     data, reading = run.task.data, run.task.data.reading(0)
-    sample = data.reader.load(data.training, reading, data.database, 0, np.random.default_rng(0))
-    batch, _ = data.reader.collate([sample] * run.config.batch_size, capacities=reading.capacities)
+    sample = scene.load(data.training, 0, reading, np.random.default_rng(0), database=data.database)
+    batch, _ = collate([sample] * run.config.batch_size, capacities=reading.capacities)
     return batch.to(run.config.device)
 
 
@@ -327,10 +353,10 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
     first, within = divmod(start, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         reading = data.reading(epoch)
-        load = partial(data.reader.load, data.training, reading, data.database)
+        load = partial(_load, data.training, reading, data.database)
         stream = loader.batches(
             load, sampling.order(data.items, config.seed, epoch, shuffle=True), settings, seed=config.seed, epoch=epoch,
-            capacities=reading.capacities, collate=data.reader.collate, rank=rank, replicas=count,
+            capacities=reading.capacities, rank=rank, replicas=count,
             accumulate=config.accumulate, start_step=within,
         )  # fmt: skip
         with contextlib.closing(stream):
@@ -339,6 +365,13 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
                     return
                 yield step + 1, [next(stream) for _ in range(config.accumulate)]
         within = 0
+
+
+def _load(
+    index: Index, reading: Reading, database: paste.Database | None, place: int, generator: np.random.Generator
+) -> Sample:
+    """The loader's `load` once the first three are bound."""
+    return scene.load(index, place, reading, generator, database=database)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
@@ -360,6 +393,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
                 source.prepare(config.data_root)
             distributed.gather(None, replicas)  # the others wait for it
             task = make_task(config)
+            check(task)
             run = Run(task, config, plan(config, task.data.items, replicas), replicas)
             run = dataclasses.replace(run, facts=facts(run))
             latest = stack.enter_context(open_folder(run)) if run.leads else None
@@ -664,7 +698,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
     found = detect(
-        run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading, reader=data.reader,
+        run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading,
         batch_size=config.batch_size, workers=config.workers, backend=config.eval_backend, device=config.device,
         replicas=run.replicas,
     )  # fmt: skip
@@ -672,7 +706,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
         return {}
     out = evaluation_folder(run, done)
     judgement = judge(
-        data.evaluation, found, data.eval_reading, out, reader=data.reader, run_dir=config.run_dir,
+        data.evaluation, found, data.eval_reading, out, run_dir=config.run_dir,
         title=f"{run.task.title}, step {done}", config=flags(config),
     )  # fmt: skip
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")

@@ -55,6 +55,7 @@ def open(
     config beside the new one as config.1.json, ...). Nothing is changed then.
     """
     run_dir = Path(run_dir)
+    # as they will be read back, so that they compare
     config, facts = (json.loads(json.dumps(part, default=str)) for part in (config, facts or {}))
     if resume and not ((run_dir / CONFIG_FILE).is_file() or _holds_run(run_dir)):
         raise ValueError(
@@ -65,6 +66,7 @@ def open(
         with _writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run_dir, say))
+        # All checks come before the first write: a refused run leaves the folder as it found it.
         latest = None
         if resume:
             latest = _latest(run_dir, say)
@@ -141,7 +143,7 @@ def _typed(value: Any, hint: Any) -> Any:
 def differences(before: dict, now: dict) -> dict[str, str]:
     """{dotted field: "old -> new"} of two configs of plain JSON values."""
     old, new = _flat(before), _flat(now)
-    absent = object()
+    absent = object()  # None is a value
     return {
         name: f"{_shown(old, name)} -> {_shown(new, name)}"
         for name in dict.fromkeys([*old, *new])
@@ -264,6 +266,8 @@ def locked(run_dir: Path, say: Callable[[str], Any] = print) -> Iterator[None]:
                     "--run-dir."
                 )
             time.sleep(0.1)
+        # The file's text is only for the message above: what counts is the lock, and the file itself stays. To delete
+        # it would let a third process lock a new file while another one still waits for the old one.
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         try:

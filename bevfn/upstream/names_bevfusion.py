@@ -130,7 +130,7 @@ def detector_buffers(config: bevfusion.Config, naming: Naming) -> dict[str, Tens
     """Swin's and the view transform's."""
     if config.camera is None:
         return {}
-    view = config.camera.view
+    view = config.camera.view.grid
     low, _, step = view.depth_m
     depth = low + step * torch.arange(view.depth_bins)
     step_m, centre_m, count = grid(view)
