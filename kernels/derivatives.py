@@ -48,7 +48,7 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-            return _jvp(plain_gradients, _saved(ctx), tangents)
+            return pushforward(plain_gradients, _saved(ctx), tangents)
 
     class Value(torch.autograd.Function):
         generate_vmap_rule = True
@@ -69,7 +69,7 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-            return _jvp(plain, _saved(ctx), tangents)
+            return pushforward(plain, _saved(ctx), tangents)
 
     def apply(*operands: Any) -> Tensor:
         return Value.apply(*operands)
@@ -102,7 +102,7 @@ def _vjp(f: Callable, operands: tuple, slopes: Any) -> tuple:
     return tuple(next(gradients) if i in floating else None for i in range(len(operands)))
 
 
-def _jvp(f: Callable, operands: tuple, tangents: tuple) -> Any:
+def pushforward(f: Callable, operands: tuple, tangents: tuple) -> Any:
     """The derivative of f's result along `tangents`, None where an operand does not move.
 
     By the transpose of the transpose, since torch nests no forward mode in `torch.autograd.forward_ad`'s.

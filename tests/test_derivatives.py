@@ -142,3 +142,19 @@ def test_one_operand_that_needs_no_gradient_gets_none_made():
     with Names():
         grad(lambda w: f(x, w).sum())(weight)
     assert [n for n in names if "bevfn" in n] == ["bevfn.sparse_conv.default", "bevfn.sparse_conv_weight_grad.default"]
+
+
+def test_forward_mode_and_second_derivatives_of_batch_norm_go_through_its_statistics():
+    f, x = flat(*norm_case())
+    torch.testing.assert_close(jacfwd(f)(x), jacrev(f)(x), rtol=1e-5, atol=1e-5)
+    expected = differences(grad(loss(f)), x, 3e-3)  # the layer computes in float32
+    assert expected.abs().max() > 0.1
+    for actual in (jacrev(grad(loss(f)))(x), hessian(loss(f))(x), jacfwd(jacfwd(loss(f)))(x)):
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_gradients_per_sample_through_batch_norm():
+    f, (x, weight, bias) = norm_case()
+    many = torch.stack([x, x * x])
+    g = grad(lambda x: loss(f)(x, weight, bias))
+    torch.testing.assert_close(vmap(g)(many), torch.stack([g(sample) for sample in many]))
