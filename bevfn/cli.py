@@ -20,6 +20,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
             "world": bench.world,
             "checkpoint": bench.checkpoint,
             "startup": bench.startup,
+            "list": bench.list_,
         },
     ),
     "checkpoint": (
@@ -64,6 +65,8 @@ def main() -> None:
     """Runs a subcommand; a user's mistake ends in one sentence and exit code 2, never in a traceback."""
     arguments = sys.argv[1:]
     try:
+        if arguments == ["bench", "--list"]:
+            arguments = ["bench", "list"]
         if arguments[:1] and arguments[0] in GROUPS:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
         sys.exit(_run(COMMANDS, arguments, "bevfn", __doc__ or ""))

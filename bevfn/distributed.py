@@ -85,9 +85,8 @@ def start(device: str) -> Replicas | None:
     if kind != "cpu":
         _take_device(kind, world["LOCAL_RANK"])
     backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
-    torch.distributed.init_process_group(
-        backend, rank=world["RANK"], world_size=world["WORLD_SIZE"], timeout=TIMEOUT
-    )  # fmt: skip
+    rank, size = world["RANK"], world["WORLD_SIZE"]
+    torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
     everyone = torch.distributed.group.WORLD
     assert everyone is not None
     return Replicas(everyone.group_name, world["RANK"], world["WORLD_SIZE"])
@@ -116,9 +115,8 @@ def _environment() -> dict[str, int] | None:
             raise ValueError(f"{name}={os.environ[name]!r} is not a whole number; launch with torchrun")
         numbers[name] = int(os.environ[name])
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or numbers["WORLD_SIZE"])
-    for name, limit_name, limit in (
-        ("RANK", "WORLD_SIZE", numbers["WORLD_SIZE"]), ("LOCAL_RANK", "the processes of this node,", here),
-    ):  # fmt: skip
+    limits = (("RANK", "WORLD_SIZE", numbers["WORLD_SIZE"]), ("LOCAL_RANK", "the processes of this node,", here))
+    for name, limit_name, limit in limits:
         if numbers[name] >= limit:
             raise ValueError(f"{name}={numbers[name]} must be below {limit_name} {limit}; launch with torchrun")
     if here > numbers["WORLD_SIZE"]:

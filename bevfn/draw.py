@@ -16,14 +16,15 @@ from matplotlib.patches import Circle
 
 from bevfn.boxes import bev_corners, corners
 from bevfn.data import image, points
-from bevfn.data.batch import Sample
+from bevfn.data.batch import Base, Sample
 from bevfn.data.index import Frame
 from bevfn.files import write_atomically
 
 # One colour a class, in label order; further classes start over.
 COLOURS = (
-    "#3b82f6", "#f97316", "#eab308", "#dc2626", "#92400e", "#f472b6", "#06b6d4", "#65a30d", "#9333ea", "#0f766e",
-)  # fmt: skip
+    *("#3b82f6", "#f97316", "#eab308", "#dc2626", "#92400e"),
+    *("#f472b6", "#06b6d4", "#65a30d", "#9333ea", "#0f766e"),
+)
 DASHED: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (4, 2))}  # annotations
 # corner numbers of `boxes.corners`: the bottom's, the top's and the upright edges
 EDGES = tuple((i + k, (i + 1) % 4 + k) for k in (0, 4) for i in range(4)) + tuple((i, i + 4) for i in range(4))
@@ -91,12 +92,13 @@ def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
         for matrix, camera in zip(matrices, frame.cameras.values()):
             matrix[:3] = camera.intrinsics @ camera.camera_from_lidar[:3]
         names = tuple(frame.cameras)
-        cameras = {"image_paths": paths, "camera_names": names, "image_from_lidar": matrices.astype(np.float32)}
+        cameras = {"image_paths": paths, "camera_names": names, "image_from_base": matrices[None].astype(np.float32)}
     return Sample(
+        base=Base.LIDAR,
         points=cloud,
         boxes=boxes,
         labels=np.array([class_names.index(frame.names[i]) for i in known], dtype=np.int64),
-        lidar_aug=np.eye(4, dtype=np.float32),
+        base_aug=np.eye(4, dtype=np.float32),
         token=frame.token,
         class_names=class_names,
         **cameras,
@@ -126,13 +128,13 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
 
 def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]) -> None:
     """One original image with both kinds of boxes, and the scores where there is room."""
-    assert frame.image_from_lidar is not None  # a reader gives the calibration with the paths
+    assert frame.image_from_base is not None  # a reader gives the calibration with the paths
     picture = image.decode(frame.image_paths[n])
     height, width = picture.shape[:2]
     axes.imshow(picture, interpolation="antialiased")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.set_title(frame.camera_names[n], fontsize=9)
-    pixel_from_augmented = frame.image_from_lidar[n] @ np.linalg.inv(frame.lidar_aug.astype(np.float64))
+    pixel_from_augmented = frame.image_from_base[0, n] @ np.linalg.inv(frame.base_aug.astype(np.float64))
     boxes = np.concatenate([frame.boxes[:, :7], shown["boxes"][:, :7]]).astype(np.float64)
     projected = [_project(box, pixel_from_augmented, width, height) for box in corners(torch.from_numpy(boxes)).numpy()]
 

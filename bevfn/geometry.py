@@ -126,12 +126,18 @@ def bev_cells(point: Planes, bounds_m: tuple[tuple[float, float, float], ...], *
     inside = torch.ones((), dtype=torch.bool, device=cell.device)
     for coordinate, (low, high, step) in zip(point, bounds_m):
         count = num_cells((low, high, step))
-        # Tensors, because CUDA divides by a Python number through its reciprocal. Lower bound: upstream's bx - dx/2.
-        size, centre = (coordinate.new_full((), value) for value in (step, low + step / 2))
-        place = (coordinate - (centre - size / 2)) / size
+        place = in_cells(coordinate, (low, high, step))
         inside = inside & (place > -1 if truncate_toward_zero else place >= 0) & (place < count)
         cell = cell * count + place.to(torch.int32)
     return torch.where(inside, cell, -1)
+
+
+def in_cells(coordinate: Tensor, bounds_m: tuple[float, float, float]) -> Tensor:
+    """A coordinate in cells from the lower bound of an axis (low, high, step), like coordinate."""
+    low, _, step = bounds_m
+    # Tensors, because CUDA divides by a Python number through its reciprocal. Lower bound: upstream's bx - dx/2.
+    size, centre = (coordinate.new_full((), value) for value in (step, low + step / 2))
+    return (coordinate - (centre - size / 2)) / size
 
 
 def num_cells(bounds_m: tuple[float, float, float]) -> int:

@@ -13,12 +13,14 @@ These places compute in float32 whatever the policy says, and hand back the acti
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bevfn import tree
 
+Precision = Literal["fp32", "fp16", "bf16"]
 _NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -23,8 +23,8 @@ class Recipe(Protocol):
     NETWORKS: Mapping[str, Callable[[], Any]]
     DEFAULTS: Mapping[source.Kind, run.Config]
 
-    def task(self, config: Any, splits: source.Splits | None = None) -> run.Task:
-        """`splits`: (training, evaluation) key frames other than the config's."""
+    def task(self, config: Any, splits: source.Source | None = None) -> run.Task:
+        """`splits`: key frames other than the config's."""
 
 
 def load(experiment: str) -> Recipe:

@@ -11,7 +11,7 @@ A key is an int64 scalar tensor in [0, 2^32). `fold` derives the key of a step, 
 """
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ def key(seed: int) -> Tensor:
 
 def fold(key: Tensor, site: int | Tensor) -> Tensor:
     """The key of `site` under `key`: a Python int or an int64 [] tensor (such as the step), 0 <= site < 2^32."""
-    folded = _mix(key ^ _mix(site ^ 0x5BD1E995))
+    number: Any = site  # the arithmetic is the same for both
+    folded = _mix(key ^ _mix(number ^ 0x5BD1E995))
     return torch.stack([folded, folded])[0]  # stored, see _mix
 
 

@@ -4,7 +4,9 @@ The dotted path of a leaf, `head.decoder.0.norms.1.weight`, is its name in check
 The traversal is torch's own (`torch.utils._pytree`), which Dynamo traces, so all of this works inside a train step.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,32 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 
-def register(cls: type) -> type:
-    """Class decorator: makes a dataclass a pytree node whose children are its fields."""
-    pytree.register_dataclass(cls)
+def register(cls: type | None = None, *, static: tuple[str, ...] = ()) -> Any:
+    """Class decorator: makes a dataclass a pytree node whose children are its fields.
+
+    static: fields that are part of the structure instead (compared by ==, not mapped); trees that differ in them are
+    different, and so are their graphs.
+    """
+    if cls is None:
+        return partial(register, static=static)
+    if not static:
+        pytree.register_dataclass(cls)
+        return cls
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in static]
+
+    def flatten(node: Any) -> tuple[list, tuple]:
+        present = [name for name in names if getattr(node, name) is not None]
+        return [getattr(node, name) for name in present], (present, [getattr(node, name) for name in static])
+
+    def flatten_with_keys(node: Any) -> tuple[list, tuple]:
+        children, made = flatten(node)
+        return [(pytree.GetAttrKey(name), child) for name, child in zip(made[0], children)], made
+
+    def unflatten(children: Iterable[Any], made: tuple) -> Any:
+        absent = dict.fromkeys(names)
+        return cls(**{**absent, **dict(zip(made[0], children)), **dict(zip(static, made[1]))})
+
+    pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
     return cls
 
 
@@ -44,7 +69,7 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
 
     Raises ValueError that names the paths which are missing or unknown.
     """
-    pairs, spec = pytree.tree_flatten_with_path(like)
+    pairs, spec = pytree.tree_flatten_with_path(like)  # its order, not that of `flat`: a file may hold any
     names = [None if leaf is None else _dotted(path) for path, leaf in pairs]
     missing = [n for n in names if n is not None and n not in flat]
     known = set(names)
@@ -110,6 +135,7 @@ def describe(leaf: Any) -> str:
 
 def _aligned(other: Any, tree: Any) -> list:
     """The leaves of `other`, None included, in the order of `tree`'s."""
+    # The common case first, without paths: a train step maps hundreds of leaves several times.
     leaves, spec = pytree.tree_flatten(tree)
     others, other_spec = pytree.tree_flatten(other)
     if spec == other_spec and all((a is None) == (b is None) for a, b in zip(leaves, others)):

@@ -22,18 +22,20 @@ is pooled. (Upstream's "key4" files are BEVStereo's and read one earlier camera 
 The flags' defaults are the published recipe of --model on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC`) elsewhere.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
 from bevfn.choices import one_of
-from bevfn.data import camera_pipeline, sampling, source
+from bevfn.data import augment, sampling, source
+from bevfn.data.batch import Base, Capacities
+from bevfn.data.reading import Cameras, Reading
 from bevfn.models import bevdepth
-from bevfn.precision import Policy
 from bevfn.training import optim, run
 
 NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
@@ -44,6 +46,18 @@ NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
     "bevdepth-1key-ema": partial(bevdepth.key_frames, 1),
     "bevdepth-4key": partial(bevdepth.key_frames, 4),
 }
+
+
+# How key frames are read, as published. No range filters boxes.
+CHANNELS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+CAMERAS = Cameras(channels=CHANNELS, frames=2)
+EVAL = Reading(base=Base.EGO_AT_CAMERAS, cameras=CAMERAS, capacities=Capacities(points=0, boxes=200))
+TRAIN = replace(
+    EVAL,
+    cameras=replace(CAMERAS, augmentation=augment.Images(resize=(0.386, 0.55))),
+    augmentation=augment.Global(rotation=math.radians(22.5), scale=(0.95, 1.05), translation=0.0),
+    depth=True,
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,6 @@ class Config(run.Config):
     run, as published: on nuScenes it has arrived before the first step"""
     depth_loss: float = 3.0
     """weight of the depth loss; 0: no depth maps are read"""
-    source_size: tuple[int, int] = (900, 1600)
-    """(H, W) of the image files in pixels"""
 
 
 VARIANTS: dict[str, Config] = {
@@ -81,16 +93,15 @@ VARIANTS: dict[str, Config] = {
     "bevdepth-4key": Config(model="bevdepth-4key"),
 }
 # One key frame over and over, nothing augmented: for a first look at a laptop.
-FRAME = {
+FRAME: dict[str, Any] = {
     "steps": 40, "batch_size": 1, "workers": 0, "lr": 1e-3, "norm_momentum": 0.1, "class_balanced": False, "ema": None,
     "augment": False, "eval_first": True, "eval_backend": "eager", "checkpoint_every": 1000,
 }  # fmt: skip
 # The synthetic world on two CPU cores. Nothing is augmented: with the vehicle's frame turned and mirrored, runs of this
 # length ended at mAOE 1.3 rad and mAVE 2.3 m/s, without at 0.3 and 1.0 (experiments/results/world_bevdepth.json).
-SYNTHETIC = {
+SYNTHETIC: dict[str, Any] = {
     "scale": "mini", "epochs": 14, "milestones": (10, 13), "batch_size": 2, "workers": 1, "lr": 2e-3,
     "norm_momentum": 0.1, "class_balanced": False, "augment": False, "eval_first": True, "eval_backend": "eager",
-    "source_size": source.WORLD_IMAGE,
 }  # fmt: skip
 
 
@@ -106,31 +117,23 @@ def defaults(recipe: Config, name: str = "bevdepth") -> dict[source.Kind, Config
 DEFAULTS = defaults(VARIANTS["bevdepth-2key"])
 
 
-def task(config: Config, splits: source.Splits | None = None) -> run.Task:
-    """The task of config.model; `splits`: (training, evaluation) key frames other than the config's."""
+def task(config: Config, splits: source.Source | None = None) -> run.Task:
+    """The task of config.model; `splits`: key frames other than the config's."""
     return assemble(config, splits, NETWORKS[config.model]())
 
 
 # ---------------------------------------------------------------------------------------- what MatrixVT's recipe shares
 
 
-def assemble(config: Config, splits: source.Splits | None, model: bevdepth.Config) -> run.Task:
+def assemble(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Task:
     """The task of a published network under the config's recipe."""
     model = sized(config, model)
-    policy = Policy.of(config.precision)
     read = data(config, splits, model)
     ema = None
     if config.ema is not None:
         ema = optim.Ema(config.ema, config.ema_ramp, first_update=len(read.items) * config.epochs)
-    return run.Task(
-        title=f"{config.model}, {config.scale} size",
-        data=read,
-        init=partial(bevdepth.init, model, config.seed),
-        loss=partial(bevdepth.loss, config=model, policy=policy),
-        predict=partial(bevdepth.predict, config=model, policy=policy),
-        optimizer=partial(optimizer, config, model),
-        ema=ema,
-        shared_normalisers=True,
+    return run.make_task(
+        config, bevdepth, model, read, partial(optimizer, config, model), ema=ema, shared_normalisers=True
     )
 
 
@@ -153,17 +156,22 @@ def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:
     return replace(model, depth_loss_weight=config.depth_loss)
 
 
-def data(config: Config, splits: source.Splits | None, model: bevdepth.Config) -> run.Data:
+def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    train_split, eval_split = splits or source.open_splits(config.data_root, config.version)
-    sizes = {"source_size": config.source_size, "image_size": model.grid.image_size}
-    eval_reading = camera_pipeline.bevdepth_eval(model.frames, **sizes)
-    reading = camera_pipeline.bevdepth_train(model.frames, **sizes) if config.augment else eval_reading
-    reading = replace(reading, depth=config.depth_loss > 0)
-    items = np.arange(len(train_split))
+    splits = splits or source.open(config.data_root, config.version)
+    reading, eval_reading = (fitted(model, way) for way in (TRAIN, EVAL))
+    reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
+    items = np.arange(len(splits.training))
     if config.class_balanced:
-        items = sampling.cbgs(train_split, reading.class_names, config.seed)
-    return run.Data(train_split, items, lambda epoch: reading, eval_split, eval_reading, reader=source.BEVDEPTH)
+        items = sampling.cbgs(splits.training, reading.class_names, config.seed)
+    return run.Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
+
+
+def fitted(model: bevdepth.Config, reading: Reading) -> Reading:
+    """A published way of reading, for the model's frames and image size."""
+    assert reading.cameras is not None
+    cameras = replace(reading.cameras, frames=model.frames, image_size=model.grid.image_size)
+    return replace(reading, cameras=cameras)
 
 
 def main() -> None:

@@ -13,17 +13,32 @@ The flags' defaults are the published recipe on nuScenes, and smaller numbers (`
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from bevfn.choices import one_of
-from bevfn.data import pipeline, sampling, source
+from bevfn.data import augment, sampling, source
+from bevfn.data.batch import Capacities
+from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.models import bevfusion
-from bevfn.precision import Policy
 from bevfn.training import optim, run
 
 NETWORKS = {"bevfusion-lidar-camera": bevfusion.lidar_camera, "bevfusion-camera": bevfusion.camera_only}
+# How key frames are read, as published: ten sweeps, the nine newest ones where upstream takes random ones when testing too.
+CAMERAS = Cameras(resize=0.48, fit="height")
+EVAL = Reading(
+    points=Points(),
+    cameras=CAMERAS,
+    range=(-54.0, -54.0, -5.0, 54.0, 54.0, 3.0),
+    capacities=Capacities(points=330_000, boxes=160),  # at most ten times 34,720 points, of which 93 % lie in range
+)
+TRAIN = replace(  # the published GridMask has probability 0, so it is left out
+    EVAL,
+    points=Points(sweep_choice="random", shuffle=True),
+    cameras=replace(CAMERAS, augmentation=augment.Images()),
+    augmentation=augment.Global(),
+)
 SCAN_POINTS = 35_000  # of one sweep, at most 34,720
 # A real key frame alone has 17,509 voxels and at most 29,374 active sites a level.
 FRAME_VOXELS = (20_480, 20_480)
@@ -57,8 +72,6 @@ class Shared(run.Config):
     class_balanced: bool = True
     sweeps: int = 9
     """LiDAR sweeps added to the key frame's"""
-    source_size: tuple[int, int] = (900, 1600)
-    """(H, W) of the image files in pixels"""
 
     @property
     def groups(self) -> tuple[optim.Group, ...]:
@@ -84,17 +97,17 @@ class Config(Shared):
 
 
 # One key frame over and over, nothing augmented: for a first look at a laptop.
-FRAME = {
+FRAME: dict[str, Any] = {
     "steps": 40, "batch_size": 1, "workers": 0, "lr": 1e-3, "norm_momentum": 0.1, "class_balanced": False,
     "augment": False, "sweeps": 0, "eval_first": True, "eval_every": 0, "eval_backend": "eager",
     "checkpoint_every": 1000,
 }  # fmt: skip
 # The synthetic world on two CPU cores, from scratch: on the cycle of the LiDAR-only recipe, as the cosine is for a model
 # that starts from a trained detector.
-SYNTHETIC = {
+SYNTHETIC: dict[str, Any] = {
     "schedule": "cycle", "final_lr": 1e-5, "scale": "mini", "epochs": 9, "batch_size": 2, "workers": 1, "lr": 2e-3,
     "norm_momentum": 0.1, "eval_every": 0, "class_balanced": False, "augment": False, "eval_first": True,
-    "eval_backend": "eager", "sweeps": 4, "source_size": source.WORLD_IMAGE,
+    "eval_backend": "eager", "sweeps": 4,
 }  # fmt: skip
 DEFAULTS: dict[source.Kind, Config] = {
     "nuscenes": Config(run_dir=run.RUNS / "bevfusion"),
@@ -103,9 +116,9 @@ DEFAULTS: dict[source.Kind, Config] = {
 }
 
 
-def task(config: Config, splits: source.Splits | None = None) -> run.Task:
-    """The LiDAR-camera or camera-only task; `splits`: (training, evaluation) key frames other than the config's."""
-    return assemble(config, splits, NETWORKS[config.model](), pipeline.bevfusion_lidar_camera_train())
+def task(config: Config, splits: source.Source | None = None) -> run.Task:
+    """The LiDAR-camera or camera-only task; `splits`: key frames other than the config's."""
+    return assemble(config, splits, NETWORKS[config.model](), TRAIN)
 
 
 # ------------------------------------------------------------------------------- what the LiDAR-only recipe shares
@@ -129,20 +142,12 @@ def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
     )  # fmt: skip
 
 
-def assemble(
-    config: Shared, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config
-) -> run.Task:
-    """The task of one network: `training` is its published pipeline."""
+def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Task:
+    """The task of one network: `training` is how it is published to read."""
     model = sized(config, model)
-    policy = Policy.of(config.precision)
-    return run.Task(
-        title=f"{config.model}, {config.scale} size",
-        data=data(config, splits, model, training),
-        init=partial(bevfusion.init, model, config.seed),
-        loss=partial(bevfusion.loss, config=model, policy=policy),
-        predict=partial(bevfusion.predict, config=model, policy=policy),
-        optimizer=partial(optimizer, config),
-        ema=None if config.ema is None else optim.Ema(decay=config.ema),
+    ema = None if config.ema is None else optim.Ema(decay=config.ema)
+    return run.make_task(
+        config, bevfusion, model, data(config, splits, model, training), partial(optimizer, config), ema=ema
     )
 
 
@@ -157,36 +162,29 @@ def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
     return model
 
 
-def data(config: Shared, splits: source.Splits | None, model: bevfusion.Config, training: pipeline.Config) -> run.Data:
+def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    train_split, eval_split = splits or source.open_splits(config.data_root, config.version)
-    reading, eval_reading = (
-        fitted(config, model, way) for way in (training, pipeline.bevfusion_eval(cameras=model.camera is not None))
-    )
+    splits = splits or source.open(config.data_root, config.version)
+    reading, eval_reading = (fitted(config, model, way) for way in (training, EVAL))
     if not config.augment:
         reading = eval_reading
-    items = np.arange(len(train_split))
+    items = np.arange(len(splits.training))
     if config.class_balanced:
-        items = sampling.cbgs(train_split, reading.class_names, config.seed)
-    return run.Data(train_split, items, lambda epoch: reading, eval_split, eval_reading)
+        items = sampling.cbgs(splits.training, reading.class_names, config.seed)
+    return run.Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
 
 
-def fitted(config: Shared, model: bevfusion.Config, reading: pipeline.Config) -> pipeline.Config:
-    """A published way of reading, for the config's image files and sweeps and the model's image size."""
-    if config.sweeps != reading.sweeps:
+def fitted(config: Shared, model: bevfusion.Config, reading: Reading) -> Reading:
+    """A published way of reading, for the config's sweeps and the model's sensors and image size."""
+    points, cameras = reading.points, reading.cameras
+    assert points is not None
+    if config.sweeps != points.sweeps:
         room = replace(reading.capacities, points=SCAN_POINTS * (1 + config.sweeps))
-        reading = replace(reading, sweeps=config.sweeps, capacities=room, pad_empty_sweeps=False)
-    if model.camera is None:
-        return reading
-    H, W = model.camera.view.image_size
-    scale = H / reading.image_size[0] * reading.source_size[0] / config.source_size[0]
-    images = reading.image_augmentation
-    if images is not None:
-        images = replace(images, resize=(images.resize[0] * scale, images.resize[1] * scale))
-    return replace(
-        reading, source_size=config.source_size, image_size=(H, W), resize=reading.resize * scale,
-        image_augmentation=images,
-    )  # fmt: skip
+        points = replace(points, sweeps=config.sweeps, pad_empty_sweeps=False)
+        reading = replace(reading, points=points, capacities=room)
+    if model.camera is None or cameras is None:
+        return replace(reading, cameras=None)
+    return replace(reading, cameras=replace(cameras, image_size=model.camera.view.grid.image_size))
 
 
 if __name__ == "__main__":

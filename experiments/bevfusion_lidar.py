@@ -13,13 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from bevfn.choices import one_of
+from bevfn.data import augment, source
 from bevfn.data import paste as pasting
-from bevfn.data import pipeline, source
 from bevfn.experiments import bevfusion
 from bevfn.models.bevfusion import lidar_only
 from bevfn.training import run
 
 NETWORKS = {"bevfusion-lidar": lidar_only}
+# How key frames are read, as published; the last 5 of 20 epochs have paste=None.
+TRAIN = replace(
+    bevfusion.TRAIN, cameras=None, augmentation=augment.Global(scale_translation=False), paste=pasting.Config()
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ DEFAULTS: dict[source.Kind, Config] = {
 }
 
 
-def task(config: Config, splits: source.Splits | None = None) -> run.Task:
-    """The LiDAR-only task; `splits`: (training, evaluation) key frames other than the config's."""
-    made = bevfusion.assemble(config, splits, NETWORKS[config.model](), pipeline.bevfusion_lidar_train())
+def task(config: Config, splits: source.Source | None = None) -> run.Task:
+    """The LiDAR-only task; `splits`: key frames other than the config's."""
+    made = bevfusion.assemble(config, splits, NETWORKS[config.model](), TRAIN)
     return replace(made, data=with_paste(config, made.data))
 
 
@@ -60,7 +64,7 @@ def with_paste(config: Config, data: run.Data) -> run.Data:
     if not (config.paste and config.augment):
         return replace(data, reading=lambda epoch: plain)
     pasted = replace(plain, paste=pasting.Config())
-    database = pasting.read(source.database_folder(data.training))
+    database = pasting.read(pasting.folder(data.training))
     last = config.epochs - config.paste_off
     return replace(data, reading=lambda epoch: pasted if epoch < last else plain, database=database)
 

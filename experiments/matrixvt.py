@@ -38,8 +38,8 @@ class Config(bevdepth.Config):
 DEFAULTS = bevdepth.defaults(Config(), "matrixvt")
 
 
-def task(config: Config, splits: source.Splits | None = None) -> run.Task:
-    """MatrixVT's task; `splits`: (training, evaluation) key frames other than the config's."""
+def task(config: Config, splits: source.Source | None = None) -> run.Task:
+    """MatrixVT's task; `splits`: key frames other than the config's."""
     return bevdepth.assemble(config, splits, NETWORKS[config.model]())
 
 

@@ -16,18 +16,19 @@ import stat
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from bevfn.files import cache_dir
+
+SHARED = Path(__file__).with_name("parallel.h")  # what the sources include
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wall")
 # -ffp-contract=off: voxel and cell indices must round exactly as the published code does. Kernels whose inner loop is
 # a dot product call __builtin_fma (or vector intrinsics) where a fused multiply-add is wanted.
-
-
-def cache_dir() -> Path:
-    """Folder of compiled kernels: `$BEVFN_CACHE` or `~/.cache/bevfn`."""
-    return Path(os.environ.get("BEVFN_CACHE") or Path.home() / ".cache" / "bevfn")
 
 
 def compiler() -> str:
@@ -55,7 +56,7 @@ def load(source: Path) -> ctypes.CDLL:
     """
     cxx = compiler()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    key = "\0".join([source.read_text(), *FLAGS, version, platform.machine(), _cpu_flags()])
+    key = "\0".join([source.read_text(), SHARED.read_text(), *FLAGS, version, platform.machine(), _cpu_flags()])
     name = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = cache_dir()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -130,6 +131,34 @@ def _cpu_flags() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def call(op: str, name: str, *values: Tensor | int | Sequence[int] | ctypes.c_void_p | ctypes.Array | None) -> int:
+    """Runs a C function of `kernels/<op>/cpu.cpp`, whose last argument is torch's number of threads.
+
+    Args:
+        op: the folder.
+        name: the function.
+        values: tensors go as their address, numbers as int64, sequences as arrays of int64, None as a null pointer.
+
+    Returns:
+        The function's int64; without meaning where it returns nothing.
+
+    Raises:
+        RuntimeError: the source cannot be built, see `load`.
+        ValueError: a tensor is not contiguous or not on the CPU.
+    """
+    function = getattr(load(Path(__file__).parent / op / "cpu.cpp"), name)
+    function.restype = ctypes.c_int64  # ctypes would cut it to an int
+    return function(*map(_argument, (*values, torch.get_num_threads())))
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return pointer(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return (ctypes.c_int64 * len(value))(*value) if isinstance(value, list | tuple) else value
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from bevfn.data import camera_batch
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Base, Batch
+from bevfn.data.batch import make as make_batch
 
 
 def yaw(angle: float) -> torch.Tensor:
@@ -17,8 +17,8 @@ def yaw(angle: float) -> torch.Tensor:
 
 def make(
     *, B: int = 2, T: int = 2, size: tuple[int, int] = (32, 96), boxes: int = 6, classes: int = 4, reach: float = 12.0,
-    seed: int = 0, bev_aug: torch.Tensor | None = None,
-) -> CameraBatch:  # fmt: skip
+    seed: int = 0, base_aug: torch.Tensor | None = None,
+) -> Batch:  # fmt: skip
     """Cameras that look forward and back, a vehicle that drives 2 m and turns 0.1 rad between frames."""
     generator = torch.Generator().manual_seed(seed)
     N, (H, W) = 2, size
@@ -40,9 +40,16 @@ def make(
     found[..., 3:6] = found[..., 3:6] * 3 + 1
     valid = torch.arange(boxes).expand(B, boxes) < torch.tensor([boxes - 1 - b for b in range(B)])[:, None]
     labels = torch.randint(classes, (B, boxes), generator=generator)
-    return camera_batch.make(
-        torch.randint(256, (B, T, N, H, W, 3), dtype=torch.uint8, generator=generator),
-        intrinsics.expand(B, T, N, 4, 4).clone(), image_aug.expand(B, T, N, 4, 4).clone(),
-        poses.expand(B, T, N, 4, 4).clone(), (torch.eye(4) if bev_aug is None else bev_aug).expand(B, 4, 4).clone(),
-        depth=depth, boxes=found * valid[..., None], labels=labels * valid, boxes_valid=valid,
-    )  # fmt: skip
+    return make_batch(
+        base=Base.EGO_AT_CAMERAS,
+        base_aug=(torch.eye(4) if base_aug is None else base_aug).expand(B, 4, 4).clone(),
+        boxes=found * valid[..., None],
+        labels=labels * valid,
+        boxes_valid=valid,
+        images=torch.randint(256, (B, T, N, H, W, 3), dtype=torch.uint8, generator=generator),
+        intrinsics=intrinsics.expand(B, T, N, 4, 4).clone(),
+        image_aug=image_aug.expand(B, T, N, 4, 4).clone(),
+        base_from_camera=poses.expand(B, T, N, 4, 4).clone(),
+        image_from_base=(intrinsics @ torch.linalg.inv(poses)).expand(B, T, N, 4, 4).clone(),
+        depth=depth,
+    )

@@ -9,8 +9,8 @@ import numpy as np
 
 from bevfn import synth
 from bevfn.data import nuscenes
-from bevfn.data.frame import CLASS_NAMES
 from bevfn.data.index import Frame, Index
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import results, score
 from bevfn.evaluation.results import Detections
 

@@ -1,5 +1,6 @@
 """BEVDepth and MatrixVT: the compiled train step is the eager one, frames and gradients behave as published."""
 
+import functools
 import itertools
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from bevfn import compile as compilation
 from bevfn import tree
 from bevfn.backbones import resnet
 from bevfn.heads import centerpoint
-from bevfn.models import bevdepth
+from bevfn.models import bevdepth, cameras
 from bevfn.necks import second_fpn
 from bevfn.precision import Policy
 from bevfn.training import optim, train
@@ -68,6 +69,14 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
     return history, train_state
 
 
+@functools.cache
+def ran(variant, precision, backend):
+    """(metrics of every step, last train state, graph counts) of STEPS steps, once for all tests."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return *run_steps(tiny(variant), small_cameras.make(classes=3), precision, backend), graph_counts()
+
+
 # aot_eager runs the same kernels in the same order: bit for bit here; inductor reorders sums, and in fp16 keeps in float32
 # what eager rounds between operators, so it is compared with eager fp32. Measured ("two", 3 steps), worst leaf: inductor
 # fp16 0.08 from eager fp32, eager fp16 0.49 from both; first gradient norm: inductor 2.9 %, eager fp16 0.02 to 2.3 % over ten
@@ -88,22 +97,18 @@ CASES = [
 
 @pytest.mark.parametrize(("variant", "precision", "backend"), CASES)
 def test_compiled_step_equals_eager_in_one_graph(variant, precision, backend):
-    model = tiny(variant)
-    batch = small_cameras.make(classes=3)
-    eager, eager_state = run_steps(model, batch, "fp32" if backend == "inductor" else precision, "eager")
+    eager, eager_state, _ = ran(variant, "fp32" if backend == "inductor" else precision, "eager")
     assert eager[0]["num_pos"] > 0  # the loss of three steps is up or down with dropout's masks, 3 % of it
     assert all(metrics["skipped"] == 0 for metrics in eager)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled, compiled_state = run_steps(model, batch, precision, backend)
-    assert graph_counts() == {"graphs": 1, "breaks": 0}
+    compiled, compiled_state, counts = ran(variant, precision, backend)
+    assert counts == {"graphs": 1, "breaks": 0}
     first, later, leaf_tolerance = TOLERANCES[backend, precision]
     for i, (a, b) in enumerate(zip(eager, compiled)):
         assert a.keys() == b.keys() - ({"loss_scale"} - a.keys())
         for name in a:
             limit = first if i == 0 else later
             assert b[name] == pytest.approx(a[name], rel=limit, abs=limit), (i, name)
-    compare_leaves(bevdepth.init(model, seed=0)[0], eager_state, compiled_state, leaf_tolerance)
+    compare_leaves(bevdepth.init(tiny(variant), seed=0)[0], eager_state, compiled_state, leaf_tolerance)
 
 
 def compare_leaves(start, ours, theirs, tolerance):
@@ -132,10 +137,8 @@ def test_the_loss_falls(variant):
 
 def test_gradients_reach_every_parameter_but_the_frozen_stem():
     """Zero where a block starts as its shortcut (its last norm's weight is 0) until that weight has moved: two steps."""
-    model = tiny("aggregated")
-    before = tree.flatten(bevdepth.init(model, seed=0)[0])
-    _, after = run_steps(model, small_cameras.make(classes=3), "fp32", "aot_eager", steps=3)
-    after = tree.flatten(after.params)
+    before = tree.flatten(bevdepth.init(tiny("aggregated"), seed=0)[0])
+    after = tree.flatten(ran("aggregated", "fp32", "aot_eager")[1].params)
     still = {name for name, leaf in before.items() if torch.equal(leaf, after[name])}
     assert still == {name for name in before if name.startswith("image.backbone.stem.")}
 
@@ -159,13 +162,13 @@ def test_the_earlier_frame_is_lifted_by_its_own_poses_and_sends_no_gradient():
 
     assert of_frame(0) > 0 and of_frame(1) == 0
     still = replace(
-        batch, ego_from_camera=batch.ego_from_camera[:, :1].expand_as(batch.ego_from_camera),
-        ego_from_pixel=batch.ego_from_pixel[:, :1].expand_as(batch.ego_from_pixel),
+        batch, base_from_camera=batch.base_from_camera[:, :1].expand_as(batch.base_from_camera),
+        base_from_pixel=batch.base_from_pixel[:, :1].expand_as(batch.base_from_pixel),
         images=batch.images[:, :1].expand_as(batch.images),
     )  # fmt: skip
     a, b = (frame["view"]["bev"] for frame in apply(model, still, False)[0]["frames"])
     torch.testing.assert_close(a, b)  # the same frame twice, which is also what a missing key frame becomes
-    c = apply(model, replace(still, ego_from_pixel=batch.ego_from_pixel), False)[0]["frames"][1]["view"]["bev"]
+    c = apply(model, replace(still, base_from_pixel=batch.base_from_pixel), False)[0]["frames"][1]["view"]["bev"]
     assert not torch.allclose(a, c)
 
 
@@ -195,23 +198,48 @@ def test_statistics_are_updated_by_the_key_frame_and_then_by_the_earlier_one():
 def test_a_sample_of_a_batch_is_detected_as_it_is_alone_and_places_may_be_given(variant):
     model, batch = tiny(variant), small_cameras.make(classes=3)
     params, state = bevdepth.init(model, seed=0)
-    both = bevdepth.predict(params, state, batch, config=model)
-    assert both["boxes"].shape == (2, 2 * 20, 9)
-    for b in range(2):
-        alone = bevdepth.predict(params, state, tree.map(lambda x, b=b: x[b : b + 1], batch), config=model)
-        for name in ("boxes", "scores"):
-            torch.testing.assert_close(both[name][b], alone[name][0], atol=1e-4, rtol=1e-4)
     places = [bevdepth.place(batch, t, model) for t in range(model.frames)]
     outputs, _ = bevdepth.apply(params, state, batch, config=model, train=False, places=places)
+    both = bevdepth.predict(params, state, batch, config=model)
+    assert both["boxes"].shape == (2, 2 * 20, 9)
     assert torch.equal(bevdepth.decode(outputs, model)["boxes"], both["boxes"])
+    for b in range(2):
+        one = tree.map(lambda x, b=b: x[b : b + 1], batch)
+        alone, _ = bevdepth.apply(params, state, one, config=model, train=False)
+        # The maps, not the detections, whose order rounding may decide where two scores are almost equal.
+        maps = tree.map(lambda x, b=b: x[b : b + 1], outputs["head"]["tasks"])
+        tree.map(partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4), alone["head"]["tasks"], maps)
+        boxes = bevdepth.decode({"head": {"tasks": maps}}, model)["boxes"]
+        assert torch.equal(boxes[0], both["boxes"][b])
 
 
 def test_network_input_is_blue_first_with_the_constants_of_red_first():
     images = torch.zeros(1, 1, 1, 1, 3, dtype=torch.uint8)
     images[..., 2] = 255  # blue
-    x = bevdepth.normalise(images)[0, 0, :, 0, 0]
+    x = cameras.normalise(images, order="bgr")[0, :, 0, 0]
     expected = [(255 - 123.675) / 58.395, -116.28 / 57.12, -103.53 / 57.375]
     torch.testing.assert_close(x, torch.tensor(expected))
+    x = cameras.normalise(images, order="rgb")[0, :, 0, 0]
+    expected = [-123.675 / 58.395, -116.28 / 57.12, (255 - 103.53) / 57.375]
+    torch.testing.assert_close(x, torch.tensor(expected))
+
+
+def test_frames_run_in_order_and_only_as_the_policy_says():
+    """A network whose statistics count its runs and whose output is its weight times the frame's number + 1."""
+
+    def network(params, state, t, train):
+        return {"y": params["w"] * (t + 1), "seen": state["n"], "train": train}, {"n": state["n"] + bool(train)}
+
+    def run(w, **policy):
+        return cameras.over_frames(network, {"w": w}, {"n": torch.zeros(())}, order=(0, 2, 1), train=True, **policy)
+
+    frames, state = run(torch.ones(()))
+    assert [int(f["seen"]) for f in frames] == [0, 2, 1] and int(state["n"]) == 3
+    for learning, slope in (((0,), 1.0), ((0, 1), 3.0), ((), 0.0)):
+        grad = torch.func.grad(lambda w, of=learning: sum(f["y"] for f in run(w, learning=of)[0]))(torch.ones(()))
+        assert float(grad) == slope
+    frames, state = run(torch.ones(()), own_statistics=(0,))
+    assert [f["train"] for f in frames] == [True, False, False] and int(state["n"]) == 1
 
 
 def test_no_depth_points_and_no_boxes_still_train():
@@ -240,7 +268,7 @@ def test_published_variants_and_their_mini_sizes_are_consistent(make):
     size = config.grid.image_size
     batch = small_cameras.make(B=1, T=config.frames, size=size, classes=10)
     outputs, _ = bevdepth.apply(params, bevdepth.init(config, seed=0)[1], batch, config=config, train=False)
-    assert outputs["bev"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
+    assert outputs["bev"]["map"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
     assert make().head.code_weights[-1] == (0.5 if make().frames == 1 else 1.0)
 
 
@@ -250,7 +278,7 @@ def test_bad_batches_and_settings_are_one_sentence():
     for wrong, message in (
         (small_cameras.make(T=1, classes=3), "1 frames, the model takes 2"),
         (small_cameras.make(size=(64, 96)), r"images are \(64, 96\) pixels"),
-        (replace(batch, depth=None), "CameraBatch.depth is needed"),
+        (replace(batch, depth=None), "Batch.depth is needed"),
         (replace(batch, boxes=None), "boxes, labels and boxes_valid are needed"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -269,11 +297,11 @@ def test_a_batch_that_does_not_fit_together_is_refused():
     batch = small_cameras.make(classes=3)
     batch.validate()
     for change, message in (
-        ({"images": batch.images.float()}, "CameraBatch.images is torch.float32 but must be torch.uint8"),
-        ({"depth": batch.depth[:, :1]}, r"CameraBatch.depth has shape .* must be \[B N H W\]"),
+        ({"images": batch.images.float()}, "Batch.images is torch.float32 but must be torch.uint8"),
+        ({"depth": batch.depth[:, :1]}, r"Batch.depth has shape .* must be \[B N H W\]"),
         ({"depth": -batch.depth}, "below 0 m"),
-        ({"bev_aug": batch.bev_aug * torch.nan}, "CameraBatch.bev_aug has NaN"),
-        ({"labels": None}, "all of boxes, labels and boxes_valid"),
+        ({"base_aug": batch.base_aug * torch.nan}, "Batch.base_aug has NaN"),
+        ({"labels": None}, "box fields but labels is None"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(batch, **change).validate()

@@ -13,7 +13,9 @@ from PIL import Image
 
 from bevfn import cli, upstream
 from bevfn.commands import evaluate
-from bevfn.data import camera_pipeline, source
+from bevfn.data import annotations
+from bevfn.data.batch import Base
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.distributed import Replicas
 from bevfn.evaluation import results, score
 from bevfn.evaluation.judge import submission
@@ -31,7 +33,7 @@ SIZE = (90, 160)  # of the small world's images
 def small(name: str, **changes):
     """The published recipe at mini size on the small world."""
     config = replace(
-        EXPERIMENTS[name].DEFAULTS["nuscenes"], data_root=small_world.index().root, scale="mini", source_size=SIZE,
+        EXPERIMENTS[name].DEFAULTS["nuscenes"], data_root=small_world.index().root, scale="mini",
         backend="eager", eval_backend="eager", workers=0, batch_size=1, class_balanced=False, norm_momentum=0.1,
     )  # fmt: skip
     return replace(config, **changes)
@@ -85,15 +87,15 @@ def test_every_model_and_scale_reads_what_it_takes(model):
     experiment = "matrixvt" if model == "matrixvt" else "bevdepth"
     for scale in ("published", "mini"):
         recipe = matrixvt.DEFAULTS["nuscenes"] if model == "matrixvt" else bevdepth.VARIANTS[model]
-        config = replace(recipe, data_root=small_world.index().root, scale=scale, source_size=SIZE)
+        config = replace(recipe, data_root=small_world.index().root, scale=scale)
         task = EXPERIMENTS[experiment].task(config)
         reading, at_test = task.data.reading(0), task.data.eval_reading
         grid = task.predict.keywords["config"].grid
-        assert reading.image_size == at_test.image_size == grid.image_size
-        assert reading.frames == at_test.frames == task.predict.keywords["config"].frames
+        assert reading.cameras.image_size == at_test.cameras.image_size == grid.image_size
+        assert reading.cameras.frames == at_test.cameras.frames == task.predict.keywords["config"].frames
         assert reading.random and reading.depth and not at_test.random and not at_test.depth
-        low, high = reading.image_augmentation.resize
-        assert (low / at_test.resize, high / at_test.resize) == pytest.approx((0.386 / 0.44, 0.55 / 0.44))
+        assert reading.cameras.augmentation.resize == (0.386, 0.55) and at_test.cameras.resize is None
+        run.check(task)
         assert (len(task.data.items) > len(task.data.training)) == config.class_balanced
 
 
@@ -177,7 +179,7 @@ def test_a_single_frame_gets_recall_and_a_picture(tmp_path):
     """Its previous key frame is missing: the current one stands in its place."""
     frame = key_frame.write_frame(tmp_path / "frame", image_size=SIZE)
     config = replace(
-        bevdepth.DEFAULTS["frame"], data_root=frame, scale="mini", source_size=SIZE, backend="eager", steps=1,
+        bevdepth.DEFAULTS["frame"], data_root=frame, scale="mini", backend="eager", steps=1,
         eval_first=False, run_dir=tmp_path / "run",
     )  # fmt: skip
     summary = run.main(bevdepth.task, config)
@@ -193,30 +195,30 @@ def annotated() -> dict[str, Detections]:
     """What a perfect BEVDepth finds in the small world: the boxes that it is trained on."""
     index, found = small_world.index(), {}
     for frame in index:
-        boxes, labels = camera_pipeline.ego_boxes(frame, camera_pipeline.CHANNELS, camera_pipeline.CLASS_NAMES)
+        boxes, labels = annotations.ego_boxes(frame, bevdepth.CHANNELS, CLASS_NAMES)
         found[frame.token] = Detections(boxes.astype(np.float64), np.linspace(0.9, 0.5, len(boxes)), labels)
     return found
 
 
 def test_boxes_that_it_learns_from_score_as_perfect():
     index = small_world.index()
-    reading = camera_pipeline.bevdepth_eval()
-    perfect = score.score(index, submission(index, annotated(), reading, source.BEVDEPTH), tables=small_world.tables())
+    reading = bevdepth.EVAL
+    perfect = score.score(index, submission(index, annotated(), reading), tables=small_world.tables())
     present = [c for c in perfect.classes if c.annotated]
     assert present and all(c.ap == pytest.approx(1.0) for c in present)
     for c in present:  # the frame's tilt, and velocities unknown at a scene's ends
         assert c.errors["ATE"] < 0.01 and c.errors["ASE"] < 0.01 and not c.errors["AOE"] > 0.01
         assert not c.errors["AVE"] > 0.05
     # taken for boxes in the lidar frame, they are elsewhere
-    elsewhere = replace(source.BEVDEPTH, lidar_from_boxes=lambda frame, reading: np.eye(4))
-    wrong = score.score(index, submission(index, annotated(), reading, elsewhere), tables=small_world.tables())
+    elsewhere = replace(reading, base=Base.LIDAR)
+    wrong = score.score(index, submission(index, annotated(), elsewhere), tables=small_world.tables())
     assert wrong.mean_ap < 0.5 * perfect.mean_ap
 
 
 def test_pictures_show_boxes_where_the_lidar_frame_has_them():
     frame = small_world.index()[1]
     ours = annotated()[frame.token]
-    moved = results.moved(ours, source.BEVDEPTH.lidar_from_boxes(frame, camera_pipeline.bevdepth_eval()))
+    moved = results.moved(ours, annotations.lidar_from_base(frame, Base.EGO_AT_CAMERAS, bevdepth.CHANNELS))
     theirs = small_world.annotations(frame)
     np.testing.assert_allclose(moved.boxes[:, :6], theirs.boxes[:, :6], atol=1e-4)
     np.testing.assert_allclose(np.sin(moved.boxes[:, 6] - theirs.boxes[:, 6]), 0.0, atol=1e-3)

@@ -1,9 +1,11 @@
 """BEVFusion: the compiled train step is the eager one, in one graph, for every modality and precision."""
 
+import functools
 from dataclasses import replace
 from functools import partial
 
 import pytest
+import small_frames
 import torch
 from graph_counts import graph_counts
 
@@ -11,14 +13,13 @@ from bevfn import compile as compilation
 from bevfn import losses, tree
 from bevfn.backbones import second, sparse_encoder, swin
 from bevfn.data import batch as batches
-from bevfn.data import frame
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.models import bevfusion
 from bevfn.necks import lss_fpn, second_fpn
 from bevfn.precision import Policy
 from bevfn.synth import key_frame
 from bevfn.training import optim, train
-from bevfn.views import lift_splat
+from bevfn.views import camera_grid, lift_splat
 
 MODALITIES = ("lidar", "camera", "lidar-camera")
 STEPS = 5
@@ -35,10 +36,15 @@ def tiny(modality):
     view = lift_splat.Config(
         channels_in=16,
         channels_out=8,
-        image_size=(32, 96),
-        depth_m=(1.0, 31.0, 3.0),
-        x_m=(-24.0, 24.0, 0.75),
-        y_m=(-24.0, 24.0, 0.75),
+        grid=camera_grid.Config(
+            image_size=(32, 96),
+            stride=8,
+            depth_m=(1.0, 31.0, 3.0),
+            x_m=(-24.0, 24.0, 0.75),
+            y_m=(-24.0, 24.0, 0.75),
+            z_m=(-10.0, 10.0, 20.0),
+            rows="x",
+        ),
         lidar_depth=modality == "lidar-camera",
     )
     camera = bevfusion.Camera(
@@ -67,13 +73,16 @@ def folder(tmp_path_factory):
 
 
 def make_batch(folder, model, count=1):
-    reading = frame.Config(
-        cameras=model.camera is not None, source_size=(225, 400), capacities=batches.Capacities(6000, 16)
+    reading = replace(
+        small_frames.SMALL,
+        cameras=None,
+        range=(-24.0, -24.0, -5.0, 24.0, 24.0, 3.0),
+        capacities=batches.Capacities(6000, 16),
     )
     if model.camera is not None:
-        reading = replace(reading, image_size=model.camera.view.image_size, resize=0.24)
-    reading = replace(reading, point_cloud_range=(-24.0, -24.0, -5.0, 24.0, 24.0, 3.0))
-    sample = frame.load(folder, config=reading)
+        size = model.camera.view.grid.image_size
+        reading = replace(reading, cameras=replace(small_frames.SMALL.cameras, image_size=size))
+    sample = small_frames.load(folder, reading)
     keep = slice(None, None, 4)
     sample = replace(sample, points=sample.points[keep])
     return batches.collate([sample] * count, capacities=reading.capacities)[0]
@@ -98,6 +107,15 @@ def run_steps(model, batch, precision, backend, steps=STEPS):
     return history, train_state
 
 
+@functools.cache
+def ran(folder, modality, precision, backend):
+    """(metrics of every step, last train state, graph counts) of STEPS steps, once for all tests."""
+    model = tiny(modality)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return *run_steps(model, make_batch(folder, model), precision, backend), graph_counts()
+
+
 # aot_eager runs the same kernels in the same order: bit for bit here. Inductor reorders sums: measured 1e-6 on losses, 4e-7
 # to 3e-4 on the gradient norm of step 0 (ten dropout keys: a ReLU at the edge or not) and 6e-3 to 3e-2 on the leaf that
 # moves least (a bias that starts at 0) after five steps. In fp16 inductor keeps in float32 what eager rounds between
@@ -114,18 +132,14 @@ TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf (the med
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_compiled_step_equals_eager_in_one_graph(modality, precision, folder):
-    model = tiny(modality)
-    batch = make_batch(folder, model)
-    eager, eager_state = run_steps(model, batch, precision, "eager")
+    eager, eager_state, _ = ran(folder, modality, precision, "eager")
     assert eager[0]["num_pos"] > 0 and eager[-1]["loss/total"] < eager[0]["loss/total"]
     for backend in ("aot_eager", "inductor"):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        compiled, compiled_state = run_steps(model, batch, precision, backend)
-        assert graph_counts() == {"graphs": 1, "breaks": 0}
+        compiled, compiled_state, counts = ran(folder, modality, precision, backend)
+        assert counts == {"graphs": 1, "breaks": 0}
         metric_tolerance, leaf_tolerance = TOLERANCES[backend, precision]
         compare_metrics(eager, compiled, metric_tolerance)
-        compare_leaves(bevfusion.init(model, seed=0)[0], eager_state, compiled_state, leaf_tolerance)
+        compare_leaves(bevfusion.init(tiny(modality), seed=0)[0], eager_state, compiled_state, leaf_tolerance)
 
 
 def compare_metrics(ours, theirs, tolerance):
@@ -154,10 +168,8 @@ def compare_leaves(start, ours, theirs, tolerance):
 
 def test_gradients_of_the_compiled_step_reach_every_parameter(folder):
     """Dynamo drops gradients silently in some spellings (an input straight into an autograd.Function)."""
-    model = tiny("lidar-camera")
-    batch = make_batch(folder, model)
-    before, _ = bevfusion.init(model, seed=0)
-    _, after = run_steps(model, batch, "fp32", "aot_eager", steps=1)
+    before, _ = bevfusion.init(tiny("lidar-camera"), seed=0)
+    _, after, _ = ran(folder, "lidar-camera", "fp32", "aot_eager")
     still = [k for k, v in tree.flatten(before).items() if torch.equal(v, tree.flatten(after.params)[k])]
     decay_only = [k for k in still if float(tree.flatten(before)[k].abs().max()) > 0]
     assert decay_only == []

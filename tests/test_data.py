@@ -8,24 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_frames
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from small_frames import SMALL
 from torch.utils import _pytree as pytree
 
 from bevfn import geometry
-from bevfn.data import frame, image, points
+from bevfn.data import image, points
 from bevfn.data.batch import Batch, Capacities, collate
+from bevfn.data.reading import CLASS_NAMES
+from bevfn.experiments import bevfusion
 from bevfn.synth import key_frame
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared (real frame and goldens) is not here")
-SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
+BLIND = dataclasses.replace(SMALL, cameras=None)
+PUBLISHED = dataclasses.replace(SMALL, cameras=bevfusion.CAMERAS)
 
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory) -> Path:
-    return key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size)
+    return key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=(225, 400))
 
 
 @pytest.fixture
@@ -47,21 +52,22 @@ def edit(folder: Path, change) -> None:
 @pytest.mark.parametrize("case", ["bevfusion_lidar", "bevfusion_lidar_cam"])
 def test_real_frame_reproduces_the_golden_inputs(case):
     golden = load_file(SHARED / "goldens" / case / "inputs.safetensors")
-    sample = frame.load(SHARED / "nuscenes_frame", config=frame.Config(cameras=case.endswith("cam")))
+    sample = small_frames.load(SHARED / "nuscenes_frame", PUBLISHED if case.endswith("cam") else BLIND)
     np.testing.assert_array_equal(sample.points, golden["points"])
     np.testing.assert_allclose(sample.boxes, golden["gt_boxes"], atol=1e-6)
     np.testing.assert_array_equal(sample.labels, golden["gt_labels"])
     if case.endswith("cam"):
-        np.testing.assert_array_equal(sample.images, golden["imgs"])
+        np.testing.assert_array_equal(sample.images, golden["imgs"][None])
         names = {
-            "image_from_lidar": "lidar2img",
+            "image_from_base": "lidar2img",
             "intrinsics": "cam2img",
-            "lidar_from_camera": "cam2lidar",
+            "base_from_camera": "cam2lidar",
             "image_aug": "img_aug_matrix",
-            "lidar_aug": "lidar_aug_matrix",
+            "base_aug": "lidar_aug_matrix",
         }
         for ours, theirs in names.items():
-            np.testing.assert_allclose(getattr(sample, ours), golden[theirs], rtol=1e-6, atol=1e-6, err_msg=ours)
+            found = getattr(sample, ours).reshape(golden[theirs].shape)  # without T
+            np.testing.assert_allclose(found, golden[theirs], rtol=1e-6, atol=1e-6, err_msg=ours)
     else:
         assert sample.images is None
 
@@ -117,21 +123,21 @@ def test_resize_that_does_not_cover_the_crop_is_rejected():
 def test_image_of_another_size_names_both_sizes(folder):
     Image.new("RGB", (320, 240)).save(folder / "CAM_BACK.jpg")
     with pytest.raises(ValueError, match=r"CAM_BACK.jpg: the image is 320x240 but the calibration is for 400x225"):
-        frame.load(folder, config=SMALL)
+        small_frames.load(folder)
 
 
 def test_truncated_image_is_named(folder):
     path = folder / "CAM_FRONT.jpg"
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"CAM_FRONT.jpg: the image cannot be decoded .* copy it again"):
-        frame.load(folder, config=SMALL)
+        small_frames.load(folder)
 
 
 def test_missing_image_is_named(folder):
     (folder / "CAM_FRONT.jpg").unlink()
     with pytest.raises(ValueError, match=r"CAM_FRONT.jpg: the image does not exist"):
-        frame.load(folder, config=SMALL)
-    assert frame.load(folder, config=dataclasses.replace(SMALL, cameras=False)).images is None
+        small_frames.load(folder)
+    assert small_frames.load(folder, BLIND).images is None
 
 
 # --- points ---
@@ -141,7 +147,7 @@ def test_point_file_that_is_no_whole_number_of_points_is_rejected(folder):
     path = folder / key_frame.LIDAR_FILE
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"LIDAR_TOP.pcd.bin: \d+ bytes are not a whole number of points .*20 bytes"):
-        frame.load(folder, config=SMALL)
+        small_frames.load(folder)
 
 
 @pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"", "is empty")])
@@ -150,24 +156,24 @@ def test_missing_or_empty_point_file_is_named(folder, content, message):
     if content is not None:
         (folder / key_frame.LIDAR_FILE).write_bytes(content)
     with pytest.raises(ValueError, match=f"LIDAR_TOP.pcd.bin: the point file {message}"):
-        frame.load(folder, config=SMALL)
+        small_frames.load(folder)
 
 
 def test_nan_points_are_dropped_and_counted(folder):
-    clean = frame.load(folder, config=SMALL)
+    clean = small_frames.load(folder)
     raw = np.fromfile(folder / key_frame.LIDAR_FILE, dtype="<f4").reshape(-1, 5)
     broken = np.insert(raw, [0, 7, 7], np.nan, axis=0)
     broken[0, :2] = 1.0  # one NaN column is enough
     broken.tofile(folder / key_frame.LIDAR_FILE)
     kept, bad = points.read(folder / key_frame.LIDAR_FILE)
     assert bad == 3 and len(kept) == len(raw)
-    sample = frame.load(folder, config=SMALL)
+    sample = small_frames.load(folder)
     np.testing.assert_array_equal(sample.points, clean.points)
     assert collate([sample, sample], capacities=Capacities())[1]["bad/points"] == 6
 
 
 def test_no_point_in_range_is_a_valid_counted_sample(folder):
-    sample = frame.load(folder, config=dataclasses.replace(SMALL, point_cloud_range=(200, 200, -5, 300, 300, 3)))
+    sample = small_frames.load(folder, dataclasses.replace(SMALL, range=(200, 200, -5, 300, 300, 3)))
     assert len(sample.points) == 0 and len(sample.boxes) == 0
     made, counts = collate([sample], capacities=Capacities(points=100, boxes=4))
     made.validate()
@@ -178,16 +184,11 @@ def test_no_point_in_range_is_a_valid_counted_sample(folder):
 # --- frame.json ---
 
 
-def test_folder_without_a_frame_says_how_to_get_one(tmp_path):
-    with pytest.raises(ValueError, match=r"frame.json does not exist; give a frame folder, or make one"):
-        frame.load(tmp_path, config=SMALL)
-
-
 def test_truncated_json_is_named(folder):
     path = folder / "frame.json"
     path.write_text(path.read_text()[:500])
     with pytest.raises(ValueError, match=r"frame.json is not valid JSON"):
-        frame.load(folder, config=SMALL)
+        small_frames.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -198,13 +199,16 @@ def test_truncated_json_is_named(folder):
         (lambda info: info["images"]["CAM_BACK"].update(cam2img=[[1, 2], [3, 4]]), r"shape \[3, 3\], not \[2, 2\]"),
         (lambda info: info["images"]["CAM_BACK"].update(cam2img=[[1, 2], [3]]), r"must hold numbers in the shape"),
         (lambda info: info["instances"][2].update(bbox_3d=[1, 2, 3]), r"instances\[2\]: bbox_3d must hold numbers"),
-        (lambda info: info.update(images={}), r"names no camera; set cameras to False"),
+        (
+            lambda info: info.update(images={}),
+            r"has no CAM_FRONT, .* which the reading's Cameras.channels name; it has no",
+        ),
     ],
 )
 def test_wrong_field_is_named(folder, change, message):
     edit(folder, change)
     with pytest.raises(ValueError, match=message):
-        frame.load(folder, config=SMALL)
+        small_frames.load(folder)
 
 
 def test_training_filters_keep_valid_boxes_of_known_classes_strictly_in_range(folder):
@@ -219,8 +223,8 @@ def test_training_filters_keep_valid_boxes_of_known_classes_strictly_in_range(fo
         box(4.0, car, yaw=7.0, velocity=(float("nan"), 3.0)),
     ]  # fmt: skip
     edit(folder, lambda info: info.update(instances=boxes))
-    sample = frame.load(folder, config=SMALL)
-    assert [frame.CLASS_NAMES[label] for label in sample.labels] == ["traffic_cone", "car"]
+    sample = small_frames.load(folder)
+    assert [CLASS_NAMES[label] for label in sample.labels] == ["traffic_cone", "car"]
     np.testing.assert_allclose(sample.boxes[:, 0], [1.0, 4.0])
     np.testing.assert_allclose(sample.boxes[:, 2], 0.0, atol=1e-7)  # bottom of a box of 1.6 m around 0.8 m
     np.testing.assert_allclose(sample.boxes[:, 6], [-np.pi, 7.0 - 2 * np.pi], atol=1e-6)
@@ -229,7 +233,7 @@ def test_training_filters_keep_valid_boxes_of_known_classes_strictly_in_range(fo
 
 def test_frame_without_boxes_is_valid_and_counted(folder):
     edit(folder, lambda info: info.pop("instances"))
-    made, counts = collate([frame.load(folder, config=SMALL)], capacities=Capacities())
+    made, counts = collate([small_frames.load(folder)], capacities=Capacities())
     made.validate()
     assert counts["empty/boxes"] == 1 and counts["empty/points"] == 0
 
@@ -238,7 +242,7 @@ def test_frame_without_boxes_is_valid_and_counted(folder):
 
 
 def test_collate_pads_counts_overflow_and_keeps_the_first(generated):
-    sample = frame.load(generated, config=SMALL)
+    sample = small_frames.load(generated)
     room = Capacities(points=1000, boxes=3)
     made, counts = collate([sample, sample], capacities=room)
     made.validate()
@@ -250,7 +254,7 @@ def test_collate_pads_counts_overflow_and_keeps_the_first(generated):
     made, counts = collate([sample], capacities=Capacities())
     assert counts["overflow/points"] == counts["overflow/boxes"] == 0
     assert made.points_valid.sum() == len(sample.points) and made.boxes_valid.sum() == len(sample.boxes)
-    assert made.images.shape == (1, 6, 64, 176, 3) and made.images.dtype == torch.uint8
+    assert made.images.shape == (1, 1, 6, 64, 176, 3) and made.images.dtype == torch.uint8
 
 
 def frustum(b: Batch) -> np.ndarray:
@@ -259,8 +263,8 @@ def frustum(b: Batch) -> np.ndarray:
         torch.broadcast_tensors(
             *geometry.frustum_in_base(
                 geometry.frustum((256, 704), (32, 88), (1.0, 60.0, 0.5), torch.device("cpu")),
-                image_aug=b.image_aug, undo_image_aug=b.undo_image_aug, base_from_pixel=b.lidar_from_pixel,
-                base_from_camera=b.lidar_from_camera, base_aug=b.lidar_aug,
+                image_aug=b.image_aug[:, 0], undo_image_aug=b.undo_image_aug[:, 0],
+                base_from_pixel=b.base_from_pixel[:, 0], base_from_camera=b.base_from_camera[:, 0], base_aug=b.base_aug,
             )
         ), dim=-1,
     ).numpy()  # fmt: skip
@@ -270,27 +274,27 @@ def frustum(b: Batch) -> np.ndarray:
 def test_host_inverses_reproduce_the_golden_frustum_bit_for_bit():
     case = SHARED / "goldens/bevfusion_lidar_cam"
     inputs, outputs = load_file(case / "inputs.safetensors"), load_file(case / "outputs.safetensors")
-    sample = frame.load(SHARED / "nuscenes_frame", config=frame.Config())
+    sample = small_frames.load(SHARED / "nuscenes_frame", PUBLISHED)
     made, _ = collate([sample], capacities=Capacities())
     stored = np.s_[:, :, ::8, ::4, ::8]
     np.testing.assert_array_equal(frustum(made)[stored], outputs["eval/vt/geometry"])
-    augmented = {"image_aug": inputs["aug/img_aug_matrix"], "lidar_aug": inputs["aug/lidar_aug_matrix"]}
+    augmented = {"image_aug": inputs["aug/img_aug_matrix"][None], "base_aug": inputs["aug/lidar_aug_matrix"]}
     made, _ = collate([dataclasses.replace(sample, **augmented)], capacities=Capacities())
     np.testing.assert_array_equal(frustum(made)[stored], outputs["aug/vt/geometry"])
 
 
 def test_lidar_only_batch_has_no_camera_fields(generated):
-    made, _ = collate(
-        [frame.load(generated, config=dataclasses.replace(SMALL, cameras=False))], capacities=Capacities()
-    )
+    made, _ = collate([small_frames.load(generated, BLIND)], capacities=Capacities())
     made.validate()
-    assert made.images is None and made.image_from_lidar is None and made.lidar_from_pixel is None
+    assert made.images is None and made.image_from_base is None and made.base_from_pixel is None
 
 
 def test_collate_rejects_samples_that_do_not_fit_together(generated):
-    with_cameras = frame.load(generated, config=SMALL)
-    without = frame.load(generated, config=dataclasses.replace(SMALL, cameras=False))
-    smaller = frame.load(generated, config=dataclasses.replace(SMALL, image_size=(32, 88)))
+    with_cameras = small_frames.load(generated)
+    without = small_frames.load(generated, BLIND)
+    smaller = small_frames.load(
+        generated, dataclasses.replace(SMALL, cameras=dataclasses.replace(SMALL.cameras, image_size=(32, 88)))
+    )
     with pytest.raises(ValueError, match="no samples"):
         collate([], capacities=Capacities())
     with pytest.raises(ValueError, match="with and without images"):
@@ -314,15 +318,17 @@ def test_collate_rejects_samples_that_do_not_fit_together(generated):
     ],
 )
 def test_validate_names_the_field(generated, field, change, message):
-    made, _ = collate([frame.load(generated, config=SMALL)], capacities=Capacities())
+    made, _ = collate([small_frames.load(generated)], capacities=Capacities())
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(made, **{field: change(getattr(made, field))}).validate()
 
 
 def test_batch_is_a_pytree_that_compiles_as_one_graph(generated):
-    made, _ = collate([frame.load(generated, config=SMALL)], capacities=Capacities())
+    made, _ = collate([small_frames.load(generated)], capacities=Capacities())
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(made)[0]]
-    assert ".points" in paths and len(paths) == len(dataclasses.fields(Batch))
+    assert (
+        ".points" in paths and len(paths) == len(dataclasses.fields(Batch)) - 2
+    )  # no depth, and the base is structure
 
     def count(b: Batch) -> torch.Tensor:
         return b.points_valid.sum() + b.boxes_valid.sum()
@@ -337,13 +343,13 @@ def test_batch_is_a_pytree_that_compiles_as_one_graph(generated):
 
 
 def test_generated_frame_is_deterministic_and_has_every_class(generated, tmp_path):
-    again = key_frame.write_frame(tmp_path / "again", seed=1, image_size=SMALL.source_size)
-    other = key_frame.write_frame(tmp_path / "other", seed=2, image_size=SMALL.source_size)
+    again = key_frame.write_frame(tmp_path / "again", seed=1, image_size=(225, 400))
+    other = key_frame.write_frame(tmp_path / "other", seed=2, image_size=(225, 400))
     for name in sorted(os.listdir(generated)):
         assert (again / name).read_bytes() == (generated / name).read_bytes(), name
     assert (other / key_frame.LIDAR_FILE).read_bytes() != (generated / key_frame.LIDAR_FILE).read_bytes()
     world = key_frame.place(np.random.default_rng(1))
-    assert {key_frame.NAMES[label] for label in world.labels} == set(frame.CLASS_NAMES)
+    assert {key_frame.NAMES[label] for label in world.labels} == set(CLASS_NAMES)
 
 
 def test_generated_points_lie_on_surfaces_and_never_behind_one():

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from bevfn.data import camera_pipeline, depth, image, infos, nuscenes, paste, points, source
-from bevfn.data.camera_pipeline import CHANNELS
+from bevfn.data import depth, image, infos, nuscenes, paste, points, scene
+from bevfn.data.batch import Base
 from bevfn.data.index import Camera, Index
+from bevfn.data.reading import Cameras, Reading
+from bevfn.experiments.bevdepth import CHANNELS
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 GOLDEN = SHARED / "goldens/bevdepth_r50_2key/inputs.safetensors"
@@ -191,10 +193,10 @@ def test_bad_input_of_a_build_is_one_sentence(index, tmp_path):
 def test_training_reads_prepared_files_where_it_looks_for_them_with_the_same_numbers(index, tmp_path):
     root = Path(shutil.copytree(index.root, tmp_path / "world"))
     here = dataclasses.replace(index, root=root)
-    reading = camera_pipeline.Config(frames=1, source_size=(90, 160), image_size=(32, 88), depth=True)
+    reading = Reading(base=Base.EGO_AT_CAMERAS, cameras=Cameras(image_size=(32, 88)), depth=True)
 
     def read() -> np.ndarray:
-        return source.BEVDEPTH.load(here, reading, None, 0, np.random.default_rng(0)).depth
+        return scene.load(here, 0, reading).depth
 
     on_the_fly = read()
     assert on_the_fly.any() and depth.prepared(here) is None
@@ -229,7 +231,7 @@ def test_prepare_makes_what_is_asked_for_where_training_finds_it(index, tmp_path
     before = sorted(root.iterdir())
     data.prepare(root, split="val", workers=1, paste=False)
     assert f"depth ground truth of {6 * len(index)} images" in capsys.readouterr().out
-    assert depth.prepared(here).is_dir() and not source.database_folder(here).exists()
+    assert depth.prepared(here).is_dir() and not paste.folder(here).exists()
     data.prepare(root, split="val", workers=1, depth=False)
-    assert len(paste.read(source.database_folder(here))) > 0
+    assert len(paste.read(paste.folder(here))) > 0
     assert writable or sorted(root.iterdir()) == before

@@ -1,6 +1,7 @@
 """Depth net, depth supervision and the frustum over the BEV grid."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import small_cameras
@@ -65,7 +66,7 @@ def test_camera_vectors_are_the_key_frames():
     batch = small_cameras.make()
     vectors = depth_net.camera_vectors(batch)
     assert vectors.shape == (4, depth_net.CAMERA_NUMBERS)
-    K, pose = batch.intrinsics[0, 0, 1], batch.ego_from_camera[0, 0, 1]
+    K, pose = batch.intrinsics[0, 0, 1], batch.base_from_camera[0, 0, 1]
     assert vectors[1, :4].tolist() == [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]
     assert vectors[1, 4:10].tolist() == [0.5, 0.0, 0.0, 0.0, 0.5, -2.0]
     assert vectors[1, 15:].tolist() == pose[:3].flatten().tolist()
@@ -99,11 +100,11 @@ def test_dropout_needs_a_key():
 
 def test_cells_are_those_of_projected_points():
     """A cell's frustum point, taken back through the camera, is the pixel and depth that it came from."""
-    batch = small_cameras.make(bev_aug=small_cameras.yaw(0.3) @ torch.diag(torch.tensor([1.0, -1.0, 1.0, 1.0])))
+    batch = small_cameras.make(base_aug=small_cameras.yaw(0.3) @ torch.diag(torch.tensor([1.0, -1.0, 1.0, 1.0])))
     for t in range(2):
         x, y, z = camera_grid.frustum_points(batch, t, GRID)
         points = torch.stack([x, y, z, torch.ones_like(x)], -1)  # B N D H W 4
-        back = torch.linalg.inv(batch.bev_aug[:, None] @ batch.ego_from_camera[:, t])[:, :, None, None, None]
+        back = torch.linalg.inv(batch.base_aug[:, None] @ batch.base_from_camera[:, t])[:, :, None, None, None]
         camera = (back @ points[..., None])[..., 0]
         pixel = (batch.intrinsics[:, t][:, :, None, None, None] @ camera[..., None])[..., 0]
         torch.testing.assert_close(
@@ -132,6 +133,22 @@ def test_pool_puts_rows_at_y_and_columns_at_x():
     torch.testing.assert_close(bev, expected, atol=1e-5, rtol=1e-5)
     volume = depth[:, None] * context[:, :, None]  # M C D H W
     torch.testing.assert_close(camera_grid.pool_volume(volume, cell, GRID), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_x_where_the_grid_says_so_and_floor_leaves_out_what_lies_below():
+    batch = small_cameras.make()
+    y_first = camera_grid.cells(batch, 0, GRID)
+    x_first = camera_grid.cells(batch, 0, replace(GRID, rows="x"))
+    (b, row, column), inside = ((y_first // 512, y_first % 512 // 32, y_first % 32), y_first >= 0)
+    assert replace(GRID, rows="x").cells == (32, 16) == GRID.cells[::-1]
+    assert torch.equal(x_first, torch.where(inside, (b * 32 + column) * 16 + row, -1).to(torch.int32))
+    high = replace(GRID, z_m=(1.0, 9.0, 8.0))  # some points lie below it, by less than a cell
+    truncated, floored = (
+        camera_grid.cells(batch, 0, replace(high, truncate_toward_zero=rule)) for rule in (True, False)
+    )
+    point = camera_grid.frustum_points(batch, 0, high)
+    below = torch.stack(torch.broadcast_tensors(*(p < low for p, low in zip(point, (-16.0, -12.0, 1.0))))).any(0)
+    assert bool((below & (truncated >= 0)).any()) and torch.equal(floored, torch.where(below, -1, truncated))
 
 
 def test_depth_aggregation_moves_mass_along_rows_only():

@@ -6,22 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_frames
 import torch
 from PIL import Image
 
 from bevfn import draw
 from bevfn.boxes import corners
-from bevfn.data import frame
 from bevfn.synth import key_frame
-
-SMALL = frame.Config(source_size=(225, 400), image_size=(64, 176))
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    return frame.load(
-        key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=SMALL.source_size), config=SMALL
-    )
+    return small_frames.load(key_frame.write_frame(tmp_path_factory.mktemp("frame"), seed=1, image_size=(225, 400)))
 
 
 def test_picture_shows_predictions_in_their_colours(sample, tmp_path):
@@ -71,11 +67,11 @@ def test_projection_agrees_with_the_pinhole_and_cuts_what_is_behind():
 
 
 def test_augmented_boxes_are_taken_back_before_projection(sample, tmp_path):
-    """Turning points, boxes and lidar_aug together must leave the camera pictures as they are."""
+    """Turning points, boxes and base_aug together must leave the camera pictures as they are."""
     angle = 0.4
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    lidar_aug = np.eye(4, dtype=np.float32)
-    lidar_aug[:2, :2] = turn
+    base_aug = np.eye(4, dtype=np.float32)
+    base_aug[:2, :2] = turn
     boxes = sample.boxes.copy()
     boxes[:, :2] = boxes[:, :2] @ turn.T
     boxes[:, 6] += angle
@@ -83,7 +79,7 @@ def test_augmented_boxes_are_taken_back_before_projection(sample, tmp_path):
     turned = tmp_path / "turned.png"
     scores = np.ones(len(boxes))
     draw.draw(sample, sample.boxes, scores, sample.labels, plain)
-    draw.draw(dataclasses.replace(sample, boxes=boxes, lidar_aug=lidar_aug), boxes, scores, sample.labels, turned)
+    draw.draw(dataclasses.replace(sample, boxes=boxes, base_aug=base_aug), boxes, scores, sample.labels, turned)
     a, b = (
         np.asarray(Image.open(p).convert("RGB"))[:, : Image.open(p).size[0] // 2].astype(int) for p in (plain, turned)
     )

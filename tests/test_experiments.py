@@ -13,7 +13,7 @@ import tyro
 
 from bevfn import catalogue, recipes, tree, upstream
 from bevfn.data import paste
-from bevfn.data.pipeline import CLASS_NAMES
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.experiments import bevfusion, bevfusion_lidar
 from bevfn.metrics import read_metrics
 from bevfn.synth import key_frame
@@ -38,11 +38,12 @@ def small(model: str, root: Path, **changes):
 def test_every_model_and_scale_reads_what_it_takes(model, scale, root):
     task = EXPERIMENTS[model].task(small(model, root, scale=scale))
     reading = task.data.reading(0)
-    assert reading.cameras == (model != "bevfusion-lidar") and reading.sweeps == 9 and reading.random
-    assert not task.data.eval_reading.random
-    if reading.cameras:
-        assert reading.image_size == ((256, 704) if scale == "published" else (64, 192))
-        assert reading.resize * 256 / reading.image_size[0] == pytest.approx(0.48)
+    assert (reading.cameras is not None) == (model != "bevfusion-lidar")
+    assert reading.points.sweeps == 9 and reading.random and not task.data.eval_reading.random
+    if reading.cameras is not None:
+        assert reading.cameras.image_size == ((256, 704) if scale == "published" else (64, 192))
+        assert reading.cameras.relative((900, 1600)) * 256 / reading.cameras.image_size[0] == pytest.approx(1.0)
+    run.check(task)
     assert len(task.data.items) > len(task.data.training)  # class-balanced
 
 
@@ -98,10 +99,8 @@ def test_pasting_ends_with_the_last_epochs_and_needs_its_database(root):
     config = small("bevfusion-lidar", root, paste=True)
     with pytest.raises(ValueError, match="bevfn data prepare"):
         bevfusion_lidar.task(config)
-    from bevfn.data import source
-
     index = bevfusion_lidar.task(replace(config, paste=False)).data.training
-    paste.build(index, source.database_folder(index), class_names=CLASS_NAMES, progress=False)
+    paste.build(index, paste.folder(index), class_names=CLASS_NAMES, progress=False)
     data = bevfusion_lidar.task(config).data
     assert data.database is not None
     assert [data.reading(epoch).paste is not None for epoch in (0, 14, 15, 19)] == [True, True, False, False]

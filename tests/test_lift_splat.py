@@ -1,6 +1,7 @@
 """View transform: pooling against a plain outer product, gradients, both depth nets, and the golden camera branch."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,26 @@ import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bevfn import geometry, goldens, upstream
+from bevfn import upstream
 from bevfn.backbones import swin
-from bevfn.data.batch import Batch
+from bevfn.data import batch as batches
+from bevfn.data.batch import Base, Batch
 from bevfn.necks import lss_fpn
-from bevfn.views import lift_splat
+from bevfn.parity import golden
+from bevfn.views import camera_grid, lift_splat
 
 CASE = Path(__file__).parents[1].parent / "shared" / "goldens" / "bevfusion_lidar_cam"
-GRID = {"x_m": (-16.0, 16.0, 1.0), "y_m": (-16.0, 16.0, 1.0), "z_m": (-8.0, 8.0, 16.0)}
-CONFIG = lift_splat.Config(channels_in=6, channels_out=4, image_size=(32, 48), depth_m=(1.0, 13.0, 1.0), **GRID)
-CAMERA_ONLY = lift_splat.Config(**{**vars(CONFIG), "lidar_depth": False})
+GRID = camera_grid.Config(
+    image_size=(32, 48),
+    stride=8,
+    depth_m=(1.0, 13.0, 1.0),
+    x_m=(-16.0, 16.0, 1.0),
+    y_m=(-16.0, 16.0, 1.0),
+    z_m=(-8.0, 8.0, 16.0),
+    rows="x",
+)
+CONFIG = lift_splat.Config(channels_in=6, channels_out=4, grid=GRID)
+CAMERA_ONLY = replace(CONFIG, lidar_depth=False)
 
 
 def make_batch(B: int = 2, N: int = 2, P: int = 60, image: tuple[int, int] = (32, 48)) -> Batch:
@@ -26,27 +37,25 @@ def make_batch(B: int = 2, N: int = 2, P: int = 60, image: tuple[int, int] = (32
     generator = torch.Generator().manual_seed(0)
     forward = torch.tensor([[0.0, 0, 1, 0.2], [-1, 0, 0, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]])
     back = torch.diag(torch.tensor([-1.0, -1, 1, 1])) @ forward
-    lidar_from_camera = torch.stack([forward, back])[:N].expand(B, N, 4, 4).clone()
+    base_from_camera = torch.stack([forward, back])[:N].expand(B, N, 4, 4).clone()
     intrinsics = torch.tensor([[50.0, 0, 48, 0], [0, 50, 32, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).expand(B, N, 4, 4).clone()
     image_aug = torch.diag(torch.tensor([0.5, 0.5, 1, 1])).expand(B, N, 4, 4).clone()
-    lidar_aug = torch.diag(torch.tensor([1.05, 1.05, 1.05, 1])).expand(B, 4, 4).clone()
+    base_aug = torch.diag(torch.tensor([1.05, 1.05, 1.05, 1])).expand(B, 4, 4).clone()
     points = 20 * torch.rand(B, P, 5, generator=generator) - 10
     valid = torch.rand(B, P, generator=generator) > 0.2
-    return Batch(
+    return batches.make(
+        base=Base.LIDAR,
         points=points * valid[..., None],
         points_valid=valid,
         boxes=torch.zeros(B, 3, 9),
         labels=torch.zeros(B, 3, dtype=torch.int64),
         boxes_valid=torch.zeros(B, 3, dtype=torch.bool),
-        lidar_aug=lidar_aug,
-        undo_lidar_aug=geometry.invert(lidar_aug[:, :3, :3]),
-        images=torch.zeros(B, N, *image, 3, dtype=torch.uint8),
-        image_from_lidar=intrinsics @ torch.linalg.inv(lidar_from_camera),
-        lidar_from_camera=lidar_from_camera,
-        intrinsics=intrinsics,
-        image_aug=image_aug,
-        undo_image_aug=geometry.invert(image_aug[..., :3, :3]),
-        lidar_from_pixel=geometry.unprojection(lidar_from_camera, intrinsics),
+        base_aug=base_aug,
+        images=torch.zeros(B, 1, N, *image, 3, dtype=torch.uint8),
+        image_from_base=(intrinsics @ torch.linalg.inv(base_from_camera))[:, None],
+        base_from_camera=base_from_camera[:, None],
+        intrinsics=intrinsics[:, None],
+        image_aug=image_aug[:, None],
     )
 
 
@@ -60,8 +69,8 @@ def make(config: lift_splat.Config) -> tuple[dict, dict, Tensor, Batch]:
 def test_pooling_is_the_sum_of_depth_times_context_over_the_points_of_a_cell(config):
     params, state, feature, batch = make(config)
     outputs, _ = lift_splat.apply(params, state, feature, batch, config=config, train=False)
-    depth = outputs["depthnet"][:, :12].double().softmax(1)  # BN D H W
-    context = outputs["depthnet"][:, 12:].double()  # BN C H W
+    depth = outputs["depth_net"][:, :12].double().softmax(1)  # BN D H W
+    context = outputs["depth_net"][:, 12:].double()  # BN C H W
     product = (depth[:, :, None] * context[:, None]).view(2, 2, 12, 4, 4, 6)  # B N D C H W
     expected = torch.zeros(2, 4, 32, 32, dtype=torch.float64)
     place = ((outputs["geometry"] - torch.tensor([-16.0, -16.0, -8.0])) / torch.tensor([1.0, 1.0, 16.0])).trunc()
@@ -77,22 +86,22 @@ def test_pooling_is_the_sum_of_depth_times_context_over_the_points_of_a_cell(con
 def test_every_boundary_is_there_and_the_lidar_depth_is_used():
     params, state, feature, batch = make(CONFIG)
     outputs, new = lift_splat.apply(params, state, feature, batch, config=CONFIG, train=True)
-    assert set(outputs) == {"depth_map", "dtransform", "depthnet", "geometry", "bev_pool", "bev"}
-    assert outputs["depth_map"].shape == (4, 32, 48) and outputs["dtransform"].shape == (4, 64, 4, 6)
+    assert set(outputs) == {"depth_map", "depth_transform", "depth_net", "geometry", "bev_pool", "bev"}
+    assert outputs["depth_map"].shape == (4, 32, 48) and outputs["depth_transform"].shape == (4, 64, 4, 6)
     assert pytree.tree_structure(new) == pytree.tree_structure(state)
     without = Batch(**{**vars(batch), "points_valid": torch.zeros_like(batch.points_valid)})
     blind, _ = lift_splat.apply(params, state, feature, without, config=CONFIG, train=True)
     assert float(blind["depth_map"].abs().max()) == 0.0
-    assert not torch.equal(blind["depthnet"], outputs["depthnet"])
+    assert not torch.equal(blind["depth_net"], outputs["depth_net"])
 
 
 def test_the_camera_only_depth_net_is_one_convolution_and_reads_no_points():
     params, state, feature, batch = make(CAMERA_ONLY)
     assert set(params) == {"depth_net", "downsample"} and set(state) == {"downsample"}
     outputs, new = lift_splat.apply(params, state, feature, batch, config=CAMERA_ONLY, train=True)
-    assert set(outputs) == {"depthnet", "geometry", "bev_pool", "bev"} and set(new) == {"downsample"}
+    assert set(outputs) == {"depth_net", "geometry", "bev_pool", "bev"} and set(new) == {"downsample"}
     expected = torch.nn.functional.conv2d(feature, *params["depth_net"][0]["conv"].values())
-    assert torch.allclose(outputs["depthnet"], expected, atol=1e-5)
+    assert torch.allclose(outputs["depth_net"], expected, atol=1e-5)
 
 
 def test_samples_of_a_batch_do_not_mix():
@@ -153,12 +162,10 @@ def test_wrong_inputs_are_refused_with_the_remedy():
         lift_splat.apply(params, state, feature, blind, config=CONFIG, train=False)
     with pytest.raises(ValueError, match=r"feature of \(4, 5\) does not fit image_size \(32, 48\): expected \(4, 6\)"):
         lift_splat.apply(params, state, feature[..., :5], batch, config=CONFIG, train=False)
-    with pytest.raises(ValueError, match=r"z_m .* must hold one cell; make its step 20\.0"):
-        lift_splat.Config(z_m=(-10.0, 10.0, 5.0))
-    with pytest.raises(ValueError, match=r"x_m .* whole number of steps"):
-        lift_splat.Config(x_m=(-54.0, 54.0, 0.7))
-    with pytest.raises(ValueError, match=r"image_size .* multiples of 8"):
-        lift_splat.Config(image_size=(250, 704))
+    with pytest.raises(ValueError, match=r"at stride 8, grid\.stride is 16"):
+        lift_splat.Config(grid=replace(GRID, stride=16))
+    with pytest.raises(ValueError, match=r"\(31, 32\) cells are halved"):
+        lift_splat.Config(grid=replace(GRID, x_m=(-16.0, 15.0, 1.0)))
 
 
 @pytest.mark.slow
@@ -167,23 +174,21 @@ def test_the_camera_branch_reproduces_the_golden_case():
         pytest.skip(f"needs the golden case {CASE}")
     inputs, stored = load_file(CASE / "inputs.safetensors"), load_file(CASE / "outputs.safetensors")
     stats = json.loads((CASE / "stats.json").read_text())
-    params, state, _ = upstream.import_state(goldens.fill_case(CASE), "bevfusion-lidar-camera")
+    params, state, _ = upstream.import_state(golden.fill_case(CASE), "bevfusion-lidar-camera")
     params, state = params["camera"], state["camera"]
-    batch = Batch(
+    batch = batches.make(
+        base=Base.LIDAR,
         points=inputs["points"][None],
         points_valid=torch.ones(1, len(inputs["points"]), dtype=torch.bool),
         boxes=torch.zeros(1, 1, 9),
         labels=torch.zeros(1, 1, dtype=torch.int64),
         boxes_valid=torch.zeros(1, 1, dtype=torch.bool),
-        lidar_aug=inputs["lidar_aug_matrix"][None],
-        undo_lidar_aug=geometry.invert(inputs["lidar_aug_matrix"][None, :3, :3]),
-        images=inputs["imgs"][None],
-        image_from_lidar=inputs["lidar2img"][None],
-        lidar_from_camera=inputs["cam2lidar"][None],
-        intrinsics=inputs["cam2img"][None],
-        image_aug=inputs["img_aug_matrix"][None],
-        undo_image_aug=geometry.invert(inputs["img_aug_matrix"][None, :, :3, :3]),
-        lidar_from_pixel=geometry.unprojection(inputs["cam2lidar"], inputs["cam2img"])[None],
+        base_aug=inputs["lidar_aug_matrix"][None],
+        images=inputs["imgs"][None, None],
+        image_from_base=inputs["lidar2img"][None, None],
+        base_from_camera=inputs["cam2lidar"][None, None],
+        intrinsics=inputs["cam2img"][None, None],
+        image_aug=inputs["img_aug_matrix"][None, None],
     )
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     images = ((inputs["imgs"].float() - mean) / std).permute(0, 3, 1, 2)

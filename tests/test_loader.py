@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bevfn import tree
 from bevfn.data import loader
-from bevfn.data.batch import Capacities, Sample
+from bevfn.data.batch import Base, Capacities, Sample
 
 CAPACITIES = Capacities(points=8, boxes=4)
 
@@ -25,7 +25,14 @@ def sample(index: int, generator: np.random.Generator) -> Sample:
     points = np.full((5, 5), index, np.float32)
     points[:, 1:] = generator.random((5, 4))
     boxes = np.ones((1, 9), np.float32)
-    return Sample(points, boxes, np.zeros(1, np.int64), np.eye(4, dtype=np.float32), token=f"t{index}")
+    return Sample(
+        base=Base.LIDAR,
+        base_aug=np.eye(4, dtype=np.float32),
+        points=points,
+        boxes=boxes,
+        labels=np.zeros(1, np.int64),
+        token=f"t{index}",
+    )
 
 
 def damaged(*bad: int):

@@ -41,7 +41,7 @@ def _clone(folder: Path) -> Path:
     return source
 
 
-def test_a_wheel_made_from_the_source_archive_holds_every_file_once(tmp_path):
+def test_a_wheel_made_from_the_source_archive_holds_every_file_once(tmp_path: Path) -> None:
     source = _clone(tmp_path)
     expected = Counter(path.relative_to(source).as_posix() for path in (source / "bevfn").rglob("*") if path.is_file())
     for room in ("kernels", "experiments"):  # top-level folders that are imported from within bevfn
@@ -60,7 +60,7 @@ def test_a_wheel_made_from_the_source_archive_holds_every_file_once(tmp_path):
     assert held == expected
 
 
-def test_the_types_of_the_linked_folders_are_seen():
+def test_the_types_of_the_linked_folders_are_seen() -> None:
     """`make lint` checks this file too: were `voxelize` Any to mypy, `assert_type` would be an error there."""
     points, valid = torch.zeros(1, 4, 5), torch.ones(1, 4, dtype=torch.bool)
     features, *_ = assert_type(

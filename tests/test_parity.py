@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bevfn.commands.parity import parity
-from bevfn.parity import case, compare
+from bevfn.parity import compare, golden
 
 GOLDENS = Path(__file__).parents[1].parent / "shared" / "goldens"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="the golden cases (../shared/goldens) are not here")
@@ -45,9 +45,9 @@ def test_sets_are_compared_without_order_and_duplicates_are_noticed():
 
 def test_a_folder_that_is_no_case_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a folder"):
-        case.read(tmp_path / "nothing")
+        golden.read(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"manifest\.json is missing"):
-        case.read(tmp_path)
+        golden.read(tmp_path)
 
 
 @needs_goldens
@@ -55,7 +55,7 @@ def test_a_truncated_case_is_refused(tmp_path):
     folder = shutil.copytree(GOLDENS / "bevfusion_lidar", tmp_path / "case")
     (folder / "outputs.safetensors").write_bytes((folder / "outputs.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"outputs\.safetensors is damaged"):
-        case.read(folder)
+        golden.read(folder)
 
 
 @needs_goldens
@@ -77,10 +77,71 @@ def test_matrixvt_evaluation_is_the_published_model(tmp_path):
 def test_a_case_of_an_unknown_model_is_refused(tmp_path):
     folder = shutil.copytree(GOLDENS / "matrixvt_r50", tmp_path / "case")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["upstream"]["model_class"] = "BEVStereo"
+    manifest["weights"] = {key.replace("depth_net", "stereo_net"): spec for key, spec in manifest["weights"].items()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="a case of BEVStereo; bevfn has BEVFusion, BEVDepth and MatrixVT"):
+    with pytest.raises(
+        ValueError, match="a case of a ResNet or a detector on one, which bevfn does not have yet; it has"
+    ):
         parity(folder)
+
+
+@needs_goldens
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("bevfusion_lidar", "bevfusion-lidar"),
+        ("bevfusion_lidar_cam", "bevfusion-lidar-camera"),
+        ("bevdepth_r50_2key", "bevdepth-2key"),
+        ("matrixvt_r50", "matrixvt"),
+    ],
+)
+def test_a_case_is_known_by_its_tensors_and_not_by_a_class_name(name, model):
+    manifest = golden.read_manifest(GOLDENS / name)
+    assert golden.source({"weights": manifest["weights"]}).model == model
+
+
+@needs_goldens
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("awml_bevfusion_l_offline", r"an AWML BEVFusion-L detector \(LiDAR, T4 dataset\)"),
+        ("awml_bevfusion_cl", r"an AWML BEVFusion-CL detector \(camera \+ LiDAR, T4 dataset\)"),
+        ("bevnext_stage1", r"a BEVNeXt detector of stage 1 \(one frame\)"),
+        ("bevnext_stage2", r"a BEVNeXt detector of stage 2 \(frames fused\)"),
+    ],
+)
+def test_a_case_of_a_model_to_come_is_told_by_its_tensors(name, what):
+    with pytest.raises(ValueError, match=rf"manifest.json is a case of {what}, which bevfn does not have yet; it has "):
+        parity(GOLDENS / name)
+
+
+def test_every_stored_loss_is_compared_and_one_that_we_lack_fails():
+    stored = {"train/loss/total": torch.tensor(2.0), "train/loss/iou": torch.tensor(1.0)}
+    case = golden.Case(Path(), {}, {"noise/train_loss": {"total": 1e-3}}, {}, stored)
+    table = compare.Table("made up")
+    compare.losses(case, table, "train", {"total": 2.01})
+    assert [(line.name, line.ok) for line in table.lines] == [("train/loss/total", True), ("train/loss/iou", False)]
+
+
+def test_detections_are_matched_without_order_and_a_missing_one_fails():
+    generator = torch.Generator().manual_seed(0)
+    found = {"boxes": torch.rand(5, 9, generator=generator), "scores": torch.rand(5), "labels": torch.arange(5)}
+    case = golden.Case(Path(), {}, {}, {}, {f"eval/{k}": v.flip(0) for k, v in found.items()})
+    table = compare.Table("made up")
+    compare.detections(case, table, "eval", found)
+    assert table.ok and len(table.lines) == 3
+    compare.detections(case, table, "eval", {k: v[:4] for k, v in found.items()})
+    assert table.lines[-1].name == "eval/count" and not table.ok
+
+
+def test_gradients_that_are_zero_in_exact_arithmetic_are_left_out_and_missing_ones_named():
+    norms = {"a": 1.0, "b": 2.0, "shift": 1e-9}
+    case = golden.Case(Path(), {}, {"train/grad_norm": norms}, {}, {})
+    table = compare.Table("made up")
+    compare.gradients(case, table, {"a": torch.ones(1), "shift": torch.ones(1)}, zero=["shift"])
+    lines = {line.name: line for line in table.lines}
+    assert lines["train/grad_norm/missing"].note == "b" and not lines["train/grad_norm/missing"].ok
+    assert lines["train/grad_norm (median)"].ok and "1 parameters" in lines["train/grad_norm (99 % of parameters)"].note
 
 
 @needs_goldens

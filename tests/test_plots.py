@@ -13,7 +13,7 @@ from PIL import Image
 from small_world import annotations, document, index, nothing
 
 from bevfn import draw
-from bevfn.data.frame import CLASS_NAMES
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import page, plots, score
 from bevfn.evaluation.results import Detections
 
@@ -77,7 +77,7 @@ def test_a_frame_of_an_index_becomes_a_sample_that_projects_into_its_cameras():
     np.testing.assert_allclose(sample.boxes[:, 2] + sample.boxes[:, 5] / 2, frame.boxes[:, 2], atol=1e-5)
     camera = frame.cameras["CAM_FRONT"]
     point = np.array([0.5, 12.0, -0.5, 1.0])  # lidar y is forward
-    pixel = sample.image_from_lidar[0] @ point
+    pixel = sample.image_from_base[0, 0] @ point
     by_hand = camera.intrinsics @ (camera.camera_from_lidar @ point)[:3]
     np.testing.assert_allclose(pixel[:2] / pixel[2], by_hand[:2] / by_hand[2], rtol=1e-4)
     assert pixel[2] > 0

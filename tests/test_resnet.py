@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bevfn import goldens, tree
+from bevfn import tree
 from bevfn.backbones import resnet
+from bevfn.parity import golden
 from bevfn.training import optim
 
 IMAGE = resnet.Config(channels=4, blocks=(2, 1, 1), strides=(1, 2, 2))
@@ -166,13 +167,13 @@ def published_name(path: str, prefix: str) -> str:
 def test_the_published_image_backbone():
     config = resnet.Config(frozen_stages=0)
     params, state = resnet.init(config, torch.Generator().manual_seed(0))
-    weights, used = goldens.read_manifest(GOLDEN)["weights"], set()
+    weights, used = golden.read_manifest(GOLDEN)["weights"], set()
 
     def fill(values: dict) -> dict:
         found = {}
         for path in tree.flatten(values):
             key = published_name(path, "model.backbone.img_backbone.")
-            found[path] = torch.from_numpy(goldens.draw(key, weights[key], 0))
+            found[path] = torch.from_numpy(golden.draw(key, weights[key], 0))
             used.add(key)
         return tree.unflatten(found, values)
 

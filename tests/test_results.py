@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from scipy.spatial.transform import Rotation
 
-from bevfn.data.frame import CLASS_NAMES
 from bevfn.data.index import Frame, Index
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import results
 from bevfn.evaluation.results import Detections
 

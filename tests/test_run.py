@@ -1,5 +1,6 @@
 """Whole runs of a tiny experiment: what they leave, and that killing, stopping and splitting them changes no number."""
 
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +44,19 @@ def launch(words: list[str]) -> subprocess.Popen:
 
 def start(root: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
     return launch([sys.executable, *command(root, run_dir, *flags)])
+
+
+def cli(root: Path, run_dir: Path, *flags: str) -> tuple[int, str]:
+    """(exit code, what it printed) of the same in this process, which has imported everything already."""
+    printed, words = io.StringIO(), command(root, run_dir, *flags)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
+        patch.setattr(sys, "argv", words)
+        try:
+            run.cli(tiny.DEFAULTS, tiny.task, tiny.__doc__)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    return code, printed.getvalue()
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -138,7 +153,8 @@ def test_sigterm_saves_and_the_rest_of_the_epoch_follows(whole, root, tmp_path):
     printed = finish(launch(ask + command(root, tmp_path / "run")))
     done = int(re.search(r"stopped by a signal after step (\d+)", printed)[1])
     assert done < STEPS and checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step_{done:08d}"
-    assert "from step" in finish(start(root, tmp_path / "run", "--resume"))
+    code, printed = cli(root, tmp_path / "run", "--resume")
+    assert code == 0 and f"from step {done}" in printed
     assert_same_run(whole[0], tmp_path / "run")
 
 
@@ -149,14 +165,14 @@ def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is
     file = broken / third.lidar_path
     content = file.read_bytes()
     file.write_bytes(content[:-7])
-    process = start(broken, tmp_path / "run")
-    printed, _ = process.communicate()
-    assert process.returncode == 2
+    code, printed = cli(broken, tmp_path / "run")
+    assert code == 2
     assert f"bevfn: {file}: {len(content) - 7} bytes are not a whole number of points" in printed
     assert "stopped because a sample cannot be read after step 1, which is saved; add --resume" in printed
     assert "Traceback" not in printed
     file.write_bytes(content)
-    assert "from step 1 on" in finish(start(broken, tmp_path / "run", "--resume"))
+    code, printed = cli(broken, tmp_path / "run", "--resume")
+    assert code == 0 and "from step 1 on" in printed
     assert_same_run(whole[0], tmp_path / "run")
 
 
@@ -164,8 +180,8 @@ def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, 
     broken = Path(shutil.copytree(root, tmp_path / "world"))
     file = broken / small_world.training()[1].lidar_path
     file.unlink()
-    printed = finish(start(broken, tmp_path / "run", "--on-damaged", "skip", "--epochs", "1"))
-    assert f"warning: skipped a damaged sample: {file}: the point file does not exist" in printed
+    code, printed = cli(broken, tmp_path / "run", "--on-damaged", "skip", "--epochs", "1")
+    assert code == 0 and f"warning: skipped a damaged sample: {file}: the point file does not exist" in printed
     assert sum(record["bad/samples"] for record in read_metrics(tmp_path / "run")) >= 1
     assert "bad/samples" in printed.split("warning: in all 2 steps: ")[1]
 
@@ -175,7 +191,7 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 
 def test_two_processes_train_like_two_microbatches_and_find_every_frame(root, tmp_path):
     flags = ("--batch-size", "1", "--epochs", "1")
-    finish(start(root, tmp_path / "one", *flags, "--accumulate", "2"))
+    assert cli(root, tmp_path / "one", *flags, "--accumulate", "2")[0] == 0
     printed = finish(launch([*TWO, *command(root, tmp_path / "two", *flags)]))
     assert printed.count("samples an epoch") == 1  # one process speaks
     one, two = (
@@ -226,10 +242,10 @@ def test_performance_mode_measures_and_neither_saves_nor_evaluates(root, tmp_pat
 
 def test_the_recipes_learning_rate_follows_the_batch(root, tmp_path):
     plan = run.Plan(steps_per_epoch=10, total_steps=10, batch=8)
-    base = config(root, tmp_path, lr=None)
-    rates = {way: run.scaled_lr(replace(base, lr_scaling=way), plan, 1e-3) for way in ("linear", "sqrt", "none")}
+    base = config(root, tmp_path, lr=None, recipe_lr=1e-3)
+    rates = {way: run.scaled_lr(replace(base, lr_scaling=way), plan) for way in ("linear", "sqrt", "none")}
     assert rates == pytest.approx({"linear": 2.5e-4, "sqrt": 5e-4, "none": 1e-3})
-    assert run.scaled_lr(replace(base, lr=0.5), plan, 1e-3) == 0.5
+    assert run.scaled_lr(replace(base, lr=0.5), plan) == 0.5
 
 
 def test_what_lies_at_the_data_root_decides_on_the_defaults(root, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import small_world
 from small_world import annotations, document, index, nothing
 
-from bevfn.data.frame import CLASS_NAMES
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import frame_quality, results, score, tables
 from bevfn.evaluation.results import Detections
 

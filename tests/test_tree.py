@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from bevfn import tree
@@ -93,3 +94,22 @@ def test_unzip_parts_parameters_from_states_and_leaves_out_what_has_none():
     assert params == {"a": {"w": one}, "b": {"w": three}, "c": [{"w": one}, {"w": two}], "d": [{"w": one}]}
     assert state == {"a": {"s": two}, "c": [{}]}
     assert tree.unzip({"w": one}) == ({"w": one}, {})
+
+
+def test_a_static_field_is_structure_and_an_absent_one_stays_absent():
+    @tree.register(static=("kind",))
+    @dataclass(frozen=True)
+    class Node:
+        kind: str
+        x: Tensor
+        y: Tensor | None = None
+
+    one = Node("a", torch.ones(2))
+    assert tree.map(lambda x: 2 * x, one).kind == "a" and tree.map(lambda x: 2 * x, one).y is None
+    assert list(tree.flatten(one)) == ["x"] and tree.unflatten({"x": torch.zeros(2)}, one).kind == "a"
+    structures = [pytree.tree_structure(node) for node in (one, Node("a", torch.zeros(3)), Node("b", torch.ones(2)))]
+    assert structures[0] == structures[1] != structures[2]
+    compiled = torch.compile(
+        lambda node: tree.map(lambda x: x + (node.kind == "a"), node), backend="eager", fullgraph=True
+    )
+    assert [compiled(node).x.sum().item() for node in (one, Node("b", torch.ones(2)))] == [4.0, 2.0]

@@ -14,28 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn import catalogue, goldens, tree, upstream
+from bevfn import catalogue, tree, upstream
 from bevfn.commands import checkpoint
-from bevfn.models import bevdepth, bevfusion
-from bevfn.upstream import names, names_bevdepth, recognise
+from bevfn.models import bevdepth
+from bevfn.parity import golden
+from bevfn.upstream import models, recognise
+from bevfn.upstream.entries import Naming
 
 CASES = Path(__file__).parents[1].parent / "shared" / "goldens"
-SMALL = upstream.Sizes(
-    point_channels=5, sparse=(4, 6), sparse_out=16, swin=4, swin_depths=(1, 2, 1), swin_heads=(1, 2, 4), window=2,
-    neck=8, depth_transform=(2, 3, 4), context=5, image=(16, 24), feature=(2, 3), depth=(1.0, 3.0, 0.5),
-    grid=((-4.0, 4.0, 1.0), (-6.0, 6.0, 1.0), (-1.0, 1.0, 2.0)), fused=8, second=(4, 6), second_layers=2,
-    second_fpn=(4, 4), head=8, head_ffn=12, head_hidden=4, classes=3, bevdepth=names_bevdepth.Sizes(
-        resnet=4, neck=3, net=8, net_blocks=1, atrous=2, context=5, image=(32, 48), depth=(2.0, 6.0, 1.0),
-        grid=((-8.0, 8.0, 1.0), (-8.0, 8.0, 1.0), (-5.0, 3.0, 8.0)), row=6, bev=4, bev_neck=3, head=4, tasks=(1, 2),
-    ),
-)  # fmt: skip
 
 
-def upstream_state(model: str, naming: names.Naming = "mmdet", sparse: str = "spconv2") -> dict[str, Tensor]:
+def small(model: str):
+    """The family's small configuration of a model."""
+    spec = upstream.MODELS[model]
+    config = spec.family.mini(spec.config())
+    if model == "resnet50":  # of any width, but of its own depth
+        config = replace(config, backbone=replace(config.backbone, blocks=(3, 4, 6, 3)))
+    if model == "bevfusion-lidar-camera":  # takes over the LiDAR-only model's BEV layers, as the published one
+        config = replace(config, fused_channels=128, backbone=replace(config.backbone, channels_in=128))
+    return config
+
+
+def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2") -> dict[str, Tensor]:
     """Random tensors under every upstream key of a small model, with its derived buffers."""
     generator = torch.Generator().manual_seed(0)
     found = {}
-    for entry in names.entries(model, SMALL, naming):
+    for entry in models.entries(model, naming, config=small(model)):
         shape = entry.shape
         if entry.layout == "sparse" and sparse == "spconv2":
             shape = (shape[4], *shape[:4])
@@ -47,7 +51,7 @@ def upstream_state(model: str, naming: names.Naming = "mmdet", sparse: str = "sp
             shape = (shape[1], shape[0], *shape[2:])
         counter = torch.tensor(7)
         found[entry.key] = counter if entry.tree == "upstream" else torch.randn(shape, generator=generator)
-    return found | names.derived(model, SMALL, naming)
+    return found | models.buffers(model, naming, config=small(model))
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -68,8 +72,8 @@ def case(name: str) -> Path:
 @pytest.mark.parametrize("model", upstream.MODELS)
 def test_export_inverts_import_bit_for_bit(model):
     source = upstream_state(model)
-    params, state, report = upstream.import_state(source, model, sizes=SMALL)
-    back = upstream.export_state(params, state, model, report.carried, sizes=SMALL)
+    params, state, report = upstream.import_state(source, model, config=small(model))
+    back = upstream.export_state(params, state, model, report.carried, config=small(model))
     assert list(back) == list(source)  # upstream's order too
     assert_same(back, source)
     assert set(report.used) | set(report.unused) == set(source) and not set(report.used) & set(report.unused)
@@ -79,7 +83,7 @@ def test_export_inverts_import_bit_for_bit(model):
 @pytest.mark.parametrize("model", ["bevfusion-lidar", "bevfusion-lidar-camera"])
 def test_published_manifests_are_accounted_for_and_round_trip(model):
     folder = case(catalogue.MODELS[model].case)
-    source = goldens.fill_case(folder)
+    source = golden.fill_case(folder)
     assert len(source) == {"bevfusion-lidar": 306, "bevfusion-lidar-camera": 566 + 16}[model]
     params, state, report = upstream.import_state(source, model)
     assert set(report.used) | set(report.unused) == set(source) and not report.warnings
@@ -92,9 +96,9 @@ def test_published_manifests_are_accounted_for_and_round_trip(model):
 
 @pytest.mark.parametrize(("folder", "model"), [("bevdepth_r50_2key", "bevdepth-2key"), ("matrixvt_r50", "matrixvt")])
 def test_lightning_manifests_of_bevdepth_are_accounted_for_and_round_trip(folder, model):
-    source = goldens.fill_case(case(folder))
-    specs = goldens.read_manifest(case(folder))["constructor_buffers"]
-    buffers = {f"model.{key}": leaf for key, leaf in names.derived(model, names.PUBLISHED).items()}
+    source = golden.fill_case(case(folder))
+    specs = golden.read_manifest(case(folder))["constructor_buffers"]
+    buffers = {f"model.{key}": leaf for key, leaf in models.buffers(model).items()}
     assert {k: (list(leaf.shape), str(leaf.dtype)) for k, leaf in buffers.items()} == {
         k: (spec["shape"], f"torch.{spec['dtype']}") for k, spec in specs.items()
     }
@@ -106,7 +110,7 @@ def test_lightning_manifests_of_bevdepth_are_accounted_for_and_round_trip(folder
     assert_same(back, source)
 
 
-@pytest.mark.parametrize("model", names_bevdepth.MODELS)
+@pytest.mark.parametrize("model", [name for name, spec in upstream.MODELS.items() if spec.family is bevdepth])
 def test_frames_of_a_bevdepth_are_read_off_its_bev_map(model):
     prefix = "" if model == "resnet50" else "model."
     found = recognise.recognise({prefix + key: leaf for key, leaf in upstream_state(model).items()})
@@ -115,9 +119,9 @@ def test_frames_of_a_bevdepth_are_read_off_its_bev_map(model):
 
 def test_three_key_frames_are_named_but_not_read():
     source = upstream_state("bevdepth-2key")
-    source["head.trunk.conv1.weight"] = torch.zeros(4, 15, 7, 7)
+    source["head.trunk.conv1.weight"] = torch.zeros(4, 96, 7, 7)
     with pytest.raises(ValueError, match=r"looks like a BEVDepth detector of 3 key frames, .*: bevfn reads"):
-        upstream.import_state(source, "bevdepth-2key", sizes=SMALL)
+        upstream.import_state(source, "bevdepth-2key", config=small("bevdepth-2key"))
 
 
 def test_a_lightning_file_is_read_beside_its_training_log(tmp_path):
@@ -125,38 +129,39 @@ def test_a_lightning_file_is_read_beside_its_training_log(tmp_path):
     path = tmp_path / "23.ckpt"
     log = {"epoch": 23, "callbacks": {"ModelCheckpoint": {"best_model_score": None}}, "hyper_parameters": {"gpus": 8}}
     torch.save({"state_dict": source, "optimizer_states": [{"state": {}}], "lr_schedulers": [], **log}, path)
-    params, state, report = upstream.import_state(upstream.read_state_dict(path), "bevdepth-2key", sizes=SMALL)
+    params, state, report = upstream.import_state(
+        upstream.read_state_dict(path), "bevdepth-2key", config=small("bevdepth-2key")
+    )
     assert not report.missing and len(report.used) == len(tree.leaves(params)) + len(tree.leaves(state))
     gate = source["model.backbone.depth_net.context_se.conv_expand.weight"]
     assert torch.equal(params["view"]["depth_net"]["context_gate"]["expand"]["weight"], gate)
-    fine = source["model.backbone.img_neck.deblocks.2.0.weight"]  # a transposed convolution of size 1
-    assert torch.equal(params["image"]["neck"]["blocks"][2]["conv"]["weight"], fine.transpose(0, 1))
+    fine = source["model.backbone.img_neck.deblocks.1.0.weight"]  # a transposed convolution of size 1
+    assert torch.equal(params["image"]["neck"]["blocks"][1]["conv"]["weight"], fine.transpose(0, 1))
 
 
 def test_torchvisions_resnet_starts_a_detector():
     """resnet50-0676ba61.pth has the classifier and, being older than batch counts, none of those."""
     source = {k: v for k, v in upstream_state("resnet50").items() if not k.endswith("num_batches_tracked")}
     source |= {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
-    params, _, report = upstream.import_state(source, "resnet50", sizes=SMALL)
+    params, _, report = upstream.import_state(source, "resnet50", config=small("resnet50"))
     assert report.unused == dict.fromkeys(("fc.weight", "fc.bias"), "classification head of the pre-training")
     assert torch.equal(params["image"]["backbone"]["stages"][0][0]["shortcut"]["conv"]["weight"],
                        source["layer1.0.downsample.0.weight"])  # fmt: skip
-    model = bevdepth.init(bevdepth.mini(bevdepth.two_key()), seed=0)
-    small = names_bevdepth.Sizes(resnet=16, resnet_blocks=(2, 2, 2, 2))
-    listed = {e.name for e in names_bevdepth.entries("resnet50", small) if e.tree != "upstream"}
+    model = bevdepth.init(small("resnet50"), seed=0)
+    listed = {e.name for e in models.entries("resnet50", config=small("resnet50")) if e.tree != "upstream"}
     ours = {f"params.{path}" for path in tree.flatten(model[0]) if path.startswith("image.backbone.")}
     assert {name for name in listed if name.startswith("params.")} == ours
 
 
 def test_leaves_land_where_the_contract_says():
     source = upstream_state("bevfusion-lidar-camera")
-    params, state, _ = upstream.import_state(source, "bevfusion-lidar-camera", sizes=SMALL)
+    params, state, _ = upstream.import_state(source, "bevfusion-lidar-camera", config=small("bevfusion-lidar-camera"))
     block = params["camera"]["backbone"]["stages"][1]["blocks"][1]
     key = "img_backbone.stages.1.blocks.1."
     assert torch.equal(block["attn"]["bias_table"], source[key + "attn.w_msa.relative_position_bias_table"])
     assert torch.equal(block["mlp"]["fc2"]["bias"], source[key + "ffn.layers.1.bias"])
-    kernel = params["lidar"]["stages"][0]["blocks"][1]["conv2"]["weight"]  # kx ky kz in out
-    theirs = source["pts_middle_encoder.encoder_layers.encoder_layer1.1.conv2.weight"]  # out kx ky kz in
+    kernel = params["lidar"]["stages"][0]["blocks"][0]["conv2"]["weight"]  # kx ky kz in out
+    theirs = source["pts_middle_encoder.encoder_layers.encoder_layer1.0.conv2.weight"]  # out kx ky kz in
     assert kernel[0, 1, 2, 3, 1] == theirs[1, 0, 1, 2, 3]
     position = params["head"]["decoder"][0]["cross_position"]
     prefix = "bbox_head.decoder.0.cross_posembed.position_embedding_head."
@@ -169,30 +174,19 @@ def test_leaves_land_where_the_contract_says():
     assert torch.equal(depth_net[2]["conv"]["bias"], source["view_transform.depthnet.6.bias"])
 
 
-PUBLISHED = {
-    "bevfusion-lidar": (bevfusion, bevfusion.lidar_only()),
-    "bevfusion-lidar-camera": (bevfusion, bevfusion.lidar_camera()),
-    "bevdepth-1key": (bevdepth, bevdepth.key_frames(1)),
-    "bevdepth-2key": (bevdepth, bevdepth.two_key()),
-    "bevdepth-4key": (bevdepth, bevdepth.key_frames(4)),
-    "bevdepth-2key-da": (bevdepth, bevdepth.two_key_aggregated()),
-    "matrixvt": (bevdepth, bevdepth.matrix_vt()),
-}
-
-
-@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("model", [name for name in upstream.MODELS if name.startswith(("bev", "matrix"))])
 def test_every_leaf_of_the_model_has_an_upstream_key(model):
-    module, config = PUBLISHED[model]
-    params, state = module.init(config, seed=0)
+    spec = upstream.MODELS[model]
+    params, state = spec.family.init(spec.config(), seed=0)
     ours = {f"params.{path}": tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
     ours |= {f"state.{path}": tuple(leaf.shape) for path, leaf in tree.flatten(state).items()}
-    listed = [entry for entry in names.entries(model, names.PUBLISHED) if entry.tree != "upstream"]
+    listed = [entry for entry in models.entries(model) if entry.tree != "upstream"]
     assert {entry.name: entry.shape for entry in listed} == ours
 
 
 def test_imported_leaves_do_not_share_memory_with_the_checkpoint():
     source = upstream_state("bevfusion-lidar")
-    params, state, report = upstream.import_state(source, "bevfusion-lidar", sizes=SMALL)
+    params, state, report = upstream.import_state(source, "bevfusion-lidar", config=small("bevfusion-lidar"))
     for leaf in [*tree.leaves(params), *tree.leaves(state), *report.carried.values()]:
         leaf.zero_()
     assert_same(source, upstream_state("bevfusion-lidar"))
@@ -201,17 +195,19 @@ def test_imported_leaves_do_not_share_memory_with_the_checkpoint():
 def test_mmcv_and_spconv_kernels_give_the_same_model_and_export_their_own_layout():
     spconv = upstream_state("bevfusion-lidar")
     mmcv = {key: t.permute(1, 2, 3, 4, 0).contiguous() if t.dim() == 5 else t for key, t in spconv.items()}
-    one, state, report = upstream.import_state(spconv, "bevfusion-lidar", sizes=SMALL)
-    two, _, other = upstream.import_state(mmcv, "bevfusion-lidar", sizes=SMALL)
+    one, state, report = upstream.import_state(spconv, "bevfusion-lidar", config=small("bevfusion-lidar"))
+    two, _, other = upstream.import_state(mmcv, "bevfusion-lidar", config=small("bevfusion-lidar"))
     assert (report.sparse, other.sparse) == ("spconv2", "mmcv")
     assert_same(tree.flatten(one), tree.flatten(two))
-    back = upstream.export_state(two, state, "bevfusion-lidar", other.carried, sizes=SMALL, sparse="mmcv")
+    back = upstream.export_state(
+        two, state, "bevfusion-lidar", other.carried, config=small("bevfusion-lidar"), sparse="mmcv"
+    )
     assert_same(back, mmcv)
 
 
 @pytest.mark.parametrize(("model", "has"), [("bevfusion-lidar", True), ("bevdepth-2key", False)])
 def test_the_layout_of_sparse_kernels_is_said_where_a_model_has_some(model, has):
-    _, _, report = upstream.import_state(upstream_state(model), model, sizes=SMALL)
+    _, _, report = upstream.import_state(upstream_state(model), model, config=small(model))
     assert ("sparse kernels spconv2" in report.text()) == has
 
 
@@ -220,7 +216,7 @@ def test_sparse_kernels_of_two_layouts_are_refused():
     key = "pts_middle_encoder.conv_out.0.weight"
     source[key] = source[key].permute(1, 2, 3, 4, 0).contiguous()
     with pytest.raises(ValueError, match=r"two layouts: .*conv_input.0.weight is \[out kx .*conv_out.0.weight is \[kx"):
-        upstream.import_state(source, "bevfusion-lidar", sizes=SMALL)
+        upstream.import_state(source, "bevfusion-lidar", config=small("bevfusion-lidar"))
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
@@ -262,7 +258,7 @@ def test_sparse_kernels_of_two_layouts_are_refused():
 def test_a_checkpoint_of_another_model_is_named(keys, model, message):
     source = upstream_state(keys) if isinstance(keys, str) else dict.fromkeys(keys, torch.zeros(1))
     with pytest.raises(ValueError, match=message):
-        upstream.import_state(source, model, sizes=SMALL)
+        upstream.import_state(source, model, config=small(model))
 
 
 def test_missing_unknown_and_mismatched_keys_are_named_together():
@@ -271,10 +267,10 @@ def test_missing_unknown_and_mismatched_keys_are_named_together():
     source["pts_neck.deblocks.1.0.weight"] = torch.zeros(6, 5, 2, 2)
     source["pts_backbone.blocks.2.0.weight"] = torch.zeros(1)
     with pytest.raises(upstream.Refused) as refused:
-        upstream.import_state(source, "bevfusion-lidar", sizes=SMALL)
+        upstream.import_state(source, "bevfusion-lidar", config=small("bevfusion-lidar"))
     message = str(refused.value)
     assert "lacks bbox_head.shared_conv.weight (our params.head.shared.weight)" in message
-    assert "pts_neck.deblocks.1.0.weight is [6, 5, 2, 2] where the model has [6, 4, 2, 2]" in message
+    assert "pts_neck.deblocks.1.0.weight is [6, 5, 2, 2] where the model has [64, 32, 2, 2]" in message
     assert "holds pts_backbone.blocks.2.0.weight, which this model does not have" in message
     report = refused.value.report
     assert report.missing == {"params.head.shared.weight": "bbox_head.shared_conv.weight"}
@@ -284,30 +280,35 @@ def test_missing_unknown_and_mismatched_keys_are_named_together():
 
 
 def test_a_deeper_swin_of_the_same_width_is_refused():
-    deeper = names.entries("swin-nuimages", replace(SMALL, swin_depths=(1, 3, 1)))  # Swin-S to our Swin-T
+    config = small("swin-nuimages")
+    backbone = replace(config.camera.backbone, depths=(2, 3, 2, 2))  # Swin-S to our Swin-T
+    config = replace(config, camera=replace(config.camera, backbone=backbone))
+    deeper = models.entries("swin-nuimages", config=config)
     source = {entry.key: torch.zeros(entry.shape) for entry in deeper}
     with pytest.raises(ValueError, match=r"holds stages\.1\.blocks\.2\..*which this model does not have"):
-        upstream.import_state(source, "swin-nuimages", sizes=SMALL)
+        upstream.import_state(source, "swin-nuimages", config=small("swin-nuimages"))
 
 
 def test_a_bias_table_of_another_window_is_named():
     source = upstream_state("swin-nuimages")
     source["stages.0.blocks.0.attn.w_msa.relative_position_bias_table"] = torch.zeros(25, 1)
-    with pytest.raises(ValueError, match=r"table is \[25, 1\] where the model has \[9, 1\] \(another window size\)"):
-        upstream.import_state(source, "swin-nuimages", sizes=SMALL)
+    with pytest.raises(ValueError, match=r"table is \[25, 1\] where the model has \[49, 1\] \(another window size\)"):
+        upstream.import_state(source, "swin-nuimages", config=small("swin-nuimages"))
 
 
 def test_export_names_missing_foreign_and_misshapen_leaves():
-    params, state, report = upstream.import_state(upstream_state("bevfusion-lidar"), "bevfusion-lidar", sizes=SMALL)
+    params, state, report = upstream.import_state(
+        upstream_state("bevfusion-lidar"), "bevfusion-lidar", config=small("bevfusion-lidar")
+    )
 
     def export(params):
-        upstream.export_state(params, state, "bevfusion-lidar", report.carried, sizes=SMALL)
+        upstream.export_state(params, state, "bevfusion-lidar", report.carried, config=small("bevfusion-lidar"))
 
     with pytest.raises(ValueError, match=r"params.head.shared.weight is missing"):
         export({**params, "head": {**params["head"], "shared": {"bias": params["head"]["shared"]["bias"]}}})
     with pytest.raises(ValueError, match=r"bevfusion-lidar has no params.fuser.weight"):
         export({**params, "fuser": {"weight": torch.zeros(1)}})
-    with pytest.raises(ValueError, match=r"params.head.shared.bias is \[3\] where bevfusion-lidar has \[8\]"):
+    with pytest.raises(ValueError, match=r"params.head.shared.bias is \[3\] where bevfusion-lidar has \[32\]"):
         export({**params, "head": {**params["head"], "shared": {**params["head"]["shared"], "bias": torch.zeros(3)}}})
 
 
@@ -317,15 +318,19 @@ def test_export_names_missing_foreign_and_misshapen_leaves():
 def test_a_frustum_of_another_camera_warns_and_still_exports_as_it_was():
     source = upstream_state("bevfusion-lidar-camera")
     source["view_transform.frustum"] = source["view_transform.frustum"] + 0.5
-    params, state, report = upstream.import_state(source, "bevfusion-lidar-camera", sizes=SMALL)
+    params, state, report = upstream.import_state(
+        source, "bevfusion-lidar-camera", config=small("bevfusion-lidar-camera")
+    )
     (warning,) = report.warnings
     assert warning == "view_transform.frustum differs from the configuration's by up to 0.5, bevfn uses its own"
-    back = upstream.export_state(params, state, "bevfusion-lidar-camera", report.carried, sizes=SMALL)
+    back = upstream.export_state(
+        params, state, "bevfusion-lidar-camera", report.carried, config=small("bevfusion-lidar-camera")
+    )
     assert torch.equal(back["view_transform.frustum"], source["view_transform.frustum"])
 
 
 def test_derived_buffers_follow_the_manifest_rules():
-    found = names.derived("bevfusion-lidar-camera", names.PUBLISHED)
+    found = models.buffers("bevfusion-lidar-camera")
     index = found["img_backbone.stages.2.blocks.3.attn.w_msa.relative_position_index"]
     (qi, qj), (ki, kj) = (2, 5), (6, 1)
     assert index[qi * 7 + qj, ki * 7 + kj] == 13 * (qi - ki + 6) + (qj - kj + 6)
@@ -340,7 +345,7 @@ def test_derived_buffers_follow_the_manifest_rules():
 def test_half_precision_weights_become_float32_and_say_so():
     source = upstream_state("bevfusion-lidar")
     source["bbox_head.shared_conv.bias"] = source["bbox_head.shared_conv.bias"].half()
-    params, _, report = upstream.import_state(source, "bevfusion-lidar", sizes=SMALL)
+    params, _, report = upstream.import_state(source, "bevfusion-lidar", config=small("bevfusion-lidar"))
     assert params["head"]["shared"]["bias"].dtype == torch.float32
     assert report.warnings == ["bbox_head.shared_conv.bias is float16 and becomes float32"]
 
@@ -350,15 +355,15 @@ def test_half_precision_weights_become_float32_and_say_so():
 
 def test_original_swin_patch_merging_is_reordered_to_unfold_order():
     source = upstream_state("swin-nuimages", "original")
-    params, _, report = upstream.import_state(source, "swin-nuimages", sizes=SMALL)
+    params, _, report = upstream.import_state(source, "swin-nuimages", config=small("swin-nuimages"))
     assert report.naming == "original"
     ours = params["camera"]["backbone"]["stages"][0]["downsample"]
-    x = torch.randn(1, 4, 6, SMALL.swin)  # B H W C
+    x = torch.randn(1, 4, 6, 16)  # B H W C
     blocks = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]  # the original's order
     norm = source["layers.0.downsample.norm.weight"], source["layers.0.downsample.norm.bias"]
-    want = F.layer_norm(torch.cat(blocks, -1), (16,), *norm) @ source["layers.0.downsample.reduction.weight"].T
+    want = F.layer_norm(torch.cat(blocks, -1), (64,), *norm) @ source["layers.0.downsample.reduction.weight"].T
     patches = F.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2)  # B 6 4C, channel-major
-    got = F.layer_norm(patches, (16,), ours["norm"]["weight"], ours["norm"]["bias"]) @ ours["reduction"]["weight"].T
+    got = F.layer_norm(patches, (64,), ours["norm"]["weight"], ours["norm"]["bias"]) @ ours["reduction"]["weight"].T
     torch.testing.assert_close(got.reshape(want.shape), want)
 
 
@@ -369,19 +374,25 @@ def test_original_swin_round_trips_with_its_masks_and_head(prefix):
     source["head.weight"], source["norm.bias"] = torch.randn(3, 16), torch.randn(16)
     file = {prefix + key: leaf for key, leaf in source.items()}
     outside = {"rpn_head.rpn_conv.weight": torch.zeros(1)} if prefix else {}
-    params, state, report = upstream.import_state(file | outside, "swin-nuimages", sizes=SMALL)
+    params, state, report = upstream.import_state(file | outside, "swin-nuimages", config=small("swin-nuimages"))
     assert state == {} and report.prefix == prefix
     assert report.unused["head.weight"] == "classification head of the pre-training"
     assert all("outside 'backbone.'" in report.unused[key] for key in outside)
     back = upstream.export_state(
-        params, state, "swin-nuimages", report.carried, sizes=SMALL, naming=report.naming, prefix=report.prefix
+        params,
+        state,
+        "swin-nuimages",
+        report.carried,
+        config=small("swin-nuimages"),
+        naming=report.naming,
+        prefix=report.prefix,
     )
     assert_same(back, file)
 
 
 def test_imagenet_swin_leaves_the_output_norms_at_init():
     source = {key: t for key, t in upstream_state("swin-nuimages", "original").items() if key[:4] != "norm"}
-    params, _, report = upstream.import_state({**source}, "swin-nuimages", sizes=SMALL)
+    params, _, report = upstream.import_state({**source}, "swin-nuimages", config=small("swin-nuimages"))
     assert "out_norms" not in params["camera"]["backbone"]
     assert report.initial["params.camera.backbone.out_norms.0.weight"] == "norm1.weight"
     assert "at init    params.camera.backbone.out_norms.0.weight (no norm1.weight)" in report.text()
@@ -392,13 +403,13 @@ def test_imagenet_swin_leaves_the_output_norms_at_init():
 
 def small_trees() -> tuple[dict, dict]:
     params, state, _ = upstream.import_state(
-        upstream_state("bevfusion-lidar-camera"), "bevfusion-lidar-camera", sizes=SMALL
+        upstream_state("bevfusion-lidar-camera"), "bevfusion-lidar-camera", config=small("bevfusion-lidar-camera")
     )
     return tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, state)
 
 
-def load(model: str, naming: names.Naming = "mmdet") -> tuple[dict, dict]:
-    return upstream.import_state(upstream_state(model, naming), model, sizes=SMALL)[:2]
+def load(model: str, naming: Naming = "mmdet") -> tuple[dict, dict]:
+    return upstream.import_state(upstream_state(model, naming), model, config=small(model))[:2]
 
 
 def test_lidar_detector_and_swin_merge_into_the_camera_model():
@@ -430,7 +441,7 @@ def test_merge_refuses_gaps_overlaps_and_other_models():
         upstream.load_into(params, state, {"a": lidar, "b": lidar}, allow_missing=("camera", "fuser"))
     with pytest.raises(ValueError, match=r"x holds params.extra, which the model lacks"):
         upstream.load_into(params, state, {"x": ({"extra": torch.zeros(1)}, {})}, allow_missing=("camera",))
-    with pytest.raises(ValueError, match=r"params.fuser.norm.weight is \[3\] in x but \[8\] in the model"):
+    with pytest.raises(ValueError, match=r"params.fuser.norm.weight is \[3\] in x but \[128\] in the model"):
         upstream.load_into(params, state, {"x": ({"fuser": {"norm": {"weight": torch.zeros(3)}}}, {})})
 
 
@@ -519,7 +530,7 @@ def test_files_without_a_state_dict_are_named(tmp_path):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_import_and_export_commands_give_back_the_published_file(tmp_path, suffix, capsys):
     folder = case("bevfusion_lidar")
-    source = goldens.fill_case(folder)
+    source = golden.fill_case(folder)
     published, imported, exported = tmp_path / f"in{suffix}", tmp_path / "ours.safetensors", tmp_path / f"out{suffix}"
     upstream.write_state_dict(published, source, sparse="spconv2")
     checkpoint.import_(published, imported, model="bevfusion-lidar")
@@ -538,6 +549,17 @@ def test_import_and_export_commands_give_back_the_published_file(tmp_path, suffi
     assert "import it with --model bevfusion-lidar" in shown
 
 
+def test_a_file_imported_under_a_former_name_of_its_model_is_read(tmp_path):
+    params, state, report = upstream.import_state(
+        upstream_state("bevfusion-lidar-camera"),
+        "bevfusion-lidar-camera",
+        config=small("bevfusion-lidar-camera"),
+    )
+    report.model = "bevfusion-lidar-cam"
+    upstream.write_imported(tmp_path / "old.safetensors", params, state, report, source="a.pth")
+    assert upstream.read_imported(tmp_path / "old.safetensors").model == "bevfusion-lidar-camera"
+
+
 def test_exported_pth_records_the_version_that_keeps_upstream_from_permuting_kernels(tmp_path):
     source = upstream_state("bevfusion-lidar")
     upstream.write_state_dict(tmp_path / "a.pth", source, sparse="spconv2")
@@ -554,7 +576,7 @@ def test_a_refused_import_leaves_the_old_output_and_prints_the_report(tmp_path, 
     with pytest.raises(ValueError, match=r"a\.pth: the checkpoint does not fit --model bevfusion-lidar: .*; and \d+"):
         checkpoint.import_(tmp_path / "a.pth", tmp_path / "out.safetensors", model="bevfusion-lidar")
     assert (tmp_path / "out.safetensors").read_bytes() == b"old"
-    assert "mismatched bbox_head.shared_conv.weight: [8, 8, 3, 3] where the model has" in capsys.readouterr().out
+    assert "mismatched bbox_head.shared_conv.weight: [32, 64, 3, 3] where the model has" in capsys.readouterr().out
 
 
 # --- golden cases ------------------------------------------------------------------------------------------------
@@ -563,8 +585,8 @@ def test_a_refused_import_leaves_the_old_output_and_prints_the_report(tmp_path, 
 @pytest.mark.parametrize("name", ["bevfusion_lidar", "bevfusion_lidar_cam", "bevdepth_r50_2key"])
 def test_fill_case_agrees_with_the_manifest_checksum(name):
     folder = case(name)
-    manifest = goldens.read_manifest(folder)
-    found = goldens.fill_case(folder)  # raises if the checksum differs
+    manifest = golden.read_manifest(folder)
+    found = golden.fill_case(folder)  # raises if the checksum differs
     assert list(found) == list(manifest["weights"]) + list(manifest.get("derived") or {})
     for key, spec in (manifest["weights"] | (manifest.get("derived") or {})).items():
         assert list(found[key].shape) == spec["shape"] and str(found[key].dtype) == f"torch.{spec['dtype']}"
@@ -574,9 +596,9 @@ def test_fill_case_refuses_an_edited_manifest(tmp_path):
     spec = '{"a": {"shape": [2], "dtype": "float32", "kind": "normal", "mean": 0, "std": 1}}'
     (tmp_path / "manifest.json").write_text(f'{{"seed": 0, "weights_crc32": 1, "weights": {spec}}}')
     with pytest.raises(ValueError, match=r"CRC \d+ but manifest.json says 1"):
-        goldens.fill_case(tmp_path)
-    with pytest.raises(ValueError, match=r"is not a golden case: it has no manifest.json"):
-        goldens.fill_case(tmp_path / "none")
+        golden.fill_case(tmp_path)
+    with pytest.raises(ValueError, match=r"manifest.json is missing; a golden case has"):
+        golden.fill_case(tmp_path / "none")
 
 
 def test_nest_builds_lists_and_refuses_gaps():

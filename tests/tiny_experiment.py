@@ -9,8 +9,9 @@ from functools import partial
 import numpy as np
 
 from bevfn.backbones import second, sparse_encoder
-from bevfn.data import augment, pipeline, source
+from bevfn.data import augment, source
 from bevfn.data.batch import Capacities
+from bevfn.data.reading import Points, Reading
 from bevfn.heads import transfusion
 from bevfn.models import bevfusion
 from bevfn.necks import second_fpn
@@ -50,16 +51,16 @@ def model() -> bevfusion.Config:
 
 
 def task(config: Config) -> run.Task:
-    training, evaluation = source.open_splits(config.data_root, config.version)
-    reading = replace(
-        pipeline.bevfusion_eval(cameras=False), point_cloud_range=RANGE, sweeps=1,
-        capacities=Capacities(points=12_000, boxes=64),
-    )  # fmt: skip
-    augmented = replace(reading, global_augmentation=augment.Global(), shuffle_points=True)
+    splits = source.open(config.data_root, config.version)
+    reading = Reading(points=Points(sweeps=1), range=RANGE, capacities=Capacities(points=12_000, boxes=64))
+    augmented = replace(reading, points=Points(sweeps=1, shuffle=True), augmentation=augment.Global())
     bound = {"config": model(), "policy": Policy.of(config.precision)}
     return run.Task(
         title="tiny",
-        data=run.Data(training, np.arange(len(training)), lambda epoch: augmented, evaluation, reading),
+        data=run.Data(
+            splits.training, np.arange(len(splits.training)), lambda epoch: augmented, splits.evaluation, reading
+        ),
+        needs=bevfusion.needs(bound["config"]),
         init=partial(bevfusion.init, bound["config"], config.seed),
         loss=partial(bevfusion.loss, **bound),
         predict=partial(bevfusion.predict, **bound),

@@ -46,7 +46,7 @@ def available() -> bool:
     if importlib.util.find_spec(torchair.PACKAGE) is None:
         return False
     try:
-        ctypes.CDLL("libascendcl.so")
+        ctypes.CDLL("libascendcl.so")  # of CANN, without which importing torch_npu raises
         importlib.import_module(torchair.PACKAGE)
     except (OSError, ImportError):
         return False
@@ -72,6 +72,7 @@ def compiled(f: Callable, backend: Backend) -> Callable:
         traced, run = made
         check_inputs(traced, tensors)
         with torch.no_grad():
+            # The graph was traced for contiguous inputs, and GE reads memory as it lies.
             outputs = run(*(x.contiguous() for x in tensors))
         return pytree.tree_unflatten([None if i is None else outputs[i] for i in traced.returned], traced.spec)
 

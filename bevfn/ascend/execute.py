@@ -80,9 +80,9 @@ def execute(step: Callable, lowered: Lowered, train_state: Any, batch: Any, *, s
         with torch.no_grad():
             after, expected = step(eager, batch)
             started = time.perf_counter()
-            forced, found = interpreted(eager)
+            forced, found = interpreted(eager)  # from eager's state: the error of one step
             seconds += time.perf_counter() - started
-            own, drifted = interpreted(own)
+            own, drifted = interpreted(own)  # from its own: what the errors add up to
         skipped += int(expected.get("skipped", 0))
         _keep_larger(metrics, {name: error(found[name], value, 1e-3) for name, value in expected.items()})
         _keep_larger(drift, {name: error(drifted[name], value, 1e-3) for name, value in expected.items()})

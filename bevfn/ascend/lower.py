@@ -108,10 +108,18 @@ def lower(
     for i, value in enumerate(traced.outputs):
         outputs[places[i]] = value
     return Lowered(
-        graph, tuple(traced.inputs[i] for i in used), tuple(outputs), traced.module, time.perf_counter() - started,
-        {names.get(node, node): source for node, source in sources.items()}, tuple(missing), used, traced.spec,
-        tuple(None if i is None else places[i] for i in traced.returned), ops,
-    )  # fmt: skip
+        graph,
+        inputs=tuple(traced.inputs[i] for i in used),
+        outputs=tuple(outputs),
+        aten=traced.module,
+        seconds=time.perf_counter() - started,
+        sources={names.get(node, node): source for node, source in sources.items()},
+        missing=tuple(missing),
+        used=used,
+        spec=traced.spec,
+        returned=tuple(None if i is None else places[i] for i in traced.returned),
+        ops=ops,
+    )
 
 
 def aten(
@@ -158,8 +166,10 @@ def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, Source | None]],
     sources: dict[str, tuple[str, Source | None]] = {}
     missing: list[Missing] = []
     compiler_config = config()
+    # Private parts of torchair, for its public door compiles for a device: everything up to its GE graph, and no further.
     fakes = [node.meta["val"] for node in traced.module.graph.nodes if node.op == "placeholder"]
     concrete = GeConcreteGraph(compiler_config, name="step")
+    concrete.graph.op_name_list = _Names()
 
     class Converter(_NpuGraphConverter):
         def run_node(self, node: fx.Node) -> Any:
@@ -170,7 +180,9 @@ def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, Source | None]],
             try:
                 with fakes[0].fake_mode if own else contextlib.nullcontext():
                     value = super().run_node(node)
-            except Exception as error:
+            except (
+                Exception
+            ) as error:  # whatever a converter raises: all that is missing is listed, not the first alone
                 if node.op != "call_function":
                     raise
                 reason = reason or _reason(node, error)
@@ -198,6 +210,12 @@ def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, Source | None]],
     return concrete, sources, missing
 
 
+class _Names(set):
+    """The names that a graph has given: torchair looks for every new one among all of them, a tenth of all its time."""
+
+    append = set.add
+
+
 def _reason(node: fx.Node, error: Exception) -> str:
     """Why there was no conversion; torchair's own texts about operators without a converter are long and beside the point."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -221,6 +239,7 @@ def _finish(graph: Any, names: list[str]) -> dict[str, str]:
             producer, _, index = name.rpartition(":")
             if producer in renamed:
                 op.input[i] = f"{renamed[producer]}:{index}"
+    # The step was traced on CPU tensors, which torchair takes for inputs that stay on the host.
     graph.attr["_input_placements"].list.i[:] = [NPU] * len(names)
     graph.attr["_executor_type"].i = NPU
     return renamed

@@ -23,30 +23,30 @@ from bevfn.kernels import ascend as kernels
 LARGE = 65_536  # elements; a constant of more is no size or axis
 # Types that only change how a tensor is read. No bytes move.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "ExpandDims", "FlattenV2", "Identity"})
-FAMILIES = {
+FAMILIES: dict[str, frozenset[str] | set[str]] = {
     "matrix products": {"MatMul", "MatMulV2", "BatchMatMul", "BatchMatMulV2"},
     "convolutions": {
-        "Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "Conv2DTranspose", "Conv3D", "Conv3DBackpropInput",
-        "Conv3DBackpropFilter",
+        *("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "Conv2DTranspose"),
+        *("Conv3D", "Conv3DBackpropInput", "Conv3DBackpropFilter"),
     },
     "reductions": {
-        "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceAll", "ReduceAny", "ArgMaxWithValue",
-        "Cumsum", "LayerNormV4", "LayerNormGradV3", "SoftmaxV2", "SoftmaxGrad",
+        *("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceAll", "ReduceAny"),
+        *("ArgMaxWithValue", "Cumsum", "LayerNormV4", "LayerNormGradV3", "SoftmaxV2", "SoftmaxGrad"),
     },
     "gather and scatter": {
-        "Gather", "GatherV2", "GatherElements", "GatherNd", "ScatterElements", "InplaceIndexAdd", "IndexByTensor",
-        "TensorScatterUpdate", "TensorScatterMax", "TensorScatterMin", "TensorScatterAdd", "ScatterNdAdd",
-        "UnsortedSegmentSum", "UnsortedSegmentMax", "SearchSorted",
+        *("Gather", "GatherV2", "GatherElements", "GatherNd", "ScatterElements", "InplaceIndexAdd", "IndexByTensor"),
+        *("TensorScatterUpdate", "TensorScatterMax", "TensorScatterMin", "TensorScatterAdd", "ScatterNdAdd"),
+        *("UnsortedSegmentSum", "UnsortedSegmentMax", "SearchSorted"),
     },
     "sorting": {"Sort", "TopKV2"},
     "collectives": {"HcomAllReduce", "HcomAllGather"},
     "casts": {"Cast"},
     "data movement": {
-        "Transpose", "ConcatV2", "SplitV", "Pack", "Unpack", "StridedSliceV2", "Slice", "PadV3", "BroadcastTo", "Expand",
-        "Tile", "Fill", "ZerosLike", "OnesLike", "TensorMove", "ReverseV2", "Roll",
+        *("Transpose", "ConcatV2", "SplitV", "Pack", "Unpack", "StridedSliceV2", "Slice", "PadV3", "BroadcastTo"),
+        *("Expand", "Tile", "Fill", "ZerosLike", "OnesLike", "TensorMove", "ReverseV2", "Roll"),
     },
     "views": VIEWS,
-}  # fmt: skip
+}
 STILL = ("data movement", "casts", "gather and scatter", "collectives")  # families that compute nothing
 
 
@@ -123,7 +123,7 @@ def report(name: str, lowered: Lowered) -> Report:
             unknown.append(f"all, because the graph cannot be interpreted: {error}")
     unknown += [f"{use.kind} {use.name}: {use.unknown}" for use in uses if use.unknown]
     constant = {use.name for use in uses if use.constant}
-    working = [use for use in uses if not use.constant]
+    working = [use for use in uses if not use.constant]  # what the device does each step; GE computes the rest once
     casts = [op.name for op in graph.op if op.type == "Cast" and op.name not in constant]
     asked = sum(lowered.sources[cast][0] == "aten._to_copy.default" for cast in casts)
     return Report(

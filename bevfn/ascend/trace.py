@@ -96,6 +96,7 @@ def trace(
 
     Raises ValueError naming operator and line where a size, or the path through the Python code, depends on values.
     """
+    # make_fx takes tensors only: the pytrees are folded outside it, and None leaves are put back inside.
     leaves, spec = pytree.tree_flatten(arguments)
     mode = FakeTensorMode(static_shapes=True, allow_non_fake_inputs=True)  # constants that the step holds
     fakes = [mode.from_tensor(x) for x in leaves if x is not None]
@@ -112,7 +113,7 @@ def trace(
         dispatch_functionalize(flat), dict(decompositions or {}), tracing_mode="fake", _allow_non_fake_inputs=True
     )(*fakes)
     result, result_spec = made[-1]
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code()  # `outputs` names every boundary of a network; a step uses a few of them
     _own_outputs(module)
     module.recompile()
     places = iter(range(len(result)))
@@ -192,7 +193,7 @@ class _Sources(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         source = self.gradient or _source(sys._getframe(1))
-        self.forward.setdefault(torch.autograd._get_sequence_nr() - 1, source)
+        self.forward.setdefault(torch._C._autograd._get_sequence_nr() - 1, source)
         last = next(iter(reversed(self.graph.nodes)), None)
         try:
             out = func(*args, **(kwargs or {}))

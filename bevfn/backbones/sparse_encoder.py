@@ -92,9 +92,9 @@ def apply(
         grid: cells (X, Y, Z) of the voxel grid; the published one has one more in z than the voxelizer (41 for 40).
 
     Returns:
-        outputs: "bev" [B C_out*Z X Y], channel = c * Z + z, rows = x, columns = y; per stage ("conv_input",
-        "encoder_layer1".., "conv_out") {"features" [W C], "coords" [W 4] (b, x, y, z), "valid" [W]}; "overflow":
-        {level: sites that did not fit}; and the new state.
+        outputs: "bev" [B C_out*Z X Y], channel = c * Z + z, rows = x, columns = y; "conv_input", "stages" (a list)
+        and "conv_out", each {"features" [W C], "coords" [W 4] (b, x, y, z), "valid" [W]}; "overflow": {level: sites
+        that did not fit}; and the new state.
     """
     B = features.shape[0]
     norm = {"train": train, "momentum": config.norm_momentum, "eps": config.norm_eps}
@@ -104,7 +104,7 @@ def apply(
     active = valid.flatten()  # V
     table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid, batch=B)  # K V
     x, new_input = sparse_conv.apply(params["conv_input"], state["conv_input"], x, table, table.flip(0), active, **norm)
-    outputs: dict = {"conv_input": {"features": x, "coords": sites, "valid": active}, "overflow": {}}
+    outputs: dict = {"conv_input": {"features": x, "coords": sites, "valid": active}, "stages": [], "overflow": {}}
     stages = []
     for level, (stage, old) in enumerate(zip(params["stages"], state["stages"])):
         new: dict = {"blocks": []}
@@ -126,7 +126,7 @@ def apply(
             grid = neighbours.out_grid(grid, KERNEL, (2, 2, 2), config.paddings[level])
             table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid, batch=B)
             outputs["overflow"][f"voxels_l{level + 1}"] = (found - B * config.capacities[level]).clamp(min=0)
-        outputs[f"encoder_layer{level + 1}"] = {"features": x, "coords": sites, "valid": active}
+        outputs["stages"].append({"features": x, "coords": sites, "valid": active})
         stages.append(new)
     sites, active, down, inverse, found = neighbours.strided(
         sites,

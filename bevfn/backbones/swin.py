@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from bevfn import rng
@@ -137,8 +138,7 @@ def _block(params: dict, x: Tensor, *, heads: int, window: int, shift: int, rate
 
 def merge_patches(params: dict, x: Tensor) -> Tensor:
     """x [M H W C] -> [M H/2 W/2 2C]; the 4C vector is ordered (channel, row, column) as nn.Unfold's."""
-    M, H, W, C = x.shape
-    x = x.view(M, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 5, 2, 4).reshape(M, H // 2, W // 2, 4 * C)
+    x = rearrange(x, "m (h r) (w s) c -> m h w (c r s)", r=2, s=2)
     return linear.apply(params["reduction"], layer_norm.apply(params["norm"], x))
 
 
@@ -157,16 +157,15 @@ def window_attention(params: dict, x: Tensor, *, heads: int, window: int, shift:
     fill = qkv["bias"].to(x.dtype)
     y = _roll_and_pad(y, 1, rows * window, shift, fill)
     y = _roll_and_pad(y, 2, columns * window, shift, fill)
-    y = y.view(M, rows, window, columns, window, 3, heads, size).permute(5, 0, 1, 3, 6, 2, 4, 7)
-    q, k, v = y.reshape(3 * M * rows * columns * heads, window * window, size).chunk(3)  # MLA S size
+    y = rearrange(y, "m (r i) (c j) (qkv a s) -> (qkv m r c a) (i j) s", i=window, j=window, qkv=3, a=heads)
+    q, k, v = y.chunk(3)  # MLA S size
     logits = torch.bmm(q, k.transpose(1, 2)).view(M, rows * columns, heads, window**2, window**2)  # M L A S S
     bias = position_bias(params["bias_table"], window)  # A S S
     if shift:
         bias = bias + shift_mask(rows, columns, window, shift, x.device)[:, None]  # L A S S
     weight = torch.softmax(logits + bias, -1).to(x.dtype)  # the bias is float32, and so the sum
     y = torch.bmm(weight.view(-1, window**2, window**2), v)  # MLA S size
-    y = y.view(M, rows, columns, heads, window, window, size).permute(0, 1, 4, 2, 5, 3, 6)
-    y = y.reshape(M, rows * window, columns * window, C)
+    y = rearrange(y, "(m r c a) (i j) s -> m (r i) (c j) (a s)", m=M, r=rows, c=columns, i=window)
     return linear.apply(params["proj"], _crop_and_unroll(_crop_and_unroll(y, 1, H, shift), 2, W, shift))
 
 
@@ -191,7 +190,7 @@ def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.d
         edge = count * window
         regions.append((place >= edge - window).int() + (place >= edge - shift).int())
     region = regions[0][:, None] * 3 + regions[1]  # H W
-    region = region.view(rows, window, columns, window).permute(0, 2, 1, 3).reshape(rows * columns, window**2)  # L S
+    region = rearrange(region, "(r i) (c j) -> (r c) (i j)", i=window, j=window)  # L S
     return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
 
 

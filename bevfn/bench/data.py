@@ -23,9 +23,11 @@ import torch
 from PIL import Image
 
 from bevfn import synth
-from bevfn.data import augment, image, infos, loader, paste, pipeline, points, sampling, sweeps
+from bevfn.data import augment, image, infos, loader, paste, points, sampling, scene, sweeps
 from bevfn.data.batch import Sample, collate
 from bevfn.data.index import Index, Sweep
+from bevfn.data.reading import CLASS_NAMES, Reading
+from bevfn.experiments import bevfusion, bevfusion_lidar
 from bevfn.synth import key_frame
 
 TARGET = 4.1  # samples/s per device: BEVFusion LiDAR-camera, FP16, on 8 NPUs as published (32.8 samples/s)
@@ -34,7 +36,7 @@ SWEEPS = 10  # in the frame's info, of which 9 are drawn
 
 
 def data(*, frame: Path | None = None, samples: int = 30) -> dict:
-    """Figures of both published training pipelines; prints a table of each.
+    """Figures of both of BEVFusion's published ways of reading for training; prints a table of each.
 
     frame: folder with frame.json, six images and a point file; None: a generated frame.
     Returns per pipeline: samples_per_second (one core, loading and collating), milliseconds per sample in all and by
@@ -49,8 +51,8 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
     }
     with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:
         index = _with_sweeps(infos.read((frame or key_frame.write_frame(Path(folder) / "frame")) / "frame.json"))
-        database = paste.build(index, Path(folder) / "paste", class_names=pipeline.CLASS_NAMES, progress=False)
-        configs = {"lidar-camera": pipeline.bevfusion_lidar_camera_train(), "lidar": pipeline.bevfusion_lidar_train()}
+        database = paste.build(index, Path(folder) / "paste", class_names=CLASS_NAMES, progress=False)
+        configs = {"lidar-camera": bevfusion.TRAIN, "lidar": bevfusion_lidar.TRAIN}
         for name, config in configs.items():
             figures[name] = _measure(index, config, database, samples)
             _print(name, figures[name])
@@ -91,13 +93,11 @@ def _backwards(metres: float) -> np.ndarray:
     return result
 
 
-def _load(
-    index: Index, config: pipeline.Config, database: paste.Database, place: int, rng: np.random.Generator
-) -> Sample:
-    return pipeline.load(index[place], index.root, config, rng, database=database)
+def _load(index: Index, config: Reading, database: paste.Database, place: int, rng: np.random.Generator) -> Sample:
+    return scene.load(index, place, config, rng, database=database)
 
 
-def _measure(index: Index, config: pipeline.Config, database: paste.Database, samples: int) -> dict:
+def _measure(index: Index, config: Reading, database: paste.Database, samples: int) -> dict:
     load = partial(_load, index, config, database)
     made = load(0, sampling.generator(0, 0, 0))  # warm
     started = time.process_time()
@@ -120,7 +120,7 @@ def _measure(index: Index, config: pipeline.Config, database: paste.Database, sa
     }
 
 
-def _through_loader(load: Callable, config: pipeline.Config, workers: int, samples: int) -> dict[str, float]:
+def _through_loader(load: Callable, config: Reading, workers: int, samples: int) -> dict[str, float]:
     """Wall-clock rate of `loader.batches` that nobody keeps waiting, and the CPU time a sample costs in all processes."""
     settings = loader.Config(batch_size=1, workers=workers)
     skipped = 2 * workers * settings.prefetch  # what was read ahead while the workers started
@@ -164,7 +164,7 @@ def _parts(stats: Any) -> dict[str, float]:
         "paste": spent(paste.sample, paste.insert),
         "augment points, boxes": spent(augment.draw_matrix, augment.move_points, augment.move_boxes),
     }
-    parts["filter, shuffle, rest"] = spent(pipeline.load) - sum(parts.values())
+    parts["filter, shuffle, rest"] = spent(scene.load) - sum(parts.values())
     parts["collate"] = spent(collate)
     return parts
 

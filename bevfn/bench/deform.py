@@ -1,6 +1,7 @@
 """`deform_conv` at BEVDepth's size against its torch reference, torchvision's operator and the machine's GEMM rate."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +50,12 @@ class _Reference(torch.autograd.Function):
     """The plain-torch reference with its own backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, offset, weight)
         return reference.forward(x, offset, None, weight, 1, 1, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, offset, weight = ctx.saved_tensors
         grad_x, grad_offset, _, grad_weight = reference.backward(grad, x, offset, None, weight, 1, 1, 1)
         return grad_x, grad_offset, grad_weight

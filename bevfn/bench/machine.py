@@ -3,9 +3,6 @@
 import ctypes
 import gc
 import multiprocessing
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,35 +90,3 @@ def copy_gbps(*, megabytes: int = 512, device: str = "cpu") -> float:
     target = torch.empty_like(source)
     seconds = min(best_seconds(lambda: target.copy_(source), repeats=3) for _ in range(3))
     return 2 * source.numel() * 4 / seconds / 1e9
-
-
-def describe(device: str = "cpu") -> dict:
-    """Processor, cores, threads, memory, software and commit: what a result file names."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {k.strip(): v.strip() for k, v in fields.items()}
-    return f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family')}, model {fields.get('model')})"
-
-
-def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    return done.stdout.strip() or None

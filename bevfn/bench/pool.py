@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class _SumOfRuns(torch.autograd.Function):
     """x [P C] and its sorted rows [P] -> (sums [R C] over equal rows, these rows [R]), with the paper's own gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         last = torch.ones_like(rows, dtype=torch.bool)  # of its run
         last[:-1] = rows[1:] != rows[:-1]
         running, hit = x.cumsum(0)[last], rows[last]
@@ -81,7 +82,7 @@ class _SumOfRuns(torch.autograd.Function):
         return running, hit
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (last,) = ctx.saved_tensors
         return grad.index_select(0, last.cumsum(0) - last.long()), None
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
@@ -17,6 +17,7 @@ from bevfn import catalogue, host, recipes
 from bevfn import compile as compilation
 from bevfn.bench import machine
 from bevfn.kernels import deform_conv, sparse_conv  # noqa: F401  they define the operators that are counted
+from bevfn.precision import Precision
 from bevfn.synth import key_frame
 from bevfn.training import run as running
 
@@ -34,12 +35,12 @@ class Setting:
 
     model: str
     frame: Path | None
-    precision: str
+    precision: Precision
     batch_size: int
     device: str
     threads: int
     repeats: int
-    scale: Literal["published", "mini"] = "published"
+    scale: running.Scale = "published"
 
 
 def measure(setting: Setting) -> dict:
@@ -67,7 +68,7 @@ def measure(setting: Setting) -> dict:
     return figures
 
 
-def _variant(setting: Setting, what: str, backend: str) -> dict:
+def _variant(setting: Setting, what: str, backend: compilation.Backend) -> dict:
     """Seconds, peak memory and (eager only: a compiler hides its operators from the counter) FLOPs of one variant."""
     torch.set_num_threads(setting.threads)
     host.keep_freed_memory()
@@ -90,7 +91,7 @@ def _variant(setting: Setting, what: str, backend: str) -> dict:
     return figures
 
 
-def _prepared(setting: Setting, what: str, backend: str) -> Callable[[], object]:
+def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Callable[[], object]:
     """One call is one forward pass with decoding, or one train step, of the experiment on a key frame."""
     recipe = recipes.load(catalogue.MODELS[setting.model].experiment)
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:

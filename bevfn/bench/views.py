@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.bench import machine, pool
-from bevfn.data import camera_pipeline, infos
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data import infos, scene
+from bevfn.data.batch import Batch, collate
+from bevfn.experiments import bevdepth as recipe
 from bevfn.models import bevdepth
 from bevfn.synth import key_frame
 from bevfn.views import camera_grid, matrixvt
@@ -39,13 +40,13 @@ class Problem:
     """One frame's view transform: depth [N D H W], context [N C H W] (channels-last memory)."""
 
     config: bevdepth.Config
-    batch: CameraBatch
+    batch: Batch
     depth: Tensor
     context: Tensor
     grad: Tensor  # 1 C Y X, of the BEV map
 
 
-def problem(config: bevdepth.Config, batch: CameraBatch) -> Problem:
+def problem(config: bevdepth.Config, batch: Batch) -> Problem:
     """Random depth and context for the cameras of the batch's first sample. `config` is a MatrixVT."""
     grid, C = config.grid, config.depth.context
     N, generator = batch.images.shape[2], torch.Generator().manual_seed(0)
@@ -60,9 +61,9 @@ def measure(frame: Path | None, *, repeats: int = 5, threads: int = 1) -> dict:
     config = bevdepth.matrix_vt()
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         index = infos.read((frame or key_frame.write_frame(Path(folder))) / "frame.json")
-        reading = camera_pipeline.bevdepth_eval(config.frames)
-        sample = camera_pipeline.load(index, 0, reading)
-    batch, _ = camera_pipeline.collate([sample], capacities=reading.capacities)
+        reading = recipe.fitted(config, recipe.EVAL)
+        sample = scene.load(index, 0, reading)
+    batch, _ = collate([sample], capacities=reading.capacities)
     made = problem(config, batch)
     figures: dict = {
         "points": made.depth.numel(),

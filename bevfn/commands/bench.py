@@ -1,17 +1,16 @@
 """`bevfn bench ...`: speed and memory as ratios, against peers and the machine's limits in the same run."""
 
 import json
-import shlex
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
 
-from bevfn import recipes
+from bevfn import provenance, recipes
 from bevfn.files import write_atomically
+from bevfn.precision import Precision
+from bevfn.training import run
 
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
@@ -34,8 +33,8 @@ def step(
     *,
     model: recipes.Model = "bevfusion-lidar-camera",
     frame: Path | None = None,
-    scale: Literal["published", "mini"] = "published",
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    scale: run.Scale = "published",
+    precision: Precision = "fp32",
     batch_size: int = 1,
     device: str = "cpu",
     threads: int = 0,
@@ -132,6 +131,11 @@ def startup(
     _report("startup", startup.measure(frame, experiment=experiment), json_file)
 
 
+def list_() -> None:
+    """Which file of experiments/results/ was made when, of which commit, and by which command. Also: `bevfn bench --list`."""
+    print(provenance.listing())
+
+
 def _threads(wanted: int) -> int:
     torch.set_num_threads(wanted or torch.get_num_threads())
     return torch.get_num_threads()
@@ -139,12 +143,7 @@ def _threads(wanted: int) -> int:
 
 def _report(benchmark: str, figures: dict, json_file: Path | None, device: str = "cpu") -> None:
     """Prints and keeps the figures with the machine and with what to type to measure them again."""
-    from bevfn.bench import machine
-
-    result = {
-        "benchmark": benchmark, "date": datetime.now(UTC).date().isoformat(), "machine": machine.describe(device),
-        "command": shlex.join(["bevfn", *sys.argv[1:]]), "figures": figures,
-    }  # fmt: skip
+    result = {**provenance.head(device), "benchmark": benchmark, "figures": figures}
     text = json.dumps(result, indent=1)
     print(text)
     if json_file is not None:

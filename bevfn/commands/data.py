@@ -85,14 +85,15 @@ def prepare(
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
         split: the version's training split (train, mini_train) without it
-        paste: build the GT-paste database, for BEVFusion LiDAR-only
+        paste: build the GT-paste database, for bevfusion_lidar
         depth: build the depth ground truth, for BEVDepth and MatrixVT (270 kB a key frame, 3 % of a sample's time); where
             there is none, training makes it of the LiDAR files, with the same numbers
         workers: processes; 0: one for each processor
     """
-    from bevfn.data import check, nuscenes, pipeline, source
+    from bevfn.data import check, nuscenes
     from bevfn.data import depth as ground_truth
     from bevfn.data import paste as pasting
+    from bevfn.data.reading import CLASS_NAMES
 
     workers = workers or os.cpu_count() or 1
     version = version or check.only_version(root)
@@ -101,8 +102,8 @@ def prepare(
     index = nuscenes.index(root, version, split)
     print(f"{len(index):,} key frames of {version} {split}")
     if paste:
-        folder = source.database_folder(index)
-        database = pasting.build(index, folder, class_names=pipeline.CLASS_NAMES, workers=workers)
+        folder = pasting.folder(index)
+        database = pasting.build(index, folder, class_names=CLASS_NAMES, workers=workers)
         print(f"{folder}: {len(database):,} objects")
     if depth:
         files = ground_truth.build(index, ground_truth.folder(index), workers=workers)

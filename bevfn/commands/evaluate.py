@@ -3,17 +3,19 @@
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.progress import Progress
 
 from bevfn import catalogue, distributed, recipes, tree
+from bevfn import compile as compilation
 from bevfn.choices import one_of
-from bevfn.data import nuscenes, source
+from bevfn.data import source
 from bevfn.evaluation import results
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge, submission
+from bevfn.precision import Precision
 from bevfn.training import run, run_folder
 
 
@@ -26,8 +28,8 @@ def evaluate(
     version: str | None = None,
     split: str | None = None,
     out: Path | None = None,
-    precision: Literal["fp32", "fp16", "bf16"] | None = None,
-    backend: Literal["inductor", "aot_eager", "eager"] = "inductor",
+    precision: Precision | None = None,
+    backend: compilation.Backend = "inductor",
     device: str = "cpu",
     batch_size: int = 1,
     workers: int = 4,
@@ -62,17 +64,16 @@ def evaluate(
         )
     splits = None
     if split is not None:
-        root = config.data_root if config.data_root is not None else source.WORLD
-        index = nuscenes.index(root, config.version, split)
-        splits = (index, index)
+        splits = source.open(config.data_root, config.version, split)
     task = recipe.task(config.plain(), splits)
+    run.check(task, train=False)
     params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
     check_fits(task, params, state, checkpoint)
     index = task.data.evaluation
     with Progress() as progress:
         bar = progress.add_task(f"{len(index)} key frames of {index.split}")
         found = detect(
-            task.predict, params, state, index, task.data.eval_reading, reader=task.data.reader, batch_size=batch_size,
+            task.predict, params, state, index, task.data.eval_reading, batch_size=batch_size,
             workers=workers, backend=backend, device=device,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
@@ -80,7 +81,7 @@ def evaluate(
     if index.split == "test":
         return _submit(task, found, out)
     judgement = judge(
-        index, found, task.data.eval_reading, out, reader=task.data.reader, title=f"{task.title}, {checkpoint.name}",
+        index, found, task.data.eval_reading, out, title=f"{task.title}, {checkpoint.name}",
         config=run.flags(config),
     )  # fmt: skip
     print(judgement.text)
@@ -127,7 +128,7 @@ def _folder(config: Any, checkpoint: Path, split: str | None) -> Path:
 
 def _submit(task: run.Task, found: dict, out: Path) -> int:
     """The test split's results and what the server takes."""
-    document = submission(task.data.evaluation, found, task.data.eval_reading, task.data.reader)
+    document = submission(task.data.evaluation, found, task.data.eval_reading)
     for name in ("results_nusc.json", "submission.zip"):
         results.write(out / name, document)
     print(

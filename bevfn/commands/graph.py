@@ -1,6 +1,5 @@
 """`bevfn graph EXPERIMENT`: the train step and the inference step as Ascend graphs, without an Ascend."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +10,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from bevfn import recipes
-from bevfn.files import write_atomically
+from bevfn import provenance, recipes
+from bevfn.data import source
+from bevfn.precision import Precision
 from bevfn.synth import key_frame
 from bevfn.training import run
 
@@ -26,8 +26,8 @@ NAMES: dict[str, dict[str, Any]] = {
 def graph(
     experiment: tyro.conf.Positional[recipes.Experiment],
     *,
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
-    scale: Literal["published", "mini"] = "published",
+    precision: Precision = "fp32",
+    scale: run.Scale = "published",
     batch_size: int | None = None,
     ops: Literal["stock", "drivingsdk"] = "stock",
     execute: int = 0,
@@ -74,16 +74,13 @@ def graph(
             print(comparison.text(), flush=True)
             made[name]["execute"] = comparison.to_json()
     if json_file is not None:
-        figures = {
-            "experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "ops": ops,
-            "steps": made,
-        }  # fmt: skip
-        write_atomically(json_file, json.dumps(figures, indent=1).encode())
+        what = {"experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "ops": ops}
+        provenance.write(json_file, {**what, "steps": made})
     return 0 if complete else 1
 
 
 def steps(
-    experiment: str, scale: str, precision: str, batch_size: int, *, comparable: bool = False
+    experiment: str, scale: run.Scale, precision: Precision, batch_size: int, *, comparable: bool = False
 ) -> dict[str, tuple[Callable, tuple]]:
     """{"train": (step, example arguments), "inference": ...} of an experiment's task, on a generated frame.
 
@@ -97,8 +94,9 @@ def steps(
     """
     recipe = recipes.load(experiment)
     config = recipe.DEFAULTS["nuscenes" if scale == "published" else "synthetic"].plain()
+    image_size = key_frame.CALIBRATED_SIZE if scale == "published" else source.WORLD_IMAGE
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
-        key_frame.write_frame(Path(folder), image_size=config.source_size)
+        key_frame.write_frame(Path(folder), image_size=image_size)
         config = replace(config, data_root=Path(folder), precision=precision, batch_size=batch_size, lr=None)
         task = recipe.task(config)
         if comparable:

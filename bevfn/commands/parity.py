@@ -1,6 +1,5 @@
 """`bevfn parity CASE_DIR`: is our model the published one?"""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from bevfn.files import write_atomically
+from bevfn import provenance
 
 
 def parity(
@@ -30,28 +29,19 @@ def parity(
         device: torch device to run on
     """
     from bevfn import distributed
-    from bevfn.parity import bevdepth, bevfusion, case, compare
+    from bevfn.parity import compare, golden, run
 
     distributed.check_device(device)
     started = time.perf_counter()
-    read = case.read(case_dir)
+    case = golden.read(case_dir)
     table = compare.Table(str(case_dir))
-    print(f"{'boundary':<44} {'error':>10} {'tolerance':>10}")
-    source = read.manifest.get("upstream", {})
-    model = source.get("class", source.get("model_class", "")).rpartition(".")[2]
-    models = {"BEVFusion": bevfusion, "BaseBEVDepth": bevdepth, "MatrixVT_Det": bevdepth}
-    if model not in models:
-        raise ValueError(
-            f"{case_dir}/manifest.json is a case of {model or 'an unnamed model'}; bevfn has BEVFusion, BEVDepth and "
-            "MatrixVT so far"
-        )
     torch.manual_seed(0)  # nothing here draws random numbers; a difference between runs would be a bug
-    models[model].run(read, table, only=only, device=device)
+    run.run(case, table, only=only, device=device)
     failed = [line.name for line in table.lines if not line.ok]
     print(
         f"{len(table.lines) - len(failed)} of {len(table.lines)} ok in {time.perf_counter() - started:.0f} s"
         + (f"; FAILED: {', '.join(failed)}" if failed else "")
     )
     if json_file is not None:
-        write_atomically(json_file, json.dumps(table.to_json(), indent=1).encode())
+        provenance.write(json_file, table.to_json(), device=device)
     return 0 if table.ok else 1

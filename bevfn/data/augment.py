@@ -1,11 +1,11 @@
 """The published augmentations: what is drawn, and what it does to points and boxes.
 
-A global augmentation is one matrix, `augmented_from_original` of the LiDAR frame: a rotation about z, a uniform scale, a
+A global augmentation is one matrix, `augmented_from_original` of the base frame: a rotation about z, a uniform scale, a
 translation and mirrors. Points and boxes both move by that matrix, so they cannot disagree, and it is what the batch
-records as `lidar_aug`. An image augmentation is a set of arguments of `image.transform`, which returns its matrix.
+records as `base_aug`. An image augmentation is a set of arguments of `image.transform`, which returns its matrix.
 
-Source: mmdetection3d GlobalRotScaleTrans, BEVFusionGlobalRotScaleTrans, BEVFusionRandomFlip3D, ImageAug3D, GridMask
-(fact sheet bevfusion_lidar_cam, part B); GridMask: Chen et al. 2020 (arXiv 2001.04086).
+Source: mmdetection3d GlobalRotScaleTrans, BEVFusionGlobalRotScaleTrans, BEVFusionRandomFlip3D, ImageAug3D
+(fact sheet bevfusion_lidar_cam, part B).
 """
 
 import math
@@ -20,7 +20,7 @@ from bevfn.boxes import limit_yaw
 
 @dataclass(frozen=True)
 class Images:
-    """Ranges of the image augmentation, drawn for every camera on its own. Defaults: BEVFusion's."""
+    """Ranges of the image augmentation, drawn for every camera on its own. Defaults: mmdetection3d's."""
 
     resize: tuple[float, float] = (0.38, 0.55)
     """Factor, uniform. The crop keeps the bottom rows; its left edge is uniform where the image is wider."""
@@ -32,7 +32,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Global:
-    """Ranges of the global augmentation of points and boxes. Defaults: BEVFusion's, LiDAR-camera."""
+    """Ranges of the global augmentation of points and boxes. Defaults: as published with images (mmdetection3d)."""
 
     rotation: float = 0.78539816
     """rad; uniform in +- this."""
@@ -46,15 +46,6 @@ class Global:
     """Probability of x -> -x ("vertical" upstream)."""
     flip_y: float = 0.5
     """Probability of y -> -y ("horizontal" upstream)."""
-
-
-@dataclass(frozen=True)
-class GridMask:
-    """Black squares on a regular grid, the same in all cameras. BEVFusion's configs hold it with probability 0."""
-
-    probability: float = 0.0
-    ratio: float = 0.5
-    """Width of the kept stripes between the squares, as a share of the grid's period."""
 
 
 def draw_image(
@@ -73,7 +64,7 @@ def draw_image(
 
 
 def draw_matrix(config: Global, generator: np.random.Generator) -> np.ndarray:
-    """augmented_from_original of the LiDAR frame, [4,4] float32: flips @ (rotation, scale, translation)."""
+    """augmented_from_original of the base frame, [4,4] float32: flips @ (rotation, scale, translation)."""
     angle = generator.uniform(-config.rotation, config.rotation)
     scale = generator.uniform(*config.scale)
     shift = generator.normal(0.0, config.translation, 3)
@@ -109,16 +100,3 @@ def move_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     moved[:, 6] = limit_yaw(yaw).numpy()
     moved[:, 7:9] = boxes[:, 7:9] @ linear[:2, :2].T
     return moved
-
-
-def draw_grid_mask(config: GridMask, size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """What stays, [H,W] bool for images of size (H,W): horizontal and vertical stripes, or everything.
-
-    Period uniform in [2, min(H, W)), phases uniform. (Upstream's rotation is always 0 degrees in its configs.)
-    """
-    if generator.random() >= config.probability:
-        return np.ones(size, dtype=bool)
-    period = generator.integers(2, min(size))
-    width = min(max(int(period * config.ratio + 0.5), 1), period - 1)
-    rows, columns = ((np.arange(side) + generator.integers(period)) % period < width for side in size)
-    return rows[:, None] | columns[None, :]

@@ -1,22 +1,37 @@
 """What a step reads: the padded Batch of fixed shapes, and how samples of any length become one.
 
-Letters: B batch, N cameras, H W image rows and columns, P points, G padded boxes. Transforms are `target_from_source`.
-"lidar" is the frame of the (augmented) points and boxes: x right, y forward, z up on nuScenes, metres.
+Letters: B batch, T frames (0 the key frame, then earlier ones, newest first), N cameras, H W image rows and columns,
+P points, G padded boxes. Transforms are `target_from_source`.
+
+"base" is the frame in which points, boxes, the BEV grid and the frustums of all frames lie, in metres; `Base` says which.
+Every camera's pose contains the motion since its exposure, so that nothing is warped later. "Augmented" is the base frame
+behind the 3D augmentation.
+
+Sources: mmdetection3d projects/BEVFusion; BEVDepth (Li et al. 2022, arXiv 2206.10092); golden cases, "Inputs".
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from bevfn import geometry
-from bevfn.data import layout
+from bevfn import geometry, tree
+
+
+class Base(enum.Enum):
+    """Which frame a batch's base is. It is part of a batch's structure, no tensor: another base is another graph."""
+
+    LIDAR = "lidar"
+    """The LiDAR's at the key frame's scan: x right, y forward, z up on nuScenes."""
+    EGO_AT_CAMERAS = "ego at the cameras' exposures"
+    """The vehicle's (x forward, y left, z up) at the key frame's camera exposures, which are within 50 ms: a camera's
+    pose, of any frame, is relative to the vehicle at that camera's own exposure of the key frame; boxes and detections
+    are relative to the mean of these vehicle poses over the cameras."""
 
 
 @dataclass(frozen=True)
@@ -31,164 +46,192 @@ class Capacities:
 
 @dataclass(frozen=True)
 class Sample:
-    """One frame as a reader makes it: numpy arrays of their own length, and where they come from.
+    """One key frame, and the T - 1 before it, as it is read: numpy arrays of their own length.
 
-    Arrays have the meaning of the Batch's fields of the same name, without the leading B and without padding.
+    Arrays have the meaning of the Batch's fields of the same name, without the leading B and without padding; a group
+    that is not read is None.
     """
 
-    points: np.ndarray  # P 5 float32
-    boxes: np.ndarray  # G 9 float32
-    labels: np.ndarray  # G int64
-    lidar_aug: np.ndarray  # 4 4 float32
-    images: np.ndarray | None = None  # N H W 3 uint8
-    image_from_lidar: np.ndarray | None = None  # N 4 4 float32
-    lidar_from_camera: np.ndarray | None = None  # N 4 4 float32
-    intrinsics: np.ndarray | None = None  # N 4 4 float32
-    image_aug: np.ndarray | None = None  # N 4 4 float32
+    base: Base
+    base_aug: np.ndarray  # 4 4 float32
+    points: np.ndarray | None = None  # P 5 float32
+    boxes: np.ndarray | None = None  # G 9 float32
+    labels: np.ndarray | None = None  # G int64
+    images: np.ndarray | None = None  # T N H W 3 uint8
+    intrinsics: np.ndarray | None = None  # T N 4 4 float32
+    image_aug: np.ndarray | None = None  # T N 4 4 float32
+    base_from_camera: np.ndarray | None = None  # T N 4 4 float32
+    image_from_base: np.ndarray | None = None  # T N 4 4 float32
+    depth: np.ndarray | None = None  # N H W float32
     token: str = ""
     """The data set's name of this key frame."""
-    timestamp: float = 0.0
-    """Of the key frame's lidar, s since 1970."""
     image_paths: tuple[Path, ...] = ()
-    """Original images, N files in camera order (also where `images` is None)."""
+    """Original images of the key frame, N files in camera order (also where `images` is None)."""
     camera_names: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     """What `labels` index."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Things worth a warning: `bad/points` NaN points dropped, `empty/points` and `empty/boxes` 1 if none in range."""
+    """Things worth a warning: `bad/points` NaN points dropped; `empty/points` and `empty/boxes` 1 if there is none;
+    `empty/depth` cameras whose depth map has no point; `missing/frames` earlier key frames in whose place the current
+    one stands."""
 
 
+@tree.register(static=("base",))
 @dataclass(frozen=True)
 class Batch:
-    """A pytree of tensors; the camera fields are None for LiDAR-only models.
+    """A pytree of tensors. A group (points, boxes, cameras, depth) that a model does not read is None as a whole.
 
-    The inverses are computed on the host by `collate`: a graph for the NPU has no matrix inversion, and their rounding
+    The inverses are computed on the host by `make`: a graph for the NPU has no matrix inversion, and their rounding
     (see `geometry.invert`) must not depend on the machine, since 1e-7 moves frustum points between BEV cells.
     """
 
-    points: Tensor
-    """[B,P,5] float32: x, y, z [m, lidar], intensity 0..255, time lag [s] (key frame time - sweep time)."""
-    points_valid: Tensor
+    base: Base
+    """What "base" means in the other fields."""
+    base_aug: Tensor
+    """[B,4,4] float32: augmented base from base."""
+    undo_base_aug: Tensor
+    """[B,3,3] float32: inverse of base_aug[:3,:3]."""
+    points: Tensor | None = None
+    """[B,P,5] float32: x, y, z [m, augmented base], intensity 0..255, time lag [s] (key frame time - sweep time)."""
+    points_valid: Tensor | None = None
     """[B,P] bool; points that are not valid are zero."""
-    boxes: Tensor
-    """[B,G,9] float32: x, y, z of the BOTTOM centre, dx (length, along yaw), dy, dz [m], yaw [rad], vx, vy [m/s]."""
-    labels: Tensor
+    boxes: Tensor | None = None
+    """[B,G,9] float32: x, y, z of the BOTTOM centre, dx (length, along yaw), dy, dz [m], yaw [rad], vx, vy [m/s];
+    augmented base."""
+    labels: Tensor | None = None
     """[B,G] int64 class index, 0 in padding."""
-    boxes_valid: Tensor
+    boxes_valid: Tensor | None = None
     """[B,G] bool."""
-    lidar_aug: Tensor
-    """[B,4,4] float32: augmented lidar from original lidar."""
-    undo_lidar_aug: Tensor
-    """[B,3,3] float32: inverse of lidar_aug[:3,:3]."""
     images: Tensor | None = None
-    """[B,N,H,W,3] uint8 RGB, resized and cropped."""
-    image_from_lidar: Tensor | None = None
-    """[B,N,4,4] float32: pixels (times depth) of the ORIGINAL image from the original lidar frame."""
-    lidar_from_camera: Tensor | None = None
-    """[B,N,4,4] float32."""
+    """[B,T,N,H,W,3] uint8 RGB, resized and cropped."""
     intrinsics: Tensor | None = None
-    """[B,N,4,4] float32: original pixels from camera."""
+    """[B,T,N,4,4] float32: original pixels (times depth) from camera."""
     image_aug: Tensor | None = None
-    """[B,N,4,4] float32: pixels of `images` from pixels of the original image."""
+    """[B,T,N,4,4] float32: pixels of `images` from pixels of the original image; depth passes through."""
+    base_from_camera: Tensor | None = None
+    """[B,T,N,4,4] float32: the KEY frame's base from the camera of frame t, not augmented."""
+    image_from_base: Tensor | None = None
+    """[B,T,N,4,4] float32: original pixels (times depth) of frame t from the KEY frame's base, not augmented."""
     undo_image_aug: Tensor | None = None
-    """[B,N,3,3] float32: inverse of image_aug[:3,:3]."""
-    lidar_from_pixel: Tensor | None = None
-    """[B,N,3,3] float32: lidar_from_camera[:3,:3] @ inverse(intrinsics[:3,:3])."""
+    """[B,T,N,3,3] float32: inverse of image_aug[:3,:3]."""
+    base_from_pixel: Tensor | None = None
+    """[B,T,N,3,3] float32: base_from_camera[:3,:3] @ inverse(intrinsics[:3,:3])."""
+    depth: Tensor | None = None
+    """[B,N,H,W] float32: LiDAR depth along the optical axis in the key frame's images [m], 0 where no point falls."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved: dict[str, Any] = {name: v if v is None else v.to(device) for name, v in layout.fields(self).items()}
-        return Batch(**moved)
+        return tree.to(self, device)
 
     def validate(self) -> None:
         """Checks shapes, dtypes, padding and values on the host (not for graphs: it looks at the data).
 
         Raises ValueError naming the first field that is wrong.
         """
-        missing = [name for name in _CAMERA_FIELDS if getattr(self, name) is None]
-        if missing and len(missing) < len(_CAMERA_FIELDS):
-            raise ValueError(f"Batch has camera fields but {', '.join(missing)} is None; give all of them or none.")
-        layout.check(self, _LAYOUT)
-        values = {name: value for name, value in layout.fields(self).items() if value is not None}
+        _check_groups(self)
+        values = tree.flatten(self)
+        _check_layouts(values)
         for name, valid in (("points", self.points_valid), ("boxes", self.boxes_valid), ("labels", self.boxes_valid)):
-            if bool((values[name][~valid] != 0).any()):
+            if valid is not None and bool((values[name][~valid] != 0).any()):
                 raise ValueError(f"Batch.{name} is not zero where it is not valid; pad with zeros.")
-        if bool((self.labels < 0).any()):
-            raise ValueError(f"Batch.labels has {int(self.labels.min())}; a class index is 0 or more.")
-        if bool((self.boxes[self.boxes_valid][:, 3:6] <= 0).any()):
-            raise ValueError("Batch.boxes has a box with length, width or height <= 0 m; drop it when reading.")
-        for inverse, matrix in (("undo_lidar_aug", "lidar_aug"), ("undo_image_aug", "image_aug")):
+        if self.boxes is not None and self.labels is not None:
+            if bool((self.labels < 0).any()):
+                raise ValueError(f"Batch.labels has {int(self.labels.min())}; a class index is 0 or more.")
+            if bool((self.boxes[self.boxes_valid][:, 3:6] <= 0).any()):
+                raise ValueError("Batch.boxes has a box with length, width or height <= 0 m; drop it when reading.")
+        if self.depth is not None and bool((self.depth < 0).any()):
+            raise ValueError("Batch.depth has values below 0 m; a pixel without a point is 0.")
+        for inverse, matrix in (("undo_base_aug", "base_aug"), ("undo_image_aug", "image_aug")):
             if matrix in values:
                 product = values[inverse].double() @ values[matrix][..., :3, :3].double()
                 if not torch.allclose(product, torch.eye(3).to(product), atol=1e-4):
-                    raise ValueError(f"Batch.{inverse} is not the inverse of {matrix}[:3,:3]; build it with collate.")
+                    raise ValueError(f"Batch.{inverse} is not the inverse of {matrix}[:3,:3]; build it with make.")
 
-
-pytree.register_dataclass(Batch)
 
 _LAYOUT: dict[str, tuple[str, torch.dtype]] = {
+    "base_aug": ("B 4 4", torch.float32),
+    "undo_base_aug": ("B 3 3", torch.float32),
     "points": ("B P 5", torch.float32),
     "points_valid": ("B P", torch.bool),
     "boxes": ("B G 9", torch.float32),
     "labels": ("B G", torch.int64),
     "boxes_valid": ("B G", torch.bool),
-    "lidar_aug": ("B 4 4", torch.float32),
-    "undo_lidar_aug": ("B 3 3", torch.float32),
-    "images": ("B N H W 3", torch.uint8),
-    "image_from_lidar": ("B N 4 4", torch.float32),
-    "lidar_from_camera": ("B N 4 4", torch.float32),
-    "intrinsics": ("B N 4 4", torch.float32),
-    "image_aug": ("B N 4 4", torch.float32),
-    "undo_image_aug": ("B N 3 3", torch.float32),
-    "lidar_from_pixel": ("B N 3 3", torch.float32),
+    "images": ("B T N H W 3", torch.uint8),
+    "intrinsics": ("B T N 4 4", torch.float32),
+    "image_aug": ("B T N 4 4", torch.float32),
+    "base_from_camera": ("B T N 4 4", torch.float32),
+    "image_from_base": ("B T N 4 4", torch.float32),
+    "undo_image_aug": ("B T N 3 3", torch.float32),
+    "base_from_pixel": ("B T N 3 3", torch.float32),
+    "depth": ("B N H W", torch.float32),
 }
-_CAMERA_FIELDS = [name for name, (letters, _) in _LAYOUT.items() if " N " in letters]
-_SAMPLE_CAMERA_FIELDS = ["images", "image_from_lidar", "lidar_from_camera", "intrinsics", "image_aug"]
+_GROUPS = {
+    "point": ("points", "points_valid"),
+    "box": ("boxes", "labels", "boxes_valid"),
+    "camera": tuple(name for name, (letters, _) in _LAYOUT.items() if " T N " in letters),
+}
+
+
+def check_base(batch: Batch, accepted: Base, model: str) -> None:
+    """Raises ValueError where a model that means one base frame gets a batch in another; free in a graph."""
+    if batch.base != accepted:
+        raise ValueError(
+            f"{model} takes batches in the base frame {accepted.value!r}, not {batch.base.value!r}; read with that Reading.base"
+        )
+
+
+def make(*, base: Base, base_aug: Tensor, **given: Tensor) -> Batch:
+    """A Batch of its fields but for the inverses, which are computed here; on the host."""
+    if "images" in given:
+        given["undo_image_aug"] = geometry.invert(given["image_aug"][..., :3, :3])
+        given["base_from_pixel"] = geometry.unprojection(given["base_from_camera"], given["intrinsics"])
+    return Batch(base, base_aug, geometry.invert(base_aug[:, :3, :3]), **given)
 
 
 def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, dict[str, int]]:
     """Pads samples to one Batch, and counts what did not fit.
 
     Returns (batch on the CPU, counts): `overflow/points`, `overflow/boxes` dropped (the last ones of a sample), and
-    the sums of the samples' own counts (`bad/points`, `empty/points`, `empty/boxes`).
+    the sums of the samples' own counts.
 
-    Raises ValueError if there is no sample, or if samples differ in cameras or image size.
+    Raises ValueError if there is no sample, or if samples differ in what they hold, base, frames, cameras or image size.
     """
     if not samples:
         raise ValueError("collate got no samples; a batch needs at least one.")
-    points = [pad(s.points, capacities.points) for s in samples]
-    boxes = [pad(s.boxes, capacities.boxes) for s in samples]
-    labels = [pad(s.labels, capacities.boxes) for s in samples]
-    lidar_aug = stack("lidar_aug", [s.lidar_aug for s in samples])  # B 4 4
-    cameras: dict[str, Tensor] = {}  # none if the samples hold calibration only
-    with_images = [s for s in samples if s.images is not None]
-    if with_images:
-        if len(with_images) < len(samples):
-            raise ValueError("collate got samples with and without images; read all with cameras or all without.")
-        cameras = {name: stack(name, [getattr(s, name) for s in samples]) for name in _SAMPLE_CAMERA_FIELDS}
-        cameras["undo_image_aug"] = geometry.invert(cameras["image_aug"][..., :3, :3])
-        cameras["lidar_from_pixel"] = geometry.unprojection(cameras["lidar_from_camera"], cameras["intrinsics"])
-    batch = Batch(
-        points=torch.stack([value for value, _ in points]),
-        points_valid=torch.stack([valid for _, valid in points]),
-        boxes=torch.stack([value for value, _ in boxes]),
-        labels=torch.stack([value for value, _ in labels]),
-        boxes_valid=torch.stack([valid for _, valid in boxes]),
-        lidar_aug=lidar_aug,
-        undo_lidar_aug=geometry.invert(lidar_aug[:, :3, :3]),
-        **cameras,
-    )
-    counts = {
-        "overflow/points": sum(max(0, len(s.points) - capacities.points) for s in samples),
-        "overflow/boxes": sum(max(0, len(s.boxes) - capacities.boxes) for s in samples),
-    }
+    if len(bases := {sample.base for sample in samples}) > 1:
+        raise ValueError(
+            f"collate got samples in the bases {', '.join(sorted(b.value for b in bases))}; read all in one."
+        )
+    padded = {"points": capacities.points, "boxes": capacities.boxes, "labels": capacities.boxes}
+    made: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for name in _LAYOUT:
+        arrays = _given(name, samples)
+        if not arrays:
+            continue
+        if name not in padded:
+            made[name] = _stack(name, arrays)
+            continue
+        rows = [_pad(array, padded[name]) for array in arrays]
+        made[name] = torch.stack([value for value, _ in rows])
+        if name != "labels":  # which are boxes'
+            made[f"{name}_valid"] = torch.stack([valid for _, valid in rows])
+            counts[f"overflow/{name}"] = sum(max(0, len(array) - padded[name]) for array in arrays)
     for sample in samples:
         for name, count in sample.counts.items():
             counts[name] = counts.get(name, 0) + count
-    return batch, counts
+    return make(base=samples[0].base, **made), counts
 
 
-def pad(array: np.ndarray, capacity: int) -> tuple[Tensor, Tensor]:
+def _given(name: str, samples: list[Sample]) -> list[np.ndarray]:
+    """That field of all samples; none if none has it."""
+    arrays = [array for sample in samples if (array := getattr(sample, name, None)) is not None]
+    if arrays and len(arrays) < len(samples):
+        raise ValueError(f"collate got samples with and without {name}; read all with them or all without.")
+    return arrays
+
+
+def _pad(array: np.ndarray, capacity: int) -> tuple[Tensor, Tensor]:
     """The first `capacity` rows, zeros behind them, and which rows are real."""
     value = np.zeros((capacity, *array.shape[1:]), dtype=array.dtype)
     kept = min(len(array), capacity)
@@ -196,9 +239,39 @@ def pad(array: np.ndarray, capacity: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(value), torch.arange(capacity) < kept
 
 
-def stack(name: str, arrays: list[np.ndarray]) -> Tensor:
+def _stack(name: str, arrays: list[np.ndarray]) -> Tensor:
     """The arrays [...] as one tensor [B ...]; raises ValueError, with `name`, if their shapes differ."""
     shapes = sorted({a.shape for a in arrays})
     if len(shapes) > 1:
         raise ValueError(f"collate got samples whose {name} differ in shape, {shapes}; one batch needs one shape.")
     return torch.from_numpy(np.stack(arrays))
+
+
+def _check_groups(batch: Batch) -> None:
+    for group, names in _GROUPS.items():
+        missing = [name for name in names if getattr(batch, name) is None]
+        if missing and len(missing) < len(names):
+            raise ValueError(f"Batch has {group} fields but {', '.join(missing)} is None; give all of them or none.")
+
+
+def _check_layouts(values: dict[str, Tensor]) -> None:
+    """Every tensor has the layout of its name and no NaN or infinity.
+
+    A letter must mean the same size in every field, a digit exactly that size.
+    """
+    sizes: dict[str, int] = {}
+    for name, value in values.items():
+        letters, dtype = _LAYOUT[name]
+        wanted = letters.split()
+        fits = value.dim() == len(wanted) and all(
+            size == (int(letter) if letter.isdigit() else sizes.setdefault(letter, size))
+            for letter, size in zip(wanted, value.shape)
+        )
+        if not fits:
+            known = ", ".join(f"{letter} {size}" for letter, size in sizes.items() if letter in wanted)
+            raise ValueError(f"Batch.{name} has shape {list(value.shape)} but must be [{letters}] (here {known}).")
+        if value.dtype != dtype:
+            raise ValueError(f"Batch.{name} is {value.dtype} but must be {dtype}; convert it when reading.")
+    for name, value in values.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"Batch.{name} has NaN or infinite values; drop or replace them when reading.")

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from bevfn import host
-from bevfn.files import writing
-from bevfn.kernels import native
+from bevfn.files import cache_dir, writing
 
 Result = TypeVar("Result")
 
 
 def home(root: Path) -> Path:
     """The folder for what is made of a data set whose root cannot be written: in `$BEVFN_CACHE` or `~/.cache/bevfn`."""
-    return native.cache_dir() / "data" / hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
+    return cache_dir() / "data" / hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
 
 
 def place(root: Path, name: str) -> Path:

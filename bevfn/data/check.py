@@ -14,7 +14,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bevfn.data import depth, image, nuscenes, paste, points, source
+from bevfn.data import depth, image, nuscenes, paste, points
 from bevfn.data.index import CAMERAS, Index
 
 CHUNK = 128  # files per task of a thread
@@ -251,7 +251,7 @@ def _made(root: Path, version: str, splits: list[str]) -> list[str]:
         index = "yes" if nuscenes.has_index(root, version, split) else "not yet (made on first use)"
         empty = Index(root, version, split, frames=())
         there = {
-            "GT-paste database": source.database_folder(empty) / paste.OBJECTS,
+            "GT-paste database": paste.folder(empty) / paste.OBJECTS,
             "depth ground truth": depth.folder(empty) / depth.DEPTH,
         }
         parts = [f"{name} {'yes' if path.is_file() else 'not there'}" for name, path in there.items()]

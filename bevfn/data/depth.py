@@ -15,12 +15,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.progress import Progress
 
-from bevfn.data import building, points
+from bevfn.data import building, image, points
 from bevfn.data.index import Camera, Frame, Index
 from bevfn.files import write_atomically
 
@@ -60,12 +60,43 @@ def rasterize(seen: np.ndarray, image_aug: np.ndarray, size: tuple[int, int]) ->
     return depth
 
 
-def read(files: Path, image: str) -> np.ndarray:
+def maps(
+    index: Index,
+    frame: Frame,
+    row: list[Camera],
+    sizes: list[tuple[int, int]],
+    image_size: tuple[int, int],
+    moves: list[dict[str, Any]],
+) -> tuple[np.ndarray, dict[str, int]]:
+    """(depth maps [N,H,W] float32 of a key frame's cameras, counts `bad/points` and `empty/depth`).
+
+    sizes: (H, W) of the image files; moves: arguments of `image.transform`, which makes images of image_size of them.
+    The points are those that `build` stored, or made of the LiDAR file where there are none.
+
+    Raises ValueError if no point falls into any image.
+    """
+    files, bad = prepared(index), 0
+    if files is None:
+        cloud, bad = points.read(index.root / frame.lidar_path)
+        seen = [project(cloud, camera, size) for camera, size in zip(row, sizes)]
+    else:
+        seen = [read(files, camera.path) for camera in row]
+    if not any(len(found) for found in seen):
+        raise ValueError(
+            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {frame.token}, so its depth maps "
+            "are empty; check the calibration, or set depth to False."
+        )
+    pairs = zip(seen, moves)
+    depth = np.stack([rasterize(found, image.matrix(size=image_size, **move), image_size) for found, move in pairs])
+    return depth, {"bad/points": bad, "empty/depth": int((depth.max(axis=(1, 2)) == 0).sum())}
+
+
+def read(files: Path, name: str) -> np.ndarray:
     """The stored points [P,3] float32 of an image, named as in the index; `files` is what `folder_of_files` says.
 
     Raises ValueError if the file is missing or truncated.
     """
-    path = _file(files, image)
+    path = _file(files, name)
     try:
         values = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
@@ -100,8 +131,7 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
     """Makes the files of all images of `index`, or finds them made already; returns their folder, in `out`.
 
     About 270 kB a key frame on nuScenes. A stopped or killed build goes on where it was. `depth.json`, which names the
-    folder, is written last: there are all files or none, or those of the previous build. Image sizes are read from the
-    images. The bytes do not depend on the number of workers (processes).
+    folder, is written last: there are all files or none, or those of the previous build. The bytes do not depend on the number of workers (processes).
 
     Raises ValueError if a file is missing or damaged, if there is no image, or if another build writes to `out`.
     """
@@ -151,22 +181,13 @@ def _make(frames: list[Frame], root: Path, files: Path) -> int:
     for frame in frames:
         cloud, _ = points.read(root / frame.lidar_path)
         for camera in frame.cameras.values():
-            seen = project(cloud, camera, _image_size(root / camera.path))
+            seen = project(cloud, camera, camera.size or image.size(root / camera.path))
             write_atomically(_file(files, camera.path), seen.astype("<f4").tobytes())
     return len(frames)
 
 
-def _file(files: Path, image: str) -> Path:
-    return Path(files) / f"{Path(image).name}.bin"
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """(H, W), from the file's head."""
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (OSError, SyntaxError) as error:  # as `image.read`
-        raise ValueError(f"{path} is missing or no image ({error}); copy it again.") from error
+def _file(files: Path, name: str) -> Path:
+    return Path(files) / f"{Path(name).name}.bin"
 
 
 def _fingerprint(index: Index) -> str:

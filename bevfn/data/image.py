@@ -30,7 +30,7 @@ def read(path: Path, *, size: tuple[int, int] | None = None) -> Image.Image:
     if size is not None and (picture.height, picture.width) != tuple(size):
         raise ValueError(
             f"{path}: the image is {picture.width}x{picture.height} but the calibration is for {size[1]}x{size[0]} "
-            "(width x height); use the original image or set source_size and the intrinsics to its size."
+            "(width x height); use the original image, or tables and intrinsics for its size."
         )
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
@@ -40,18 +40,28 @@ def decode(path: Path, *, size: tuple[int, int] | None = None) -> np.ndarray:
     return np.asarray(read(path, size=size))
 
 
+def size(path: Path) -> tuple[int, int]:
+    """(H, W) from the file's head. Raises ValueError if the file is missing or no image."""
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except (OSError, SyntaxError) as error:  # as `read`
+        raise ValueError(f"{path} is missing or no image ({error}); copy it again.") from error
+
+
 def centre_crop(source_size: tuple[int, int], size: tuple[int, int], resize: float) -> tuple[int, int]:
     """(left, top) of the test-time crop in the resized image: centred in width, aligned with the bottom in height.
 
+    A factor that just covers may round to an image that is a pixel short; that one is black, as upstream.
     Raises ValueError if the resized image does not cover `size`.
     """
     height, width = (int(side * resize) for side in source_size)
-    if height < size[0] or width < size[1]:
+    if height < size[0] - 1 or width < size[1] - 1:
         raise ValueError(
             f"resize {resize} turns {source_size[1]}x{source_size[0]} into {width}x{height} (width x height), smaller "
             f"than image_size {size[1]}x{size[0]}; use a larger resize or a smaller image_size."
         )
-    return int((width - size[1]) / 2), height - size[0]
+    return int(max(0, width - size[1]) / 2), height - size[0]
 
 
 def transform(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,8 @@ CLASSES = (
     "car", "truck", "trailer", "bus", "construction_vehicle", "bicycle", "motorcycle", "pedestrian", "traffic_cone",
     "barrier",
 )  # fmt: skip
+
+Part = Literal["lidar", "ego poses", "velocity"]
 
 
 def inverse(transform: np.ndarray) -> np.ndarray:
@@ -43,6 +46,8 @@ class Camera:
     """4 4 float64, at the camera's own time."""
     timestamp: float
     """s."""
+    size: tuple[int, int] | None = None
+    """(H, W) of the image file in pixels, for which the intrinsics are made; None where the data set does not say."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,16 @@ class Frame:
     """G visibility levels ("v60-80"), "" where unknown."""
     annotations: tuple[str, ...]
     """G annotation tokens, "" where unknown."""
+
+    def rig(self, channels: tuple[str, ...]) -> list[Camera]:
+        """The cameras of these channels, in their order. Raises ValueError if one is missing."""
+        missing = [channel for channel in channels if channel not in self.cameras]
+        if missing:
+            has = ", ".join(self.cameras) or "no camera"
+            raise ValueError(
+                f"key frame {self.token} has no {', '.join(missing)}, which the reading's Cameras.channels name; it has {has}."
+            )
+        return [self.cameras[channel] for channel in channels]
 
     @property
     def global_from_lidar(self) -> np.ndarray:
@@ -147,6 +162,7 @@ class Packed(Sequence):
                     ego_from_camera=_square(column["ego_from_camera"][k]),
                     global_from_ego=_square(column["camera_global_from_ego"][k]),
                     timestamp=float(column["camera_timestamp"][k]),
+                    size=_size(column["camera_size"][k]),
                 )
                 for k, channel in enumerate(words("channel", cameras), cameras.start)
             },
@@ -188,6 +204,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "ego_from_camera": _transforms(camera.ego_from_camera for camera in cameras),
         "camera_global_from_ego": _transforms(camera.global_from_ego for camera in cameras),
         "camera_timestamp": np.array([camera.timestamp for camera in cameras], dtype=np.float64),
+        "camera_size": np.array([camera.size or (0, 0) for camera in cameras], dtype=np.int32).reshape(-1, 2),
         "box_start": _starts(len(frame.boxes) for frame in frames),
         "boxes": np.concatenate([np.zeros((0, 9)), *(frame.boxes for frame in frames)]),
         "valid": np.concatenate([np.zeros(0, bool), *(frame.valid for frame in frames)]),
@@ -222,6 +239,12 @@ def _square(transform: np.ndarray) -> np.ndarray:
     return np.concatenate([transform, [[0.0, 0.0, 0.0, 1.0]]])
 
 
+def _size(row: np.ndarray) -> tuple[int, int] | None:
+    """0 0 is unknown."""
+    height, width = row.tolist()
+    return (height, width) if height else None
+
+
 def _starts(counts: Iterable[int]) -> np.ndarray:
     """Counts per frame -> F + 1 offsets."""
     return np.concatenate([[0], np.cumsum(list(counts), dtype=np.int64)]).astype(np.int64)
@@ -239,6 +262,8 @@ class Index:
     """"train", "val", "test", "mini_train", "mini_val"; "" where the source does not say."""
     frames: Sequence[Frame] = field(repr=False)
     """A tuple, or a lazy sequence that makes a Frame when it is asked for one."""
+    class_names: tuple[str, ...] = CLASSES
+    """What the data set annotates, whether or not this split has any of it."""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -248,6 +273,29 @@ class Index:
 
     def __iter__(self) -> Iterator[Frame]:
         return (self.frames[i] for i in range(len(self.frames)))
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The cameras of its key frames, by the first one."""
+        return tuple(self[0].cameras) if len(self) else ()
+
+    @property
+    def judge(self) -> Literal["nuscenes", "recall"]:
+        """How detections in it are scored: by nuScenes' devkit where its tables are, else by recall."""
+        return "nuscenes" if (self.root / self.version / "sample.json").is_file() else "recall"
+
+    def has(self, part: Part) -> bool:
+        """Whether key frames have a part: judged by the first one, velocities by all boxes (yes if there is none)."""
+        if not len(self):
+            return False
+        frame = self[0]
+        if part == "lidar":
+            return bool(frame.lidar_path)
+        if part == "ego poses":
+            return all(np.isfinite(camera.global_from_ego).all() for camera in frame.cameras.values())
+        packed = isinstance(self.frames, Packed)
+        boxes = self.frames.columns["boxes"] if packed else np.concatenate([frame.boxes for frame in self])
+        return not len(boxes) or bool(np.isfinite(boxes[:, 7:9]).all(axis=1).any())
 
     @cached_property
     def positions(self) -> dict[str, int]:

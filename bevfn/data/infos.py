@@ -38,6 +38,7 @@ def read(path: Path, root: Path | None = None) -> Index:
     folders = (root / "samples").is_dir()
     if isinstance(document, dict) and "infos" in document:
         infos, metadata = _get(document, str(path), "infos", list), _optional(document, str(path), "metadata", dict)
+        class_names = CLASSES
         frames = [_old_frame(info, f"{path}: infos[{i}]", folders) for i, info in enumerate(infos)]
         _check_length_first(path, frames)
     else:
@@ -45,6 +46,7 @@ def read(path: Path, root: Path | None = None) -> Index:
         # several categories that are no detection class share the number -1
         categories = _get(document, str(path), "metainfo.categories", dict)
         names = {n: name for name, n in categories.items() if isinstance(n, int) and n >= 0}
+        class_names = tuple(names.values())
         frames = [_frame(info, f"{path}: data_list[{i}]", names, folders) for i, info in enumerate(infos)]
     split = re.search(r"_infos_(?:\w+_)?(train|val|test)\b", path.stem)
     return Index(
@@ -52,6 +54,7 @@ def read(path: Path, root: Path | None = None) -> Index:
         version=str(metadata.get("version", "")),
         split=split.group(1) if split else "",
         frames=pack(frames),
+        class_names=class_names,
     )
 
 
@@ -75,6 +78,7 @@ def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Fram
             ego_from_camera=ego_from_camera,
             global_from_ego=global_from_ego @ ego_from_lidar @ inverse(camera_from_lidar) @ inverse(ego_from_camera),
             timestamp=_number(camera, place, "timestamp") if "timestamp" in camera else time,
+            size=_size(camera, place),
         )
     sweeps = []
     for i, sweep in enumerate(_optional(info, where, "lidar_sweeps", list)):
@@ -140,6 +144,7 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
             ego_from_camera=_pose(camera, place, "sensor2ego"),
             global_from_ego=_pose(camera, place, "ego2global"),
             timestamp=1e-6 * _number(camera, place, "timestamp"),
+            size=_size(camera, place),
         )
     sweeps = []
     for i, sweep in enumerate(_optional(info, where, "sweeps", list)):
@@ -196,6 +201,13 @@ def _pose(tree: dict, where: str, name: str) -> np.ndarray:
 
 
 # --- checked access ---
+
+
+def _size(camera: dict, where: str) -> tuple[int, int] | None:
+    """(H, W) of the image file, which mmdetection3d's files of nuScenes leave out."""
+    if "height" not in camera or "width" not in camera:
+        return None
+    return int(_number(camera, where, "height")), int(_number(camera, where, "width"))
 
 
 def _path(name: str, folder: str, folders: bool) -> str:

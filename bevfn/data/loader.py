@@ -30,14 +30,12 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from bevfn import host, tree
-from bevfn.data import batch as lidar_batch
-from bevfn.data.batch import Capacities
+from bevfn.data.batch import Batch, Capacities, Sample, collate
 from bevfn.data.sampling import generator
 
 DAMAGED = (ValueError, OSError, EOFError)  # what a load raises for a broken file; anything else is a bug, never skipped
 TRIES = 20  # samples in a row that may be damaged
 SHARED_MEMORY = "/dev/shm"
-Collate = Callable[..., tuple[Any, dict[str, int]]]
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class Config:
 class Loaded:
     """One batch and what is known about it on the host."""
 
-    batch: Any
-    """A Batch, or what else `collate` makes; on the CPU."""
+    batch: Batch
+    """On the CPU."""
     counts: dict[str, int]
     """`collate`'s, and `bad/samples`: damaged samples that others replaced."""
     tokens: list[str]
@@ -83,14 +81,13 @@ def steps_per_epoch(length: int, batch_size: int, replicas: int = 1, accumulate:
 
 
 def batches(
-    load: Callable[[int, np.random.Generator], Any],
+    load: Callable[[int, np.random.Generator], Sample],
     order: np.ndarray,
     config: Config,
     *,
     seed: int,
     epoch: int,
     capacities: Capacities,
-    collate: Collate = lidar_batch.collate,
     rank: int = 0,
     replicas: int = 1,
     accumulate: int = 1,
@@ -99,8 +96,7 @@ def batches(
 ) -> Iterator[Loaded]:
     """This process' microbatches of one epoch, from step `start_step` on: `accumulate` of them per step.
 
-    load(dataset index, generator) -> Sample, or any other that has a token and that `collate` takes; a damaged file is a
-    ValueError (or OSError) of one sentence that names it. collate(samples, capacities=...) -> (pytree of tensors, counts).
+    load(dataset index, generator) -> Sample; a damaged file is a ValueError (or OSError) of one sentence that names it.
     order: [n] int, the epoch's dataset indices. With B = batch_size * replicas * accumulate, step s has the positions
     [s*B, (s+1)*B), of which microbatch rank * accumulate + a takes its part: R processes and A accumulations with the
     same R * A see the same microbatches. Positions behind the end wrap around (as mmengine's DefaultSampler), or without
@@ -118,7 +114,7 @@ def batches(
     steps = range(start_step, steps_per_epoch(len(order), config.batch_size, replicas, accumulate))
     parts = [rank * accumulate + a for a in range(accumulate)]
     starts = [(step * replicas * accumulate + part) * config.batch_size for step in steps for part in parts]
-    return _iterate(_Epoch(load, order, config, seed, epoch, capacities, collate, wrap), starts)
+    return _iterate(_Epoch(load, order, config, seed, epoch, capacities, wrap), starts)
 
 
 def _iterate(epoch: "_Epoch", starts: list[int]) -> Iterator[Loaded]:
@@ -148,27 +144,26 @@ class _Damaged(NamedTuple):
 class _Epoch(torch.utils.data.Dataset):
     """[position of its first sample] -> the microbatch; the arguments of `batches`."""
 
-    load: Callable[[int, np.random.Generator], Any]
+    load: Callable[[int, np.random.Generator], Sample]
     order: np.ndarray
     config: Config
     seed: int
     epoch: int
     capacities: Capacities
-    collate: Collate
     wrap: bool
 
     def __getitem__(self, start: int) -> "Loaded | _Damaged":
-        samples: list[Any] = []
+        samples: list[Sample] = []
         problems: list[str] = []
         try:
             for position in range(start, start + self.config.batch_size):
                 samples.append(self._sample(position, problems))
-            batch, counts = self.collate(samples, capacities=self.capacities)
+            batch, counts = collate(samples, capacities=self.capacities)
         except DAMAGED as error:
             return _Damaged(_sentence(error), traceback.format_exc())
         return Loaded(batch, {**counts, "bad/samples": len(problems)}, [s.token for s in samples], problems)
 
-    def _sample(self, position: int, problems: list[str]) -> Any:
+    def _sample(self, position: int, problems: list[str]) -> Sample:
         """The sample at `position`, or the next that is whole, drawn with this position's generator."""
         n = len(self.order)
         position = position if self.wrap else min(position, n - 1)
@@ -237,7 +232,7 @@ def _received(item: "Loaded | _Damaged") -> "Loaded | _Damaged":
     return item if isinstance(item, _Damaged) else replace(item, batch=tree.map(torch.as_tensor, item.batch))
 
 
-def _shared_memory_fits(batch: Any, workers: int) -> bool:
+def _shared_memory_fits(batch: Batch, workers: int) -> bool:
     """Whether there is room for a batch of every worker at the same time, twice."""
     if not os.path.isdir(SHARED_MEMORY):
         return True  # macOS has another mechanism

@@ -53,7 +53,7 @@ REFERENCES = {
     "map": {"log_tokens": "log"},
 }
 MAX_SWEEPS = 10
-FORMAT = 1  # of the cache file; another number makes every older file be rebuilt
+FORMAT = 2  # of the cache file; another number makes every older file be rebuilt
 # The devkit scores a split only with the version that it belongs to (nuscenes.eval.common.loaders).
 BELONGS = {
     "trainval": ("train", "val", "train_detect", "train_track"), "mini": ("mini_train", "mini_val"), "test": ("test",),
@@ -265,6 +265,7 @@ def _frame(tables: Any, sample: dict) -> Frame:
                 ego_from_camera=ego_from_camera,
                 global_from_ego=global_from_then,
                 timestamp=1e-6 * image["timestamp"],
+                size=(image["height"], image["width"]),
             )
     return Frame(
         token=sample["token"],

@@ -40,7 +40,7 @@ def _quotas() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Config:
-    """What is pasted. Defaults: BEVFusion LiDAR-only on nuScenes (which stops pasting for its last 5 of 20 epochs)."""
+    """What is pasted. Defaults: mmdetection3d's on nuScenes."""
 
     quotas: dict[str, int] = field(default_factory=_quotas)
     """Objects of a class that a frame should have: as many are pasted as its valid boxes fall short of it."""
@@ -80,6 +80,11 @@ class Database:
         cloud = values.reshape(count, points.COLUMNS)
         cloud[:, :3] += self.boxes[i, :3]
         return cloud
+
+
+def folder(index: Index) -> Path:
+    """Where `bevfn data prepare` puts the GT-paste database of a split."""
+    return building.place(index.root, "bevfn_gt_database") / index.split
 
 
 def read(folder: Path, *, min_points: int = 5) -> Database:

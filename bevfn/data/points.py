@@ -7,6 +7,7 @@ import numpy as np
 
 COLUMNS = 5  # x, y, z [m, lidar frame], intensity 0..255, ring 0..31
 BYTES = 4 * COLUMNS
+Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper x, y, z [m]
 
 
 def read(path: Path) -> tuple[np.ndarray, int]:
@@ -36,7 +37,7 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     return kept, len(points) - len(kept)
 
 
-def in_range(points: np.ndarray, limits: tuple[float, float, float, float, float, float]) -> np.ndarray:
+def in_range(points: np.ndarray, limits: Range) -> np.ndarray:
     """[P] bool: which points [P,3+] lie strictly inside lower x, y, z, upper x, y, z."""
     inside = np.ones(len(points), dtype=bool)
     for column, (lower, upper) in enumerate(zip(limits[:3], limits[3:])):

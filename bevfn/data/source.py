@@ -1,29 +1,41 @@
-"""Where a run's key frames come from: a nuScenes root, a folder with one frame, or a synthetic world made on the spot."""
+"""Where a run's key frames come from: a nuScenes root, an info file, a folder with one frame, or a synthetic world made
+on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from bevfn import synth
-from bevfn.data import batch as lidar_batch
-from bevfn.data import building, camera_pipeline, depth, infos, nuscenes, paste, pipeline
-from bevfn.data.batch import Sample
-from bevfn.data.camera_pipeline import CameraSample
-from bevfn.data.index import Frame, Index, inverse
-from bevfn.data.loader import Collate
+from bevfn.data import infos, nuscenes
+from bevfn.data.index import Index
+from bevfn.data.reading import Reading
 
 Kind = Literal["nuscenes", "frame", "synthetic"]
-Splits = tuple[Index, Index]  # training, evaluation
 WORLD = Path("runs/world")
 SCENES, WORLD_IMAGE = 10, (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
 SPLITS = {"v1.0-trainval": ("train", "val"), "v1.0-mini": ("mini_train", "mini_val")}
 
 
+@dataclass(frozen=True)
+class Source:
+    """Key frames to train on, and to be judged by."""
+
+    training: Index
+    evaluation: Index
+
+    def __post_init__(self) -> None:
+        ours, theirs = set(self.training.class_names), set(self.evaluation.class_names)
+        if ours != theirs:
+            differing = ", ".join(sorted(ours ^ theirs))
+            raise ValueError(
+                f"{self.training.root} annotates {', '.join(self.training.class_names)}, but {self.evaluation.root} "
+                f"{', '.join(self.evaluation.class_names)}; they differ in {differing}: take both from data sets of the "
+                "same classes"
+            )
+
+
 def kind(root: Path | None) -> Kind:
-    """What lies at a data root."""
+    """What lies at a data root, by which a recipe chooses its flags' defaults; an info file is one of nuScenes."""
     if root is None:
         return "synthetic"
     return "frame" if (root / "frame.json").is_file() else "nuscenes"
@@ -36,70 +48,44 @@ def prepare(root: Path | None) -> None:
         synth.write(WORLD, scenes=SCENES, seed=0, image_size=WORLD_IMAGE)
 
 
-def open_splits(root: Path | None, version: str) -> Splits:
-    """(training, evaluation) key frames. A single frame is both."""
-    if kind(root) == "frame":
-        assert root is not None
-        frame = infos.read(root / "frame.json")
-        return frame, frame
+def open(root: Path | None, version: str, split: str | None = None) -> Source:
+    """The source at a data root. A single frame is both splits, and so are an info file and a named `split`.
+
+    Raises ValueError, one sentence, for a root, version or split that is not there.
+    """
+    if root is not None and (root.is_file() or kind(root) == "frame"):
+        only = infos.read(root if root.is_file() else root / "frame.json")
+        return Source(only, only)
     if root is None:
         root, version = WORLD, "v1.0-trainval"
-    if version not in SPLITS:
+    if split is None and version not in SPLITS:
         raise ValueError(f"--version {version} has no training split; choose one of {', '.join(SPLITS)}")
-    training, evaluation = SPLITS[version]
-    return nuscenes.index(root, version, training), nuscenes.index(root, version, evaluation)
+    training, evaluation = SPLITS[version] if split is None else (split, split)
+    first = nuscenes.index(root, version, training)
+    return Source(first, first if evaluation == training else nuscenes.index(root, version, evaluation))
 
 
-@dataclass(frozen=True)
-class Reader:
-    """The functions that go with a reading, the Config of a pipeline, which has at least class_names and capacities.
-
-    `BEVFUSION` and `BEVDEPTH` are the two that exist.
-    """
-
-    load: Callable[[Index, Any, paste.Database | None, int, np.random.Generator], Any]
-    """(index, reading, database, place, generator) -> a sample with token, boxes and labels; the loader's once the first
-    three are bound"""
-    collate: Collate
-    lidar_from_boxes: Callable[[Frame, Any], np.ndarray]
-    """(key frame, reading) -> [4,4] float64: the lidar frame from the one in which boxes and detections lie"""
-    sensors: Callable[[Any], tuple[str, ...]]
-    """reading -> "camera", "lidar": what a detector that reads so uses"""
-
-
-def _load_points_and_images(
-    index: Index, reading: pipeline.Config, database: paste.Database | None, place: int, generator: np.random.Generator
-) -> Sample:
-    return pipeline.load(index[place], index.root, reading, generator, database=database)
-
-
-def _load_key_frames(
-    index: Index,
-    reading: camera_pipeline.Config,
-    database: paste.Database | None,
-    place: int,
-    generator: np.random.Generator,
-) -> CameraSample:
-    files = depth.prepared(index) if reading.depth else None
-    return camera_pipeline.load(index, place, reading, generator, depth_files=files)
-
-
-BEVFUSION = Reader(
-    load=_load_points_and_images,
-    collate=lidar_batch.collate,
-    lidar_from_boxes=lambda frame, reading: np.eye(4),
-    sensors=lambda reading: ("camera", "lidar") if reading.cameras else ("lidar",),
-)
-BEVDEPTH = Reader(  # the LiDAR's depth maps are what it learns from, not what it looks at
-    load=_load_key_frames,
-    collate=camera_pipeline.collate,
-    lidar_from_boxes=lambda frame, reading: (
-        inverse(frame.global_from_lidar) @ camera_pipeline.ego_pose(frame, reading.channels)
-    ),
-    sensors=lambda reading: ("camera",),
-)
-
-
-def database_folder(index: Index) -> Path:
-    """Where `bevfn data prepare` puts the GT-paste database of a split."""
-    return building.place(index.root, "bevfn_gt_database") / index.split
+def check(index: Index, reading: Reading, *, train: bool) -> None:
+    """Raises ValueError, one sentence that names both, where a split has not what a reading asks for."""
+    name = f"{index.root} ({index.version}, split {index.split!r})" if index.split else str(index.root)
+    if (reading.points is not None or reading.depth) and not index.has("lidar"):
+        what = "LiDAR points" if reading.points is not None else "depth maps, which are made of LiDAR points"
+        raise ValueError(
+            f"{name} has no LiDAR scans, but the model reads {what}; choose a camera model, or another root"
+        )
+    if missing := [channel for channel in reading.channels if channel not in index.channels]:
+        raise ValueError(
+            f"{name} has no camera {', '.join(missing)}, which the model reads; it has "
+            f"{', '.join(index.channels) or 'none'}: choose a LiDAR model, or another root"
+        )
+    if reading.base.value.startswith("ego") and not index.has("ego poses"):
+        raise ValueError(
+            f"{name} has no ego poses, but the model's base frame is the {reading.base.value}; read the data set's own tables"
+        )
+    if missing := [known for known in reading.class_names if known not in index.class_names]:
+        raise ValueError(
+            f"{name} does not annotate {', '.join(missing)}, which the model detects; it annotates "
+            f"{', '.join(index.class_names)}"
+        )
+    if train and not index.has("velocity"):
+        raise ValueError(f"{name} has no velocities of objects, but the model learns them; train on another root")

@@ -10,8 +10,10 @@ import torch
 
 from bevfn import compile as compilation
 from bevfn import distributed
-from bevfn.data import loader, source
+from bevfn.data import loader, scene
+from bevfn.data.batch import Sample
 from bevfn.data.index import Index
+from bevfn.data.reading import Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.results import Detections
 
@@ -23,9 +25,8 @@ def detect(
     params: dict,
     state: dict,
     index: Index,
-    reading: Any,
+    reading: Reading,
     *,
-    reader: source.Reader = source.BEVFUSION,
     batch_size: int = 1,
     workers: int = 0,
     backend: str = "eager",
@@ -35,8 +36,8 @@ def detect(
 ) -> dict[str, Detections]:
     """Detections of all key frames by token, on every replica.
 
-    predict(params, state, batch) -> "boxes" [B Q 9] (bottom centre; the reader's frame), "scores", "labels", "valid"
-    [B Q]. reading: how key frames are read, a Config of the reader's pipeline. Key frames are shared out over the
+    predict(params, state, batch) -> "boxes" [B Q 9] (bottom centre; augmented base), "scores", "labels", "valid"
+    [B Q]. reading: how key frames are read. Key frames are shared out over the
     replicas; what pads the last batch appears once.
     """
     rank, count = (replicas.rank, replicas.count) if replicas is not None else (0, 1)
@@ -44,8 +45,8 @@ def detect(
     order = np.arange(len(index))
     batches = loader.steps_per_epoch(len(order), batch_size, count, 1)
     stream = loader.batches(
-        partial(reader.load, index, reading, None), order, loader.Config(batch_size=batch_size, workers=workers),
-        seed=0, epoch=0, capacities=reading.capacities, collate=reader.collate, rank=rank, replicas=count,
+        partial(_load, index, reading), order, loader.Config(batch_size=batch_size, workers=workers),
+        seed=0, epoch=0, capacities=reading.capacities, rank=rank, replicas=count,
     )  # fmt: skip
     found: dict[str, np.ndarray] = {}
     with contextlib.closing(stream):
@@ -60,3 +61,8 @@ def detect(
             progress(done, batches)
     union = distributed.gather_arrays(found, replicas)
     return {frame_token: Detections(*(union[f"{frame_token}/{p}"] for p in _PARTS)) for frame_token in index.positions}
+
+
+def _load(index: Index, reading: Reading, place: int, generator: np.random.Generator) -> Sample:
+    """The loader's `load` once the first two are bound."""
+    return scene.load(index, place, reading, generator)

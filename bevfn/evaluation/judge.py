@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from bevfn import draw
-from bevfn.data import source
+from bevfn.data import annotations, scene
 from bevfn.data.index import Index
+from bevfn.data.reading import Reading
 from bevfn.evaluation import page, recall, results, score, tables
 from bevfn.evaluation.results import Detections, Meta
 
@@ -34,10 +35,9 @@ class Judgement:
 def judge(
     index: Index,
     found: Mapping[str, Detections],
-    reading: Any,
+    reading: Reading,
     out: Path,
     *,
-    reader: source.Reader = source.BEVFUSION,
     run_dir: Path | None = None,
     title: str = "Evaluation",
     config: Mapping[str, Any] | None = None,
@@ -45,40 +45,40 @@ def judge(
 ) -> Judgement:
     """Scores detections of every key frame of `index` (by token), and writes the folder `out`.
 
-    reading, reader: how the frames were read for them. run_dir: the training run, whose curves the report shows. config:
+    reading: how the frames were read for them. run_dir: the training run, whose curves the report shows. config:
     plain data for the report. others: earlier scores to show beside these.
     """
-    if not (index.root / index.version / "sample.json").is_file():
-        return _recall(index, found, reading, reader, out)
-    document = submission(index, found, reading, reader)
+    if index.judge == "recall":
+        return _recall(index, found, reading, out)
+    document = submission(index, found, reading)
     results.write(out / RESULTS, document)
     scores = score.score(index, document)
     page.write(out, scores, title=title, index=index, found=document, run_dir=run_dir, config=config, others=others)
     return Judgement(scores.nds, scores.headline, tables.summary(scores, title))
 
 
-def submission(index: Index, found: Mapping[str, Detections], reading: Any, reader: source.Reader) -> dict:
+def submission(index: Index, found: Mapping[str, Detections], reading: Reading) -> dict:
     """The nuScenes results document of detections of every key frame."""
-    sensors = reader.sensors(reading)
-    meta = Meta(use_camera="camera" in sensors, use_lidar="lidar" in sensors)
+    meta = Meta(use_camera=reading.cameras is not None, use_lidar=reading.points is not None)
     return results.format(
         found, index, class_names=reading.class_names, meta=meta,
-        lidar_from_boxes=lambda frame: reader.lidar_from_boxes(frame, reading),
+        lidar_from_boxes=lambda frame: annotations.lidar_from_base(frame, reading.base, reading.channels),
     )  # fmt: skip
 
 
-def _recall(index: Index, found: Mapping[str, Detections], reading: Any, reader: source.Reader, out: Path) -> Judgement:
+def _recall(index: Index, found: Mapping[str, Detections], reading: Reading, out: Path) -> Judgement:
     """Recall over frames without nuScenes tables, and pictures of them."""
     numbers: dict[str, float] = {}
     texts = []
     for place, frame in enumerate(index):
-        sample, mine = reader.load(index, reading, None, place, np.random.default_rng(0)), found[frame.token]
+        sample, mine = scene.load(index, place, reading, np.random.default_rng(0)), found[frame.token]
+        assert sample.boxes is not None and sample.labels is not None
         counted = recall.recall(
             mine.boxes, mine.scores, mine.labels, sample.boxes, sample.labels, class_names=reading.class_names,
             score_threshold=SCORE_THRESHOLD,
         )  # fmt: skip
         picture = out / f"{frame.token}.png"
-        shown = results.moved(mine, reader.lidar_from_boxes(frame, reading))
+        shown = results.moved(mine, annotations.lidar_from_base(frame, reading.base, reading.channels))
         picked = draw.sample(frame, index.root, reading.class_names)
         draw.draw(picked, shown.boxes, shown.scores, shown.labels, picture, score_threshold=SCORE_THRESHOLD)
         texts.append(f"{counted.table()}\n{picture}")

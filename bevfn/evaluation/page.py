@@ -18,8 +18,8 @@ from typing import Any
 from PIL import Image
 
 from bevfn import draw
-from bevfn.data.frame import CLASS_NAMES
 from bevfn.data.index import Index
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import frame_quality, plots, results, tables
 from bevfn.evaluation import score as scoring
 from bevfn.evaluation.score import ERRORS, UNITS, Scores

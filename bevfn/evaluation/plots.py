@@ -43,13 +43,15 @@ class Theme:
 
 
 LIGHT = Theme(
-    "#ffffff", "#1c2430", "#66707e", "#e6e9ee", "#cfdff9", "#d5d9e0", ("#0b3c8c", "#2f6fde", "#6ea3f2", "#a9c8f8"),
-    ("#2f6fde", "#e0761a", "#178a66", "#b0407d", "#7a5ccf", "#8a7a1f"),
-)  # fmt: skip
+    *("#ffffff", "#1c2430", "#66707e", "#e6e9ee", "#cfdff9", "#d5d9e0"),
+    distances=("#0b3c8c", "#2f6fde", "#6ea3f2", "#a9c8f8"),
+    series=("#2f6fde", "#e0761a", "#178a66", "#b0407d", "#7a5ccf", "#8a7a1f"),
+)
 DARK = Theme(
-    "#171b22", "#e6e9ee", "#98a2b1", "#2b323d", "#2a4272", "#414a57", ("#c5dafc", "#8db6fa", "#5b93f5", "#3766b8"),
-    ("#5b93f5", "#f0913d", "#3fbf93", "#dd6fae", "#a48cf0", "#c9b548"),
-)  # fmt: skip
+    *("#171b22", "#e6e9ee", "#98a2b1", "#2b323d", "#2a4272", "#414a57"),
+    distances=("#c5dafc", "#8db6fa", "#5b93f5", "#3766b8"),
+    series=("#5b93f5", "#f0913d", "#3fbf93", "#dd6fae", "#a48cf0", "#c9b548"),
+)
 FOUND, MISSED, FALSE = "#178a66", "#d62839", "#e8890c"
 
 
@@ -60,6 +62,7 @@ def precision_recall(scores: Scores, theme: Theme = LIGHT) -> bytes:
     recall = np.linspace(0, 1, 101)
     for axes, one in zip(grid.flat, scores.classes):
         _style(axes, theme)
+        # nuScenes' AP leaves out recall and precision below 0.1: grey is what does not count.
         axes.axvspan(0, 0.1, color=theme.grid, alpha=0.5, linewidth=0)
         axes.axhspan(0, 0.1, color=theme.grid, alpha=0.5, linewidth=0)
         for i in reversed(range(len(DISTANCES))):  # wider where looser, so that curves that coincide stay visible
@@ -196,7 +199,7 @@ def _outcome(axes: Axes, panel: Panel, score_threshold: float, range_m: float) -
     counts = np.isin(np.arange(len(boxes)), m.annotated)
     known = np.array([bool(name) for name in panel.frame.names], dtype=bool)
     predicted, right = panel.detections.boxes[m.order[sure]], m.takes[sure] >= 0
-    for outlines, colour, width in (
+    for outlines, colour, width in (  # in the order of drawing: what was missed stays on top
         (boxes[known & ~counts], "#b4bac4", 0.8),
         (boxes[m.annotated[found]], FOUND, 2.0),
         (predicted[right], "#2f6fde", 1.1),
@@ -254,10 +257,11 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label
         axes.plot(steps, values, color=colour, linewidth=1.8, label=label, marker="o" if len(values) < 20 else "", ms=4)
     else:
         half = max(2, len(values) // 100)
+        # A median, for one step's outlier would bend a mean for the whole window.
         middle = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         axes.plot(steps, middle, color=colour, linewidth=1.8, label=label)
-    if title in ("loss", "gradient norm") and values.min() > 0:
+    if title in ("loss", "gradient norm") and values.min() > 0:  # they fall by orders of magnitude
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

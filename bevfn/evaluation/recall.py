@@ -103,7 +103,7 @@ def recall(
     keep = scores >= score_threshold
     for label, name in enumerate(class_names):
         mine = np.flatnonzero(keep & (labels == label))
-        mine = mine[np.argsort(-scores[mine], kind="stable")]
+        mine = mine[np.argsort(-scores[mine], kind="stable")]  # stable: equal scores keep the order they came in
         theirs = annotated_boxes[annotated_labels == label]
         if len(mine) or len(theirs):
             taken = match(boxes[mine, :2], theirs[:, :2], distance_m)
@@ -123,6 +123,7 @@ def match(predicted: np.ndarray, annotated: np.ndarray, distance_m: float) -> np
     if not len(annotated):
         return taken
     distance = np.linalg.norm(predicted[:, None] - annotated[None], axis=-1)  # Q G
+    # One after another, as the devkit does: an optimal assignment would let a weak prediction displace a sure one.
     for i, row in enumerate(distance):
         nearest = int(np.argmin(row))
         if row[nearest] < distance_m:

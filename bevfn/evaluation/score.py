@@ -22,9 +22,7 @@ from bevfn.files import write_atomically
 
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, at which AP is averaged; true positives are measured at 2 m
 # our name of an error: the devkit's
-ERRORS = {
-    "ATE": "trans_err", "ASE": "scale_err", "AOE": "orient_err", "AVE": "vel_err", "AAE": "attr_err",
-}  # fmt: skip
+ERRORS = {"ATE": "trans_err", "ASE": "scale_err", "AOE": "orient_err", "AVE": "vel_err", "AAE": "attr_err"}
 UNITS = {"ATE": "m", "ASE": "1 - IoU", "AOE": "rad", "AVE": "m/s", "AAE": "1 - accuracy"}
 
 
@@ -131,6 +129,7 @@ def _evaluate(index: Index, results: Mapping[str, Any], split: str, tables: Any)
                 f"{index.root}: the devkit refuses split {split!r} of {index.version} ({error}); check that split, "
                 "version and index belong together."
             ) from error
+        # A split may be more than the index, which may hold a part of it: only its key frames count.
         for boxes in (judge.gt_boxes, judge.pred_boxes):
             boxes.boxes = type(boxes.boxes)(list, {t: b for t, b in boxes.boxes.items() if t in index.positions})
         metrics, curves = judge.evaluate()
@@ -162,11 +161,10 @@ def _complete(results: Mapping[str, Any], split: str, tables: Any) -> dict:
     listed |= results["results"]
     if not any(listed.values()):
         token = next(iter(listed))
-        far = {
-            "sample_token": token, "translation": [1e7, 1e7, 0.0], "size": [1.0] * 3, "rotation": [1.0, 0.0, 0.0, 0.0],
-            "velocity": [0.0, 0.0], "detection_name": "car", "detection_score": 0.0, "attribute_name": "",
-        }  # fmt: skip
-        listed[token] = [far]
+        # The devkit tells detections from tracks by the first box, so it needs one; this one is out of everything's reach.
+        far = {"translation": [1e7, 1e7, 0.0], "size": [1.0] * 3, "rotation": [1.0, 0.0, 0.0, 0.0]}
+        car = {"velocity": [0.0, 0.0], "detection_name": "car", "detection_score": 0.0, "attribute_name": ""}
+        listed[token] = [{"sample_token": token, **far, **car}]
     return {"meta": results["meta"], "results": listed}
 
 

@@ -14,6 +14,7 @@ def summary(scores: Scores, title: str = "") -> str:
     lines += _table([list(scores.headline), [number(value) for value in scores.headline.values()]])
     rows = [["class", "boxes", "AP", *(f"{name} [{UNITS[name]}]" for name in ERRORS)]]
     for c in scores.classes:
+        # The devkit gives a class without annotations AP 0 and errors 1: numbers that measure nothing.
         values = [c.ap, *c.errors.values()] if c.annotated else [math.nan] * 6
         rows.append([c.name, f"{c.annotated:,}", *map(number, values)])
     return "\n".join([*lines, "", *_table(rows), "", note(scores), ""])
@@ -80,7 +81,7 @@ def _rows(columns: dict[str, dict[str, float]], lower: set[str]) -> list[list[st
 def _table(rows: list[list[str]]) -> list[str]:
     """Markdown, columns padded: the first one left, numbers right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = not rows[1][0].replace(".", "").isdigit()
+    left = not rows[1][0].replace(".", "").isdigit()  # names, unless the first column holds numbers
     rule = [":" + "-" * (w - 1) if i == 0 and left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     aligned = [
         [cell.ljust(w) if i == 0 and left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]

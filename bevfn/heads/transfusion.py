@@ -123,7 +123,7 @@ def apply(
         key: randomness of the dropout; None switches it off.
 
     Returns:
-        outputs, all float32 but the features: "shared_conv" [B C X Y], "dense_heatmap" logits [B K X Y],
+        outputs, all float32 but the features: "shared" [B C X Y], "dense_heatmap" logits [B K X Y],
         "query_index" [B Q] (cell = row * Y + column), "query_labels" [B Q], "query_score" [B Q], "query_pos" [B Q 2]
         (cells), "query_feat_in", "self_attn", "cross_attn", "decoder_out" [B Q C], and "pred": one dict per decoder
         layer of [B Q n]: center (cells), height (m, gravity centre), dim (log m), rot (sin, cos), vel (m/s), heatmap
@@ -142,7 +142,7 @@ def apply(
     one_hot = (query["labels"][..., None] == torch.arange(config.classes, device=x.device)).to(feature.dtype)
     feature = feature + linear.apply(params["class_encoding"], one_hot)
     outputs = {
-        "shared_conv": shared,
+        "shared": shared,
         "dense_heatmap": dense,
         "query_index": query["index"],
         "query_labels": query["labels"],

@@ -18,16 +18,14 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Base, Batch, check_base
+from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
+from bevfn.models import cameras
 from bevfn.necks import second_fpn
 from bevfn.precision import Policy
 from bevfn.views import camera_grid, depth_aggregation, depth_net, matrixvt
-
-# Of R, G, B upstream, applied to B, G, R: it normalises an RGB image with `to_rgb=True`, which swaps the channels.
-IMAGE_MEAN = (123.675, 116.28, 103.53)
-IMAGE_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
@@ -72,18 +70,25 @@ class Config:
     def bev_backbone(self) -> resnet.Config:
         """ResNet-18 without its last stage and without pooling, on the key frames' maps side by side."""
         return resnet.Config(
-            channels_in=self.frames * self.depth.context, channels=self.bev_channels, blocks=(2, 2, 2),
-            strides=(1, 2, 2), bottleneck=False, pool=False,
-        )  # fmt: skip
+            channels_in=self.frames * self.depth.context,
+            channels=self.bev_channels,
+            blocks=(2, 2, 2),
+            strides=(1, 2, 2),
+            bottleneck=False,
+            pool=False,
+        )
 
     @property
     def bev_neck(self) -> second_fpn.Config:
         """The BEV map itself and the backbone's stages, all brought to the map's resolution."""
         backbone = self.bev_backbone
         return second_fpn.Config(
-            channels_in=(backbone.channels_in, *backbone.stage_channels), channels=(self.neck_channels,) * 4,
-            strides=(1, 2, 4, 8), kaiming_normal=True, norm_momentum=self.neck.norm_momentum,
-        )  # fmt: skip
+            channels_in=(backbone.channels_in, *backbone.stage_channels),
+            channels=(self.neck_channels,) * 4,
+            strides=(1, 2, 4, 8),
+            kaiming_normal=True,
+            norm_momentum=self.neck.norm_momentum,
+        )
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -121,21 +126,21 @@ def matrix_vt() -> Config:
 def mini(config: Config) -> Config:
     """The same model at a size for demos and CI: 128 x 352 images seen at stride 8, 64 x 64 cells of 1.6 m, narrow layers,
     a stem that is trained."""
-    grid = replace(
-        config.grid, image_size=(128, 352), stride=8, depth_m=(2.0, 58.0, 1.0), x_m=(-51.2, 51.2, 1.6),
-        y_m=(-51.2, 51.2, 1.6),
-    )  # fmt: skip
+    span, C = (-51.2, 51.2, 1.6), 32
+    depth = depth_net.Config(
+        channels_in=128, channels=64, context=C, depth_bins=56, blocks=1, dilations=(1, 2, 3), dropout=0.1
+    )
     return replace(
-        config, grid=grid, backbone=replace(config.backbone, channels=16, blocks=(2, 2, 2, 2), frozen_stages=-1),
+        config,
+        backbone=replace(config.backbone, channels=16, blocks=(2, 2, 2, 2), frozen_stages=-1),
         neck=replace(config.neck, channels_in=(64, 128, 256, 512), channels=(32,) * 4, strides=(0.5, 1, 2, 4)),
-        depth=replace(
-            config.depth, channels_in=128, channels=64, context=32, depth_bins=56, blocks=1, dilations=(1, 2, 3),
-            dropout=0.1,
-        ),
-        matrix=None if config.matrix is None else replace(config.matrix, context=32, channels=64),
-        bev_channels=48, neck_channels=24,
+        grid=replace(config.grid, image_size=(128, 352), stride=8, depth_m=(2.0, 58.0, 1.0), x_m=span, y_m=span),
+        depth=depth,
+        matrix=None if config.matrix is None else replace(config.matrix, context=C, channels=64),
+        bev_channels=48,
+        neck_channels=24,
         head=replace(config.head, channels_in=96, channels=24, cell=(1.6, 1.6), cells=(64, 64)),
-    )  # fmt: skip
+    )
 
 
 def with_norm_momentum(config: Config, momentum: float) -> Config:
@@ -146,31 +151,30 @@ def with_norm_momentum(config: Config, momentum: float) -> Config:
 def init(config: Config, seed: int) -> tuple[dict, dict]:
     """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
     generator = torch.Generator().manual_seed(seed)
-    view = {"depth_net": depth_net.init(config.depth, generator)}
+    view: dict = {"depth_net": depth_net.init(config.depth, generator)}
     if config.aggregation:
         view["aggregation"] = depth_aggregation.init(config.depth.context, generator)
     if config.matrix is not None:
         view["matrix"] = matrixvt.init(config.matrix, generator)
     made = {
         "image": {
-            "backbone": resnet.init(config.backbone, generator), "neck": second_fpn.init(config.neck, generator),
+            "backbone": resnet.init(config.backbone, generator),
+            "neck": second_fpn.init(config.neck, generator),
         },
         "view": view,
         "bev": {
             "backbone": resnet.init(config.bev_backbone, generator),
             "neck": second_fpn.init(config.bev_neck, generator),
         },
-    }  # fmt: skip
-    params: dict = {part: {name: p for name, (p, _) in parts.items()} for part, parts in made.items()}
-    state: dict = {part: {name: s for name, (_, s) in parts.items()} for part, parts in made.items()}
-    params["head"], state["head"] = centerpoint.init(config.head, generator)
-    return params, state
+        "head": centerpoint.init(config.head, generator),
+    }
+    return tree.unzip(made)
 
 
 Place = Tensor | tuple[Tensor, Tensor]
 
 
-def place(batch: CameraBatch, frame: int, config: Config) -> Place:
+def place(batch: Batch, frame: int, config: Config) -> Place:
     """Where frame t's features go: the cell of every frustum point, or MatrixVT's ring and ray matrices.
 
     It follows from the calibration and the augmentation alone; a fixed rig can make it once and give it to `apply`.
@@ -183,7 +187,7 @@ def place(batch: CameraBatch, frame: int, config: Config) -> Place:
 def apply(
     params: dict,
     state: dict,
-    batch: CameraBatch,
+    batch: Batch,
     *,
     config: Config,
     train: Train,
@@ -197,28 +201,29 @@ def apply(
     in training normalise by their own batch and update the running statistics once more, as upstream.
 
     Args:
-        batch: see `data.camera_batch.CameraBatch`; at least `config.frames` frames.
+        batch: see `data.batch.Batch`; at least `config.frames` frames.
         train: batch statistics (of all replicas with `Replicas`).
         key: dropout; None switches it off.
         places: of every frame instead of `place`.
 
     Returns:
-        outputs naming every boundary ("frames": per frame "image", "image_neck", "depth_net", "depth", "place", "view";
-        "bev", "trunk", "bev_neck", "head") and the new state.
+        outputs naming every boundary by the path of the parameters that made it ("frames": per frame "image":
+        "backbone", "neck"; "view": "depth_net", "depth", "place", "bev"; then "bev": "map", "backbone", "neck"; "head"),
+        and the new state.
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
-    _check(batch, config)
-    frames, image_side = [], {"image": state["image"], "view": state["view"]}
-    for t in range(config.frames):
-        weights = {"image": params["image"], "view": params["view"]}
-        if t > 0:
-            weights = tree.map(lambda leaf: leaf.detach(), weights)
-        outputs, image_side = _frame(
-            weights, image_side, batch, t, place(batch, t, config) if places is None else places[t],
-            config=config, train=train, policy=policy, key=None if key is None else rng.fold(key, t),
-        )  # fmt: skip
-        frames.append(outputs)
+    check_base(batch, Base.EGO_AT_CAMERAS, "BEVDepth")
+    images = cameras.images(batch, config.frames, config.grid.image_size)
+
+    def one(params: dict, state: dict, t: int, train: Train) -> tuple[dict, dict]:
+        where = place(batch, t, config) if places is None else places[t]
+        site = None if key is None else rng.fold(key, t)
+        return _frame(params, state, images[:, t], known, where, config=config, train=train, policy=policy, key=site)
+
+    known = depth_net.camera_vectors(batch)
+    weights, statistics = ({part: made[part] for part in ("image", "view")} for made in (params, state))
+    frames, image_side = cameras.over_frames(one, weights, statistics, order=range(config.frames), train=train)
     # Upstream forces everything behind the view transform to float32 under autocast.
     bev = torch.cat([frame["view"]["bev"] for frame in frames], 1).float()  # B T*C Y X
     trunk, trunk_state = resnet.apply(
@@ -229,22 +234,26 @@ def apply(
     )
     head, head_state = centerpoint.apply(params["head"], state["head"], x, config=config.head, train=train)
     new = {**image_side, "bev": {"backbone": trunk_state, "neck": neck_state}, "head": head_state}
-    return {"frames": frames, "bev": bev, "trunk": trunk, "bev_neck": x, "head": head}, new
+    return {"frames": frames, "bev": {"map": bev, "backbone": trunk, "neck": x}, "head": head}, new
 
 
-def _check(batch: CameraBatch, config: Config) -> None:
-    frames, size = batch.images.shape[1], tuple(batch.images.shape[3:5])
-    if frames < config.frames:
-        raise ValueError(f"the batch has {frames} frames, the model takes {config.frames}; read more key frames")
-    if size != config.grid.image_size:
-        raise ValueError(f"images are {size} pixels, the model's grid.image_size is {config.grid.image_size}")
+def needs(config: Config) -> Needs:
+    """What the model reads of a batch."""
+    return Needs(
+        model="BEVDepth",
+        base=Base.EGO_AT_CAMERAS,
+        classes=sum(config.head.tasks),
+        image_size=config.grid.image_size,
+        frames=config.frames,
+        depth=config.depth_loss_weight > 0,
+    )
 
 
 def _frame(
     params: dict,
     state: dict,
-    batch: CameraBatch,
-    t: int,
+    images: Tensor,
+    known: Tensor,
     where: Place,
     *,
     config: Config,
@@ -252,48 +261,40 @@ def _frame(
     policy: Policy,
     key: Tensor | None,
 ) -> tuple[dict, dict]:
-    """Images of frame t to its BEV map in the key frame's ego frame."""
-    images = normalise(batch.images[:, t]).flatten(0, 1).to(policy.compute)  # B*N 3 H W
-    image, view = params["image"], params["view"]
+    """uint8 images [B N H W 3] of a frame, and what is known of the cameras, to its BEV map in the key frame's base."""
+    x = cameras.normalise(images, order="bgr").to(policy.compute)  # B*N 3 H W
+    image, weights = params["image"], params["view"]
     maps, backbone_state = resnet.apply(
-        image["backbone"], state["image"]["backbone"], images, config=config.backbone, train=train
+        image["backbone"], state["image"]["backbone"], x, config=config.backbone, train=train
     )
     x, neck_state = second_fpn.apply(image["neck"], state["image"]["neck"], maps[1:], config=config.neck, train=train)
-    cameras = depth_net.camera_vectors(batch)
     net, net_state = depth_net.apply(
-        view["depth_net"], state["view"]["depth_net"], x, cameras, config=config.depth, train=train, key=key
+        weights["depth_net"], state["view"]["depth_net"], x, known, config=config.depth, train=train, key=key
     )
     depth, context = torch.softmax(net["logits"].float(), 1), net["context"].float()
     new = {"image": {"backbone": backbone_state, "neck": neck_state}, "view": {"depth_net": net_state}}
     if config.matrix is not None:
         assert isinstance(where, tuple)
         made, new["view"]["matrix"] = matrixvt.apply(
-            view["matrix"], state["view"]["matrix"], depth, context, where, grid=config.grid, train=train
+            weights["matrix"], state["view"]["matrix"], depth, context, where, grid=config.grid, train=train
         )
     elif config.aggregation:
         assert isinstance(where, Tensor)
         volume, new["view"]["aggregation"] = depth_aggregation.apply(
-            view["aggregation"], state["view"]["aggregation"], depth, context, train=train
+            weights["aggregation"], state["view"]["aggregation"], depth, context, train=train
         )
         made = {"bev": camera_grid.pool_volume(volume, where, config.grid)}
     else:
         assert isinstance(where, Tensor)
         made = {"bev": camera_grid.pool(depth, context, where, config.grid)}
-    outputs = {"image": maps, "image_neck": x, "depth_net": net, "depth": depth, "place": where, "view": made}
-    return outputs, new
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 RGB [B N H W 3] -> float32 [B N 3 H W] in the order B, G, R (channels-last memory)."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device)
-    std = torch.tensor(IMAGE_STD, device=images.device)
-    return ((images.float().flip(-1) - mean) / std).permute(0, 1, 4, 2, 3)
+    view = {"depth_net": net, "depth": depth, "place": where, **made}
+    return {"image": {"backbone": maps, "neck": x}, "view": view}, new
 
 
 def loss(
     params: dict,
     state: dict,
-    batch: CameraBatch,
+    batch: Batch,
     key: Tensor | None = None,
     *,
     config: Config,
@@ -312,13 +313,17 @@ def loss(
     Raises ValueError if the batch has no annotations, or no depth while the depth loss counts.
     """
     if batch.boxes is None or batch.labels is None or batch.boxes_valid is None:
-        raise ValueError("CameraBatch.boxes, labels and boxes_valid are needed for training")
+        raise ValueError("Batch.boxes, labels and boxes_valid are needed for training")
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     pooled = train if isinstance(train, Replicas) else None
     total, terms = centerpoint_loss.loss(
-        outputs["head"]["tasks"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head,
+        outputs["head"]["tasks"],
+        batch.boxes,
+        batch.labels,
+        batch.boxes_valid,
+        config=config.head,
         replicas=replicas or pooled,
-    )  # fmt: skip
+    )
     metrics = {f"loss/{name}": terms[name].detach() for name in ("heatmap", "bbox")} | {"num_pos": terms["num_pos"]}
     if config.depth_loss_weight:
         depth = depth_loss(outputs, batch, config, pooled)
@@ -326,12 +331,12 @@ def loss(
     return total, (new, {"loss/total": total.detach(), **metrics})
 
 
-def depth_loss(outputs: dict, batch: CameraBatch, config: Config, replicas: Replicas | None = None) -> Tensor:
+def depth_loss(outputs: dict, batch: Batch, config: Config, replicas: Replicas | None = None) -> Tensor:
     """Weighted depth loss of the current key frame, 0-d; raises ValueError if the batch has no depth."""
     if batch.depth is None:
-        raise ValueError("CameraBatch.depth is needed for the depth loss; read it, or set depth_loss_weight to 0")
+        raise ValueError("Batch.depth is needed for the depth loss; read it, or set depth_loss_weight to 0")
     labels = depth_net.depth_labels(batch.depth.flatten(0, 1), config.grid.depth_m, config.grid.stride)
-    logits = outputs["frames"][0]["depth_net"]["logits"]
+    logits = outputs["frames"][0]["view"]["depth_net"]["logits"]
     return depth_net.depth_loss(logits, labels, weight=config.depth_loss_weight, replicas=replicas)
 
 
@@ -343,7 +348,7 @@ def decode(outputs: dict, config: Config) -> dict[str, Tensor]:
 def predict(
     params: dict,
     state: dict,
-    batch: CameraBatch,
+    batch: Batch,
     *,
     config: Config,
     policy: Policy = Policy(),  # noqa: B008

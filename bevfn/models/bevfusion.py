@@ -15,19 +15,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bevfn import rng
+from bevfn import rng, tree
 from bevfn.backbones import second, sparse_encoder, swin
-from bevfn.data.batch import Batch
+from bevfn.data.batch import Base, Batch, check_base
+from bevfn.data.reading import Needs
 from bevfn.distributed import Train
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.kernels.voxelize import voxelize
 from bevfn.layers import conv_norm
+from bevfn.models import cameras
 from bevfn.necks import lss_fpn, second_fpn
 from bevfn.precision import Policy
 from bevfn.views import lift_splat
-
-IMAGE_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
-IMAGE_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,10 @@ class Config:
             X, Y, _ = sparse_encoder.output_grid(self.lidar.encoder, self.sparse_grid)
             if self.head.cells != (X, Y):
                 raise ValueError(f"the sparse encoder makes {X} x {Y} BEV cells, head.cells is {self.head.cells}")
+        if self.camera is not None:
+            X, Y = (count // 2 for count in self.camera.view.grid.cells)
+            if self.head.cells != (X, Y):
+                raise ValueError(f"the view transform makes {X} x {Y} BEV cells, head.cells is {self.head.cells}")
 
     @property
     def sparse_grid(self) -> tuple[int, int, int]:
@@ -106,33 +109,49 @@ def camera_only() -> Config:
 def mini(config: Config) -> Config:
     """The same model at a size for demos and CI: 0.28 m voxels, 1.1 m BEV cells, 64 x 192 images, narrow layers."""
     size = (0.28125, 0.28125, 0.2)  # 384 x 384 x 40 voxels, 96 x 96 BEV cells
-    voxels = replace(config.voxels, size=size, max_voxels=(8_000, 8_000))
     lidar, camera = config.lidar, config.camera
+    fused = C = 64
     if lidar is not None:
         encoder = sparse_encoder.Config(
-            channels=(8, 16, 32), channels_out=32, blocks=1, paddings=((1, 1, 1), (1, 1, 0)),
+            channels=(8, 16, 32),
+            channels_out=32,
+            blocks=1,
+            paddings=((1, 1, 1), (1, 1, 0)),
             capacities=(8_000, 4_000, 4_000),
-        )  # fmt: skip
+        )
         lidar = replace(lidar, encoder=encoder)
+        if camera is None:
+            fused = encoder.channels_out * sparse_encoder.output_grid(encoder, (384, 384, 41))[2]
     if camera is not None:
+        span = (-54.0, 54.0, 0.5625)
         view = lift_splat.Config(
-            channels_in=32, channels_out=16, image_size=(64, 192), depth_m=(1.0, 61.0, 1.0),
-            x_m=(-54.0, 54.0, 0.5625), y_m=(-54.0, 54.0, 0.5625), lidar_depth=camera.view.lidar_depth,
-        )  # fmt: skip
+            channels_in=32,
+            channels_out=16,
+            grid=replace(camera.view.grid, image_size=(64, 192), depth_m=(1.0, 61.0, 1.0), x_m=span, y_m=span),
+            lidar_depth=camera.view.lidar_depth,
+        )
         neck = lss_fpn.Config(channels_in=(32, 64, 128), channels_out=32)
         camera = Camera(backbone=swin.MINI, neck=neck, view=view)
-    fused = 64
-    if lidar is not None and camera is None:
-        fused = lidar.encoder.channels_out * sparse_encoder.output_grid(lidar.encoder, (384, 384, 41))[2]
+    head = transfusion.Config(
+        channels_in=C,
+        channels=32,
+        queries=100,
+        heads=4,
+        ffn_channels=64,
+        head_channels=32,
+        voxel=size[:2],
+        stride=4,
+        cells=(96, 96),
+    )
     return Config(
-        voxels=voxels, lidar=lidar, camera=camera, fused_channels=64,
+        voxels=replace(config.voxels, size=size, max_voxels=(8_000, 8_000)),
+        lidar=lidar,
+        camera=camera,
+        fused_channels=C,
         backbone=second.Config(channels_in=fused, channels=(32, 64), layers=2),
         neck=second_fpn.Config(channels_in=(32, 64), channels=(32, 32)),
-        head=transfusion.Config(
-            channels_in=64, channels=32, queries=100, heads=4, ffn_channels=64, head_channels=32, voxel=size[:2],
-            stride=4, cells=(96, 96),
-        ),
-    )  # fmt: skip
+        head=head,
+    )
 
 
 def with_capacities(config: Config, voxels: tuple[int, int], sites: tuple[int, ...]) -> Config:
@@ -158,32 +177,39 @@ def with_norm_momentum(config: Config, momentum: float) -> Config:
 def init(config: Config, seed: int) -> tuple[dict, dict]:
     """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
     generator = torch.Generator().manual_seed(seed)
-    params: dict = {}
-    state: dict = {}
-
-    def add(name: str, made: tuple[dict, dict]) -> None:
-        params[name], state[name] = made
-
+    made: dict = {}
     fused = 0
     if config.camera is not None:
-        made = {
+        made["camera"] = {
             "backbone": swin.init(config.camera.backbone, generator),
             "neck": lss_fpn.init(config.camera.neck, generator),
             "view": lift_splat.init(config.camera.view, generator),
         }
-        add("camera", ({k: p for k, (p, _) in made.items()}, {k: s for k, (_, s) in made.items()}))
         fused += config.camera.view.channels_out
     if config.lidar is not None:
-        add("lidar", sparse_encoder.init(config.lidar.encoder, generator))
-        fused += (
-            config.lidar.encoder.channels_out * sparse_encoder.output_grid(config.lidar.encoder, config.sparse_grid)[2]
-        )
+        made["lidar"] = sparse_encoder.init(config.lidar.encoder, generator)
+        _, _, Z = sparse_encoder.output_grid(config.lidar.encoder, config.sparse_grid)
+        fused += config.lidar.encoder.channels_out * Z
     if config.camera is not None:
-        add("fuser", conv_norm.init(fused, config.fused_channels, 3, generator=generator))
-    backbone, neck = second.init(config.backbone, generator), second_fpn.init(config.neck, generator)
-    add("bev", ({"backbone": backbone[0], "neck": neck[0]}, {"backbone": backbone[1], "neck": neck[1]}))
-    add("head", transfusion.init(config.head, generator))
-    return params, state
+        made["fuser"] = conv_norm.init(fused, config.fused_channels, 3, generator=generator)
+    made["bev"] = {
+        "backbone": second.init(config.backbone, generator),
+        "neck": second_fpn.init(config.neck, generator),
+    }
+    made["head"] = transfusion.init(config.head, generator)
+    return tree.unzip(made)
+
+
+def needs(config: Config) -> Needs:
+    """What the model reads of a batch."""
+    view = None if config.camera is None else config.camera.view
+    return Needs(
+        model="BEVFusion",
+        base=Base.LIDAR,
+        classes=config.head.classes,
+        points=config.lidar is not None or (view is not None and view.lidar_depth),
+        image_size=None if view is None else view.grid.image_size,
+    )
 
 
 def apply(
@@ -204,21 +230,22 @@ def apply(
         key: dropout and stochastic depth; None switches both off.
 
     Returns:
-        outputs naming every boundary ("voxel", "sparse", "swin", "lssfpn", "vt", "fuser", "second", "secfpn", "head",
-        "overflow") and the new state.
+        outputs naming every boundary by the path of the parameters that made it ("camera": "backbone", "neck", "view";
+        "lidar", "fuser", "bev": "backbone", "neck"; "head"; "voxels", "overflow"), and the new state.
     """
+    check_base(batch, Base.LIDAR, "BEVFusion")
     outputs: dict = {"overflow": {}}
     new: dict = {}
     bev = []
     if config.camera is not None:
         camera, new["camera"] = _camera_branch(params["camera"], state["camera"], batch, config, train, policy, key)
-        outputs |= camera
-        bev.append(camera["vt"]["bev"].to(policy.compute))
+        outputs["camera"] = camera
+        bev.append(camera["view"]["bev"].to(policy.compute))
     if config.lidar is not None:
         lidar, new["lidar"] = _lidar_branch(params["lidar"], state["lidar"], batch, config, train, policy)
         outputs["overflow"] |= lidar.pop("overflow")
         outputs |= lidar
-        bev.append(lidar["sparse"]["bev"])
+        bev.append(lidar["lidar"]["bev"])
     x = bev[0]
     if config.camera is not None:
         x, new["fuser"] = conv_norm.apply(params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train)
@@ -228,7 +255,7 @@ def apply(
     )
     x, neck_state = second_fpn.apply(params["bev"]["neck"], state["bev"]["neck"], maps, config=config.neck, train=train)
     new["bev"] = {"backbone": backbone_state, "neck": neck_state}
-    outputs["second"], outputs["secfpn"] = maps, x
+    outputs["bev"] = {"backbone": maps, "neck": x}
     head_key = None if key is None else rng.fold(key, 1)
     outputs["head"], new["head"] = transfusion.apply(
         params["head"], state["head"], x, config=config.head, train=train, key=head_key
@@ -240,7 +267,8 @@ def _camera_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy, key: Tensor | None
 ) -> tuple[dict, dict]:
     assert config.camera is not None
-    images = normalise(batch.images).flatten(0, 1).to(policy.compute)  # B*N 3 H W
+    frames = cameras.images(batch, 1, config.camera.view.grid.image_size)
+    images = cameras.normalise(frames[:, 0], order="rgb").to(policy.compute)  # B*N 3 H W
     swin_key = None if key is None else rng.fold(key, 0)
     features = swin.apply(params["backbone"], images, config=config.camera.backbone, train=train, key=swin_key)
     fpn, neck_state = lss_fpn.apply(params["neck"], state["neck"], features, train=train)
@@ -248,14 +276,7 @@ def _camera_branch(
     view, view_state = lift_splat.apply(
         params["view"], state["view"], fpn[0].float(), batch, config=config.camera.view, train=train
     )
-    return {"swin": features, "lssfpn": fpn, "vt": view}, {"backbone": {}, "neck": neck_state, "view": view_state}
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 RGB [B N H W 3] -> float32 [B N 3 H W] (channels-last memory), ImageNet mean 0 and deviation 1."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device)
-    std = torch.tensor(IMAGE_STD, device=images.device)
-    return ((images.float() - mean) / std).permute(0, 1, 4, 2, 3)
+    return {"backbone": features, "neck": fpn, "view": view}, {"backbone": {}, "neck": neck_state, "view": view_state}
 
 
 def _lidar_branch(
@@ -274,7 +295,7 @@ def _lidar_branch(
         train=train,
     )
     overflow |= sparse.pop("overflow")
-    return {"voxel": voxels, "sparse": sparse, "overflow": overflow}, new
+    return {"voxels": voxels, "lidar": sparse, "overflow": overflow}, new
 
 
 def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: Train) -> tuple[dict, dict]:
@@ -320,6 +341,11 @@ def loss(
     return total, (new, metrics)
 
 
+def decode(outputs: dict, config: Config) -> dict[str, Tensor]:
+    """Detections from the outputs: see `heads.transfusion.decode`."""
+    return transfusion.decode(outputs["head"], config.head)
+
+
 def predict(
     params: dict,
     state: dict,
@@ -328,6 +354,6 @@ def predict(
     config: Config,
     policy: Policy = Policy(),  # noqa: B008
 ) -> dict[str, Tensor]:
-    """Detections of a batch in evaluation mode: see `heads.transfusion.decode`."""
+    """Detections of a batch in evaluation mode, in the augmented LiDAR frame."""
     outputs, _ = apply(params, state, batch, config=config, train=False, policy=policy)
-    return transfusion.decode(outputs["head"], config.head)
+    return decode(outputs, config)

@@ -1,11 +1,21 @@
-"""The measures and tolerances of a parity run, and the table that it prints."""
+"""What a parity run measures, with which tolerances, and the table that it prints.
+
+The comparisons that every model shares are here: boundaries, losses, gradients, batch statistics, decoded boxes, and
+what has no order (sets of cells, hits). A row's name is the stored tensor's.
+"""
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from bevfn import tree
+from bevfn.parity.golden import Case
 
 EVAL_TOLERANCE = 2e-5
 """relative L2 of a boundary, or 10 x the case's measured noise floor if that is larger"""
@@ -13,6 +23,8 @@ TRAIN_TOLERANCE = 1e-4
 """relative error of losses, targets and batch statistics, or 10 x noise"""
 GRADIENT_TOLERANCE = (1e-2, 0.99, 1e-3)
 """gradient norms: relative error of the 99 % best parameters, and the median"""
+GRADIENT_SLICE_TOLERANCE = 2e-2
+"""relative L2, or 10 x noise: ReLUs whose input changes sign within rounding set the floor (READMEs)"""
 
 
 @dataclass(frozen=True)
@@ -96,3 +108,136 @@ def order_like(ours: Tensor, theirs: Tensor) -> Tensor:
     a, b = rows(ours), rows(theirs)
     order = np.argsort(a, kind="stable")
     return torch.from_numpy(order[np.searchsorted(a[order], b).clip(max=len(a) - 1)])
+
+
+# ------------------------------------------------------------------------------------------------ what has an order
+
+
+def boundary(case: Case, table: Table, name: str, ours: Tensor, floor: float, note: str = "") -> None:
+    """A stored tensor, in upstream's shape and sampled as it was; tolerance max(floor, 10 x its noise)."""
+    x, shape = ours.detach().cpu(), case.shape(name)
+    x = x if shape is None else x.reshape(shape)
+    phase, _, rest = name.partition("/")
+    tolerance = max(floor, 10 * case.noise(phase, rest))
+    table.add(name, relative_l2(sliced(x, case.slicing(name)), case.outputs[name]), tolerance, note)
+
+
+def dense(case: Case, table: Table, phase: str, paths: Mapping[str, str], outputs: dict, floor: float) -> None:
+    """Every boundary of {stored name: path in outputs} that the case stores for the phase."""
+    flat = tree.flatten(outputs)
+    for name, path in paths.items():
+        if f"{phase}/{name}" in case.outputs:
+            boundary(case, table, f"{phase}/{name}", flat[path], floor)
+
+
+def losses(
+    case: Case, table: Table, phase: str, ours: Mapping[str, Any], absolute: Mapping[str, float] | None = None
+) -> None:
+    """Every stored loss term; `absolute` names terms of which that absolute error is allowed too."""
+    for key in case.names(f"{phase}/loss/"):
+        stored = float(case.outputs[f"{phase}/loss/{key}"])
+        tolerance = max(TRAIN_TOLERANCE, 10 * case.loss_noise(key))
+        if absolute and key in absolute:
+            tolerance = max(tolerance, absolute[key] / max(abs(stored), 1e-12))
+        table.add(f"{phase}/loss/{key}", relative(float(ours.get(key, float("nan"))), stored), tolerance)
+
+
+def gradients(case: Case, table: Table, ours: Mapping[str, Tensor], zero: Collection[str] = ()) -> None:
+    """Norms per parameter, by upstream key, then stored slices.
+
+    zero: keys whose gradient is zero in exact arithmetic beside those that the case names; left out.
+    """
+    stored = case.gradients()
+    missing = sorted(set(stored.norms) - set(ours))
+    if missing:
+        table.add("train/grad_norm/missing", len(missing), 0.0, ", ".join(missing[:3]))
+    norms = {key: float(ours[key].double().norm()) for key in stored.norms if key in ours}
+    whole = sum(norm**2 for norm in norms.values()) ** 0.5
+    if stored.total is not None:
+        frozen = [norm for key, norm in norms.items() if stored.norms[key] is None]
+        table.add("train/grad_norm (frozen)", max(frozen, default=0.0), 0.0, f"{len(frozen)} parameters")
+        largest = max((norms[key] for key in stored.zero), default=0.0) / whole
+        note = f"{len(stored.zero)} parameters, of the whole norm"
+        table.add("train/grad_norm (zero in exact arithmetic)", largest, 1e-6, note)
+    zero = stored.zero | set(zero)
+    compared = {
+        key: norm for key, norm in stored.norms.items() if norm is not None and key in norms and key not in zero
+    }
+    errors = np.array([relative(norms[key], norm) for key, norm in compared.items()])
+    limit, share, median = GRADIENT_TOLERANCE
+    table.add(
+        f"train/grad_norm ({share * 100:.0f} % of parameters)",
+        float(np.quantile(errors, share, method="higher")),
+        limit,
+        f"{len(compared)} parameters, worst {list(compared)[int(errors.argmax())]} {errors.max():.1e}",
+    )
+    table.add("train/grad_norm (median)", float(np.median(errors)), median)
+    if stored.total is not None:
+        table.add("train/grad_norm (whole)", relative(whole, stored.total), limit)
+    for key in case.names("train/grad/"):
+        if key not in zero:
+            name = f"train/grad/{key}"
+            error = relative_l2(sliced(ours[key].cpu(), case.slicing(name)), case.outputs[name])
+            table.add(name, error, max(GRADIENT_SLICE_TOLERANCE, 10 * case.gradient_noise(key)))
+
+
+def statistics(case: Case, table: Table, ours: Mapping[str, Tensor]) -> None:
+    """Batch norms' running statistics after one training step, by upstream key."""
+    for prefix in ("train/bn/", "train/bn_after/"):
+        for key in case.names(prefix):
+            if not key.endswith("num_batches_tracked"):  # bevfn does not count
+                boundary(case, table, prefix + key, ours[key], TRAIN_TOLERANCE)
+
+
+# --------------------------------------------------------------------------------------------- what has no order
+
+
+def overflow(table: Table, outputs: Mapping[str, Any]) -> None:
+    """What did not fit into static capacities: nothing may be dropped in a comparison."""
+    for name, count in outputs.get("overflow", {}).items():
+        table.add(f"overflow/{name}", float(count), 0.0, "sites dropped")
+
+
+def differing(table: Table, name: str, ours: Tensor, stored: Tensor, note: str, *, limit: float = 0.0) -> None:
+    """How many integers differ from the stored ones."""
+    table.add(name, float((ours.cpu() != stored).sum()), limit, note)
+
+
+def same_set(case: Case, table: Table, name: str, ours: Tensor) -> None:
+    """Stored integer rows, in any order."""
+    error, note = set_difference(ours, case.outputs[name])
+    table.add(name, error, 0.0, note)
+
+
+def nonzero(case: Case, table: Table, name: str, ours: Tensor, floor: float) -> None:
+    """A sparse map, stored as the index of its nonzero elements ("<name>_index", a set) and their values."""
+    index = f"{name}_index"
+    if index not in case.outputs:
+        return
+    same_set(case, table, index, torch.nonzero(ours))
+    value = ours[tuple(case.outputs[index].long().T)]
+    table.add(f"{name}_value", relative_l2(value, case.outputs[f"{name}_value"]), floor)
+
+
+def detections(
+    case: Case, table: Table, name: str, found: Mapping[str, Tensor], noise: tuple[float, float] = (0.0, 0.0)
+) -> None:
+    """Decoded boxes [n D], scores, labels, matched one to one by all of them, since equal scores have no order.
+
+    noise: measured floors of boxes and scores.
+    """
+    stored = {key: case.outputs[f"{name}/{key}"] for key in ("boxes", "scores", "labels")}
+    more = len(found["boxes"]) - len(stored["boxes"])
+    if more:
+        table.add(f"{name}/count", abs(more), 0.0, f"{len(found['boxes'])} boxes")
+        return
+
+    def joined(each: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([each["boxes"], each["scores"][:, None], each["labels"][:, None]], 1).double()
+
+    pairs = linear_sum_assignment(torch.cdist(joined(found), joined(stored)).numpy())
+    order = torch.from_numpy(pairs[0][np.argsort(pairs[1])])
+    for key, floor in zip(("boxes", "scores"), noise):
+        error = relative_l2(found[key][order], stored[key])
+        table.add(f"{name}/{key}", error, max(EVAL_TOLERANCE, 10 * floor))
+    differing(table, f"{name}/labels", found["labels"][order], stored["labels"], "labels that differ")

@@ -101,15 +101,21 @@ def _shaded(solids: Solids, sun: np.ndarray, weather: Weather) -> np.ndarray:
     return np.clip(colour * clear + weather.horizon * (1 - clear), 0, 255)
 
 
-def _background(near, far, weather, camera_from_global, intrinsics, size) -> np.ndarray:
+def _background(
+    near: Texture,
+    far: Texture,
+    weather: Weather,
+    camera_from_global: np.ndarray,
+    intrinsics: np.ndarray,
+    size: tuple[int, int],
+) -> np.ndarray:
     """Sky and ground [H,W,3] uint8."""
     height, width = size
     normal = camera_from_global[:3, 2]
     # 1/z of the ground at pixel (u, v) is linear: across u + along v + constant
     across, along, constant = (normal @ np.linalg.inv(intrinsics)) / (normal @ camera_from_global[:3, 3])
-    inverse = (across * np.arange(width)).astype(np.float32) + (along * np.arange(height) + constant)[:, None].astype(
-        "f4"
-    )
+    rows = (along * np.arange(height) + constant)[:, None].astype(np.float32)
+    inverse = (across * np.arange(width)).astype(np.float32) + rows  # H W
     middle = inverse[:, width // 2]
     up = np.clip((1 / HORIZON - middle) / (along * height * 0.55), 0, 1)[:, None]  # 1: the zenith's colour
     result = np.empty((height, width, 3), dtype=np.uint8)
@@ -145,7 +151,9 @@ def _hazed(ground: np.ndarray, sky: np.ndarray, inverse: np.ndarray, weather: We
     return result if below.all() else np.where(below[..., None], result, sky)
 
 
-def _shadows(picture, solids, camera_from_global, intrinsics, weather) -> None:
+def _shadows(
+    picture: np.ndarray, solids: Solids, camera_from_global: np.ndarray, intrinsics: np.ndarray, weather: Weather
+) -> None:
     """Darkens the ground below things (not below buildings: they stand away from everything)."""
     dark = np.zeros(picture.shape[:2], dtype=np.uint8)
     for owner in np.unique(solids.owner[solids.owner >= 0]):
@@ -154,7 +162,7 @@ def _shadows(picture, solids, camera_from_global, intrinsics, weather) -> None:
         cast = world[:, :2] - world[:, 2:] * 0.35 * weather.sun[:2]  # soft: short shadows
         loop = cv2.convexHull(np.vstack([cast, world[:, :2]]).astype(np.float32))[:, 0]
         flat = np.column_stack([loop, np.zeros(len(loop))]) @ camera_from_global[:3, :3].T + camera_from_global[:3, 3]
-        pixels = _projected(flat.astype(np.float64), intrinsics, picture.shape[:2])
+        pixels = _projected(flat.astype(np.float64), intrinsics, (dark.shape[0], dark.shape[1]))
         if pixels is not None:
             cv2.fillConvexPoly(dark, np.round(pixels * 2**SUBPIXEL).astype(np.int32), [1], cv2.LINE_8, SUBPIXEL)
     rows = np.flatnonzero(dark.any(axis=1))

@@ -145,8 +145,7 @@ def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
     seen: dict[tuple[int, int], Seen] = {}
     for found in track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True):
         seen.update(found)
-    rows = tables.shared(settings.seed)
-    rows = {table: rows.get(table, []) for table in tables.TABLES}
+    rows: dict[str, list[dict]] = {table: [] for table in tables.TABLES} | tables.shared()
     for number, name in enumerate(scene_names(settings.scenes)):
         world = build(settings.seed, number, settings.frames_per_scene)
         rig = mounted(settings.seed, number, settings.image_size)

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 
 from bevfn.boxes import corners
 from bevfn.files import write_atomically
+from bevfn.synth.lidar import AZIMUTHS, BEAMS, MAX_RANGE
+from bevfn.synth.rig import CALIBRATED_SIZE, CAMERAS, EGO_FROM_LIDAR, camera_mount
 
 # class: (length, width, height [m]: nuScenes means; how many; top speed [m/s]; RGB; lidar intensity 0..255)
 CLASSES: dict[str, tuple[tuple[float, float, float], int, float, tuple[int, int, int], int]] = {
@@ -32,29 +34,18 @@ CLASSES: dict[str, tuple[tuple[float, float, float], int, float, tuple[int, int,
 }
 NAMES = tuple(CLASSES)
 LIDAR_FILE = "LIDAR_TOP.pcd.bin"
-LIDAR_HEIGHT = 1.84  # m above ground
-BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevation, HDL-32E
-AZIMUTHS = 1084  # firings a turn, as a nuScenes key frame: 32 * 1084 = 34,688 rays
-MAX_RANGE = 100.0  # m
+LIDAR_HEIGHT = float(EGO_FROM_LIDAR[2, 3])  # m above ground
 RANGE_NOISE = 0.01  # m, standard deviation along the ray
-# name: (heading [deg] counter-clockwise from forward, position in ego [m]: x forward, y left, z up; focal length [px])
-CAMERAS = {
-    "CAM_FRONT": (0.0, (1.70, 0.02, 1.51), 1266.0),
-    "CAM_FRONT_RIGHT": (-56.4, (1.55, -0.49, 1.50), 1261.0),
-    "CAM_FRONT_LEFT": (55.2, (1.52, 0.49, 1.51), 1273.0),
-    "CAM_BACK": (180.0, (0.03, 0.00, 1.58), 809.0),
-    "CAM_BACK_LEFT": (108.6, (1.04, 0.48, 1.59), 1257.0),
-    "CAM_BACK_RIGHT": (-110.8, (1.01, -0.48, 1.56), 1260.0),
-}
-CALIBRATED_SIZE = (900, 1600)  # H, W that the focal lengths are for
-EGO_FROM_LIDAR = np.array([[0.0, 1.0, 0.0, 0.94], [-1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, LIDAR_HEIGHT], [0, 0, 0, 1]])
 SUN = np.array([0.35, 0.50, 0.79])  # unit vector towards the light
 NEAR = 0.1  # m, near plane of the cameras
 # corner numbers of `boxes.corners` and outward normals in the box frame: front, left, rear, right, top
 FACES = (
-    ((3, 0, 4, 7), (1, 0, 0)), ((0, 1, 5, 4), (0, 1, 0)), ((1, 2, 6, 5), (-1, 0, 0)),
-    ((2, 3, 7, 6), (0, -1, 0)), ((4, 5, 6, 7), (0, 0, 1)),
-)  # fmt: skip
+    ((3, 0, 4, 7), (1, 0, 0)),
+    ((0, 1, 5, 4), (0, 1, 0)),
+    ((1, 2, 6, 5), (-1, 0, 0)),
+    ((2, 3, 7, 6), (0, -1, 0)),
+    ((4, 5, 6, 7), (0, 0, 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -73,16 +64,15 @@ class World:
 def write_frame(folder: Path, seed: int = 0, *, image_size: tuple[int, int] = CALIBRATED_SIZE) -> Path:
     """Writes frame.json, six JPEGs of image_size (H,W) and LIDAR_TOP.pcd.bin into `folder`; returns it.
 
-    Read images of another size than 900x1600 with `frame.Config(source_size=image_size, ...)`. frame.json is written
-    last and every file atomically, so a folder with a frame.json is complete.
+    frame.json is written last and every file atomically, so a folder with a frame.json is complete.
     """
     folder = Path(folder)
     rng = np.random.default_rng(seed)
     world = place(rng)
     points, hit = scan(world, rng)
     images = {}
-    for name, (heading, position, focal) in CAMERAS.items():
-        ego_from_camera = _ego_from_camera(heading, position)
+    for name, (heading, position, focal, _) in CAMERAS.items():
+        ego_from_camera = camera_mount(heading, position)
         camera_from_lidar = np.linalg.inv(ego_from_camera) @ EGO_FROM_LIDAR
         intrinsics = _intrinsics(focal, image_size)
         encoded = io.BytesIO()
@@ -93,6 +83,8 @@ def write_frame(folder: Path, seed: int = 0, *, image_size: tuple[int, int] = CA
             "cam2img": intrinsics.tolist(),
             "cam2ego": ego_from_camera.tolist(),
             "lidar2cam": camera_from_lidar.tolist(),
+            "height": image_size[0],
+            "width": image_size[1],
         }
     write_atomically(folder / LIDAR_FILE, points.tobytes())
     returns = np.bincount(hit[hit >= 0], minlength=len(world.boxes))  # G
@@ -159,7 +151,7 @@ def _enter(boxes: np.ndarray, rays: np.ndarray) -> np.ndarray:
     """Distance [G,R] at which rays [R,3] from the origin enter each box (slab test), infinite where they miss."""
     cos, sin = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])  # G 1
 
-    def into(x, y, z):  # lidar axes to box axes
+    def into(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:  # lidar axes to box axes
         return np.stack([cos * x + sin * y, cos * y - sin * x, z + 0 * cos])
 
     along = into(*rays.T)  # 3 G R
@@ -225,15 +217,6 @@ def _clip(polygon: np.ndarray) -> np.ndarray:
         if (a[2] >= NEAR) != (b[2] >= NEAR):
             kept.append(a + (b - a) * (NEAR - a[2]) / (b[2] - a[2]))
     return np.array(kept).reshape(-1, 3)
-
-
-def _ego_from_camera(heading_deg: float, position: tuple[float, float, float]) -> np.ndarray:
-    """[4,4]; camera axes: x right, y down, z forward."""
-    cos, sin = np.cos(np.radians(heading_deg)), np.sin(np.radians(heading_deg))
-    result = np.eye(4)
-    result[:3, :3] = np.array([[sin, 0.0, cos], [-cos, 0.0, sin], [0.0, -1.0, 0.0]])
-    result[:3, 3] = position
-    return result
 
 
 def _intrinsics(focal: float, image_size: tuple[int, int]) -> np.ndarray:

@@ -38,14 +38,19 @@ def mounted(seed: int, number: int, image_size: tuple[int, int]) -> Rig:
     ego_from_sensor, intrinsics = {LIDAR: EGO_FROM_LIDAR @ _nudge(rng)}, {}
     down, right = image_size[0] / CALIBRATED_SIZE[0], image_size[1] / CALIBRATED_SIZE[1]
     for name, (heading, position, focal, _) in CAMERAS.items():
-        cos, sin = np.cos(np.radians(heading)), np.sin(np.radians(heading))
-        nominal = np.eye(4)
-        nominal[:3, :3] = [[sin, 0.0, cos], [-cos, 0.0, sin], [0.0, -1.0, 0.0]]
-        nominal[:3, 3] = position
-        ego_from_sensor[name] = nominal @ _nudge(rng)
+        ego_from_sensor[name] = camera_mount(heading, position) @ _nudge(rng)
         focal, x, y = focal * rng.normal(1, 0.003), rng.normal(812, 8), rng.normal(491, 6)
         intrinsics[name] = np.array([[focal * right, 0.0, x * right], [0.0, focal * down, y * down], [0.0, 0.0, 1.0]])
     return Rig(ego_from_sensor, intrinsics, image_size)
+
+
+def camera_mount(heading_deg: float, position: tuple[float, float, float]) -> np.ndarray:
+    """ego_from_camera [4,4] of a level camera."""
+    cos, sin = np.cos(np.radians(heading_deg)), np.sin(np.radians(heading_deg))
+    result = np.eye(4)
+    result[:3, :3] = [[sin, 0.0, cos], [-cos, 0.0, sin], [0.0, -1.0, 0.0]]
+    result[:3, 3] = position
+    return result
 
 
 def _nudge(rng: np.random.Generator) -> np.ndarray:

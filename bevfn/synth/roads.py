@@ -3,6 +3,7 @@
 Arc length s runs along a centre line, offsets count to the left, metres; traffic keeps right.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -85,10 +86,8 @@ def joined(a: np.ndarray, b: np.ndarray, start: float) -> Path:
     reach = 1.1 * np.hypot(*(q - p)[:2])
     u = np.linspace(0, 1, 60)[1:-1, None]
     tangents = [reach * np.array([np.cos(v[2]), np.sin(v[2])]) for v in (p, q)]
-    turn_xy = (
-        (2 * u**3 - 3 * u**2 + 1) * p[:2] + (u**3 - 2 * u**2 + u) * tangents[0]
-        + (3 * u**2 - 2 * u**3) * q[:2] + (u**3 - u**2) * tangents[1]
-    )  # fmt: skip
+    leaving = (2 * u**3 - 3 * u**2 + 1) * p[:2] + (u**3 - 2 * u**2 + u) * tangents[0]
+    turn_xy = leaving + (3 * u**2 - 2 * u**3) * q[:2] + (u**3 - u**2) * tangents[1]
     xy = np.vstack([a[:, :2], turn_xy, b[:, :2]])
     length = np.append(0.0, np.cumsum(np.hypot(*np.diff(xy, axis=0).T)))
     s = np.arange(0.0, length[-1], STEP)
@@ -97,16 +96,18 @@ def joined(a: np.ndarray, b: np.ndarray, start: float) -> Path:
     return Path(np.column_stack([xy, np.unwrap(np.arctan2(slope[:, 1], slope[:, 0]))]), start)
 
 
-def ground(roads, crossing: float, corner: np.ndarray, size: tuple[int, int], resolution: float) -> np.ndarray:
+def ground(
+    roads: Sequence[Road], crossing: float, corner: np.ndarray, size: tuple[int, int], resolution: float
+) -> np.ndarray:
     """Raster [H,W] uint8 of GRASS .. YELLOW with the lower left corner at `corner` m; row 0 is the north."""
     canvas = np.full(size, GRASS, dtype=np.uint8)
 
-    def pixels(xy):
+    def pixels(xy: np.ndarray) -> np.ndarray:
         column = (xy[:, 0] - corner[0]) / resolution - 0.5
         row = size[0] - 0.5 - (xy[:, 1] - corner[1]) / resolution
         return np.round(np.stack([column, row], axis=-1) * 16).astype(np.int32)
 
-    def line(points, width, value):
+    def line(points: np.ndarray, width: float, value: int) -> None:
         if len(points) == 2:  # a dash or a stripe: with square ends
             across = 0.5 * width * np.array([-np.sin(points[0, 2]), np.cos(points[0, 2])])
             loop = np.vstack([points[:, :2] + across, points[::-1, :2] - across])
@@ -124,7 +125,7 @@ def ground(roads, crossing: float, corner: np.ndarray, size: tuple[int, int], re
     return canvas
 
 
-def _markings(line, road: Road, cut: float, room: float) -> None:
+def _markings(line: Callable[[np.ndarray, float, int], None], road: Road, cut: float, room: float) -> None:
     """Lane lines outside the crossing at arc length `cut` of a road of half width `room`; crosswalks and stop lines."""
     path, kerb = road.path, LANE * road.lanes
     for low, high in ((path.start, cut - room - STOP), (cut + room + STOP, path.end)):

@@ -35,6 +35,10 @@ MATERIALS: dict[str, tuple[tuple[int, int, int], int]] = {
 FACES = np.array([[0, 3, 2, 1], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]])
 
 
+Span = tuple[float, float]
+Part = tuple[str, tuple[float, ...]]  # material; x0 x1 y0 y1 of the bottom, x0 x1 y0 y1 of the top, z0 z1
+
+
 @dataclass(frozen=True)
 class Solids:
     """Convex hexahedra in one frame of reference.
@@ -62,9 +66,7 @@ class Solids:
 
     def chosen(self, index: np.ndarray) -> "Solids":
         """Those that `index` (a mask or numbers) selects."""
-        return Solids(
-            *(values[index] for values in (self.corners, self.planes, self.owner, self.colour, self.brightness))
-        )
+        return Solids(*(values[index] for values in vars(self).values()))
 
 
 def solids(corners: np.ndarray, owner: np.ndarray, colour: np.ndarray, brightness: np.ndarray) -> Solids:
@@ -76,15 +78,15 @@ def solids(corners: np.ndarray, owner: np.ndarray, colour: np.ndarray, brightnes
     return Solids(corners, np.concatenate([normal, offset], axis=-1), owner, colour, brightness)
 
 
-def _part(material, x, y, z, top_x=None, top_y=None):
-    """(material, x0 x1 y0 y1 of the bottom, x0 x1 y0 y1 of the top, z0 z1); y a half width or (y0, y1)."""
-    y = y if isinstance(y, tuple) else (-y, y)
-    top_x, top_y = top_x or x, y if top_y is None else top_y
-    top_y = top_y if isinstance(top_y, tuple) else (-top_y, top_y)
-    return (material, (*x, *y, *top_x, *top_y, *z))
+def _part(
+    material: str, x: Span, y: Span | float, z: Span, top_x: Span | None = None, top_y: Span | float | None = None
+) -> Part:
+    """A part; y and top_y may be half widths, and the top is as the bottom where it is not given."""
+    bottom, top = ((w if isinstance(w, tuple) else (-w, w)) for w in (y, y if top_y is None else top_y))
+    return material, (*x, *bottom, *(top_x or x), *top, *z)
 
 
-def _wheel(low, high, y, height):
+def _wheel(low: float, high: float, y: Span | float, height: float) -> list[Part]:
     """A hexagonal wheel between x = low and high."""
     inner = (low + 0.25 * (high - low), high - 0.25 * (high - low))
     return [
@@ -93,13 +95,14 @@ def _wheel(low, high, y, height):
     ]
 
 
-def _wheels(at, length, height, half=0.504, thickness=0.14):
+def _wheels(at: tuple[float, ...], length: float, height: float) -> list[Part]:
     """Pairs of wheels at x = at, a little outside the body."""
+    half, thickness = 0.504, 0.14
     sides = ((-half, -half + thickness), (half - thickness, half))
     return [part for x in at for y in sides for part in _wheel(x - length / 2, x + length / 2, y, height)]
 
 
-def _rider(x, low, high):
+def _rider(x: float, low: float, high: float) -> list[Part]:
     """Torso and head of somebody who sits at x between the heights low and high, leaning forward."""
     middle = low + 0.72 * (high - low)
     return [
@@ -107,6 +110,11 @@ def _rider(x, low, high):
         _part("second", (x, x + 0.28), 0.26, (low - 0.12, low + 0.06), (x - 0.08, x + 0.16)),
         _part("skin", (x - 0.01, x + 0.12), 0.16, (middle, high)),
     ]
+
+
+def _riderless(cycle: list[Part]) -> list[Part]:
+    """A cycle as it fills a box that is as high as the cycle alone, not as its rider."""
+    return [(material, (*plan, low * 1.3, high * 1.3)) for material, (*plan, low, high) in cycle]
 
 
 _CAR = [
@@ -202,7 +210,7 @@ _PEDESTRIAN = [
     _part("skin", (-0.12, 0.14), 0.14, (0.85, 1.0)),
     _part("skin", (-0.08, 0.08), 0.09, (0.82, 0.85)),
 ]
-SHAPES: dict[str, list] = {
+SHAPES: dict[str, list[Part]] = {
     "car": _CAR,
     "truck": _TRUCK,
     "construction_vehicle": _CONSTRUCTION,
@@ -210,9 +218,9 @@ SHAPES: dict[str, list] = {
     "trailer": _TRAILER,
     "barrier": _BARRIER,
     "motorcycle": [*_MOTORCYCLE, *_rider(-0.10, 0.58, 1.0)],
-    "motorcycle without rider": [(m, (*f[:8], f[8] * 1.3, f[9] * 1.3)) for m, f in _MOTORCYCLE],
+    "motorcycle without rider": _riderless(_MOTORCYCLE),
     "bicycle": [*_BICYCLE, *_rider(-0.10, 0.60, 1.0)],
-    "bicycle without rider": [(m, (*f[:8], f[8] * 1.3, f[9] * 1.3)) for m, f in _BICYCLE],
+    "bicycle without rider": _riderless(_BICYCLE),
     "pedestrian": _PEDESTRIAN,
     "traffic_cone": _CONE,
     # scenery
@@ -239,14 +247,9 @@ def assemble(
     """The solids of one thing in its own frame (origin on the ground below its middle, x forward), size (l,w,h) m."""
     materials, fractions = zip(*SHAPES[shape])
     x0, x1, y0, y1, u0, u1, v0, v1, z0, z1 = np.array(fractions).T  # each S
-    # fmt: off
-    corners = np.array(
-        [
-            [x0, y0, z0], [x1, y0, z0], [x1, y1, z0], [x0, y1, z0],
-            [u0, v0, z1], [u1, v0, z1], [u1, v1, z1], [u0, v1, z1],
-        ]
-    ).transpose(2, 0, 1)  # S 8 3
-    # fmt: on
+    bottom = [[x0, y0, z0], [x1, y0, z0], [x1, y1, z0], [x0, y1, z0]]  # counter-clockwise from above
+    top = [[u0, v0, z1], [u1, v0, z1], [u1, v1, z1], [u0, v1, z1]]
+    corners = np.array([*bottom, *top]).transpose(2, 0, 1)  # S 8 3
     corners = corners * (np.asarray(size) - 2 * inset) + [0.0, 0.0, inset]
     own = {"body": body, "second": second, "wall": body}
     colour = np.array([own[m] if m in own else MATERIALS[m][0] for m in materials], dtype=np.float64)
@@ -256,9 +259,4 @@ def assemble(
 
 def concatenate(parts: list[Solids]) -> Solids:
     """All of them, in order."""
-    return Solids(
-        *(
-            np.concatenate([getattr(p, field) for p in parts])
-            for field in ("corners", "planes", "owner", "colour", "brightness")
-        )
-    )
+    return Solids(*map(np.concatenate, zip(*(vars(part).values() for part in parts))))

@@ -5,6 +5,7 @@ drivable mask. Tokens are hashes of what they name, so a world always has the sa
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,25 +15,30 @@ from bevfn.synth.rig import CAMERAS, LIDAR, Rig, quaternion
 from bevfn.synth.world import TICK, TICKS_PER_FRAME, World
 
 TABLES = (
-    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
-    "sample", "sample_data", "sample_annotation", "map",
-)  # fmt: skip
+    *("category", "attribute", "visibility", "sensor"),  # the same for every scene
+    *("instance", "calibrated_sensor", "ego_pose", "log", "scene", "sample", "sample_data", "sample_annotation", "map"),
+)
+_PEOPLE = ("adult", "child", "wheelchair", "stroller", "personal_mobility", "police_officer", "construction_worker")
+_VEHICLES = ("car", "motorcycle", "bicycle", "bus.bendy", "bus.rigid", "truck", "construction")
 CATEGORIES = (
-    "human.pedestrian.adult", "human.pedestrian.child", "human.pedestrian.wheelchair", "human.pedestrian.stroller",
-    "human.pedestrian.personal_mobility", "human.pedestrian.police_officer", "human.pedestrian.construction_worker",
+    *(f"human.pedestrian.{kind}" for kind in _PEOPLE),
     "animal",
-    "vehicle.car", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bus.bendy", "vehicle.bus.rigid", "vehicle.truck",
-    "vehicle.construction", "vehicle.emergency.ambulance", "vehicle.emergency.police", "vehicle.trailer",
-    "movable_object.barrier", "movable_object.trafficcone", "movable_object.pushable_pullable", "movable_object.debris",
+    *(f"vehicle.{kind}" for kind in (*_VEHICLES, "emergency.ambulance", "emergency.police", "trailer")),
+    *(f"movable_object.{kind}" for kind in ("barrier", "trafficcone", "pushable_pullable", "debris")),
     "static_object.bicycle_rack",
-)  # fmt: skip
+)
 ATTRIBUTES = (
-    "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
-    "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving",
-)  # fmt: skip
+    *(f"vehicle.{state}" for state in ("moving", "stopped", "parked")),
+    *(f"cycle.{state}" for state in ("with_rider", "without_rider")),
+    *(f"pedestrian.{state}" for state in ("sitting_lying_down", "standing", "moving")),
+)
 VISIBILITIES = ("v0-40", "v40-60", "v60-80", "v80-100")  # tokens "1" to "4"
 EPOCH = 1_700_000_000_000_000  # us, start of scene 0; a scene is 100 s later than the one before
+LOG = {"vehicle": "bevfn", "date_captured": "2023-11-14", "location": "bevfn-town"}  # the same for all logs
 STANDS = 0.2  # m/s, slower is not moving
+
+
+Namer = Callable[..., str]  # a scene's own `token`
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def map_file(seed: int, number: int) -> str:
     return f"maps/{token(seed, number, 'map')}.png"
 
 
-def shared(seed: int) -> dict[str, list[dict]]:
+def shared() -> dict[str, list[dict]]:
     """The tables that are the same for every scene."""
     return {
         "category": [
@@ -95,37 +101,22 @@ def scene(world: World, rig: Rig, seen: list[Seen], *, seed: int, number: int, n
     frames = len(seen)
     samples = [own("sample", k) for k in range(frames)]
     rows: dict[str, list[dict]] = {table: [] for table in TABLES}
-    rows["log"] = [
-        {
-            "token": own("log"), "logfile": logfile(number), "vehicle": "bevfn", "date_captured": "2023-11-14",
-            "location": "bevfn-town",
-        }
-    ]  # fmt: skip
-    rows["map"] = [
-        {
-            "category": "semantic_prior", "token": own("map"), "filename": map_file(seed, number),
-            "log_tokens": [own("log")],
-        }
-    ]  # fmt: skip
-    rows["scene"] = [
-        {
-            "token": own("scene"), "log_token": own("log"), "nbr_samples": frames, "first_sample_token": samples[0],
-            "last_sample_token": samples[-1], "name": name, "description": world.story,
-        }
-    ]  # fmt: skip
+    rows["log"] = [{"token": own("log"), "logfile": logfile(number), **LOG}]
+    drawn = {"token": own("map"), "filename": map_file(seed, number), "log_tokens": [own("log")]}
+    rows["map"] = [{"category": "semantic_prior", **drawn}]
+    span = {"nbr_samples": frames, "first_sample_token": samples[0], "last_sample_token": samples[-1]}
+    told = {"name": name, "description": world.story}
+    rows["scene"] = [{"token": own("scene"), "log_token": own("log"), **span, **told}]
     for k, (previous, this, following) in enumerate(zip(["", *samples], samples, [*samples[1:], ""])):
         when = timestamp(number, k * TICK * TICKS_PER_FRAME)
         link = {"prev": previous, "next": following}
         rows["sample"].append({"token": this, "timestamp": when, **link, "scene_token": own("scene")})
     for channel, matrix in rig.ego_from_sensor.items():
-        rows["calibrated_sensor"].append(
-            {
-                "token": own("calibration", channel), "sensor_token": token("sensor", channel),
-                "translation": matrix[:3, 3].tolist(), "rotation": quaternion(matrix),
-                "camera_intrinsic": rig.intrinsics[channel].tolist() if channel in rig.intrinsics else [],
-            }
-        )  # fmt: skip
-        poses, data = _recordings(world, rig, channel, frames, number, own, samples)
+        mounted = {"translation": matrix[:3, 3].tolist(), "rotation": quaternion(matrix)}
+        lens = rig.intrinsics[channel].tolist() if channel in rig.intrinsics else []
+        tokens = {"token": own("calibration", channel), "sensor_token": token("sensor", channel)}
+        rows["calibrated_sensor"].append({**tokens, **mounted, "camera_intrinsic": lens})
+        poses, data = _recordings(world, rig, channel, number, own, samples)
         rows["ego_pose"] += poses
         rows["sample_data"] += data
     rows["instance"], rows["sample_annotation"] = _annotations(world, seen, own, samples)
@@ -144,26 +135,24 @@ def moments(channel: str, frames: int) -> list[tuple[float, int, bool]]:
     return [(i * TICK, -(-i // TICKS_PER_FRAME), i % TICKS_PER_FRAME == 0) for i in range(last + 1)]
 
 
-def _recordings(world, rig, channel, frames, number, own, samples) -> tuple[list[dict], list[dict]]:
+def _recordings(
+    world: World, rig: Rig, channel: str, number: int, own: Namer, samples: list[str]
+) -> tuple[list[dict], list[dict]]:
     """Rows of ego_pose and sample_data of one sensor."""
     poses, data = [], []
     height, width = (0, 0) if channel == LIDAR else rig.image_size
-    every = moments(channel, frames)
+    every = moments(channel, len(samples))
     tokens = [own("data", channel, i) for i in range(len(every))]
     for i, (t, k, key) in enumerate(every):
         pose, when = world.global_from_ego(t), timestamp(number, t)
-        poses.append(
-            {"token": tokens[i], "timestamp": when, "rotation": quaternion(pose), "translation": pose[:3, 3].tolist()}
-        )
-        data.append(
-            {
-                "token": tokens[i], "sample_token": samples[k], "ego_pose_token": tokens[i],
-                "calibrated_sensor_token": own("calibration", channel), "timestamp": when,
-                "fileformat": "pcd" if channel == LIDAR else "jpg", "is_key_frame": key, "height": height,
-                "width": width, "filename": file_name(number, channel, t, key), "prev": tokens[i - 1] if i else "",
-                "next": tokens[i + 1] if i + 1 < len(every) else "",
-            }
-        )  # fmt: skip
+        moved = {"rotation": quaternion(pose), "translation": pose[:3, 3].tolist()}
+        poses.append({"token": tokens[i], "timestamp": when, **moved})
+        of = {"sample_token": samples[k], "ego_pose_token": tokens[i]}
+        file = {"fileformat": "pcd" if channel == LIDAR else "jpg", "is_key_frame": key}
+        size = {"height": height, "width": width, "filename": file_name(number, channel, t, key)}
+        link = {"prev": tokens[i - 1] if i else "", "next": tokens[i + 1] if i + 1 < len(every) else ""}
+        taken = {"calibrated_sensor_token": own("calibration", channel), "timestamp": when}
+        data.append({"token": tokens[i], **of, **taken, **file, **size, **link})
     return poses, data
 
 
@@ -173,7 +162,7 @@ def annotated(seen: list[Seen]) -> np.ndarray:
     return np.logical_or.accumulate(met) & np.logical_or.accumulate(met[::-1])[::-1]
 
 
-def _annotations(world, seen, own, samples) -> tuple[list[dict], list[dict]]:
+def _annotations(world: World, seen: list[Seen], own: Namer, samples: list[str]) -> tuple[list[dict], list[dict]]:
     """Rows of instance and sample_annotation."""
     instances, annotations = [], []
     mask = annotated(seen)
@@ -183,25 +172,19 @@ def _annotations(world, seen, own, samples) -> tuple[list[dict], list[dict]]:
     for g in np.flatnonzero(mask.any(axis=0)):
         frames = np.flatnonzero(mask[:, g])
         tokens = [own("annotation", g, k) for k in frames]
-        instances.append(
-            {
-                "token": own("instance", g), "category_token": token("category", world.categories[g]),
-                "nbr_annotations": len(frames), "first_annotation_token": tokens[0],
-                "last_annotation_token": tokens[-1],
-            }
-        )  # fmt: skip
+        kind = {"token": own("instance", g), "category_token": token("category", world.categories[g])}
+        ends = {"first_annotation_token": tokens[0], "last_annotation_token": tokens[-1]}
+        instances.append({**kind, "nbr_annotations": len(frames), **ends})
         for k, previous, this, following in zip(frames, ["", *tokens], tokens, [*tokens[1:], ""]):
             x, y, z, length, width, height, yaw = boxes[k, g].tolist()
             level = int(np.searchsorted([0.4, 0.6, 0.8], seen[k].visible[g], side="right")) + 1
-            annotations.append(
-                {
-                    "token": this, "sample_token": samples[k], "instance_token": own("instance", g),
-                    "visibility_token": str(level), "attribute_tokens": attribute(world, g, speeds[k, g]),
-                    "translation": [x, y, z], "size": [width, length, height],
-                    "rotation": [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))], "prev": previous,
-                    "next": following, "num_lidar_pts": int(seen[k].points[g]), "num_radar_pts": 0,
-                }
-            )  # fmt: skip
+            of = {"sample_token": samples[k], "instance_token": own("instance", g), "visibility_token": str(level)}
+            box = {"translation": [x, y, z], "size": [width, length, height]}
+            spin = {"rotation": [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))]}
+            link = {"prev": previous, "next": following}
+            met = {"num_lidar_pts": int(seen[k].points[g]), "num_radar_pts": 0}
+            named = {"attribute_tokens": attribute(world, g, speeds[k, g])}
+            annotations.append({"token": this, **of, **named, **box, **spin, **link, **met})
     return instances, annotations
 
 

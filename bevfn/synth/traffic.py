@@ -6,8 +6,9 @@ A track is [T,3]: x, y, yaw (unwrapped) at the times [T] s that all functions he
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.random import Generator
 
-from bevfn.synth.roads import LANE, STEP, STOP, STRIP, TURNED, WALK, Path, joined
+from bevfn.synth.roads import LANE, STEP, STOP, STRIP, TURNED, WALK, Path, Road, joined
 
 # class: length, width, height [m], nuScenes' means (two-wheelers: with a rider)
 SIZES: dict[str, tuple[float, float, float]] = {
@@ -40,6 +41,10 @@ EGO_SIZE = (4.08, 1.73, 1.56)  # m
 EGO_FRONT = 3.4  # m from the ego frame's origin (rear axle) to the front bumper
 
 
+Drive = tuple[Path, np.ndarray]  # a path, and the distance travelled on it [T], m
+Reach = tuple[float, float]  # from one arc length to another, m
+
+
 @dataclass(frozen=True)
 class Thing:
     """An annotated object before it is placed. track [T,3]: x, y, yaw unwrapped, global, every TICK."""
@@ -54,7 +59,9 @@ class Thing:
     pulled_by: "Thing | None" = None  # left out where this one is
 
 
-def drive_ego(rng, story, main, side, crossing, times) -> tuple[np.ndarray, tuple[Path, np.ndarray]]:
+def drive_ego(
+    rng: Generator, story: str, main: Road, side: Road, crossing: float, times: np.ndarray
+) -> tuple[np.ndarray, Drive]:
     """Track [T,3] of the ego vehicle, and its (path, distance travelled [T] m), which its lane shares."""
     lane = {"right": main.lanes - 1, "left": 0}.get(story, int(rng.integers(main.lanes)))
     path = main.path.aside(-LANE * (lane + 0.5))
@@ -77,7 +84,9 @@ def drive_ego(rng, story, main, side, crossing, times) -> tuple[np.ndarray, tupl
     return path.at(travel), (path, travel)
 
 
-def everything(rng, story, main, side, crossing, drive, times) -> list[Thing]:
+def everything(
+    rng: Generator, story: str, main: Road, side: Road, crossing: float, drive: Drive, times: np.ndarray
+) -> list[Thing]:
     """Everything that might be there, the most wanted first."""
     busy = rng.uniform(0.4, 1.0)
     near, far = -70.0, 90.0 + 8.0 * times[-1]
@@ -86,12 +95,12 @@ def everything(rng, story, main, side, crossing, drive, times) -> list[Thing]:
         *_wanted(rng, main, times),
         *_parked(rng, main, crossing, (near, far), busy, times),
         *_vehicles(rng, story, main, side, crossing, drive, (near, far), busy, times),
-        *_cyclists(rng, main, (near, far), times),
+        *_cyclists(rng, main, times),
         *_walkers(rng, main, crossing, (near, far), busy, times),
     ]
 
 
-def _work_zone(rng, main, crossing, times) -> list[Thing]:
+def _work_zone(rng: Generator, main: Road, crossing: float, times: np.ndarray) -> list[Thing]:
     """On the right, from about 10 m ahead of the start to before the crossing, beside the outermost lane."""
     edge = -LANE * main.lanes  # left offset of the lane's edge
     start = rng.uniform(9.0, 13.0)
@@ -114,7 +123,7 @@ def _work_zone(rng, main, crossing, times) -> list[Thing]:
     return things
 
 
-def _wanted(rng, main, times) -> list[Thing]:
+def _wanted(rng: Generator, main: Road, times: np.ndarray) -> list[Thing]:
     """One of each of the rarer classes near the start, so that every scene, also a short one, can show them."""
     oncoming, strip = main.path.back(), LANE * main.lanes + STRIP / 2
     things = [
@@ -135,7 +144,7 @@ def _wanted(rng, main, times) -> list[Thing]:
     return things
 
 
-def _parked(rng, main, crossing, reach, busy, times) -> list[Thing]:
+def _parked(rng: Generator, main: Road, crossing: float, reach: Reach, busy: float, times: np.ndarray) -> list[Thing]:
     """Along both kerbs, away from the crossing."""
     things = []
     for side in (-1, 1):
@@ -155,7 +164,7 @@ def _parked(rng, main, crossing, reach, busy, times) -> list[Thing]:
     return things
 
 
-def _queue(rng, path, travel, reach, gap, times) -> list[Thing]:
+def _queue(rng: Generator, path: Path, travel: np.ndarray, reach: Reach, gap: float) -> list[Thing]:
     """Vehicles between the arc lengths `reach` of `path`, all having gone travel [T] m since t = 0."""
     things: list[Thing] = []
     s = reach[0] + rng.uniform(0, gap)
@@ -171,42 +180,52 @@ def _queue(rng, path, travel, reach, gap, times) -> list[Thing]:
         s += length + 3.0 + rng.exponential(gap)
 
 
-def _vehicles(rng, story, main, side, crossing, drive, reach, busy, times) -> list[Thing]:
+def _vehicles(
+    rng: Generator,
+    story: str,
+    main: Road,
+    side: Road,
+    crossing: float,
+    drive: Drive,
+    reach: Reach,
+    busy: float,
+    times: np.ndarray,
+) -> list[Thing]:
     """Own lane, the other lanes, the side road; who must wait stands before the crossing."""
     path, travel = drive
     gap, still, waits = 16.0 / busy, np.zeros_like(times), story == "wait"
     line = side.half + STOP  # m before the crossing's middle
-    things = _queue(rng, path, travel, (-60.0, EGO_FRONT - EGO_SIZE[0] - 3.0), gap, times)
+    things = _queue(rng, path, travel, (-60.0, EGO_FRONT - EGO_SIZE[0] - 3.0), gap)
     if waits:
-        things += _queue(rng, path, still, (travel.max() + EGO_FRONT + 1.5, crossing - line), 1.0, times)
+        things += _queue(rng, path, still, (travel.max() + EGO_FRONT + 1.5, crossing - line), 1.0)
     else:
-        things += _queue(rng, path, travel, (EGO_FRONT + 4.0, reach[1]), gap, times)
+        things += _queue(rng, path, travel, (EGO_FRONT + 4.0, reach[1]), gap)
     for k in range(main.lanes):  # all lanes in the ego vehicle's direction; in its own, what fits
         lane, flow = main.path.aside(-LANE * (k + 0.5)), rng.uniform(5.0, 10.0) * times
         if waits:
-            things += _queue(rng, lane, travel, (reach[0], -2.0), gap, times)
-            things += _queue(rng, lane, flow, (crossing + line, reach[1]), gap, times)
+            things += _queue(rng, lane, travel, (reach[0], -2.0), gap)
+            things += _queue(rng, lane, flow, (crossing + line, reach[1]), gap)
         else:
-            things += _queue(rng, lane, flow, reach, gap, times)
+            things += _queue(rng, lane, flow, reach, gap)
     for k in range(main.lanes):  # oncoming
         lane, flow = main.path.back().aside(-LANE * (k + 0.5)), rng.uniform(6.0, 11.0) * times
         if waits or story == "left":
-            things += _queue(rng, lane, still, (-reach[1], -crossing - line), gap / 2, times)
-            things += _queue(rng, lane, flow, (-crossing + line, -reach[0]), gap, times)
+            things += _queue(rng, lane, still, (-reach[1], -crossing - line), gap / 2)
+            things += _queue(rng, lane, flow, (-crossing + line, -reach[0]), gap)
         else:
-            things += _queue(rng, lane, flow, (-reach[1] - 40.0, -reach[0]), gap, times)
+            things += _queue(rng, lane, flow, (-reach[1] - 40.0, -reach[0]), gap)
     line = main.half + STOP
     for way in (side.path, side.path.back()):
         lane, flow = way.aside(-LANE / 2), rng.uniform(5.0, 9.0) * times
         if waits:
-            things += _queue(rng, lane, flow, (-100.0, 90.0), gap, times)
+            things += _queue(rng, lane, flow, (-100.0, 90.0), gap)
         else:
-            things += _queue(rng, lane, still, (-60.0, -line), gap / 2, times)
-            things += _queue(rng, lane, flow, (line, 80.0), gap, times)
+            things += _queue(rng, lane, still, (-60.0, -line), gap / 2)
+            things += _queue(rng, lane, flow, (line, 80.0), gap)
     return things
 
 
-def _cyclists(rng, main, reach, times) -> list[Thing]:
+def _cyclists(rng: Generator, main: Road, times: np.ndarray) -> list[Thing]:
     """On the line between the outer lane and the parking strip."""
     things = []
     for _ in range(int(rng.integers(0, 5))):
@@ -216,7 +235,7 @@ def _cyclists(rng, main, reach, times) -> list[Thing]:
     return things
 
 
-def _walkers(rng, main, crossing, reach, busy, times) -> list[Thing]:
+def _walkers(rng: Generator, main: Road, crossing: float, reach: Reach, busy: float, times: np.ndarray) -> list[Thing]:
     """On the sidewalks, alone or in twos, most of them walking; some cross the road near the crossing."""
     things = []
     for _ in range(int(rng.integers(8, 30) * busy) + 2):
@@ -237,12 +256,12 @@ def _walkers(rng, main, crossing, reach, busy, times) -> list[Thing]:
     return things
 
 
-def _size(rng: np.random.Generator, name: str) -> np.ndarray:
+def _size(rng: Generator, name: str) -> np.ndarray:
     return np.array(SIZES[name]) * np.clip(rng.normal(1.0, 0.06, 3), 0.85, 1.15)
 
 
 def _thing(
-    rng, name: str, track: np.ndarray, *, parked: bool = False, rider: bool = True, worker: bool = False
+    rng: Generator, name: str, track: np.ndarray, *, parked: bool = False, rider: bool = True, worker: bool = False
 ) -> Thing:
     size, shape, category, paint = _size(rng, name), name, CATEGORIES[name], None
     if name in ("motorcycle", "bicycle") and not rider:

@@ -211,7 +211,7 @@ def _weather(rng: np.random.Generator) -> Weather:
     return Weather(kind.capitalize(), sun, light, np.array(sky) * tint, np.array(horizon) * tint, haze, dropout)
 
 
-def _scenery(rng, main, side, taken: np.ndarray) -> Solids:
+def _scenery(rng: np.random.Generator, main: Road, side: Road, taken: np.ndarray) -> Solids:
     """Buildings, trees and lamp posts along both roads; owner -1, in the frame of the roads.
 
     taken [G,2]: where objects are at the start; posts and trees keep away.
@@ -219,7 +219,7 @@ def _scenery(rng, main, side, taken: np.ndarray) -> Solids:
     centre_lines = [(road.path.points[::4, :2], road.half) for road in (main, side)]
     parts = []
 
-    def put(shape, size, pose, room, colour=(0, 0, 0)):
+    def put(shape: str, size: list[float], pose: np.ndarray, room: float, colour: np.ndarray | None = None) -> None:
         """Unless a point of its footprint is closer than `room` to a kerb, or it is small and something is there."""
         spin = turn("z", pose[2])
         grid = np.stack(np.meshgrid(np.linspace(-0.5, 0.5, 5), np.linspace(-0.5, 0.5, 4)), -1).reshape(-1, 2)
@@ -227,7 +227,8 @@ def _scenery(rng, main, side, taken: np.ndarray) -> Solids:
         gaps = (np.linalg.norm(footprint[:, None] - line, axis=-1).min() - half for line, half in centre_lines)
         blocked = shape != "building" and np.linalg.norm(taken - pose[:2], axis=-1).min(initial=99.0) < 3.2
         if all(gap > room for gap in gaps) and not blocked:
-            made = shapes.assemble(shape, np.array(size), -1, np.array(colour, dtype=float), np.zeros(3), inset=0.0)
+            body = np.zeros(3) if colour is None else colour
+            made = shapes.assemble(shape, np.array(size), -1, body, np.zeros(3), inset=0.0)
             parts.append(made.moved(spin, np.append(pose[:2], 0.0)))
 
     for road in (main, side):
@@ -238,7 +239,7 @@ def _scenery(rng, main, side, taken: np.ndarray) -> Solids:
                 colour = np.array(WALLS[rng.integers(len(WALLS))]) * rng.uniform(0.8, 1.1)
                 if rng.random() < 0.7:
                     left = kerb + way * (WALK + rng.uniform(1.5, 7.0) + size[1] / 2)
-                    put("building", size, road.path.at(s + size[0] / 2, left), WALK + 0.8, colour)
+                    put("building", size.tolist(), road.path.at(s + size[0] / 2, left), WALK + 0.8, colour)
                 s += size[0] + rng.uniform(0.5, 10.0)
             for s in np.arange(road.path.start, road.path.end, 9.0):
                 wide = rng.uniform(2.0, 3.6)

@@ -39,7 +39,7 @@ class Schedule:
     drops: tuple[int, ...] = ()  # MultiStepLR's milestones, in steps
     drop: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ends = [0, *(phase.end for phase in self.phases)]
         if any(b <= a for a, b in itertools.pairwise(ends)):
             raise ValueError(f"Schedule.phases must end at increasing steps above 0, got {ends[1:]}; shorten the cycle")

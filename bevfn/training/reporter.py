@@ -117,7 +117,7 @@ class Reporter:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._open.close()
         self._finish()
 

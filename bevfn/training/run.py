@@ -10,11 +10,11 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,18 +22,21 @@ import tyro
 from typing_extensions import Self
 
 from bevfn import compile as compilation
-from bevfn import distributed, host, tree, upstream
-from bevfn.data import loader, paste, sampling, source
+from bevfn import distributed, host, provenance, tree, upstream
+from bevfn.data import loader, paste, sampling, scene, source
+from bevfn.data.batch import Batch, Sample, collate
 from bevfn.data.index import Index
+from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
 from bevfn.files import write_atomically
-from bevfn.precision import Policy
+from bevfn.precision import Policy, Precision
 from bevfn.training import checkpoint, optim, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
 
 RUNS = Path("runs")
+Scale = Literal["published", "mini"]
 # What a resumed run may change without changing its numbers.
 FREE = frozenset(
     {"workers", "resume", "force", "keep", "checkpoint_every", "eval_every", "eval_backend", "on_damaged", "run_dir"}
@@ -46,9 +49,9 @@ class Config:
 
     model: str = ""
     """network and recipe, a name of `bevfn.catalogue`"""
-    scale: Literal["published", "mini"] = "published"
+    scale: Scale = "published"
     """published: every size as in the paper; mini: the same code at a size for demos and CI"""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """fp16 scales the loss dynamically, in the graph"""
     backend: compilation.Backend = "inductor"
     """what compiles the train step"""
@@ -137,12 +140,11 @@ class Data:
     training: Index
     items: np.ndarray
     """int64 [n], places in `training`: one epoch before it is shuffled"""
-    reading: Callable[[int], Any]
-    """how an epoch (0-based) reads, a Config of the reader's pipeline; recipes change it towards the end"""
+    reading: Callable[[int], Reading]
+    """how an epoch (0-based) reads; recipes change it towards the end"""
     evaluation: Index
-    eval_reading: Any
+    eval_reading: Reading
     database: paste.Database | None = None
-    reader: source.Reader = source.BEVFUSION
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ class Task:
 
     title: str
     data: Data
+    needs: Needs
+    """what the model takes, held against what `data` reads before the first step"""
     init: Callable[[], tuple[dict, dict]]
     """-> (params, state) from the seed"""
     loss: Callable[..., Any]
@@ -176,6 +180,44 @@ class Task:
     ema: optim.Ema | None = None
     shared_normalisers: bool = False
     """`loss` takes replicas=: its normalisers are averaged over the processes though batch norm is not"""
+
+
+class Family(Protocol):
+    """A file of bevfn/models/, as far as a run needs it; the functions are Task's with a network and a policy to bind."""
+
+    @property
+    def needs(self) -> Callable[..., Needs]: ...
+    @property
+    def init(self) -> Callable[..., tuple[dict, dict]]: ...
+    @property
+    def loss(self) -> Callable[..., Any]: ...
+    @property
+    def predict(self) -> Callable[..., dict[str, torch.Tensor]]: ...
+
+
+def make_task(
+    config: Config,
+    family: Family,
+    network: Any,
+    data: Data,
+    optimizer: Callable[[Plan], optim.Config],
+    *,
+    ema: optim.Ema | None = None,
+    shared_normalisers: bool = False,
+) -> Task:
+    """The task of a family's `network`, a Config of it, in the config's precision and from its seed."""
+    bound = {"config": network, "policy": Policy.of(config.precision)}
+    return Task(
+        title=f"{config.model}, {config.scale} size",
+        data=data,
+        needs=family.needs(network),
+        init=partial(family.init, network, config.seed),
+        loss=partial(family.loss, **bound),
+        predict=partial(family.predict, **bound),
+        optimizer=optimizer,
+        ema=ema,
+        shared_normalisers=shared_normalisers,
+    )
 
 
 @dataclass(frozen=True)
@@ -261,11 +303,31 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
     return initial_state(run), step
 
 
-def example(run: Run) -> Any:
+def check(task: Task, *, train: bool = True) -> None:
+    """Raises ValueError, one sentence, where the splits, what is read of them and the model do not fit together.
+
+    train: the training split too.
+    """
+    data = task.data
+    source.check(data.evaluation, data.eval_reading, train=False)
+    task.needs.check(data.eval_reading, train=False)
+    if not train:
+        return
+    reading = data.reading(0)
+    source.check(data.training, reading, train=True)
+    task.needs.check(reading, train=True)
+    if data.database is not None and (foreign := set(data.database.class_names) - set(reading.class_names)):
+        raise ValueError(
+            f"{data.database.points_path.parent} has objects of the classes {', '.join(sorted(foreign))}, which the model "
+            f"does not detect ({', '.join(reading.class_names)}); build the database again"
+        )
+
+
+def example(run: Run) -> Batch:
     """One microbatch of the training split's first key frame, on the device: what a step is measured or lowered with."""
     data, reading = run.task.data, run.task.data.reading(0)
-    sample = data.reader.load(data.training, reading, data.database, 0, np.random.default_rng(0))
-    batch, _ = data.reader.collate([sample] * run.config.batch_size, capacities=reading.capacities)
+    sample = scene.load(data.training, 0, reading, np.random.default_rng(0), database=data.database)
+    batch, _ = collate([sample] * run.config.batch_size, capacities=reading.capacities)
     return batch.to(run.config.device)
 
 
@@ -277,10 +339,10 @@ def microbatches(run: Run, start: int) -> Iterator[tuple[int, list[loader.Loaded
     first, within = divmod(start, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         reading = data.reading(epoch)
-        load = partial(data.reader.load, data.training, reading, data.database)
+        load = partial(_load, data.training, reading, data.database)
         stream = loader.batches(
             load, sampling.order(data.items, config.seed, epoch, shuffle=True), settings, seed=config.seed, epoch=epoch,
-            capacities=reading.capacities, collate=data.reader.collate, rank=rank, replicas=count,
+            capacities=reading.capacities, rank=rank, replicas=count,
             accumulate=config.accumulate, start_step=within,
         )  # fmt: skip
         with contextlib.closing(stream):
@@ -289,6 +351,13 @@ def microbatches(run: Run, start: int) -> Iterator[tuple[int, list[loader.Loaded
                     return
                 yield step + 1, [next(stream) for _ in range(config.accumulate)]
         within = 0
+
+
+def _load(
+    index: Index, reading: Reading, database: paste.Database | None, place: int, generator: np.random.Generator
+) -> Sample:
+    """The loader's `load` once the first three are bound."""
+    return scene.load(index, place, reading, generator, database=database)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
@@ -305,6 +374,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
             source.prepare(config.data_root)
         distributed.gather(None, replicas)  # the others wait for it
         task = make_task(config)
+        check(task)
         run = Run(task, config, plan(config, task.data.items, replicas), replicas)
         with contextlib.ExitStack() as stack:
             latest = stack.enter_context(open_folder(config)) if run.leads else None
@@ -330,7 +400,8 @@ def _train(run: Run, latest: Path | None) -> dict:
     if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
         summary["scores"] = evaluate(run, train_state, start)
     with reporting(run, start) as reporter, signals.on_terminate() as stop:
-        done, began, problems = start, time.perf_counter(), []
+        done, began = start, time.perf_counter()
+        problems: list[Exception] = []
         for done, loaded in readable(run, microbatches(run, start), problems):
             batches = [item.batch.to(config.device) for item in loaded]
             train_state, metrics = step(train_state, batches)
@@ -392,6 +463,7 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
         "minutes": (time.perf_counter() - started) / 60,
         "peak_memory_gb": {where: size / 2**30 for where, size in peak_memory().items()},
         "config": flags(run.config),
+        **provenance.head(run.config.device),
     }
     if run.leads:
         write_atomically(run.config.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
@@ -456,7 +528,7 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     }
 
 
-def _sum(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
 
 
@@ -502,7 +574,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
     found = detect(
-        run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading, reader=data.reader,
+        run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading,
         batch_size=config.batch_size, workers=config.workers, backend=config.eval_backend, device=config.device,
         replicas=run.replicas,
     )  # fmt: skip
@@ -510,7 +582,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
         return {}
     out = evaluation_folder(run, done)
     judgement = judge(
-        data.evaluation, found, data.eval_reading, out, reader=data.reader, run_dir=config.run_dir,
+        data.evaluation, found, data.eval_reading, out, run_dir=config.run_dir,
         title=f"{run.task.title}, step {done}", config=flags(config),
     )  # fmt: skip
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
@@ -544,7 +616,7 @@ class _Silent:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def cli(defaults: dict[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
+def cli(defaults: Mapping[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
     """Parses the command line; a user's mistake ends in one sentence and exit code 2."""
     try:
         config = parse(defaults, sys.argv[1:], description)
@@ -554,7 +626,7 @@ def cli(defaults: dict[source.Kind, Config], make_task: Callable[[Any], Task], d
         sys.exit(2)
 
 
-def parse(defaults: dict[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
+def parse(defaults: Mapping[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
     """The config of a command line; what is at --data-root decides on the defaults."""
     root = flag(arguments, "--data-root")
     default = defaults[source.kind(None if root is None else Path(root))]

@@ -47,11 +47,12 @@ def open(
     beside the new one as config.1.json, ...). Nothing is changed then.
     """
     run_dir = Path(run_dir)
-    config = json.loads(json.dumps(config, default=str))
+    config = json.loads(json.dumps(config, default=str))  # as it will be read back, so that the two compare
     with contextlib.ExitStack() as stack:
         with _writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(run_dir, say))
+        # All checks come before the first write: a refused run leaves the folder as it found it.
         if resume:
             _check_config(run_dir, config, force, free)
         else:
@@ -68,7 +69,7 @@ def open(
 def differences(before: dict, now: dict) -> dict[str, str]:
     """{dotted field: "old -> new"} of two configs of plain JSON values."""
     old, new = _flat(before), _flat(now)
-    absent = object()
+    absent = object()  # None is a value
     return {
         name: f"{_shown(old, name)} -> {_shown(new, name)}"
         for name in dict.fromkeys([*old, *new])
@@ -155,6 +156,8 @@ def _locked(run_dir: Path, say: Callable[[str], Any]) -> Iterator[None]:
                     "--run-dir."
                 )
             time.sleep(0.1)
+        # The file's text is only for the message above: what counts is the lock, and the file itself stays. To delete
+        # it would let a third process lock a new file while another one still waits for the old one.
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         try:

@@ -52,10 +52,8 @@ def init(
     device = tree.leaves(params)[0].device
     averaged = tree.map(torch.clone, {"params": params, "state": state}) if ema is not None else None
     scale = tree.to(_init_loss_scale(precision), device)
-    return TrainState(
-        params, state, optim.init(optimizer, params), scale, averaged,
-        torch.zeros((), dtype=torch.int64, device=device), rng.key(seed).to(device),
-    )  # fmt: skip
+    step, key = torch.zeros((), dtype=torch.int64, device=device), rng.key(seed).to(device)
+    return TrainState(params, state, optim.init(optimizer, params), scale, averaged, step, key)
 
 
 def _init_loss_scale(policy: precision.Policy) -> precision.LossScale | None:
@@ -209,14 +207,10 @@ def _update(
     params = optim.insert(old.params, layout, optim.split(vector, leaves))
     # An overflowing forward of fp16 updates the statistics upstream, and may leave infinities there for good.
     state = tree.map(lambda new, before: torch.where(torch.isfinite(new), new, before), state, old.state)
-    new = TrainState(
-        params, state, moments, _next_loss_scale(old.loss_scale, finite), _next_ema(ema, old, params, state),
-        old.step + 1, old.key.clone(),
-    )  # fmt: skip
-    metrics = metrics | {
-        "grad_norm": norm, "lr": optimizer.lr.at(old.step), "beta1": optimizer.beta1.at(old.step),
-        "skipped": (~finite).float(),
-    }  # fmt: skip
+    scale, averaged = _next_loss_scale(old.loss_scale, finite), _next_ema(ema, old, params, state)
+    new = TrainState(params, state, moments, scale, averaged, old.step + 1, old.key.clone())
+    schedules = {"lr": optimizer.lr.at(old.step), "beta1": optimizer.beta1.at(old.step)}
+    metrics = metrics | {"grad_norm": norm, **schedules, "skipped": (~finite).float()}
     return new, metrics if old.loss_scale is None else metrics | {"loss_scale": old.loss_scale.scale.clone()}
 
 

@@ -1,24 +1,22 @@
 """Published checkpoints: foreign names, layouts and files. The only room that knows them.
 
-`names` and `names_bevdepth` list every leaf and its upstream key, `recognise` tells models and layouts apart, `convert` goes both ways,
-`files` reads and writes, `merge` starts one model from several checkpoints.
+`names_*` give a family's modules their upstream names, `models` lists what can be imported, `recognise` tells models and
+layouts apart, `convert` goes both ways, `storage` reads and writes, `merge` starts one model from several checkpoints.
 """
 
 from bevfn.upstream.convert import Refused, Report, export_state, import_state, nest
 from bevfn.upstream.entries import Entry
 from bevfn.upstream.merge import Merge, load_into
-from bevfn.upstream.names import MODELS, PUBLISHED, Sizes
+from bevfn.upstream.models import MODELS
 from bevfn.upstream.storage import Imported, read_imported, read_state_dict, write_imported, write_state_dict
 
 __all__ = [
     "MODELS",
-    "PUBLISHED",
     "Entry",
     "Imported",
     "Merge",
     "Refused",
     "Report",
-    "Sizes",
     "export_state",
     "import_state",
     "load_into",

@@ -1,15 +1,16 @@
 """Foreign state dicts to our trees and back, every key accounted for."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.upstream import names, recognise
-from bevfn.upstream.entries import Entry, Naming
-from bevfn.upstream.names import PUBLISHED, Sizes
+from bevfn.upstream import models, recognise
+from bevfn.upstream.entries import Entry, Layout, Naming
 from bevfn.upstream.recognise import SparseLayout
 
 
@@ -44,10 +45,10 @@ class Report:
     def text(self, *, every_key: bool = False) -> str:
         """The report for a terminal; unused keys are grouped by reason unless `every_key`."""
         lines = [f"{self.what}, read as {self.model}"]
-        kernels = f"sparse kernels {self.sparse}, " if names.has_sparse_kernels(self.model) else ""
+        kernels = f"sparse kernels {self.sparse}, " if models.has_sparse_kernels(self.model) else ""
         lines += [f"  layout     {kernels}{self.naming} naming, key prefix {self.prefix!r}"]
         lines += [f"  used       {len(self.used)} tensors"]
-        lines += [f"  unused     {count} {reason}" for reason, count in _count(self.unused.values()).items()]
+        lines += [f"  unused     {count} {reason}" for reason, count in Counter(self.unused.values()).items()]
         lines += [f"  at init    {name} (no {key})" for name, key in self.initial.items()]
         lines += [f"  missing    {name} (no {key})" for name, key in self.missing.items()]
         lines += [f"  mismatched {key}: {shapes}" for key, shapes in self.mismatched.items()]
@@ -67,19 +68,20 @@ class Refused(ValueError):
         self.report = report
 
 
-def import_state(upstream: Mapping[str, Tensor], model: str, *, sizes: Sizes = PUBLISHED) -> tuple[dict, dict, Report]:
+def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = None) -> tuple[dict, dict, Report]:
     """(params, state, report) of a foreign state dict; floating tensors become float32.
 
     Raises ValueError if it looks like another model or mixes sparse layouts, Refused (a ValueError) if keys are
-    missing, unknown or of another shape. `params` of a lone Swin lacks the leaves of `report.initial`.
+    missing, unknown or of another shape. `params` of a lone Swin lacks the leaves of `report.initial`. `config` is the
+    configuration whose shapes the leaves must have, by default the published one.
     """
-    if model not in names.MODELS:
-        raise ValueError(f"unknown model {model!r}: choose one of {', '.join(names.MODELS)}.")
+    if model not in models.MODELS:
+        raise ValueError(f"unknown model {model!r}: choose one of {', '.join(models.MODELS)}.")
     source = recognise.recognise(upstream)
     if source.model != model:
-        remedy = f"use --model {source.model}" if source.model else f"bevfn reads {', '.join(names.MODELS)}"
+        remedy = f"use --model {source.model}" if source.model else f"bevfn reads {', '.join(models.MODELS)}"
         raise ValueError(f"the checkpoint looks like {source.what}, not like {model}: {remedy}.")
-    entries = names.entries(model, sizes, source.naming)
+    entries = models.entries(model, source.naming, config=config)
     inside = {key.removeprefix(source.prefix): t for key, t in upstream.items() if key.startswith(source.prefix)}
     layout = recognise.sparse_layout(inside, entries)
     report = Report(model, source.what, source.prefix, source.naming, layout)
@@ -89,7 +91,7 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, sizes: Sizes = P
         if leaf is not None:
             flat[entry.tree][entry.path] = leaf
     report.carried.update(flat["upstream"])
-    _account_for_the_rest(inside, entries, sizes, report)
+    _account_for_the_rest(inside, entries, models.buffers(model, source.naming, config=config), report)
     for key in upstream:
         if not key.startswith(source.prefix):
             report.unused[key] = f"outside {source.prefix!r}, where the model is"
@@ -120,10 +122,11 @@ def _take(entry: Entry, upstream: Mapping[str, Tensor], report: Report) -> Tenso
     return _to_ours(source.detach(), entry, report.sparse).to(entry.dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _account_for_the_rest(upstream: Mapping[str, Tensor], entries: list[Entry], sizes: Sizes, report: Report) -> None:
+def _account_for_the_rest(
+    upstream: Mapping[str, Tensor], entries: list[Entry], computed: Mapping[str, Tensor], report: Report
+) -> None:
     """Files every key that no entry names under unused or unknown; keeps what the export could not recompute."""
     named = {entry.key for entry in entries}
-    computed = names.derived(report.model, sizes, report.naming)
     for key, source in upstream.items():
         if key in named:
             continue
@@ -136,7 +139,7 @@ def _account_for_the_rest(upstream: Mapping[str, Tensor], entries: list[Entry], 
             if not _same_bits(source, computed[key]):
                 report.carried[key] = source.detach().clone()
             continue
-        reason = recognise.reason_unused(key, report.model)
+        reason = models.reason_unused(key, report.model)
         if reason is None:
             report.unknown.append(key)
         else:
@@ -150,7 +153,7 @@ def export_state(
     model: str,
     carried: Mapping[str, Tensor],
     *,
-    sizes: Sizes = PUBLISHED,
+    config: Any = None,
     sparse: SparseLayout = "spconv2",
     naming: Naming = "mmdet",
     prefix: str = "",
@@ -163,7 +166,7 @@ def export_state(
     flat = {f"params.{path}": leaf for path, leaf in tree.flatten(params).items()}
     flat |= {f"state.{path}": leaf for path, leaf in tree.flatten(state).items()}
     found: dict[str, Tensor] = {}
-    entries = names.entries(model, sizes, naming)
+    entries = models.entries(model, naming, config=config)
     unknown = sorted(set(flat) - {entry.name for entry in entries})
     if unknown:
         raise ValueError(f"{model} has no {unknown[0]} (nor {len(unknown) - 1} more): export it as the model it is.")
@@ -177,7 +180,9 @@ def export_state(
             found[entry.key] = _to_upstream(leaf, entry, sparse).clone(memory_format=torch.contiguous_format)
         elif not entry.optional:
             raise ValueError(f"{entry.name} is missing: {model} cannot be exported without it.")
-    found |= {key: carried.get(key, buffer).clone() for key, buffer in names.derived(model, sizes, naming).items()}
+    found |= {
+        key: carried.get(key, buffer).clone() for key, buffer in models.buffers(model, naming, config=config).items()
+    }
     found |= {key: kept.clone() for key, kept in carried.items() if key not in found}
     return {prefix + key: leaf for key, leaf in found.items()}
 
@@ -194,7 +199,7 @@ def nest(flat: Mapping[str, Tensor]) -> dict:
     return _lists(root, "")
 
 
-def _lists(node: dict, path: str):
+def _lists(node: Any, path: str) -> Any:
     if not isinstance(node, dict):
         return node
     children = {name: _lists(child, f"{path}{name}.") for name, child in node.items()}
@@ -208,45 +213,41 @@ def _lists(node: dict, path: str):
 # --- layouts -----------------------------------------------------------------------------------------------------
 
 
-def _upstream_shape(entry: Entry, sparse: SparseLayout) -> tuple[int, ...]:
-    if entry.layout == "sparse" and sparse == "spconv2":
-        return (entry.shape[4], *entry.shape[:4])
-    if entry.layout == "row":
-        return (*entry.shape[:2], entry.shape[3])
-    if entry.layout == "swapped":
-        return (entry.shape[1], entry.shape[0], *entry.shape[2:])
-    return (*entry.shape, 1) if entry.layout == "sequence" else entry.shape
+def _merged_to_ours(x: Tensor) -> Tensor:
+    # Original Swin stacks blocks of C: (row, column) = (0,0) (1,0) (0,1) (1,1). Ours takes C channels of row-major
+    # 2x2 patches, as torch's unfold.
+    return x.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2)  # ... C*4
+
+
+def _merged_to_upstream(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)  # ... 4*C
+
+
+_LAYOUTS: dict[Layout, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {  # (to ours, to upstream)
+    "same": (lambda x: x, lambda x: x),
+    "sparse": (lambda x: x.permute(1, 2, 3, 4, 0), lambda x: x.permute(4, 0, 1, 2, 3)),  # spconv 2: out kx ky kz in
+    "sequence": (lambda x: x.squeeze(-1), lambda x: x.unsqueeze(-1)),
+    "row": (lambda x: x.unsqueeze(2), lambda x: x.squeeze(2)),
+    "swapped": (lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1)),
+    "merged": (_merged_to_ours, _merged_to_upstream),
+}
+
+
+def _layout(entry: Entry, sparse: SparseLayout) -> Layout:
+    """mmcv's sparse kernels are laid out as ours."""
+    return "same" if entry.layout == "sparse" and sparse == "mmcv" else entry.layout
 
 
 def _to_ours(x: Tensor, entry: Entry, sparse: SparseLayout) -> Tensor:
-    if entry.layout == "sparse" and sparse == "spconv2":
-        return x.permute(1, 2, 3, 4, 0)  # kx ky kz in out
-    if entry.layout == "sequence":
-        return x.squeeze(-1)  # out in
-    if entry.layout == "row":
-        return x.unsqueeze(2)  # out in 1 k
-    if entry.layout == "swapped":
-        return x.transpose(0, 1)
-    if entry.layout == "merged":
-        # Original Swin stacks blocks of C: (row, column) = (0,0) (1,0) (0,1) (1,1). Ours takes C channels of row-major
-        # 2x2 patches, as torch's unfold.
-        blocks = x.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :]  # ... 4 C
-        return blocks.transpose(-1, -2).flatten(-2)
-    return x
+    return _LAYOUTS[_layout(entry, sparse)][0](x)
 
 
 def _to_upstream(x: Tensor, entry: Entry, sparse: SparseLayout) -> Tensor:
-    if entry.layout == "sparse" and sparse == "spconv2":
-        return x.permute(4, 0, 1, 2, 3)  # out kx ky kz in
-    if entry.layout == "sequence":
-        return x.unsqueeze(-1)
-    if entry.layout == "row":
-        return x.squeeze(2)
-    if entry.layout == "swapped":
-        return x.transpose(0, 1)
-    if entry.layout == "merged":
-        return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
-    return x
+    return _LAYOUTS[_layout(entry, sparse)][1](x)
+
+
+def _upstream_shape(entry: Entry, sparse: SparseLayout) -> tuple[int, ...]:
+    return tuple(_to_upstream(torch.empty(entry.shape, device="meta"), entry, sparse).shape)
 
 
 # --- small things ------------------------------------------------------------------------------------------------
@@ -267,10 +268,3 @@ def _difference(stored: Tensor, computed: Tensor) -> str | None:
 
 def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
-
-
-def _count(reasons) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for reason in reasons:
-        found[reason] = found.get(reason, 0) + 1
-    return found

@@ -1,9 +1,12 @@
-"""One leaf of ours and its foreign key, and the entries of the modules that every model is made of."""
+"""What a name map says: our modules under their foreign names. `entries` joins it to the leaves that `init` makes."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from bevfn import tree
 
 Tree = Literal["params", "state", "upstream"]  # "upstream": a key kept only so that the export is exact
 Layout = Literal["same", "sparse", "sequence", "merged", "row", "swapped"]
@@ -11,17 +14,31 @@ Naming = Literal["mmdet", "original"]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One leaf: `path` in our `tree`, `key` upstream, `shape` of ours and the relation of the layouts.
+class Named:
+    """A module of ours (a path below which leaves lie), or one parameter, and its foreign name.
 
-    layout  same
+    layout is the weight's (of a norm also the bias'):
+            same
             sparse    ours [kx ky kz in out]; upstream the same (mmcv) or [out kx ky kz in] (spconv 2)
             sequence  ours [out in], upstream a Conv1d's [out in 1]
             row       ours [out in 1 k], upstream a Conv1d's [out in k]
             swapped   ours [out in 1 1], upstream a transposed convolution's [in out 1 1]
             merged    last axis 4C, a patch merging's norm or reduction: ours channel-major, original Swin block-major
-    optional  the file may lack it; the leaf then keeps its initial value.
+    optional  the file may lack it; the leaves then keep their initial values.
     """
+
+    path: str
+    key: str
+    layout: Layout = "same"
+    optional: bool = False
+
+
+Names = Iterator[Named]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One leaf: `path` in our `tree`, `key` upstream, `shape` of ours; the rest as in `Named`."""
 
     tree: Tree
     path: str
@@ -29,49 +46,44 @@ class Entry:
     shape: tuple[int, ...]
     layout: Layout = "same"
     optional: bool = False
-    dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
         """The leaf's name in a bevfn checkpoint file."""
         return f"{self.tree}.{self.path}"
 
-
-def weight_bias(path: str, key: str, shape: tuple[int, ...], *, bias: bool, layout: Layout = "same") -> list[Entry]:
-    """A convolution or linear layer; shape[0] is the number of outputs (sparse kernels: shape[-1], without bias)."""
-    found = [Entry("params", f"{path}.weight", f"{key}.weight", shape, layout)]
-    return [*found, Entry("params", f"{path}.bias", f"{key}.bias", shape[:1])] if bias else found
-
-
-def normalisation(
-    path: str, key: str, channels: int, *, layout: Layout = "same", optional: bool = False, statistics: bool = False
-) -> list[Entry]:
-    """A layer norm, or with `statistics` a batch norm."""
-    found = [
-        Entry("params", f"{path}.{leaf}", f"{key}.{leaf}", (channels,), layout, optional) for leaf in ("weight", "bias")
-    ]
-    if statistics:
-        found += [
-            Entry("state", f"{path}.mean", f"{key}.running_mean", (channels,)),
-            Entry("state", f"{path}.var", f"{key}.running_var", (channels,)),
-            Entry("upstream", f"{key}.num_batches_tracked", f"{key}.num_batches_tracked", (), dtype=torch.int64),
-        ]
-    return found
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64 if self.tree == "upstream" else torch.float32
 
 
 def conv_norm(
-    path: str,
-    key: str,
-    shape: tuple[int, ...],
-    *,
-    conv: str = "0",
-    norm: str = "1",
-    bias: bool = False,
-    channels: int | None = None,
-    layout: Layout = "same",
-    names: tuple[str, str] = ("conv", "norm"),
-) -> list[Entry]:
-    """A convolution and its batch norm, named `conv` and `norm` upstream below `key` and `names` here below `path`."""
-    channels = (shape[-1] if layout == "sparse" else shape[0]) if channels is None else channels
-    found = weight_bias(f"{path}.{names[0]}", f"{key}.{conv}", shape, bias=bias, layout=layout)
-    return found + normalisation(f"{path}.{names[1]}", f"{key}.{norm}", channels, statistics=True)
+    path: str, key: str, conv: str = "0", norm: str = "1", *, layout: Layout = "same", names: str = "conv norm"
+) -> Names:
+    """A convolution and its batch norm: `conv` and `norm` upstream below `key`, the two `names` here below `path`."""
+    for ours, theirs, how in zip(names.split(), (conv, norm), (layout, "same")):
+        yield Named(f"{path}.{ours}", f"{key}.{theirs}", how)
+
+
+def entries(names: Iterable[Named], params: dict, state: dict) -> list[Entry]:
+    """Every leaf that the names reach, and the batch counts beside running statistics, in the names' order."""
+    weights, statistics = tree.flatten(params), tree.flatten(state)
+    found: list[Entry] = []
+    for named in names:
+        if named.path in weights:
+            shape = tuple(weights[named.path].shape)
+            found.append(Entry("params", named.path, named.key, shape, named.layout, named.optional))
+            continue
+        for leaf in ("weight", "bias"):
+            if (path := f"{named.path}.{leaf}") in weights:
+                layout = named.layout if leaf == "weight" or named.layout == "merged" else "same"
+                shape = tuple(weights[path].shape)
+                found.append(Entry("params", path, f"{named.key}.{leaf}", shape, layout, named.optional))
+        for leaf in ("mean", "var"):
+            if (path := f"{named.path}.{leaf}") in statistics:
+                shape = tuple(statistics[path].shape)
+                found.append(Entry("state", path, f"{named.key}.running_{leaf}", shape))
+        if f"{named.path}.mean" in statistics:
+            counter = f"{named.key}.num_batches_tracked"
+            found.append(Entry("upstream", counter, counter, ()))
+    return found

@@ -1,4 +1,4 @@
-"""What a foreign state dict is: which model, key prefix, naming and sparse kernel layout; why a key has no use here."""
+"""What a foreign state dict is: which model, key prefix, naming and sparse kernel layout."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,23 +6,32 @@ from typing import Literal
 
 from torch import Tensor
 
-from bevfn.upstream import names_bevdepth
 from bevfn.upstream.entries import Entry, Naming
+from bevfn.upstream.models import MODELS, Look
 
 SparseLayout = Literal["spconv2", "mmcv"]
 
-_SWIN: dict[str, Naming] = {
-    "patch_embed.proj.weight": "original",
-    "patch_embed.projection.weight": "mmdet",
-}
-_FOREIGN = {  # a key part that only such a model has: what to call it
-    "encoders.lidar.": "a BEVFusion of the original MIT repository, whose naming differs from mmdetection3d's",
-    "encoders.camera.": "a camera-only BEVFusion of the original MIT repository",
-    "params.": "a file that `bevfn checkpoint import` has already written",
-    "pts_bbox_head.": "a detector of the CenterPoint or BEVDet family",
-    "img_view_transformer.": "a detector of the BEVDet family",
-    "layer1.0.conv1.": "a ResNet or a detector on one",
-}
+_DEPTH_NET, _TRUNK = "backbone.depth_net.reduce_conv.", "head.trunk.conv1."
+_AWML = ("pts_middle_encoder.", "bbox_head.", "pts_middle_encoder.aug_features_min_values")
+_BEVNEXT = ("img_view_transformer.depth_net.", "img_view_transformer.crf.", "transformer_neck.", "proposal_head.")
+FOREIGN = (  # what bevfn does not read, told by its keys all the same
+    Look("a detector with BEVDepth's depth net but another BEV head", (_DEPTH_NET,)),
+    Look("a BEVDepth detector of {key_frames} key frames", (_DEPTH_NET, _TRUNK)),
+    Look(
+        "a BEVDepth detector of {key_frames} key frames with depth aggregation",
+        (_DEPTH_NET, _TRUNK, "backbone.depth_aggregation_net."),
+    ),
+    Look("an AWML BEVFusion-L detector (LiDAR, T4 dataset)", _AWML),
+    Look("an AWML BEVFusion-CL detector (camera + LiDAR, T4 dataset)", (*_AWML, "img_backbone.")),
+    Look("a BEVNeXt detector of stage 1 (one frame)", _BEVNEXT),
+    Look("a BEVNeXt detector of stage 2 (frames fused)", (*_BEVNEXT, "img_bev_encoder_backbone.fusion_layer.")),
+    Look("a BEVFusion of the original MIT repository, whose naming differs from mmdetection3d's", ("encoders.lidar.",)),
+    Look("a camera-only BEVFusion of the original MIT repository", ("encoders.camera.",)),
+    Look("a file that `bevfn checkpoint import` has already written", ("params.",)),
+    Look("a detector of the CenterPoint or BEVDet family", ("pts_bbox_head.",)),
+    Look("a detector of the BEVDet family", ("img_view_transformer.",)),
+    Look("a ResNet or a detector on one", ("layer1.0.conv1.",)),
+)
 
 
 @dataclass(frozen=True)
@@ -36,46 +45,30 @@ class Source:
 
 
 def recognise(keys: Mapping[str, Tensor]) -> Source:
-    """Says which model a state dict belongs to, by its anchors: the sparse encoder and head, the camera-aware depth net,
-    Swin's patch embedding, or the layers of a bare ResNet."""
-    found = _bevdepth(keys)
-    if found is not None:
-        return found
-    lidar = _prefix_before(keys, "pts_middle_encoder.")
-    if lidar is not None and any(key.startswith(f"{lidar}bbox_head.") for key in keys):
-        if any(key.startswith(f"{lidar}img_backbone.") for key in keys):
-            return Source("a camera + LiDAR BEVFusion detector", "bevfusion-lidar-camera", lidar)
-        return Source("a LiDAR-only BEVFusion detector", "bevfusion-lidar", lidar)
-    for part, what in _FOREIGN.items():
-        if any(key.startswith(part) or f".{part}" in key for key in keys):
-            return Source(what, None)
-    for anchor, naming in _SWIN.items():
-        prefix = _prefix_before(keys, anchor)
-        if prefix is not None:
-            return Source(f"a Swin backbone in {naming} naming", "swin-nuimages", prefix, naming)
+    """Says which model a state dict belongs to, from its keys and shapes: the look that asks for most wins.
+
+    Between equals what bevfn does not read wins, so that a detector is not taken for the backbone inside it.
+    """
+    looks: list[tuple[str | None, Look]] = [(None, look) for look in FOREIGN]
+    looks += [(name, look) for name, model in MODELS.items() for look in model.looks]
+    for name, look in sorted(looks, key=lambda pair: -len(pair[1].anchors) - (pair[1].key_frames is not None)):
+        prefix = _prefix_before(keys, look.anchors[0]) if look.prefix is None else look.prefix
+        if prefix is None or not all(any(key.startswith(prefix + a) for key in keys) for a in look.anchors):
+            continue
+        frames = _key_frames(keys, prefix)
+        if look.key_frames in (None, frames) and (frames is not None or "{key_frames}" not in look.what):
+            return Source(look.what.format(key_frames=frames), name, prefix, look.naming)
     parts = sorted({key.split(".")[0] for key in keys})
     return Source(f"a model with the parts {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}", None)
 
 
-def _bevdepth(keys: Mapping[str, Tensor]) -> Source | None:
-    """A detector of BEVDepth's family, whose key frames follow from the widths of its BEV map, or a bare ResNet."""
-    prefix = _prefix_before(keys, "backbone.depth_net.reduce_conv.")
-    if prefix is None:
-        # torchvision's file; in a detector the same names have something in front
-        bare = {"conv1.weight", "layer1.0.conv3.weight", "layer4.2.conv3.weight"} <= set(keys)
-        return Source("an ImageNet ResNet-50", "resnet50") if bare else None
-    if f"{prefix}backbone.horiconv.out_conv.0.weight" in keys:
-        return Source("a MatrixVT detector", "matrixvt", prefix)
+def _key_frames(keys: Mapping[str, Tensor], prefix: str) -> int | None:
+    """Maps of a BEVDepth's depth net that its BEV backbone takes side by side."""
     stem = keys.get(f"{prefix}head.trunk.conv1.weight")
     context = keys.get(f"{prefix}backbone.depth_net.context_conv.weight")
     if stem is None or context is None or stem.dim() != 4 or stem.shape[1] % context.shape[0]:
-        return Source("a detector with BEVDepth's depth net but another BEV head", None, prefix)
-    frames = stem.shape[1] // context.shape[0]
-    refined = any(key.startswith(f"{prefix}backbone.depth_aggregation_net.") for key in keys)
-    model = f"bevdepth-{frames}key{'-da' if refined else ''}"
-    what = f"a BEVDepth detector of {frames} key frame{'s' if frames > 1 else ''}"
-    what += " with depth aggregation" if refined else ""
-    return Source(what, model if model in names_bevdepth.MODELS else None, prefix)
+        return None
+    return stem.shape[1] // context.shape[0]
 
 
 def _prefix_before(keys: Collection[str], anchor: str) -> str | None:
@@ -102,21 +95,3 @@ def sparse_layout(upstream: Mapping[str, Tensor], entries: Sequence[Entry]) -> S
             f"{certain['mmcv'][0]} is [kx ky kz in out] (mmcv); permute the file's kernels to one of them."
         )
     return "mmcv" if certain["mmcv"] else "spconv2"
-
-
-def reason_unused(key: str, model: str) -> str | None:
-    """Why a key that no entry names has no use, None if it should not be there. `key` without the source's prefix."""
-    if model == "swin-nuimages":
-        if key.endswith(".attn_mask"):
-            return "shift mask for the pre-training image size; bevfn computes its own"
-        if key.startswith("head."):
-            return "classification head of the pre-training"
-        if key in ("norm.weight", "norm.bias"):
-            return "norm of the classification head"
-        if key in ("norm0.weight", "norm0.bias"):
-            return "norm of the first stage, whose output the detector does not use"
-    if model == "resnet50" and key in ("fc.weight", "fc.bias"):
-        return "classification head of the pre-training"
-    if key.startswith(("pts_voxel_layer.", "pts_voxel_encoder.", "data_preprocessor.")):
-        return "voxelization and image normalization are computed from the configuration"
-    return None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.files import write_atomically
+from bevfn.upstream import models
 from bevfn.upstream.convert import Report, nest
 from bevfn.upstream.entries import Naming
 from bevfn.upstream.recognise import SparseLayout
@@ -29,13 +30,13 @@ from bevfn.upstream.recognise import SparseLayout
 class _Inert:
     """Stands for an object of a checkpoint's training log: takes any arguments and state, keeps and does nothing."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return object.__new__(cls)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
@@ -99,7 +100,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a complete safetensors file ({error}): copy or download it again.") from error
 
 
-def _read_torch(path: Path):
+def _read_torch(path: Path) -> Any:
     stand_ins: list[Any] = [(_Inert, name) for name in _TRAINING_LOG]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
@@ -154,7 +155,7 @@ def read_imported(path: Path) -> Imported:
         nest(parts["params"]),
         nest(parts["state"]),
         parts["upstream"],
-        metadata["model"],
+        models.RENAMED.get(metadata["model"], metadata["model"]),
         metadata["source"],
         cast(SparseLayout, metadata["sparse"]),
         cast(Naming, metadata["naming"]),

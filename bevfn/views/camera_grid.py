@@ -1,20 +1,23 @@
-"""The frustums of all cameras over the BEV grid in the vehicle's frame, and the sum of lifted features per cell.
+"""The frustums of all cameras over a BEV grid: the one place that turns a calibration into cells.
 
-BEVDepth's view transform without its depth net: every pixel's context, weighted by its distribution over depth, is
-summed into the cells that the frustum's points fall into (Philion & Fidler 2020; BEVDepth, Li et al. 2022). Earlier
-frames are lifted with their own camera poses straight into the key frame's vehicle frame: that is the whole temporal
-alignment. BEV maps are [B C Y X], rows = y, columns = x, index 0 most negative.
+Every pixel's context, weighted by its distribution over depth, is summed into the cells that the frustum's points fall
+into (Philion & Fidler 2020; BEVDepth, Li et al. 2022). Points of any frame are lifted with that frame's camera poses
+straight into the key frame's base: that is the whole temporal alignment. Index 0 of a BEV map is most negative; whether
+its rows are y (BEVDepth) or x (BEVFusion) is the grid's `rows`.
 
-Source: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py and ops/voxel_pooling_*; golden case bevdepth_r50_2key.
+Sources: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py and ops/voxel_pooling_*; mmdetection3d
+projects/BEVFusion/bevfusion/depth_lss.py; golden cases bevdepth_r50_2key, bevfusion_lidar_cam.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from bevfn import geometry
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Batch
 from bevfn.kernels.voxel_pool import voxel_pool
 
 Bounds = tuple[float, float, float]
@@ -33,6 +36,11 @@ class Config:
     x_m: Bounds = (-51.2, 51.2, 0.8)
     y_m: Bounds = (-51.2, 51.2, 0.8)
     z_m: Bounds = (-5.0, 3.0, 8.0)
+    rows: Literal["x", "y"] = "y"
+    """what the rows of a BEV map are; the other axis is its columns"""
+    truncate_toward_zero: bool = True
+    """Cell of a coordinate by truncation, as upstream, or by floor. Truncated, points up to one cell below the grid land in
+    cell 0, and with one cell of 8 m in z everything from -13 m to 3 m counts."""
 
     def __post_init__(self) -> None:
         if any(size % self.stride for size in self.image_size):
@@ -57,32 +65,51 @@ class Config:
         return geometry.num_cells(self.depth_m)
 
     @property
+    def bounds_m(self) -> tuple[Bounds, Bounds, Bounds]:
+        """Of rows, columns and height."""
+        return (self.x_m, self.y_m, self.z_m) if self.rows == "x" else (self.y_m, self.x_m, self.z_m)
+
+    @property
     def cells(self) -> tuple[int, int]:
-        """Y and X cells of the BEV map."""
-        return geometry.num_cells(self.y_m), geometry.num_cells(self.x_m)
+        """Rows and columns of the BEV map."""
+        rows, columns, _ = self.bounds_m
+        return geometry.num_cells(rows), geometry.num_cells(columns)
+
+    def ordered(self, point: geometry.Planes) -> geometry.Planes:
+        """Planes x, y, z in the order rows, columns, height."""
+        x, y, z = point
+        return (x, y, z) if self.rows == "x" else (y, x, z)
 
 
-def frustum_points(batch: CameraBatch, frame: int, config: Config) -> geometry.Planes:
-    """x, y, z of the frustums of frame t's cameras in the augmented key ego frame, each [B N D H W], m."""
-    frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, batch.image_aug.device)
-    return geometry.frustum_in_base(
-        frustum,
-        image_aug=batch.image_aug[:, frame],
-        undo_image_aug=batch.undo_image_aug[:, frame],
-        base_from_pixel=batch.ego_from_pixel[:, frame],
-        base_from_camera=batch.ego_from_camera[:, frame],
-        base_aug=batch.bev_aug,
-    )
+def of_frame(batch: Batch, frame: int, *names: str) -> dict[str, Tensor]:
+    """Camera fields of one frame [B N ...] and fields that all frames share; raises ValueError if one is None."""
+    fields = {name: getattr(batch, name) for name in names}
+    for name, value in fields.items():
+        if value is None:
+            raise ValueError(
+                f"Batch.{name} is None: the view transform needs it; read cameras, and points for their depth"
+            )
+    return {name: value[:, frame] if name in _OF_FRAMES else value for name, value in fields.items()}
 
 
-def cells(batch: CameraBatch, frame: int, config: Config) -> Tensor:
-    """The cell of every frustum point: int32 [B N D H W], (b Y + y) X + x, or -1 outside the grid.
+_OF_FRAMES = ("image_aug", "undo_image_aug", "base_from_pixel", "base_from_camera", "image_from_base")
 
-    By truncation toward zero, as upstream: points up to one cell below the grid land in cell 0, and with one cell of
-    8 m in z everything from -13 m to 3 m counts.
-    """
-    x, y, z = frustum_points(batch, frame, config)
-    return geometry.bev_cells((y, x, z), (config.y_m, config.x_m, config.z_m), truncate_toward_zero=True)
+
+def frustum_points(batch: Batch, frame: int, config: Config) -> geometry.Planes:
+    """x, y, z of the frustums of frame t's cameras in the augmented key base frame, each [B N D H W], m."""
+    fields = of_frame(batch, frame, "image_aug", "undo_image_aug", "base_from_pixel", "base_from_camera", "base_aug")
+    frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, batch.base_aug.device)
+    return geometry.frustum_in_base(frustum, **fields)
+
+
+def cells(batch: Batch, frame: int, config: Config) -> Tensor:
+    """The cell of every frustum point of frame t: int32 [B N D H W], see `locate`."""
+    return locate(frustum_points(batch, frame, config), config)
+
+
+def locate(point: geometry.Planes, config: Config) -> Tensor:
+    """The cell of points whose planes x, y, z are [B ...]: int32 [B ...], (b rows + row) columns + column, -1 outside."""
+    return geometry.bev_cells(config.ordered(point), config.bounds_m, truncate_toward_zero=config.truncate_toward_zero)
 
 
 def pool(depth: Tensor, context: Tensor, cell: Tensor, config: Config) -> Tensor:
@@ -93,16 +120,16 @@ def pool(depth: Tensor, context: Tensor, cell: Tensor, config: Config) -> Tensor
         cell: [B N D H W] int32, see `cells`.
 
     Returns:
-        [B C Y X] float32; the D x C product is never stored.
+        [B C rows columns] float32; the D x C product is never stored.
     """
     rows, columns = config.cells
     B = cell.shape[0]
     pooled = voxel_pool(depth, context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns)
-    return pooled.view(B, rows, columns, -1).permute(0, 3, 1, 2)
+    return rearrange(pooled, "(b r c) k -> b k r c", b=B, r=rows)
 
 
 def pool_volume(volume: Tensor, cell: Tensor, config: Config) -> Tensor:
-    """Sums a lifted volume [B*N C D H W] float32 per cell [B N D H W]: [B C Y X]."""
+    """Sums a lifted volume [B*N C D H W] float32 per cell [B N D H W]: [B C rows columns]."""
     M, C, D, H, W = volume.shape
     context = volume.reshape(M, C, D * H, W)
     ones = torch.ones(M, 1, D * H, W, dtype=volume.dtype, device=volume.device)  # every point is a pixel of one bin

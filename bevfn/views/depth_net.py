@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Batch
 from bevfn.distributed import Replicas, Train
 from bevfn.layers import batch_norm, conv, conv_norm, deform_conv, linear
 from bevfn.views.camera_grid import Bounds
@@ -76,14 +77,14 @@ def _init_aspp(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     )
 
 
-def camera_vectors(batch: CameraBatch) -> Tensor:
+def camera_vectors(batch: Batch) -> Tensor:
     """[B*N 27] float32: what the gates know of a camera, always the KEY frame's, whichever frame is processed.
 
-    fx, fy, cx, cy; image_aug's two rows without the depth column; bev_aug's 2x2 part and z scale; ego_from_camera's
+    fx, fy, cx, cy; image_aug's two rows without the depth column; base_aug's 2x2 part and z scale; base_from_camera's
     first three rows, row by row.
     """
-    K, image, pose = batch.intrinsics[:, 0], batch.image_aug[:, 0], batch.ego_from_camera[:, 0]  # B N 4 4
-    bev = batch.bev_aug[:, None].expand(-1, K.shape[1], -1, -1)
+    K, image, pose = batch.intrinsics[:, 0], batch.image_aug[:, 0], batch.base_from_camera[:, 0]  # B N 4 4
+    bev = batch.base_aug[:, None].expand(-1, K.shape[1], -1, -1)
     picked = [K[..., 0, 0], K[..., 1, 1], K[..., 0, 2], K[..., 1, 2]]
     picked += [image[..., i, j] for i in (0, 1) for j in (0, 1, 3)]
     picked += [bev[..., i, j] for i, j in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 2))]
@@ -171,14 +172,12 @@ def depth_labels(depth: Tensor, depth_m: Bounds, stride: int) -> Tensor:
     """
     low, high, step = depth_m
     bins = round((high - low) / step)
-    *lead, H, W = depth.shape
     far = torch.where(depth > 0, depth, 1e5)
-    blocks = far.reshape(-1, H // stride, stride, W // stride, stride).transpose(2, 3).flatten(3)
+    blocks = rearrange(far, "... (h i) (w j) -> ... h w (i j)", i=stride, j=stride)
     nearest = -(-blocks).max(-1)[0]  # max with a dim reaches an NPU graph, min does not
     place = (nearest - (low - step)) / step
     # label 0 upstream means "none", and place < 1 is nearer than the first bin
-    label = torch.where((place >= 0) & (place < bins + 1), place, 0.0).to(torch.int64) - 1
-    return label.view(*lead, H // stride, W // stride)
+    return torch.where((place >= 0) & (place < bins + 1), place, 0.0).to(torch.int64) - 1
 
 
 def depth_loss(logits: Tensor, labels: Tensor, *, weight: float = 3.0, replicas: Replicas | None = None) -> Tensor:

@@ -7,7 +7,8 @@ depth net (upstream's DepthLSSTransform); without, the depth net is one 1x1 conv
 Source: mmdetection3d projects/BEVFusion/bevfusion/depth_lss.py; golden case bevfusion_lidar_cam.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,53 +16,39 @@ from torch import Tensor
 from bevfn import geometry, tree
 from bevfn.data.batch import Batch
 from bevfn.distributed import Train
-from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.layers import conv, conv_norm
+from bevfn.views import camera_grid
 
 _STRIDES = {"depth_transform": (1, 4, 2), "depth_net": (1, 1), "downsample": (1, 2, 1)}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are those of BEVFusion camera + LiDAR on nuScenes. Bounds are (low, high, step) in m."""
+    """The defaults are those of BEVFusion camera + LiDAR on nuScenes."""
 
     channels_in: int = 256
     channels_out: int = 80
-    image_size: tuple[int, int] = (256, 704)  # rows, columns; a feature pixel is 8 x 8 image pixels
-    depth_m: tuple[float, float, float] = (1.0, 60.0, 0.5)  # the last is not reached: 1.0 .. 59.5
-    x_m: tuple[float, float, float] = (-54.0, 54.0, 0.3)
-    y_m: tuple[float, float, float] = (-54.0, 54.0, 0.3)
-    z_m: tuple[float, float, float] = (-10.0, 10.0, 20.0)
+    grid: camera_grid.Config = field(
+        default_factory=lambda: camera_grid.Config(
+            stride=8,
+            depth_m=(1.0, 60.0, 0.5),
+            x_m=(-54.0, 54.0, 0.3),
+            y_m=(-54.0, 54.0, 0.3),
+            z_m=(-10.0, 10.0, 20.0),
+            rows="x",
+        )
+    )
+    """of the pooled map; the output has half as many cells along each axis"""
     lidar_depth: bool = True
-    truncate_toward_zero: bool = True
-    """Cell of a coordinate by truncation, as upstream, or by floor; see geometry.bev_cells."""
 
-    def __post_init__(self):
-        if self.image_size[0] % 8 or self.image_size[1] % 8:
-            raise ValueError(f"image_size {self.image_size} must be multiples of 8, the stride of the image feature")
-        for name in ("depth_m", "x_m", "y_m", "z_m"):
-            low, high, step = getattr(self, name)
-            if step <= 0 or high <= low:
-                raise ValueError(f"{name} {(low, high, step)} must be (low, high, step) with low < high and step > 0")
-            if abs((high - low) / step - geometry.num_cells((low, high, step))) > 1e-6:
-                raise ValueError(f"{name} {(low, high, step)} must hold a whole number of steps; change its step")
-        if geometry.num_cells(self.z_m) != 1:
-            raise ValueError(f"z_m {self.z_m} must hold one cell; make its step {self.z_m[1] - self.z_m[0]}")
-
-    @property
-    def feature_size(self) -> tuple[int, int]:
-        """Rows and columns of the image feature."""
-        return self.image_size[0] // 8, self.image_size[1] // 8
-
-    @property
-    def depth_bins(self) -> int:
-        """D."""
-        return geometry.num_cells(self.depth_m)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """X and Y cells of the pooled map; the output has half as many."""
-        return geometry.num_cells(self.x_m), geometry.num_cells(self.y_m)
+    def __post_init__(self) -> None:
+        stride = math.prod(_STRIDES["depth_transform"])
+        if self.lidar_depth and self.grid.stride != stride:
+            raise ValueError(
+                f"LiDAR depth comes to the image feature at stride {stride}, grid.stride is {self.grid.stride}"
+            )
+        if any(count % 2 for count in self.grid.cells):
+            raise ValueError(f"the grid's {self.grid.cells} cells are halved; make both numbers even")
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
@@ -74,7 +61,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     made: dict = {"depth_net": []}
     for part in sorted(parts):
         made[part] = [conv_norm.init(*layer, bias=part != "downsample", generator=generator) for layer in parts[part]]
-    last = conv.init(width, config.depth_bins + config.channels_out, 1, bias=True, generator=generator)
+    last = conv.init(width, config.grid.depth_bins + config.channels_out, 1, bias=True, generator=generator)
     made["depth_net"].append({"conv": last})
     return tree.unzip(made)
 
@@ -84,61 +71,39 @@ def apply(
 ) -> tuple[dict[str, Tensor], dict]:
     """feature [B*N C H W] of the batch's cameras -> (outputs, new state), float32.
 
-    Outputs: `depth_map` [B*N image rows, columns] (m, 0 = no point) and `dtransform` [B*N 64 H W] with LiDAR depth;
-    `depthnet` [B*N D+C H W] logits and context; `geometry` [B N D H W 3] (m, augmented LiDAR frame); `bev_pool`
+    Outputs: `depth_map` [B*N image rows, columns] (m, 0 = no point) and `depth_transform` [B*N 64 H W] with LiDAR depth;
+    `depth_net` [B*N D+C H W] logits and context; `geometry` [B N D H W 3] (m, augmented base frame); `bev_pool`
     [B C X Y]; `bev` [B C X/2 Y/2]. No gradient flows into geometry or the depth map.
 
-    Raises ValueError if the batch has no cameras or the feature is not 1/8 of `config.image_size`.
+    Raises ValueError if the batch has no cameras or the feature is not of `config.grid.feature_size`.
     """
     size = tuple(feature.shape[-2:])
-    if size != config.feature_size:
-        raise ValueError(
-            f"feature of {size} does not fit image_size {config.image_size}: expected {config.feature_size}"
-        )
+    grid = config.grid
+    if size != grid.feature_size:
+        raise ValueError(f"feature of {size} does not fit image_size {grid.image_size}: expected {grid.feature_size}")
     outputs: dict[str, Tensor] = {}
-    new, B = dict(state), len(batch.points)
+    new = dict(state)
     x = feature.float()
     if config.lidar_depth:
-        depth_map = lidar_depth_map(batch, config.image_size).flatten(0, 1)  # BN image rows, columns
+        depth_map = lidar_depth_map(batch, grid.image_size).flatten(0, 1)  # BN image rows, columns
         image = depth_map[..., None].permute(0, 3, 1, 2)  # one channel, and channels-last to what decides by strides
         y = _layers(params, state, new, "depth_transform", image, train=train)
-        outputs |= {"depth_map": depth_map, "dtransform": y}
+        outputs |= {"depth_map": depth_map, "depth_transform": y}
         x = torch.cat([y, x], 1)
     x = _layers(params, state, new, "depth_net", x, train=train)  # BN D+C H W
-    logits, context = x.split([config.depth_bins, config.channels_out], 1)
-    point = frustum_points(batch, config)  # planes B N D H W
-    cell = geometry.bev_cells(
-        point, (config.x_m, config.y_m, config.z_m), truncate_toward_zero=config.truncate_toward_zero
-    )
-    rows, columns = config.grid
-    pooled = voxel_pool(logits.softmax(1), context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns)
-    pooled = pooled.view(B, rows, columns, -1).permute(0, 3, 1, 2)  # B C X Y
+    logits, context = x.split([grid.depth_bins, config.channels_out], 1)
+    point = camera_grid.frustum_points(batch, 0, grid)  # planes B N D H W
+    pooled = camera_grid.pool(logits.softmax(1), context, camera_grid.locate(point, grid), grid)  # B C X Y
     bev = _layers(params, state, new, "downsample", pooled, train=train)
-    outputs |= {"depthnet": x, "geometry": torch.stack(point, -1), "bev_pool": pooled, "bev": bev}
+    outputs |= {"depth_net": x, "geometry": torch.stack(point, -1), "bev_pool": pooled, "bev": bev}
     return outputs, new
 
 
 def lidar_depth_map(batch: Batch, image_size: tuple[int, int]) -> Tensor:
-    """Depth of the LiDAR points in the input images [B N *image_size], m, 0 where no point falls."""
-    fields = _fields(batch, "undo_lidar_aug", "lidar_aug", "image_from_lidar", "image_aug")
-    fields = {name.replace("lidar", "base"): value for name, value in fields.items()}
-    return geometry.depth_map(geometry.project(batch.points, **fields), batch.points_valid, image_size)
-
-
-def frustum_points(batch: Batch, config: Config) -> geometry.Planes:
-    """x, y, z of every camera's frustum in the augmented LiDAR frame, each [B N D H W], m."""
-    fields = _fields(batch, "image_aug", "undo_image_aug", "lidar_from_pixel", "lidar_from_camera", "lidar_aug")
-    frustum = geometry.frustum(config.image_size, config.feature_size, config.depth_m, fields["image_aug"].device)
-    fields = {name.replace("lidar", "base"): value for name, value in fields.items()}
-    return geometry.frustum_in_base(frustum, **fields)
-
-
-def _fields(batch: Batch, *names: str) -> dict[str, Tensor]:
-    fields = {name: getattr(batch, name) for name in names}
-    for name, value in fields.items():
-        if value is None:
-            raise ValueError(f"Batch.{name} is None: the view transform needs the camera fields of the batch")
-    return fields
+    """Depth of the LiDAR points in the key frame's images [B N *image_size], m, 0 where no point falls."""
+    cloud = camera_grid.of_frame(batch, 0, "points", "points_valid")
+    fields = camera_grid.of_frame(batch, 0, "undo_base_aug", "base_aug", "image_from_base", "image_aug")
+    return geometry.depth_map(geometry.project(cloud["points"], **fields), cloud["points_valid"], image_size)
 
 
 def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: Train) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bevfn import geometry, tree
-from bevfn.data.camera_batch import CameraBatch
+from bevfn.data.batch import Batch
 from bevfn.distributed import Train
 from bevfn.layers import branch, conv, conv_norm
 from bevfn.views import camera_grid
@@ -106,29 +106,28 @@ def _rays(x: Tensor, B: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- the matrices
 
 
-def ray_points(batch: CameraBatch, frame: int, grid: camera_grid.Config) -> geometry.Planes:
+def ray_points(batch: Batch, frame: int, grid: camera_grid.Config) -> geometry.Planes:
     """One point per ray and depth bin, the mean over the image rows: x, y, z in cells from the grid's lower corner,
     each [B R D], R = N*W."""
     planes = []
     point = camera_grid.frustum_points(batch, frame, grid)  # B N D H W
-    for coordinate, (low, _, step) in zip(point, (grid.x_m, grid.y_m, grid.z_m)):
-        size, centre = (coordinate.new_full((), value) for value in (step, low + step / 2))
-        place = (coordinate - (centre - size / 2)) / size
+    for coordinate, bounds in zip(point, (grid.x_m, grid.y_m, grid.z_m)):
+        place = geometry.in_cells(coordinate, bounds)
         place = place.expand(*place.shape[:2], grid.depth_bins, *grid.feature_size).mean(3)  # B N D W
         planes.append(place.transpose(2, 3).flatten(1, 2))
     x, y, z = planes
     return x, y, z
 
 
-def ray_cells(batch: CameraBatch, frame: int, grid: camera_grid.Config) -> Tensor:
-    """The cell of every ray's depth bin, int64 [B R D], y X + x.
+def ray_cells(batch: Batch, frame: int, grid: camera_grid.Config) -> Tensor:
+    """The cell of every ray's depth bin, int64 [B R D], row * columns + column.
 
-    By truncation toward zero; the height does not matter. Points outside go to the cell in the middle of the map, row
-    Y/2 and column X/2, which `matrices` then empties: upstream loses that cell, and so do we.
+    The height does not matter. Points outside go to the cell in the middle of the map, which `matrices` then empties:
+    upstream loses that cell, and so do we.
     """
     rows, columns = grid.cells
-    x, y, _ = ray_points(batch, frame, grid)
-    column, row = x.to(torch.int64), y.to(torch.int64)
+    places = grid.ordered(ray_points(batch, frame, grid))[:2]
+    row, column = ((p if grid.truncate_toward_zero else p.floor()).to(torch.int64) for p in places)
     inside = (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
     return torch.where(inside, row * columns + column, _lost(grid))
 

@@ -5,10 +5,12 @@
 Without a mask it is version 1 (mmcv's DCN, BEVDepth's depth net), with one version 2 (DCNv2).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bevfn.kernels.deform_conv import reference
+from bevfn.kernels.deform_conv import cpu, reference
 from bevfn.kernels.derivatives import differentiable
 
 _SIGNATURE = "Tensor x, Tensor offset, Tensor? mask, Tensor weight, int stride, int padding, int dilation"
@@ -97,11 +99,11 @@ def _check(
             )
 
 
-def _operator(x, offset, mask, weight, stride, padding, dilation):
-    return torch.ops.bevfn.deform_conv(x, offset, mask, weight, stride, padding, dilation)
+def _operator(*operands: Any) -> Tensor:
+    return torch.ops.bevfn.deform_conv(*operands)
 
 
-def _gradients(wanted, grad, *operands):
+def _gradients(wanted: frozenset[int], grad: Tensor, *operands: Any) -> tuple[Tensor | None, ...]:
     return *torch.ops.bevfn.deform_conv_backward(grad, *operands), None, None, None
 
 
@@ -109,29 +111,21 @@ _deform_conv = differentiable(_operator, _gradients, reference.forward)
 
 
 @torch.library.register_fake("bevfn::deform_conv", lib=_library)
-def _forward_fake(x, offset, mask, weight, stride, padding, dilation):
+def _forward_fake(
+    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, stride: int, padding: int, dilation: int
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], *reference.out_size(x, weight, stride, padding, dilation))
 
 
 @torch.library.register_fake("bevfn::deform_conv_backward", lib=_library)
-def _backward_fake(grad, x, offset, mask, weight, stride, padding, dilation):
+def _backward_fake(
+    grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *_: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_mask = offset.new_empty(0) if mask is None else mask.new_empty(mask.shape)
     return x.new_empty(x.shape), offset.new_empty(offset.shape), grad_mask, weight.new_empty(weight.shape)
 
 
-def _forward_cpu(x, offset, mask, weight, stride, padding, dilation):
-    from bevfn.kernels.deform_conv import cpu
-
-    return cpu.forward(x, offset, mask, weight, stride, padding, dilation)
-
-
-def _backward_cpu(grad, x, offset, mask, weight, stride, padding, dilation):
-    from bevfn.kernels.deform_conv import cpu
-
-    return cpu.backward(grad, x, offset, mask, weight, stride, padding, dilation)
-
-
 _library.impl("deform_conv", reference.forward, "CompositeExplicitAutograd")
 _library.impl("deform_conv_backward", reference.backward, "CompositeExplicitAutograd")
-_library.impl("deform_conv", _forward_cpu, "CPU")
-_library.impl("deform_conv_backward", _backward_cpu, "CPU")
+_library.impl("deform_conv", cpu.forward, "CPU")
+_library.impl("deform_conv_backward", cpu.backward, "CPU")

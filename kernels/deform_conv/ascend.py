@@ -7,7 +7,8 @@ stand in a graph as it is published, and the kernel of CANN's DeformableOffsets 
 Axes as in `reference`: B images, D deformable groups of c channels, K taps, P positions, G groups of I input channels.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,39 +27,30 @@ class Corners(NamedTuple):
     slope_x: Tensor
 
 
-def forward(
-    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, stride: int, padding: int, dilation: int
-) -> Tensor:
+def forward(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int) -> Tensor:
     """As `reference.forward`: -> [B O H' W']."""
     if not 0 < x.numel() < INDEX:
-        return reference.forward(x, offset, mask, weight, stride, padding, dilation)
+        return reference.forward(x, offset, mask, weight, *step)
     (B, C), (O, I), size = x.shape[:2], weight.shape[:2], offset.shape[2:]
-    corners = _corners(x, offset, weight, stride, padding, dilation, order=(0, 1))
+    corners = _corners(x, offset, weight, *step, order=(0, 1))
     columns = _columns(_pixels(x, corners), corners.share, mask, C, C // I)
     y = torch.bmm(columns, reference._matrix(weight, C // I, columns.dtype))  # G R O/G
     return y.reshape(C // I, B, -1, O * I // C).permute(1, 0, 3, 2).reshape(B, O, *size).to(x.dtype)
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
+    grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.backward`: gradients of x, offset, mask (empty if it is None) and weight.
 
     Where x or grad is not finite, other gradients may be NaN than in the reference: corners outside count 0 times a pixel.
     """
     if not 0 < x.numel() < INDEX:
-        return reference.backward(grad, x, offset, mask, weight, stride, padding, dilation)
+        return reference.backward(grad, x, offset, mask, weight, *step)
     (B, C, H, W), (O, I, kh, kw) = x.shape, weight.shape
     G, wide = C // I, reference._wide(x)
     # The corners in another order than forward: GE merges equal gathers, and a merged one would stay in memory.
-    corners = _corners(x, offset, weight, stride, padding, dilation, order=(1, 0))
+    corners = _corners(x, offset, weight, *step, order=(1, 0))
     pixels = _pixels(x, corners)  # N 4 c
     slopes = grad.to(wide).reshape(B, G, O // G, -1).permute(1, 0, 3, 2).reshape(G, -1, O // G)  # G R O/G
     grad_weight = torch.bmm(slopes.transpose(1, 2), _columns(pixels, corners.share, mask, C, G))  # G O/G KI
@@ -83,9 +75,8 @@ def backward(
     )
 
 
-def _corners(
-    x: Tensor, offset: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, order: tuple[int, int]
-) -> Corners:
+def _corners(x: Tensor, offset: Tensor, weight: Tensor, *step: int, order: tuple[int, int]) -> Corners:
+    stride, padding, dilation = step
     (B, _, H, W), (kh, kw), wide = x.shape, weight.shape[2:], reference._wide(x)
     height, width = offset.shape[2:]
     shift = offset.to(wide).reshape(B, -1, kh * kw, 2, height * width).permute(3, 0, 4, 2, 1)  # 2 B P K D
@@ -142,7 +133,7 @@ def _by_sample(mask: Tensor, share: Tensor) -> Tensor:
     return mask.to(share.dtype).reshape(B, D, K, P).permute(0, 3, 2, 1)[..., None]
 
 
-DECOMPOSITIONS = {
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.bevfn.deform_conv.default: forward,
     torch.ops.bevfn.deform_conv_backward.default: backward,
 }

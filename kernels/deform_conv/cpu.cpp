@@ -4,10 +4,8 @@
 // their group and their deformable group: it reads and writes these channels only, so the gradient of a pixel is summed
 // by one thread in one order (position, tap, corner), whatever the number of threads.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 // Products and sums may fuse here: sampling positions are sums and floors only.
@@ -16,6 +14,8 @@
 #else
 #pragma GCC optimize("fp-contract=fast")
 #endif
+
+#include "../parallel.h"
 
 namespace {
 
@@ -49,18 +49,6 @@ std::vector<Run> runs_of(const Size& s) {
     begin = end;
   }
   return runs;
-}
-
-template <class Work>
-void parallel(int64_t units, int threads, Work work) {
-  std::atomic<int64_t> next{0};
-  auto loop = [&] {
-    for (int64_t unit; (unit = next.fetch_add(1)) < units;) work(unit);
-  };
-  std::vector<std::thread> pool;
-  for (int64_t i = 1; i < std::min<int64_t>(threads, units); ++i) pool.emplace_back(loop);
-  loop();
-  for (auto& thread : pool) thread.join();
 }
 
 // [D][P][K]
@@ -170,7 +158,7 @@ void spread_run(const Size& s, const Run& run, const T* pixels, const Tap<T>* ta
 }
 
 template <class T>
-void sample(const T* pixels, const T* offset, const T* mask, T* columns, const Size& s, int threads) {
+void sample(const T* pixels, const T* offset, const T* mask, T* columns, const Size& s, int64_t threads) {
   constexpr int64_t kBlock = 64;  // positions
   const std::vector<Tap<T>> taps = taps_of(s, offset, mask);
   const std::vector<Run> runs = runs_of(s);
@@ -183,7 +171,7 @@ void sample(const T* pixels, const T* offset, const T* mask, T* columns, const S
 
 template <class T>
 void spread(const T* pixels, const T* offset, const T* mask, const T* grad_columns, T* grad_pixels, T* grad_offset,
-            T* grad_mask, const Size& s, int threads) {
+            T* grad_mask, const Size& s, int64_t threads) {
   const std::vector<Tap<T>> taps = taps_of(s, offset, mask);
   const std::vector<Run> runs = runs_of(s);
   const int64_t n = s.P() * s.K() * 3;
@@ -209,11 +197,11 @@ void spread(const T* pixels, const T* offset, const T* mask, const T* grad_colum
 // One image: pixels [H][W][C], offset [D][K][2][P], mask [D][K][P] or null, columns [G][P][K][I].
 #define ENTRY_POINTS(T)                                                                                              \
   extern "C" void deform_sample_##T(const T* pixels, const T* offset, const T* mask, T* columns, const Size* size,   \
-                                    int threads) {                                                                   \
+                                    int64_t threads) {                                                               \
     sample(pixels, offset, mask, columns, *size, threads);                                                           \
   }                                                                                                                  \
   extern "C" void deform_spread_##T(const T* pixels, const T* offset, const T* mask, const T* grad_columns,          \
-                                    T* grad_pixels, T* grad_offset, T* grad_mask, const Size* size, int threads) {   \
+                                    T* grad_pixels, T* grad_offset, T* grad_mask, const Size* size, int64_t threads) {   \
     spread(pixels, offset, mask, grad_columns, grad_pixels, grad_offset, grad_mask, *size, threads);                 \
   }
 ENTRY_POINTS(float)

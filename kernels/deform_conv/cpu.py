@@ -3,9 +3,7 @@
 One image's columns (13 MB at BEVDepth's size) are memory that is reused, and mostly in the caches.
 """
 
-import ctypes
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,11 +11,9 @@ from torch import Tensor
 from bevfn.kernels import native
 
 
-def forward(
-    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, stride: int, padding: int, dilation: int
-) -> Tensor:
+def forward(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int) -> Tensor:
     """Shapes as in `reference.forward`."""
-    call = _Call.of(x, offset, mask, weight, stride, padding, dilation)
+    call = _Call.of(x, offset, mask, weight, *step)
     matrix, columns = _matrix(weight, call), call.empty_columns()
     y = torch.empty(x.shape[0], weight.shape[0], *offset.shape[2:], dtype=call.dtype)
     parts = y.view(x.shape[0], *matrix.shape[:2], columns.shape[1])  # B G O/G P
@@ -28,17 +24,10 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
+    grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes as in `reference.backward`."""
-    call = _Call.of(x, offset, mask, weight, stride, padding, dilation)
+    call = _Call.of(x, offset, mask, weight, *step)
     matrix, columns, grad_columns = _matrix(weight, call), call.empty_columns(), call.empty_columns()
     grad_matrix = torch.zeros_like(matrix)
     grad_pixels, grad_offset = torch.zeros_like(call.pixels), torch.empty_like(call.offset)
@@ -106,15 +95,8 @@ class _Call:
         D = self.offset.shape[1] // (2 * self.kernel[0] * self.kernel[1])
         numbers = (C, H, W, *self.offset.shape[2:], *self.kernel, *self.step, self.groups, D)
         operands = [self.pixels[b], self.offset[b], _item(self.mask, b), *results]
-        function = getattr(
-            native.load(Path(__file__).with_name("cpu.cpp")),
-            f"{name}_{'double' if self.dtype == torch.float64 else 'float'}",
-        )
-        function(
-            *(None if t is None else native.pointer(t) for t in operands),
-            (ctypes.c_int64 * len(numbers))(*numbers),
-            torch.get_num_threads(),
-        )
+        kind = "double" if self.dtype == torch.float64 else "float"
+        native.call("deform_conv", f"{name}_{kind}", *operands, numbers)
 
 
 def _item(tensor: Tensor | None, b: int) -> Tensor | None:

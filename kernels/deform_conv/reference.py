@@ -20,13 +20,14 @@ class Corner(NamedTuple):
     slope_x: Tensor
 
 
-def forward(
-    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, stride: int, padding: int, dilation: int
-) -> Tensor:
-    """x [B C H W], offset [B 2DK H' W'], mask [B DK H' W'] or None, weight [O C/G kh kw] -> [B O H' W'], dtype of x."""
+def forward(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int) -> Tensor:
+    """x [B C H W], offset [B 2DK H' W'], mask [B DK H' W'] or None, weight [O C/G kh kw] -> [B O H' W'], dtype of x.
+
+    step: stride, padding and dilation of both axes.
+    """
     (B, C), (O, I) = x.shape[:2], weight.shape[:2]
-    size = out_size(x, weight, stride, padding, dilation)
-    corners = _corners(x, offset, weight, stride, padding, dilation)
+    size = out_size(x, weight, *step)
+    corners = _corners(x, offset, weight, *step)
     samples = _weighted(_samples(_rows(x, corners), corners, _wide(x)), mask)
     y = torch.bmm(_columns(samples, C // I), _matrix(weight, C // I, _wide(x)))  # G R O/G
     y = y.view(C // I, B, size[0] * size[1], O * I // C).permute(1, 0, 3, 2)  # B G O/G P
@@ -34,19 +35,12 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
+    grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad [B O H' W'] -> gradients of x, offset, mask (empty if it is None) and weight."""
     (B, C, H, W), (O, I, kh, kw), wide = x.shape, weight.shape, _wide(x)
     G = C // I
-    corners = _corners(x, offset, weight, stride, padding, dilation)
+    corners = _corners(x, offset, weight, *step)
     rows = _rows(x, corners)
     samples = _samples(rows, corners, wide)
     _, D, K, P, c = samples.shape

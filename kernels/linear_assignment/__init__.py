@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bevfn.kernels.linear_assignment import reference
+from bevfn.kernels.linear_assignment import cpu, reference
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define("linear_assignment(Tensor cost, Tensor valid) -> Tensor")
@@ -47,11 +47,5 @@ def _fake(cost: Tensor, valid: Tensor) -> Tensor:
     return cost.new_empty(cost.shape[0], cost.shape[2], dtype=torch.int64)
 
 
-def _cpu(cost: Tensor, valid: Tensor) -> Tensor:
-    from bevfn.kernels.linear_assignment import cpu
-
-    return cpu.linear_assignment(cost, valid)
-
-
 _library.impl("linear_assignment", reference.linear_assignment, "CompositeExplicitAutograd")
-_library.impl("linear_assignment", _cpu, "CPU")
+_library.impl("linear_assignment", cpu.linear_assignment, "CPU")

@@ -19,7 +19,7 @@ def register() -> None:
     from torchair.ge import DataType
 
     @torchair.register_fx_node_ge_converter(torch.ops.bevfn.linear_assignment.default)
-    def convert(cost, valid, meta_outputs=None):
+    def convert(cost: Any, valid: Any, meta_outputs: Any = None) -> Any:
         if cost.dtype not in (DataType.DT_FLOAT, DataType.DT_DOUBLE):
             cost = ge.Cast(cost, dst_type=DataType.DT_FLOAT)
         return torchair.ge.custom_op(TYPE, inputs={"cost": cost, "valid": valid}, attrs={}, outputs=["match"])

@@ -7,7 +7,9 @@ offset k, or -1. Offsets are numbered row-major over (kx, ky, kz). Sites must be
 import torch
 from torch import Tensor
 
-from bevfn.kernels.neighbours import reference
+from bevfn.kernels.neighbours import cpu, reference
+from bevfn.kernels.neighbours.reference import Axes
+from bevfn.kernels.neighbours.reference import out_grid as out_grid
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define(
@@ -100,13 +102,6 @@ def strided(
     )
 
 
-def out_grid(
-    grid: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Extent of a strided convolution's output, per axis."""
-    return tuple((g + 2 * p - k) // s + 1 for g, k, s, p in zip(grid, kernel, stride, padding))
-
-
 def _check(name: str, coords: Tensor, valid: Tensor, **triples: tuple[int, ...]) -> None:
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(
@@ -127,29 +122,19 @@ def _check(name: str, coords: Tensor, valid: Tensor, **triples: tuple[int, ...])
         raise ValueError(f"neighbours.{name}: a grid axis holds at most {1 << 16} cells, got {tuple(triples['grid'])}.")
 
 
-def _offsets(kernel: list[int]) -> int:
+def _offsets(kernel: Axes) -> int:
     return kernel[0] * kernel[1] * kernel[2]
 
 
-def _submanifold_cpu(coords, valid, kernel, grid, batch=None):
-    from bevfn.kernels.neighbours import cpu
-
-    return cpu.submanifold(coords, valid, kernel, grid, batch)
-
-
-def _strided_cpu(coords, valid, kernel, stride, padding, grid, capacity, batch):
-    from bevfn.kernels.neighbours import cpu
-
-    return cpu.strided(coords, valid, kernel, stride, padding, grid, capacity, batch)
-
-
 @torch.library.register_fake("bevfn::submanifold_neighbours", lib=_library)
-def _submanifold_fake(coords, valid, kernel, grid, batch=None):
+def _submanifold_fake(coords: Tensor, valid: Tensor, kernel: Axes, grid: Axes, batch: int | None = None) -> Tensor:
     return coords.new_empty(_offsets(kernel), coords.shape[0])
 
 
 @torch.library.register_fake("bevfn::strided_neighbours", lib=_library)
-def _strided_fake(coords, valid, kernel, stride, padding, grid, capacity, batch):
+def _strided_fake(
+    coords: Tensor, valid: Tensor, kernel: Axes, stride: Axes, padding: Axes, grid: Axes, capacity: int, batch: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     K = _offsets(kernel)
     return (
         coords.new_empty(capacity, 4),
@@ -161,6 +146,6 @@ def _strided_fake(coords, valid, kernel, stride, padding, grid, capacity, batch)
 
 
 _library.impl("submanifold_neighbours", reference.submanifold, "CompositeExplicitAutograd")
-_library.impl("submanifold_neighbours", _submanifold_cpu, "CPU")
+_library.impl("submanifold_neighbours", cpu.submanifold, "CPU")
 _library.impl("strided_neighbours", reference.strided, "CompositeExplicitAutograd")
-_library.impl("strided_neighbours", _strided_cpu, "CPU")
+_library.impl("strided_neighbours", cpu.strided, "CPU")

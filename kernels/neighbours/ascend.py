@@ -7,17 +7,19 @@ Additions never overlap but where equal values are counted, so the result does n
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bevfn.kernels.neighbours import reference
+from bevfn.kernels.neighbours.reference import Axes
 
 INDEX = 1 << 31  # what an int32 index reaches: the largest table
 
 
-def submanifold(coords: Tensor, valid: Tensor, kernel: list[int], grid: list[int], batch: int | None = None) -> Tensor:
+def submanifold(coords: Tensor, valid: Tensor, kernel: Axes, grid: Axes, batch: int | None = None) -> Tensor:
     """As `bevfn.kernels.neighbours.submanifold`, in the order of the operator's schema."""
     V, (_, Y, Z) = coords.shape[0], grid
     cells = (batch or 0) * math.prod(grid)
@@ -38,22 +40,15 @@ def submanifold(coords: Tensor, valid: Tensor, kernel: list[int], grid: list[int
 
 
 def strided(
-    coords: Tensor,
-    valid: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    grid: list[int],
-    capacity: int,
-    batch: int,
+    coords: Tensor, valid: Tensor, kernel: Axes, stride: Axes, padding: Axes, grid: Axes, capacity: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `bevfn.kernels.neighbours.strided`, in the order of the operator's schema."""
     if coords.shape[0] == 0:
         coords, valid = coords.new_zeros(1, 4), valid.new_zeros(1)
-        *outputs, inverse, found = strided(coords, valid, kernel, stride, padding, grid, capacity, batch)
-        return *outputs, inverse[:, :0].contiguous(), found
+        sites, used, table, inverse, found = strided(coords, valid, kernel, stride, padding, grid, capacity, batch)
+        return sites, used, table, inverse[:, :0].contiguous(), found
     V, K = coords.shape[0], math.prod(kernel)
-    out = [(g + 2 * p - k) // s + 1 for g, k, s, p in zip(grid, kernel, stride, padding)]
+    out = reference.out_grid(grid, kernel, stride, padding)
     cells = batch * math.prod(out)
     if max(cells, K * capacity, K * V, K * batch * max(out)) + V >= INDEX:
         return reference.strided(coords, valid, kernel, stride, padding, grid, capacity, batch)
@@ -66,10 +61,9 @@ def strided(
     rest = [p - q * s for p, q, s in zip(site, last, stride)]
     reach = [range(-(-k // s)) for k, s in zip(kernel, stride)]
     steps = list(itertools.product(*reach))  # J of them: 8 for kernel 3, stride 2
-    feeds = _all_offsets([
-        _inside(q - _column(j, q), n) & (r + _column([i * s for i in j], q) < k)
-        for q, r, j, n, k, s in zip(last, rest, reach, out, kernel, stride)
-    ]) & valid  # J V  # fmt: skip
+    axes = zip(last, rest, reach, out, kernel, stride)
+    fed = [_inside(q - _column(j, q), n) & (r + _column([i * s for i in j], q) < k) for q, r, j, n, k, s in axes]
+    feeds = _all_offsets(fed) & valid  # J V
 
     # Mark the cells that are fed; what feeds nothing adds 0 to a place of its own behind them. The running count of
     # marked cells numbers the outputs in ascending order.
@@ -111,7 +105,7 @@ def strided(
     return out_coords, out_valid, table, torch.where(same, inverse, torch.full_like(inverse, -1)), found
 
 
-def _number(batch: Tensor | None, site: list[Tensor], grid: list[int]) -> Tensor:
+def _number(batch: Tensor | None, site: list[Tensor], grid: Axes) -> Tensor:
     """Row-major number of a cell of the grid, of all samples' cells if `batch` is given."""
     x = site[0] if batch is None else batch * grid[0] + site[0]
     return (x * grid[1] + site[1]) * grid[2] + site[2]
@@ -139,7 +133,7 @@ def _running_count(flags: Tensor) -> Tensor:
     return within + (torch.cumsum(total, 0, dtype=torch.int32) - total)[:, None]
 
 
-DECOMPOSITIONS = {
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.bevfn.submanifold_neighbours.default: submanifold,
     torch.ops.bevfn.strided_neighbours.default: strided,
 }

@@ -2,12 +2,12 @@
 // a word, so the three z neighbours of a column cost one look-up, and ranks come from counting bits.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "../parallel.h"
 
 namespace {
 
@@ -99,18 +99,6 @@ public:
     }
 };
 
-template <class Work>
-void parallel(int64_t units, int threads, Work work) {  // units write disjoint memory
-    std::atomic<int64_t> next{0};
-    auto loop = [&] {
-        for (int64_t unit; (unit = next.fetch_add(1)) < units;) work(unit);
-    };
-    std::vector<std::thread> pool;
-    for (int64_t i = 1; i < std::min<int64_t>(threads, units); ++i) pool.emplace_back(loop);
-    loop();
-    for (auto& thread : pool) thread.join();
-}
-
 int64_t cell_of(int64_t b, const int64_t* p, const int64_t* grid) {
     return ((b * grid[0] + p[0]) * grid[1] + p[1]) * grid[2] + p[2];
 }
@@ -139,7 +127,7 @@ int64_t count_valid(const uint8_t* valid, int64_t V) {
 
 // coords [V 4], valid [V] -> table [K V]. Returns the first valid row outside the grid, or -1 if all are fine.
 extern "C" int64_t submanifold(const int32_t* coords, const uint8_t* valid, int64_t V, const int64_t* kernel,
-                               const int64_t* grid, int32_t* table, int threads) {
+                               const int64_t* grid, int32_t* table, int64_t threads) {
     const int64_t wrong = misplaced(coords, valid, V, grid, MAX_BATCH);
     if (wrong >= 0) return wrong;
     const int64_t active = count_valid(valid, V), K = kernel[0] * kernel[1] * kernel[2];
@@ -182,7 +170,7 @@ extern "C" int64_t submanifold(const int32_t* coords, const uint8_t* valid, int6
 extern "C" int64_t strided(const int32_t* coords, const uint8_t* valid, int64_t V, const int64_t* kernel, const int64_t* stride,
                            const int64_t* padding, const int64_t* grid, const int64_t* out_grid, int64_t W, int64_t batch,
                            int32_t* out_coords, uint8_t* out_valid, int32_t* table, int32_t* inverse, int32_t* found,
-                           int threads) {
+                           int64_t threads) {
     const int64_t wrong = misplaced(coords, valid, V, grid, batch);
     if (wrong >= 0) return wrong;
     const int64_t K = kernel[0] * kernel[1] * kernel[2];

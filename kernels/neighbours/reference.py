@@ -1,45 +1,40 @@
 """Meaning of the neighbour tables in plain torch with static shapes: sorted 64-bit cell keys and binary search."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+Axes = Sequence[int]  # of x, y and z
 NOWHERE = 1 << 62  # key of an empty row; larger than any cell's
 
 
-def submanifold(coords: Tensor, valid: Tensor, kernel: list[int], grid: list[int], batch: int | None = None) -> Tensor:
+def submanifold(coords: Tensor, valid: Tensor, kernel: Axes, grid: Axes, batch: int | None = None) -> Tensor:
     """As `bevfn.kernels.neighbours.submanifold`, in the order of the operator's schema, on any device."""
     V = coords.shape[0]
     if V == 0:
         return coords.new_empty(kernel[0] * kernel[1] * kernel[2], 0)
-    batch, site = coords[:, 0].long(), coords[:, 1:].long()  # V, V 3
-    keys, rows = torch.sort(torch.where(valid, _key(batch, site, grid), torch.full_like(batch, NOWHERE)))
+    sample, site = coords[:, 0].long(), coords[:, 1:].long()  # V, V 3
+    keys, rows = torch.sort(torch.where(valid, _key(sample, site, grid), torch.full_like(sample, NOWHERE)))
     shift = _offsets(kernel, coords) - torch.tensor([k // 2 for k in kernel], device=coords.device)  # K 3
     wanted = site[None] + shift[:, None]  # K V 3
     inside = _inside(wanted, grid) & valid[None]
-    found, position = _find(keys, _key(batch[None], wanted, grid), inside)
+    found, position = _find(keys, _key(sample[None], wanted, grid), inside)
     row = rows.index_select(0, position.reshape(-1)).reshape(position.shape)
     return torch.where(found, row, torch.full_like(row, -1)).to(torch.int32)
 
 
 def strided(
-    coords: Tensor,
-    valid: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    grid: list[int],
-    capacity: int,
-    batch: int,
+    coords: Tensor, valid: Tensor, kernel: Axes, stride: Axes, padding: Axes, grid: Axes, capacity: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `bevfn.kernels.neighbours.strided`, in the order of the operator's schema, on any device."""
     if coords.shape[0] == 0:
         coords, valid = coords.new_zeros(1, 4), valid.new_zeros(1)
-        *outputs, inverse, found = strided(coords, valid, kernel, stride, padding, grid, capacity, batch)
-        return *outputs, inverse[:, :0].contiguous(), found
+        sites, used, table, inverse, found = strided(coords, valid, kernel, stride, padding, grid, capacity, batch)
+        return sites, used, table, inverse[:, :0].contiguous(), found
     V, device = coords.shape[0], coords.device
-    out = [(g + 2 * p - k) // s + 1 for g, k, s, p in zip(grid, kernel, stride, padding)]
+    out = out_grid(grid, kernel, stride, padding)
     sample, site = coords[:, 0].long(), coords[:, 1:].long()
     step, pad = torch.tensor(stride, device=device), torch.tensor(padding, device=device)
 
@@ -77,17 +72,23 @@ def strided(
     return out_coords, out_valid, table.to(torch.int32).contiguous(), inverse.to(torch.int32), found
 
 
-def _offsets(kernel: list[int], like: Tensor) -> Tensor:
+def out_grid(grid: Axes, kernel: Axes, stride: Axes, padding: Axes) -> tuple[int, int, int]:
+    """Extent of a strided convolution's output, per axis."""
+    X, Y, Z = ((g + 2 * p - k) // s + 1 for g, k, s, p in zip(grid, kernel, stride, padding))
+    return X, Y, Z
+
+
+def _offsets(kernel: Axes, like: Tensor) -> Tensor:
     """[K 3] int64 kernel offsets, row-major."""
     return torch.tensor(list(itertools.product(*map(range, kernel))), device=like.device)
 
 
-def _key(batch: Tensor, site: Tensor, grid: list[int]) -> Tensor:
+def _key(sample: Tensor, site: Tensor, grid: Axes) -> Tensor:
     X, Y, Z = grid
-    return ((batch * X + site[..., 0]) * Y + site[..., 1]) * Z + site[..., 2]
+    return ((sample * X + site[..., 0]) * Y + site[..., 1]) * Z + site[..., 2]
 
 
-def _inside(site: Tensor, grid: list[int]) -> Tensor:
+def _inside(site: Tensor, grid: Axes) -> Tensor:
     return _every((site >= 0) & (site < torch.tensor(grid, device=site.device)))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bevfn.kernels.derivatives import differentiable
-from bevfn.kernels.sparse_conv import reference
+from bevfn.kernels.sparse_conv import cpu, reference
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define("sparse_conv(Tensor x, Tensor weight, Tensor table) -> Tensor")
@@ -72,29 +72,17 @@ def _gradients(
 _sparse_conv = differentiable(_operator, _gradients, _plain)
 
 
-def _forward_cpu(x, weight, table):
-    from bevfn.kernels.sparse_conv import cpu
-
-    return cpu.sparse_conv(x, weight, table)
-
-
-def _weight_grad_cpu(x, grad, table):
-    from bevfn.kernels.sparse_conv import cpu
-
-    return cpu.weight_grad(x, grad, table)
-
-
 @torch.library.register_fake("bevfn::sparse_conv", lib=_library)
-def _forward_fake(x, weight, table):
+def _forward_fake(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(table.shape[1], weight.shape[2])
 
 
 @torch.library.register_fake("bevfn::sparse_conv_weight_grad", lib=_library)
-def _weight_grad_fake(x, grad, table):
+def _weight_grad_fake(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(table.shape[0], x.shape[1], grad.shape[1])
 
 
 _library.impl("sparse_conv", reference.sparse_conv, "CompositeExplicitAutograd")
-_library.impl("sparse_conv", _forward_cpu, "CPU")
+_library.impl("sparse_conv", cpu.sparse_conv, "CPU")
 _library.impl("sparse_conv_weight_grad", reference.weight_grad, "CompositeExplicitAutograd")
-_library.impl("sparse_conv_weight_grad", _weight_grad_cpu, "CPU")
+_library.impl("sparse_conv_weight_grad", cpu.weight_grad, "CPU")

@@ -5,7 +5,8 @@ multiplies as many, and reads and writes its sums 27 times (figures in docs/asce
 summed in float32 and rounded once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def _columns(rows: Tensor, index: Tensor) -> Iterator[tuple[Tensor, slice]]:
         yield rows.index_select(0, index[part].reshape(-1)).reshape(-1, K * channels), part
 
 
-DECOMPOSITIONS = {
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.bevfn.sparse_conv.default: sparse_conv,
     torch.ops.bevfn.sparse_conv_weight_grad.default: weight_grad,
 }

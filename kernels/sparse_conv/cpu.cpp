@@ -17,9 +17,10 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "../parallel.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -49,20 +50,6 @@ struct Buffer {  // cache-line aligned floats
 };
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Runs work(unit) for every unit; units write disjoint memory, so the split over threads does not show.
-template <class Make>
-void parallel(int64_t units, int threads, Make make_worker) {
-    std::atomic<int64_t> next{0};
-    auto loop = [&] {
-        auto work = make_worker();
-        for (int64_t unit; (unit = next.fetch_add(1)) < units;) work(unit);
-    };
-    std::vector<std::thread> pool;
-    for (int64_t i = 1; i < std::min<int64_t>(threads, units); ++i) pool.emplace_back(loop);
-    loop();
-    for (auto& thread : pool) thread.join();
-}
 
 // Pairs (entry, position) of the non-negative table entries; sets *bad if an entry is not below `limit`.
 int64_t compress(const int32_t* table, int64_t n, int64_t limit, int32_t* in, int32_t* out, std::atomic<int>* bad) {
@@ -189,8 +176,8 @@ void pack(const float* w, const int64_t* stride, int64_t K, int64_t channels_in,
 }  // namespace
 
 // x [V C_in], w [K C_in C_out] with strides, table [K W] -> y [W C_out]. Returns 1 if a table entry is >= V.
-extern "C" int sparse_conv(const float* x, const float* w, const int64_t* w_stride, const int32_t* table, int64_t K, int64_t V,
-                           int64_t W, int64_t channels_in, int64_t channels_out, float* y, int threads) {
+extern "C" int64_t sparse_conv(const float* x, const float* w, const int64_t* w_stride, const int32_t* table, int64_t K, int64_t V,
+                           int64_t W, int64_t channels_in, int64_t channels_out, float* y, int64_t threads) {
     const int64_t padded = round_up(channels_out, LANES);
     Buffer weights(K * channels_in * padded);
     pack(w, w_stride, K, channels_in, channels_out, weights.data);
@@ -199,7 +186,7 @@ extern "C" int sparse_conv(const float* x, const float* w, const int64_t* w_stri
     block = std::min(block, std::max<int64_t>(64, (W + 4 * threads - 1) / (4 * threads)));
     std::atomic<int> bad{0};
 
-    parallel((W + block - 1) / block, threads, [&] {
+    parallel_workers((W + block - 1) / block, threads, [&] {
         return [&, sums = std::make_shared<Buffer>(block * padded), in = std::vector<int32_t>(block + 16),
                 out = std::vector<int32_t>(block + 16)](int64_t unit) mutable {
             const int64_t begin = unit * block, rows = std::min(block, W - begin);
@@ -223,13 +210,13 @@ extern "C" int sparse_conv(const float* x, const float* w, const int64_t* w_stri
 }
 
 // x [V C_in], grad [W C_out], table [K W] -> g [K C_in C_out]. Returns 1 if a table entry is >= V.
-extern "C" int sparse_conv_weight_grad(const float* x, const float* grad, const int32_t* table, int64_t K, int64_t V, int64_t W,
-                                       int64_t channels_in, int64_t channels_out, float* g, int threads) {
+extern "C" int64_t sparse_conv_weight_grad(const float* x, const float* grad, const int32_t* table, int64_t K, int64_t V, int64_t W,
+                                       int64_t channels_in, int64_t channels_out, float* g, int64_t threads) {
     const int64_t padded = round_up(channels_out, LANES);
     constexpr int64_t CHUNK = 64, STRIP = 4096;
     std::atomic<int> bad{0};
 
-    parallel(K, threads, [&] {
+    parallel_workers(K, threads, [&] {
         return [&, sums = std::make_shared<Buffer>(channels_in * padded), copies = std::make_shared<Buffer>(CHUNK * padded),
                 in = std::vector<int32_t>(STRIP + 16), out = std::vector<int32_t>(STRIP + 16)](int64_t k) mutable {
             float* sum = sums->data;

@@ -1,15 +1,12 @@
 """Host lowering of `sparse_conv`: `cpu.cpp` in float32; float64 (gradient checks) takes the reference."""
 
 import ctypes
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bevfn.kernels import native
 from bevfn.kernels.sparse_conv import reference
-
-SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
 def sparse_conv(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
@@ -19,12 +16,9 @@ def sparse_conv(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     K, channels_in, channels_out = weight.shape
     rows, kernel, table = x.float().contiguous(), weight.float(), table.contiguous()
     y = torch.empty(table.shape[1], channels_out)
-    strides = (ctypes.c_int64 * 3)(*kernel.stride())  # the gradient passes transposed weights: no copy
-    sizes = _int64(K, x.shape[0], table.shape[1], channels_in, channels_out)
-    bad = native.load(SOURCE).sparse_conv(
-        native.pointer(rows), ctypes.c_void_p(kernel.data_ptr()), strides, native.pointer(table), *sizes,
-        native.pointer(y), torch.get_num_threads(),
-    )  # fmt: skip
+    weights = ctypes.c_void_p(kernel.data_ptr()), kernel.stride()  # the gradient passes transposed weights: no copy
+    sizes = (K, x.shape[0], table.shape[1], channels_in, channels_out)
+    bad = native.call("sparse_conv", "sparse_conv", rows, *weights, table, *sizes, y)
     _check(bad, x)
     return y.to(x.dtype)
 
@@ -35,17 +29,10 @@ def weight_grad(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
         return reference.weight_grad(x, grad, table)
     rows, slopes, table = x.float().contiguous(), grad.float().contiguous(), table.contiguous()
     g = torch.empty(table.shape[0], x.shape[1], grad.shape[1])
-    sizes = _int64(table.shape[0], x.shape[0], table.shape[1], x.shape[1], grad.shape[1])
-    bad = native.load(SOURCE).sparse_conv_weight_grad(
-        native.pointer(rows), native.pointer(slopes), native.pointer(table), *sizes,
-        native.pointer(g), torch.get_num_threads(),
-    )  # fmt: skip
+    sizes = (table.shape[0], x.shape[0], table.shape[1], x.shape[1], grad.shape[1])
+    bad = native.call("sparse_conv", "sparse_conv_weight_grad", rows, slopes, table, *sizes, g)
     _check(bad, x)
     return g.to(x.dtype)
-
-
-def _int64(*numbers: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(n) for n in numbers]
 
 
 def _check(bad: int, x: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bevfn.kernels.derivatives import differentiable
-from bevfn.kernels.voxel_pool import reference
+from bevfn.kernels.voxel_pool import cpu, reference
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define("voxel_pool(Tensor depth, Tensor context, Tensor cell, int num_cells) -> Tensor")
@@ -92,19 +92,7 @@ def _backward_fake(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -
     return depth.new_empty(depth.shape), context.new_empty(context.shape)
 
 
-def _forward_cpu(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
-    from bevfn.kernels.voxel_pool import cpu
-
-    return cpu.forward(depth, context, cell, num_cells)
-
-
-def _backward_cpu(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    from bevfn.kernels.voxel_pool import cpu
-
-    return cpu.backward(grad, depth, context, cell)
-
-
 _library.impl("voxel_pool", reference.forward, "CompositeExplicitAutograd")
 _library.impl("voxel_pool_backward", reference.backward, "CompositeExplicitAutograd")
-_library.impl("voxel_pool", _forward_cpu, "CPU")
-_library.impl("voxel_pool_backward", _backward_cpu, "CPU")
+_library.impl("voxel_pool", cpu.forward, "CPU")
+_library.impl("voxel_pool_backward", cpu.backward, "CPU")

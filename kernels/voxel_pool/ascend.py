@@ -5,6 +5,7 @@ index is atomic float32 addition. Sorted cells and a running sum would need no a
 `drivingsdk`: BEVPoolV3 multiplies and adds in one pass, forward only: its gradient type has no shape inference.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,10 +52,10 @@ def forward_drivingsdk(depth: Tensor, context: Tensor, cell: Tensor, num_cells: 
     image = torch.div(pixel, H * W, rounding_mode="floor")
     bin = torch.arange(D, dtype=torch.int32, device=depth.device)[:, None, None]
     place = (image * (D - 1) + bin) * (H * W) + pixel  # M D H W, of a point in depth
+    ranks = (place, pixel.expand(M, D, H, W), _rows(cell, num_cells))
     out = torch.ops.bevfn.bev_pool_v3(
-        _wide(depth), _wide(context), place.reshape(-1), pixel.expand(M, D, H, W).reshape(-1),
-        _rows(cell, num_cells).reshape(-1), num_cells + W,
-    )  # fmt: skip
+        _wide(depth), _wide(context), *(rank.reshape(-1) for rank in ranks), num_cells + W
+    )
     return out[:num_cells].to(depth.dtype)
 
 
@@ -85,7 +86,7 @@ def bev_pool_v3(
 
 
 @torch.library.register_fake("bevfn::bev_pool_v3", lib=_library)
-def _fake(depth, feat, ranks_depth, ranks_feat, ranks_bev, rows):
+def _fake(depth: Tensor, feat: Tensor, ranks_depth: Tensor, ranks_feat: Tensor, ranks_bev: Tensor, rows: int) -> Tensor:
     return feat.new_empty(rows, feat.shape[-1])
 
 
@@ -100,7 +101,9 @@ def register() -> None:
     attr = torchair.ge.attr
 
     @torchair.register_fx_node_ge_converter(torch.ops.bevfn.bev_pool_v3.default)
-    def convert(depth, feat, ranks_depth, ranks_feat, ranks_bev, rows, meta_outputs=None):
+    def convert(
+        depth: Any, feat: Any, ranks_depth: Any, ranks_feat: Any, ranks_bev: Any, rows: int, meta_outputs: Any = None
+    ) -> Any:
         channels = meta_outputs.size[1]
         sizes = {"b": 1, "d": 1, "h": 1, "w": rows, "c": channels}  # the kernel knows rows; these make the shape
         one_sample = {"depth": ge.Unsqueeze(depth, axes=[0]), "feat": ge.Unsqueeze(feat, axes=[0])}
@@ -115,16 +118,26 @@ def register() -> None:
 
 
 def _meaning(
-    depth: Tensor, feat: Tensor, ranks_depth: Tensor, ranks_feat: Tensor, ranks_bev: Tensor,
-    *, with_depth: bool, b: int, d: int, h: int, w: int, c: int,
-) -> Tensor:  # fmt: skip
+    depth: Tensor,
+    feat: Tensor,
+    ranks_depth: Tensor,
+    ranks_feat: Tensor,
+    ranks_bev: Tensor,
+    *,
+    with_depth: bool,
+    b: int,
+    d: int,
+    h: int,
+    w: int,
+    c: int,
+) -> Tensor:
     ranks = (ranks_depth, ranks_feat, ranks_bev)
     if not with_depth or feat.shape[-1] != c or any(x.dtype != torch.int32 for x in ranks):
         raise ValueError("BEVPoolV3: only with depth, int32 ranks, and c channels")
-    return bev_pool_v3(depth[0], feat[0], ranks_depth, ranks_feat, ranks_bev, b * d * h * w).reshape(b, d, h, w, c)
+    return bev_pool_v3(depth[0], feat[0], *ranks, b * d * h * w).reshape(b, d, h, w, c)
 
 
 MEANINGS: dict[str, Any] = {"BEVPoolV3": _meaning}
-_COMMON = {torch.ops.bevfn.voxel_pool_backward.default: backward}
-DECOMPOSITIONS = {torch.ops.bevfn.voxel_pool.default: forward, **_COMMON}
-DRIVINGSDK = {torch.ops.bevfn.voxel_pool.default: forward_drivingsdk, **_COMMON}
+_COMMON: dict[Any, Callable[..., Any]] = {torch.ops.bevfn.voxel_pool_backward.default: backward}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.bevfn.voxel_pool.default: forward, **_COMMON}
+DRIVINGSDK: dict[Any, Callable[..., Any]] = {torch.ops.bevfn.voxel_pool.default: forward_drivingsdk, **_COMMON}

@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <thread>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -26,6 +25,8 @@
 #else
 #pragma GCC optimize("fp-contract=fast")
 #endif
+
+#include "../parallel.h"
 
 namespace {
 
@@ -55,14 +56,6 @@ using Buffer = std::unique_ptr<T[], Free>;
 template <class T>
 Buffer<T> aligned(int64_t n) {
   return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (std::max<int64_t>(n, 1) * sizeof(T) + 63) / 64 * 64)));
-}
-
-template <class Work>
-void parallel(int64_t threads, Work work) {  // work(thread); thread 0 is the caller
-  std::vector<std::thread> pool;
-  for (int64_t t = 1; t < threads; ++t) pool.emplace_back(work, t);
-  work(0);
-  for (auto& t : pool) t.join();
 }
 
 // A large result lies on fresh pages. To let the system clear them huge page by huge page in one call costs a fraction
@@ -212,7 +205,7 @@ Plan make_plan(const int32_t* cell, const Size& s, int64_t threads) {
   Plan plan;
   plan.low.assign(s.M * steps * tiles, INT32_MAX);
   plan.high.assign(s.M * steps * tiles, -1);
-  parallel(threads, [&](int64_t thread) {
+  parallel(threads, threads, [&](int64_t thread) {
     std::vector<uint32_t> low(s.W);
     std::vector<int32_t> high(s.W);
     for (int64_t t = s.M * steps * thread / threads; t < s.M * steps * (thread + 1) / threads; ++t) {
@@ -412,7 +405,7 @@ extern "C" void voxel_pool_forward(const float* depth, const float* context, con
   const Size s{M, D, H, W, C, cells};
   advise(out, cells * C, MADV_HUGEPAGE);
   const Plan plan = make_plan(cell, s, threads);
-  parallel(threads, [&](int64_t thread) {
+  parallel(threads, threads, [&](int64_t thread) {
     const int64_t low = plan.cut[thread], high = plan.cut[thread + 1];
     advise(out + low * C, (high - low) * C, MADV_POPULATE_WRITE);
     for_channel_blocks(C, [&](int64_t c0, int64_t n, int64_t i) {
@@ -426,7 +419,7 @@ extern "C" void voxel_pool_backward(const float* grad, const float* depth, const
                                     int64_t C, int64_t cells, int64_t threads) {
   const Size s{M, D, H, W, C, cells};
   const int64_t tiles = M * s.tiles();
-  parallel(threads, [&](int64_t thread) {
+  parallel(threads, threads, [&](int64_t thread) {
     for (int64_t t = tiles * thread / threads; t < tiles * (thread + 1) / threads; ++t)
       for_channel_blocks(C, [&](int64_t c0, int64_t n, int64_t i) {
         kTileGradient[i](grad, depth, context, cell, s, t, c0, n, grad_depth, grad_context);

@@ -1,8 +1,5 @@
 """CPU lowering of `voxel_pool`: cpu.cpp in float32; float64 (gradient checks) goes to the reference."""
 
-import ctypes
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -22,7 +19,7 @@ def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Ten
 def forward_into(out: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> None:
     """Overwrites out [num_cells C] float32: what `forward` does apart from allocating the result."""
     operands = [_plain(depth), _plain(context), cell.contiguous(), out]
-    _library().voxel_pool_forward(*map(native.pointer, operands), *_sizes(depth, context, out.shape[0]))
+    native.call("voxel_pool", "voxel_pool_forward", *operands, *depth.shape, *out.shape[::-1])
 
 
 def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,17 +29,9 @@ def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tupl
     grad_depth = torch.empty(depth.shape, dtype=torch.float32, device="cpu")
     grad_context = torch.empty(context.shape, dtype=torch.float32, device="cpu")
     operands = [_plain(grad), _plain(depth), _plain(context), cell.contiguous(), grad_depth, grad_context]
-    _library().voxel_pool_backward(*map(native.pointer, operands), *_sizes(depth, context, grad.shape[0]))
+    native.call("voxel_pool", "voxel_pool_backward", *operands, *depth.shape, *grad.shape[::-1])
     return grad_depth.to(depth.dtype), grad_context.to(context.dtype)
 
 
 def _plain(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
-
-
-def _sizes(depth: Tensor, context: Tensor, num_cells: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(n) for n in (*depth.shape, context.shape[-1], num_cells, torch.get_num_threads())]
-
-
-def _library() -> ctypes.CDLL:
-    return native.load(Path(__file__).with_name("cpu.cpp"))

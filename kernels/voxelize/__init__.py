@@ -7,7 +7,8 @@ outside, every shape is static and what does not fit is counted.
 import torch
 from torch import Tensor
 
-from bevfn.kernels.voxelize import reference
+from bevfn.kernels.voxelize import cpu, reference
+from bevfn.kernels.voxelize.reference import Extent
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define(
@@ -72,14 +73,10 @@ def voxelize(
     )
 
 
-def _cpu(points, valid, lower, size, grid, max_points, max_voxels):
-    from bevfn.kernels.voxelize import cpu
-
-    return cpu.voxelize(points, valid, lower, size, grid, max_points, max_voxels)
-
-
 @torch.library.register_fake("bevfn::voxelize", lib=_library)
-def _fake(points, valid, lower, size, grid, max_points, max_voxels):
+def _fake(
+    points: Tensor, valid: Tensor, lower: Extent, size: Extent, grid: list[int], max_points: int, max_voxels: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, _, C = points.shape
     return (
         points.new_empty(B, max_voxels, C),
@@ -90,4 +87,4 @@ def _fake(points, valid, lower, size, grid, max_points, max_voxels):
 
 
 _library.impl("voxelize", reference.voxelize, "CompositeExplicitAutograd")
-_library.impl("voxelize", _cpu, "CPU")
+_library.impl("voxelize", cpu.voxelize, "CPU")

@@ -5,22 +5,20 @@ such bits (CANN's own index_add sorts its indices in this way). Points are gathe
 depend on the order of atomic additions.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bevfn.kernels.voxelize import reference
+from bevfn.kernels.voxelize.reference import Extent
 
 NORMAL, INFINITY = 0x00800000, 0x7F800000  # bits of the smallest normal number (less might count as 0) and of infinity
 
 
 def voxelize(
-    points: Tensor,
-    valid: Tensor,
-    lower: list[float],
-    size: list[float],
-    grid: list[int],
-    max_points: int,
-    max_voxels: int,
+    points: Tensor, valid: Tensor, lower: Extent, size: Extent, grid: list[int], max_points: int, max_voxels: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `bevfn.kernels.voxelize.voxelize`, in the order of the operator's schema."""
     B, P, C = points.shape
@@ -64,12 +62,12 @@ def voxelize(
     return features, cell.to(torch.int32), count, found
 
 
-def _cell(points: Tensor, lower: list[float], size: list[float]) -> Tensor:
+def _cell(points: Tensor, lower: Extent, size: Extent) -> Tensor:
     """Cell (x, y, z) of points [... C], float32 [... 3]; NaN for NaN."""
     return torch.floor((points[..., :3] - points.new_tensor(lower)) / points.new_tensor(size))
 
 
-def _numbers(points: Tensor, valid: Tensor, lower: list[float], size: list[float], grid: list[int]) -> Tensor:
+def _numbers(points: Tensor, valid: Tensor, lower: Extent, size: Extent, grid: list[int]) -> Tensor:
     """Number of each point's cell [B P] int32; the number of cells for points to ignore."""
     X, Y, Z = grid
     cell = _cell(points, lower, size)
@@ -81,4 +79,4 @@ def _numbers(points: Tensor, valid: Tensor, lower: list[float], size: list[float
     return torch.where(inside, number, torch.full_like(number, X * Y * Z))
 
 
-DECOMPOSITIONS = {torch.ops.bevfn.voxelize.default: voxelize}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.bevfn.voxelize.default: voxelize}

@@ -1,12 +1,12 @@
 // Hard voxelization on the host: one pass over the points with a hash table from cell to voxel number.
 // Compiled with -ffp-contract=off: the cell index must round after the subtraction and after the division.
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
+
+#include "../parallel.h"
 
 namespace {
 
@@ -84,21 +84,14 @@ void voxelize_sample(const float* points, const uint8_t* valid, const Setting& s
 // points [B P C], valid [B P] -> features [B V C], coords [B V 3], count [B V], found [B]; grid, lower, size per axis.
 extern "C" void voxelize(const float* points, const uint8_t* valid, int64_t B, int64_t P, int64_t C, const float* lower,
                          const float* size, const int64_t* grid, int64_t max_points, int64_t V, float* features,
-                         int32_t* coords, int32_t* count, int32_t* found, int threads) {
+                         int32_t* coords, int32_t* count, int32_t* found, int64_t threads) {
     Setting s;
     std::memcpy(s.lower, lower, sizeof s.lower);
     std::memcpy(s.size, size, sizeof s.size);
     std::memcpy(s.grid, grid, sizeof s.grid);
     s.points = P, s.columns = C, s.max_points = max_points, s.max_voxels = V;
 
-    std::atomic<int64_t> next{0};
-    auto worker = [&] {  // a sample per turn: samples share nothing
-        for (int64_t b; (b = next.fetch_add(1)) < B;)
-            voxelize_sample(points + b * P * C, valid + b * P, s, features + b * V * C, coords + b * V * 3, count + b * V,
-                            found + b);
-    };
-    std::vector<std::thread> pool;
-    for (int64_t i = 1; i < threads && i < B; ++i) pool.emplace_back(worker);
-    worker();
-    for (auto& thread : pool) thread.join();
+    parallel(B, threads, [&](int64_t b) {  // samples share nothing
+        voxelize_sample(points + b * P * C, valid + b * P, s, features + b * V * C, coords + b * V * 3, count + b * V, found + b);
+    });
 }

@@ -6,15 +6,11 @@ Spelled with operators that stock torchair converts (shared/npu/COVERAGE.md): no
 import torch
 from torch import Tensor
 
+Extent = list[float]  # along x, y and z, m
+
 
 def voxelize(
-    points: Tensor,
-    valid: Tensor,
-    lower: list[float],
-    size: list[float],
-    grid: list[int],
-    max_points: int,
-    max_voxels: int,
+    points: Tensor, valid: Tensor, lower: Extent, size: Extent, grid: list[int], max_points: int, max_voxels: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `bevfn.kernels.voxelize.voxelize`, in the order of the operator's schema, on any device."""
     B, P, C = points.shape

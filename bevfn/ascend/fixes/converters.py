@@ -93,9 +93,17 @@ def _converters() -> dict:
     stock_convolution = _stock(aten.convolution.default)
 
     def convolution(
-        x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any,
-        groups: int, meta_outputs: Any = None,
-    ) -> Any:  # fmt: skip
+        x: Any,
+        weight: Any,
+        bias: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        transposed: bool,
+        output_padding: Any,
+        groups: int,
+        meta_outputs: Any = None,
+    ) -> Any:
         # A transposed convolution is the gradient of a convolution. torchair's own Conv2DTranspose takes its size from a
         # sum of int32 and int64, and operands of the type are float16 by its prototype.
         if not transposed or meta_outputs.rank != 4:
@@ -104,10 +112,9 @@ def _converters() -> dict:
             )
         x, weight = dtype_promote(x, weight, target_dtype=meta_outputs.dtype)
         pads = [side for p in padding for side in (p, p)]
-        y = ge.Conv2DBackpropInput(
-            ge.Const(list(meta_outputs.size), dtype=DataType.DT_INT32), weight, x, strides=[1, 1, *stride], pads=pads,
-            dilations=[1, 1, *dilation], groups=groups, data_format="NCHW",
-        )  # fmt: skip
+        size = ge.Const(list(meta_outputs.size), dtype=DataType.DT_INT32)
+        steps = {"strides": [1, 1, *stride], "pads": pads, "dilations": [1, 1, *dilation]}
+        y = ge.Conv2DBackpropInput(size, weight, x, **steps, groups=groups, data_format="NCHW")
         specific_op_input_layout(y, indices=[1, 2], layout="NCHW")
         specific_op_output_layout(y, indices=0, layout="NCHW")
         if bias is None:

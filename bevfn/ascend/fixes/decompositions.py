@@ -13,12 +13,15 @@ aten = torch.ops.aten
 
 # Without a converter, or with a wrong one (batch norm); torch takes them apart into operators that convert.
 TORCH = (
-    aten._native_batch_norm_legit_functional, aten._native_batch_norm_legit, aten.native_batch_norm,
-    aten.native_batch_norm_backward, aten._unsafe_index_put, aten.index_copy, aten.pixel_shuffle, aten.pixel_unshuffle,
-    aten.softplus, aten.softplus_backward, aten.binary_cross_entropy, aten.binary_cross_entropy_backward,
-    aten.smooth_l1_loss, aten.smooth_l1_loss_backward, aten.huber_loss, aten.huber_loss_backward,
-    aten.nll_loss2d_forward, aten.nll_loss2d_backward, aten.affine_grid_generator, aten.im2col, aten.col2im,
-)  # fmt: skip
+    *(aten._native_batch_norm_legit_functional, aten._native_batch_norm_legit),
+    *(aten.native_batch_norm, aten.native_batch_norm_backward),
+    *(aten._unsafe_index_put, aten.index_copy, aten.pixel_shuffle, aten.pixel_unshuffle),
+    *(aten.softplus, aten.softplus_backward),
+    *(aten.binary_cross_entropy, aten.binary_cross_entropy_backward),
+    *(aten.smooth_l1_loss, aten.smooth_l1_loss_backward, aten.huber_loss, aten.huber_loss_backward),
+    *(aten.nll_loss2d_forward, aten.nll_loss2d_backward),
+    *(aten.affine_grid_generator, aten.im2col, aten.col2im),
+)
 
 
 def table() -> dict[Any, Callable]:

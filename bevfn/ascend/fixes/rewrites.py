@@ -9,9 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
-_VIEWS = (
-    aten.permute.default, aten.transpose.int, aten.t.default, aten.view.default, aten.reshape.default,
-)  # fmt: skip
+_VIEWS = (aten.permute.default, aten.transpose.int, aten.t.default, aten.view.default, aten.reshape.default)
 _NOTHING = (aten.detach.default, aten.detach_.default, aten.alias.default)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import floating, only, same_dtype, wide
+from bevfn.ascend.interpret.node import fixed, floating, only, same_dtype, wide
 
 
 def _rounded_once(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
@@ -38,13 +38,13 @@ def leaky_relu_grad(gradients: Tensor, features: Tensor, *, negative_slope: floa
     return _rounded_once(lambda g, x: torch.where(x > 0, g, g * negative_slope), gradients, features)
 
 
-def sigmoid_grad(y: Tensor, dy: Tensor, *, complex_conj: bool = False) -> Tensor:
-    only("complex_conj", complex_conj, False)
+@fixed(complex_conj=False)
+def sigmoid_grad(y: Tensor, dy: Tensor) -> Tensor:
     return _rounded_once(lambda y, dy: dy * y * (1 - y), y, dy)
 
 
-def tanh_grad(y: Tensor, dy: Tensor, *, complex_conj: bool = False) -> Tensor:
-    only("complex_conj", complex_conj, False)
+@fixed(complex_conj=False)
+def tanh_grad(y: Tensor, dy: Tensor) -> Tensor:
     return _rounded_once(lambda y, dy: dy * (1 - y * y), y, dy)
 
 

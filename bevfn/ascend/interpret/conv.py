@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import Invalid, Unsupported, image, ints, only, same_dtype, wide
+from bevfn.ascend.interpret.node import Invalid, Unsupported, fixed, image, ints, only, same_dtype, wide
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def _geometry(
 def forward(axes: int, default_format: str) -> Callable[..., Tensor]:
     """Conv2D, Conv3D: x [N C ...], filter [O C/groups ...] -> y [N O ...]."""
 
+    @fixed(offset_x=0)
     def apply(
         x: Tensor,
         filter: Tensor,
@@ -69,10 +70,8 @@ def forward(axes: int, default_format: str) -> Callable[..., Tensor]:
         dilations: list[int] = [],  # noqa: B006
         groups: int = 1,
         data_format: str = default_format,
-        offset_x: int = 0,
         image_layout: str,
     ) -> Tensor:
-        only("offset_x", offset_x, 0)
         g = _geometry(axes, strides, pads, dilations, groups, (data_format, image_layout))
         same_dtype(x, filter)
         dtype = wide(x.dtype)
@@ -145,6 +144,7 @@ def _backward(g: Geometry, grad: Tensor, x: Tensor, weight: Tensor, wanted: list
     )
 
 
+@fixed(offset_x=0)
 def conv2d_transpose(
     input_size: Tensor,
     x: Tensor,
@@ -158,11 +158,9 @@ def conv2d_transpose(
     groups: int = 1,
     data_format: str = "NHWC",
     output_padding: list[int] = [0, 0, 0, 0],  # noqa: B006
-    offset_x: int = 0,
     image_layout: str,
 ) -> Tensor:
     """The input gradient of a convolution as an operator of its own; input_size is the shape of the result."""
-    only("offset_x", offset_x, 0)
     g = _geometry(2, strides, pads, dilations, groups, (data_format, image_layout))
     if not g.even or output_padding[:2] != [0, 0]:
         raise Unsupported(f"pads {pads} that differ by side, or output_padding {output_padding}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import Invalid, Unsupported, of_dtype, one_int, only, poison, same_dtype
+from bevfn.ascend.interpret.node import Invalid, Unsupported, fixed, of_dtype, one_int, only, poison, same_dtype
 
 _INDEX = (torch.int32, torch.int64)
 
@@ -27,35 +27,21 @@ def _indices(indices: Tensor, size: int, *, negative: bool = False) -> Tensor:
     return torch.where(indices < 0, indices + size, indices) if low < 0 else indices
 
 
+@fixed(batch_dims=0, is_preprocessed=False)
 def gather(
-    x: Tensor,
-    indices: Tensor,
-    *,
-    validate_indices: bool = True,
-    batch_dims: int = 0,
-    is_preprocessed: bool = False,
-    negative_index_support: bool = False,
+    x: Tensor, indices: Tensor, *, validate_indices: bool = True, negative_index_support: bool = False
 ) -> Tensor:
     """Rows of x; validate_indices is published as not in use."""
-    return _gather(x, indices, 0, batch_dims, is_preprocessed, negative_index_support)
+    return _gather(x, indices, 0, negative_index_support)
 
 
-def gather_v2(
-    x: Tensor,
-    indices: Tensor,
-    axis: Tensor,
-    *,
-    batch_dims: int = 0,
-    is_preprocessed: bool = False,
-    negative_index_support: bool = False,
-) -> Tensor:
+@fixed(batch_dims=0, is_preprocessed=False)
+def gather_v2(x: Tensor, indices: Tensor, axis: Tensor, *, negative_index_support: bool = False) -> Tensor:
     """Slices of x along `axis`; the shape of `indices` takes the axis' place."""
-    return _gather(x, indices, one_int(axis), batch_dims, is_preprocessed, negative_index_support)
+    return _gather(x, indices, one_int(axis), negative_index_support)
 
 
-def _gather(x: Tensor, indices: Tensor, axis: int, batch_dims: int, preprocessed: bool, negative: bool) -> Tensor:
-    only("batch_dims", batch_dims, 0)
-    only("is_preprocessed", preprocessed, False)
+def _gather(x: Tensor, indices: Tensor, axis: int, negative: bool) -> Tensor:
     if not -x.dim() <= axis < x.dim():
         raise Invalid(f"axis {axis} of {x.dim()}")
     axis %= x.dim()
@@ -78,7 +64,9 @@ def index_by_tensor(x: Tensor, indices: list[Tensor], *, indices_mask: list[int]
     return x[tuple(next(rest) if masked else slice(None) for masked in indices_mask)]
 
 
-def scatter_elements(data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"):
+def scatter_elements(
+    data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
+) -> Tensor:
     """A copy of data with updates written at (…, index, …) along `axis`, or combined with what is there."""
     only("reduction", reduction, "none", "add", "mul")
     same_dtype(data, updates)
@@ -152,11 +140,9 @@ def inplace_index_add(
     return var.contiguous().index_add_(axis, chosen, updates, alpha=factor)
 
 
-def embedding_dense_grad(
-    grad: Tensor, indices: Tensor, *, num_weights: int, padding_idx: int = -1, scale_grad_by_freq: bool = False
-) -> Tensor:
+@fixed(scale_grad_by_freq=False)
+def embedding_dense_grad(grad: Tensor, indices: Tensor, *, num_weights: int, padding_idx: int = -1) -> Tensor:
     """Sum of the gradients of each row of a table; those of the row padding_idx are left out."""
-    only("scale_grad_by_freq", scale_grad_by_freq, False)
     if padding_idx >= num_weights:
         raise Unsupported(f"attribute 'padding_idx' = {padding_idx} beyond {num_weights} rows")
     chosen = _indices(indices, num_weights)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import Invalid, only, same_dtype, wide
+from bevfn.ascend.interpret.node import Invalid, fixed, same_dtype, wide
 
 
 def matmul(
@@ -20,6 +20,7 @@ def matmul(
     return _product(x1, x2, transpose_x1, transpose_x2, bias)
 
 
+@fixed(offset_x=0)
 def matmul_v2(
     x1: Tensor,
     x2: Tensor,
@@ -28,9 +29,7 @@ def matmul_v2(
     *,
     transpose_x1: bool = False,
     transpose_x2: bool = False,
-    offset_x: int = 0,
 ) -> Tensor:
-    only("offset_x", offset_x, 0)
     return matmul(x1, x2, bias, transpose_x1=transpose_x1, transpose_x2=transpose_x2)
 
 
@@ -41,6 +40,7 @@ def batch_matmul(x1: Tensor, x2: Tensor, *, adj_x1: bool = False, adj_x2: bool =
     return _product(x1, x2, adj_x1, adj_x2, None)
 
 
+@fixed(offset_x=0)
 def batch_matmul_v2(
     x1: Tensor,
     x2: Tensor,
@@ -49,9 +49,7 @@ def batch_matmul_v2(
     *,
     adj_x1: bool = False,
     adj_x2: bool = False,
-    offset_x: int = 0,
 ) -> Tensor:
-    only("offset_x", offset_x, 0)
     return _product(x1, x2, adj_x1, adj_x2, bias)
 
 
@@ -64,8 +62,8 @@ def _product(x1: Tensor, x2: Tensor, transpose_x1: bool, transpose_x2: bool, bia
     return (y if bias is None else y + bias.to(dtype)).to(x1.dtype)
 
 
-def matrix_inverse(x: Tensor, *, adjoint: bool = False) -> Tensor:
-    only("adjoint", adjoint, False)
+@fixed(adjoint=False)
+def matrix_inverse(x: Tensor) -> Tensor:
     return torch.linalg.inv(x)
 
 

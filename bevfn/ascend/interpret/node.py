@@ -2,8 +2,8 @@
 
 A node's operands and attributes are bound by name to a function's parameters: positional parameters are the prototype's
 inputs in order (default None: optional; `list[Tensor]`: a dynamic input x0, x1, ...; None as annotation: an optional
-input that the function does not know), keyword-only ones its attributes (a default is the prototype's default). A name
-that is a Python keyword ends in an underscore. `image_layout` receives the layout that the node states for its images.
+input that the function does not know), keyword-only ones its attributes (a default is the prototype's default; `fixed`
+names those that may have no other value). A name that is a Python keyword ends in an underscore. `image_layout` receives the layout that the node states for its images.
 
 Source: ../shared/npu/GE_IR.md (container, the two numberings of data types).
 """
@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ DTYPES = (
 )
 _OF_PROTO = {proto: dtype for proto, _, dtype in DTYPES}
 _OF_GE = {ge: dtype for _, ge, dtype in DTYPES}
+Function = TypeVar("Function", bound=Callable[..., Any])
 _FLOAT = 1  # what torchair also writes where it does not know the dtype
 
 # Repeat the descriptors, or say where a value came from; they do not change what a node computes.
@@ -173,6 +174,16 @@ def constant(op: Any) -> Tensor:
     return tensor
 
 
+def fixed(**values: Any) -> Callable[[Function], Function]:
+    """Attributes of which one value is known, the prototype's default: `bind` checks them, the function has none."""
+
+    def mark(function: Function) -> Function:
+        vars(function)["fixed"] = values
+        return function
+
+    return mark
+
+
 def bind(op: Any, function: Callable[..., Any]) -> Callable[[list[Value | None]], Any]:
     """`function` with the node's attributes filled in, as a function of its operands in the node's order.
 
@@ -180,7 +191,8 @@ def bind(op: Any, function: Callable[..., Any]) -> Callable[[list[Value | None]]
     """
     parameters = inspect.signature(function).parameters.values()
     slots = _slots([desc.name for desc in op.input_desc], [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD])
-    attributes = _attributes(op, {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY})
+    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    attributes = _attributes(op, own, vars(function).get("fixed", {}))
 
     def call(values: list[Value | None]) -> Any:
         arguments = [
@@ -245,11 +257,14 @@ def _single(parameter: inspect.Parameter, where: int | None, values: list[Value 
     return value
 
 
-def _attributes(op: Any, parameters: dict[str, inspect.Parameter]) -> dict[str, Any]:
-    """The node's attributes by the parameters' names, defaults filled in."""
+def _attributes(op: Any, parameters: dict[str, inspect.Parameter], fixed: dict[str, Any]) -> dict[str, Any]:
+    """The node's attributes by the parameters' names, defaults filled in; `fixed` ones only checked."""
     values = {}
     for name, attribute in op.attr.items():
         if name in BOOKKEEPING:
+            continue
+        if name in fixed:
+            only(name, _value(attribute), fixed[name])
             continue
         if name not in parameters:
             raise Unsupported(f"attribute {name!r} = {_value(attribute)!r} is not known")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import Invalid, image, ints, of_dtype, only, same_dtype
+from bevfn.ascend.interpret.node import Invalid, fixed, image, ints, of_dtype, only, same_dtype
 
 
 def _channels(x: Tensor, *values: Tensor) -> list[Tensor]:
@@ -25,6 +25,7 @@ def _other_axes(x: Tensor) -> list[int]:
     return [axis for axis in range(x.dim()) if axis != 1]
 
 
+@fixed(is_training=True)
 def batch_norm_v3(
     x: Tensor,
     weight: Tensor,
@@ -34,11 +35,9 @@ def batch_norm_v3(
     *,
     epsilon: float = 1e-5,
     momentum: float = 0.1,
-    is_training: bool = True,
     image_layout: str,
 ) -> tuple[Tensor, ...]:
     """-> y, running_mean, running_var, save_mean, save_rstd. The running statistics are written in place."""
-    only("is_training", is_training, True)
     image(image_layout, "NCDHW" if x.dim() == 5 else "NCHW")
     wide = x.float()
     var, mean = torch.var_mean(wide, _other_axes(x), correction=0)
@@ -128,17 +127,11 @@ def layer_norm_v4(
     return y.to(x.dtype), mean, rstd
 
 
+@fixed(output_mask=[True, True, True])
 def layer_norm_grad_v3(
-    dy: Tensor,
-    x: Tensor,
-    rstd: Tensor,
-    mean: Tensor,
-    gamma: Tensor,
-    *,
-    output_mask: list[bool] = [True, True, True],  # noqa: B006
+    dy: Tensor, x: Tensor, rstd: Tensor, mean: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of x, gamma, beta; rstd comes before mean."""
-    only("output_mask", output_mask, [True, True, True])
     same_dtype(dy, x)
     own = list(range(-gamma.dim(), 0))
     others = list(range(x.dim() - gamma.dim()))

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import Invalid, Opaque, Unsupported, image, ints, of_dtype, only, same_dtype, wide
+from bevfn.ascend.interpret.node import (
+    Invalid,
+    Opaque,
+    Unsupported,
+    fixed,
+    image,
+    ints,
+    of_dtype,
+    same_dtype,
+    wide,
+)
 
 
 @dataclass(frozen=True)
@@ -45,24 +55,24 @@ def _window(
     return Window(ksize[1:3], strides[1:3], pads[1:3], dilation[1:3], ceil_mode)
 
 
+@fixed(dtype=3)
 def max_pool_with_argmax_v1(
     x: Tensor,
     *,
     ksize: list[int],
     strides: list[int],
     pads: list[int],
-    dtype: int = 3,
     dilation: list[int] = [1, 1, 1, 1],  # noqa: B006
     ceil_mode: bool = False,
     image_layout: str,
 ) -> tuple[Tensor, Argmax]:
     """Maxima, and an argmax for the gradient. Of equal values the first one counts, as in torch (not published)."""
-    only("dtype", dtype, 3)
     w = _window(ksize, strides, pads, dilation, ceil_mode, image_layout)
     y, flat = torch.ops.aten.max_pool2d_with_indices(x, w.size, w.stride, w.pad, w.dilation, w.ceil_mode)
     return y, Argmax(flat, x.shape, w)
 
 
+@fixed(dtype=3)
 def max_pool_grad_with_argmax_v1(
     x: Tensor,
     grad: Tensor,
@@ -71,12 +81,10 @@ def max_pool_grad_with_argmax_v1(
     ksize: list[int],
     strides: list[int],
     pads: list[int],
-    dtype: int = 3,
     dilation: list[int] = [1, 1, 1, 1],  # noqa: B006
     ceil_mode: bool = False,
     image_layout: str,
 ) -> Tensor:
-    only("dtype", dtype, 3)
     same_dtype(x, grad)
     w = _window(ksize, strides, pads, dilation, ceil_mode, image_layout)
     if not isinstance(argmax, Argmax) or argmax.window != w or argmax.shape != x.shape:
@@ -86,19 +94,13 @@ def max_pool_grad_with_argmax_v1(
     )
 
 
+CALCULATED = fixed(padding_mode="CALCULATED", data_format="NCHW", global_pooling=False)
+
+
 def _average(
-    ksize: list[int],
-    strides: list[int],
-    padding_mode: str,
-    pads: list[int],
-    data_format: str,
-    global_pooling: bool,
-    layout: str,
+    ksize: list[int], strides: list[int], pads: list[int], layout: str
 ) -> tuple[list[int], list[int], list[int]]:
     """Size, stride and padding of an average's window."""
-    only("padding_mode", padding_mode, "CALCULATED")
-    only("data_format", data_format, "NCHW")
-    only("global_pooling", global_pooling, False)
     if layout:
         image(layout)  # torchair does not mark the gradient's operands
     if len(ksize) != 4 or len(strides) != 4 or ksize[:2] != [1, 1] or strides[:2] != [1, 1]:
@@ -108,15 +110,13 @@ def _average(
     return ksize[2:], strides[2:], [pads[0], pads[2]]
 
 
+@CALCULATED
 def avg_pool_v2(
     x: Tensor,
     *,
     ksize: list[int],
     strides: list[int],
-    padding_mode: str = "CALCULATED",
     pads: list[int] = [0, 0, 0, 0],  # noqa: B006
-    data_format: str = "NCHW",
-    global_pooling: bool = False,
     ceil_mode: bool = False,
     exclusive: bool = True,
     divisor_override: int = 0,
@@ -124,27 +124,25 @@ def avg_pool_v2(
 ) -> Tensor:
     """exclusive: the padding does not count; divisor_override 0: none."""
     image(image_layout)
-    window = _average(ksize, strides, padding_mode, pads, data_format, global_pooling, image_layout)
+    window = _average(ksize, strides, pads, image_layout)
     return F.avg_pool2d(x.to(wide(x.dtype)), *window, ceil_mode, not exclusive, divisor_override or None).to(x.dtype)
 
 
+@CALCULATED
 def avg_pool_v2_grad(
     orig_input_shape: Tensor,
     input_grad: Tensor,
     *,
     ksize: list[int],
     strides: list[int],
-    padding_mode: str = "CALCULATED",
     pads: list[int] = [0, 0, 0, 0],  # noqa: B006
-    data_format: str = "NCHW",
-    global_pooling: bool = False,
     ceil_mode: bool = False,
     exclusive: bool = True,
     divisor_override: int = 0,
     image_layout: str,
 ) -> Tensor:
     of_dtype(orig_input_shape, torch.int32)
-    window = _average(ksize, strides, padding_mode, pads, data_format, global_pooling, image_layout)
+    window = _average(ksize, strides, pads, image_layout)
     grad = input_grad.to(wide(input_grad.dtype))
     x = torch.empty(ints(orig_input_shape), dtype=grad.dtype)  # only its shape is read
     return torch.ops.aten.avg_pool2d_backward(grad, x, *window, ceil_mode, not exclusive, divisor_override or None).to(

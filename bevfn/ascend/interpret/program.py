@@ -75,7 +75,7 @@ def execute(program: Program, inputs: Sequence[Tensor], watch: Watch | None = No
             if watch is not None:
                 watch(step.node, results)
             values.update({(step.node.name, i): result for i, result in enumerate(results)})
-            for source in step.last_uses:
+            for source in step.last_uses:  # a full-size step's values do not fit the memory side by side
                 values.pop(source, None)
     return [_output(values[source], described, borrowed) for source, described in program.outputs]
 
@@ -103,6 +103,7 @@ def _needed(end: Node, all_nodes: Mapping[str, Node]) -> Iterator[Node]:
             if name not in needed:
                 needed.add(name)
                 stack.append(all_nodes[name])
+    # Depth first with a stack of its own: graphs are deeper than Python's recursion limit.
     done: set[str] = set()
     for root in all_nodes.values():
         if root.name not in needed:

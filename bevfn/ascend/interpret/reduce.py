@@ -8,7 +8,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import Invalid, Unsupported, floating, ints, of_dtype, one_int, only, same_dtype, wide
+from bevfn.ascend.interpret.node import (
+    Invalid,
+    Unsupported,
+    fixed,
+    floating,
+    ints,
+    of_dtype,
+    one_int,
+    only,
+    same_dtype,
+    wide,
+)
 
 
 def along(function: Callable[[Tensor, list[int], bool], Tensor], *dtypes: torch.dtype) -> Callable[..., Tensor]:
@@ -39,20 +50,17 @@ def _prod(x: Tensor, axes: list[int], keep_dims: bool) -> Tensor:
     return x
 
 
+@fixed(invert=False, unbiased=True)
 def reduce_std_with_mean(
     x: Tensor,
     mean: Tensor,
     *,
     dim: list[int] = [],  # noqa: B006
-    unbiased: bool = True,
     keepdim: bool = False,
-    invert: bool = False,
     epsilon: float = 0.001,
     correction: int = 1,
 ) -> Tensor:
     """Root of the sum of (x - mean)^2 over (n - correction), mean being as large as x; epsilon is invert's."""
-    only("invert", invert, False)
-    only("unbiased", unbiased, True)
     same_dtype(x, mean)
     floating(x)
     if x.shape != mean.shape:

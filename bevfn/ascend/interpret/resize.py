@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import Invalid, Unsupported, floating, image, ints, of_dtype, only, same_dtype, wide
+from bevfn.ascend.interpret.node import (
+    Invalid,
+    Unsupported,
+    fixed,
+    floating,
+    image,
+    ints,
+    of_dtype,
+    only,
+    same_dtype,
+    wide,
+)
 
 
 def _nearest(size: int, source: int) -> Tensor:
@@ -25,42 +36,17 @@ def _nearest(size: int, source: int) -> Tensor:
     return exact
 
 
-def _no_scales(scales: list[float]) -> None:
-    if any(scales):
-        raise Unsupported(f"attribute 'scales' = {scales} is not known, only zeros (from the sizes)")
-
-
-def resize_nearest(
-    x: Tensor,
-    size: Tensor,
-    *,
-    align_corners: bool = False,
-    half_pixel_centers: bool = False,
-    scales: list[float] = [0.0, 0.0],  # noqa: B006
-    image_layout: str,
-) -> Tensor:
-    only("align_corners", align_corners, False)
-    only("half_pixel_centers", half_pixel_centers, False)
-    _no_scales(scales)
+@fixed(align_corners=False, half_pixel_centers=False, scales=[0.0, 0.0])
+def resize_nearest(x: Tensor, size: Tensor, *, image_layout: str) -> Tensor:
     image(image_layout)
     height, width = _height_width(size)
     rows = x.index_select(2, _nearest(height, x.shape[2]))
     return rows.index_select(3, _nearest(width, x.shape[3]))
 
 
-def resize_nearest_grad(
-    grads: Tensor,
-    size: Tensor,
-    *,
-    align_corners: bool = False,
-    half_pixel_centers: bool = False,
-    scales: list[float] = [0.0, 0.0],  # noqa: B006
-    image_layout: str,
-) -> Tensor:
+@fixed(align_corners=False, half_pixel_centers=False, scales=[0.0, 0.0])
+def resize_nearest_grad(grads: Tensor, size: Tensor, *, image_layout: str) -> Tensor:
     """Sum of the gradients of the pixels copied from each one; size is that of the result."""
-    only("align_corners", align_corners, False)
-    only("half_pixel_centers", half_pixel_centers, False)
-    _no_scales(scales)
     image(image_layout)
     floating(grads)
     height, width = _height_width(size)
@@ -83,6 +69,7 @@ def _corners(align_corners: bool, half_pixel_centers: bool) -> None:
         raise Unsupported(f"align_corners and half_pixel_centers are both {align_corners}: only one of them is known")
 
 
+@fixed(scales=[0.0, 0.0])  # zeros: from the sizes
 def resize_bilinear_v2(
     x: Tensor,
     size: Tensor,
@@ -90,28 +77,25 @@ def resize_bilinear_v2(
     align_corners: bool = False,
     half_pixel_centers: bool = False,
     dtype: torch.dtype = torch.float32,
-    scales: list[float] = [0.0, 0.0],  # noqa: B006
     image_layout: str,
 ) -> Tensor:
     _corners(align_corners, half_pixel_centers)
-    _no_scales(scales)
     image(image_layout)
     wanted = list(_height_width(size))
     return F.interpolate(x.to(wide(x.dtype)), wanted, mode="bilinear", align_corners=align_corners).to(dtype)
 
 
+@fixed(scales=[0.0, 0.0])
 def resize_bilinear_v2_grad(
     grads: Tensor,
     original_image: Tensor,
     *,
     align_corners: bool = False,
     half_pixel_centers: bool = False,
-    scales: list[float] = [0.0, 0.0],  # noqa: B006
     image_layout: str,
 ) -> Tensor:
     """The gradient of the original image, of which only shape and dtype are read."""
     _corners(align_corners, half_pixel_centers)
-    _no_scales(scales)
     image(image_layout)
     g = grads.to(wide(grads.dtype)).contiguous()
     dx = torch.ops.aten.upsample_bilinear2d_backward(

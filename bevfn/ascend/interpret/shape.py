@@ -13,11 +13,11 @@ from torch import Tensor
 from bevfn.ascend.interpret.node import (
     Invalid,
     Unsupported,
+    fixed,
     floating,
     ints,
     of_dtype,
     one_int,
-    only,
     poison,
     same_dtype,
 )
@@ -46,9 +46,8 @@ def shape(x: Tensor, *, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor(list(x.shape), dtype=dtype)
 
 
-def reshape(x: Tensor, shape: Tensor, *, axis: int = 0, num_axes: int = -1) -> Tensor:
-    only("axis", axis, 0)
-    only("num_axes", num_axes, -1)
+@fixed(axis=0, num_axes=-1)
+def reshape(x: Tensor, shape: Tensor) -> Tensor:
     sizes = ints(shape)
     if 0 in sizes and x.numel():
         raise Unsupported(f"a size of 0 in the shape {sizes} of a tensor that is not empty")
@@ -143,23 +142,11 @@ def _counted(name: str, stated: int, parts: list | tuple) -> None:
 # ------------------------------------------------------------------------------------------------- slicing and padding
 
 
+@fixed(begin_mask=0, end_mask=0, ellipsis_mask=0, new_axis_mask=0, shrink_axis_mask=0)
 def strided_slice_v2(
-    x: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    axes: Tensor | None = None,
-    strides: Tensor | None = None,
-    *,
-    begin_mask: int = 0,
-    end_mask: int = 0,
-    ellipsis_mask: int = 0,
-    new_axis_mask: int = 0,
-    shrink_axis_mask: int = 0,
+    x: Tensor, begin: Tensor, end: Tensor, axes: Tensor | None = None, strides: Tensor | None = None
 ) -> Tensor:
     """Python's slices with positive strides, on the axes named (default: the first ones)."""
-    masks = {"begin": begin_mask, "end": end_mask, "ellipsis": ellipsis_mask, "new_axis": new_axis_mask}
-    for name, mask in {**masks, "shrink_axis": shrink_axis_mask}.items():
-        only(f"{name}_mask", mask, 0)
     begins, ends = ints(begin), ints(end)
     places = list(range(len(begins))) if axes is None else [_place(axis, x.dim()) for axis in ints(axes)]
     steps = [1] * len(begins) if strides is None else ints(strides)
@@ -173,16 +160,11 @@ def strided_slice_v2(
     return x[tuple(index)]
 
 
+@fixed(mode="constant")
 def pad_v3(
-    x: Tensor,
-    paddings: Tensor,
-    constant_values: Tensor | None = None,
-    *,
-    mode: str = "constant",
-    paddings_contiguous: bool = True,
+    x: Tensor, paddings: Tensor, constant_values: Tensor | None = None, *, paddings_contiguous: bool = True
 ) -> Tensor:
     """paddings: before and after of axis 0, of axis 1, ...; not contiguous: all befores, then all afters."""
-    only("mode", mode, "constant")
     same_dtype(x, constant_values)
     pads = ints(paddings.reshape(-1))
     if len(pads) != 2 * x.dim() or any(pad < 0 for pad in pads):
@@ -265,12 +247,12 @@ def empty(shape: Tensor, *, dtype: torch.dtype = torch.int32, init: bool = False
     return torch.zeros(ints(shape), dtype=dtype) if init else poison(torch.Size(ints(shape)), dtype)
 
 
-def range_(start: Tensor, limit: Tensor, delta: Tensor, *, is_closed: bool = False) -> Tensor:
+@fixed(is_closed=False)
+def range_(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     """start, start + delta, ... below limit. Operands of several dtypes make a float32 result, as published.
 
     torchair's arange mixes int32 and int64: above 2^24 its numbers are rounded.
     """
-    only("is_closed", is_closed, False)
     if any(operand.numel() != 1 for operand in (start, limit, delta)):
         raise Invalid("start, limit and delta have one element each")
     dtype = start.dtype if start.dtype == limit.dtype == delta.dtype else torch.float32

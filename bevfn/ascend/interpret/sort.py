@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bevfn.ascend.interpret.node import Invalid, one_int, only, same_dtype
+from bevfn.ascend.interpret.node import Invalid, fixed, one_int, only, same_dtype
 
 
 def sort(
@@ -31,22 +31,19 @@ def sort(
     return values, order.to(y2_dtype)
 
 
+@fixed(sorted=True, sort_policy=1)
 def top_k_v2(
     x: Tensor,
     k: Tensor,
     *,
-    sorted: bool = True,
     dim: int = -1,
     largest: bool = True,
-    sort_policy: int = 1,
     indices_dtype: torch.dtype = torch.int32,
 ) -> tuple[Tensor, Tensor]:
     """The k largest elements of the last axis, in order. Which of equal ones come first is undefined: as torch's here.
 
     sort_policy 1 is what torchair always writes; dim is published as reserved, so it can only be the last axis.
     """
-    only("sort_policy", sort_policy, 1)
-    only("sorted", sorted, True)
     only("dim", dim, -1, x.dim() - 1)
     count = one_int(k)
     if not 0 <= count <= x.shape[-1]:

@@ -1,4 +1,4 @@
-"""Key frames to a CameraSample: the golden inputs, frames that align, augmentations that agree, each way data is wrong."""
+"""Key frames to a Sample: the golden inputs, frames that align, augmentations that agree, each way data is wrong."""
 
 import dataclasses
 import functools
@@ -17,17 +17,25 @@ from safetensors.numpy import load_file
 from scipy.spatial.transform import Rotation
 
 from bevfn import geometry, tree
-from bevfn.data import augment, camera_pipeline, depth, infos, loader, points, sampling
-from bevfn.data.batch import Capacities
-from bevfn.data.camera_pipeline import CHANNELS, CameraSample
+from bevfn.data import annotations, augment, cameras, depth, infos, loader, points, reading, sampling, scene
+from bevfn.data.batch import Capacities, Sample, collate
 from bevfn.data.index import Frame, Index, inverse
+from bevfn.data.reading import Cameras, Reading
+from bevfn.experiments import bevdepth
+from bevfn.experiments.bevdepth import CHANNELS
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 CASE = SHARED / "goldens/bevdepth_r50_2key"
 needs_shared = pytest.mark.skipif(not CASE.is_dir(), reason="../shared (real frame and goldens) is not here")
-SIZES = {"source_size": (90, 160), "image_size": (32, 96)}
-EVAL = dataclasses.replace(camera_pipeline.bevdepth_eval(3, **SIZES), depth=True)
-TRAIN = camera_pipeline.bevdepth_train(3, **SIZES)
+SMALL = {"frames": 3, "image_size": (32, 96)}  # of 90 x 160
+
+
+def cameras_as(reading: Reading, **changes) -> Reading:
+    return dataclasses.replace(reading, cameras=dataclasses.replace(reading.cameras, **changes))
+
+
+EVAL = dataclasses.replace(cameras_as(bevdepth.EVAL, **SMALL), depth=True)
+TRAIN = cameras_as(bevdepth.TRAIN, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +44,8 @@ def index() -> Index:
 
 
 @functools.cache
-def load(place: int, config: camera_pipeline.Config, seed: int = 0) -> CameraSample:
-    return camera_pipeline.load(small_world.index(), place, config, sampling.generator(seed, 0, 0))
+def load(place: int, config: Reading, seed: int = 0) -> Sample:
+    return scene.load(small_world.index(), place, config, sampling.generator(seed, 0, 0))
 
 
 def changed(index: Index, place: int, **fields) -> Index:
@@ -55,13 +63,13 @@ def move(matrix: np.ndarray, xyz: np.ndarray) -> np.ndarray:
     return xyz @ matrix[..., :3, :3].swapaxes(-1, -2) + matrix[..., None, :3, 3]
 
 
-def lift(sample: CameraSample, t: int, n: int, pixels: np.ndarray, far: np.ndarray) -> np.ndarray:
+def lift(sample: Sample, t: int, n: int, pixels: np.ndarray, far: np.ndarray) -> np.ndarray:
     """Pixels [P,2] of a sample's image with depths [P] to its ego frame, not augmented: what the models do."""
-    batch, _ = camera_pipeline.collate([sample], capacities=Capacities(boxes=200))
+    batch, _ = collate([sample], capacities=Capacities(boxes=200))
     there = np.concatenate([pixels, np.zeros((len(pixels), 1))], 1) - sample.image_aug[t, n, :3, 3]
     there = there @ batch.undo_image_aug[0, t, n].numpy().T
     there = np.concatenate([there[:, :2], np.ones((len(pixels), 1))], 1) * far[:, None]
-    return there @ batch.ego_from_pixel[0, t, n].numpy().T + sample.ego_from_camera[t, n, :3, 3]
+    return there @ batch.base_from_pixel[0, t, n].numpy().T + sample.base_from_camera[t, n, :3, 3]
 
 
 # --- the golden inputs ---
@@ -87,26 +95,26 @@ def golden_index() -> Index:
 def test_the_golden_inputs():
     golden = load_file(CASE / "inputs.safetensors")
     found = golden_index()
-    config = dataclasses.replace(camera_pipeline.bevdepth_eval(), depth=True)
-    sample = camera_pipeline.load(found, 1, config)
+    config = dataclasses.replace(bevdepth.EVAL, depth=True)
+    sample = scene.load(found, 1, config)
     np.testing.assert_array_equal(sample.images[0], golden["imgs_u8_rgb"])
     np.testing.assert_allclose(sample.intrinsics, golden["intrin_mats"], rtol=1e-7)
     np.testing.assert_allclose(sample.image_aug, golden["ida_mats"], rtol=1e-6)
-    np.testing.assert_array_equal(sample.bev_aug, golden["bda_mat"])
+    np.testing.assert_array_equal(sample.base_aug, golden["bda_mat"])
     # upstream's float32 in global coordinates has 1e-4 m of noise
-    np.testing.assert_allclose(sample.ego_from_camera, golden["sensor2ego_mats"], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(sample.base_from_camera, golden["sensor2ego_mats"], rtol=0, atol=2e-4)
     boxes = golden["gt_boxes"].copy()
     boxes[:, 2] -= 0.5 * boxes[:, 5]
     np.testing.assert_array_equal(sample.labels, golden["gt_labels"])
     np.testing.assert_allclose(np.sin(sample.boxes[:, 6] - boxes[:, 6]), 0, atol=1e-6)
     np.testing.assert_allclose(np.delete(sample.boxes, 6, 1), np.delete(boxes, 6, 1), rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(np.cos(sample.boxes[:, 6] - boxes[:, 6]), 1, atol=1e-6)
-    pose = camera_pipeline.ego_pose(found[1])
+    pose = annotations.ego_pose(found[1], CHANNELS)
     np.testing.assert_allclose(pose[:3, 3], golden["ego2global_translation"], atol=1e-6)
     turn = Rotation.from_quat(golden["ego2global_rotation"][[1, 2, 3, 0]]).as_matrix()
     np.testing.assert_allclose(pose[:3, :3], turn, atol=1e-9)
     assert sample.depth is not None and np.count_nonzero(sample.depth) == len(golden["depth_gt_value"])
-    made, _ = camera_pipeline.collate([sample], capacities=config.capacities)
+    made, _ = collate([sample], capacities=config.capacities)
     made.validate()
 
 
@@ -135,7 +143,7 @@ def test_boxes_are_those_that_the_devkit_and_pyquaternion_make_of_the_annotation
             rows.append([*box.center, *box.wlh[[1, 0, 2]], box.orientation.yaw_pitch_roll[0], *box.velocity[:2]])
     expected = np.array(rows)
     expected[:, 2] -= 0.5 * expected[:, 5]
-    boxes, labels = camera_pipeline.ego_boxes(frame, CHANNELS, EVAL.class_names)
+    boxes, labels = annotations.ego_boxes(frame, CHANNELS, EVAL.class_names)
     assert len(boxes) > 5 and [EVAL.class_names[i] for i in labels] == [
         name for name, valid in zip(frame.names, frame.valid) if name and valid
     ]
@@ -146,14 +154,14 @@ def test_boxes_are_those_that_the_devkit_and_pyquaternion_make_of_the_annotation
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31))
-def test_boxes_move_as_bev_aug_says(seed):
+def test_boxes_move_as_base_aug_says(seed):
     index = small_world.index()
-    config = dataclasses.replace(TRAIN, frames=1, depth=False)
-    before, labels = camera_pipeline.ego_boxes(index[1], CHANNELS, config.class_names)
+    config = dataclasses.replace(cameras_as(TRAIN, frames=1), depth=False)
+    before, labels = annotations.ego_boxes(index[1], CHANNELS, config.class_names)
     sample = load(1, config, seed)
-    linear = sample.bev_aug[:3, :3]
+    linear = sample.base_aug[:3, :3]
     scale = abs(float(linear[2, 2]))
-    assert 0.95 <= scale <= 1.05 and not sample.bev_aug[:3, 3].any()
+    assert 0.95 <= scale <= 1.05 and not sample.base_aug[:3, 3].any()
     np.testing.assert_allclose(linear @ linear.T, scale**2 * np.eye(3), atol=1e-6)
     angle = np.degrees(np.arctan2(*(linear[:2, 0] * [1, np.sign(linear[0, 0])])[::-1]))
     assert min(abs(angle), 180 - abs(angle)) <= 22.5 + 1e-3
@@ -171,7 +179,7 @@ def test_boxes_move_as_bev_aug_says(seed):
 @pytest.mark.parametrize("config, seed", [(EVAL, 0), (TRAIN, 1), (TRAIN, 2)])
 def test_a_static_object_lies_at_one_place_whichever_frame_and_camera_sees_it(index, config, seed):
     """Where an object's centre is seen, lifted with the object's depth, is where the key frame has it."""
-    frames, sample = camera_pipeline.key_frames(index, 2, 3), load(2, config, seed)
+    frames, sample = cameras.key_frames(index, 2, 3), load(2, config, seed)
     assert [frame.token for frame in frames] == [index[2].token, index[1].token, index[0].token]
     assert sample.counts["missing/frames"] == 0
     key = frames[0]
@@ -192,7 +200,7 @@ def test_a_static_object_lies_at_one_place_whichever_frame_and_camera_sees_it(in
             lifted = lift(sample, t, n, pixels, far)
             expected = move(inverse(key.cameras[channel].global_from_ego), centres[which])
             np.testing.assert_allclose(lifted, expected, atol=0.01)
-            moved = lifted @ sample.bev_aug[:3, :3].T
+            moved = lifted @ sample.base_aug[:3, :3].T
             assert np.abs(moved - boxes[which]).max(initial=0) < 0.7  # the boxes' ego frame is a mean over the cameras
             seen[t, which] = True
     assert seen.all(axis=0).sum() >= 3
@@ -203,12 +211,12 @@ def test_a_missing_previous_key_frame_is_the_current_one(index):
     assert first.counts["missing/frames"] == 2 and second.counts["missing/frames"] == 1
     for t in (1, 2):
         np.testing.assert_array_equal(first.images[t], first.images[0])
-        np.testing.assert_allclose(first.ego_from_camera[t], first.ego_from_camera[0], atol=1e-6)
+        np.testing.assert_allclose(first.base_from_camera[t], first.base_from_camera[0], atol=1e-6)
     np.testing.assert_array_equal(second.images[2], second.images[0])  # not the one before, as upstream
     np.testing.assert_array_equal(second.images[1], first.images[0])
     assert np.abs(second.images[1].astype(int) - second.images[0]).max() > 20
     alone = dataclasses.replace(index, frames=(index[2],))  # the one before is not in the index
-    assert camera_pipeline.load(alone, 0, EVAL).counts["missing/frames"] == 2
+    assert scene.load(alone, 0, EVAL).counts["missing/frames"] == 2
 
 
 # --- images and depth ---
@@ -237,7 +245,7 @@ def test_depth_pixels_lift_to_lidar_points(index, seed):
 def test_image_content_lies_where_image_aug_says_in_every_frame(index, seed):
     sample = load(2, TRAIN, seed)
     agree = total = 0
-    for t, frame in enumerate(camera_pipeline.key_frames(index, 2, 3)):
+    for t, frame in enumerate(cameras.key_frames(index, 2, 3)):
         for n, channel in enumerate(CHANNELS):
             picture = np.asarray(Image.open(index.root / frame.cameras[channel].path).convert("RGB")).astype(int)
             rows, columns = np.mgrid[2:30, 2:94].reshape(2, -1)
@@ -255,25 +263,25 @@ def test_a_cameras_frames_share_one_draw_and_cameras_do_not():
     sample = load(2, TRAIN)
     assert (sample.image_aug == sample.image_aug[:1]).all()
     assert len(np.unique(sample.image_aug[0].reshape(6, -1), axis=0)) == 6
-    low, high = TRAIN.image_augmentation.resize  # type: ignore[union-attr]
-    assert (low, high) == pytest.approx((0.6 * 0.386 / 0.44, 0.6 * 0.55 / 0.44))
-    assert camera_pipeline.bevdepth_train().image_augmentation.resize == (0.386, 0.55)  # type: ignore[union-attr]
+    assert TRAIN.cameras.relative((90, 160)) == pytest.approx(0.6 / 0.44)
+    assert bevdepth.TRAIN.cameras.augmentation.resize == (0.386, 0.55)
 
 
 def test_a_seed_is_a_sample_and_evaluation_draws_nothing(index):
-    again = camera_pipeline.load(index, 1, TRAIN, sampling.generator(3, 0, 0))
+    again = scene.load(index, 1, TRAIN, sampling.generator(3, 0, 0))
     first, other = load(1, TRAIN, 3), load(1, TRAIN, 4)
-    for name in ("images", "image_aug", "bev_aug", "boxes", "depth"):
+    for name in ("images", "image_aug", "base_aug", "boxes", "depth"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
         assert not np.array_equal(getattr(first, name), getattr(other, name))
-    np.testing.assert_array_equal(camera_pipeline.load(index, 1, EVAL).images, load(1, EVAL, 5).images)
+    np.testing.assert_array_equal(scene.load(index, 1, EVAL).images, load(1, EVAL, 5).images)
     with pytest.raises(ValueError, match="a random augmentation needs a generator"):
-        camera_pipeline.load(index, 1, TRAIN)
+        scene.load(index, 1, TRAIN)
 
 
-def test_stored_depth_is_the_same(index, tmp_path):
+def test_stored_depth_is_the_same(index, monkeypatch, tmp_path):
     files = depth.build(index, tmp_path, progress=False)
-    stored = camera_pipeline.load(index, 1, TRAIN, sampling.generator(0, 0, 0), depth_files=files)
+    monkeypatch.setattr(depth, "prepared", lambda index: files)
+    stored = scene.load(index, 1, TRAIN, sampling.generator(0, 0, 0))
     np.testing.assert_array_equal(stored.depth, load(1, TRAIN).depth)  # type: ignore[arg-type]
 
 
@@ -282,33 +290,33 @@ def test_stored_depth_is_the_same(index, tmp_path):
 
 def test_samples_collate_pad_and_count(index):
     samples = [load(place, TRAIN) for place in range(3)]
-    made, counts = camera_pipeline.collate(samples, capacities=Capacities(boxes=4))
+    made, counts = collate(samples, capacities=Capacities(boxes=4))
     made.validate()
     assert tuple(made.images.shape) == (3, 3, 6, 32, 96, 3) and made.depth is not None and made.boxes is not None
     assert counts["overflow/boxes"] == sum(len(sample.boxes) - 4 for sample in samples)
     assert counts["missing/frames"] == 3 and counts["empty/depth"] == counts["empty/boxes"] == 0
     np.testing.assert_array_equal(made.boxes[1], samples[1].boxes[:4])
-    plain, _ = camera_pipeline.collate([load(0, camera_pipeline.bevdepth_eval(3, **SIZES))], capacities=Capacities())
+    plain, _ = collate([load(0, dataclasses.replace(EVAL, depth=False))], capacities=Capacities())
     plain.validate()
     assert plain.depth is None
-    with pytest.raises(ValueError, match="with and without depth maps"):
-        camera_pipeline.collate([samples[0], dataclasses.replace(samples[1], depth=None)], capacities=Capacities())
+    with pytest.raises(ValueError, match="with and without depth"):
+        collate([samples[0], dataclasses.replace(samples[1], depth=None)], capacities=Capacities())
     with pytest.raises(ValueError, match="images differ in shape"):
         cut = dataclasses.replace(samples[1], images=samples[1].images[..., :64, :])
-        camera_pipeline.collate([samples[0], cut], capacities=Capacities())
+        collate([samples[0], cut], capacities=Capacities())
     with pytest.raises(ValueError, match="no samples"):
-        camera_pipeline.collate([], capacities=Capacities())
+        collate([], capacities=Capacities())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_makes_camera_batches(index, workers):
     stream = loader.batches(
         functools.partial(_load, index), np.array([2, 0, 1, 2]), loader.Config(batch_size=2, workers=workers),
-        seed=7, epoch=1, capacities=TRAIN.capacities, collate=camera_pipeline.collate,
+        seed=7, epoch=1, capacities=TRAIN.capacities,
     )  # fmt: skip
     items = list(stream)
     assert [item.tokens for item in items] == [[index[2].token, index[0].token], [index[1].token, index[2].token]]
-    expected, _ = camera_pipeline.collate(
+    expected, _ = collate(
         [_load(index, place, sampling.generator(7, 1, position)) for position, place in ((2, 1), (3, 2))],
         capacities=TRAIN.capacities,
     )
@@ -317,8 +325,8 @@ def test_the_loader_makes_camera_batches(index, workers):
     items[1].batch.validate()
 
 
-def _load(index: Index, place: int, generator: np.random.Generator) -> CameraSample:
-    return camera_pipeline.load(index, place, TRAIN, generator)
+def _load(index: Index, place: int, generator: np.random.Generator) -> Sample:
+    return scene.load(index, place, TRAIN, generator)
 
 
 # --- bad input ---
@@ -328,7 +336,7 @@ def test_images_of_mixed_sizes_are_named_also_in_an_earlier_frame(index, tmp_pat
     Image.new("RGB", (80, 45)).save(tmp_path / "small.jpg")
     cameras = with_camera(index[0], "CAM_BACK", path=str(tmp_path / "small.jpg"))
     with pytest.raises(ValueError, match=r"small.jpg: the image is 80x45 but the calibration is for 160x90"):
-        camera_pipeline.load(changed(index, 0, cameras=cameras), 1, EVAL)
+        scene.load(changed(index, 0, cameras=cameras), 1, EVAL)
 
 
 def test_depth_maps_without_points(index):
@@ -336,31 +344,33 @@ def test_depth_maps_without_points(index):
     away = np.diag([1.0, 1.0, 1.0, 1.0])
     away[2, 3] = -1000.0
     one = changed(index, 1, cameras=with_camera(index[1], "CAM_BACK", camera_from_lidar=away))
-    sample = camera_pipeline.load(one, 1, EVAL)
+    sample = scene.load(one, 1, EVAL)
     assert sample.counts["empty/depth"] == 1 and not sample.depth[CHANNELS.index("CAM_BACK")].any()  # type: ignore
     blind = {name: dataclasses.replace(c, camera_from_lidar=away) for name, c in index[1].cameras.items()}
     every = changed(index, 1, cameras=blind)
     with pytest.raises(ValueError, match=r"no point falls into an image of key frame .*; check the calibration"):
-        camera_pipeline.load(every, 1, EVAL)
-    assert camera_pipeline.load(every, 1, dataclasses.replace(EVAL, depth=False)).depth is None
+        scene.load(every, 1, EVAL)
+    assert scene.load(every, 1, dataclasses.replace(EVAL, depth=False)).depth is None
 
 
 def test_missing_cameras_poses_and_frames_are_named(index):
     fewer = {name: camera for name, camera in index[0].cameras.items() if name != "CAM_BACK"}
-    with pytest.raises(ValueError, match=r"has no CAM_BACK; leave them out of Config.channels"):
-        camera_pipeline.load(changed(index, 0, cameras=fewer), 1, EVAL)
+    with pytest.raises(
+        ValueError, match=r"has no CAM_BACK, which the reading's Cameras.channels name; it has CAM_FRONT, "
+    ):
+        scene.load(changed(index, 0, cameras=fewer), 1, EVAL)
     lost = with_camera(index[1], "CAM_FRONT", global_from_ego=np.full((4, 4), np.nan))
     with pytest.raises(ValueError, match=r"has cameras without ego pose"):
-        camera_pipeline.load(changed(index, 1, cameras=lost), 1, EVAL)
+        scene.load(changed(index, 1, cameras=lost), 1, EVAL)
     with pytest.raises(ValueError, match=r"frames 0 must be at least 1"):
-        camera_pipeline.bevdepth_eval(0)
+        Cameras(frames=0)
 
 
 def test_a_frame_without_boxes_is_counted(index):
     none = changed(index, 1, valid=np.zeros(len(index[1].valid), bool))
-    sample = camera_pipeline.load(none, 1, TRAIN, sampling.generator(0, 0, 0))
+    sample = scene.load(none, 1, TRAIN, sampling.generator(0, 0, 0))
     assert sample.boxes.shape == (0, 9) and sample.counts["empty/boxes"] == 1
-    made, _ = camera_pipeline.collate([sample], capacities=TRAIN.capacities)
+    made, _ = collate([sample], capacities=TRAIN.capacities)
     made.validate()
 
 
@@ -373,22 +383,22 @@ def test_a_damaged_image_can_be_skipped(index, tmp_path):
     items = list(
         loader.batches(
             functools.partial(_load_one, broken), np.array([0, 2]), config, seed=0, epoch=0,
-            capacities=TRAIN.capacities, collate=camera_pipeline.collate,
+            capacities=TRAIN.capacities,
         )
     )  # fmt: skip
     assert [item.tokens[0] for item in items] == [index[2].token] * 2
     assert items[0].counts["bad/samples"] == 1 and "cannot be decoded" in items[0].problems[0]
 
 
-def _load_one(index: Index, place: int, generator: np.random.Generator) -> CameraSample:
-    return camera_pipeline.load(index, place, dataclasses.replace(TRAIN, frames=1), generator)
+def _load_one(index: Index, place: int, generator: np.random.Generator) -> Sample:
+    return scene.load(index, place, cameras_as(TRAIN, frames=1), generator)
 
 
 def test_bevdepth_training_is_the_published_one():
-    assert camera_pipeline.bevdepth_eval().resize == 0.44
-    bev = camera_pipeline.bevdepth_train().bev_augmentation
-    assert bev is not None and bev.scale == (0.95, 1.05) and np.degrees(bev.rotation) == pytest.approx(22.5)
+    assert bevdepth.EVAL.cameras.resize is None and reading.cover((900, 1600), (256, 704)) == 0.44
+    bev = bevdepth.TRAIN.augmentation
+    assert bev.scale == (0.95, 1.05) and np.degrees(bev.rotation) == pytest.approx(22.5)
     drawn = [augment.draw_matrix(bev, np.random.default_rng(seed)) for seed in range(200)]
     assert 0.3 < np.mean([np.linalg.det(matrix[:2, :2]) < 0 for matrix in drawn]) < 0.7
-    large = camera_pipeline.bevdepth_train(image_size=(512, 1408)).image_augmentation
-    assert large is not None and large.resize == pytest.approx((0.772, 1.1))
+    large = cameras_as(bevdepth.TRAIN, image_size=(512, 1408)).cameras
+    assert large.relative((900, 1600)) == 2.0

@@ -12,22 +12,29 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bevfn import boxes as shapes
-from bevfn.data import augment, infos, paste, pipeline, points, sampling
+from bevfn.data import augment, infos, paste, points, sampling, scene
 from bevfn.data.batch import collate
 from bevfn.data.index import Index, Sweep
+from bevfn.data.reading import CLASS_NAMES, Reading
+from bevfn.experiments import bevfusion, bevfusion_lidar
 from bevfn.synth import key_frame
 
-SIZES = {"source_size": (225, 400), "image_size": (64, 176)}
-IMAGES = augment.Images(resize=(0.42, 0.55))  # of 225 x 400: always covers 64 x 176 in height
-TRAIN = dataclasses.replace(pipeline.bevfusion_lidar_camera_train(), **SIZES, image_augmentation=IMAGES)
-PLAIN = dataclasses.replace(pipeline.bevfusion_eval(), **SIZES)
+IMAGES = augment.Images(resize=(0.42, 0.55))  # always covers 64 x 176 in height
+CAMERAS = dataclasses.replace(bevfusion.CAMERAS, image_size=(64, 176))
+PLAIN = dataclasses.replace(bevfusion.EVAL, cameras=CAMERAS)
+TRAIN = dataclasses.replace(bevfusion.TRAIN, cameras=dataclasses.replace(CAMERAS, augmentation=IMAGES))
+LIDAR = bevfusion_lidar.TRAIN
+
+
+def points_as(reading: Reading, **changes) -> Reading:
+    return dataclasses.replace(reading, points=dataclasses.replace(reading.points, **changes))
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Index:
     """A generated key frame with eleven sweeps: the same scan, seen again 0.3 m further back each time."""
     root = tmp_path_factory.mktemp("frame")
-    key_frame.write_frame(root, seed=1, image_size=SIZES["source_size"])
+    key_frame.write_frame(root, seed=1, image_size=(225, 400))
     one = infos.read(root / "frame.json")
     sweeps = []
     for k in range(1, 12):
@@ -41,11 +48,11 @@ def index(tmp_path_factory) -> Index:
 @pytest.fixture(scope="module")
 def database(index, tmp_path_factory) -> paste.Database:
     out = tmp_path_factory.mktemp("database")
-    return paste.build(index, out, class_names=pipeline.CLASS_NAMES, progress=False)
+    return paste.build(index, out, class_names=CLASS_NAMES, progress=False)
 
 
-def load(index: Index, config: pipeline.Config, seed: int = 0, **extra):
-    return pipeline.load(index[0], index.root, config, sampling.generator(seed, 0, 0), **extra)
+def load(index: Index, config: Reading, seed: int = 0, **extra):
+    return scene.load(index, 0, config, sampling.generator(seed, 0, 0), **extra)
 
 
 def corners(sample) -> np.ndarray:
@@ -54,12 +61,12 @@ def corners(sample) -> np.ndarray:
 
 def source_pixels(sample, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(pixels [N,P,2] of the original image, and of the sample's) of points in the sample's (augmented) lidar frame."""
-    undo = np.linalg.inv(sample.lidar_aug.astype(np.float64))
+    undo = np.linalg.inv(sample.base_aug.astype(np.float64))
     original = xyz @ undo[:3, :3].T + undo[:3, 3]
-    seen = np.einsum("nij,pj->npi", sample.image_from_lidar.astype(np.float64)[:, :3, :3], original)
-    seen += sample.image_from_lidar[:, None, :3, 3]
+    seen = np.einsum("nij,pj->npi", sample.image_from_base[0].astype(np.float64)[:, :3, :3], original)
+    seen += sample.image_from_base[0, :, None, :3, 3]
     source = seen[..., :2] / seen[..., 2:]
-    moved = np.einsum("nij,npj->npi", sample.image_aug[:, :2, :2], source) + sample.image_aug[:, None, :2, 3]
+    moved = np.einsum("nij,npj->npi", sample.image_aug[0, :, :2, :2], source) + sample.image_aug[0, :, None, :2, 3]
     moved[seen[..., 2] < 1.0] = -1  # behind the camera, or nearly
     return source, moved
 
@@ -71,9 +78,10 @@ def source_pixels(sample, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @given(st.integers(0, 2**31))
 def test_a_projected_box_corner_keeps_its_source_pixel(index, seed):
     """Whatever was drawn: a corner of the augmented box, through the sample's matrices, is where it was before."""
-    wide = {"point_cloud_range": (-99.0, -99.0, -9.0, 99.0, 99.0, 9.0), "sweeps": 0}  # the same boxes in both
-    before = load(index, dataclasses.replace(PLAIN, **wide))
-    after = load(index, dataclasses.replace(TRAIN, **wide), seed)
+    wide = (-99.0, -99.0, -9.0, 99.0, 99.0, 9.0)  # the same boxes in both
+    before, after = (
+        load(index, dataclasses.replace(points_as(config, sweeps=0), range=wide), seed) for config in (PLAIN, TRAIN)
+    )
     first, _ = source_pixels(before, corners(before))
     second, _ = source_pixels(after, corners(after))
     first, second = (found.reshape(6, -1, 8, 2) for found in (first, second))
@@ -94,32 +102,32 @@ def test_image_content_lies_where_the_matrices_say(index, seed):
         inside = ((moved[n] > 1) & (moved[n] < [174, 62])).all(axis=1)
         u, v = np.floor(moved[n][inside]).astype(int).T
         x, y = np.clip(np.floor(source[n][inside]).astype(int), 0, [399, 224]).T
-        found = np.abs(sample.images[n, v, u].astype(int) - picture[y, x]).max(axis=1) < 25
+        found = np.abs(sample.images[0, n, v, u].astype(int) - picture[y, x]).max(axis=1) < 25
         agree, seen = agree + found.sum(), seen + len(found)
     assert seen > 1000 and agree / seen > 0.9
 
 
 @pytest.mark.parametrize("config", ["camera", "lidar"])
-def test_points_and_boxes_are_lidar_aug_of_the_unaugmented(index, database, config):
+def test_points_and_boxes_are_base_aug_of_the_unaugmented(index, database, config):
     wide = (-150.0, -150.0, -19.0, 150.0, 150.0, 19.0)
-    train = TRAIN if config == "camera" else dataclasses.replace(pipeline.bevfusion_lidar_train(), paste=None)
-    train = dataclasses.replace(train, point_cloud_range=wide, shuffle_points=False, sweep_choice="newest")
-    before = load(index, dataclasses.replace(PLAIN, point_cloud_range=wide))
+    train = TRAIN if config == "camera" else dataclasses.replace(LIDAR, paste=None)
+    train = dataclasses.replace(points_as(train, shuffle=False, sweep_choice="newest"), range=wide)
+    before = load(index, dataclasses.replace(PLAIN, range=wide))
     after = load(index, train, 3)
-    moved = before.points[:, :3] @ after.lidar_aug[:3, :3].T + after.lidar_aug[:3, 3]
+    moved = before.points[:, :3] @ after.base_aug[:3, :3].T + after.base_aug[:3, 3]
     np.testing.assert_allclose(after.points[:, :3], moved, atol=1e-4)
     np.testing.assert_array_equal(after.points[:, 3:], before.points[:, 3:])
-    centres = before.boxes[:, :3] @ after.lidar_aug[:3, :3].T + after.lidar_aug[:3, 3]
+    centres = before.boxes[:, :3] @ after.base_aug[:3, :3].T + after.base_aug[:3, 3]
     np.testing.assert_allclose(after.boxes[:, :3], centres, atol=1e-4)
     np.testing.assert_array_equal(after.labels, before.labels)
 
 
 def test_the_shuffle_is_a_permutation_of_the_filtered_points(index):
-    ordered = load(index, dataclasses.replace(TRAIN, shuffle_points=False), 5).points
+    ordered = load(index, points_as(TRAIN, shuffle=False), 5).points
     shuffled = load(index, TRAIN, 5).points
     assert (ordered != shuffled).any()
     np.testing.assert_array_equal(ordered[np.lexsort(ordered.T)], shuffled[np.lexsort(shuffled.T)])
-    lower, upper = np.split(np.array(TRAIN.point_cloud_range), 2)
+    lower, upper = np.split(np.array(TRAIN.range), 2)
     assert ((shuffled[:, :3] > lower) & (shuffled[:, :3] < upper)).all()
 
 
@@ -127,98 +135,89 @@ def test_the_shuffle_is_a_permutation_of_the_filtered_points(index):
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_position(index, database):
-    config = dataclasses.replace(pipeline.bevfusion_lidar_train(), **SIZES, cameras=True, image_augmentation=IMAGES)
+    config = dataclasses.replace(LIDAR, cameras=TRAIN.cameras)
 
     def made(*numbers: int):
-        return pipeline.load(index[0], index.root, config, sampling.generator(*numbers), database=database)
+        return scene.load(index, 0, config, sampling.generator(*numbers), database=database)
 
     first, again = made(1, 2, 3), made(1, 2, 3)
-    for name in ("points", "boxes", "labels", "lidar_aug", "images", "image_aug"):
+    for name in ("points", "boxes", "labels", "base_aug", "images", "image_aug"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name), err_msg=name)
     for numbers in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
-        assert (made(*numbers).lidar_aug != first.lidar_aug).any()
+        assert (made(*numbers).base_aug != first.base_aug).any()
     collate([first], capacities=config.capacities)[0].validate()
 
 
 def test_evaluation_needs_no_generator_and_takes_the_newest_sweeps(index):
-    sample = pipeline.load(index[0], index.root, PLAIN)
+    sample = scene.load(index, 0, PLAIN)
     lags = np.unique(sample.points[:, 4])
     np.testing.assert_allclose(lags, 0.05 * np.arange(10), rtol=1e-6)
-    np.testing.assert_array_equal(sample.lidar_aug, np.eye(4))
+    np.testing.assert_array_equal(sample.base_aug, np.eye(4))
     np.testing.assert_array_equal(sample.points, load(index, PLAIN, 9).points)
-    random = dataclasses.replace(PLAIN, sweep_choice="random")
+    random = points_as(PLAIN, sweep_choice="random")
     assert {tuple(np.unique(load(index, random, seed).points[:, 4])) for seed in range(8)} != {tuple(lags)}
-    for config in (random, TRAIN, dataclasses.replace(PLAIN, shuffle_points=True)):
+    for config in (random, TRAIN, points_as(PLAIN, shuffle=True)):
         with pytest.raises(ValueError, match="a random augmentation needs a generator"):
-            pipeline.load(index[0], index.root, config)
+            scene.load(index, 0, config)
 
 
 # --- paste, filters, masks ---
 
 
 def test_pasted_objects_are_added_with_their_points_and_time_lags(index, database):
-    config = pipeline.bevfusion_lidar_train()
-    still = dataclasses.replace(config, global_augmentation=None, shuffle_points=False)
+    still = dataclasses.replace(points_as(LIDAR, shuffle=False), augmentation=None)
     frame = dataclasses.replace(index[0], boxes=index[0].boxes[:3], names=index[0].names[:3], valid=index[0].valid[:3])
-    plain = pipeline.load(frame, index.root, dataclasses.replace(still, paste=None), sampling.generator(0, 0, 0))
-    pasted = pipeline.load(frame, index.root, still, sampling.generator(0, 0, 0), database=database)
+    few = dataclasses.replace(index, frames=(frame,))
+    plain = load(few, dataclasses.replace(still, paste=None))
+    pasted = load(few, still, database=database)
     assert len(pasted.boxes) > len(plain.boxes) + 5
     np.testing.assert_array_equal(pasted.boxes[: len(plain.boxes)], plain.boxes)  # the scene's own come first
-    for label, name in enumerate(pipeline.CLASS_NAMES):
+    for label, name in enumerate(CLASS_NAMES):
         own, all_of_them = (int((found.labels == label).sum()) for found in (plain, pasted))
-        assert all_of_them <= max(own, config.paste.quotas[name])
+        assert all_of_them <= max(own, LIDAR.paste.quotas[name])
     assert len(np.unique(pasted.points[:200, 4])) > 3
     with pytest.raises(ValueError, match=r"GT paste needs a database; build one with `bevfn data prepare`"):
-        load(index, config)
+        load(index, LIDAR)
 
 
 def test_boxes_of_other_classes_and_out_of_range_go_after_the_augmentation(index):
-    far = dataclasses.replace(TRAIN, point_cloud_range=(-20.0, -20.0, -5.0, 20.0, 20.0, 3.0))
+    far = dataclasses.replace(TRAIN, range=(-20.0, -20.0, -5.0, 20.0, 20.0, 3.0))
     assert 0 < len(load(index, far, 1).boxes) < len(load(index, TRAIN, 1).boxes)
     cars = dataclasses.replace(TRAIN, class_names=("car",))
     sample = load(index, cars, 1)
     assert len(sample.boxes) and (sample.labels == 0).all()
 
 
-def test_grid_mask_blacks_the_same_squares_in_all_cameras(index):
-    plain = load(index, PLAIN)
-    masked = load(index, dataclasses.replace(PLAIN, grid_mask=augment.GridMask(1.0)), 2)
-    black = (masked.images == 0).all(axis=-1)
-    assert 0.1 < black.all(axis=0).mean() < 0.6
-    np.testing.assert_array_equal(np.where(black[..., None], 0, plain.images), masked.images)
-
-
 def test_a_frame_without_sweeps_is_padded_with_its_own_points(index):
-    alone = dataclasses.replace(index[0], sweeps=())
-    assert len(pipeline.load(alone, index.root, PLAIN).points) > 9 * len(
-        pipeline.load(alone, index.root, dataclasses.replace(PLAIN, pad_empty_sweeps=False)).points
-    )
+    alone = dataclasses.replace(index, frames=(dataclasses.replace(index[0], sweeps=()),))
+    padded, plain = (load(alone, points_as(PLAIN, pad_empty_sweeps=pad)).points for pad in (True, False))
+    assert len(padded) > 9 * len(plain)
 
 
-def test_published_presets_are_the_fact_sheet():
-    lidar, camera = pipeline.bevfusion_lidar_train(), pipeline.bevfusion_lidar_camera_train()
-    assert lidar.paste is not None and camera.paste is None
-    assert not lidar.global_augmentation.scale_translation and camera.global_augmentation.scale_translation
-    assert (lidar.cameras, lidar.image_augmentation) == (False, None)
-    assert camera.image_augmentation == augment.Images((0.38, 0.55), True, (-5.4, 5.4))
-    assert lidar.sweeps == camera.sweeps == 9 and lidar.pad_empty_sweeps and lidar.shuffle_points
-    assert sum(lidar.paste.quotas.values()) == 40 and lidar.paste.quotas["construction_vehicle"] == 7
-    evaluation = pipeline.bevfusion_eval()
-    assert not evaluation.random and evaluation.resize == 0.48
+def test_published_readings_are_the_fact_sheet():
+    camera = bevfusion.TRAIN
+    assert LIDAR.paste is not None and camera.paste is None
+    assert not LIDAR.augmentation.scale_translation and camera.augmentation.scale_translation
+    assert LIDAR.cameras is None and camera.cameras.augmentation == augment.Images((0.38, 0.55), True, (-5.4, 5.4))
+    assert LIDAR.points == camera.points and camera.points.sweeps == 9
+    assert camera.points.pad_empty_sweeps and camera.points.shuffle
+    assert sum(LIDAR.paste.quotas.values()) == 40 and LIDAR.paste.quotas["construction_vehicle"] == 7
+    assert not bevfusion.EVAL.random and bevfusion.EVAL.cameras.resize == 0.48
 
 
 # --- the synthetic world, in nuScenes' format ---
 
-SMALL = {"source_size": (90, 160), "image_size": (32, 88), "image_augmentation": augment.Images(resize=(0.5, 0.6))}
+# 90 x 160 pixels become 32 x 88
+SMALL = dataclasses.replace(CAMERAS, image_size=(32, 88), augmentation=augment.Images(resize=(0.4, 0.48)))
 
 
 def test_points_of_moving_objects_follow_velocity_and_time_lag_through_every_augmentation():
     """A point seen `lag` ago on an object lies in its box once it is moved on by velocity * lag, and not if moved back."""
     index = small_world.index()
-    config = dataclasses.replace(pipeline.bevfusion_lidar_camera_train(), **SMALL)
+    config = dataclasses.replace(bevfusion.TRAIN, cameras=SMALL)
     count = {1: 0, -1: 0}
     for seed, position in enumerate((1, 2, 1, 2)):  # the first frame of a scene has no sweeps
-        sample = pipeline.load(index[position], index.root, config, sampling.generator(seed, 0, 0))
+        sample = scene.load(index, position, config, sampling.generator(seed, 0, 0))
         lag, speed = sample.points[:, 4], np.linalg.norm(sample.boxes[:, 7:9], axis=1)
         assert len(np.unique(lag)) == 10
         for box in sample.boxes[(speed > 2) & (speed * 0.5 > sample.boxes[:, 3])]:  # leave their place in half a second
@@ -230,15 +229,14 @@ def test_points_of_moving_objects_follow_velocity_and_time_lag_through_every_aug
     assert count[1] > 100 and count[-1] < 0.2 * count[1]
 
 
-def test_a_nuscenes_world_goes_through_both_published_pipelines(tmp_path):
+def test_a_nuscenes_world_goes_through_both_published_readings(tmp_path):
     index = small_world.index()
-    database = paste.build(index, tmp_path, class_names=pipeline.CLASS_NAMES, progress=False)
-    items = sampling.order(sampling.cbgs(index, pipeline.CLASS_NAMES, seed=0), 0, 0, shuffle=True)
-    camera = dataclasses.replace(pipeline.bevfusion_lidar_camera_train(), **SMALL)
-    lidar = pipeline.bevfusion_lidar_train()
-    for config in (camera, lidar):
+    database = paste.build(index, tmp_path, class_names=CLASS_NAMES, progress=False)
+    items = sampling.order(sampling.cbgs(index, CLASS_NAMES, seed=0), 0, 0, shuffle=True)
+    camera = dataclasses.replace(bevfusion.TRAIN, cameras=SMALL)
+    for config in (camera, LIDAR):
         samples = [
-            pipeline.load(index[i], index.root, config, sampling.generator(0, 0, position), database=database)
+            scene.load(index, i, config, sampling.generator(0, 0, position), database=database)
             for position, i in enumerate(items[:3])
         ]
         batch, counts = collate(samples, capacities=config.capacities)

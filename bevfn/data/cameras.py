@@ -1,0 +1,119 @@
+"""The cameras' part of a sample: images of one or more key frames, resized and cropped, and where the cameras stand.
+
+Sources: mmdetection3d projects/BEVFusion (fact sheet bevfusion_lidar_cam, part B); BEVDepth
+bevdepth/datasets/nusc_det_dataset.py (behaviour; fact sheet bevdepth_r50_2key, "Inputs", "Recipe").
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bevfn.data import augment, image, reading
+from bevfn.data.batch import Base
+from bevfn.data.index import Camera, Frame, Index, inverse
+
+Moves = list[dict[str, Any]]  # per camera, arguments of `image.transform`
+
+
+def key_frames(index: Index, place: int, count: int) -> list[Frame]:
+    """The key frame at `place` and the `count` - 1 before it, newest first; itself where there is none."""
+    frames = [index[place]]
+    before: Frame | None = frames[0]
+    for _ in range(count - 1):
+        found = index.positions.get(before.previous) if before is not None and before.previous else None
+        before = None if found is None else index[found]
+        frames.append(frames[0] if before is None else before)
+    return frames
+
+
+def image_size(camera: Camera, root: Path) -> tuple[int, int]:
+    """(H, W) of the image file, as the data set says, or of the file itself where it does not.
+
+    Raises ValueError where the file's size cannot be the calibration's: its optical axis would lie outside.
+    """
+    if camera.size is not None:
+        return camera.size
+    height, width = image.size(root / camera.path)
+    x, y = camera.intrinsics[:2, 2]
+    if not (0 < x < width and 0 < y < height):
+        raise ValueError(
+            f"{root / camera.path}: the image is {width}x{height} but the calibration's optical axis is at pixel "
+            f"({x:.0f}, {y:.0f}); use the original image, or intrinsics for its size."
+        )
+    return height, width
+
+
+def moves(row: list[Camera], root: Path, config: reading.Cameras, rng: np.random.Generator) -> Moves:
+    """How the images of each camera of the key frame, and of those before it, are resized, cropped, mirrored, turned."""
+    return [_move(image_size(camera, root), config, rng) for camera in row]
+
+
+def _move(source: tuple[int, int], config: reading.Cameras, rng: np.random.Generator) -> dict[str, Any]:
+    size, relative, drawn = config.image_size, config.relative(source), config.augmentation
+    if drawn is not None:
+        low, high = drawn.resize
+        return augment.draw_image(replace(drawn, resize=(low * relative, high * relative)), source, size, rng)
+    resize = reading.cover(source, size) if config.resize is None else config.resize * relative
+    return {"resize": resize, "crop": image.centre_crop(source, size, resize)}
+
+
+def read(frames: list[Frame], root: Path, config: reading.Reading, drawn: Moves) -> dict[str, Any]:
+    """The Sample's camera fields; `drawn`: see `moves`. Raises ValueError for a camera or pose that is not there."""
+    assert config.cameras is not None
+    channels, size = config.cameras.channels, config.cameras.image_size
+    rows = [frame.rig(channels) for frame in frames]  # T N
+    intrinsics = np.stack([[_square(camera.intrinsics) for camera in row] for row in rows])
+    poses = [[_pose(config.base, frames[0], *pair) for pair in zip(rows[0], row)] for row in rows]
+    base_from_camera, camera_from_base = (np.array([[p[i] for p in row] for row in poses]) for i in range(2))
+    return {
+        "images": _images(frames, rows, root, size, drawn),
+        "image_aug": np.stack([[image.matrix(size=size, **move) for move in drawn]] * len(frames)),
+        "intrinsics": intrinsics,
+        "base_from_camera": base_from_camera,
+        "image_from_base": intrinsics @ camera_from_base,
+        "image_paths": tuple(root / camera.path for camera in rows[0]),
+        "camera_names": channels,
+    }
+
+
+def _images(
+    frames: list[Frame], rows: list[list[Camera]], root: Path, size: tuple[int, int], drawn: Moves
+) -> np.ndarray:
+    """[T,N,H,W,3] uint8; a frame that stands for another is read once."""
+    made: dict[str, np.ndarray] = {}
+    for frame, row in zip(frames, rows):
+        if frame.token not in made:
+            pictures = [image.read(root / camera.path, size=image_size(camera, root)) for camera in row]
+            made[frame.token] = np.stack([image.transform(p, size=size, **move)[0] for p, move in zip(pictures, drawn)])
+    return np.stack([made[frame.token] for frame in frames])
+
+
+def _square(intrinsics: np.ndarray) -> np.ndarray:
+    """3 3 -> 4 4 float32."""
+    matrix = np.eye(4, dtype=np.float32)
+    matrix[:3, :3] = intrinsics
+    return matrix
+
+
+def _pose(base: Base, key: Frame, now: Camera, then: Camera) -> tuple[np.ndarray, np.ndarray]:
+    """(base_from_camera, camera_from_base), 4 4 float32, of a camera `then`; `now`: the same camera in the key frame."""
+    if base is Base.LIDAR:
+        camera_from_base = then.camera_from_lidar
+        if then is not now:
+            camera_from_base = inverse(then.global_from_ego @ then.ego_from_camera) @ key.global_from_lidar
+        rounded = camera_from_base.astype(np.float32)
+        return _inverse(rounded), rounded  # of the rounded one, as upstream
+    if not np.isfinite(now.global_from_ego).all():
+        raise ValueError(f"key frame {key.token} has cameras without ego pose; read the data set's own tables.")
+    base_from_camera = inverse(now.global_from_ego) @ then.global_from_ego @ then.ego_from_camera
+    return base_from_camera.astype(np.float32), inverse(base_from_camera).astype(np.float32)
+
+
+def _inverse(transform: np.ndarray) -> np.ndarray:
+    """Of a rigid motion in float32, spelled as upstream for its rounding."""
+    result = np.eye(4, dtype=np.float32)
+    result[:3, :3] = transform[:3, :3].T
+    result[:3, 3] = -(transform[:3, :3].T @ transform[:3, 3])
+    return result

@@ -1,0 +1,154 @@
+"""What is read of a key frame: the config of `scene.load`. A recipe's published values are in its experiment."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bevfn.data import augment
+from bevfn.data import paste as pasting
+from bevfn.data import sweeps as aggregation
+from bevfn.data.batch import Base, Capacities
+from bevfn.data.index import CAMERAS
+from bevfn.data.points import Range
+
+CLASS_NAMES = (  # nuScenes' ten in mmdetection3d's order, which published checkpoints have and the devkit has not
+    "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
+    "traffic_cone",
+)  # fmt: skip
+Size = tuple[int, int]
+PUBLISHED_SOURCE, PUBLISHED_IMAGE = (900, 1600), (256, 704)  # the sizes that factors of resizing are given for
+
+
+@dataclass(frozen=True)
+class Points:
+    """LiDAR points of the key frame and of earlier sweeps. See `sweeps.aggregate`."""
+
+    sweeps: int = 9
+    """Earlier LiDAR scans added to the key frame's."""
+    sweep_choice: aggregation.Choice = "newest"
+    """Which ones, if there are more."""
+    pad_empty_sweeps: bool = True
+    """Repeat the key frame where there is no sweep at all."""
+    shuffle: bool = False
+    """Random order, which decides which points a full voxel keeps."""
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Images of the key frame and of those before it, and their calibration.
+
+    Factors of resizing are for images of 900 x 1600 that become 256 x 704; at other sizes they move as `fit` says.
+    """
+
+    channels: tuple[str, ...] = CAMERAS
+    """In the batch's order."""
+    frames: int = 1
+    """Key frames, the current one first."""
+    image_size: Size = PUBLISHED_IMAGE
+    """(H, W) of the model's images in pixels."""
+    resize: float | None = None
+    """Factor before the crop, without augmentation; None: the image just covers image_size. The crop is centred in width
+    and aligned with the bottom in height."""
+    fit: Literal["cover", "height"] = "cover"
+    """At other sizes factors change as the one with which an image just covers image_size, or as the heights."""
+    augmentation: augment.Images | None = None
+    """One draw per camera for all its frames; None: `resize`."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"frames {self.frames} must be at least 1, the current key frame")
+
+    def relative(self, source: Size) -> float:
+        """What factors of resizing are multiplied with for image files of size (H, W)."""
+        if self.fit == "height":
+            return self.image_size[0] / PUBLISHED_IMAGE[0] * PUBLISHED_SOURCE[0] / source[0]
+        return cover(source, self.image_size) / cover(PUBLISHED_SOURCE, PUBLISHED_IMAGE)
+
+
+def cover(source: Size, size: Size) -> float:
+    """The factor with which an image of size `source` just covers `size`."""
+    return max(wanted / there for wanted, there in zip(size, source))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The parts that are read, each None where it is not; boxes always are."""
+
+    base: Base = Base.LIDAR
+    """Where points, boxes and cameras are."""
+    points: Points | None = None
+    cameras: Cameras | None = None
+    depth: bool = False
+    """Depth maps of the key frame's images, from the LiDAR."""
+    class_names: tuple[str, ...] = CLASS_NAMES
+    """Label i is class_names[i]; annotations of other classes are dropped."""
+    range: Range | None = None
+    """Lower x, y, z, upper x, y, z [m, augmented base]; points must lie strictly inside, box centres only in x and y.
+    None: all stay."""
+    augmentation: augment.Global | None = None
+    """Of the base frame; None: base_aug is the identity."""
+    paste: pasting.Config | None = None
+    """GT paste from a database; None: nothing is pasted."""
+    capacities: Capacities = field(default_factory=Capacities)
+    """Padded sizes that `batch.collate` makes of the samples."""
+
+    def __post_init__(self) -> None:
+        if self.cameras is None and (self.depth or self.base is Base.EGO_AT_CAMERAS):
+            what = "depth maps" if self.depth else f"base frame of the {self.base.value}"
+            raise ValueError(f"a reading without cameras has no {what}; give Reading.cameras")
+        if self.base is not Base.LIDAR and self.points is not None:
+            raise ValueError(f"points are read in the LiDAR's frame, not in that of the {self.base.value}")
+        if self.paste is not None and self.points is None:
+            raise ValueError("GT paste adds points and boxes; give Reading.points or set paste to None")
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The cameras that are read."""
+        return () if self.cameras is None else self.cameras.channels
+
+    @property
+    def random(self) -> bool:
+        """Whether `scene.load` draws random numbers."""
+        points, cameras = self.points, self.cameras
+        drawn = (self.augmentation, self.paste, None if cameras is None else cameras.augmentation)
+        if points is not None and (points.shuffle or points.sweep_choice == "random"):
+            return True
+        return any(part is not None for part in drawn)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes: the other side of a Reading, held against it before the first step."""
+
+    model: str
+    """For sentences."""
+    base: Base
+    classes: int
+    points: bool = False
+    image_size: Size | None = None
+    """(H, W); None: it looks at no images."""
+    frames: int = 1
+    """Key frames, the current one included."""
+    depth: bool = False
+    """To learn from."""
+
+    def check(self, reading: Reading, *, train: bool) -> None:
+        """Raises ValueError, one sentence that names both sides, for a reading that the model cannot take."""
+        room = {"boxes": reading.capacities.boxes} | ({"points": reading.capacities.points} if self.points else {})
+        cameras = reading.cameras
+        wrong = {
+            f"base frame {reading.base.value!r}, not {self.base.value!r}": reading.base is not self.base,
+            f"{len(reading.class_names)} classes, not {self.classes}": len(reading.class_names) != self.classes,
+            "no points": self.points and reading.points is None,
+            "no images": self.image_size is not None and cameras is None,
+            "no depth maps": train and self.depth and not reading.depth,
+        }
+        if cameras is not None and self.image_size is not None:
+            ours, theirs = ("{} x {}".format(*size) for size in (self.image_size, cameras.image_size))
+            wrong[f"images of {theirs} pixels, not {ours}"] = cameras.image_size != self.image_size
+            wrong[f"{cameras.frames} key frames, not {self.frames}"] = cameras.frames < self.frames
+        wrong |= {f"room for no {name} (capacities.{name} is {count})": count < 1 for name, count in room.items()}
+        if found := [what for what, is_wrong in wrong.items() if is_wrong]:
+            raise ValueError(
+                f"the {'training' if train else 'evaluation'} reading gives {found[0]} as {self.model} needs; "
+                "change the recipe's Reading or the model's Config"
+            )

@@ -1,0 +1,68 @@
+"""What camera models share: images as their networks take them, and one network over several frames."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bevfn import tree
+from bevfn.data.batch import Batch
+from bevfn.distributed import Train
+
+# ImageNet's, of R, G, B in 0..255.
+IMAGE_MEAN = (123.675, 116.28, 103.53)
+IMAGE_STD = (58.395, 57.12, 57.375)
+
+
+def images(batch: Batch, frames: int, image_size: tuple[int, int]) -> Tensor:
+    """The batch's images, uint8 [B T N H W 3]; raises ValueError if they are not what the model takes."""
+    if batch.images is None:
+        raise ValueError("Batch.images is None, the model takes cameras; read them")
+    found, size = batch.images.shape[1], tuple(batch.images.shape[3:5])
+    if found < frames:
+        raise ValueError(f"the batch has {found} frames, the model takes {frames}; read more key frames")
+    if size != image_size:
+        raise ValueError(f"images are {size} pixels, the model's grid.image_size is {image_size}; read that size")
+    return batch.images
+
+
+def normalise(images: Tensor, *, order: Literal["rgb", "bgr"]) -> Tensor:
+    """uint8 RGB [B N H W 3] -> float32 [B*N 3 H W] (channels-last memory), ImageNet mean 0 and deviation 1.
+
+    "bgr" gives B, G, R, each with the constants of R, G, B: upstreams that normalise an RGB image with `to_rgb=True`,
+    which swaps the channels, trained their published weights so.
+    """
+    mean, std = (torch.tensor(values, device=images.device) for values in (IMAGE_MEAN, IMAGE_STD))
+    pixels = images.float() if order == "rgb" else images.float().flip(-1)
+    return ((pixels - mean) / std).permute(0, 1, 4, 2, 3).flatten(0, 1)
+
+
+def over_frames(
+    apply: Callable[[dict, dict, int, Train], tuple[dict, dict]],
+    params: dict,
+    state: dict,
+    *,
+    order: Sequence[int],
+    train: Train,
+    learning: Collection[int] = (0,),
+    own_statistics: Collection[int] | None = None,
+) -> tuple[list[dict], dict]:
+    """One network over several frames, one after another: (outputs of the frames by their number, the last state).
+
+    Every frame starts from the statistics that the frame before it left, so in training the running statistics are
+    updated once per frame, in this order.
+
+    Args:
+        apply: (params, state, frame, train) -> (outputs, new state).
+        order: the frames' numbers as they run; 0 is the current key frame.
+        learning: frames that send a gradient into the parameters; the others see them detached.
+        own_statistics: frames that in training normalise by their own batch and update the running statistics, None is
+            all of them; the others run as in evaluation.
+    """
+    outputs: dict[int, dict] = {}
+    for t in order:
+        weights = params if t in learning else tree.map(lambda leaf: leaf.detach(), params)
+        own = own_statistics is None or t in own_statistics
+        outputs[t], state = apply(weights, state, t, train if own else False)
+    return [outputs[t] for t in sorted(outputs)], state

@@ -1,0 +1,186 @@
+"""Golden cases: folders with the deterministic checkpoint, inputs and outputs of a published model.
+
+A case's weights are not stored. `manifest.json` names every tensor with its shape, dtype and distribution; the values
+follow from the name and the seed alone, so they are the same on any machine.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bevfn.upstream import models, recognise
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a case says about the gradient of the total loss, by upstream key."""
+
+    norms: dict[str, float | None]
+    """L2, of a float64 step where there was one; None: frozen"""
+    zero: frozenset[str] = frozenset()
+    """zero in exact arithmetic, rounding in practice"""
+    total: float | None = None
+    """norm of the whole, where the case says what part of it zero gradients may have"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder's `stats.json`, `inputs.safetensors` and `outputs.safetensors` with what `manifest.json` says.
+
+    The published cases write their statistics in two forms; the methods read both.
+    """
+
+    folder: Path
+    manifest: dict
+    stats: dict
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    def noise(self, phase: str, name: str) -> float:
+        """Measured relative L2 noise floor of a boundary, 0 if the case has none."""
+        measured = self.stats.get("noise", {})
+        # With the same voxel indices where the case tells them apart: a moved point is counted, not compared.
+        for key in (f"{phase}_f32_vs_f64_same_voxel_indices", f"{phase}_f32_vs_f64"):
+            if key in measured:
+                return float(measured[key].get(name, 0.0))
+        return float(self.stats.get(f"noise/{name}", 0.0))
+
+    def loss_noise(self, name: str) -> float:
+        """Measured relative noise floor of a loss term."""
+        measured = self.stats.get("noise/train_loss") or self.stats.get("noise", {}).get("train_loss_rel", {})
+        return float(measured.get(name, measured.get(f"{name}_loss", 0.0)))
+
+    def gradient_noise(self, key: str) -> float:
+        """Measured relative L2 noise floor of a parameter's gradient."""
+        return float(self.stats.get("noise/train_grad", {}).get(key, 0.0))
+
+    def gradients(self) -> Gradients:
+        """The stored norms, those of a float64 step where there was one."""
+        if "grad_norm" in self.stats:
+            norms = self.stats["grad_norm"] | (self.stats.get("grad_norm_float64") or {})
+            zero = frozenset(self.stats.get("noise", {}).get("true_zero_gradients", ()))
+            return Gradients(norms, zero, self.stats["grad_norm_total"])
+        norms = self.stats.get("train/grad_norm_float64") or self.stats["train/grad_norm"]
+        return Gradients(norms, frozenset(self.stats.get("noise/train_grad_exactly_zero", ())))
+
+    def slicing(self, name: str) -> str | None:
+        """How the stored boundary was sampled; a second set of inputs ("aug/") as its evaluation twin."""
+        twin = name.replace("aug/", "eval/", 1) if name.startswith("aug/") else name
+        slices = self.stats.get("slices", {})
+        return slices.get(name) or next((s for n in (name, twin) if (s := self.stats.get(n, {}).get("slicing"))), None)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the whole boundary upstream, whose leading axes may be split or joined otherwise than ours."""
+        shape = self.stats.get(name, {}).get("shape")
+        return None if shape is None else tuple(shape)
+
+    def names(self, prefix: str) -> list[str]:
+        """Stored outputs under a prefix, without it."""
+        return [k[len(prefix) :] for k in self.outputs if k.startswith(prefix)]
+
+
+def read(folder: Path) -> Case:
+    """Reads a case; raises ValueError that names a file which is missing or damaged."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give a golden case such as ../shared/goldens/bevfusion_lidar")
+    return Case(
+        folder,
+        *(_json(folder / name) for name in ("manifest.json", "stats.json")),
+        *(_tensors(folder / name) for name in ("inputs.safetensors", "outputs.safetensors")),
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The case's manifest.json; raises ValueError if there is none."""
+    return _json(Path(folder) / "manifest.json")
+
+
+def _json(path: Path) -> dict:
+    _check_there(path)
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy the case again") from None
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    _check_there(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy the case again") from None
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; a golden case has manifest.json, stats.json, inputs and outputs")
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoint
+
+
+def source(manifest: Mapping[str, Any]) -> recognise.Source:
+    """What a case's checkpoint is, told as any foreign checkpoint: by its keys and shapes, without drawing it."""
+    specs = manifest["weights"] | (manifest.get("derived") or {})
+    return recognise.recognise({key: torch.empty(spec["shape"], device="meta") for key, spec in specs.items()})
+
+
+def fill_case(folder: Path, *, config: Any = None) -> dict[str, Tensor]:
+    """{upstream key: tensor} of the case in `folder`, in the manifest's order, derived tensors last.
+
+    The manifest's `weights` are drawn, its `derived` computed for the model's `config` (the published one if None).
+    Raises ValueError if the drawn bytes differ from `weights_crc32`, or a derived tensor is unknown or of another shape.
+    """
+    manifest = read_manifest(folder)
+    seed, crc, found = manifest.get("seed", 0), 0, {}
+    for key, spec in manifest["weights"].items():
+        values = draw(key, spec, seed)
+        crc = zlib.crc32(values.tobytes(), zlib.crc32(key.encode(), crc))
+        found[key] = torch.from_numpy(values)
+    expected = manifest.get("weights_crc32", crc)
+    if crc != expected:
+        raise ValueError(
+            f"{folder}: the drawn weights have CRC {crc} but manifest.json says {expected}: the manifest was edited, "
+            "or this numpy draws other numbers."
+        )
+    looks, specs = source(manifest), manifest.get("derived") or {}
+    computed = models.buffers(looks.model, config=config) if specs and looks.model else {}
+    for key, spec in specs.items():
+        ours = computed.get(key.removeprefix(looks.prefix))
+        if ours is None:
+            raise ValueError(f"{folder}: no rule for the derived tensor {key}.")
+        if list(ours.shape) != spec["shape"] or str(ours.dtype) != f"torch.{spec['dtype']}":
+            raise ValueError(
+                f"{folder}: {key} is {spec['dtype']} {spec['shape']} in manifest.json but "
+                f"{ours.dtype} {list(ours.shape)} for this configuration: pass the case's own config."
+            )
+        found[key] = ours
+    return found
+
+
+def draw(key: str, spec: Mapping[str, Any], seed: int) -> np.ndarray:
+    """One tensor's values: a Philox stream keyed by (CRC-32 of the name, seed), drawn in float64, then cast.
+
+    Source: ../shared/goldens/fill.py, its rule in our own words.
+    """
+    stream = np.random.Generator(np.random.Philox(key=[zlib.crc32(key.encode()), seed]))
+    shape = tuple(spec["shape"])
+    match spec["kind"]:
+        case "normal":
+            values = spec["mean"] + spec["std"] * stream.standard_normal(shape)
+        case "uniform":
+            values = stream.uniform(spec["low"], spec["high"], shape)
+        case "constant":
+            values = np.full(shape, spec["value"], np.float64)
+        case kind:
+            raise ValueError(f"manifest.json: {key} has the unknown kind {kind!r} (normal, uniform or constant).")
+    return np.ascontiguousarray(np.asarray(values).astype(spec["dtype"])).reshape(shape)  # keeps a scalar a scalar

@@ -1,0 +1,94 @@
+"""One golden case from its manifest to its table: `run`. What differs between models is in their maps."""
+
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bevfn import tree, upstream
+from bevfn.models import bevdepth as bevdepth_model
+from bevfn.models import bevfusion as bevfusion_model
+from bevfn.parity import bevdepth, bevfusion, compare, golden
+from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
+from bevfn.parity.golden import Case
+
+
+class Map(Protocol):
+    """What a family's map (`parity/<family>.py`) holds: stored names, and what only this family compares."""
+
+    ZERO_GRADIENT: tuple[str, ...]
+    """upstream keys of gradients that are zero in exact arithmetic, beside those that the case names"""
+    ABSOLUTE: dict[str, float]
+    """loss terms of which this absolute error is allowed"""
+
+    def config_for(self, case: Case, published: Any) -> Any:
+        """The configuration to compare; it may have other capacities than the published one."""
+
+    def batch_of(self, case: Case, device: str, *, train: bool) -> Any:
+        """The stored inputs as a batch of one, for evaluation or for the training step."""
+
+    def places(self, case: Case, table: Table, batch: Any, config: Any) -> dict[str, Any]:
+        """Compares what is made of the inputs alone; arguments that `apply` gets beside them."""
+
+    def paths(self, case: Case, *, train: bool) -> dict[str, str]:
+        """{stored name without its phase: path in outputs} of all that has a place and an order."""
+
+    def loss(self, outputs: dict, batch: Any, config: Any) -> tuple[Tensor, dict[str, Tensor], dict]:
+        """(total, {stored name: term}, assigned targets)."""
+
+    def evaluated(self, case: Case, table: Table, outputs: dict, batch: Any, config: Any) -> None:
+        """Compares what else a case stores of the evaluation: discrete choices, detections."""
+
+    def trained(self, case: Case, table: Table, outputs: dict, targets: dict, batch: Any, config: Any) -> None:
+        """Compares what else a case stores of the training step: discrete choices, targets."""
+
+
+MAPS: dict[ModuleType, Map] = {bevfusion_model: bevfusion, bevdepth_model: bevdepth}
+
+
+def run(case: Case, table: Table, *, only: str | None, device: str) -> None:
+    """Adds every comparison of the case to the table; `only` is "eval", "train" or None for both.
+
+    Raises ValueError if its checkpoint, told by keys and shapes, is none of a model that bevfn has.
+    """
+    source = golden.source(case.manifest)
+    if source.model is None:
+        raise ValueError(
+            f"{case.folder}/manifest.json is a case of {source.what}, which bevfn does not have yet; it has "
+            f"{', '.join(upstream.MODELS)}"
+        )
+    print(f"{'boundary':<44} {'error':>10} {'tolerance':>10}")
+    spec = upstream.MODELS[source.model]
+    family, maps = spec.family, MAPS[spec.family]
+    config = maps.config_for(case, spec.config())
+    params, state, _ = upstream.import_state(golden.fill_case(case.folder), source.model)
+    initial, statistics = family.init(config, seed=0)
+    params, state, _ = upstream.load_into(initial, statistics, {str(case.folder): (params, state)})
+    params, state = tree.to(params, device), tree.to(state, device)
+    extra = maps.places(case, table, maps.batch_of(case, device, train=False), config)
+    if only != "train":
+        batch = maps.batch_of(case, device, train=False)
+        with torch.no_grad():
+            outputs, _ = family.apply(params, state, batch, config=config, train=False, **extra)
+        compare.overflow(table, outputs)
+        compare.dense(case, table, "eval", maps.paths(case, train=False), outputs, EVAL_TOLERANCE)
+        maps.evaluated(case, table, outputs, batch, config)
+    if only != "eval":
+        batch = maps.batch_of(case, device, train=True)
+
+        def total_loss(params: dict) -> tuple[Tensor, tuple]:
+            outputs, new = family.apply(params, state, batch, config=config, train=True, **extra)
+            total, terms, targets = maps.loss(outputs, batch, config)
+            return total, (outputs, new, terms, targets)
+
+        gradients, (total, (outputs, new, terms, targets)) = torch.func.grad_and_value(total_loss, has_aux=True)(params)
+        compare.overflow(table, outputs)
+        compare.dense(case, table, "train", maps.paths(case, train=True), outputs, TRAIN_TOLERANCE)
+        compare.losses(case, table, "train", {"total": total, **terms}, maps.ABSOLUTE)
+        exported = upstream.export_state(
+            gradients, new, source.model, {}, prefix=source.prefix
+        )  # under upstream's names
+        compare.gradients(case, table, exported, maps.ZERO_GRADIENT)
+        compare.statistics(case, table, exported)
+        maps.trained(case, table, outputs, targets, batch, config)

@@ -1,0 +1,101 @@
+"""What a file of figures begins with: the command, commit, date, machine and versions that made it.
+
+Every file of experiments/results/ has this head; `bevfn bench --list` prints them.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import bevfn
+from bevfn.files import write_atomically
+
+RESULTS = Path(__file__).parent / "experiments" / "results"  # in a checkout; a wheel has no figures
+
+
+def head(device: str = "cpu") -> dict:
+    """{"command", "commit", "date", "machine", "versions"} of this process, which computes on `device`."""
+    return {
+        "command": _command(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": {
+            "processor": _processor(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+            "system": platform.platform(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "bevfn": bevfn.__version__,
+        },
+    }
+
+
+def write(path: Path, figures: dict, *, device: str = "cpu") -> dict:
+    """Writes the head and behind it `figures` as JSON, and returns both."""
+    document = {**head(device), **figures}
+    write_atomically(path, json.dumps(document, indent=1).encode())
+    return document
+
+
+def files(folder: Path = RESULTS) -> dict[str, dict]:
+    """{name: content} of the files of figures in `folder`."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def listing(folder: Path = RESULTS) -> str:
+    """A line for each file in `folder` and each command that makes it."""
+    lines = []
+    for name, content in files(folder).items():
+        lines.append(f"{name}  {content['date']}  {content['commit']}")
+        commands = content["command"]
+        lines += [f"    {command}" for command in ([commands] if isinstance(commands, str) else commands)]
+    return "\n".join(lines) or f"no figures in {folder}: they are in a checkout of bevfn, not in its wheel"
+
+
+def _command() -> str:
+    """What was typed, with the program's name instead of its path."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of what `python -m` runs
+    module = spec.name if spec is not None else ""
+    if module.startswith("bevfn.experiments."):
+        return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    program = "bevfn" if module == "bevfn.cli" else Path(sys.argv[0]).name
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file belongs to, with -dirty where it has changes; None for an installed wheel."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    # A wheel may lie inside some other repository, whose commit says nothing about it.
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+    return (git("describe", "--always", "--dirty", "--exclude", "*") or None) if tracked else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {k.strip(): v.strip() for k, v in fields.items()}
+    return f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family')}, model {fields.get('model')})"

@@ -1,0 +1,132 @@
+"""The published models whose checkpoints bevfn reads: one entry each."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bevfn.models import bevdepth, bevfusion
+from bevfn.upstream import names_bevdepth, names_bevfusion
+from bevfn.upstream.entries import Entry, Names, Naming
+from bevfn.upstream.entries import entries as _entries
+
+
+@dataclass(frozen=True)
+class Look:
+    """What tells a state dict's model: keys that begin with all of `anchors`, below one prefix."""
+
+    what: str
+    anchors: tuple[str, ...]
+    key_frames: int | None = None
+    """of a BEVDepth, read off the widths of its BEV map; None: any number"""
+    naming: Naming = "mmdet"
+    prefix: str | None = None
+    """the one prefix that the keys may have; None: any"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What importing and exporting needs: names come from `names`, widths from the family's `init(config)`."""
+
+    looks: tuple[Look, ...]
+    family: ModuleType
+    """the model's module: `init`"""
+    config: Callable[[], Any]
+    """the published configuration"""
+    names: Callable[[dict, Naming], Names]
+    """of the family's params tree, or of the part of it that the file holds"""
+    buffers: Callable[[Any, Naming], dict[str, Tensor]] = lambda config, naming: {}
+    """upstream's stored buffers that follow from the configuration, by key: ours are computed, never loaded"""
+    unused: tuple[tuple[str, str], ...] = ()
+    """(pattern of keys without the prefix, why they have no use here)"""
+
+
+_COMPUTED = "voxelization and image normalization are computed from the configuration"
+
+
+def _bevfusion(config: Callable[[], bevfusion.Config], what: str, *anchors: str) -> Model:
+    looks = (Look(what, ("pts_middle_encoder.", "bbox_head.", *anchors)),)
+    names = names_bevfusion
+    return Model(looks, bevfusion, config, names.detector, names.detector_buffers)
+
+
+def _bevdepth(config: Callable[[], bevdepth.Config], what: str, *anchors: str) -> Model:
+    anchors = ("backbone.depth_net.reduce_conv.", "head.trunk.conv1.", *anchors)
+    looks = (Look(what, anchors, key_frames=config().frames),)
+    names = names_bevdepth
+    return Model(looks, bevdepth, config, names.detector, names.detector_buffers)
+
+
+MODELS = {
+    "bevfusion-lidar": _bevfusion(bevfusion.lidar_only, "a LiDAR-only BEVFusion detector"),
+    "bevfusion-lidar-camera": _bevfusion(
+        bevfusion.lidar_camera, "a camera + LiDAR BEVFusion detector", "img_backbone."
+    ),
+    "swin-nuimages": Model(
+        (
+            Look("a Swin backbone in original naming", ("patch_embed.proj.weight",), naming="original"),
+            Look("a Swin backbone in mmdet naming", ("patch_embed.projection.weight",)),
+        ),
+        bevfusion,
+        bevfusion.lidar_camera,
+        names_bevfusion.swin,
+        names_bevfusion.swin_buffers,
+        names_bevfusion.UNUSED_OF_SWIN,
+    ),
+    "bevdepth-1key": _bevdepth(lambda: bevdepth.key_frames(1), "a BEVDepth detector of 1 key frame"),
+    "bevdepth-2key": _bevdepth(bevdepth.two_key, "a BEVDepth detector of 2 key frames"),
+    "bevdepth-4key": _bevdepth(lambda: bevdepth.key_frames(4), "a BEVDepth detector of 4 key frames"),
+    "bevdepth-2key-da": _bevdepth(
+        bevdepth.two_key_aggregated,
+        "a BEVDepth detector of 2 key frames with depth aggregation",
+        "backbone.depth_aggregation_net.",
+    ),
+    "matrixvt": _bevdepth(
+        bevdepth.matrix_vt, "a MatrixVT detector", "backbone.horiconv.out_conv.", "backbone.depth_reducer."
+    ),
+    "resnet50": Model(
+        # torchvision's file: in a detector the same names have something in front
+        (Look("an ImageNet ResNet-50", ("conv1.weight", "layer1.0.conv3.weight", "layer4.2.conv3.weight"), prefix=""),),
+        bevdepth,
+        bevdepth.two_key,
+        names_bevdepth.resnet,
+        unused=names_bevdepth.UNUSED_OF_RESNET,
+    ),
+}
+"""In the order of the models' own files; parts that start a model beside them."""
+
+RENAMED = {"bevfusion-lidar-cam": "bevfusion-lidar-camera"}
+"""Former names, in the metadata of files that were imported under them."""
+
+
+def entries(model: str, naming: Naming = "mmdet", *, config: Any = None) -> list[Entry]:
+    """Every leaf and every carried key of `model`, in upstream's order; `naming` concerns the lone Swin only.
+
+    config: the family's configuration whose shapes count; the published one if None.
+    """
+    spec = MODELS[model]
+    with torch.device("meta"):  # shapes alone: no memory, no random numbers
+        params, state = spec.family.init(spec.config() if config is None else config, seed=0)
+    return _entries(spec.names(params, naming), params, state)
+
+
+def has_sparse_kernels(model: str) -> bool:
+    """Whether a file of `model` has kernels in one of two layouts (see `entries.Named`)."""
+    return any(entry.layout == "sparse" for entry in entries(model))
+
+
+def reason_unused(key: str, model: str) -> str | None:
+    """Why a key that no entry names has no use, None if it should not be there. `key` without the source's prefix."""
+    if key.startswith(("pts_voxel_layer.", "pts_voxel_encoder.", "data_preprocessor.")):
+        return _COMPUTED
+    return next((reason for pattern, reason in MODELS[model].unused if re.fullmatch(pattern, key)), None)
+
+
+def buffers(model: str, naming: Naming = "mmdet", *, config: Any = None) -> dict[str, Tensor]:
+    """Upstream's stored buffers that follow from the configuration, by key."""
+    spec = MODELS[model]
+    return spec.buffers(spec.config() if config is None else config, naming)

@@ -1,0 +1,102 @@
+"""Files of figures say what made them, and what they say can be typed today; `bevfn bench --list` repeats it."""
+
+import datetime
+import functools
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from bevfn import cli, provenance
+from bevfn.training import run
+
+ROOT = Path(__file__).parents[1]
+FILES = provenance.files()
+
+
+def commands(content: dict) -> list[str]:
+    return [content["command"]] if isinstance(content["command"], str) else content["command"]
+
+
+def check_parses(command: str) -> None:
+    """Raises SystemExit, or fails, if today's command line does not take these words."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif words[:2] == ["python", "-m"]:
+        run.parse(importlib.import_module(words[2]).DEFAULTS, words[3:])
+    else:
+        assert words[0] == "bevfn"
+        in_group = words[1] in cli.GROUPS
+        known = cli.GROUPS[words[1]][1] if in_group else cli.COMMANDS
+        name, rest = words[1 + in_group], words[2 + in_group :]
+        tyro.cli(idle(known[name]), args=rest)
+
+
+def idle(command):
+    """The command's flags without what it does."""
+
+    @functools.wraps(command)
+    def nothing(*_, **__):
+        pass
+
+    return nothing
+
+
+def test_there_are_figures():
+    assert len(FILES) > 15
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_figures_says_what_made_it(name):
+    content = FILES[name]
+    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", content["commit"])
+    assert datetime.date.fromisoformat(content["date"]) >= datetime.date(2026, 11, 1)
+    assert content["machine"]["processor"] and content["machine"]["instruction_set"]
+    assert content["versions"].keys() == {"python", "torch", "bevfn"} and all(content["versions"].values())
+    assert commands(content)
+    for command in commands(content):
+        check_parses(command)
+
+
+@pytest.mark.parametrize("command", ["bevfn bench step --modality lidar", "bevfn graph lidar", "make nothing"])
+def test_a_command_that_is_gone_is_found(command):
+    with pytest.raises((SystemExit, AssertionError)):
+        check_parses(command)
+
+
+def test_the_head_is_of_this_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bevfn", "bench", "ops", "--json", "a file.json"])
+    made = provenance.write(tmp_path / "x.json", {"figures": {"a": 1}})
+    assert json.loads((tmp_path / "x.json").read_text()) == made
+    assert list(made) == ["command", "commit", "date", "machine", "versions", "figures"]
+    assert made["command"] == "bevfn bench ops --json 'a file.json'"
+    assert made["machine"]["instruction_set"] and made["machine"]["cores"] >= 1
+
+
+def test_the_commit_is_that_of_the_checkout_and_of_no_other_repository(tmp_path, monkeypatch):
+    assert provenance.head()["commit"] is None or re.match(r"[0-9a-f]{7}", provenance.head()["commit"])
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)  # a wheel inside somebody's repository
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.head()["commit"] is None
+
+
+def test_the_list_names_every_file_and_its_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bevfn", "bench", "--list"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    for name, content in FILES.items():
+        assert f"{name}  {content['date']}  {content['commit']}" in printed
+        assert all(command in printed for command in commands(content))
+
+
+def test_a_wheel_has_no_figures_and_says_so(tmp_path):
+    assert "in a checkout" in provenance.listing(tmp_path)
