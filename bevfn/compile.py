@@ -3,8 +3,10 @@
 Inductor compiles C++ with -ffp-contract=off, so fused geometry rounds as eager does (see `geometry`).
 """
 
+import os
 import struct
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 import torch.utils._pytree as pytree
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from bevfn.kernels import native
 
 Backend = Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"]
 ASCEND = ("torchair", "npugraph-ex")  # bevfn.ascend.device
@@ -123,8 +127,20 @@ def _compiled(flat: Callable, backend: str) -> Callable:
 
         return device.compiled(flat, backend)  # type: ignore[arg-type]
     if backend == "inductor":
+        native.compiler()  # one sentence now, not a traceback of inductor's later
+        _trust_cache()
         _drop_half_written_libraries()
     return torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _trust_cache() -> None:
+    """Leaves a cache that others may write, such as /tmp/torchinductor_NAME made by somebody else: inductor runs its code."""
+    if why := native.untrusted(Path(cache_dir())):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(native.private_folder() / "inductor")
+        warnings.warn(
+            f"inductor compiles again for this process, since {why}: set TORCHINDUCTOR_CACHE_DIR to a folder of your own.",
+            stacklevel=2,
+        )
 
 
 def _drop_half_written_libraries() -> None:

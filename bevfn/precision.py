@@ -6,7 +6,7 @@ These places compute in float32 whatever the policy says, and hand back the acti
 
 - geometry: projection, frustum, transforms, voxelization, box coding;
 - statistics and normalisation of batch norm and layer norm;
-- attention logits and their softmax; depth softmax;
+- the softmax of attention, and in `layers.attention` its product with the values; depth softmax;
 - scatter accumulation: voxel pooling, sums over the offsets of a sparse convolution, heatmap drawing;
 - target assignment and all losses;
 - gradients of parameters (they arrive float32 through the cast), their norm, clipping, optimizer, EMA.

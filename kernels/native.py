@@ -5,14 +5,17 @@ seconds and one binary serves every torch version. Inductor needs the same compi
 cached under `$BEVFN_CACHE` (default `~/.cache/bevfn`), keyed by source, flags, compiler and processor.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "
 # a dot product call __builtin_fma (or vector intrinsics) where a fused multiply-add is wanted.
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """Path of the C++ compiler; RuntimeError if there is none."""
     name = os.environ.get("CXX") or "g++"
     path = shutil.which(name) or shutil.which("clang++")
     if path is None:
@@ -43,22 +47,81 @@ def _compiler() -> str:
 def load(source: Path) -> ctypes.CDLL:
     """The shared library of `source`, compiled once per machine.
 
+    A library is loaded only if this user (or root) wrote it in a folder that nobody else may write, and it is what the
+    compiler wrote, by the digest beside it; else it is built again, in a folder of this process where the cache cannot
+    be trusted.
+
     Raises:
         RuntimeError: there is no compiler, or it refuses the source (its message is quoted).
     """
-    compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    cxx = compiler()
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     key = "\0".join([source.read_text(), SHARED.read_text(), *FLAGS, version, platform.machine(), _cpu_flags()])
-    target = cache_dir() / f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # same file system, so the rename is atomic
-            built = Path(folder) / "kernel.so"
-            done = subprocess.run([compiler, *FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"{compiler} cannot build {source}: {done.stderr.strip()[-2000:]}")
-            os.replace(built, target)
+    name = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    folder = cache_dir()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if why := untrusted(folder):
+        warnings.warn(
+            f"bevfn's kernels are built again for this process, since {why}: set BEVFN_CACHE to a folder of your own.",
+            stacklevel=2,
+        )
+        folder = private_folder()
+    target = folder / name
+    if not _is_whole(target):
+        _build(cxx, source, target)
     return ctypes.CDLL(str(target))
+
+
+def untrusted(path: Path) -> str | None:
+    """Why code in this file or folder may be somebody else's; None if only this user and root can have put it there."""
+    user, path = os.getuid(), path.resolve()
+    for place in (path, *path.parents):
+        about = place.stat()
+        if about.st_uid not in (user, 0):
+            return f"{place} belongs to user {about.st_uid}"
+        own_group = about.st_gid == user == os.getgid()  # the group of one that many systems give every user
+        open_to_others = about.st_mode & (stat.S_IWOTH if own_group else stat.S_IWOTH | stat.S_IWGRP)
+        sticky = about.st_mode & stat.S_ISVTX and place != path  # as /tmp: nobody replaces what is ours in it
+        if open_to_others and not sticky:
+            return f"users other than {user} may write {place}"
+    return None
+
+
+@functools.cache
+def private_folder() -> Path:
+    """A folder that only this user may read or write and that goes with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="bevfn-compiled-"))  # mode 0700
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file is ours alone and what its digest says: mapping a half-written one ends in SIGBUS."""
+    try:
+        expected = _digest_file(library).read_text()
+        return (
+            all(untrusted(p) is None for p in (library, _digest_file(library)))
+            and hashlib.sha256(library.read_bytes()).hexdigest() == expected
+        )
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _build(cxx: str, source: Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # same file system, so the renames are atomic
+        built, digest = Path(folder) / "kernel.so", Path(folder) / "digest"
+        done = subprocess.run([cxx, *FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{cxx} cannot build {source}: {done.stderr.strip()[-2000:]}")
+        digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        for file in (built, digest):
+            file.chmod(0o755 if file is built else 0o644)  # whatever the umask says
+        os.replace(built, target)
+        os.replace(digest, _digest_file(target))
 
 
 def _cpu_flags() -> str:

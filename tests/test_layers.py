@@ -1,7 +1,9 @@
 """Layers equal torch's modules, forward, gradients and statistics."""
 
+import ge_graphs
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from bevfn import tree
@@ -75,6 +77,64 @@ def test_attention_equals_torchs(generator):
     theirs, theirs_grads = grads(lambda q, k, v: module(q, k, v)[0], q, k, v)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(ours_grads, theirs_grads, atol=1e-6, rtol=1e-4)
+
+
+def flushed(x):
+    """x as hardware without subnormal numbers hands it on."""
+    small = x.dtype == torch.float16 and x.abs() < torch.finfo(torch.float16).smallest_normal
+    return torch.where(small, torch.zeros_like(x), x) if isinstance(small, torch.Tensor) else x
+
+
+class Flushed(torch.utils._python_dispatch.TorchDispatchMode):
+    """Every float16 result of every operator flushed to zero below the smallest normal number."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return pytree.tree_map_only(torch.Tensor, flushed, op(*args, **(kwargs or {})))
+
+
+def many_keys(generator):
+    """Attention over as many keys as BEVFusion's heatmap has cells, and its exact result: weights about 3e-5."""
+    params = attention.init(32, generator)
+    query, key = torch.randn(1, 4, 32, generator=generator), torch.randn(1, 32_400, 32, generator=generator)
+    rounded = pytree.tree_map(lambda x: x.half().float(), (params, query, key))
+    return params, query.half(), key.half(), attention.apply(*rounded, rounded[2], heads=4)
+
+
+def test_half_precision_attention_survives_flushing_subnormals(generator):
+    params, query, key, exact = many_keys(generator)
+    plain = attention.apply(params, query, key, key, heads=4)
+    with Flushed():
+        y = attention.apply(params, query, key, key, heads=4)
+    scale = float(exact.abs().max())
+    assert float((plain - exact).abs().max()) < 0.02 * scale
+    assert float((y - exact).abs().max()) < 0.02 * scale
+
+
+def test_half_precision_attention_survives_flushing_subnormals_on_ascend(generator):
+    ge_graphs.need_torchair()
+    from bevfn.ascend import interpret
+    from bevfn.ascend.lower import lower
+
+    params, query, key, exact = many_keys(generator)
+    lowered = lower(lambda p, q, k: attention.apply(p, q, k, k, heads=4), (params, query, key))
+
+    def flush(node, results):
+        for result in results:
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float16:
+                result.copy_(flushed(result))
+
+    y = lowered.results(interpret.run(lowered.graph, lowered.arguments(params, query, key), flush))
+    assert float((y - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
+def test_half_precision_attention_to_large_equal_values_does_not_overflow(generator):
+    """Weights that are divided by their largest would sum to 32,400 times the value."""
+    params = attention.init(8, generator)
+    params = {**params, "out_proj": {"weight": torch.eye(8), "bias": torch.zeros(8)}}
+    params["in_proj"]["weight"][16:] = torch.eye(8)
+    key = torch.zeros(1, 32_400, 8, dtype=torch.float16)
+    y = attention.apply(params, key[:, :2], key, key + 1000.0, heads=2)
+    torch.testing.assert_close(y, torch.full_like(y, 1000.0))
 
 
 def test_linear_and_layer_norm_equal_torchs(generator):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bevfn.distributed import Replicas, Train
+from bevfn.kernels import derivatives
 
 
 def init(channels: int) -> tuple[dict, dict]:
@@ -45,7 +46,8 @@ def apply(
         # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
         # 2.13, silently): a view of it does not.
         x, weight, bias = (t.view_as(t) for t in (x, params["weight"], params["bias"]))
-        y, mean, var, count = _Normalise.apply(x, weight, bias, mask, rows, eps, replicas)
+        function = _Normalise if torch.compiler.is_dynamo_compiling() else _NormaliseForward
+        y, mean, var, count = function.apply(x, weight, bias, mask, rows, eps, replicas)
         seen = {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
         return y, {k: state[k] + momentum * (seen[k] - state[k]) for k in ("mean", "var")}
     scale = params["weight"] * torch.rsqrt(state["var"] + eps)  # C
@@ -60,7 +62,12 @@ def _per_channel(c: Tensor, x: Tensor) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) rstd weight + bias over the masked rows; mean, var [C] and count carry no gradient of their own."""
+    """y = (x - mean) rstd weight + bias over the masked rows; mean, var [C] and count are statistics.
+
+    That of a second derivative goes through mean and var, which the first one reads.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -80,15 +87,16 @@ class _Normalise(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, weight, _, mask, _, ctx.eps, ctx.replicas = inputs
         _, mean, var, count = output
-        ctx.mark_non_differentiable(mean, var, count)
+        ctx.mark_non_differentiable(count)
+        ctx.set_materialize_grads(False)  # mean and var have a gradient only in second derivatives
         ctx.save_for_backward(x, weight, mask, count, mean, var)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, of_mean: Tensor | None, of_var: Tensor | None, _: None) -> tuple:
         # With h = (x - mean) rstd: dx = weight rstd (dy - mean(dy) - h mean(dy h)), means over the counted rows.
         x, weight, mask, count, mean, var = ctx.saved_tensors
         dims = [d for d in range(x.dim()) if d != 1]
-        dy = _masked(grad.float(), mask)
+        dy = _masked(torch.zeros_like(x, dtype=torch.float32) if grad is None else grad.float(), mask)
         rstd = torch.rsqrt(var + ctx.eps)
         h = (x.float() - _per_channel(mean, x)) * _per_channel(rstd, x)
         grad_bias = sum_dy = dy.sum(dims)
@@ -97,7 +105,33 @@ class _Normalise(torch.autograd.Function):
             sum_dy, sum_dyh = ctx.replicas.sum(torch.stack([sum_dy, sum_dyh])).unbind()
         dx = dy - _per_channel(sum_dy / count, x) - h * _per_channel(sum_dyh / count, x)
         dx = dx * _per_channel(weight * rstd, x)
+        if of_mean is not None or of_var is not None:
+            if ctx.replicas is not None:
+                raise RuntimeError(
+                    "batch norm over replicas has first derivatives only: take second ones in one process (train=True)."
+                )
+            centred = x.float() - _per_channel(mean, x)
+            if of_mean is not None:
+                dx = dx + _per_channel(of_mean / count, x)
+            if of_var is not None:
+                dx = dx + 2 * centred * _per_channel(of_var / count, x)
         return _masked(dx, mask).to(x.dtype), grad_weight, grad_bias, None, None, None, None
+
+
+class _NormaliseForward(_Normalise):
+    """With forward mode, which Dynamo refuses to read."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _Normalise.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
+        if ctx.replicas is not None:
+            raise RuntimeError("batch norm over replicas has no forward-mode derivative: take it in one process.")
+        operands = (*ctx.saved_tensors, ctx.eps, None)
+        return *derivatives.pushforward(_Normalise.forward, operands, tangents)[:3], None
 
 
 def _moments(wide: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bevfn.kernels.deform_conv import cpu, reference
+from bevfn.kernels.derivatives import differentiable
 
 _SIGNATURE = "Tensor x, Tensor offset, Tensor? mask, Tensor weight, int stride, int padding, int dilation"
 _library = torch.library.Library("bevfn", "FRAGMENT")
@@ -28,7 +29,7 @@ def deform_conv(
     padding: int = 0,
     dilation: int = 1,
 ) -> Tensor:
-    """Convolves x at displaced positions. Differentiable in `x`, `offset`, `mask` and `weight`, once.
+    """Convolves x at displaced positions. Any derivative in `x`, `offset`, `mask`, `weight`.
 
     A sample counts if -1 < row < H and -1 < column < W, and a corner of its bilinear patch outside the image is 0, as
     in mmcv. At whole positions the gradient of the position is the one-sided one towards larger coordinates.
@@ -50,10 +51,7 @@ def deform_conv(
     Source: Dai et al. 2017 (arXiv 1703.06211), Zhu et al. 2019 (arXiv 1811.11168); mmcv/ops/deform_conv.py.
     """
     _check(x, offset, mask, weight, stride, padding, dilation)
-    # Views: under torch.compile an input of torch.func.grad that goes straight into a Function counts as a constant.
-    x, offset, weight = x.view_as(x), offset.view_as(offset), weight.view_as(weight)
-    mask = None if mask is None else mask.view_as(mask)
-    return _DeformConv.apply(x, offset, mask, weight, stride, padding, dilation)
+    return _deform_conv(x, offset, mask, weight, stride, padding, dilation)
 
 
 def _check(
@@ -101,25 +99,15 @@ def _check(
             )
 
 
-class _DeformConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, stride: int, padding: int, dilation: int
-    ) -> Tensor:
-        return torch.ops.bevfn.deform_conv(x, offset, mask, weight, stride, padding, dilation)
+def _operator(*operands: Any) -> Tensor:
+    return torch.ops.bevfn.deform_conv(*operands)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.stride, ctx.padding, ctx.dilation = inputs
-        ctx.save_for_backward(*tensors)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, offset, mask, weight = ctx.saved_tensors
-        grad_x, grad_offset, grad_mask, grad_weight = torch.ops.bevfn.deform_conv_backward(
-            grad, x, offset, mask, weight, ctx.stride, ctx.padding, ctx.dilation
-        )
-        return grad_x, grad_offset, None if mask is None else grad_mask, grad_weight, None, None, None
+def _gradients(wanted: frozenset[int], grad: Tensor, *operands: Any) -> tuple[Tensor | None, ...]:
+    return *torch.ops.bevfn.deform_conv_backward(grad, *operands), None, None, None
+
+
+_deform_conv = differentiable(_operator, _gradients, reference.forward)
 
 
 @torch.library.register_fake("bevfn::deform_conv", lib=_library)

@@ -15,11 +15,12 @@ def forward(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *ste
     """Shapes as in `reference.forward`."""
     call = _Call.of(x, offset, mask, weight, *step)
     matrix, columns = _matrix(weight, call), call.empty_columns()
-    y = torch.empty(x.shape[0], *matrix.shape[:2], columns.shape[1], dtype=call.dtype)  # B G O/G P
+    y = torch.empty(x.shape[0], weight.shape[0], *offset.shape[2:], dtype=call.dtype)
+    parts = y.view(x.shape[0], *matrix.shape[:2], columns.shape[1])  # B G O/G P
     for b in range(x.shape[0]):
         call.sample(b, columns)
-        torch.bmm(matrix, columns.transpose(1, 2), out=y[b])
-    return y.view(x.shape[0], weight.shape[0], *offset.shape[2:]).to(x.dtype)
+        torch.bmm(matrix, columns.transpose(1, 2), out=parts[b])
+    return y.to(x.dtype)
 
 
 def backward(

@@ -86,7 +86,7 @@ def _corners(x: Tensor, offset: Tensor, weight: Tensor, stride: int, padding: in
     D = offset.shape[1] // (2 * kh * kw)
     down, right = (torch.arange(n, device=x.device) * dilation - padding for n in (kh, kw))
     top, left = (torch.arange(n, device=x.device) * stride for n in (height, width))
-    shift = offset.to(wide).view(B, D, kh, kw, 2, height, width)
+    shift = offset.to(wide).reshape(B, D, kh, kw, 2, height, width)
     y = (down.view(kh, 1, 1, 1) + top.view(height, 1)).to(wide) + shift[:, :, :, :, 0]  # B D kh kw H' W'
     x_ = (right.view(kw, 1, 1) + left).to(wide) + shift[:, :, :, :, 1]
     y, x_ = (t.reshape(B, D, kh * kw, height * width) for t in (y, x_))
@@ -108,7 +108,7 @@ def _corners(x: Tensor, offset: Tensor, weight: Tensor, stride: int, padding: in
 def _rows(x: Tensor, corners: list[Corner]) -> Tensor:
     """[B D H W + 1, c]: the pixels, and a row of zeros that stands for all outside."""
     (B, C, H, W), D = x.shape, corners[0].row.shape[1]
-    rows = x.view(B, D, C // D, H, W).permute(0, 1, 3, 4, 2).reshape(B * D * H * W, C // D)
+    rows = x.reshape(B, D, C // D, H, W).permute(0, 1, 3, 4, 2).reshape(B * D * H * W, C // D)
     return torch.cat([rows, rows.new_zeros(1, C // D)])
 
 
@@ -137,5 +137,5 @@ def _columns(samples: Tensor, groups: int) -> Tensor:
 def _matrix(weight: Tensor, groups: int, wide: torch.dtype) -> Tensor:
     """[O I kh kw] -> [G KI O/G]."""
     O, I, kh, kw = weight.shape
-    matrix = weight.to(wide).view(groups, O // groups, I, kh * kw)
+    matrix = weight.to(wide).reshape(groups, O // groups, I, kh * kw)
     return matrix.permute(0, 3, 2, 1).reshape(groups, kh * kw * I, O // groups)

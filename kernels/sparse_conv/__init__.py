@@ -1,10 +1,9 @@
 """Sparse convolution over a neighbour table: gather, multiply, sum; differentiable in features and weight."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from bevfn.kernels.derivatives import differentiable
 from bevfn.kernels.sparse_conv import cpu, reference
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
@@ -15,7 +14,7 @@ _library.define("sparse_conv_weight_grad(Tensor x, Tensor grad, Tensor table) ->
 def sparse_conv(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
     """y[w] = sum over k of x[table[k, w]] @ weight[k], leaving out entries of -1.
 
-    Sums run in float32 for half-precision inputs. First derivatives only.
+    Sums run in float32 for half-precision inputs. Any derivative in x and weight (`kernels.derivatives`).
 
     Args:
         x: [V C_in] features, float16, bfloat16, float32 or float64.
@@ -48,29 +47,29 @@ def sparse_conv(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Te
             f"sparse_conv: inverse has {inverse.shape[1]} columns for {x.shape[0]} input rows; "
             "were table and inverse swapped?"
         )
-    # Views: Dynamo (torch 2.13) takes an input of torch.func.grad for a constant when it meets it first in an
-    # autograd.Function, and then drops the Function's backward without a word. A view of it is seen to need a gradient.
-    return _SparseConv.apply(x.view_as(x), weight.view_as(weight), table, inverse)
+    return _sparse_conv(x, weight, table, inverse)
 
 
-class _SparseConv(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-        return torch.ops.bevfn.sparse_conv(x, weight, table)
+def _operator(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
+    return torch.ops.bevfn.sparse_conv(x, weight, table)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, table, inverse = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:  # an input feeds along `inverse` what its outputs read along `table`
-            grad_x = torch.ops.bevfn.sparse_conv(grad, weight.transpose(1, 2), inverse)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.ops.bevfn.sparse_conv_weight_grad(x, grad, table)
-        return grad_x, grad_weight, None, None
+def _plain(x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
+    return reference.sparse_conv(x, weight, table)
+
+
+def _gradients(
+    wanted: frozenset[int], grad: Tensor, x: Tensor, weight: Tensor, table: Tensor, inverse: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad_x = grad_weight = None
+    if 0 in wanted:  # an input feeds along `inverse` what its outputs read along `table`
+        grad_x = torch.ops.bevfn.sparse_conv(grad, weight.transpose(1, 2), inverse)
+    if 1 in wanted:
+        grad_weight = torch.ops.bevfn.sparse_conv_weight_grad(x, grad, table)
+    return grad_x, grad_weight, None, None
+
+
+_sparse_conv = differentiable(_operator, _gradients, _plain)
 
 
 @torch.library.register_fake("bevfn::sparse_conv", lib=_library)

@@ -5,11 +5,10 @@
 The D × C outer product of the textbook formulation (630 MB for BEVFusion on nuScenes) is never stored.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from bevfn.kernels.derivatives import differentiable
 from bevfn.kernels.voxel_pool import cpu, reference
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
@@ -18,7 +17,7 @@ _library.define("voxel_pool_backward(Tensor grad, Tensor depth, Tensor context, 
 
 
 def voxel_pool(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
-    """Pools lifted image features into BEV cells. Differentiable in `depth` and `context`, once.
+    """Pools lifted image features into BEV cells. Any derivative in `depth` and `context` (`kernels.derivatives`).
 
     Args:
         depth: [M D H W] float, weight of each depth bin (a softmax over D); M = images of all samples.
@@ -37,8 +36,7 @@ def voxel_pool(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> 
     Source: Philion & Fidler 2020 (arXiv 2008.05711) section 3; Liu et al. 2022 (arXiv 2205.13542) section 3.2.
     """
     _check(depth, context, cell, num_cells)
-    # Views: under torch.compile an input of torch.func.grad that goes straight into a Function counts as a constant.
-    return _VoxelPool.apply(depth.view_as(depth), context.view_as(context), cell, num_cells)
+    return _voxel_pool(depth, context, cell, num_cells)
 
 
 def _check(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> None:
@@ -71,21 +69,17 @@ def _check(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> None
         raise ValueError(f"voxel_pool: num_cells must be at least 1, got {num_cells}.")
 
 
-class _VoxelPool(torch.autograd.Function):
-    @staticmethod
-    def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
-        return torch.ops.bevfn.voxel_pool(depth, context, cell, num_cells)
+def _operator(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+    return torch.ops.bevfn.voxel_pool(depth, context, cell, num_cells)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        depth, context, cell, _ = inputs
-        ctx.save_for_backward(depth, context, cell)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        depth, context, cell = ctx.saved_tensors
-        grad_depth, grad_context = torch.ops.bevfn.voxel_pool_backward(grad, depth, context, cell)
-        return grad_depth, grad_context, None, None
+def _gradients(
+    wanted: frozenset[int], grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor, num_cells: int
+) -> tuple[Tensor | None, ...]:
+    return *torch.ops.bevfn.voxel_pool_backward(grad, depth, context, cell), None, None
+
+
+_voxel_pool = differentiable(_operator, _gradients, reference.forward)
 
 
 @torch.library.register_fake("bevfn::voxel_pool", lib=_library)

@@ -13,7 +13,7 @@ def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Ten
     sums = _wide(context).new_zeros(num_cells + 1, C)  # the last row takes the points outside
     for bins in _slabs(depth, C):
         product = _wide(depth[:, bins])[..., None] * _wide(context)[:, None]  # M d H W C
-        sums.index_add_(0, _rows(cell[:, bins], num_cells), product.reshape(-1, C))
+        sums = sums.index_add(0, _rows(cell[:, bins], num_cells), product.reshape(-1, C))
     return sums[:num_cells].to(depth.dtype)
 
 

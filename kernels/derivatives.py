@@ -1,0 +1,134 @@
+"""Derivatives of the package's operators: any order, forward and reverse, batched.
+
+The first gradient is an operator of its own, made for speed. All others (jvp, second and higher order) are those of the
+op's meaning, its `reference` in plain torch, which autograd differentiates as often as asked. `vmap` runs the operators
+once per sample (torch warns that this is slow), and the plain formula as one. So `torch.func`'s jvp, jacfwd, jacrev,
+hessian, vmap and `create_graph=True` give right numbers through every op.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+
+
+def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Callable:
+    """`forward` with all its derivatives, as a function of the same positional operands (tensors, None and numbers).
+
+    Args:
+        forward: the operator, operands -> Tensor.
+        backward: (wanted, grad, *operands) -> one gradient per operand, by operators too; those whose place is not
+            in `wanted` may be anything.
+        plain: what `forward` computes, in torch functions that autograd differentiates twice.
+    """
+
+    def plain_gradients(wanted: frozenset[int], grad: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        return _at(wanted, _vjp(plain, operands, grad))
+
+    class Gradients(torch.autograd.Function):
+        """The wanted gradients, differentiable themselves."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(wanted: frozenset[int], *operands: Any) -> tuple[Tensor, ...]:
+            return _at(wanted, backward(wanted, *operands))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            _save(ctx, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *slopes: Tensor) -> tuple:
+            return _vjp(plain_gradients, _saved(ctx), slopes)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+            return pushforward(plain_gradients, _saved(ctx), tangents)
+
+    class Value(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*operands: Any) -> Tensor:
+            return forward(*operands)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            _save(ctx, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple:
+            wanted = frozenset(i for i, needed in enumerate(ctx.needs_input_grad) if needed)
+            gradients = iter(Gradients.apply(wanted, grad, *_saved(ctx)))
+            return tuple(next(gradients) if i in wanted else None for i in range(len(ctx.others)))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+            return pushforward(plain, _saved(ctx), tangents)
+
+    def apply(*operands: Any) -> Tensor:
+        return Value.apply(*operands)
+
+    # Dynamo reads neither a custom jvp nor the gradient of a gradient (torch 2.13: zeros, silently), and it drops the
+    # gradient of an input of torch.func.grad that goes straight into a Function. So it keeps the call as one node.
+    return torch.compiler.allow_in_graph(apply)
+
+
+def _save(ctx: Any, operands: tuple) -> None:
+    tensors = [x if isinstance(x, Tensor) else None for x in operands]
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.others = tuple(None if isinstance(x, Tensor) else x for x in operands)
+
+
+def _saved(ctx: Any) -> tuple:
+    return tuple(other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others))
+
+
+def _at(places: frozenset[int], values: tuple) -> tuple[Tensor, ...]:
+    return tuple(values[i] for i in sorted(places))
+
+
+def _vjp(f: Callable, operands: tuple, slopes: Any) -> tuple:
+    """Gradients of f's result times `slopes`, None for operands that are not floating tensors."""
+    floating = frozenset(i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.is_floating_point())
+    _, pull = torch.func.vjp(_of(f, operands, floating), *_at(floating, operands))
+    gradients = iter(pull(slopes))
+    return tuple(next(gradients) if i in floating else None for i in range(len(operands)))
+
+
+def pushforward(f: Callable, operands: tuple, tangents: tuple) -> Any:
+    """The derivative of f's result along `tangents`, None where an operand does not move.
+
+    By the transpose of the transpose, since torch nests no forward mode in `torch.autograd.forward_ad`'s.
+    """
+    moving = frozenset(i for i, t in enumerate(tangents) if t is not None)
+    operands = tuple(_primal(x) if isinstance(x, Tensor) else x for x in operands)
+    with _set_fwd_grad_enabled(True):  # torch switches it off around a Function's jvp: a jvp of it would be wrong
+        y, pull = torch.func.vjp(_of(f, operands, moving), *_at(moving, operands))
+        _, push = torch.func.vjp(pull, pytree.tree_map(torch.zeros_like, y))
+        return push(_at(moving, tangents))[0]
+
+
+def _primal(x: Tensor) -> Tensor:
+    """x without the tangent of this level; outer levels keep theirs. `unpack_dual` knows no vmap."""
+    if not functorch.is_batchedtensor(x):
+        return unpack_dual(x).primal
+    level = functorch.maybe_get_level(x)
+    value, axis = functorch._unwrap_batched(x, level)
+    return functorch._add_batch_dim(_primal(value), axis, level)
+
+
+def _of(f: Callable, operands: tuple, places: frozenset[int]) -> Callable:
+    """f as a function of the operands at these places."""
+
+    def g(*some: Tensor) -> Any:
+        values = iter(some)
+        return f(*(next(values) if i in places else x for i, x in enumerate(operands)))
+
+    return g
