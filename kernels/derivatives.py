@@ -27,7 +27,7 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
     """
 
     def plain_gradients(wanted: frozenset[int], grad: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-        return _at(wanted, _vjp(plain, operands, grad))
+        return _at(wanted, pullback(plain, operands, grad))
 
     class Gradients(torch.autograd.Function):
         """The wanted gradients, differentiable themselves."""
@@ -40,15 +40,15 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-            _save(ctx, inputs)
+            save(ctx, inputs)
 
         @staticmethod
         def backward(ctx: Any, *slopes: Tensor) -> tuple:
-            return _vjp(plain_gradients, _saved(ctx), slopes)
+            return pullback(plain_gradients, saved(ctx), slopes)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-            return pushforward(plain_gradients, _saved(ctx), tangents)
+            return pushforward(plain_gradients, saved(ctx), tangents)
 
     class Value(torch.autograd.Function):
         generate_vmap_rule = True
@@ -59,17 +59,17 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-            _save(ctx, inputs)
+            save(ctx, inputs)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple:
             wanted = frozenset(i for i, needed in enumerate(ctx.needs_input_grad) if needed)
-            gradients = iter(Gradients.apply(wanted, grad, *_saved(ctx)))
+            gradients = iter(Gradients.apply(wanted, grad, *saved(ctx)))
             return tuple(next(gradients) if i in wanted else None for i in range(len(ctx.others)))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-            return pushforward(plain, _saved(ctx), tangents)
+            return pushforward(plain, saved(ctx), tangents)
 
     def apply(*operands: Any) -> Tensor:
         return Value.apply(*operands)
@@ -79,14 +79,16 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
     return torch.compiler.allow_in_graph(apply)
 
 
-def _save(ctx: Any, operands: tuple) -> None:
+def save(ctx: Any, operands: tuple) -> None:
+    """Keeps a Function's operands for `backward` and `jvp`."""
     tensors = [x if isinstance(x, Tensor) else None for x in operands]
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.others = tuple(None if isinstance(x, Tensor) else x for x in operands)
 
 
-def _saved(ctx: Any) -> tuple:
+def saved(ctx: Any) -> tuple:
+    """What `save` kept."""
     return tuple(other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others))
 
 
@@ -94,10 +96,10 @@ def _at(places: frozenset[int], values: tuple) -> tuple[Tensor, ...]:
     return tuple(values[i] for i in sorted(places))
 
 
-def _vjp(f: Callable, operands: tuple, slopes: Any) -> tuple:
+def pullback(f: Callable, operands: tuple, slopes: Any) -> tuple:
     """Gradients of f's result times `slopes`, None for operands that are not floating tensors."""
     floating = frozenset(i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.is_floating_point())
-    _, pull = torch.func.vjp(_of(f, operands, floating), *_at(floating, operands))
+    pull = torch.func.vjp(_of(f, operands, floating), *_at(floating, operands))[1]
     gradients = iter(pull(slopes))
     return tuple(next(gradients) if i in floating else None for i in range(len(operands)))
 
@@ -110,8 +112,8 @@ def pushforward(f: Callable, operands: tuple, tangents: tuple) -> Any:
     moving = frozenset(i for i, t in enumerate(tangents) if t is not None)
     operands = tuple(_primal(x) if isinstance(x, Tensor) else x for x in operands)
     with _set_fwd_grad_enabled(True):  # torch switches it off around a Function's jvp: a jvp of it would be wrong
-        y, pull = torch.func.vjp(_of(f, operands, moving), *_at(moving, operands))
-        _, push = torch.func.vjp(pull, pytree.tree_map(torch.zeros_like, y))
+        y, pull = torch.func.vjp(_of(f, operands, moving), *_at(moving, operands))[:2]
+        push = torch.func.vjp(pull, pytree.tree_map(torch.zeros_like, y))[1]
         return push(_at(moving, tangents))[0]
 
 
@@ -121,7 +123,7 @@ def _primal(x: Tensor) -> Tensor:
         return unpack_dual(x).primal
     level = functorch.maybe_get_level(x)
     value, axis = functorch._unwrap_batched(x, level)
-    return functorch._add_batch_dim(_primal(value), axis, level)
+    return functorch._add_batch_dim(_primal(value), axis, level)  # type: ignore[arg-type]
 
 
 def _of(f: Callable, operands: tuple, places: frozenset[int]) -> Callable:

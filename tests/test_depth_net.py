@@ -174,3 +174,16 @@ def test_depth_aggregation_moves_mass_along_rows_only():
 def test_a_grid_that_does_not_fit_is_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         camera_grid.Config(**{**vars(GRID), field: value})
+
+
+def test_second_derivatives_of_the_depth_loss_are_those_of_finite_differences():
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(1, 3, 1, 2, generator=g), torch.tensor([[[0, 2]]])
+    slope = torch.func.grad(lambda x: depth_net.depth_loss(x, labels))
+    steps = torch.eye(6).view(6, *logits.shape) * 1e-2
+    columns = [(slope(logits + step) - slope(logits - step)) / 2e-2 for step in steps]
+    expected = torch.stack(columns, -1).view(*logits.shape, *logits.shape)
+    for hessian in (torch.func.hessian(lambda x: depth_net.depth_loss(x, labels)), torch.func.jacrev(slope)):
+        torch.testing.assert_close(hessian(logits), expected, rtol=1e-2, atol=1e-2)
+    saturated = torch.func.hessian(lambda x: depth_net.depth_loss(x, labels))(logits * 1000)
+    assert torch.isfinite(saturated).all()

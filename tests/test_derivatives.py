@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from bevfn.kernels.deform_conv import deform_conv
+from bevfn.kernels.linear_assignment import linear_assignment
+from bevfn.kernels.neighbours import submanifold
 from bevfn.kernels.sparse_conv import sparse_conv
 from bevfn.kernels.voxel_pool import voxel_pool
+from bevfn.kernels.voxelize import voxelize
 from bevfn.layers import batch_norm
 
 
@@ -28,13 +31,26 @@ def deform_case() -> tuple[Callable, tuple[Tensor, ...]]:
     def f(x, offset, mask, weight):
         return deform_conv(x, offset, mask, weight, padding=1)
 
-    x, offset, mask, weight = operands((1, 2, 3, 3), (1, 8, 4, 4), (1, 4, 4, 4), (2, 2, 2, 2))
+    x, offset, mask, weight = operands((1, 2, 2, 2), (1, 8, 3, 3), (1, 4, 3, 3), (2, 2, 2, 2))
     return f, (x, 0.3 + 0.1 * offset.clamp(-2, 2), mask, weight)  # not near the kinks at whole positions
 
 
 def plain_deform_case() -> tuple[Callable, tuple[Tensor, ...]]:
-    x, offset, weight = operands((1, 2, 3, 3), (1, 8, 4, 4), (2, 1, 2, 2))
+    x, offset, weight = operands((1, 2, 2, 2), (1, 8, 3, 3), (2, 1, 2, 2))
     return lambda x, o, w: deform_conv(x, o, None, w, padding=1), (x, 0.3 + 0.1 * offset.clamp(-2, 2), weight)
+
+
+def voxels() -> tuple[Callable, Tensor]:
+    """Features of six float32 points, five of them in two voxels, of which one is full."""
+    places = [[0.2, 0.3, 0.5], [0.6, 0.4, 0.5], [1.5, 0.5, 0.5], [0.5, 0.5, 0.5], [1.2, 0.1, 0.9], [9.0, 0.5, 0.5]]
+    points = torch.cat([torch.tensor(places), torch.arange(1.0, 7.0)[:, None]], 1)[None]
+
+    def f(points: Tensor) -> Tensor:
+        valid = torch.ones(points.shape[:2], dtype=torch.bool)
+        rule = {"lower": (0.0,) * 3, "size": (1.0,) * 3, "grid": (2, 1, 1), "max_points": 2, "max_voxels": 3}
+        return voxelize(points, valid, **rule)[0]
+
+    return f, points
 
 
 def norm_case() -> tuple[Callable, tuple[Tensor, ...]]:
@@ -158,3 +174,34 @@ def test_gradients_per_sample_through_batch_norm():
     many = torch.stack([x, x * x])
     g = grad(lambda x: loss(f)(x, weight, bias))
     torch.testing.assert_close(vmap(g)(many), torch.stack([g(sample) for sample in many]))
+
+
+def test_voxel_features_are_linear_in_the_points_they_keep():
+    f, points = voxels()
+    expected = torch.zeros(1, 3, 4, 1, 6, 4)
+    for voxel, kept in ((0, (0, 1)), (1, (2, 4))):  # the fourth point finds its voxel full, the last is outside
+        for point in kept:
+            expected[0, voxel, :, 0, point] = 0.5 * torch.eye(4)
+    for jacobian in (jacrev(f), jacfwd(f)):
+        torch.testing.assert_close(jacobian(points), expected)
+    quadratic = torch.tensordot(expected.flatten(0, 2), expected.flatten(0, 2), ([0], [0]))
+    for second in (hessian(lambda p: f(p).square().sum()), jacrev(grad(lambda p: f(p).square().sum()))):
+        torch.testing.assert_close(second(points), 2 * quadratic)
+    many = torch.stack([points, points * 0.9])
+    g = grad(lambda p: f(p).square().sum())
+    torch.testing.assert_close(vmap(g)(many), torch.stack([g(p) for p in many]))
+    compiled = torch.compile(g, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(points), g(points))
+
+
+def test_whole_numbers_have_no_derivative_and_are_batched():
+    cost = torch.rand(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    match = vmap(lambda c: linear_assignment(c, valid))(cost)
+    assert torch.equal(match, torch.stack([linear_assignment(c, valid) for c in cost]))
+    coords = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.int32)
+    many = torch.stack([coords, coords.flip(0)])
+    rule = {"kernel": (3, 3, 1), "grid": (3, 3, 1)}
+    tables = vmap(lambda c: submanifold(c, torch.ones(3, dtype=torch.bool), **rule))(many)
+    alone = [submanifold(c, torch.ones(3, dtype=torch.bool), **rule) for c in many]
+    assert torch.equal(tables, torch.stack(alone))

@@ -9,6 +9,7 @@ Source: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py, exps/nuscenes/base_e
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,6 +19,7 @@ from bevfn import rng, tree
 from bevfn.backbones import resnet
 from bevfn.data.batch import Batch, needed
 from bevfn.distributed import Replicas, Train
+from bevfn.kernels import derivatives
 from bevfn.layers import batch_norm, conv, conv_norm, deform_conv, linear
 from bevfn.views.camera_grid import Bounds
 
@@ -203,12 +205,32 @@ def depth_loss(logits: Tensor, labels: Tensor, *, weight: float = 3.0, replicas:
     return weight * entropy.sum() / count.clamp(min=1.0)
 
 
-def _binary_cross_entropy(p: Tensor, target: Tensor) -> Tensor:
+class _CrossEntropy(torch.autograd.Function):
     """torch's, without its check that raises (on CUDA: aborts) when an overflowing fp16 step brings NaN.
 
     Logarithms are bounded by -100, and the slope's denominator p (1 - p) by 1e-12.
     """
-    q = p.detach()
-    value = -(target * q.log().clamp(min=-100.0) + (1 - target) * (1 - q).log().clamp(min=-100.0))
-    slope = (q - target) / (q * (1 - q)).clamp(min=1e-12)
-    return value + slope * (p - q)  # p - q is 0 with slope 1: the value above with the gradient of this line
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor, target: Tensor) -> Tensor:
+        return -(target * p.log().clamp(min=-100.0) + (1 - target) * (1 - p).log().clamp(min=-100.0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        derivatives.save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        p, target = derivatives.saved(ctx)
+        return grad * ((p - target) / (p * (1 - p)).clamp(min=1e-12)), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return derivatives.pushforward(_CrossEntropy.apply, derivatives.saved(ctx), tangents)
+
+
+@torch.compiler.allow_in_graph  # see `kernels.derivatives`
+def _binary_cross_entropy(p: Tensor, target: Tensor) -> Tensor:
+    return _CrossEntropy.apply(p, target)

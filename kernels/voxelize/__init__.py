@@ -4,9 +4,12 @@
 outside, every shape is static and what does not fit is counted.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from bevfn.kernels import derivatives
 from bevfn.kernels.voxelize import cpu, reference
 from bevfn.kernels.voxelize.reference import Extent
 
@@ -27,7 +30,7 @@ def voxelize(
     max_points: int,
     max_voxels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean of the first `max_points` points of every occupied cell; no gradient.
+    """Mean of the first `max_points` points of every occupied cell; any derivative of the features in `points`.
 
     The cell is floor((p - lower) / size), each step rounded to float32 and the division a true one. A point outside
     the grid, or with a NaN or infinite value in any column, is ignored. Voxels are numbered in the order of their first
@@ -68,9 +71,39 @@ def voxelize(
         raise ValueError(f"voxelize: grid {tuple(grid)} times {points.shape[1]} points exceeds 2^62: use larger cells.")
     if max_points < 1 or max_voxels < 1:
         raise ValueError(f"voxelize: max_points and max_voxels must be at least 1, got {max_points} and {max_voxels}.")
-    return torch.ops.bevfn.voxelize(
-        points.detach(), valid, [float(v) for v in lower], [float(v) for v in size], list(grid), max_points, max_voxels
+    return _voxelize(
+        points, valid, [float(v) for v in lower], [float(v) for v in size], list(grid), max_points, max_voxels
     )
+
+
+def _features(*operands: Any) -> Tensor:
+    return reference.voxelize(*operands)[0]
+
+
+class _Voxelize(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.bevfn.voxelize(*operands)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        derivatives.save(ctx, inputs)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return derivatives.pullback(_features, derivatives.saved(ctx), grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None, None]:
+        return derivatives.pushforward(_features, derivatives.saved(ctx), tangents), None, None, None
+
+
+@torch.compiler.allow_in_graph  # see `kernels.derivatives`
+def _voxelize(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _Voxelize.apply(*operands)
 
 
 @torch.library.register_fake("bevfn::voxelize", lib=_library)
