@@ -286,7 +286,9 @@ def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
         raise ValueError(
             f"{path}: {bad} is NaN or infinite; take an older checkpoint, or import the published file again"
         )
-    return params, state
+    # Clones: what safetensors maps from a file lies at any multiple of 4 bytes, where a CPU's products round otherwise than
+    # on a trained model's aligned tensors, and a checkpoint would not score bit for bit as its run did.
+    return tree.map(torch.clone, params), tree.map(torch.clone, state)
 
 
 def initial_state(run: Run) -> train.TrainState:
