@@ -108,7 +108,7 @@ def test_a_checkpoint_with_weights_that_are_nan_is_refused(trained, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "change", [[], {"batch_size": "four"}, {"data_root": 3}, {"precision": "fp8"}, {"source_size": [1]}]
+    "change", [[], {"batch_size": "four"}, {"data_root": 3}, {"precision": "fp8"}, {"frozen": [1]}]
 )
 def test_a_runs_config_of_another_type_is_one_sentence(trained, monkeypatch, capsys, tmp_path, change):
     made = copied(trained[1], tmp_path)

@@ -44,7 +44,8 @@ def of_state(train_state: train.TrainState, folder: Path, *, repeats: int) -> di
         size = 0
         for repeat in range(repeats):
             step = root / f"step_{repeat:08d}"
-            timed("save", partial(checkpoint.save_step, keep=1), step, train_state, {"step": 0})
+            train_state.step.fill_(repeat)  # folder, meta and tensors must agree
+            timed("save", partial(checkpoint.save_step, keep=1), step, train_state, {"step": repeat})
             timed("verify", checkpoint.latest, root)
             timed("load", checkpoint.load_step, step, train_state)
             data = (step / checkpoint.TENSORS).read_bytes()
