@@ -1,4 +1,4 @@
-# make demo: the main job on data it makes itself.  make lint: ruff.
+# make demo: the main job on data it makes itself.  make lint: ruff and mypy.
 # make test: everything CI checks but lint, JOBS files at a time (3 GB each).
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,6 +27,7 @@ slow: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check bevfn kernels experiments tests
 	$(BIN)/ruff format --check bevfn kernels experiments tests
+	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix bevfn kernels experiments tests

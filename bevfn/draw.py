@@ -16,7 +16,7 @@ from matplotlib.patches import Circle
 
 from bevfn.boxes import bev_corners, corners
 from bevfn.data import image, points
-from bevfn.data.batch import Base, Sample
+from bevfn.data.batch import Base, Sample, needed
 from bevfn.data.index import Frame
 from bevfn.files import write_atomically
 
@@ -68,11 +68,18 @@ def draw(
         raise ValueError(f"{path}: pictures are written as PNG; let the name end in .png.")
     order = np.argsort(scores, kind="stable")  # ascending: the surest are drawn last, on top
     order = order[(scores[order] >= score_threshold) & np.isfinite(boxes[order]).all(axis=1)]
-    shown = {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
+    shown = {
+        "boxes": boxes[order],
+        "scores": scores[order],
+        "labels": labels[order],
+        "annotated": needed(frame.boxes, "boxes"),
+        "annotated_labels": needed(frame.labels, "labels"),
+        "points": needed(frame.points, "points"),
+    }
     heading = (
         f"{title or frame.token}   {len(order)} predicted with score ≥ {score_threshold:.3g} (fainter: lower score), "
     )
-    write_atomically(path, _render(frame, shown, range_m, heading + f"{len(frame.boxes)} annotated (dashed)"))
+    write_atomically(path, _render(frame, shown, range_m, heading + f"{len(shown['annotated'])} annotated (dashed)"))
 
 
 def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
@@ -116,7 +123,7 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
     for slot, n in enumerate(cameras):
         _draw_camera(figure.add_subplot(grid[slot // columns, slot % columns]), frame, n, shown)
     _draw_above(figure.add_subplot(grid[:, columns]), frame, shown, range_m)
-    used = sorted({*shown["labels"].tolist(), *frame.labels.tolist()})
+    used = sorted({*shown["labels"].tolist(), *shown["annotated_labels"].tolist()})
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=frame.class_names[i]) for i in used]
     handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
@@ -135,15 +142,15 @@ def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.set_title(frame.camera_names[n], fontsize=9)
     pixel_from_augmented = frame.image_from_base[0, n] @ np.linalg.inv(frame.base_aug.astype(np.float64))
-    boxes = np.concatenate([frame.boxes[:, :7], shown["boxes"][:, :7]]).astype(np.float64)
+    boxes = np.concatenate([shown["annotated"][:, :7], shown["boxes"][:, :7]]).astype(np.float64)
     projected = [_project(box, pixel_from_augmented, width, height) for box in corners(torch.from_numpy(boxes)).numpy()]
 
-    annotated = [line for lines in projected[: len(frame.boxes)] for line in lines]
+    annotated = [line for lines in projected[: len(shown["annotated"])] for line in lines]
     axes.add_collection(LineCollection(annotated, colors="black", linewidths=1.6, alpha=0.4))
     axes.add_collection(LineCollection(annotated, colors="white", **_plural(DASHED)))
     labelled: list[np.ndarray] = []
     for i in reversed(range(len(shown["boxes"]))):  # the surest first, they get the labels
-        lines, score = projected[len(frame.boxes) + i], float(shown["scores"][i])
+        lines, score = projected[len(shown["annotated"]) + i], float(shown["scores"][i])
         if not lines:
             continue
         colour = COLOURS[shown["labels"][i] % len(COLOURS)]
@@ -176,7 +183,7 @@ def _project(box: np.ndarray, pixel_from_lidar: np.ndarray, width: int, height: 
 
 def _draw_above(axes: Axes, frame: Sample, shown: dict[str, np.ndarray], range_m: float) -> None:
     """Points (darker: higher), and boxes with their heading; x to the right and y up, metres."""
-    x, y, z = frame.points[:, :3].T
+    x, y, z = shown["points"][:, :3].T
     axes.scatter(x, y, c=z, s=0.8, cmap="Greys", vmin=-4.5, vmax=1.5, linewidths=0)
     for radius in np.arange(10.0, range_m * 1.5, 10.0):
         axes.add_patch(Circle((0, 0), radius, fill=False, color="0.85", linewidth=0.6, zorder=0))
@@ -186,11 +193,11 @@ def _draw_above(axes: Axes, frame: Sample, shown: dict[str, np.ndarray], range_m
         axes.add_collection(
             LineCollection(footprint(box), colors=colour, linewidths=1.7, alpha=_alpha(score), zorder=3)
         )
-    annotated = [line for box in frame.boxes for line in footprint(box)]
+    annotated = [line for box in shown["annotated"] for line in footprint(box)]
     axes.add_collection(LineCollection(annotated, colors="black", zorder=4, **_plural(DASHED)))
     axes.set(xlim=(-range_m, range_m), ylim=(-range_m, range_m), aspect="equal")
     axes.set(xlabel="x right [m]", ylabel="y forward [m]")
-    axes.set_title(f"from above, lidar frame, {len(frame.points):,} points; a box's tick is its front", fontsize=9)
+    axes.set_title(f"from above, lidar frame, {len(shown['points']):,} points; a box's tick is its front", fontsize=9)
 
 
 def footprint(box: np.ndarray) -> list[np.ndarray]:

@@ -7,11 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def cache_dir() -> Path:
-    """Where bevfn keeps what it can make again: `$BEVFN_CACHE` or `~/.cache/bevfn`."""
-    return Path(os.environ.get("BEVFN_CACHE") or Path.home() / ".cache" / "bevfn")
-
-
 class NotWritten(OSError):
     """A file or folder that could not be written, as one sentence: the disk is full, or not ours to write to."""
 

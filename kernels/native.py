@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevfn.files import cache_dir
+from bevfn.kernels.cache import cache_dir
 
 SHARED = Path(__file__).with_name("parallel.h")  # what the sources include
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wall")

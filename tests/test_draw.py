@@ -114,3 +114,9 @@ def test_a_failed_write_keeps_the_old_picture(sample, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         draw.draw(sample, sample.boxes[:0], np.zeros(0), np.zeros(0, dtype=np.int64), path)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["frame.png"]
+
+
+def test_a_frame_that_was_read_without_points_is_refused(sample, tmp_path):
+    bare = dataclasses.replace(sample, points=None)
+    with pytest.raises(ValueError, match="the batch has no points, which are needed here"):
+        draw.draw(bare, np.zeros((0, 9)), np.zeros(0), np.zeros(0, dtype=int), tmp_path / "a.png")

@@ -38,7 +38,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[list[Tensor], dict]:
     """x [B C X Y] -> (one map per stage [B C_s X/stride Y/stride], new state)."""
     maps, states = [], []
-    norm = {"momentum": config.norm_momentum, "eps": config.norm_eps}
+    norm: dict = {"momentum": config.norm_momentum, "eps": config.norm_eps}
     for block, old, stride in zip(params["blocks"], state["blocks"], config.strides):
         strides = (stride, *(1,) * config.layers)
         x, seen = conv_norm.chain(block, old, x, train=train, strides=strides, **norm)

@@ -29,7 +29,7 @@ class Config:
     drop_path: float = 0.2  # rate of the last block; the first has 0, linear in between
     out_stages: tuple[int, ...] = (1, 2, 3)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.depths) != len(self.heads):
             raise ValueError(f"heads {self.heads} must give one number per stage of depths {self.depths}")
         for stage, heads in enumerate(self.heads):

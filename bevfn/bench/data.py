@@ -24,7 +24,7 @@ from PIL import Image
 
 from bevfn import synth
 from bevfn.data import augment, image, infos, loader, paste, points, sampling, scene, sweeps
-from bevfn.data.batch import Sample, collate
+from bevfn.data.batch import Sample, collate, needed
 from bevfn.data.index import Index, Sweep
 from bevfn.data.reading import CLASS_NAMES, Reading
 from bevfn.experiments import bevfusion, bevfusion_lidar
@@ -112,7 +112,7 @@ def _measure(index: Index, config: Reading, database: paste.Database, samples: i
     return {
         "samples_per_second": 1 / seconds,
         "milliseconds": 1e3 * seconds,
-        "points": len(made.points),
+        "points": len(needed(made.points, "points")),
         "parts_milliseconds": parts,
         "samples_per_second_of_workers": WORKERS / seconds,
         "feeds_target": WORKERS / seconds >= TARGET,

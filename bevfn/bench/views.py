@@ -17,7 +17,7 @@ from torch import Tensor
 from bevfn import tree
 from bevfn.bench import machine, pool
 from bevfn.data import infos, scene
-from bevfn.data.batch import Batch, collate
+from bevfn.data.batch import Batch, collate, needed
 from bevfn.experiments import bevdepth as recipe
 from bevfn.models import bevdepth
 from bevfn.synth import key_frame
@@ -49,7 +49,7 @@ class Problem:
 def problem(config: bevdepth.Config, batch: Batch) -> Problem:
     """Random depth and context for the cameras of the batch's first sample. `config` is a MatrixVT."""
     grid, C = config.grid, config.depth.context
-    N, generator = batch.images.shape[2], torch.Generator().manual_seed(0)
+    N, generator = needed(batch.images, "images").shape[2], torch.Generator().manual_seed(0)
     depth = torch.randn(N, grid.depth_bins, *grid.feature_size, generator=generator).softmax(1)
     context = torch.randn(N, C, *grid.feature_size, generator=generator)
     grad = torch.randn(1, C, *grid.cells, generator=generator)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bevfn import provenance, recipes
 from bevfn.data import source
+from bevfn.data.batch import needed
 from bevfn.precision import Precision
-from bevfn.synth import key_frame
+from bevfn.synth import key_frame, rig
 from bevfn.training import run
 
 # Names of what a step takes and returns.
@@ -94,7 +95,7 @@ def steps(
     """
     recipe = recipes.load(experiment)
     config = recipe.DEFAULTS["nuscenes" if scale == "published" else "synthetic"].plain()
-    image_size = key_frame.CALIBRATED_SIZE if scale == "published" else source.WORLD_IMAGE
+    image_size = rig.CALIBRATED_SIZE if scale == "published" else source.WORLD_IMAGE
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         key_frame.write_frame(Path(folder), image_size=image_size)
         config = replace(config, data_root=Path(folder), precision=precision, batch_size=batch_size, lr=None)
@@ -105,7 +106,8 @@ def steps(
         made = run.Run(task, config, run.Plan(steps_per_epoch=1000, total_steps=1000, batch=config.recipe_batch))
         batch = run.example(made)
     if comparable:
-        batch = replace(batch, boxes_valid=batch.boxes_valid & _first_of_its_class(batch.labels))
+        valid, labels = needed(batch.boxes_valid, "boxes_valid"), needed(batch.labels, "labels")
+        batch = replace(batch, boxes_valid=valid & _first_of_its_class(labels))
     train_state = run.initial_state(made)
     if comparable and train_state.loss_scale is not None:
         train_state.loss_scale.scale.fill_(64.0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ class Base(enum.Enum):
     """The vehicle's (x forward, y left, z up) at the key frame's camera exposures, which are within 50 ms: a camera's
     pose, of any frame, is relative to the vehicle at that camera's own exposure of the key frame; boxes and detections
     are relative to the mean of these vehicle poses over the cameras."""
+
+
+Field = TypeVar("Field", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,13 @@ class Batch:
                 product = values[inverse].double() @ values[matrix][..., :3, :3].double()
                 if not torch.allclose(product, torch.eye(3).to(product), atol=1e-4):
                     raise ValueError(f"Batch.{inverse} is not the inverse of {matrix}[:3,:3]; build it with make.")
+
+
+def needed(field: Field | None, name: str) -> Field:
+    """A field of a batch or sample that somebody cannot do without; raises ValueError where it is None."""
+    if field is None:
+        raise ValueError(f"the batch has no {name}, which are needed here; let the reading ask for them.")
+    return field
 
 
 _LAYOUT: dict[str, tuple[str, torch.dtype]] = {

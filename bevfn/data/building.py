@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from bevfn import host
-from bevfn.files import cache_dir, writing
+from bevfn.files import writing
+from bevfn.kernels.cache import cache_dir
 
 Result = TypeVar("Result")
 

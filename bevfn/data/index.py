@@ -293,8 +293,9 @@ class Index:
             return bool(frame.lidar_path)
         if part == "ego poses":
             return all(np.isfinite(camera.global_from_ego).all() for camera in frame.cameras.values())
-        packed = isinstance(self.frames, Packed)
-        boxes = self.frames.columns["boxes"] if packed else np.concatenate([frame.boxes for frame in self])
+        frames = self.frames
+        # Packed frames are one array of all boxes: no need to make each frame.
+        boxes = frames.columns["boxes"] if isinstance(frames, Packed) else np.concatenate([f.boxes for f in self])
         return not len(boxes) or bool(np.isfinite(boxes[:, 7:9]).all(axis=1).any())
 
     @cached_property

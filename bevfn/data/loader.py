@@ -93,7 +93,7 @@ def batches(
     accumulate: int = 1,
     start_step: int = 0,
     wrap: bool = True,
-) -> Iterator[Loaded]:
+) -> Generator[Loaded, None, None]:
     """This process' microbatches of one epoch, from step `start_step` on: `accumulate` of them per step.
 
     load(dataset index, generator) -> Sample; a damaged file is a ValueError (or OSError) of one sentence that names it.
@@ -117,7 +117,7 @@ def batches(
     return _iterate(_Epoch(load, order, config, seed, epoch, capacities, wrap), starts)
 
 
-def _iterate(epoch: "_Epoch", starts: list[int]) -> Iterator[Loaded]:
+def _iterate(epoch: "_Epoch", starts: list[int]) -> Generator[Loaded, None, None]:
     made = _read_ahead if epoch.config.workers and starts else _read_now
     with contextlib.closing(made(epoch, starts)) as items:
         while True:

@@ -357,7 +357,7 @@ def _cached(places: list[Path], name: str, header: dict) -> Packed | None:
 def _store(places: list[Path], name: str, header: dict, packed: Packed) -> None:
     """Writes the columns to the first place that takes them; without any, the next run builds again."""
     buffer = io.BytesIO()
-    np.savez(buffer, header=np.array(json.dumps(header)), **packed.columns)  # type: ignore[arg-type]
+    np.savez(buffer, header=np.array(json.dumps(header)), **packed.columns)
     reasons = []
     for place in places:
         try:

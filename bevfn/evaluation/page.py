@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from bevfn import draw
+from bevfn.data.batch import needed
 from bevfn.data.index import Index
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import frame_quality, plots, results, tables
@@ -103,7 +104,7 @@ def _frames(out: Path, index: Index, found: Mapping[str, Any], num_frames: int) 
         sample = draw.sample(frame, index.root, CLASS_NAMES)
         detections = results.to_lidar(entries, frame, CLASS_NAMES)
         matched = frame_quality.compare(frame, entries)
-        panels.append(plots.Panel(heading, frame, sample.points, counted, matched, detections))
+        panels.append(plots.Panel(heading, frame, needed(sample.points, "points"), counted, matched, detections))
         path = out / "frames" / f"{heading.replace(' ', '_')}.png"
         arrays = detections.boxes, detections.scores, detections.labels
         draw.draw(sample, *arrays, path, score_threshold=ranking.score_threshold, title=f"{heading}: {counted.token}")

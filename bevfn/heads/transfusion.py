@@ -141,7 +141,7 @@ def apply(
     feature = cells.reshape(B * X * Y, -1).index_select(0, row.flatten()).view(B, config.queries, -1)
     one_hot = (query["labels"][..., None] == torch.arange(config.classes, device=x.device)).to(feature.dtype)
     feature = feature + linear.apply(params["class_encoding"], one_hot)
-    outputs = {
+    outputs: dict = {
         "shared": shared,
         "dense_heatmap": dense,
         "query_index": query["index"],

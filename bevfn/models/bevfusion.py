@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import second, sparse_encoder, swin
-from bevfn.data.batch import Base, Batch, check_base
+from bevfn.data.batch import Base, Batch, check_base, needed
 from bevfn.data.reading import Needs
 from bevfn.distributed import Train
 from bevfn.heads import transfusion, transfusion_loss
@@ -283,7 +283,8 @@ def _lidar_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy
 ) -> tuple[dict, dict]:
     assert config.lidar is not None
-    voxels, overflow = voxelise(batch.points, batch.points_valid, config.voxels, train=train)
+    points, valid = needed(batch.points, "points"), needed(batch.points_valid, "points_valid")
+    voxels, overflow = voxelise(points, valid, config.voxels, train=train)
     sparse, new = sparse_encoder.apply(
         params,
         state,
@@ -333,7 +334,12 @@ def loss(
     """
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     total, terms = transfusion_loss.loss(
-        outputs["head"], batch.boxes, batch.labels, batch.boxes_valid, config=config.head, train=train
+        outputs["head"],
+        needed(batch.boxes, "boxes"),
+        needed(batch.labels, "labels"),
+        needed(batch.boxes_valid, "boxes_valid"),
+        config=config.head,
+        train=train,
     )
     metrics = {"loss/total": total.detach(), "matched_iou": terms["matched_iou"], "num_pos": terms["num_pos"]}
     metrics |= {f"loss/{k}": v.detach() for k, v in terms.items() if k.split("/")[-1] in ("heatmap", "cls", "bbox")}

@@ -23,7 +23,7 @@ class Config:
     channels_in: tuple[int, ...] = (192, 384, 768)  # fine to coarse
     channels_out: int = 256
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.channels_in) < 2:
             raise ValueError(f"channels_in {self.channels_in} must name at least two levels, fine to coarse")
 
@@ -43,7 +43,8 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 def apply(params: dict, state: dict, features: list[Tensor], *, train: Train) -> tuple[list[Tensor], dict]:
     """features [M C_l H_l W_l], fine to coarse -> ([M C_out H_l W_l] of every level but the coarsest, new state)."""
     new = {name: list(entries) for name, entries in state.items()}
-    coarser, outputs = features[-1], []
+    coarser = features[-1]
+    outputs: list[Tensor] = []
     for level in reversed(range(len(features) - 1)):
         x = torch.cat([features[level], resize(coarser, features[level].shape[-2:])], 1)
         for name in ("laterals", "outputs"):

@@ -65,7 +65,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 def apply(params: dict, state: dict, maps: list[Tensor], *, config: Config, train: Train) -> tuple[Tensor, dict]:
     """maps [B C_s X_s Y_s] per stage -> ([B sum(channels) X Y], new state)."""
     raised, states = [], []
-    norm = {"momentum": config.norm_momentum, "eps": config.norm_eps}
+    norm: dict = {"momentum": config.norm_momentum, "eps": config.norm_eps}
     for block, old, x, stride in zip(params["blocks"], state["blocks"], maps, config.strides):
         if stride > 1:
             y, seen = conv_norm.apply_transposed(block, old, x, train=train, stride=_size(stride), **norm)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.batch import Batch
+from bevfn.data.batch import Batch, needed
 from bevfn.distributed import Replicas, Train
 from bevfn.kernels import derivatives
 from bevfn.layers import batch_norm, conv, conv_norm, deform_conv, linear
@@ -85,7 +85,12 @@ def camera_vectors(batch: Batch) -> Tensor:
     fx, fy, cx, cy; image_aug's two rows without the depth column; base_aug's 2x2 part and z scale; base_from_camera's
     first three rows, row by row.
     """
-    K, image, pose = batch.intrinsics[:, 0], batch.image_aug[:, 0], batch.base_from_camera[:, 0]  # B N 4 4
+    named = (
+        (batch.intrinsics, "intrinsics"),
+        (batch.image_aug, "image_aug"),
+        (batch.base_from_camera, "base_from_camera"),
+    )
+    K, image, pose = (needed(matrices, name)[:, 0] for matrices, name in named)  # B N 4 4
     bev = batch.base_aug[:, None].expand(-1, K.shape[1], -1, -1)
     picked = [K[..., 0, 0], K[..., 1, 1], K[..., 0, 2], K[..., 1, 2]]
     picked += [image[..., i, j] for i in (0, 1) for j in (0, 1, 3)]
