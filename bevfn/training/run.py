@@ -263,13 +263,15 @@ def initial(run: Run) -> tuple[dict, dict]:
 
 def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
     """(params, state) of an imported file, or of a training checkpoint's folder (`ema`: their averages, if it has)."""
+    # Clones: what safetensors maps from a file lies at any multiple of 4 bytes, where a CPU's products round otherwise than
+    # on a trained model's aligned tensors, and a checkpoint would not score bit for bit as its run did.
     if not path.is_dir():
         imported = upstream.read_imported(path)
-        return imported.params, imported.state
+        return tree.map(torch.clone, imported.params), tree.map(torch.clone, imported.state)
     tensors = checkpoint.load_tensors(path / checkpoint.TENSORS)
     root = "ema." if ema and any(name.startswith("ema.") for name in tensors) else ""
     params, state = (
-        upstream.nest({n.removeprefix(root + part): x for n, x in tensors.items() if n.startswith(root + part)})
+        upstream.nest({n.removeprefix(root + part): x.clone() for n, x in tensors.items() if n.startswith(root + part)})
         for part in ("params.", "state.")
     )
     return params, state
