@@ -46,7 +46,7 @@ def read(path: Path, root: Path | None = None) -> Index:
     folders = (root / "samples").is_dir()
     if isinstance(document, dict) and "infos" in document:
         infos, metadata = _get(document, str(path), "infos", list), _optional(document, str(path), "metadata", dict)
-        class_names = CLASSES
+        class_names: tuple[str, ...] = CLASSES
         _tell_of_names(path, infos)
         frames = [_old_frame(info, f"{path}: infos[{i}]", folders) for i, info in enumerate(infos)]
         _check_length_first(path, frames)

@@ -1,5 +1,6 @@
 """A nuScenes root as it lies on the disk: its versions, their thirteen tables of rows, and the splits of their scenes."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,8 @@ def read_table(path: Path) -> list[dict]:
     if (odd := next((row["token"] for row in rows if not isinstance(row["token"], str)), None)) is not None:
         raise ValueError(f"{path}: a token is {_short(odd)}, no text; extract the metadata archive again.")
     if len({row["token"] for row in rows}) < len(rows):
-        seen: set[str] = set()
-        again = next(row["token"] for row in rows if row["token"] in seen or seen.add(row["token"]))
-        raise ValueError(f"{path}: several rows have the token {printable(again)}; extract the metadata archive again.")
+        (again, _), *_ = Counter(row["token"] for row in rows).most_common(1)
+        raise ValueError(f"{path}: several rows have the token {_short(again)}; extract the metadata archive again.")
     return rows
 
 
