@@ -19,8 +19,8 @@ from bevfn.boxes import bev_corners, corners
 from bevfn.data import image, points
 from bevfn.data.batch import Base, Sample, needed
 from bevfn.data.index import Frame
-from bevfn.exits import printable
 from bevfn.files import write_atomically
+from bevfn.names import printable
 
 # One colour a class, in label order; further classes start over.
 COLOURS = (

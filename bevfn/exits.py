@@ -10,6 +10,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from bevfn.names import printable
+
 REFUSED, INTERRUPTED = 2, 130
 
 
@@ -30,10 +32,5 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
         print("bevfn: there is not enough memory for this", file=sys.stderr)
         sys.exit(REFUSED)
     except mendable as error:
-        print(f"bevfn: {printable(str(error))}", file=sys.stderr)
+        print(f"bevfn: {printable(error)}", file=sys.stderr)  # on one line, whatever names are in it
         sys.exit(REFUSED)
-
-
-def printable(text: str) -> str:
-    """`text` on one line that a terminal only shows: names from files may hold line breaks and escape sequences."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
