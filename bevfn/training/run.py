@@ -640,18 +640,17 @@ def check_finite(
     if scaled and not bad_terms and not lowest:
         return skipped
     samples = distributed.gather(tokens, run.replicas)
-    loss = partial(run.task.loss, train=True)
+    loss, optimizer = partial(run.task.loss, train=True), run.task.optimizer(run.plan)
     if bad_terms:
         alone = [
             f"sample {loaded[bad.microbatch].tokens[bad.sample]}: {', '.join(bad.terms)}"
-            for bad in train.bad_losses(loss, train_state, batches)
+            for bad in train.bad_losses(loss, optimizer, train_state, batches)
         ]
         alone = [line for part in distributed.gather(alone, run.replicas) for line in part]
         what = f"the loss is not finite, {'; '.join(alone) or ', '.join(bad_terms)}"
         first = train.first_nonfinite({"batch": batches[0] if len(batches) == 1 else batches})
         what += f", first {first}" if first else ""
     else:
-        optimizer = run.task.optimizer(run.plan)
         bad = train.bad_gradient(loss, optimizer, train_state, batches, run.replicas)
         what = f"the gradients are not finite, first {bad or 'in another process'}"
     raise ValueError(
