@@ -53,7 +53,7 @@ REFERENCES = {
     "map": {"log_tokens": "log"},
 }
 MAX_SWEEPS = 10
-FORMAT = 2  # of the cache file; another number makes every older file be rebuilt
+FORMAT = 3  # of the cache file; another number makes every older file be rebuilt
 # The devkit scores a split only with the version that it belongs to (nuscenes.eval.common.loaders).
 BELONGS = {
     "trainval": ("train", "val", "train_detect", "train_track"), "mini": ("mini_train", "mini_val"), "test": ("test",),
@@ -310,6 +310,7 @@ def _annotations(tables: Any, tokens: list[str], lidar_from_global: np.ndarray) 
         "attributes": tuple(tables.get("attribute", a[0])["name"] if a else "" for a in attributes),
         "visibility": tuple(tables.get("visibility", level)["level"] if level else "" for level in levels),
         "annotations": tuple(tokens),
+        "categories": tuple(row["category_name"] for row in rows),
     }
 
 

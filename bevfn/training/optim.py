@@ -103,7 +103,7 @@ class Ema:
     def keep(self, step: Tensor) -> Tensor:
         """float32 [], the part of the old average that step `step` (int64 [], 0-based) keeps."""
         updates = (step + (self.first_update + 1)).float()
-        return self.decay * (1 - torch.exp(-updates / self.ramp_steps))
+        return self.decay * -torch.expm1(-updates / self.ramp_steps)
 
 
 @dataclass(frozen=True)
