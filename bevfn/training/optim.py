@@ -51,8 +51,10 @@ class Schedule:
         for phase in self.phases:
             length = phase.end - begin
             left = (phase.end - step).clamp(1, length).float() / length  # 1 to 1 / length
-            # (1 + cos(pi (1 - left))) / 2 as sin(pi left / 2)^2, which keeps its relative precision towards zero.
-            inside = phase.target + (first - phase.target) * torch.sin(left * (math.pi / 2)) ** 2
+            # (1 + cos(pi (1 - left))) / 2 as sin(pi left / 2)^2, and a sum instead of a difference: both keep their relative
+            # precision towards zero.
+            angle = left * (math.pi / 2)
+            inside = first * torch.sin(angle) ** 2 + phase.target * torch.cos(angle) ** 2
             value = torch.where(step >= begin, inside, value)
             first = phase.target + (first - phase.target) * math.sin(math.pi / 2 / length) ** 2
             begin = phase.end
