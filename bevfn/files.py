@@ -67,10 +67,13 @@ def _strict(value: Any) -> Any:
     return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_json(text: bytes) -> Any:
-    """What strict JSON says; raises ValueError, without a file's name, for anything else, however it is broken."""
+def read_json(text: bytes, *, finite: bool = True) -> Any:
+    """What strict JSON says; raises ValueError, without a file's name, for anything else, however it is broken.
+
+    finite: no NaN and no number beyond float64, which others' writers put into JSON.
+    """
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite) if finite else json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

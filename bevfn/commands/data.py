@@ -95,15 +95,15 @@ def prepare(
             there is none, training makes it of the LiDAR files, with the same numbers
         workers: processes; 0: one for each processor
     """
-    from bevfn.data import check, nuscenes
     from bevfn.data import depth as ground_truth
+    from bevfn.data import nuscenes, tables
     from bevfn.data import paste as pasting
     from bevfn.data.reading import CLASS_NAMES
 
     workers = workers or os.cpu_count() or 1
-    version = version or check.only_version(root)
-    nuscenes.check_root(root, version)
-    split = split or next((name for name in nuscenes.splits(root, version) if name.endswith("train")), "train")
+    version = version or tables.only_version(root)
+    tables.check_root(root, version)
+    split = split or next((name for name in tables.splits(root, version) if name.endswith("train")), "train")
     index = nuscenes.index(root, version, split)
     print(f"{len(index):,} key frames of {version} {split}")
     if paste:
