@@ -3,7 +3,6 @@
 Every file of experiments/results/ has this head; `bevfn bench --list` prints them.
 """
 
-import json
 import os
 import platform
 import shlex
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 import bevfn
-from bevfn.files import to_json, write_atomically
+from bevfn.files import read_json, to_json, write_atomically
 
 RESULTS = Path(__file__).parent / "experiments" / "results"  # in a checkout; a wheel has no figures
 
@@ -52,7 +51,7 @@ def write(path: Path, figures: dict, *, device: str = "cpu") -> dict:
 
 def files(folder: Path = RESULTS) -> dict[str, dict]:
     """{name: content} of the files of figures in `folder`."""
-    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path.name: read_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))}
 
 
 def listing(folder: Path = RESULTS) -> str:

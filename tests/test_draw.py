@@ -30,6 +30,15 @@ def test_picture_shows_predictions_in_their_colours(sample, tmp_path):
         assert (np.abs(picture - colour).max(axis=-1) < 12).sum() > 20, sample.class_names[label]
 
 
+@pytest.mark.parametrize("name", ["$x", "$\\frac{$", "a$b$c", "\ud800", "a\nb\x1b[31m", "\\", "%s{}"])
+def test_a_name_that_is_no_formula_is_drawn(sample, tmp_path, name):
+    odd = dataclasses.replace(
+        sample, token=name, class_names=(name, *sample.class_names[1:]), camera_names=(name, *sample.camera_names[1:])
+    )
+    draw.draw(odd, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 800
+
+
 def test_nothing_predicted_and_unfinite_boxes_still_give_a_picture(sample, tmp_path):
     nothing = np.zeros((0, 9))
     draw.draw(sample, nothing, np.zeros(0), np.zeros(0, dtype=np.int64), tmp_path / "a.png")

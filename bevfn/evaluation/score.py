@@ -7,7 +7,6 @@ devkit cannot type, gets one box far out of range, which the devkit drops.
 
 import contextlib
 import io
-import json
 import math
 import tempfile
 from collections import Counter
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bevfn import files
 from bevfn.data.index import Index
 from bevfn.evaluation import results as nuscenes_results
-from bevfn.files import write_atomically
 
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, at which AP is averaged; true positives are measured at 2 m
 # our name of an error: the devkit's
@@ -120,7 +119,7 @@ def _evaluate(index: Index, results: Mapping[str, Any], split: str, tables: Any)
     with tempfile.TemporaryDirectory(prefix="bevfn-score-") as folder, contextlib.redirect_stderr(quiet):
         path = Path(folder) / "results_nusc.json"
         try:
-            path.write_text(json.dumps(_complete(results, split, tables)))
+            path.write_bytes(files.to_json(_complete(results, split, tables)))
             judge = DetectionEval(
                 tables, config_factory("detection_cvpr_2019"), str(path), split, output_dir=folder, verbose=False
             )
@@ -190,13 +189,13 @@ def to_json(scores: Scores) -> dict:
 
 def write(path: Path, scores: Scores) -> None:
     """Writes the JSON, all or nothing."""
-    write_atomically(Path(path), json.dumps(to_json(scores), allow_nan=False).encode())
+    files.write_atomically(Path(path), files.to_json(to_json(scores)))
 
 
 def read(path: Path) -> Scores:
     """What `write` wrote. Raises ValueError, one sentence, for a missing, truncated or other file."""
     try:
-        data = json.loads(Path(path).read_bytes())
+        data = files.read_json(Path(path).read_bytes())
         classes = tuple(
             ClassScore(
                 name=name,
