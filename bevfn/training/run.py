@@ -15,12 +15,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 import tyro
-from typing_extensions import Self
 
 from bevfn import compile as compilation
 from bevfn import distributed, exits, host, provenance, tree, upstream
