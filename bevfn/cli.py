@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity
+from bevfn.names import printable
 
 # Name: (what the group is for, its subcommands).
 GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
@@ -71,7 +72,8 @@ def main() -> None:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
         sys.exit(_run(COMMANDS, arguments, "bevfn", __doc__ or ""))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"bevfn: {error}", file=sys.stderr)
+        # one sentence, which may name what data is called; a compiler's RuntimeError has lines of its own
+        print(f"bevfn: {error if isinstance(error, RuntimeError) else printable(error)}", file=sys.stderr)
         sys.exit(2)
 
 
