@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
+from matplotlib.text import Text
 
 from bevfn.boxes import bev_corners, corners
 from bevfn.data import image, points
@@ -77,7 +78,7 @@ def draw(
         "annotated_labels": needed(frame.labels, "labels"),
         "points": needed(frame.points, "points"),
     }
-    heading = f"{printable(title or frame.token)}   {len(order)} predicted "
+    heading = f"{title or frame.token}   {len(order)} predicted "
     heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score), "
     write_atomically(path, _render(frame, shown, range_m, heading + f"{len(shown['annotated'])} annotated (dashed)"))
 
@@ -124,17 +125,21 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
         _draw_camera(figure.add_subplot(grid[slot // columns, slot % columns]), frame, n, shown)
     _draw_above(figure.add_subplot(grid[:, columns]), frame, shown, range_m)
     used = sorted({*shown["labels"].tolist(), *shown["annotated_labels"].tolist()})
-    handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=printable(frame.class_names[i]))
-        for i in used
-    ]
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=frame.class_names[i]) for i in used]
     handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
-    for text in legend.get_texts():  # names from data are no formulas, whatever is between dollars
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    figure.suptitle(heading, fontsize=12)
+    return png(figure, dpi=110)
+
+
+def png(figure: Figure, *, dpi: int, facecolor: str = "auto") -> bytes:
+    """A figure's bytes, without pyplot: no global figure, no display. Its texts are shown as they are: a token is no formula."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
         text.set_parse_math(False)
-    figure.suptitle(heading, fontsize=12, parse_math=False)
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     encoded = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(encoded, format="png", dpi=110)  # not pyplot: no global figure, no display
+    FigureCanvasAgg(figure).print_figure(encoded, format="png", dpi=dpi, facecolor=facecolor)
     return encoded.getvalue()
 
 
@@ -145,7 +150,7 @@ def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]
     height, width = picture.shape[:2]
     axes.imshow(picture, interpolation="antialiased")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-    axes.set_title(printable(frame.camera_names[n]), fontsize=9, parse_math=False)
+    axes.set_title(frame.camera_names[n], fontsize=9)
     pixel_from_augmented = frame.image_from_base[0, n] @ np.linalg.inv(frame.base_aug.astype(np.float64))
     boxes = np.concatenate([shown["annotated"][:, :7], shown["boxes"][:, :7]]).astype(np.float64)
     projected = [_project(box, pixel_from_augmented, width, height) for box in corners(torch.from_numpy(boxes)).numpy()]

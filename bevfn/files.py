@@ -56,7 +56,15 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
 
     Python's float() reads those again. What JSON cannot say raises TypeError.
     """
-    return json.dumps(_strict(value), indent=indent, allow_nan=False).encode()
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False).encode()
+    except (ValueError, TypeError):  # most files need no copy
+        return json.dumps(_strict(value), indent=indent, allow_nan=False).encode()
+
+
+def as_read(value: Any) -> Any:
+    """`value` as it comes back from a JSON file: tuples as lists, and what JSON cannot say, such as a Path, as its text."""
+    return read_json(json.dumps(_strict(value), default=str, allow_nan=False).encode())
 
 
 def _strict(value: Any) -> Any:

@@ -26,7 +26,7 @@ from bevfn.training import optim, run
 
 NETWORKS = {"bevfusion-lidar-camera": bevfusion.lidar_camera, "bevfusion-camera": bevfusion.camera_only}
 # How key frames are read, as published: ten sweeps, the nine newest ones where upstream takes random ones when testing too.
-CAMERAS = Cameras(resize=0.48, fit="height")
+CAMERAS = Cameras(resize=0.48)
 EVAL = Reading(
     points=Points(),
     cameras=CAMERAS,
@@ -68,7 +68,8 @@ class Shared(run.Config):
     published_beta1: bool = True
     """the recipe's beta1, which ends at 1.0 because mmengine takes a ratio for a value; no: 0.9 -> 0.8 -> 0.9"""
     frozen: tuple[str, ...] = ()
-    """paths of parameters that are not trained, such as "lidar.*" (published: none)"""
+    """paths of parameters that are not trained, such as "lidar.*" (published: none); batch norms among them normalise by
+    their running statistics, which stay as they are"""
     class_balanced: bool = True
     sweeps: int = 9
     """LiDAR sweeps added to the key frame's"""

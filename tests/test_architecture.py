@@ -18,7 +18,7 @@ BY_NAME = ("import_module", "__import__", "find_spec", "run_module", "reload")
 # bevfn/ itself is a room too, named by its stem. docs/architecture.md draws the same.
 FLOORS = (
     ("files", "kernels", "names"),
-    ("bevfn", "boxes", "catalogue", "choices", "geometry", "host", "metrics", "rng", "tree"),
+    ("bevfn", "boxes", "catalogue", "choices", "exits", "geometry", "host", "metrics", "rng", "tree"),
     ("ascend", "distributed", "precision", "provenance", "synth"),
     ("compile", "data", "layers", "losses"),
     ("backbones", "draw", "heads", "necks"),

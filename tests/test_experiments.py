@@ -42,7 +42,8 @@ def test_every_model_and_scale_reads_what_it_takes(model, scale, root):
     assert reading.points.sweeps == 9 and reading.random and not task.data.eval_reading.random
     if reading.cameras is not None:
         assert reading.cameras.image_size == ((256, 704) if scale == "published" else (64, 192))
-        assert reading.cameras.relative((900, 1600)) * 256 / reading.cameras.image_size[0] == pytest.approx(1.0)
+        width = reading.cameras.image_size[1]  # which is what an image has least of
+        assert reading.cameras.relative((900, 1600)) == pytest.approx(width / 704)
     run.check(task)
     assert len(task.data.items) > len(task.data.training)  # class-balanced
 

@@ -131,6 +131,20 @@ def test_the_shuffle_is_a_permutation_of_the_filtered_points(index):
     assert ((shuffled[:, :3] > lower) & (shuffled[:, :3] < upper)).all()
 
 
+@pytest.mark.parametrize("size", [(300, 400), (225, 400), (120, 400), (400, 300)])
+def test_cameras_of_any_aspect_fill_the_model_s_image(size, tmp_path):
+    one = infos.read(key_frame.write_frame(tmp_path, seed=1, image_size=size) / "frame.json")
+    sample = scene.load(one, 0, dataclasses.replace(PLAIN, points=dataclasses.replace(PLAIN.points, sweeps=0)))
+    assert (sample.images.max(axis=-1) == 0).mean() < 0.01  # of 4:3, evaluation had crashed
+    narrow = sample.image_aug[0, 0, 0, 0] * np.array(size) / (64, 176)  # sides of the resized image over the crop's
+    assert narrow.min() == pytest.approx(0.48 / 0.44, rel=0.02)  # as nuScenes' images are by the published factor
+
+
+def test_nuscenes_images_are_resized_by_the_published_factors_bit_for_bit():
+    published = bevfusion.EVAL.cameras
+    assert published.image_size == (256, 704) and published.relative((900, 1600)) == 1.0
+
+
 # --- determinism ---
 
 

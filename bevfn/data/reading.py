@@ -1,7 +1,6 @@
 """What is read of a key frame: the config of `scene.load`. A recipe's published values are in its experiment."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from bevfn.data import augment
 from bevfn.data import paste as pasting
@@ -36,7 +35,8 @@ class Points:
 class Cameras:
     """Images of the key frame and of those before it, and their calibration.
 
-    Factors of resizing are for images of 900 x 1600 that become 256 x 704; at other sizes they move as `fit` says.
+    Factors of resizing are for images of 900 x 1600 that become 256 x 704; at other sizes they change as the one with which
+    an image just covers image_size: every camera by its own.
     """
 
     channels: tuple[str, ...] = CAMERAS
@@ -48,8 +48,6 @@ class Cameras:
     resize: float | None = None
     """Factor before the crop, without augmentation; None: the image just covers image_size. The crop is centred in width
     and aligned with the bottom in height."""
-    fit: Literal["cover", "height"] = "cover"
-    """At other sizes factors change as the one with which an image just covers image_size, or as the heights."""
     augmentation: augment.Images | None = None
     """One draw per camera for all its frames; None: `resize`."""
 
@@ -59,8 +57,6 @@ class Cameras:
 
     def relative(self, source: Size) -> float:
         """What factors of resizing are multiplied with for image files of size (H, W)."""
-        if self.fit == "height":
-            return self.image_size[0] / PUBLISHED_IMAGE[0] * PUBLISHED_SOURCE[0] / source[0]
         return cover(source, self.image_size) / cover(PUBLISHED_SOURCE, PUBLISHED_IMAGE)
 
 

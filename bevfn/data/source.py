@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from bevfn import synth
-from bevfn.data import infos, nuscenes, tables
+from bevfn.data import cameras, infos, nuscenes, tables
 from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 
@@ -92,6 +92,8 @@ def check(index: Index, reading: Reading, *, train: bool) -> None:
             f"{name} has no camera {', '.join(missing)}, which the model reads; it has "
             f"{', '.join(index.channels) or 'none'}: choose a LiDAR model, or another root"
         )
+    if reading.cameras is not None:
+        cameras.check_sizes(index, reading.cameras)
     if reading.base.value.startswith("ego") and not index.has("ego poses"):
         raise ValueError(
             f"{name} has no ego poses, but the model's base frame is the {reading.base.value}; read the data set's own tables"

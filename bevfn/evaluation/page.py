@@ -8,7 +8,6 @@ out/frames/best_1.png ... worst_1.png    a key frame's cameras and its view from
 
 import base64
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import frame_quality, plots, results, tables
 from bevfn.evaluation import score as scoring
 from bevfn.evaluation.score import ERRORS, UNITS, Scores
-from bevfn.files import write_atomically
+from bevfn.files import as_read, to_json, write_atomically
 from bevfn.metrics import METRICS_FILE, read_metrics
 
 Plot = Callable[[plots.Theme], bytes]
@@ -237,7 +236,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else str(key))
     else:
-        yield name, value if isinstance(value, str) else json.dumps(value, default=str)
+        yield name, value if isinstance(value, str) else to_json(as_read(value)).decode()
 
 
 STYLE = """

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bevfn import files
 from bevfn.data.index import Index
 from bevfn.evaluation import results as nuscenes_results
-from bevfn.files import read_json, write_atomically
-from bevfn.files import to_json as strict_json
 from bevfn.names import printable
 
 METRICS = "metrics.json"  # of an evaluation's folder, written last: it is what tells a whole one
@@ -183,13 +182,13 @@ def to_json(scores: Scores) -> dict:
 
 def write(path: Path, scores: Scores) -> None:
     """Writes the JSON, all or nothing."""
-    write_atomically(Path(path), strict_json(to_json(scores)))
+    files.write_atomically(Path(path), files.to_json(to_json(scores)))
 
 
 def read(path: Path) -> Scores:
     """What `write` wrote. Raises ValueError, one sentence, for a missing, truncated or other file."""
     try:
-        data = read_json(Path(path).read_bytes())
+        data = files.read_json(Path(path).read_bytes())
         classes = tuple(
             ClassScore(
                 name=name,

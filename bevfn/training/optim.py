@@ -86,7 +86,7 @@ class Group:
     pattern: str
     lr: float = 1.0
     weight_decay: float = 1.0
-    frozen: bool = False  # no gradient, no decay, not in the norm
+    frozen: bool = False  # no gradient, no decay, not in the norm; its batch norms keep and use their statistics
 
 
 @dataclass(frozen=True)
