@@ -73,6 +73,8 @@ def prepare(
     version: str | None = None,
     split: str | None = None,
     paste: bool = True,
+    published_sweeps: bool = True,
+    published_paste: bool = True,
     depth: bool = True,
     workers: int = 0,
 ) -> None:
@@ -86,6 +88,9 @@ def prepare(
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
         split: one to train on, also of the version's splits.json; train or mini_train without it
         paste: build the GT-paste database, for bevfusion_lidar
+        published_sweeps: with sweeps as the published recipe moves them, off by up to 0.6 m when the car turns; the recipe's
+            flag of that name must say the same
+        published_paste: with objects of no class (police cars, debris, bicycle racks) as barriers, as published; likewise
         depth: build the depth ground truth, for BEVDepth and MatrixVT (270 kB a key frame, 3 % of a sample's time); where
             there is none, training makes it of the LiDAR files, with the same numbers
         workers: processes; 0: one for each processor
@@ -104,7 +109,8 @@ def prepare(
     print(f"{len(index):,} key frames of {version} {split}")
     if paste:
         folder = pasting.folder(index)
-        database = pasting.build(index, folder, class_names=CLASS_NAMES, workers=workers)
+        making = pasting.Making(published_sweeps, published_paste)
+        database = pasting.build(index, folder, class_names=CLASS_NAMES, making=making, workers=workers)
         print(f"{folder}: {len(database):,} objects")
     if depth:
         files = ground_truth.build(index, ground_truth.folder(index), workers=workers)
