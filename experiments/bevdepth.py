@@ -161,7 +161,7 @@ def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:
 
 def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    splits = splits or source.open(config.data_root, config.version)
+    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
     reading, eval_reading = (fitted(model, way) for way in (TRAIN, EVAL))
     reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
     items = np.arange(len(splits.training))

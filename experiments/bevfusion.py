@@ -167,7 +167,7 @@ def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
 
 def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    splits = splits or source.open(config.data_root, config.version)
+    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
     reading, eval_reading = (fitted(config, model, way) for way in (training, EVAL))
     if not config.augment:
         reading = eval_reading

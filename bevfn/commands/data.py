@@ -86,7 +86,7 @@ def prepare(
     Args:
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
-        split: the version's training split (train, mini_train) without it
+        split: one to train on, also of the version's splits.json; train or mini_train without it
         paste: build the GT-paste database, for bevfusion_lidar
         published_sweeps: with sweeps as the published recipe moves them, off by up to 0.6 m when the car turns; the recipe's
             flag of that name must say the same
@@ -103,7 +103,8 @@ def prepare(
     workers = workers or os.cpu_count() or 1
     version = version or tables.only_version(root)
     tables.check_root(root, version)
-    split = split or next((name for name in tables.splits(root, version) if name.endswith("train")), "train")
+    if split is None:
+        split, _ = tables.default_splits(root, version) or ("train", "")
     index = nuscenes.index(root, version, split)
     print(f"{len(index):,} key frames of {version} {split}")
     if paste:

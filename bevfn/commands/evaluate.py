@@ -45,7 +45,7 @@ def evaluate(
         model: of the experiment, for an imported file; by default the run's, or the recipe's first
         data_root: nuScenes root; by default the run's
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's
-        split: val, mini_val, train, test, ...; by default the version's evaluation split
+        split: val, mini_val, train, test, ..., or one of the version's splits.json; by default the run's evaluation split
         out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
         precision: by default the run's
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
@@ -59,6 +59,7 @@ def evaluate(
     recipe = recipes.load(experiment)
     config = run_config(recipe, checkpoint, data_root)
     changes: dict[str, Any] = {"model": model, "data_root": data_root, "version": version, "precision": precision}
+    changes |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
     if published_sweeps is not None and not hasattr(config, "published_sweeps"):
         raise ValueError(f"{experiment} reads no LiDAR sweeps; leave out --published-sweeps")
     changes["published_sweeps"] = published_sweeps
@@ -67,10 +68,7 @@ def evaluate(
         raise ValueError(
             f"model {config.model} is none of {experiment}'s ({', '.join(recipe.NETWORKS)}); name its experiment"
         )
-    splits = None
-    if split is not None:
-        splits = source.open(config.data_root, config.version, split)
-    task = recipe.task(config.plain(), splits)
+    task = recipe.task(config.plain())
     run.check(task, train=False)
     params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
     check_fits(task, params, state, checkpoint)
