@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from bevfn.data.possible import INTENSITY, POINT
+
 COLUMNS = 5  # x, y, z [m, lidar frame], intensity 0..255, ring 0..31
 BYTES = 4 * COLUMNS
 Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper x, y, z [m]
 
-FARTHEST_M, BRIGHTEST = 1000.0, 255.0  # that a point can be, in each coordinate, and its intensity
+FARTHEST_M, BRIGHTEST = POINT.high, INTENSITY.high
 FEW = 0.01  # share of a file's points that may be otherwise; with more the file is not of such points
 HEADS = {
     b"\x93NUMPY": "has the header of an .npy file", b"# .PCD": "has the header of a PCD file", b"VERSION": "has the header of a PCD file",
