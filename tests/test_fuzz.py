@@ -1,18 +1,18 @@
 """A table of (what, mutation, command): whatever is wrong with a file is one sentence, at once, and leaves nothing behind.
 
-pytest tests/test_fuzz.py -m slow -s      thirty times as many cases, with a line of counts per row
+pytest tests/test_fuzz.py -m slow -s      ten times as many cases, with a line of counts per row
 """
 
 from collections import Counter
 
 import pytest
 import small_weights
-from fuzz import runs, table, weights
+from fuzz import runs, table, weights, worlds
 
 from bevfn.upstream import models
 
-ROWS = [*weights.rows(), *runs.rows()]
-SLOW = 30
+ROWS = [*weights.rows(), *runs.rows(), *worlds.rows()]
+SLOW = 10
 
 
 @pytest.fixture(scope="module", autouse=True)
