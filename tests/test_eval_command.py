@@ -46,6 +46,40 @@ def test_a_checkpoint_scores_as_its_run_did(trained, monkeypatch, capsys, tmp_pa
     )
     assert ours == theirs and (tmp_path / "report.html").is_file()
     assert "mAP" in capsys.readouterr().out
+    counts = json.loads((tmp_path / "metrics.json").read_text())["counts"]
+    assert counts["points"] > 3000 and {"bad/points", "empty/points", "overflow/boxes", "overflow/voxels_out"} <= set(
+        counts
+    )
+    assert not any(count for name, count in counts.items() if name.startswith("overflow/"))
+
+
+def test_what_evaluation_drops_is_printed_and_in_metrics_and_report(trained, monkeypatch, capsys, tmp_path):
+    """As of a LiDAR that is denser than the run's; the capacities are flags."""
+    small = ("--point-capacity", 1000, "--voxel-capacity", 300, "--site-capacity", 200, 100, 50)
+    arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], "--out", tmp_path, *FAST)
+    assert bevfn(monkeypatch, *arguments, *small) == 0
+    counts = json.loads((tmp_path / "metrics.json").read_text())["counts"]
+    assert counts["points"] == 3 * 1000
+    printed = capsys.readouterr().out
+    for name in ("points", "voxels_l0", "voxels_l1", "voxels_l2", "voxels_out"):
+        assert counts[f"overflow/{name}"] > 0
+        assert f"overflow/{name}: {counts[f'overflow/{name}']:,} " in (tmp_path / "summary.md").read_text()
+        assert f"overflow/{name}" in printed and f"overflow/{name}" in (tmp_path / "report.html").read_text()
+    share = counts["overflow/points"] / (counts["overflow/points"] + 3000)
+    assert f"raise --point-capacity, or accept the loss ({share:.1%} of all in range)." in printed
+
+
+def test_capacities_of_points_are_not_for_camera_models(monkeypatch, capsys, tmp_path):
+    arguments = (
+        "eval",
+        "bevdepth",
+        "--checkpoint",
+        tmp_path / "a.safetensors",
+        "--data-root",
+        small_world.index().root,
+    )
+    assert bevfn(monkeypatch, *arguments, "--point-capacity", 5) == 2
+    assert "--point-capacity is not for bevdepth, whose models take no points" in capsys.readouterr().err
 
 
 def test_the_test_split_gets_a_submission_instead_of_scores(trained, monkeypatch, tmp_path):

@@ -16,8 +16,10 @@ from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.evaluation import page, recall, results, score, tables
 from bevfn.evaluation.results import Detections, Meta
+from bevfn.files import to_json, write_atomically
+from bevfn.names import file_name
 
-RESULTS = "results_nusc.json"
+RESULTS, METRICS = "results_nusc.json", "metrics.json"
 SCORE_THRESHOLD = 0.1  # of recall and pictures of a frame
 
 
@@ -42,19 +44,31 @@ def judge(
     title: str = "Evaluation",
     config: Mapping[str, Any] | None = None,
     others: Mapping[str, score.Scores] | None = None,
+    counts: Mapping[str, float] | None = None,
 ) -> Judgement:
     """Scores detections of every key frame of `index` (by token), and writes the folder `out`.
 
     reading: how the frames were read for them. run_dir: the training run, whose curves the report shows. config:
-    plain data for the report. others: earlier scores to show beside these.
+    plain data for the report. others: earlier scores to show beside these. counts: of what did not fit, was broken or
+    missing on the way (`detect`).
     """
     if index.judge == "recall":
-        return _recall(index, found, reading, out)
+        return _recall(index, found, reading, out, counts or {})
     document = submission(index, found, reading)
     results.write(out / RESULTS, document)
     scores = score.score(index, document)
-    page.write(out, scores, title=title, index=index, found=document, run_dir=run_dir, config=config, others=others)
-    return Judgement(scores.nds, scores.headline, tables.summary(scores, title))
+    page.write(
+        out,
+        scores,
+        title=title,
+        index=index,
+        found=document,
+        run_dir=run_dir,
+        config=config,
+        others=others,
+        counts=counts,
+    )
+    return Judgement(scores.nds, scores.headline, tables.summary(scores, title, counts))
 
 
 def submission(index: Index, found: Mapping[str, Detections], reading: Reading) -> dict:
@@ -66,7 +80,9 @@ def submission(index: Index, found: Mapping[str, Detections], reading: Reading) 
     )  # fmt: skip
 
 
-def _recall(index: Index, found: Mapping[str, Detections], reading: Reading, out: Path) -> Judgement:
+def _recall(
+    index: Index, found: Mapping[str, Detections], reading: Reading, out: Path, counts: Mapping[str, float]
+) -> Judgement:
     """Recall over frames without nuScenes tables, and pictures of them."""
     numbers: dict[str, float] = {}
     texts = []
@@ -77,7 +93,7 @@ def _recall(index: Index, found: Mapping[str, Detections], reading: Reading, out
             mine.boxes, mine.scores, mine.labels, sample.boxes, sample.labels, class_names=reading.class_names,
             score_threshold=SCORE_THRESHOLD,
         )  # fmt: skip
-        picture = out / f"{frame.token}.png"
+        picture = out / f"{file_name(frame.token)}.png"
         shown = results.moved(mine, annotations.lidar_from_base(frame, reading.base, reading.channels))
         picked = draw.sample(frame, index.root, reading.class_names)
         draw.draw(picked, shown.boxes, shown.scores, shown.labels, picture, score_threshold=SCORE_THRESHOLD)
@@ -85,4 +101,5 @@ def _recall(index: Index, found: Mapping[str, Detections], reading: Reading, out
         numbers |= {"recall": counted.total.recall, "precision": counted.total.precision}
         numbers |= {f"recall/{row.name}": row.recall for row in counted.rows}
     numbers = {name: value for name, value in numbers.items() if np.isfinite(value)}
-    return Judgement(numbers.get("recall", 0.0), numbers, "\n\n".join(texts))
+    write_atomically(out / METRICS, to_json(numbers | {"counts": dict(counts)}))
+    return Judgement(numbers.get("recall", 0.0), numbers, "\n\n".join([*texts, *tables.counted(counts)]))
