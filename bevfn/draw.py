@@ -78,9 +78,8 @@ def draw(
         "annotated_labels": needed(frame.labels, "labels"),
         "points": needed(frame.points, "points"),
     }
-    heading = (
-        f"{title or frame.token}   {len(order)} predicted with score ≥ {score_threshold:.3g} (fainter: lower score), "
-    )
+    heading = f"{title or frame.token}   {len(order)} predicted "
+    heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score), "
     write_atomically(path, _render(frame, shown, range_m, heading + f"{len(shown['annotated'])} annotated (dashed)"))
 
 

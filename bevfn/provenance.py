@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def head(device: str = "cpu") -> dict:
     return {
         "command": _command(),
         "commit": _commit(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": {
             "processor": _processor(),
             "instruction_set": torch.backends.cpu.get_cpu_capability(),

@@ -107,6 +107,32 @@ def test_pasting_ends_with_the_last_epochs_and_needs_its_database(root):
     assert [data.reading(epoch).paste is not None for epoch in (0, 14, 15, 19)] == [True, True, False, False]
 
 
+def test_a_database_made_otherwise_than_the_run_reads_is_refused(root):
+    config = small("bevfusion-lidar", root, paste=True)
+    index = bevfusion_lidar.task(replace(config, paste=False)).data.training
+    paste.build(index, paste.folder(index), class_names=CLASS_NAMES, making=paste.Making(False, True), progress=False)
+    with pytest.raises(ValueError, match=r"with --no-published-sweeps, but the run has --published-sweeps"):
+        bevfusion_lidar.task(config)
+    assert bevfusion_lidar.task(replace(config, published_sweeps=False)).data.database is not None
+    paste.build(index, paste.folder(index), class_names=CLASS_NAMES, progress=False)
+    assert bevfusion_lidar.task(config).data.database.making == paste.Making()
+
+
+@pytest.mark.parametrize("model", EXPERIMENTS)
+@pytest.mark.parametrize("published", [True, False])
+def test_training_and_evaluation_move_sweeps_as_the_flag_says(model, published, root):
+    data = EXPERIMENTS[model].task(small(model, root, published_sweeps=published)).data
+    assert data.reading(0).points.published_sweeps == data.eval_reading.points.published_sweeps == published
+    assert EXPERIMENTS[model].DEFAULTS["nuscenes"].published_sweeps
+    assert not EXPERIMENTS[model].DEFAULTS["synthetic"].published_sweeps
+
+
+def test_another_number_of_sweeps_than_the_published_takes_the_newest_in_training_too(root):
+    for sweeps, choice in ((9, "random"), (4, "newest")):
+        data = bevfusion_lidar.task(small("bevfusion-lidar", root, sweeps=sweeps)).data
+        assert data.reading(0).points.sweep_choice == choice and data.eval_reading.points.sweep_choice == "newest"
+
+
 # ----------------------------------------------------------------------------------------------------- one key frame
 
 

@@ -64,6 +64,7 @@ def test_boxes_are_those_of_get_sample_data(index, devkit):
             seen = row["num_lidar_pts"], row["num_radar_pts"]
             assert frame.num_lidar_points[i] == seen[0] and frame.valid[i] == (sum(seen) > 0)
             assert frame.visibility[i] == devkit.get("visibility", row["visibility_token"])["level"]
+            assert frame.categories[i] == row["category_name"]
             assert frame.attributes[i] == ("vehicle.moving" if row["attribute_tokens"] else "")
     first = index[0]
     assert first.names == ("car", "pedestrian", "", "barrier", "car")

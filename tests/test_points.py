@@ -39,7 +39,7 @@ WRONG = {
     "gzip": (gzip.compress(cloud().tobytes()), "is compressed"),
     "intensity -5": (
         with_intensity(-5).tobytes(),
-        "3,000 of 3,000 points have coordinates or an intensity that must be from -10000 to 10000 m, from 0 to 255; write",
+        "3,000 of 3,000 points have coordinates or an intensity that must be from -1000 to 1000 m, from 0 to 255; write",
     ),
     "intensity 1e30": (with_intensity(1e30).tobytes(), "intensity that must be"),
     "intensity 0..1": (with_intensity(lambda x: x / 255).tobytes(), "intensities are 0..1"),

@@ -99,6 +99,8 @@ class Frame:
     """G visibility levels ("v60-80"), "" where unknown."""
     annotations: tuple[str, ...]
     """G annotation tokens, "" where unknown."""
+    categories: tuple[str, ...] = ()
+    """G categories of the data set, finer than names ("human.pedestrian.child"); () where the source does not say."""
 
     def rig(self, channels: tuple[str, ...]) -> list[Camera]:
         """The cameras of these channels, in their order. Raises ValueError if one is missing."""
@@ -173,6 +175,7 @@ class Packed(Sequence):
             attributes=words("attributes", boxes),
             visibility=words("visibility", boxes),
             annotations=tuple(token.decode() for token in column["annotation"][boxes]),
+            categories=categories if any(categories := words("categories", boxes)) else (),
         )
 
     @property
@@ -217,6 +220,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "names": [name for frame in frames for name in frame.names],
         "attributes": [name for frame in frames for name in frame.attributes],
         "visibility": [level for frame in frames for level in frame.visibility],
+        "categories": [name for frame in frames for name in frame.categories or ("",) * len(frame.boxes)],
     }
     for name, values in repeating.items():
         columns[f"{name}_words"], codes = np.unique(_texts(values), return_inverse=True)

@@ -31,7 +31,7 @@ from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 MAX_SWEEPS = 10
 ANNOTATIONS = "sample_annotation"
-FORMAT = 3  # of the cache file; another number makes every older file be rebuilt
+FORMAT = 4  # of the cache file; another number makes every older file be rebuilt
 
 
 def index(root: Path, version: str, split: str, cache: Path | None = None) -> Index:
@@ -231,6 +231,7 @@ def _annotations(devkit: Any, tokens: list[str], lidar_from_global: np.ndarray) 
         "attributes": tuple(devkit.get("attribute", a[0])["name"] if a else "" for a in attributes),
         "visibility": tuple(devkit.get("visibility", level)["level"] if level else "" for level in levels),
         "annotations": tuple(tokens),
+        "categories": tuple(row["category_name"] for row in rows),
     }
 
 

@@ -57,7 +57,7 @@ def read(path: Path) -> tuple[np.ndarray, int]:
 
 def _good(points: np.ndarray) -> np.ndarray:
     """[P] bool: which points [P,4+] a lidar can have seen."""
-    wrong = possible.POSITION.impossible(points[:, :3]).any(axis=1) | possible.INTENSITY.impossible(points[:, 3])
+    wrong = possible.POINT.impossible(points[:, :3]).any(axis=1) | possible.INTENSITY.impossible(points[:, 3])
     return ~wrong & np.isfinite(points[:, 4:]).all(axis=1)
 
 
@@ -66,7 +66,7 @@ def _wrong(values: np.ndarray, points: np.ndarray, kept: np.ndarray) -> str:
     bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept) if len(kept) < len(points) else 0
     if bad > FEW * len(points):
         return (
-            f"{bad:,} of {len(points):,} points have coordinates or an intensity that must be {possible.POSITION}, "
+            f"{bad:,} of {len(points):,} points have coordinates or an intensity that must be {possible.POINT}, "
             f"{possible.INTENSITY}{_fitting(values)}"
         )
     intensity = kept[:, 3]

@@ -32,7 +32,8 @@ class Kind:
 
 
 SIZE = Kind(1e-3, 1e3, "m")  # length, width or height of an annotated box
-POSITION = Kind(-1e4, 1e4, "m")  # of a box, a point or an earlier scan, relative to the key frame's sensors
+POSITION = Kind(-1e4, 1e4, "m")  # of a box or an earlier scan, relative to the key frame's sensors
+POINT = Kind(-1e3, 1e3, "m")  # of a LiDAR's return
 PLACE = Kind(-1e8, 1e8, "m")  # in a map's frame, UTM and MGRS included
 MOUNT = Kind(-100.0, 100.0, "m")  # of a sensor, relative to the vehicle or another sensor
 YAW = Kind(-1e3, 1e3, "rad")
@@ -46,7 +47,7 @@ FOCAL = Kind(1.0, 1e6, "px")
 CENTRE = Kind(-1e5, 1e5, "px")  # of projection; it may lie outside of a cropped image
 SIDE = Kind(1, 20_000, "px")  # of an image
 POINTS = Kind(0, 1e9, "")  # in a box
-INTENSITY = Kind(0.0, 255.0, "")  # of a point
+INTENSITY = Kind(0.0, 255.0, "")  # of a return
 
 ROTATION = 1e-3  # by which R Rᵀ may differ from 1: float32 and files of six digits
 QUATERNION = 1e-2  # by which a length may differ from 1
@@ -71,29 +72,3 @@ def no_intrinsics(matrices: np.ndarray) -> np.ndarray:
 def _determinant(turns: np.ndarray) -> np.ndarray:
     """np.linalg.det without its dtype conversions."""
     return np.sum(turns[..., 0, :] * np.cross(turns[..., 1, :], turns[..., 2, :]), axis=-1)
-
-
-def columns(values: np.ndarray, expected: int, candidates: tuple[int, ...] = (3, 4, 5, 6, 7, 8)) -> int:
-    """How many numbers a point has in a file of numbers [n]: `expected`, unless another width fits them much better.
-
-    Columns differ (x and y spread over the scene, z over metres, intensity is never negative), so in the right width the
-    column says much of a value, and nothing in a wrong one. Short files (below 200 points) are as expected.
-    """
-    values = values[: 40_000 * expected]
-    explained = {width: _explained(values, width) for width in candidates if len(values) >= 200 * width}
-    if expected not in explained:
-        return expected
-    # twice the right width explains as much
-    best = min(width for width, share in explained.items() if share >= 0.9 * max(explained.values()))
-    return best if explained[best] > 2 * explained[expected] + 0.05 else expected
-
-
-def _explained(values: np.ndarray, width: int) -> float:
-    """The share of the spread, in ranks (no outlier counts), that the place modulo `width` explains: 0..1."""
-    rows = values[: len(values) // width * width]
-    ranks = np.empty(len(rows))
-    ranks[np.argsort(rows, kind="stable")] = np.linspace(-1.0, 1.0, len(rows))
-    table = ranks.reshape(-1, width)
-    # a column has its own middle and its own width: x and z have the same middle
-    middles, widths = table.mean(axis=0), np.abs(table).mean(axis=0)
-    return float(middles.var() / ranks.var() + widths.var() / np.abs(ranks).var())

@@ -27,8 +27,15 @@ class Points:
     """Which ones, if there are more."""
     pad_empty_sweeps: bool = True
     """Repeat the key frame where there is no sweep at all."""
+    published_sweeps: bool = False
+    """Move sweeps as the published BEVFusion does, which is not quite where they belong (`sweeps.motion`)."""
     shuffle: bool = False
     """Random order, which decides which points a full voxel keeps."""
+
+    @property
+    def oldest(self) -> int:
+        """The oldest sweep that may be read, counted from 1, the newest; 0: none is."""
+        return pasting.SWEEPS if self.sweeps and self.sweep_choice == "random" else self.sweeps
 
 
 @dataclass(frozen=True)

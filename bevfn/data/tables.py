@@ -37,8 +37,10 @@ REFERENCES = {
 SPLITS = "splits.json"
 # nuScenes' own splits are of one version each; others are named in a version's splits.json.
 BELONGS = {
-    "trainval": ("train", "val", "train_detect", "train_track"), "mini": ("mini_train", "mini_val"), "test": ("test",),
-}  # fmt: skip
+    "trainval": ("train", "val", "train_detect", "train_track"),
+    "mini": ("mini_train", "mini_val"),
+    "test": ("test",),
+}
 
 
 def versions(root: Path) -> list[str]:
@@ -109,6 +111,14 @@ def _own_splits(path: Path) -> dict[str, list[str]]:
                 "'-', '_' and '.'."
             )
     return own
+
+
+def default_splits(root: Path, version: str) -> tuple[str, str] | None:
+    """(the split to train on, the one to evaluate on) of a version where nobody names them; None if it has none such."""
+    for ending in ("trainval", "mini"):
+        if version.endswith(ending):
+            return BELONGS[ending][0], BELONGS[ending][1]
+    return ("train", "val") if {"train", "val"} <= splits(root, version).keys() else None
 
 
 def scenes_of(root: Path, version: str, split: str) -> list[str]:

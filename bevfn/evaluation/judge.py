@@ -19,7 +19,7 @@ from bevfn.evaluation.results import Detections, Meta
 from bevfn.files import to_json, write_atomically
 from bevfn.names import file_name
 
-RESULTS, METRICS = "results_nusc.json", "metrics.json"
+RESULTS = "results_nusc.json"
 SCORE_THRESHOLD = 0.1  # of recall and pictures of a frame
 
 
@@ -93,7 +93,7 @@ def _recall(
             mine.boxes, mine.scores, mine.labels, sample.boxes, sample.labels, class_names=reading.class_names,
             score_threshold=SCORE_THRESHOLD,
         )  # fmt: skip
-        picture = out / f"{file_name(frame.token)}.png"
+        picture = out / f"{file_name(frame.token)}.png"  # a token may be anything, a path too
         shown = results.moved(mine, annotations.lidar_from_base(frame, reading.base, reading.channels))
         picked = draw.sample(frame, index.root, reading.class_names)
         draw.draw(picked, shown.boxes, shown.scores, shown.labels, picture, score_threshold=SCORE_THRESHOLD)
@@ -101,5 +101,5 @@ def _recall(
         numbers |= {"recall": counted.total.recall, "precision": counted.total.precision}
         numbers |= {f"recall/{row.name}": row.recall for row in counted.rows}
     numbers = {name: value for name, value in numbers.items() if np.isfinite(value)}
-    write_atomically(out / METRICS, to_json(numbers | {"counts": dict(counts)}))
+    write_atomically(out / score.METRICS, to_json(numbers | {"counts": dict(counts)}, indent=1))
     return Judgement(numbers.get("recall", 0.0), numbers, "\n\n".join([*texts, *tables.counted(counts)]))

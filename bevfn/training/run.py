@@ -15,12 +15,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 import tyro
-from typing_extensions import Self
 
 from bevfn import compile as compilation
 from bevfn import distributed, exits, host, provenance, tree, upstream
@@ -31,8 +30,10 @@ from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
+from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.metrics import added
+from bevfn.names import printable
 from bevfn.precision import LOWEST_SCALE, Policy, Precision
 from bevfn.training import checkpoint, optim, origin, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
@@ -73,6 +74,10 @@ class Config:
     world in runs/world, made when missing"""
     version: str = "v1.0-trainval"
     """of the nuScenes root; v1.0-mini trains on mini_train"""
+    train_split: str | None = None
+    """of the version, also one of its splits.json; none: train, mini_train"""
+    eval_split: str | None = None
+    """of the version, also one of its splits.json, scored by its own key frames; none: val, mini_val"""
     epochs: int = 1
     """passes over the (class-balanced) training set; the schedules run through all of them"""
     steps: int | None = None
@@ -333,6 +338,7 @@ def check(task: Task, *, train: bool = True) -> None:
     task.needs.check(data.eval_reading, train=False)
     if not train:
         return
+    source.check_scored(data.evaluation)
     reading = data.reading(0)
     source.check(data.training, reading, train=True)
     task.needs.check(reading, train=True)
@@ -449,7 +455,7 @@ def _train(run: Run, latest: Path | None) -> dict:
     skipped = 0  # steps in a row
     if start == 0 and config.eval_first:
         summary["scores_before"] = evaluate(run, train_state, 0)
-    if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
+    if start and evaluation_due(run, start) and not evaluated(run, start):  # killed before or in it
         summary["scores"] = evaluate(run, train_state, start)
     with (
         reporting(run, start) as reporter,
@@ -537,7 +543,7 @@ def finished(run: Run, latest: Path) -> dict | None:
     done, path = checkpoint.read_meta(latest).get("step"), run.config.run_dir / SUMMARY
     if done is not None and done > run.plan.total_steps:
         raise ValueError(f"{latest} has made {done} steps, the run has {run.plan.total_steps}; give the old flags")
-    if done != run.plan.total_steps or not path.is_file() or not evaluation_folder(run, done).is_dir():
+    if done != run.plan.total_steps or not path.is_file() or not evaluated(run, done):
         return None
     try:
         summary = read_json(path.read_bytes())
@@ -603,7 +609,7 @@ def flags(config: Config) -> dict:
 def say(run: Run, text: str) -> None:
     """Prints once, not once per process."""
     if run.leads:
-        print(text, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def describe(run: Run, train_state: train.TrainState, done: int) -> str:
@@ -634,7 +640,7 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     counts: dict[str, float] = {}
     for item in loaded:
         for problem in item.problems:
-            print(f"warning: skipped a damaged sample: {problem}", flush=True)
+            print(f"warning: skipped a damaged sample: {printable(problem)}", flush=True)
         counts = added(counts, item.counts)
     return functools.reduce(added, distributed.gather(counts, run.replicas)) | {
         "seconds/waited": sum(item.waited for item in loaded)
@@ -748,6 +754,11 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
 def evaluation_folder(run: Run, done: int) -> Path:
     """Where the evaluation after `done` steps is written."""
     return run.config.run_dir / "evaluations" / step_name(done)
+
+
+def evaluated(run: Run, done: int) -> bool:
+    """Whether that evaluation came to its end, which is when its metrics are written."""
+    return (evaluation_folder(run, done) / METRICS).is_file()
 
 
 def step_name(done: int) -> str:
