@@ -91,7 +91,9 @@ def test_sweeps_move_as_the_run_or_the_flag_says_and_an_older_config_is_named(tr
     del stored["published_sweeps"]
     (tmp_path / "old" / "config.json").write_text(json.dumps(stored))
     asked = []
-    monkeypatch.setattr(evaluate, "detect", lambda *given, **_: asked.append(given[4].points.published_sweeps) or {})
+    monkeypatch.setattr(
+        evaluate, "detect", lambda *given, **_: asked.append(given[4].points.published_sweeps) or ({}, {})
+    )
     monkeypatch.setattr(evaluate, "judge", lambda *_, **__: types.SimpleNamespace(text=""))
     command = ("eval", "bevfusion_lidar", *FAST, "--checkpoint")
     bevfn(monkeypatch, *command, checkpoint)
