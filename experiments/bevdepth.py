@@ -16,7 +16,7 @@ is pooled. (Upstream's "key4" files are BEVStereo's and read one earlier camera 
     bevfn checkpoint import resnet50-0676ba61.pth resnet50.safetensors --model resnet50
     torchrun --nproc-per-node 8 -m bevfn.experiments.bevdepth --precision fp16 --data-root /data/nuscenes \\
         --pretrained resnet50.safetensors
-    python -m bevfn.experiments.bevdepth --data-root ../shared/nuscenes_frame                 # one key frame
+    python -m bevfn.experiments.bevdepth --data-root FRAME_FOLDER                              # one key frame
     python -m bevfn.experiments.bevdepth                                   # a synthetic world, minutes on a laptop
 
 The flags' defaults are the published recipe of --model on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC`) elsewhere.
