@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from bevfn import exits
 from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity
 
 # Name: (what the group is for, its subcommands).
@@ -62,17 +63,14 @@ def _run(commands: dict[str, Callable], arguments: list[str], prog: str, descrip
 
 
 def main() -> None:
-    """Runs a subcommand; a user's mistake ends in one sentence and exit code 2, never in a traceback."""
+    """Runs a subcommand; a user's mistake ends in one sentence and an exit code (see exits.py)."""
     arguments = sys.argv[1:]
-    try:
-        if arguments == ["bench", "--list"]:
-            arguments = ["bench", "list"]
+    if arguments == ["bench", "--list"]:
+        arguments = ["bench", "list"]
+    with exits.one_sentence(RuntimeError):
         if arguments[:1] and arguments[0] in GROUPS:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
         sys.exit(_run(COMMANDS, arguments, "bevfn", __doc__ or ""))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"bevfn: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

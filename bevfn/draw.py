@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
+from matplotlib.text import Text
 
 from bevfn.boxes import bev_corners, corners
 from bevfn.data import image, points
 from bevfn.data.batch import Base, Sample, needed
 from bevfn.data.index import Frame
 from bevfn.files import write_atomically
+from bevfn.names import printable
 
 # One colour a class, in label order; further classes start over.
 COLOURS = (
@@ -76,9 +78,8 @@ def draw(
         "annotated_labels": needed(frame.labels, "labels"),
         "points": needed(frame.points, "points"),
     }
-    heading = (
-        f"{title or frame.token}   {len(order)} predicted with score ≥ {score_threshold:.3g} (fainter: lower score), "
-    )
+    heading = f"{title or frame.token}   {len(order)} predicted "
+    heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score), "
     write_atomically(path, _render(frame, shown, range_m, heading + f"{len(shown['annotated'])} annotated (dashed)"))
 
 
@@ -128,8 +129,17 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
     handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.suptitle(heading, fontsize=12)
+    return png(figure, dpi=110)
+
+
+def png(figure: Figure, *, dpi: int, facecolor: str = "auto") -> bytes:
+    """A figure's bytes, without pyplot: no global figure, no display. Its texts are shown as they are: a token is no formula."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     encoded = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(encoded, format="png", dpi=110)  # not pyplot: no global figure, no display
+    FigureCanvasAgg(figure).print_figure(encoded, format="png", dpi=dpi, facecolor=facecolor)
     return encoded.getvalue()
 
 

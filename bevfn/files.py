@@ -56,7 +56,15 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
 
     Python's float() reads those again. What JSON cannot say raises TypeError.
     """
-    return json.dumps(_strict(value), indent=indent, allow_nan=False).encode()
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False).encode()
+    except (ValueError, TypeError):  # most files need no copy
+        return json.dumps(_strict(value), indent=indent, allow_nan=False).encode()
+
+
+def as_read(value: Any) -> Any:
+    """`value` as it comes back from a JSON file: tuples as lists, and what JSON cannot say, such as a Path, as its text."""
+    return read_json(json.dumps(_strict(value), default=str, allow_nan=False).encode())
 
 
 def _strict(value: Any) -> Any:
@@ -67,10 +75,13 @@ def _strict(value: Any) -> Any:
     return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_json(text: bytes) -> Any:
-    """What strict JSON says; raises ValueError, without a file's name, for anything else, however it is broken."""
+def read_json(text: bytes, *, finite: bool = True) -> Any:
+    """What strict JSON says; raises ValueError, without a file's name, for anything else, however it is broken.
+
+    finite: no NaN and no number beyond float64, which others' writers put into JSON.
+    """
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite) if finite else json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

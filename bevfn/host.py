@@ -1,9 +1,11 @@
 """What a process can ask of its host."""
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -32,3 +34,26 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def bounded_memory(more: int) -> Iterator[None]:
+    """Inside, what would take this process more than `more` bytes beyond what it has is a MemoryError (on Linux).
+
+    For readers of files that declare sizes which they may not have. The whole process is bound, so for seconds only.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bounds = [bound for bound in (used + more, soft, hard) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

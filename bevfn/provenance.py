@@ -3,19 +3,18 @@
 Every file of experiments/results/ has this head; `bevfn bench --list` prints them.
 """
 
-import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 import bevfn
-from bevfn.files import to_json, write_atomically
+from bevfn.files import read_json, to_json, write_atomically
 
 RESULTS = Path(__file__).parent / "experiments" / "results"  # in a checkout; a wheel has no figures
 
@@ -25,7 +24,7 @@ def head(device: str = "cpu") -> dict:
     return {
         "command": _command(),
         "commit": _commit(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": {
             "processor": _processor(),
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -52,7 +51,7 @@ def write(path: Path, figures: dict, *, device: str = "cpu") -> dict:
 
 def files(folder: Path = RESULTS) -> dict[str, dict]:
     """{name: content} of the files of figures in `folder`."""
-    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path.name: read_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))}
 
 
 def listing(folder: Path = RESULTS) -> str:

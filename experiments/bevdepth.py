@@ -78,6 +78,9 @@ class Config(run.Config):
     ema_ramp: float = 2000.0
     """updates in which the decay of --ema comes within 1/e of its value; counted from the number of samples of the whole
     run, as published: on nuScenes it has arrived before the first step"""
+    published_cbgs: bool = True
+    """--class-balanced counts boxes without points too, and adults, children and workers of a frame as three pedestrians;
+    no: it counts as mmdetection3d does"""
     depth_loss: float = 3.0
     """weight of the depth loss; 0: no depth maps are read"""
 
@@ -158,12 +161,13 @@ def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:
 
 def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    splits = splits or source.open(config.data_root, config.version)
+    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
     reading, eval_reading = (fitted(model, way) for way in (TRAIN, EVAL))
     reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
     items = np.arange(len(splits.training))
     if config.class_balanced:
-        items = sampling.cbgs(splits.training, reading.class_names, config.seed)
+        classes_of = sampling.categorised if config.published_cbgs else sampling.boxed
+        items = sampling.cbgs(splits.training, reading.class_names, config.seed, classes_of)
     return run.Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
 
 

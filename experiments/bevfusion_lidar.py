@@ -41,6 +41,8 @@ class Config(bevfusion.Shared):
     """the end, as a share of the peak"""
     paste: bool = True
     """paste objects of other frames, from the database that `bevfn data prepare` made in the data root"""
+    published_paste: bool = True
+    """objects of no class (police cars, debris, bicycle racks) are pasted as barriers; no: they are not pasted"""
     paste_off: int = 5
     """last epochs without pasting; a run of no more epochs pastes nothing"""
 
@@ -64,7 +66,8 @@ def with_paste(config: Config, data: run.Data) -> run.Data:
     if not (config.paste and config.augment):
         return replace(data, reading=lambda epoch: plain)
     pasted = replace(plain, paste=pasting.Config())
-    database = pasting.read(pasting.folder(data.training))
+    making = pasting.Making(config.published_sweeps, config.published_paste)
+    database = pasting.read(pasting.folder(data.training), making=making)
     last = config.epochs - config.paste_off
     return replace(data, reading=lambda epoch: pasted if epoch < last else plain, database=database)
 

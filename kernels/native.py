@@ -32,11 +32,11 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "
 
 
 def compiler() -> str:
-    """Path of the C++ compiler; RuntimeError if there is none."""
+    """Path of the C++ compiler; raises FileNotFoundError, one sentence, if there is none."""
     name = os.environ.get("CXX") or "g++"
     path = shutil.which(name) or shutil.which("clang++")
     if path is None:
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"bevfn's CPU kernels need a C++17 compiler and {name!r} is not on PATH: install g++ (Debian: "
             "`apt-get install g++`) or set CXX; inductor needs one too."
         )
@@ -52,7 +52,7 @@ def load(source: Path) -> ctypes.CDLL:
     be trusted.
 
     Raises:
-        RuntimeError: there is no compiler, or it refuses the source (its message is quoted).
+        OSError: there is no compiler, or it refuses the source (its message is quoted).
     """
     cxx = compiler()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
@@ -116,7 +116,7 @@ def _build(cxx: str, source: Path, target: Path) -> None:
         built, digest = Path(folder) / "kernel.so", Path(folder) / "digest"
         done = subprocess.run([cxx, *FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"{cxx} cannot build {source}: {done.stderr.strip()[-2000:]}")
+            raise OSError(f"{cxx} cannot build {source}: {done.stderr.strip()[-2000:]}")
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
         for file in (built, digest):
             file.chmod(0o755 if file is built else 0o644)  # whatever the umask says
@@ -145,7 +145,7 @@ def call(op: str, name: str, *values: Tensor | int | Sequence[int] | ctypes.c_vo
         The function's int64; without meaning where it returns nothing.
 
     Raises:
-        RuntimeError: the source cannot be built, see `load`.
+        OSError: the source cannot be built, see `load`.
         ValueError: a tensor is not contiguous or not on the CPU.
     """
     function = getattr(load(Path(__file__).parent / op / "cpu.cpp"), name)

@@ -11,7 +11,7 @@ from bevfn.data.reading import Cameras, Points, Reading
 
 RANGE = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
 # Of generated frames of 225 x 400 pixels.
-SMALL = Reading(points=Points(sweeps=0), cameras=Cameras(image_size=(64, 176), resize=0.48, fit="height"), range=RANGE)
+SMALL = Reading(points=Points(sweeps=0), cameras=Cameras(image_size=(64, 176), resize=0.48), range=RANGE)
 
 
 def labelled(names: tuple[str, ...], valid: tuple[bool, ...] | None = None) -> Frame:

@@ -99,7 +99,9 @@ def _data(
     file = Path("samples" if key else "sweeps") / channel / f"{name}__{channel}__{k}.{suffix}"
     (root / file).parent.mkdir(parents=True, exist_ok=True)
     if channel == "LIDAR_TOP":
-        (root / file).write_bytes(random.normal(size=(10, 5)).astype("<f4").tobytes())
+        cloud = random.normal(size=(10, 5))
+        cloud[:, 3:] = np.abs(cloud[:, 3:] * 20).round()  # intensity and ring
+        (root / file).write_bytes(cloud.astype("<f4").tobytes())
     elif "CAM" in channel:
         Image.fromarray(random.integers(0, 255, (9, 16, 3), dtype=np.uint8)).save(root / file)
     token = f"{name} {channel} {k}"

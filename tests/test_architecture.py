@@ -17,8 +17,8 @@ BY_NAME = ("import_module", "__import__", "find_spec", "run_module", "reload")
 # The rooms from the ground up: a room imports what stands below it, not what stands beside or above. A file that lies in
 # bevfn/ itself is a room too, named by its stem. docs/architecture.md draws the same.
 FLOORS = (
-    ("files", "kernels"),
-    ("bevfn", "boxes", "catalogue", "choices", "geometry", "host", "metrics", "rng", "tree"),
+    ("files", "kernels", "names"),
+    ("bevfn", "boxes", "catalogue", "choices", "exits", "geometry", "host", "metrics", "rng", "tree"),
     ("ascend", "distributed", "precision", "provenance", "synth"),
     ("compile", "data", "layers", "losses"),
     ("backbones", "draw", "heads", "necks"),

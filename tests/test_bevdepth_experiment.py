@@ -13,7 +13,7 @@ from PIL import Image
 
 from bevfn import cli, upstream
 from bevfn.commands import evaluate
-from bevfn.data import annotations
+from bevfn.data import annotations, sampling
 from bevfn.data.batch import Base
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.distributed import Replicas
@@ -111,6 +111,19 @@ def test_the_flags_follow_the_model(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bevdepth", "--model", "three-key"])
     with pytest.raises(SystemExit):
         bevdepth.main()
+
+
+@pytest.mark.parametrize("model", ["bevdepth-2key-da", "matrixvt"])
+def test_class_balance_counts_categories_as_published_or_boxes(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        sampling, "cbgs", lambda index, names, seed, classes_of: asked.append(classes_of) or np.arange(2)
+    )
+    name = "matrixvt" if model == "matrixvt" else "bevdepth"
+    for published in (True, False):
+        EXPERIMENTS[name].task(small(name, model=model, class_balanced=True, published_cbgs=published))
+    assert asked == [sampling.categorised, sampling.boxed]
+    assert all(c.published_cbgs for c in (*bevdepth.VARIANTS.values(), matrixvt.DEFAULTS["nuscenes"]))
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs

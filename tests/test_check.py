@@ -9,7 +9,7 @@ import pytest
 import small_root
 
 from bevfn.commands import data
-from bevfn.data import check, nuscenes
+from bevfn.data import check, nuscenes, tables
 
 VERSION = small_root.VERSION
 
@@ -48,13 +48,13 @@ def test_a_whole_root_is_fine(root, deep):
 
 
 def test_every_file_that_the_index_needs_is_looked_at(root):
-    tables, _ = nuscenes.read_tables(root, VERSION)
+    rows, _ = tables.read_tables(root, VERSION)
     index = nuscenes.index(root, VERSION, "mini_train")
     wanted: dict[str, set[str]] = {}
     for frame in index:
         for path in (frame.lidar_path, *(s.path for s in frame.sweeps), *(c.path for c in frame.cameras.values())):
             wanted.setdefault(path, set()).add(frame.token)
-    found = check.files_needed(tables, {frame.token for frame in index})
+    found = check.files_needed(rows, {frame.token for frame in index})
     assert {path: tokens for files in found.values() for path, tokens in files.items()} == wanted
 
 

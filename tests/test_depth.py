@@ -175,7 +175,7 @@ def test_bad_input_of_a_build_is_one_sentence(index, tmp_path):
     with pytest.raises(ValueError, match=r"lost.bin: the point file does not exist"):
         depth.build(lost, tmp_path, progress=False)
     blind = dataclasses.replace(index, frames=(dataclasses.replace(frame, cameras={"CAM_FRONT": camera("no.png")}),))
-    with pytest.raises(ValueError, match=r"no.png is missing or no image"):
+    with pytest.raises(ValueError, match=r"no.png: the image does not exist"):
         depth.build(blind, tmp_path, progress=False)
     for cameras, message in (
         ({}, r"has no camera images to give depth to"),

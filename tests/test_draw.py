@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small_frames
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bevfn import draw
@@ -28,6 +29,24 @@ def test_picture_shows_predictions_in_their_colours(sample, tmp_path):
     for label in set(sample.labels.tolist()):
         colour = np.array([int(draw.COLOURS[label][i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(picture - colour).max(axis=-1) < 12).sum() > 20, sample.class_names[label]
+
+
+@pytest.mark.parametrize("name", ["$x", "$\\frac{$", "a$b$c", "\ud800", "a\nb\x1b[31m", "\\", "%s{}"])
+def test_a_text_that_is_no_formula_is_drawn(name):
+    figure = Figure()
+    figure.suptitle(name)
+    figure.add_subplot().plot([1], [1], label=name)
+    figure.legend()
+    assert draw.png(figure, dpi=50).startswith(b"\x89PNG")
+
+
+def test_a_frame_whose_names_are_no_formulas_is_drawn(sample, tmp_path):
+    name = "$\\frac{$"
+    odd = dataclasses.replace(
+        sample, token=name, class_names=(name, *sample.class_names[1:]), camera_names=(name, *sample.camera_names[1:])
+    )
+    draw.draw(odd, sample.boxes, np.ones(len(sample.boxes)), sample.labels, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 800
 
 
 def test_nothing_predicted_and_unfinite_boxes_still_give_a_picture(sample, tmp_path):

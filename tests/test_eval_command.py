@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import types
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import small_root
 import small_world
 
 from bevfn import cli
+from bevfn.commands import evaluate
 from bevfn.experiments import bevfusion_lidar
 from bevfn.training import checkpoint, run
 
@@ -46,6 +48,27 @@ def test_a_checkpoint_scores_as_its_run_did(trained, monkeypatch, capsys, tmp_pa
     )
     assert ours == theirs and (tmp_path / "report.html").is_file()
     assert "mAP" in capsys.readouterr().out
+
+
+def test_sweeps_move_as_the_run_or_the_flag_says_and_an_older_config_is_named(trained, monkeypatch, capsys, tmp_path):
+    config, checkpoint = trained
+    shutil.copytree(config.run_dir, tmp_path / "old")
+    stored = json.loads((config.run_dir / "config.json").read_text())
+    del stored["published_sweeps"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(stored))
+    asked = []
+    monkeypatch.setattr(evaluate, "detect", lambda *given, **_: asked.append(given[4].points.published_sweeps) or {})
+    monkeypatch.setattr(evaluate, "judge", lambda *_, **__: types.SimpleNamespace(text=""))
+    command = ("eval", "bevfusion_lidar", *FAST, "--checkpoint")
+    bevfn(monkeypatch, *command, checkpoint)
+    bevfn(monkeypatch, *command, checkpoint, "--published-sweeps", "False")
+    assert "older" not in capsys.readouterr().out
+    bevfn(monkeypatch, *command, tmp_path / "old" / "checkpoints" / checkpoint.name)
+    assert (
+        "config.json is of an older bevfn, which did not have all flags: taken as published_sweeps"
+        in capsys.readouterr().out
+    )
+    assert asked[:2] == [True, False]
 
 
 def test_the_test_split_gets_a_submission_instead_of_scores(trained, monkeypatch, tmp_path):

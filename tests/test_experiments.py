@@ -42,7 +42,8 @@ def test_every_model_and_scale_reads_what_it_takes(model, scale, root):
     assert reading.points.sweeps == 9 and reading.random and not task.data.eval_reading.random
     if reading.cameras is not None:
         assert reading.cameras.image_size == ((256, 704) if scale == "published" else (64, 192))
-        assert reading.cameras.relative((900, 1600)) * 256 / reading.cameras.image_size[0] == pytest.approx(1.0)
+        width = reading.cameras.image_size[1]  # which is what an image has least of
+        assert reading.cameras.relative((900, 1600)) == pytest.approx(width / 704)
     run.check(task)
     assert len(task.data.items) > len(task.data.training)  # class-balanced
 
@@ -104,6 +105,32 @@ def test_pasting_ends_with_the_last_epochs_and_needs_its_database(root):
     data = bevfusion_lidar.task(config).data
     assert data.database is not None
     assert [data.reading(epoch).paste is not None for epoch in (0, 14, 15, 19)] == [True, True, False, False]
+
+
+def test_a_database_made_otherwise_than_the_run_reads_is_refused(root):
+    config = small("bevfusion-lidar", root, paste=True)
+    index = bevfusion_lidar.task(replace(config, paste=False)).data.training
+    paste.build(index, paste.folder(index), class_names=CLASS_NAMES, making=paste.Making(False, True), progress=False)
+    with pytest.raises(ValueError, match=r"with --no-published-sweeps, but the run has --published-sweeps"):
+        bevfusion_lidar.task(config)
+    assert bevfusion_lidar.task(replace(config, published_sweeps=False)).data.database is not None
+    paste.build(index, paste.folder(index), class_names=CLASS_NAMES, progress=False)
+    assert bevfusion_lidar.task(config).data.database.making == paste.Making()
+
+
+@pytest.mark.parametrize("model", EXPERIMENTS)
+@pytest.mark.parametrize("published", [True, False])
+def test_training_and_evaluation_move_sweeps_as_the_flag_says(model, published, root):
+    data = EXPERIMENTS[model].task(small(model, root, published_sweeps=published)).data
+    assert data.reading(0).points.published_sweeps == data.eval_reading.points.published_sweeps == published
+    assert EXPERIMENTS[model].DEFAULTS["nuscenes"].published_sweeps
+    assert not EXPERIMENTS[model].DEFAULTS["synthetic"].published_sweeps
+
+
+def test_another_number_of_sweeps_than_the_published_takes_the_newest_in_training_too(root):
+    for sweeps, choice in ((9, "random"), (4, "newest")):
+        data = bevfusion_lidar.task(small("bevfusion-lidar", root, sweeps=sweeps)).data
+        assert data.reading(0).points.sweep_choice == choice and data.eval_reading.points.sweep_choice == "newest"
 
 
 # ----------------------------------------------------------------------------------------------------- one key frame

@@ -1,6 +1,8 @@
 """JSON as every reader takes it, and reading it however it is broken."""
 
+import ast
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,32 @@ def test_numbers_that_json_lacks_are_written_as_words_that_float_reads():
 def test_what_json_can_say_comes_back():
     value = {"a": [1, 2.5, None, True, "é"], "b": {}}
     assert files.read_json(files.to_json(value, indent=1)) == value
+
+
+def test_values_as_they_come_back():
+    value = {"a": (1, 2.5), "b": Path("/x"), "c": float("inf")}
+    assert files.as_read(value) == {"a": [1, 2.5], "b": "/x", "c": "inf"}
+
+
+# Where json is called beside files.py, and why that is strict too.
+ELSEWHERE = {
+    "bevfn.distributed": "what processes tell each other, in which NaN may pass",
+    "bevfn.training.checkpoint": "what the seal is of",
+    "bevfn.training.run_folder": "values shown in sentences",
+}
+
+
+def test_every_json_file_is_read_and_written_by_one_module():
+    """So that none holds NaN, and one that does, or is nested 200,000 deep, is one sentence."""
+    repo, calling = Path(__file__).parent.parent, set()
+    for top, name in (("bevfn", "bevfn"), ("kernels", "bevfn.kernels"), ("experiments", "bevfn.experiments")):
+        for path in (repo / top).rglob("*.py"):
+            if any(
+                isinstance(node, ast.Import) and node.names[0].name == "json"
+                for node in ast.walk(ast.parse(path.read_text()))
+            ):
+                calling.add(".".join([name, *path.relative_to(repo / top).with_suffix("").parts]))
+    assert {module for module in calling if ".data." not in module} == {"bevfn.files", *ELSEWHERE}
 
 
 def test_other_objects_are_refused():

@@ -139,12 +139,12 @@ def test_no_compiler_is_one_sentence(cache, monkeypatch):
     _, answer = cache
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(RuntimeError, match=r"need a C\+\+17 compiler and 'g\+\+' is not on PATH: install g\+\+"):
+    with pytest.raises(OSError, match=r"need a C\+\+17 compiler and 'g\+\+' is not on PATH: install g\+\+"):
         answer()
 
 
 def test_no_compiler_is_one_sentence_before_inductor_compiles(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(RuntimeError, match=r"not on PATH: install g\+\+"):
+    with pytest.raises(OSError, match=r"not on PATH: install g\+\+"):
         compile.function(lambda x: x + 1, backend="inductor")

@@ -11,7 +11,7 @@ import pytest
 import small_root
 from test_index import assert_same
 
-from bevfn.data import nuscenes
+from bevfn.data import nuscenes, tables
 from bevfn.data.index import Index
 
 VERSION = small_root.VERSION
@@ -64,6 +64,7 @@ def test_boxes_are_those_of_get_sample_data(index, devkit):
             seen = row["num_lidar_pts"], row["num_radar_pts"]
             assert frame.num_lidar_points[i] == seen[0] and frame.valid[i] == (sum(seen) > 0)
             assert frame.visibility[i] == devkit.get("visibility", row["visibility_token"])["level"]
+            assert frame.categories[i] == row["category_name"]
             assert frame.attributes[i] == ("vehicle.moving" if row["attribute_tokens"] else "")
     first = index[0]
     assert first.names == ("car", "pedestrian", "", "barrier", "car")
@@ -234,7 +235,7 @@ def test_wrong_roots_say_what_to_give(root, below, version, match):
 def test_a_folder_of_one_key_frame_is_no_data_set(tmp_path):
     (tmp_path / "frame.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds a single key frame \(frame\.json\), no nuScenes data set"):
-        nuscenes.check_root(tmp_path, "v1.0-mini")
+        tables.check_root(tmp_path, "v1.0-mini")
 
 
 @pytest.mark.parametrize("split", ["train", "test", "mini-train"])
@@ -249,7 +250,7 @@ def test_an_empty_split_of_a_known_version(tmp_path):
         nuscenes.index(root, VERSION, "mini_val")
 
 
-@pytest.mark.parametrize("table", nuscenes.TABLES)
+@pytest.mark.parametrize("table", tables.TABLES)
 def test_a_missing_table_is_named(root, table):
     (root / VERSION / f"{table}.json").unlink()
     with pytest.raises(ValueError, match=rf"/{table}.json does not exist; extract nuScenes' metadata archive again\."):

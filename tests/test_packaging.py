@@ -1,15 +1,19 @@
 """What an installed bevfn is made of: every source file once, and types that tools can see."""
 
+import importlib.metadata
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import assert_type
 
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 from torch import Tensor
-from typing_extensions import assert_type
 
 import bevfn
 from bevfn.kernels.voxelize import voxelize
@@ -58,6 +62,43 @@ def test_a_wheel_made_from_the_source_archive_holds_every_file_once(tmp_path: Pa
     assert wheel.name == f"bevfn-{bevfn.__version__}-py3-none-any.whl"
     assert "bevfn/py.typed" in held
     assert held == expected
+
+
+# The first release without a known advisory that a bound could let in: what is told of those before it.
+ADVISORIES = {
+    "torch": ("2.10", "CVE-2025-32434 (< 2.6) and CVE-2026-24747 (< 2.10): torch.load(weights_only=True) runs code"),
+    "pillow": (
+        "13.0",
+        "GHSA-8g5g-8vmr-9782, GHSA-5x8w-8jj5-q52h: the JPEG decoder writes beyond its buffer; and all before",
+    ),
+    "numpy": ("1.22.2", "CVE-2021-41495, CVE-2021-41496, CVE-2021-34141"),
+    "opencv-python-headless": ("4.8.1.78", "GHSA-jh2j-j4j9-crg3: its libwebp has CVE-2023-4863"),
+    "scipy": ("1.10", "CVE-2023-25399"),
+    "setuptools": ("78.1.1", "CVE-2025-47273"),
+    "protobuf": ("6.33.5", "CVE-2025-4565, CVE-2026-0994"),
+}
+
+
+def test_no_release_with_a_known_advisory_is_asked_for_or_installed() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())
+    asked = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    asked += [line for extra in project["project"]["optional-dependencies"].values() for line in extra]
+    named = set()
+    for requirement in map(Requirement, asked):
+        if requirement.name in ADVISORIES:
+            first, what = ADVISORIES[requirement.name]
+            named.add(requirement.name)
+            lowest = min(Version(part.version) for part in requirement.specifier if part.operator in (">=", "=="))
+            assert lowest >= Version(first), f"{requirement}: {what}"
+            if requirement.name != "protobuf":  # of an extra
+                assert Version(importlib.metadata.version(requirement.name)) >= Version(first), what
+    assert named == set(ADVISORIES)
+
+
+def test_opencv_decodes_nothing() -> None:
+    """CVE-2025-53644, in its JPEG decoder, is mended in 4.12, which wants numpy 2, which nuscenes-devkit does not."""
+    for path in (REPO / "bevfn").rglob("*.py"):
+        assert "imdecode" not in path.read_text() and "imread" not in path.read_text(), path
 
 
 def test_the_types_of_the_linked_folders_are_seen() -> None:

@@ -14,7 +14,7 @@ from small_frames import indexed, labelled
 from test_checkpoint import killed_at
 
 from bevfn import boxes as shapes
-from bevfn.data import paste, points
+from bevfn.data import paste, points, sweeps
 from bevfn.data.index import Index, Sweep
 
 NAMES = ("car", "truck", "pedestrian")
@@ -85,6 +85,48 @@ def test_it_holds_every_valid_object_with_the_points_of_all_sweeps(index, databa
             row += 1
     assert row == len(database) > 40
     assert np.isfinite(database.boxes).all()
+
+
+def test_it_remembers_how_it_was_made_and_another_run_is_refused(index, database, tmp_path):
+    assert database.making == paste.Making(published_sweeps=True, published_paste=True)
+    paste.build(index, tmp_path, class_names=NAMES, making=paste.Making(False, True), progress=False)
+    assert paste.read(tmp_path, making=paste.Making(False, True)).making.published_sweeps is False
+    wanted = r"was made with --no-published-sweeps, but the run has --published-sweeps; make it again with `bevfn data prepare"
+    with pytest.raises(ValueError, match=wanted):
+        paste.read(tmp_path, making=paste.Making(True, True))
+    with pytest.raises(ValueError, match=r"with --published-paste, but the run has --no-published-paste"):
+        paste.read(tmp_path, making=paste.Making(False, False))
+    again = paste.build(index, tmp_path, class_names=NAMES, progress=False)  # made again
+    assert again.making == paste.Making() and len(list(tmp_path.glob("points-*.bin"))) == 1
+
+
+def test_objects_of_no_class_are_barriers_as_published_or_left_out(index, tmp_path):
+    names = (*NAMES, "barrier")
+    ignored = sum(int(valid) for frame in index for name, valid in zip(frame.names, frame.valid) if not name)
+    assert ignored > 5
+    for published in (True, False):
+        made = paste.build(
+            index, tmp_path / str(published), class_names=names, making=paste.Making(True, published), progress=False
+        )
+        assert int((made.labels == 3).sum()) == (ignored if published else 0)
+
+
+def test_sweeps_are_moved_as_it_says(tmp_path):
+    index = world(tmp_path, frames=2)
+    turned = np.eye(4)
+    turned[:2, :2], turned[:2, 3] = [[np.cos(0.02), -np.sin(0.02)], [np.sin(0.02), np.cos(0.02)]], [0.3, -0.4]
+    frames = tuple(dataclasses.replace(f, sweeps=(Sweep(f.sweeps[0].path, turned, 0.05),)) for f in index)
+    index = dataclasses.replace(index, frames=frames)
+    for published in (True, False):
+        made = paste.build(
+            index, tmp_path / str(published), class_names=NAMES, making=paste.Making(published, True), progress=False
+        )
+        held = np.concatenate([made.points(i) for i in range(len(made))])
+        moved = np.concatenate([sweeps.aggregate(f, tmp_path, published=published)[0] for f in index])
+        old = held[held[:, 4] > 0, :3]
+        assert len(old) > 20
+        distance = np.abs(old[:, None] - moved[None, moved[:, 4] > 0, :3]).max(axis=2).min(axis=1)
+        assert distance.max() < 1e-5
 
 
 def test_only_objects_with_enough_points_are_usable(database):
@@ -220,6 +262,26 @@ def test_quotas_are_filled_but_for_collisions_and_nothing_overlaps(database, see
     assert all(len(found) >= 5 for found in held)
     again = draw(database, seed, count)[2]
     assert all((a == b).all() for a, b in zip((boxes, new_labels, cloud), again))
+
+
+@pytest.mark.parametrize("sweeps_read", [0, 1, 10])
+def test_objects_come_with_as_many_sweeps_as_the_frame_and_enough_points_of_them(database, sweeps_read):
+    scene, rng = np.zeros((0, 9), np.float32), np.random.default_rng(0)
+    boxes, _, cloud = paste.sample(database, scene, np.zeros(0, int), NAMES, QUOTAS, rng, sweeps_read)
+    assert len(boxes) and (cloud[:, 4] > 0).any() == (sweeps_read > 0)
+    held = [len(points.in_box(np.ascontiguousarray(cloud[:, :3].T), box)) for box in boxes]
+    assert min(held) >= 5  # of those scans, not of what is left out
+    i = database.usable["car"][0]
+    assert (database.points(i, sweeps_read)[:, 4] <= 0.05 * sweeps_read).all()
+    assert len(database.points(i, sweeps_read)) == database.scans[i, sweeps_read]
+
+
+def test_copies_of_a_key_frame_without_sweeps_count_as_its_sweeps(tmp_path):
+    index = world(tmp_path, frames=1)
+    index = dataclasses.replace(index, frames=(dataclasses.replace(index[0], sweeps=()),))
+    made = paste.build(index, tmp_path / "out", class_names=NAMES, progress=False)
+    far = np.abs(made.boxes[:, :2]).max(axis=1) > 8  # a box at the vehicle loses its close points in copies
+    np.testing.assert_array_equal(made.scans[far], made.scans[far, :1] * np.arange(1, 12))
 
 
 def test_an_empty_frame_gets_its_quotas(database):

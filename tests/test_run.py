@@ -20,11 +20,13 @@ import pytest
 import small_world
 import tiny_experiment as tiny
 import torch
+from fuzz import bounded
 
 from bevfn.data import sampling, scene
 from bevfn.files import read_json
+from bevfn.kernels import native
 from bevfn.metrics import METRICS_FILE, read_metrics
-from bevfn.training import checkpoint, origin, run
+from bevfn.training import checkpoint, origin, reporter, run
 
 HERE = Path(__file__).parent
 STEPS = 6  # 3 epochs of 2
@@ -51,14 +53,19 @@ def start(root: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
 def cli(root: Path, run_dir: Path, *flags: str) -> tuple[int, str]:
     """(exit code, what it printed) of the same in this process, which has imported everything already."""
     printed, words = io.StringIO(), command(root, run_dir, *flags)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
-        patch.setattr(sys, "argv", words)
+    with redirect_stdout(printed), redirect_stderr(printed):
         try:
-            run.cli(tiny.DEFAULTS, tiny.task, tiny.__doc__)
+            as_typed(words)
             code = 0
         except SystemExit as end:
             code = end.code
     return code, printed.getvalue()
+
+
+def as_typed(words: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        run.cli(tiny.DEFAULTS, tiny.task, tiny.__doc__)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -162,6 +169,35 @@ def test_a_signal_saves_exits_with_its_code_and_the_rest_of_the_epoch_follows(wh
     code, printed = cli(root, tmp_path / "run", "--resume")
     assert code == 0 and f"from step {done}" in printed
     assert_same_run(whole[0], tmp_path / "run")
+
+
+def test_a_second_ctrl_c_ends_the_run_in_one_sentence_and_what_was_saved_is_whole(root, tmp_path):
+    def child() -> None:
+        def log_and_stop(self, step, *arguments, **named):
+            log(self, step, *arguments, **named)
+            if step == 3:  # before anything can end between two steps
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        log, reporter.Reporter.log = reporter.Reporter.log, log_and_stop
+        as_typed(command(root, tmp_path / "run", "--checkpoint-every", "1"))
+
+    outcome = bounded.run(child, memory=2**33, seconds=120)
+    assert outcome.code == 130 and "Traceback" not in outcome.out
+    assert outcome.out.endswith("bevfn: stopped by Ctrl-C; what was written before is whole\n")
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints", pytest.fail).name == "step_00000002"
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_run_without_a_compiler_is_one_sentence(root, tmp_path, monkeypatch, backend):
+    def child() -> None:
+        native.load.cache_clear()
+        as_typed(command(root, tmp_path / "run", "--backend", backend))
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    outcome = bounded.run(child, memory=2**33, seconds=120)
+    assert outcome.refused and "need a C++17 compiler and 'g++' is not on PATH: install g++" in outcome.out, outcome
 
 
 def test_the_codes_are_in_the_help(root, capsys):

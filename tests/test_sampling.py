@@ -1,5 +1,7 @@
 """Orders, random numbers and class balance as functions of seed, epoch and position."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -58,6 +60,37 @@ def test_cbgs_counts_valid_boxes_only_and_a_class_without_frames_supplies_none()
     frames = [labelled(("car", "bus"), (True, False)), labelled(("car", "truck"))]
     drawn = sampling.cbgs(indexed(frames), ("car", "truck", "bus"), seed=3)
     assert len(drawn) == 2 and drawn[1] == 1  # floor(3 / 3) each for car and truck
+
+
+def test_cbgs_shares_among_the_classes_that_occur():
+    """One class of ten: an epoch of every frame, not of one."""
+    names = tuple("abcdefghij")
+    drawn = sampling.cbgs(indexed([labelled(("d",))] * 12 + [labelled(())] * 3), names, seed=0)
+    assert len(drawn) == 12 and (drawn < 12).all()
+    drawn = sampling.cbgs(indexed([labelled(("d",))] * 9 + [labelled(("d", "h"))]), names, seed=0)
+    assert len(drawn) == 10 and (drawn[5:] == 9).all()
+
+
+def test_cbgs_rounds_as_upstream():
+    """A third of 12 is 4; 5 times 1/3 over 5/12 is less than 4 in floating point."""
+    frames = [labelled(("a",))] * 5 + [labelled(("b",))] * 5 + [labelled(("c",))] * 2
+    drawn = sampling.cbgs(indexed(frames), ("a", "b", "c"), seed=0)
+    assert [int((drawn // 5 == k).sum()) for k in range(3)] == [3, 3, 4]
+
+
+def test_bevdepths_pools_count_categories_and_boxes_without_points():
+    people = ("human.pedestrian.adult", "human.pedestrian.child", "human.pedestrian.adult")
+    crowd = labelled(("pedestrian",) * 3 + ("bus", ""), (True, False, True, False, True))
+    crowd = dataclasses.replace(crowd, categories=(*people, "vehicle.bus.rigid", "animal"))
+    assert sampling.boxed(crowd) == ["", "pedestrian"]
+    assert sorted(sampling.categorised(crowd)) == ["", "bus", "pedestrian", "pedestrian"]
+    frames = indexed([crowd, labelled(("car",))])
+    names = ("car", "pedestrian", "bus")
+    assert len(sampling.cbgs(frames, names, 0)) == 2  # cars 1, pedestrians 1
+    drawn = sampling.cbgs(frames, names, 0, sampling.categorised)
+    assert drawn.tolist() == [1, 0, 0]  # cars 1, pedestrians 2, buses 1: 4 / 3 each
+    unnamed = dataclasses.replace(crowd, categories=())  # an info file does not say
+    assert sorted(sampling.categorised(unnamed)) == ["", "bus", "pedestrian"]
 
 
 def test_cbgs_without_any_box_says_so():

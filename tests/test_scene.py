@@ -131,6 +131,20 @@ def test_the_shuffle_is_a_permutation_of_the_filtered_points(index):
     assert ((shuffled[:, :3] > lower) & (shuffled[:, :3] < upper)).all()
 
 
+@pytest.mark.parametrize("size", [(300, 400), (225, 400), (120, 400), (400, 300)])
+def test_cameras_of_any_aspect_fill_the_model_s_image(size, tmp_path):
+    one = infos.read(key_frame.write_frame(tmp_path, seed=1, image_size=size) / "frame.json")
+    sample = scene.load(one, 0, dataclasses.replace(PLAIN, points=dataclasses.replace(PLAIN.points, sweeps=0)))
+    assert (sample.images.max(axis=-1) == 0).mean() < 0.01  # of 4:3, evaluation had crashed
+    narrow = sample.image_aug[0, 0, 0, 0] * np.array(size) / (64, 176)  # sides of the resized image over the crop's
+    assert narrow.min() == pytest.approx(0.48 / 0.44, rel=0.02)  # as nuScenes' images are by the published factor
+
+
+def test_nuscenes_images_are_resized_by_the_published_factors_bit_for_bit():
+    published = bevfusion.EVAL.cameras
+    assert published.image_size == (256, 704) and published.relative((900, 1600)) == 1.0
+
+
 # --- determinism ---
 
 
@@ -180,6 +194,20 @@ def test_pasted_objects_are_added_with_their_points_and_time_lags(index, databas
         load(index, LIDAR)
 
 
+@pytest.mark.parametrize(
+    ("changes", "oldest"),
+    [({"sweeps": 0}, 0.0), ({"sweeps": 4, "sweep_choice": "newest"}, 0.2), ({}, 0.5), ({"sweeps": 4}, 0.5)],
+)
+def test_pasted_points_are_no_older_than_the_sweeps_that_may_be_read(index, database, changes, oldest):
+    """Published: nine of ten sweeps at random, so all ten of an object."""
+    still = dataclasses.replace(points_as(LIDAR, shuffle=False, **changes), augmentation=None)
+    frame = dataclasses.replace(index[0], boxes=index[0].boxes[:0], names=(), valid=index[0].valid[:0], sweeps=())
+    few = dataclasses.replace(index, frames=(frame,))
+    pasted = load(few, still, database=database).points
+    assert len(load(few, still, database=database).boxes) > 5
+    np.testing.assert_allclose(pasted[:, 4].max(), oldest, rtol=1e-6)
+
+
 def test_boxes_of_other_classes_and_out_of_range_go_after_the_augmentation(index):
     far = dataclasses.replace(TRAIN, range=(-20.0, -20.0, -5.0, 20.0, 20.0, 3.0))
     assert 0 < len(load(index, far, 1).boxes) < len(load(index, TRAIN, 1).boxes)
@@ -201,6 +229,7 @@ def test_published_readings_are_the_fact_sheet():
     assert LIDAR.cameras is None and camera.cameras.augmentation == augment.Images((0.38, 0.55), True, (-5.4, 5.4))
     assert LIDAR.points == camera.points and camera.points.sweeps == 9
     assert camera.points.pad_empty_sweeps and camera.points.shuffle
+    assert camera.points.published_sweeps and bevfusion.EVAL.points.published_sweeps
     assert sum(LIDAR.paste.quotas.values()) == 40 and LIDAR.paste.quotas["construction_vehicle"] == 7
     assert not bevfusion.EVAL.random and bevfusion.EVAL.cameras.resize == 0.48
 

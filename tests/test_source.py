@@ -117,6 +117,9 @@ def test_a_source_without_a_needed_part_is_named_with_what_needs_it(index):
             source.check(there, reading, train=True)
         source.check(index, reading, train=True)
     source.check(blind, bevdepth.EVAL, train=False)  # needs no LiDAR
+    small = replace(bevfusion.EVAL, cameras=replace(bevfusion.EVAL.cameras, resize=0.4))
+    with pytest.raises(ValueError, match=r"samples/CAM_FRONT/.*, CAM_FRONT: resize .* smaller than image_size 704x256"):
+        source.check(index, small, train=False)
     source.check(still, bevdepth.EVAL, train=False)
     source.check(none, bevfusion_lidar.TRAIN, train=True)
 

@@ -47,6 +47,30 @@ def test_a_still_world_comes_to_lie_on_itself_with_the_lags_of_the_newest(frame,
     np.testing.assert_array_equal(cloud[:, 3].reshape(10, 3), [[7, 8, 9]] * 10)
 
 
+def test_published_sweeps_are_moved_by_what_upstream_takes_for_the_inverse(frame, tmp_path):
+    right, published = (sweeps.aggregate(frame, tmp_path, published=how)[0] for how in (False, True))
+    np.testing.assert_array_equal(published[:3], right[:3])  # the key frame's own
+    np.testing.assert_array_equal(published[:, 3:], right[:, 3:])
+    for k in range(1, 10):
+        sensor_from_lidar = np.linalg.inv(moved(k))  # mmdetection3d's lidar2sensor
+        seen = points.read(tmp_path / f"{k}.bin")[0][:, :3]
+        expected = seen @ sensor_from_lidar[:3, :3] - sensor_from_lidar[:3, 3]
+        np.testing.assert_allclose(published[3 * k : 3 * k + 3, :3], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("yaw_rate", "off"), [(0.0, 0.0), (0.3, 0.6)])
+def test_published_sweeps_lie_off_only_where_the_car_turns(yaw_rate, off):
+    """The oldest sweep, 0.5 s ago, at 8 m/s."""
+    angle = 0.5 * yaw_rate
+    lidar_from_sweep = np.eye(4)
+    lidar_from_sweep[:2, :2] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+    lidar_from_sweep[:3, 3] = [0.0, -4.0, 0.0]
+    sweep = Sweep("", lidar_from_sweep, 0.5)
+    (turn, shift), (same, published) = sweeps.motion(sweep, False), sweeps.motion(sweep, True)
+    np.testing.assert_array_equal(turn, same)
+    assert np.linalg.norm(published - shift) == pytest.approx(off, abs=0.01)
+
+
 def test_close_points_go_from_sweeps_in_their_own_frame_and_stay_in_the_key_frame(frame, tmp_path):
     sensor = np.array([[0.99, -0.99, 0.0], [1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.5, 1.5, 0.0]])
     write(tmp_path / "1.bin", sensor)

@@ -176,8 +176,8 @@ def test_bad_losses_names_sample_and_terms(accumulate):
     ts, metrics = step(ts, parts)
     assert float(metrics["skipped"]) == 1
     expected = train.BadLoss(microbatch=accumulate - 1, sample=1, terms=("loss/total", "loss/box"))
-    assert train.bad_losses(hiding, ts, parts) == [expected]
-    assert train.bad_losses(hiding, ts, halves(small_net.batch(1))) == []
+    assert train.bad_losses(hiding, small_net.recipe(), ts, parts) == [expected]
+    assert train.bad_losses(hiding, small_net.recipe(), ts, halves(small_net.batch(1))) == []
 
 
 def test_first_nonfinite_names_the_first_bad_path_and_ignores_integers():
@@ -287,6 +287,24 @@ def test_accumulation_under_a_compiler_is_two_graphs_reused_and_donates_the_stat
     assert [leaf.data_ptr() for leaf in tree.leaves(ours)] == pointers
     for a, b in zip(tree.leaves(ours), tree.leaves(theirs)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_batch_norms_of_a_frozen_part_use_and_keep_their_statistics(accumulate, backend):
+    groups = (optim.Group("stem.*", frozen=True), optim.Group("body.0.norm.bias", frozen=True))
+    ts, step = accumulating(accumulate, backend=backend, groups=groups)
+    ts.state["stem"]["norm"]["mean"] += torch.linspace(-1, 1, 8) / 3  # numbers that sums of three round
+    before, parts = small_net.copy(ts), [small_net.batch(i) for i in range(accumulate)]
+    after, metrics = step(ts, parts)
+    stem, body = (after.state[part] for part in ("stem", "body"))
+    assert all(torch.equal(stem["norm"][k], before.state["stem"]["norm"][k]) for k in ("mean", "var"))
+    assert not torch.equal(body[0]["norm"]["mean"], before.state["body"][0]["norm"]["mean"])  # its weight is trained
+
+    shifted = small_net.copy(before)
+    shifted.state["stem"]["norm"]["mean"] += 1.0
+    _, other = accumulating(accumulate, groups=groups)[1](shifted, parts)
+    assert float(other["loss/total"]) != pytest.approx(float(metrics["loss/total"]), rel=1e-3)  # it normalises by them
 
 
 def test_a_bad_microbatch_skips_the_whole_step():

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import random
+import re
 import sys
 import types
 from dataclasses import replace
@@ -18,7 +20,8 @@ from bevfn import catalogue, tree, upstream
 from bevfn.commands import checkpoint
 from bevfn.models import bevdepth
 from bevfn.parity import golden
-from bevfn.upstream import models, recognise
+from bevfn.training import run
+from bevfn.upstream import models, recognise, storage
 from bevfn.upstream.entries import Naming
 
 CASES = Path(__file__).parents[1].parent / "shared" / "goldens"
@@ -50,7 +53,10 @@ def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2"
         if entry.layout == "swapped":
             shape = (shape[1], shape[0], *shape[2:])
         counter = torch.tensor(7)
-        found[entry.key] = counter if entry.tree == "upstream" else torch.randn(shape, generator=generator)
+        drawn = torch.randn(shape, generator=generator)
+        found[entry.key] = (
+            counter if entry.tree == "upstream" else drawn.abs() if entry.path.endswith(".var") else drawn
+        )
     return found | models.buffers(model, naming, config=small(model))
 
 
@@ -577,6 +583,152 @@ def test_a_refused_import_leaves_the_old_output_and_prints_the_report(tmp_path, 
         checkpoint.import_(tmp_path / "a.pth", tmp_path / "out.safetensors", model="bevfusion-lidar")
     assert (tmp_path / "out.safetensors").read_bytes() == b"old"
     assert "mismatched bbox_head.shared_conv.weight: [32, 64, 3, 3] where the model has" in capsys.readouterr().out
+
+
+# --- values that no weight can have ------------------------------------------------------------------------------
+
+WEIGHT, VARIANCE = "bbox_head.shared_conv.bias", "pts_backbone.blocks.0.1.running_var"
+
+
+def holding(key: str, change) -> dict[str, Tensor]:
+    source = upstream_state("bevfusion-lidar")
+    return source | {key: change(source[key])}
+
+
+def with_first(value: float):
+    return lambda leaf: torch.cat([torch.tensor([value], dtype=leaf.dtype), leaf[1:]])
+
+
+@pytest.mark.parametrize(
+    "key, change, what",
+    [
+        (WEIGHT, with_first(float("nan")), "NaN or infinite"),
+        (WEIGHT, with_first(-float("inf")), "NaN or infinite"),
+        (WEIGHT, lambda leaf: leaf.double() * 1e300, "NaN or infinite"),
+        (VARIANCE, with_first(float("nan")), "NaN or infinite"),
+        (VARIANCE, with_first(-1e-3), "negative, which no variance is"),
+        (WEIGHT, lambda leaf: leaf > 0, "of type bool, which no weight is"),
+        (WEIGHT, lambda leaf: leaf.int(), "of type int32, which no weight is"),
+        (WEIGHT, lambda leaf: leaf.to(torch.complex64), "of type complex64, which no weight is"),
+        (VARIANCE, lambda leaf: leaf.long(), "of type int64, which no weight is"),
+        ("pts_backbone.blocks.0.1.num_batches_tracked", lambda leaf: leaf + 0.5, "float32 7.5, where a batch norm's count"),
+        ("pts_backbone.blocks.0.1.num_batches_tracked", lambda leaf: -leaf, "int64 -7, where a batch norm's count"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_value_that_no_weight_can_have_is_named_and_nothing_is_written(
+    tmp_path, monkeypatch, capsys, key, change, what, suffix
+):
+    monkeypatch.setitem(models.MODELS, "bevfusion-lidar", shrunk("bevfusion-lidar"))
+    upstream.write_state_dict(tmp_path / f"a{suffix}", holding(key, change), sparse="spconv2")
+    with pytest.raises(ValueError, match=f"{key} is {what}"):
+        checkpoint.import_(tmp_path / f"a{suffix}", tmp_path / "out.safetensors", model="bevfusion-lidar")
+    assert not (tmp_path / "out.safetensors").exists()
+    assert f"mismatched {key}: {what}" in capsys.readouterr().out
+
+
+def shrunk(model: str):
+    """The model with its small configuration, for commands, which know the published one."""
+    config = small(model)
+    return replace(models.MODELS[model], config=lambda: config)
+
+
+@pytest.mark.parametrize(
+    "leaf, what",
+    [(torch.ones(2), None), (torch.zeros(0), None), (torch.tensor([1.0, float("nan")]), "NaN or infinite"),
+     (torch.tensor([-0.0]), None), (torch.tensor(-1e-30), "negative, which no variance is"),
+     (torch.ones(1, dtype=torch.int64), "of type int64, which no weight is")],
+)  # fmt: skip
+def test_what_a_variance_cannot_be(leaf, what):
+    assert upstream.impossible("state.head.norm.var", leaf) == what
+    assert upstream.impossible("params.head.variance", torch.tensor(-1.0)) is None
+
+
+# --- imported files ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "bevfusion-lidar", shrunk("bevfusion-lidar"))
+    params, state, report = upstream.import_state(upstream_state("bevfusion-lidar"), "bevfusion-lidar")
+    upstream.write_imported(tmp_path / "a.safetensors", params, state, report, source="a.pth")
+    return tmp_path / "a.safetensors"
+
+
+def test_a_flipped_bit_of_an_imported_file_is_found_wherever_it_is(imported):
+    whole, draw = imported.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = [
+        *range(8),
+        *(draw.randrange(header) for _ in range(150)),
+        *(draw.randrange(len(whole)) for _ in range(50)),
+    ]
+    for place in places:
+        imported.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=re.escape(str(imported))):
+            upstream.read_imported(imported)
+        with pytest.raises(ValueError, match=re.escape(str(imported))):
+            run.read_weights(imported)
+    imported.write_bytes(whole)
+    run.read_weights(imported)
+
+
+def remade(path: Path, change, tensors=None) -> None:
+    """The file with other metadata, as its checksum says."""
+    held = safetensors.torch.load_file(path) | (tensors or {})
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    del metadata["crc32"]
+    change(metadata)
+    metadata["crc32"] = storage._checksum(held, metadata)
+    safetensors.torch.save_file(held, path, metadata)
+
+
+@pytest.mark.parametrize("name", ["model", "source", "sparse", "naming", "prefix"])
+def test_an_imported_file_without_part_of_its_metadata_is_named(imported, name):
+    remade(imported, lambda metadata: metadata.pop(name))
+    with pytest.raises(ValueError, match=rf"a\.safetensors is damaged \(its metadata lacks {name}\): copy it"):
+        upstream.read_imported(imported)
+
+
+@pytest.mark.parametrize("name, value", [("model", "bevfusion-radar"), ("sparse", "torchsparse"), ("naming", "mine")])
+@pytest.mark.parametrize("command", ["export", "show"])
+def test_an_imported_file_of_a_made_up_model_or_layout_is_one_sentence(imported, name, value, command):
+    remade(imported, lambda metadata: metadata.update({name: value}))
+    with pytest.raises(ValueError, match=rf"a\.safetensors is damaged \(its {name} is '{value}', none of "):
+        if command == "show":
+            checkpoint.show(imported)
+        checkpoint.export(imported, imported.with_name("b.pth"))
+    assert not imported.with_name("b.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [("weights.a", "holds 'weights.a', which is neither of"), ("params", "holds 'params', which is neither of"),
+     ("params.head.shared", "'head.shared' is a leaf|lies below"), ("params.head.shared.bias.x", "lies below|is a leaf"),
+     ("params." + "a." * 2000 + "b", "has 2001 levels"), ("params.head.heatmap.7", "has no params.head.heatmap.7")],
+)  # fmt: skip
+def test_leaves_that_are_no_tree_are_one_sentence(imported, name, what):
+    remade(imported, lambda metadata: None, {name: torch.zeros(1)})
+    with pytest.raises(ValueError, match=what):  # the last one: only the model knows
+        upstream.read_imported(imported)
+        checkpoint.export(imported, imported.with_name("b.pth"))
+
+
+def test_an_imported_file_of_an_earlier_bevfn_has_no_checksum_and_is_read(imported):
+    held = safetensors.torch.load_file(imported)
+    with safetensors.safe_open(imported, framework="pt") as file:
+        metadata = file.metadata() | {"format": "bevfn import 1"}
+    del metadata["crc32"]
+    safetensors.torch.save_file(held, imported, metadata)
+    assert upstream.read_imported(imported).model == "bevfusion-lidar"
+
+
+def test_weights_that_are_none_are_refused_wherever_they_are_read(imported):
+    name = "state.head.heatmap.hidden.norm.var"
+    remade(imported, lambda metadata: None, {name: -torch.ones(32)})
+    with pytest.raises(ValueError, match=f"{name} is negative, which no variance is"):
+        run.read_weights(imported)
 
 
 # --- golden cases ------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def model() -> bevfusion.Config:
 
 
 def task(config: Config) -> run.Task:
-    splits = source.open(config.data_root, config.version)
+    splits = source.open(config.data_root, config.version, config.train_split, config.eval_split)
     reading = Reading(points=Points(sweeps=1), range=RANGE, capacities=Capacities(points=12_000, boxes=64))
     augmented = replace(reading, points=Points(sweeps=1, shuffle=True), augmentation=augment.Global())
     bound = {"config": model(), "policy": Policy.of(config.precision)}

@@ -5,7 +5,6 @@ second over the bytes per second (read + written) of a plain copy on the same ma
     python -m bevfn.bench.pool
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bevfn.files import to_json
 from bevfn.kernels.voxel_pool import cpu, voxel_pool
 
 # BEVFusion camera + LiDAR: images 256 × 704 at stride 8, depth 1 .. 59.5 m in 0.5 m, BEV 108 m in 0.3 m cells.
@@ -149,4 +149,4 @@ def _best(run: Callable[[], object], repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(), indent=2))
+    print(to_json(measure(), indent=2).decode())

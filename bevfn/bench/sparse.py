@@ -7,7 +7,6 @@ its own, and its results are wrong with more than one thread).
 """
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bevfn.files import read_json, to_json
 from bevfn.kernels import neighbours
 from bevfn.kernels.sparse_conv import sparse_conv
 from bevfn.kernels.voxelize import voxelize
@@ -243,7 +243,7 @@ def measure() -> dict:
     )
     if child.returncode != 0:
         raise RuntimeError(f"`python -m bevfn.bench.sparse` failed: {child.stderr.strip()[-1000:]}")
-    return json.loads(child.stdout)
+    return read_json(child.stdout.encode())
 
 
 def best_of(repeats: int, *functions: Callable[[], object]) -> list[float]:
@@ -321,8 +321,5 @@ def _spconv_modules(peer: Any, layers: list[Layer]) -> list:
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {f.__name__: f() for f in (encoder_forward_vs_spconv, encoder_backward_vs_torch, gemm_share)}, indent=1
-        )
-    )
+    measured = {f.__name__: f() for f in (encoder_forward_vs_spconv, encoder_backward_vs_torch, gemm_share)}
+    print(to_json(measured, indent=1).decode())

@@ -72,7 +72,7 @@ def show(source: Positional[Path], *, every_key: bool = False) -> None:
     source = Path(source)
     try:
         read = upstream.read_imported(source)
-    except ValueError:  # not ours: the reader of foreign files has the better message
+    except upstream.NotImported:
         tensors = upstream.read_state_dict(source)
         looks = recognise.recognise(tensors)
         print(f"{source}: {looks.what}" + (f", import it with --model {looks.model}" if looks.model else ""))

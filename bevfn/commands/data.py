@@ -73,6 +73,8 @@ def prepare(
     version: str | None = None,
     split: str | None = None,
     paste: bool = True,
+    published_sweeps: bool = True,
+    published_paste: bool = True,
     depth: bool = True,
     workers: int = 0,
 ) -> None:
@@ -84,26 +86,31 @@ def prepare(
     Args:
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
-        split: the version's training split (train, mini_train) without it
+        split: one to train on, also of the version's splits.json; train or mini_train without it
         paste: build the GT-paste database, for bevfusion_lidar
+        published_sweeps: with sweeps as the published recipe moves them, off by up to 0.6 m when the car turns; the recipe's
+            flag of that name must say the same
+        published_paste: with objects of no class (police cars, debris, bicycle racks) as barriers, as published; likewise
         depth: build the depth ground truth, for BEVDepth and MatrixVT (270 kB a key frame, 3 % of a sample's time); where
             there is none, training makes it of the LiDAR files, with the same numbers
         workers: processes; 0: one for each processor
     """
-    from bevfn.data import check, nuscenes
     from bevfn.data import depth as ground_truth
+    from bevfn.data import nuscenes, tables
     from bevfn.data import paste as pasting
     from bevfn.data.reading import CLASS_NAMES
 
     workers = workers or os.cpu_count() or 1
-    version = version or check.only_version(root)
-    nuscenes.check_root(root, version)
-    split = split or next((name for name in nuscenes.splits(root, version) if name.endswith("train")), "train")
+    version = version or tables.only_version(root)
+    tables.check_root(root, version)
+    if split is None:
+        split, _ = tables.default_splits(root, version) or ("train", "")
     index = nuscenes.index(root, version, split)
     print(f"{len(index):,} key frames of {version} {split}")
     if paste:
         folder = pasting.folder(index)
-        database = pasting.build(index, folder, class_names=CLASS_NAMES, workers=workers)
+        making = pasting.Making(published_sweeps, published_paste)
+        database = pasting.build(index, folder, class_names=CLASS_NAMES, making=making, workers=workers)
         print(f"{folder}: {len(database):,} objects")
     if depth:
         files = ground_truth.build(index, ground_truth.folder(index), workers=workers)

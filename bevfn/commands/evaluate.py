@@ -1,6 +1,6 @@
 """`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, or a submission for the test split."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ def evaluate(
     split: str | None = None,
     out: Path | None = None,
     precision: Precision | None = None,
+    published_sweeps: bool | None = None,
     backend: compilation.Backend = "inductor",
     device: str = "cpu",
     batch_size: int = 1,
@@ -44,9 +45,11 @@ def evaluate(
         model: of the experiment, for an imported file; by default the run's, or the recipe's first
         data_root: nuScenes root; by default the run's
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's
-        split: val, mini_val, train, test, ...; by default the version's evaluation split
+        split: val, mini_val, train, test, ..., or one of the version's splits.json; by default the run's evaluation split
         out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
         precision: by default the run's
+        published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
+            that were trained so; by default the run's, or as published
         backend: what compiles the forward pass
         device: torch device
         batch_size: key frames at a time
@@ -56,15 +59,16 @@ def evaluate(
     recipe = recipes.load(experiment)
     config = run_config(recipe, checkpoint, data_root)
     changes: dict[str, Any] = {"model": model, "data_root": data_root, "version": version, "precision": precision}
+    changes |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
+    if published_sweeps is not None and not hasattr(config, "published_sweeps"):
+        raise ValueError(f"{experiment} reads no LiDAR sweeps; leave out --published-sweeps")
+    changes["published_sweeps"] = published_sweeps
     config = replace(config, **{k: v for k, v in changes.items() if v is not None}, device=device, resume=False)
     if config.model not in recipe.NETWORKS:
         raise ValueError(
             f"model {config.model} is none of {experiment}'s ({', '.join(recipe.NETWORKS)}); name its experiment"
         )
-    splits = None
-    if split is not None:
-        splits = source.open(config.data_root, config.version, split)
-    task = recipe.task(config.plain(), splits)
+    task = recipe.task(config.plain())
     run.check(task, train=False)
     params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
     check_fits(task, params, state, checkpoint)
@@ -94,6 +98,10 @@ def run_config(recipe: recipes.Recipe, checkpoint: Path, data_root: Path | None)
     default = recipe.DEFAULTS[source.kind(data_root)]
     if not (checkpoint.is_dir() and path.is_file()):
         return default
+    silent = {field.name for field in fields(default)} - set(run_folder.read_config(path))
+    if silent:
+        values = ", ".join(f"{name} {getattr(default, name)}" for name in sorted(silent))
+        print(f"{path} is of an older bevfn, which did not have all flags: taken as {values}")
     return run_folder.stored_config(path, default)
 
 

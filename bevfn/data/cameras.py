@@ -45,6 +45,16 @@ def image_size(camera: Camera, root: Path) -> tuple[int, int]:
     return height, width
 
 
+def check_sizes(index: Index, config: reading.Cameras) -> None:
+    """Raises ValueError, one sentence, where images of a size that the data set says cannot become the model's."""
+    for (channel, size), path in index.image_files.items():
+        if channel in config.channels and size is not None:
+            try:
+                _move(size, replace(config, augmentation=None), np.random.default_rng(0))
+            except ValueError as error:
+                raise ValueError(f"{index.root / path}, {channel}: {error}") from None
+
+
 def moves(row: list[Camera], root: Path, config: reading.Cameras, rng: np.random.Generator) -> Moves:
     """How the images of each camera of the key frame, and of those before it, are resized, cropped, mirrored, turned."""
     return [_move(image_size(camera, root), config, rng) for camera in row]

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bevfn.data import depth, image, nuscenes, paste, points
+from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Index
 
 CHUNK = 128  # files per task of a thread
@@ -96,14 +97,14 @@ def check(
     processors. Raises ValueError for a wrong root, version or split: then there is nothing to look at.
     """
     root = Path(root)
-    version = version or only_version(root)
-    nuscenes.check_root(root, version)
-    tables, broken = nuscenes.read_tables(root, version)
+    version = version or tables_of.only_version(root)
+    tables_of.check_root(root, version)
+    tables, broken = tables_of.read_tables(root, version)
     problems = [
         Problem(f"{version}/{name}.json", "missing" if "does not exist" in what else "damaged", what, 0)
         for name, what in broken.items()
     ]
-    parts = [_part("tables", len(nuscenes.TABLES), problems)]
+    parts = [_part("tables", len(tables_of.TABLES), problems)]
     maps = [Path(row["filename"]) for row in tables.get("map", []) if "filename" in row]
     lost = [Problem(str(path), "missing", "does not exist", 0) for path in maps if not (root / path).is_file()]
     parts.append(_part("maps", len(maps), lost))
@@ -125,16 +126,6 @@ def check(
     count = sum(samples.values()) if any(part.missing or part.damaged for part in parts[:2]) else len(affected)
     notes = _made(root, version, list(samples))
     return Report(str(root), version, samples, count, tuple(parts), tuple(problems), tuple(notes))
-
-
-def only_version(root: Path) -> str:
-    """The version that the root has; raises ValueError if it has several or none."""
-    found = nuscenes.versions(root)
-    if len(found) > 1:
-        raise ValueError(f"{root} has {', '.join(found)}: choose one of these as version.")
-    if not found:
-        nuscenes.check_root(root, "v1.0-*")  # says what to give instead
-    return found[0]
 
 
 def files_needed(tables: dict[str, list[dict]], samples: set[str]) -> dict[str, dict[str, set[str]]]:
@@ -226,10 +217,10 @@ def _examine(root: Path, files: list[str], deep: bool, workers: int) -> dict[str
 def _samples(root: Path, version: str, split: str | None, tables: dict[str, list[dict]]) -> dict[str, set[str]]:
     """Split: tokens of its samples."""
     if split is not None:
-        chosen = {split: nuscenes.scenes_of(root, version, split)}
+        chosen = {split: tables_of.scenes_of(root, version, split)}
     else:
         parts_of_train = ("train_detect", "train_track")
-        chosen = {s: names for s, names in nuscenes.splits(root, version).items() if s not in parts_of_train}
+        chosen = {s: names for s, names in tables_of.splits(root, version).items() if s not in parts_of_train}
         if not chosen:
             raise ValueError(f"{root}, {version}, has no scene of any split; add a splits.json beside its tables.")
     scenes = {row["token"]: row["name"] for row in tables["scene"]}

@@ -99,6 +99,8 @@ class Frame:
     """G visibility levels ("v60-80"), "" where unknown."""
     annotations: tuple[str, ...]
     """G annotation tokens, "" where unknown."""
+    categories: tuple[str, ...] = ()
+    """G categories of the data set, finer than names ("human.pedestrian.child"); () where the source does not say."""
 
     def rig(self, channels: tuple[str, ...]) -> list[Camera]:
         """The cameras of these channels, in their order. Raises ValueError if one is missing."""
@@ -173,6 +175,7 @@ class Packed(Sequence):
             attributes=words("attributes", boxes),
             visibility=words("visibility", boxes),
             annotations=tuple(token.decode() for token in column["annotation"][boxes]),
+            categories=categories if any(categories := words("categories", boxes)) else (),
         )
 
     @property
@@ -217,6 +220,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "names": [name for frame in frames for name in frame.names],
         "attributes": [name for frame in frames for name in frame.attributes],
         "visibility": [level for frame in frames for level in frame.visibility],
+        "categories": [name for frame in frames for name in frame.categories or ("",) * len(frame.boxes)],
     }
     for name, values in repeating.items():
         columns[f"{name}_words"], codes = np.unique(_texts(values), return_inverse=True)
@@ -274,10 +278,27 @@ class Index:
     def __iter__(self) -> Iterator[Frame]:
         return (self.frames[i] for i in range(len(self.frames)))
 
+    @cached_property
+    def image_files(self) -> dict[tuple[str, tuple[int, int] | None], str]:
+        """(channel, (H, W) as the data set says) of every kind of camera image, in the order of CAMERAS: one such file."""
+        found: dict[tuple[str, tuple[int, int] | None], str] = {}
+        if isinstance(self.frames, Packed):
+            column = self.frames.columns
+            kinds = np.column_stack([column["channel"], column["camera_size"]])
+            for k in np.unique(kinds, axis=0, return_index=True)[1]:
+                channel = column["channel_words"][column["channel"][k]].decode()
+                found[channel, _size(column["camera_size"][k])] = column["camera_path"][k].decode()
+        else:
+            for frame in self:
+                for channel, camera in frame.cameras.items():
+                    found.setdefault((channel, camera.size), camera.path)
+        known = {channel: place for place, channel in enumerate(CAMERAS)}
+        return dict(sorted(found.items(), key=lambda item: known.get(item[0][0], len(known))))
+
     @property
     def channels(self) -> tuple[str, ...]:
-        """The cameras of its key frames, by the first one."""
-        return tuple(self[0].cameras) if len(self) else ()
+        """The cameras of its key frames; one of them may lack some."""
+        return tuple(dict.fromkeys(channel for channel, _ in self.image_files))
 
     @property
     def judge(self) -> Literal["nuscenes", "recall"]:

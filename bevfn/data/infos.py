@@ -6,17 +6,25 @@ read by an unpickler that knows plain containers, numbers and numpy arrays and r
 Source: mmdetection3d tools/dataset_converters (nuscenes_converter.py, update_infos_to_v2.py), datasets/nuscenes_dataset.py.
 """
 
-import json
+import io
 import pickle
 import re
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from bevfn import host
+from bevfn.data import faults, possible
 from bevfn.data.index import CLASSES, Camera, Frame, Index, Sweep, inverse, pack
+from bevfn.files import read_json
+from bevfn.names import printable
+from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
+
+MEMORY = (2**28, 64)  # bytes that an unpickled file may take: so many, and so many times its own
 
 
 def read(path: Path, root: Path | None = None) -> Index:
@@ -27,8 +35,8 @@ def read(path: Path, root: Path | None = None) -> Index:
     previous, attributes, visibility and annotation tokens are "", a velocity or transform is NaN, a number of points
     -1. v1.1 has no ego pose of the cameras; it follows from their other transforms, as exactly as float32 has them.
 
-    Raises ValueError, one sentence with file and field, for a file that is missing, truncated, of another form, or
-    that holds anything but plain data.
+    Raises ValueError, one sentence with file and field, for a file that is missing, truncated, of another form, that holds
+    anything but plain data, or values that are not possible, which names the key frame's token and the box's number.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
@@ -38,14 +46,15 @@ def read(path: Path, root: Path | None = None) -> Index:
     folders = (root / "samples").is_dir()
     if isinstance(document, dict) and "infos" in document:
         infos, metadata = _get(document, str(path), "infos", list), _optional(document, str(path), "metadata", dict)
-        class_names = CLASSES
+        class_names: tuple[str, ...] = CLASSES
+        _tell_of_names(path, infos)
         frames = [_old_frame(info, f"{path}: infos[{i}]", folders) for i, info in enumerate(infos)]
         _check_length_first(path, frames)
     else:
         infos, metadata = _get(document, str(path), "data_list", list), _get(document, str(path), "metainfo", dict)
         # several categories that are no detection class share the number -1
         categories = _get(document, str(path), "metainfo.categories", dict)
-        names = {n: name for name, n in categories.items() if isinstance(n, int) and n >= 0}
+        names = _numbered(categories, f"{path}: metainfo.categories")
         class_names = tuple(names.values())
         frames = [_frame(info, f"{path}: data_list[{i}]", names, folders) for i, info in enumerate(infos)]
     split = re.search(r"_infos_(?:\w+_)?(train|val|test)\b", path.stem)
@@ -53,12 +62,29 @@ def read(path: Path, root: Path | None = None) -> Index:
         root=root,
         version=str(metadata.get("version", "")),
         split=split.group(1) if split else "",
-        frames=pack(frames),
+        frames=faults.refuse(pack(frames), str(path)),
         class_names=class_names,
     )
 
 
 # --- v1.1 ---
+
+
+def _numbered(categories: dict, where: str) -> dict[int, str]:
+    """Number to class; -1 is what is none of them."""
+    names: dict[int, str] = {}
+    for name, number in categories.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < -1:
+            raise ValueError(
+                f"{where}: {printable(name)} has the number {printable(number)}; give 0, 1, ... or -1 for none."
+            )
+        if number in names:
+            raise ValueError(
+                f"{where}: {printable(name)} and {printable(names[number])} have the same number {number}."
+            )
+        if number >= 0:
+            names[number] = str(name)
+    return names
 
 
 def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Frame:
@@ -77,7 +103,7 @@ def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Fram
             camera_from_lidar=camera_from_lidar,
             ego_from_camera=ego_from_camera,
             global_from_ego=global_from_ego @ ego_from_lidar @ inverse(camera_from_lidar) @ inverse(ego_from_camera),
-            timestamp=_number(camera, place, "timestamp") if "timestamp" in camera else time,
+            timestamp=_number(camera, place, "timestamp") if {"timestamp"} <= camera.keys() & info.keys() else time,
             size=_size(camera, place),
         )
     sweeps = []
@@ -87,7 +113,7 @@ def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Fram
         lidar_from_sweep = inverse(_transform(sweep, place, "lidar_points.lidar2sensor"))
         sweeps.append(Sweep(file, lidar_from_sweep, time - _number(sweep, place, "timestamp")))
     return Frame(
-        token=str(info.get("token", "")),
+        token=_text(info, where, "token"),
         scene="",
         previous="",
         timestamp=time,
@@ -109,10 +135,22 @@ def _instances(info: dict, where: str, names: dict[int, str]) -> dict[str, Any]:
         known = _optional(instance, place, "velocity", list)
         velocity = _numbers(instance, place, "velocity", (2,), finite=False) if known else np.full(2, np.nan)
         rows.append(np.concatenate([box, velocity]))
-        found.append(names.get(int(_number(instance, place, "bbox_label_3d")), ""))
-        valid.append(bool(instance.get("bbox_3d_isvalid", True)))
+        found.append(_class_of(instance, place, names))
+        flag = instance.get("bbox_3d_isvalid", True)
+        if not isinstance(flag, bool | int | np.bool_):
+            raise ValueError(f"{place}: bbox_3d_isvalid must be true or false, not a {type(flag).__name__}.")
+        valid.append(bool(flag))
         seen.append(int(_number(instance, place, "num_lidar_pts")) if "num_lidar_pts" in instance else -1)
     return _boxes(np.array(rows).reshape(-1, 9), found, np.array(valid, dtype=bool), np.array(seen, dtype=np.int64))
+
+
+def _class_of(instance: dict, where: str, names: dict[int, str]) -> str:
+    label = _number(instance, where, "bbox_label_3d")
+    if label != -1 and label not in names:
+        raise ValueError(
+            f"{where}: bbox_label_3d {label:g} is neither a number of metainfo.categories nor -1 for none of them."
+        )
+    return names.get(int(label), "")
 
 
 def _boxes(boxes: np.ndarray, names: list[str], valid: np.ndarray, seen: np.ndarray) -> dict[str, Any]:
@@ -129,6 +167,18 @@ def _boxes(boxes: np.ndarray, names: list[str], valid: np.ndarray, seen: np.ndar
 
 
 # --- v1.0 ---
+
+
+def _tell_of_names(path: Path, infos: list) -> None:
+    """Warns of annotations whose name is no class and no category of nuScenes', since they are left out."""
+    counts = Counter(str(name) for i, info in enumerate(infos) for name in _names(info, f"{path}: infos[{i}]"))
+    if foreign := [name for name in counts if name not in (*CLASSES, *CATEGORIES, "animal", "ignore")]:
+        names = ", ".join(printable(name) for name in foreign[:5])
+        warnings.warn(
+            f"{path}: {sum(counts[name] for name in foreign):,} of {sum(counts.values()):,} annotations are left out, since "
+            f"their names are none of nuScenes' ({names}).",
+            stacklevel=3,
+        )
 
 
 def _old_frame(info: dict, where: str, folders: bool) -> Frame:
@@ -152,7 +202,7 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
         lag = 1e-6 * (time - _number(sweep, place, "timestamp"))
         file = _path(_get(sweep, place, "data_path", str), "sweeps/LIDAR_TOP", folders)
         sweeps.append(Sweep(file, _sensor2lidar(sweep, place), lag))
-    boxes = [str(name) for name in info.get("gt_names", [])]
+    boxes = [str(name) for name in _names(info, where)]
     count = len(boxes)
     seen = _numbers(info, where, "num_lidar_pts", (count,)) if count and "num_lidar_pts" in info else np.full(count, -1)
     valid = _numbers(info, where, "valid_flag", (count,)) > 0 if count and "valid_flag" in info else seen != 0
@@ -161,9 +211,9 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
         velocity = _numbers(info, where, "gt_velocity", (count, 2), finite=False)
         geometry = np.concatenate([_numbers(info, where, "gt_boxes", (count, 7)), velocity], axis=1)
     return Frame(
-        token=str(info.get("token", "")),
+        token=_text(info, where, "token"),
         scene="",
-        previous=str(info.get("prev", "")),
+        previous=_text(info, where, "prev"),
         timestamp=1e-6 * time,
         lidar_path=_path(_get(info, where, "lidar_path", str), "samples/LIDAR_TOP", folders),
         ego_from_lidar=_pose(info, where, "lidar2ego"),
@@ -172,6 +222,13 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
         cameras=cameras,
         **_boxes(geometry, [n if n in CLASSES else "" for n in boxes], valid, seen.astype(np.int64)),
     )
+
+
+def _names(info: Any, where: str) -> Any:
+    """The names of an entry's annotations."""
+    if isinstance(info, dict) and "gt_names" not in info:
+        return []
+    return _get(info, where, "gt_names", (list, tuple, np.ndarray))
 
 
 def _check_length_first(path: Path, frames: list[Frame]) -> None:
@@ -212,6 +269,8 @@ def _size(camera: dict, where: str) -> tuple[int, int] | None:
 
 def _path(name: str, folder: str, folders: bool) -> str:
     """Relative to the root; `folder` is where a bare name lies if the root has such folders."""
+    if "\0" in name:
+        raise ValueError(f"{printable(name)} is no name of a file; repair or remove it.")
     parts = Path(name).parts
     top = [i for i, part in enumerate(parts) if part in ("samples", "sweeps")]
     if top:
@@ -226,7 +285,7 @@ def _get(tree: Any, where: str, key: str, kind: type | tuple[type, ...]) -> Any:
         if not isinstance(value, dict) or part not in value:
             raise ValueError(f"{where}: {key} is missing; the file is not in mmdetection3d's v1.1 or v1.0 info form.")
         value = value[part]
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
         wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ValueError(f"{where}: {key} must be a {wanted}, not {type(value).__name__}.")
     return value
@@ -237,8 +296,20 @@ def _optional(tree: dict, where: str, key: str, kind: type) -> Any:
     return kind() if tree.get(key) is None else _get(tree, where, key, kind)
 
 
+def _text(tree: dict, where: str, key: str) -> str:
+    """tree[key], also where it is a number; "" if it is missing."""
+    return str(_get(tree, where, key, (str, int, np.integer))) if key in tree else ""
+
+
 def _number(tree: Any, where: str, key: str) -> float:
-    return float(_get(tree, where, key, (int, float, np.integer, np.floating)))
+    value = _get(tree, where, key, (int, float, np.integer, np.floating))
+    try:
+        number = float(value)
+    except OverflowError:
+        number = np.inf
+    if not np.isfinite(number):
+        raise ValueError(f"{where}: {key} is NaN, infinite or beyond any number; repair or remove the entry.")
+    return number
 
 
 def _numbers(tree: Any, where: str, key: str, shape: tuple[int, ...], *, finite: bool = True) -> np.ndarray:
@@ -246,7 +317,7 @@ def _numbers(tree: Any, where: str, key: str, shape: tuple[int, ...], *, finite:
     entries = _get(tree, where, key, (list, tuple, np.ndarray))
     try:
         value = np.array(entries, dtype=np.float64)
-    except (TypeError, ValueError) as error:  # ragged rows, or words
+    except (TypeError, ValueError, OverflowError) as error:  # ragged rows, words, or digits without end
         raise ValueError(f"{where}: {key} must hold numbers in the shape {list(shape)} ({error}).") from error
     if value.shape != shape:
         raise ValueError(f"{where}: {key} must hold numbers in the shape {list(shape)}, not {list(value.shape)}.")
@@ -266,7 +337,7 @@ def _transform(tree: Any, where: str, key: str, *, unknown: bool = False) -> np.
 
 def _rigid(transform: np.ndarray, where: str, key: str) -> np.ndarray:
     turn = transform[:3, :3]
-    if np.abs(turn @ turn.T - np.eye(3)).max() > 1e-3 or not np.allclose(transform[3], [0, 0, 0, 1]):
+    if possible.no_rotation(turn) or not np.allclose(transform[3], [0, 0, 0, 1]):
         raise ValueError(f"{where}: {key} is no rotation with a translation; the file is damaged, make it again.")
     return transform
 
@@ -276,7 +347,7 @@ def _rigid(transform: np.ndarray, where: str, key: str) -> np.ndarray:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path.read_bytes(), finite=False)
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{path} is not valid JSON ({error}); copy it again.") from error
 
@@ -318,15 +389,18 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(path: Path) -> Any:
-    with open(path, "rb") as file:
-        try:
-            return _Unpickler(file).load()
-        except _Refused as refused:
-            raise ValueError(
-                f"{path} asks for {refused}; an info file holds plain data and numpy arrays, and bevfn runs nothing "
-                "else from a pickle: make the file again with create_data.py, or give the data set root instead."
-            ) from refused
-        except Exception as error:  # a damaged pickle ends in nearly any exception
-            raise ValueError(
-                f"{path} is no complete pickle ({type(error).__name__}: {error}); copy it again."
-            ) from error
+    raw = path.read_bytes()
+    try:
+        # A length that a pickle declares is not yet there, so memory is what tells an honest one. From bytes, not from the
+        # file, of which a read of the declared length would be asked.
+        with host.bounded_memory(MEMORY[0] + MEMORY[1] * len(raw)):
+            return _Unpickler(io.BytesIO(raw)).load()
+    except _Refused as refused:
+        raise ValueError(
+            f"{path} asks for {refused}; an info file holds plain data and numpy arrays, and bevfn runs nothing else from a "
+            "pickle: make the file again with create_data.py, or give the data set root instead."
+        ) from refused
+    except Exception as error:  # a damaged pickle ends in nearly any exception
+        raise ValueError(
+            f"{path} is no complete pickle ({type(error).__name__}: {printable(error)}); copy it again."
+        ) from error

@@ -9,9 +9,11 @@ Source: nuscenes-devkit 1.2; mmdetection3d tools/dataset_converters/nuscenes_con
 import contextlib
 import io
 import json
+import math
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,43 +23,15 @@ from rich.console import Console
 from rich.progress import track
 from scipy.spatial.transform import Rotation
 
-from bevfn.data import building
+from bevfn.data import building, faults, possible, tables
 from bevfn.data.index import CAMERAS, Camera, Frame, Index, Packed, Sweep, inverse, pack
 from bevfn.files import write_atomically
+from bevfn.names import printable
+from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
-TABLES = (
-    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
-    "sample", "sample_data", "sample_annotation", "map",
-)  # fmt: skip
-# Which tokens must be found in which table; lists of tokens too. Empty tokens (the ends of chains) refer to nothing.
-REFERENCES = {
-    "instance": {"category_token": "category"},
-    "calibrated_sensor": {"sensor_token": "sensor"},
-    "scene": {"log_token": "log"},
-    "sample": {"scene_token": "scene", "prev": "sample", "next": "sample"},
-    "sample_data": {
-        "sample_token": "sample",
-        "ego_pose_token": "ego_pose",
-        "calibrated_sensor_token": "calibrated_sensor",
-        "prev": "sample_data",
-        "next": "sample_data",
-    },
-    "sample_annotation": {
-        "sample_token": "sample",
-        "instance_token": "instance",
-        "visibility_token": "visibility",
-        "attribute_tokens": "attribute",
-        "prev": "sample_annotation",
-        "next": "sample_annotation",
-    },
-    "map": {"log_tokens": "log"},
-}
 MAX_SWEEPS = 10
-FORMAT = 2  # of the cache file; another number makes every older file be rebuilt
-# The devkit scores a split only with the version that it belongs to (nuscenes.eval.common.loaders).
-BELONGS = {
-    "trainval": ("train", "val", "train_detect", "train_track"), "mini": ("mini_train", "mini_val"), "test": ("test",),
-}  # fmt: skip
+ANNOTATIONS = "sample_annotation"
+FORMAT = 4  # of the cache file; another number makes every older file be rebuilt
 
 
 def index(root: Path, version: str, split: str, cache: Path | None = None) -> Index:
@@ -69,47 +43,28 @@ def index(root: Path, version: str, split: str, cache: Path | None = None) -> In
     The first call reads every table, which takes nuScenes' trainval minutes and gigabytes; later ones read one file.
     Processes that call at once wait for the one that builds.
 
-    Raises ValueError, one sentence, for a wrong root, version or split, a split without scenes, and broken tables.
+    Raises ValueError, one sentence, for a wrong root, version or split, a split without scenes, broken tables, and values
+    that are not possible, which names the annotation or key frame.
     """
+    packed = faults.refuse(frames(root, version, split, cache), f"{Path(root) / version}")
+    return Index(root=Path(root), version=version, split=split, frames=packed)
+
+
+def frames(root: Path, version: str, split: str, cache: Path | None = None) -> Packed:
+    """What `index` has, whatever its values are: for `bevfn data check`."""
     root = Path(root)
-    check_root(root, version)
+    tables.check_root(root, version)
     header, name = _header(root, version, split), _name(version, split)
     places = [Path(cache)] if cache is not None else [root / ".bevfn", building.home(root)]
     packed = _cached(places, name, header)
     if packed is None:
-        scenes = scenes_of(root, version, split)
+        scenes = tables.scenes_of(root, version, split)
         with _only_one(places, f"{name}.lock"):
             packed = _cached(places, name, header)  # another process may have been faster
             if packed is None:
                 packed = _build(root, version, split, set(scenes))
                 _store(places, name, header, packed)
-    return Index(root=root, version=version, split=split, frames=packed)
-
-
-def versions(root: Path) -> list[str]:
-    """Names of the folders in `root` that hold tables."""
-    return sorted(path.parent.name for path in Path(root).glob("*/sample.json"))
-
-
-def check_root(root: Path, version: str) -> None:
-    """Raises ValueError, which says what folder or version to give, unless root/version is a folder of tables."""
-    root = Path(root)
-    if not root.is_dir():
-        kind = "is a file" if root.is_file() else "does not exist"
-        raise ValueError(f"{root} {kind}; give the folder that holds samples/, sweeps/, maps/ and {version}/.")
-    if (root / version).is_dir():
-        return
-    if found := versions(root):
-        raise ValueError(f"{root} has no {version}; it has {', '.join(found)}: choose one of these as version.")
-    for above in list(root.resolve().parents)[:3]:
-        if (above / version).is_dir() or versions(above):
-            raise ValueError(f"{root} is inside the data set; give the folder above it as root: {above}.")
-    below = sorted({path.parents[1] for depth in ("*/*", "*/*/*") for path in root.glob(f"{depth}/sample.json")})
-    if below:
-        raise ValueError(f"{root} is above the data set; give the folder inside it as root: {below[0]}.")
-    if (root / "frame.json").is_file():
-        raise ValueError(f"{root} holds a single key frame (frame.json), no nuScenes data set; give the root of one.")
-    raise ValueError(f"{root} has no {version}; extract nuScenes' metadata archive there, or give another root.")
+    return packed
 
 
 def has_index(root: Path, version: str, split: str) -> bool:
@@ -118,91 +73,11 @@ def has_index(root: Path, version: str, split: str) -> bool:
     return _cached([root / ".bevfn", building.home(root)], _name(version, split), header) is not None
 
 
-def splits(root: Path, version: str) -> dict[str, list[str]]:
-    """Split: names of its scenes that the root has, for every split of this version with at least one scene."""
-    from nuscenes.utils.splits import create_splits_scenes  # imports for seconds
-
-    folder = Path(root) / version
-    here = {str(scene.get("name")) for scene in read_table(folder / "scene.json")}
-    ending = next((ending for ending in BELONGS if version.endswith(ending)), None)
-    known = {s: names for s, names in create_splits_scenes().items() if ending is None or s in BELONGS[ending]}
-    if (folder / "splits.json").is_file():
-        known |= _read_json(folder / "splits.json", dict)
-    present = {split: [name for name in names if name in here] for split, names in known.items()}
-    return {split: names for split, names in present.items() if names}
-
-
-def scenes_of(root: Path, version: str, split: str) -> list[str]:
-    """Names of the split's scenes; raises ValueError if the root has none."""
-    present = splits(root, version)
-    if split not in present:
-        has = f"the splits with scenes there are {', '.join(present)}" if present else "it has no scene of any split"
-        raise ValueError(f"{root}, {version}, has no scene of the split {split!r}; {has}.")
-    return present[split]
-
-
-def read_table(path: Path) -> list[dict]:
-    """The rows of a table. Raises ValueError if the file is missing, no complete JSON, or not a list of rows."""
-    rows = _read_json(path, list)
-    if not all(isinstance(row, dict) and ("token" in row) for row in rows):
-        raise ValueError(f"{path}: a row has no token; the table is damaged, extract the metadata archive again.")
-    return rows
-
-
-def read_tables(root: Path, version: str) -> tuple[dict[str, list[dict]], dict[str, str]]:
-    """(the tables that can be read, table: what is wrong with it for those that are missing, unreadable, or name rows
-    that are nowhere)."""
-    folder = Path(root) / version
-    tables, problems = {}, {}
-    for name in TABLES:
-        try:
-            tables[name] = read_table(folder / f"{name}.json")
-        except (ValueError, OSError) as error:
-            problems[name] = str(error)
-    tokens = {name: {row["token"] for row in rows} for name, rows in tables.items()}
-    for name, fields in REFERENCES.items():
-        for field, target in fields.items():
-            if name not in tables or target not in tables or name in problems:
-                continue
-            lost = _dangling(tables[name], field, tokens[target])
-            if lost:
-                problems[name] = (
-                    f"{folder / name}.json: {field} of {len(lost)} of {len(tables[name])} rows names no row of "
-                    f"{target}.json (the first is {lost[0]!r}); one of the two is incomplete or of another version, "
-                    "extract the metadata archive again."
-                )
-    if "log" not in problems and "map" not in problems:
-        mapped = {token for row in tables["map"] for token in row.get("log_tokens", [])}
-        if lost := sorted(tokens["log"] - mapped):
-            problems["map"] = f"{folder / 'map.json'}: no map names the log {lost[0]!r}; extract the archive again."
-    return tables, problems
-
-
-def _dangling(rows: list[dict], field: str, tokens: set[str]) -> list[Any]:
-    """Values of `field` that are not in `tokens`, one per row that has such a value."""
-    lost = []
-    for row in rows:
-        value = row.get(field)
-        values = value if isinstance(value, list) else [value]
-        lost += [token for token in values if token != "" and token not in tokens][:1]
-    return lost
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; extract nuScenes' metadata archive again.")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(
-            f"{path} is truncated or damaged ({error}); extract nuScenes' metadata archive again."
-        ) from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; extract the archive again.")
-    return content
-
-
 # --- building ---
+
+
+class _Impossible(ValueError):
+    """What a row says that cannot be; the sentence names it."""
 
 
 def _build(root: Path, version: str, split: str, scenes: set[str]) -> Packed:
@@ -210,57 +85,82 @@ def _build(root: Path, version: str, split: str, scenes: set[str]) -> Packed:
     from nuscenes import NuScenes  # imports for seconds
 
     try:
-        tables = NuScenes(version=version, dataroot=str(root), verbose=False)
-        samples = [s for s in tables.sample if tables.get("scene", s["scene_token"])["name"] in scenes]
+        devkit = NuScenes(version=version, dataroot=str(root), verbose=False)
+        _check_tokens(devkit)
+        samples = [s for s in devkit.sample if devkit.get("scene", s["scene_token"])["name"] in scenes]
         console = Console(stderr=True)
         steps = track(samples, f"index of {version} {split}", console=console, disable=not console.is_terminal)
-        frames = pack(_frame(tables, sample) for sample in steps)
-    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
-        _, problems = read_tables(root, version)
-        missing = [] if problems else missing_maps(root, version)
+        packed = pack(_frame(devkit, sample) for sample in steps)
+        _tell_of_categories(devkit, root / version)
+    except _Impossible as error:
+        raise ValueError(f"{root / version}: {error}.") from None
+    except (
+        *(LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError),
+        *(ArithmeticError, RecursionError),
+    ) as error:
+        _, problems = tables.read_tables(root, version)
+        missing = [] if problems else tables.missing_maps(root, version)
         what = next(iter(problems.values()), "") or (
             f"{missing[0]} does not exist but {version}/map.json names it; extract nuScenes' maps archive."
             if missing
             else f"{root / version}: nuscenes-devkit cannot read the tables ({type(error).__name__}: {error})."
         )
         raise ValueError(what) from error
-    if not len(frames):
+    if not len(packed):
         raise ValueError(f"{root / version}: sample.json has no key frame of the split {split!r}; extract it again.")
-    return frames
+    return packed
 
 
-def missing_maps(root: Path, version: str) -> list[Path]:
-    """The map images that map.json names and the root lacks; the devkit does not start without them."""
-    files = [Path(root) / row["filename"] for row in read_table(Path(root) / version / "map.json")]
-    return [file for file in files if not file.is_file()]
+def _check_tokens(devkit: Any) -> None:
+    """Raises _Impossible where rows of a table have the same token, of which the devkit takes the last."""
+    for name in tables.TABLES:
+        if len(devkit._token2ind[name]) < len(getattr(devkit, name)):
+            raise _Impossible(f"several rows of {name}.json have the same token; extract the metadata archive again")
 
 
-def _frame(tables: Any, sample: dict) -> Frame:
-    """One row of the sample table; `tables` is a devkit NuScenes."""
+def _tell_of_categories(devkit: Any, where: Path) -> None:
+    """Warns of annotations whose category is none of nuScenes', since they are left out; raises _Impossible if all are."""
+    counts = Counter(row["category_name"] for row in devkit.sample_annotation)
+    foreign = {name: count for name, count in counts.items() if name not in CATEGORIES}
+    if not foreign:
+        return
+    names = ", ".join(printable(name) for name in list(foreign)[:5])
+    if len(foreign) == len(counts):
+        raise _Impossible(f"its categories ({names}) are none of nuScenes', so no object could be learned")
+    warnings.warn(
+        f"{where}: {sum(foreign.values()):,} of {sum(counts.values()):,} annotations are left out, since their categories are "
+        f"none of nuScenes' ({names}).",
+        stacklevel=4,
+    )
+
+
+def _frame(devkit: Any, sample: dict) -> Frame:
+    """One row of the sample table; `devkit` is a devkit NuScenes."""
     if "LIDAR_TOP" not in sample["data"]:
-        raise ValueError(f"sample {sample['token']} has no LIDAR_TOP in sample_data.json.")
-    lidar = tables.get("sample_data", sample["data"]["LIDAR_TOP"])
-    ego_from_lidar, global_from_ego = _poses(tables, lidar)
+        raise _Impossible(f"key frame {printable(sample['token'])} has no LIDAR_TOP in sample_data.json")
+    lidar = devkit.get("sample_data", sample["data"]["LIDAR_TOP"])
+    _check_times(devkit, sample, lidar)
+    ego_from_lidar, global_from_ego = _poses(devkit, lidar)
     lidar_from_global = inverse(global_from_ego @ ego_from_lidar)
     time = 1e-6 * lidar["timestamp"]
 
     sweeps: list[Sweep] = []
     scan = lidar
     while scan["prev"] and len(sweeps) < MAX_SWEEPS:
-        scan = tables.get("sample_data", scan["prev"])
-        ego_from_scan, global_from_then = _poses(tables, scan)
+        scan = _previous(devkit, scan)
+        ego_from_scan, global_from_then = _poses(devkit, scan)
         lag = 1e-6 * (lidar["timestamp"] - scan["timestamp"])
         sweeps.append(Sweep(scan["filename"], lidar_from_global @ global_from_then @ ego_from_scan, lag))
 
     cameras = {}
     for channel in CAMERAS:
         if channel in sample["data"]:
-            image = tables.get("sample_data", sample["data"][channel])
-            ego_from_camera, global_from_then = _poses(tables, image)
-            calibration = tables.get("calibrated_sensor", image["calibrated_sensor_token"])
+            image = devkit.get("sample_data", sample["data"][channel])
+            ego_from_camera, global_from_then = _poses(devkit, image)
+            calibration = devkit.get("calibrated_sensor", image["calibrated_sensor_token"])
             cameras[channel] = Camera(
                 path=image["filename"],
-                intrinsics=np.array(calibration["camera_intrinsic"], dtype=np.float64).reshape(3, 3),
+                intrinsics=_numbers("calibrated_sensor", [calibration], "camera_intrinsic", (3, 3))[0],
                 camera_from_lidar=inverse(lidar_from_global @ global_from_then @ ego_from_camera),
                 ego_from_camera=ego_from_camera,
                 global_from_ego=global_from_then,
@@ -269,7 +169,7 @@ def _frame(tables: Any, sample: dict) -> Frame:
             )
     return Frame(
         token=sample["token"],
-        scene=tables.get("scene", sample["scene_token"])["name"],
+        scene=devkit.get("scene", sample["scene_token"])["name"],
         previous=sample["prev"],
         timestamp=time,
         lidar_path=lidar["filename"],
@@ -277,29 +177,50 @@ def _frame(tables: Any, sample: dict) -> Frame:
         global_from_ego=global_from_ego,
         sweeps=tuple(sweeps),
         cameras=cameras,
-        **_annotations(tables, sample["anns"], lidar_from_global),
+        **_annotations(devkit, sample["anns"], lidar_from_global),
     )
 
 
-def _annotations(tables: Any, tokens: list[str], lidar_from_global: np.ndarray) -> dict[str, Any]:
+def _check_times(devkit: Any, sample: dict, lidar: dict) -> None:
+    """A key frame's own time, by which velocities are divided: about that of its scan, and after the one before it."""
+    offset, token = 1e-6 * (sample["timestamp"] - lidar["timestamp"]), printable(sample["token"])
+    if possible.OFFSET.impossible(np.array(offset)):
+        raise _Impossible(f"key frame {token} is {offset:g} s after its LiDAR scan, which must be {possible.OFFSET}")
+    if sample["prev"] and devkit.get("sample", sample["prev"])["timestamp"] >= sample["timestamp"]:
+        raise _Impossible(f"key frame {token} is not later than its `prev`, by timestamp of sample.json")
+
+
+def _previous(devkit: Any, scan: dict) -> dict:
+    """The scan before, of the same sensor in the same scene."""
+    before = devkit.get("sample_data", scan["prev"])
+    scenes = [devkit.get("sample", row["sample_token"])["scene_token"] for row in (before, scan)]
+    if before["channel"] != scan["channel"] or scenes[0] != scenes[1]:
+        raise _Impossible(
+            f"row {printable(scan['token'])} of sample_data.json has its `prev` in another scene or sensor"
+        )
+    return before
+
+
+def _annotations(devkit: Any, tokens: list[str], lidar_from_global: np.ndarray) -> dict[str, Any]:
     """The Frame's fields of boxes, in the sample's order of annotations."""
     from nuscenes.eval.detection.utils import category_to_detection_name
 
-    rows = [tables.get("sample_annotation", token) for token in tokens]
+    rows = [devkit.get("sample_annotation", token) for token in tokens]
     turn = lidar_from_global[:3, :3]
     boxes = np.zeros((len(rows), 9))
     if rows:
-        centres = np.array([row["translation"] for row in rows])  # G 3, global
-        quaternions = np.array([row["rotation"] for row in rows])  # G 4, w x y z
+        centres = _numbers(ANNOTATIONS, rows, "translation", (3,))  # G 3, global
+        quaternions = _quaternions(ANNOTATIONS, rows)  # G 4, w x y z
         lidar_from_box = turn @ Rotation.from_quat(quaternions[:, [1, 2, 3, 0]]).as_matrix()  # G 3 3
-        velocities = np.array([tables.box_velocity(token) for token in tokens])  # G 3, global, NaN where unknown
+        _check_links(devkit, rows)
+        velocities = np.array([devkit.box_velocity(token) for token in tokens])  # G 3, global, NaN where unknown
         velocities[:, 2] = 0.0  # as upstream: the horizontal part is turned
         boxes[:, :3] = centres @ turn.T + lidar_from_global[:3, 3]
-        boxes[:, 3:6] = np.array([row["size"] for row in rows])[:, [1, 0, 2]]  # width length height -> dx dy dz
+        boxes[:, 3:6] = _numbers(ANNOTATIONS, rows, "size", (3,))[:, [1, 0, 2]]  # width length height -> dx dy dz
         # The yaw of pyquaternion's yaw_pitch_roll, which upstream takes; atan2(R10, R00) differs where the car tilts.
         boxes[:, 6] = np.arctan2(-lidar_from_box[:, 0, 1], lidar_from_box[:, 0, 0])
         boxes[:, 7:9] = (velocities @ turn.T)[:, :2]
-    seen = np.array([(row["num_lidar_pts"], row["num_radar_pts"]) for row in rows], dtype=np.int64).reshape(-1, 2)
+    seen = np.stack([_counts(rows, f"num_{sensor}_pts") for sensor in ("lidar", "radar")], axis=1)  # G 2
     attributes = (row["attribute_tokens"][:1] for row in rows)
     levels = (row.get("visibility_token") for row in rows)
     return {
@@ -307,23 +228,80 @@ def _annotations(tables: Any, tokens: list[str], lidar_from_global: np.ndarray) 
         "names": tuple(category_to_detection_name(row["category_name"]) or "" for row in rows),
         "valid": seen.sum(axis=1) > 0,
         "num_lidar_points": seen[:, 0],
-        "attributes": tuple(tables.get("attribute", a[0])["name"] if a else "" for a in attributes),
-        "visibility": tuple(tables.get("visibility", level)["level"] if level else "" for level in levels),
+        "attributes": tuple(devkit.get("attribute", a[0])["name"] if a else "" for a in attributes),
+        "visibility": tuple(devkit.get("visibility", level)["level"] if level else "" for level in levels),
         "annotations": tuple(tokens),
+        "categories": tuple(row["category_name"] for row in rows),
     }
 
 
-def _poses(tables: Any, data: dict) -> tuple[np.ndarray, np.ndarray]:
+def _check_links(devkit: Any, rows: list[dict]) -> None:
+    """Annotations' prev and next, between which velocities are measured: other annotations of the same object."""
+    for row in rows:
+        for name in ("prev", "next"):
+            if not row[name]:
+                continue
+            other = devkit.get(ANNOTATIONS, row[name])
+            if other is row or other["instance_token"] != row["instance_token"]:
+                whose = "itself" if other is row else "of another object"
+                raise _Impossible(f"annotation {printable(row['token'])} has a `{name}` that is {whose}")
+
+
+def _counts(rows: list[dict], field: str) -> np.ndarray:
+    """[G] int64."""
+    counts = _numbers(ANNOTATIONS, rows, field, ())
+    if (bad := possible.POINTS.impossible(counts)).any():
+        i = int(np.argmax(bad))
+        raise _Impossible(
+            f"annotation {printable(rows[i]['token'])} has {field} {counts[i]:g}, which must be {possible.POINTS}"
+        )
+    return counts.astype(np.int64)
+
+
+def _numbers(table: str, rows: list[dict], field: str, shape: tuple[int, ...]) -> np.ndarray:
+    """That field of the rows, [n, *shape] float64. Raises _Impossible for a row that has no such numbers."""
+    try:
+        values = np.array([row[field] for row in rows], dtype=np.float64).reshape(len(rows), *shape)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        for row in rows if len(rows) > 1 else ():
+            _numbers(table, [row], field, shape)
+        what = "number" if not shape else f"{' x '.join(map(str, shape))} numbers"
+        raise _Impossible(f"{table} {printable(rows[0]['token'])} has no {field} of {what}") from None
+    return values
+
+
+def _quaternions(table: str, rows: list[dict]) -> np.ndarray:
+    """[n,4], w x y z, of unit length."""
+    values = _numbers(table, rows, "rotation", (4,))
+    bad = ~(np.abs(np.linalg.norm(values, axis=1) - 1) <= possible.QUATERNION)
+    if bad.any():
+        row = rows[int(np.argmax(bad))]
+        raise _Impossible(f"{table} {printable(row['token'])} has a rotation that is no quaternion of length 1")
+    return values
+
+
+def _poses(devkit: Any, data: dict) -> tuple[np.ndarray, np.ndarray]:
     """(ego_from_sensor, global_from_ego), both 4 4 float64, of a row of sample_data."""
     from nuscenes.utils.geometry_utils import transform_matrix
     from pyquaternion import Quaternion
 
-    rows = (
-        tables.get("calibrated_sensor", data["calibrated_sensor_token"]),
-        tables.get("ego_pose", data["ego_pose_token"]),
-    )
-    first, second = (transform_matrix(row["translation"], Quaternion(row["rotation"])) for row in rows)
-    return first, second
+    def pose(table: str) -> np.ndarray:
+        row = devkit.get(table, data[f"{table}_token"])
+        if not _is_pose(row):  # then one of these says why
+            _quaternions(table, [row])
+            _numbers(table, [row], "translation", (3,))
+        return transform_matrix(row["translation"], Quaternion(row["rotation"]))
+
+    return pose("calibrated_sensor"), pose("ego_pose")
+
+
+def _is_pose(row: dict) -> bool:
+    """Cheap, as every sweep asks for it twice."""
+    try:
+        turn, moved = row["rotation"], row["translation"]
+        return len(turn) == 4 and len(moved) == 3 and abs(math.hypot(*turn) - 1) <= possible.QUATERNION
+    except (KeyError, TypeError, OverflowError):
+        return False
 
 
 # --- cache ---
@@ -335,9 +313,9 @@ def _name(version: str, split: str) -> str:
 
 def _header(root: Path, version: str, split: str) -> dict[str, Any]:
     """What a cached file must have been made of: size and mtime [ns] of every table."""
-    stats = {name: root / version / f"{name}.json" for name in (*TABLES, "splits")}
-    tables = {name: [(s := path.stat()).st_size, s.st_mtime_ns] for name, path in stats.items() if path.is_file()}
-    return {"format": FORMAT, "version": version, "split": split, "tables": tables}
+    stats = {name: root / version / f"{name}.json" for name in (*tables.TABLES, "splits")}
+    stated = {name: [(s := path.stat()).st_size, s.st_mtime_ns] for name, path in stats.items() if path.is_file()}
+    return {"format": FORMAT, "version": version, "split": split, "tables": stated}
 
 
 def _cached(places: list[Path], name: str, header: dict) -> Packed | None:

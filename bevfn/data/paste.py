@@ -1,7 +1,8 @@
 """GT paste: a database of annotated objects with their points, and objects of it put into other frames.
 
 The database is a folder: `objects.npz` (arrays, a row per object) and the one file of all points that it names. Objects
-are stored relative to their box's bottom centre, with ten sweeps and their time lag, and are pasted where they were.
+are stored relative to their box's bottom centre, with ten sweeps and their time lag, and are pasted where they were, with
+as many sweeps as the frame is read with.
 
 Source: SECOND (Yan et al. 2018); mmdetection3d create_gt_database, DataBaseSampler, ObjectSample.
 """
@@ -13,7 +14,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,9 @@ from bevfn.files import write_atomically, writing
 
 OBJECTS = "objects.npz"
 SWEEPS = 10  # besides the key frame
+IGNORED = "barrier"  # the last of upstream's classes
 FRAMES = 32  # of one part, the unit of work that a stopped build does not lose
-FORMAT = 1  # raise it when the files' meaning changes
+FORMAT = 2  # raise it when the files' meaning changes
 
 
 def _quotas() -> dict[str, int]:
@@ -47,6 +49,17 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Making:
+    """How a database is made, which it remembers. Defaults: as the published recipe's was."""
+
+    published_sweeps: bool = True
+    """Sweeps are moved as upstream does (`sweeps.motion`)."""
+    published_paste: bool = True
+    """Objects of no class (police cars, debris, bicycle racks) are stored as barriers where that is a class: upstream takes
+    their label, -1, for an index into its classes, of which barrier is the last."""
+
+
+@dataclass(frozen=True)
 class Database:
     """N objects; small enough to send to other processes, the points stay in their file."""
 
@@ -58,21 +71,27 @@ class Database:
     labels: np.ndarray
     """N int16, into class_names."""
     starts: np.ndarray
-    """N + 1 int64: object i has the points [starts[i], starts[i + 1])."""
+    """N + 1 int64: object i has the points [starts[i], starts[i + 1]), those of newer scans first."""
+    scans: np.ndarray
+    """N SWEEPS + 1 int32: object i's points of the key frame and of its k newest sweeps are the first scans[i, k]."""
     difficulty: np.ndarray
     """N int32; 0 on nuScenes."""
     tokens: np.ndarray
     """N bytes, the frames that they come from."""
     class_names: tuple[str, ...]
+    making: Making
+    min_points: int
+    """What is pasted has as many points."""
     usable: dict[str, np.ndarray]
     """Class name to the objects that may be pasted: enough points, difficulty not -1."""
 
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def points(self, i: int) -> np.ndarray:
-        """Points [P,5] float32 of object i where it was, in the LiDAR frame. ValueError if the file is truncated."""
-        count = int(self.starts[i + 1] - self.starts[i])
+    def points(self, i: int, sweeps: int = SWEEPS) -> np.ndarray:
+        """Points [P,5] float32 of object i where it was, in the LiDAR frame, seen by the key frame and the newest `sweeps`
+        sweeps. ValueError if the file is truncated."""
+        count = int(self.scans[i, min(sweeps, SWEEPS)])
         offset = int(self.starts[i]) * points.BYTES
         values = np.fromfile(self.points_path, dtype="<f4", count=count * points.COLUMNS, offset=offset)
         if len(values) != count * points.COLUMNS:
@@ -87,10 +106,10 @@ def folder(index: Index) -> Path:
     return building.place(index.root, "bevfn_gt_database") / index.split
 
 
-def read(folder: Path, *, min_points: int = 5) -> Database:
+def read(folder: Path, *, min_points: int = 5, making: Making | None = None) -> Database:
     """The database that `build` made in `folder`; objects with fewer points than `min_points` are not pasted.
 
-    Raises ValueError if there is none, or if it is damaged.
+    Raises ValueError if there is none, if it is damaged, or if it was made otherwise than `making` says.
     """
     path = Path(folder) / OBJECTS
     if not path.is_file():
@@ -99,17 +118,32 @@ def read(folder: Path, *, min_points: int = 5) -> Database:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         points_path = path.parent / str(arrays["points_file"])
-        boxes, labels, starts = arrays["boxes"], arrays["labels"], arrays["starts"]
+        boxes, labels, starts, scans = (arrays[name] for name in ("boxes", "labels", "starts", "scans"))
+        made = Making(**json.loads(str(arrays["making"])))
         difficulty, tokens = arrays["difficulty"], arrays["tokens"]
         class_names = tuple(arrays["class_names"].tolist())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a GT-paste database ({error}); delete it and build it again.") from error
     size = points_path.stat().st_size if points_path.is_file() else -1
     if size != int(starts[-1]) * points.BYTES:
         raise ValueError(f"{points_path} is missing or truncated; delete {path} and build the database again.")
+    if making is not None:
+        _check_making(path.parent, made, making)
     good = (np.diff(starts) >= min_points) & (difficulty != -1)
     usable = {name: np.flatnonzero(good & (labels == label)) for label, name in enumerate(class_names)}
-    return Database(points_path, boxes, labels, starts, difficulty, tokens, class_names, usable)
+    return Database(
+        points_path, boxes, labels, starts, scans, difficulty, tokens, class_names, made, min_points, usable
+    )
+
+
+def _check_making(folder: Path, made: Making, wanted: Making) -> None:
+    for name, was in asdict(made).items():
+        if was != getattr(wanted, name):
+            have, want = (f"--{'' if value else 'no-'}{name.replace('_', '-')}" for value in (was, not was))
+            raise ValueError(
+                f"the GT-paste database {folder} was made with {have}, but the run has {want}; make it again with "
+                f"`bevfn data prepare ROOT {want}`, or train with {have}."
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- pasting
@@ -122,6 +156,7 @@ def sample(
     class_names: tuple[str, ...],
     config: Config,
     generator: np.random.Generator,
+    sweeps: int = SWEEPS,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Objects for a frame with boxes [G,9] and labels [G]: (boxes [S,9], labels [S], points [P,5]).
 
@@ -130,6 +165,9 @@ def sample(
     kept before, or one of its own class that comes later (so upstream: of two that collide the later one stays).
     Boxes of other classes (labels -1) are in the way as well.
 
+    sweeps: objects have their key frame's points and those of their newest `sweeps` sweeps, the frame's own being no
+        older; what has too few of them is not drawn.
+
     Raises ValueError if a quota's class is not in class_names.
     """
     drawn = []
@@ -137,11 +175,13 @@ def sample(
         if name not in class_names:
             raise ValueError(f"GT paste has a quota for {name!r}, which is none of {', '.join(class_names)}.")
         found = database.usable.get(name, np.zeros(0, dtype=np.int64))
+        if sweeps < SWEEPS:
+            found = found[database.scans[found, sweeps] >= database.min_points]
         missing = max(0, quota - int((labels == class_names.index(name)).sum()))
         drawn.append(generator.choice(found, min(missing, len(found)), replace=False))
     candidates = np.concatenate([*drawn, np.zeros(0, dtype=np.int64)]).astype(np.int64)  # S
     kept = candidates[_free(boxes, database.boxes[candidates], [len(group) for group in drawn])]
-    clouds = [database.points(i) for i in kept]
+    clouds = [database.points(i, sweeps) for i in kept]
     new_labels = np.array([class_names.index(database.class_names[k]) for k in database.labels[kept]], dtype=np.int64)
     return database.boxes[kept], new_labels, np.concatenate([np.zeros((0, points.COLUMNS), np.float32), *clouds])
 
@@ -176,10 +216,17 @@ def _free(boxes: np.ndarray, candidates: np.ndarray, groups: list[int]) -> np.nd
 
 
 def build(
-    index: Index, out: Path, *, class_names: tuple[str, ...], workers: int = 1, sweep_count: int = SWEEPS,
+    index: Index,
+    out: Path,
+    *,
+    class_names: tuple[str, ...],
+    making: Making | None = None,
+    workers: int = 1,
     progress: bool = True,
-) -> Database:  # fmt: skip
+) -> Database:
     """Makes the database of all valid boxes of `class_names` in `index`, or returns the one that is there already.
+
+    making: by default as published; a database that was made otherwise is made again.
 
     A stopped or killed build goes on where it was: finished parts of FRAMES frames lie in `out/parts` until the end
     (twice the database's size on disk for a moment). `objects.npz` is written last, so that there is a whole database
@@ -187,11 +234,11 @@ def build(
 
     Raises ValueError if a point file is damaged, if there is no frame, or if another build writes to `out`.
     """
-    out = Path(out)
+    out, making = Path(out), making or Making()
     if len(index) == 0:
         raise ValueError(f"{index.root} ({index.version}, split {index.split!r}) has no frames to build a database of.")
     with building.only_writer(out):
-        key = _fingerprint(index, class_names, sweep_count)
+        key = _fingerprint(index, class_names, making)
         if not _is_built(out, key):
             ranges = [range(i, min(i + FRAMES, len(index))) for i in range(0, len(index), FRAMES)]
             folder = out / "parts" / key
@@ -200,9 +247,9 @@ def build(
             with Progress(disable=not progress) as bar:
                 task = bar.add_task("GT-paste database", total=len(index), completed=len(index))
                 bar.update(task, completed=len(index) - sum(len(positions) for _, positions in todo))
-                for frames in building.unordered(_make_part, _jobs(index, todo, class_names, sweep_count), workers):
+                for frames in building.unordered(_make_part, _jobs(index, todo, class_names, making), workers):
                     bar.advance(task, frames)
-            _merge(out, key, parts, class_names)
+            _merge(out, key, parts, class_names, making)
         made = read(out)
         shutil.rmtree(out / "parts", ignore_errors=True)
         for stale in set(out.glob("points-*")) - {made.points_path}:
@@ -211,23 +258,24 @@ def build(
 
 
 def _jobs(
-    index: Index, todo: list[tuple[Path, range]], class_names: tuple[str, ...], sweep_count: int
+    index: Index, todo: list[tuple[Path, range]], class_names: tuple[str, ...], making: Making
 ) -> Iterator[tuple]:
     for part, positions in todo:
-        yield part, [index[i] for i in positions], index.root, class_names, sweep_count
+        yield part, [index[i] for i in positions], index.root, class_names, making
 
 
-def _make_part(part: Path, frames: list[Frame], root: Path, class_names: tuple[str, ...], sweep_count: int) -> int:
+def _make_part(part: Path, frames: list[Frame], root: Path, class_names: tuple[str, ...], making: Making) -> int:
     """Writes the objects of some frames; returns how many frames."""
     columns: dict[str, list[np.ndarray]] = {
-        "boxes": [np.zeros((0, 9), np.float32)], "labels": [np.zeros(0, np.int16)], "counts": [np.zeros(0, np.int64)],
-        "tokens": [np.zeros(0, "S1")], "points": [np.zeros((0, points.COLUMNS), np.float32)],
+        "boxes": [np.zeros((0, 9), np.float32)], "labels": [np.zeros(0, np.int16)],
+        "scans": [np.zeros((0, SWEEPS + 1), np.int32)], "tokens": [np.zeros(0, "S1")],
+        "points": [np.zeros((0, points.COLUMNS), np.float32)],
     }  # fmt: skip
     for frame in frames:
-        boxes, labels, clouds = _objects(frame, root, class_names, sweep_count)
+        boxes, labels, scans, clouds = _objects(frame, root, class_names, making)
         columns["boxes"].append(boxes)
         columns["labels"].append(labels.astype(np.int16))
-        columns["counts"].append(np.array([len(cloud) for cloud in clouds], dtype=np.int64))
+        columns["scans"].append(scans)
         columns["tokens"].append(np.full(len(boxes), frame.token.encode()))
         columns["points"] += clouds
     write_atomically(part, _npz({name: np.concatenate(values) for name, values in columns.items()}))
@@ -235,24 +283,30 @@ def _make_part(part: Path, frames: list[Frame], root: Path, class_names: tuple[s
 
 
 def _objects(
-    frame: Frame, root: Path, class_names: tuple[str, ...], sweep_count: int
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """(boxes [n,9], labels [n], points [P,5] of each) of the frame's valid annotations."""
-    cloud, _ = sweeps.aggregate(frame, root, count=sweep_count)
+    frame: Frame, root: Path, class_names: tuple[str, ...], making: Making
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """(boxes [n,9], labels [n], scans [n,SWEEPS + 1], points [P,5] of each) of the frame's valid annotations."""
+    scans, _ = sweeps.scans(frame, root, count=SWEEPS, published=making.published_sweeps)
+    cloud = np.concatenate(scans)
+    ends = np.cumsum([len(scan) for scan in scans] + [0] * (SWEEPS + 1 - len(scans)))
     xyz = np.ascontiguousarray(cloud[:, :3].T)  # 3 P
     boxes, labels = annotations.valid(frame, class_names)
+    if making.published_paste and IGNORED in class_names:
+        labels[labels < 0] = class_names.index(IGNORED)
     boxes, labels = boxes[labels >= 0], labels[labels >= 0]
+    counts = np.zeros((len(boxes), SWEEPS + 1), dtype=np.int32)
     clouds = []
-    for box in boxes:
-        inside = cloud[points.in_box(xyz, box)]
-        inside[:, :3] -= box[:3]
-        clouds.append(inside)
-    return boxes, labels, clouds
+    for i, box in enumerate(boxes):
+        rows = points.in_box(xyz, box)
+        counts[i] = np.searchsorted(rows, ends)
+        clouds.append(cloud[rows])
+        clouds[i][:, :3] -= box[:3]
+    return boxes, labels, counts, clouds
 
 
-def _merge(out: Path, key: str, parts: list[Path], class_names: tuple[str, ...]) -> None:
+def _merge(out: Path, key: str, parts: list[Path], class_names: tuple[str, ...], making: Making) -> None:
     """All parts as one file of points and, when that is on disk, the arrays that name it."""
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("boxes", "labels", "counts", "tokens")}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("boxes", "labels", "scans", "tokens")}
     points_path = out / f"points-{key}.bin"
     temporary = points_path.with_suffix(".part")
     try:
@@ -268,9 +322,10 @@ def _merge(out: Path, key: str, parts: list[Path], class_names: tuple[str, ...])
     finally:
         temporary.unlink(missing_ok=True)
     arrays = {name: np.concatenate(values) for name, values in columns.items()}
-    arrays["starts"] = np.concatenate([[0], np.cumsum(arrays.pop("counts"))]).astype(np.int64)
+    arrays["starts"] = np.concatenate([[0], np.cumsum(arrays["scans"][:, -1], dtype=np.int64)])
     arrays["difficulty"] = np.zeros(len(arrays["boxes"]), dtype=np.int32)
     arrays |= {"points_file": np.str_(points_path.name), "class_names": np.array(class_names), "key": np.str_(key)}
+    arrays["making"] = np.str_(json.dumps(asdict(making)))
     write_atomically(out / OBJECTS, _npz(arrays))
 
 
@@ -285,9 +340,9 @@ def _is_built(out: Path, key: str) -> bool:
         return str(file["key"]) == key
 
 
-def _fingerprint(index: Index, class_names: tuple[str, ...], sweep_count: int) -> str:
+def _fingerprint(index: Index, class_names: tuple[str, ...], making: Making) -> str:
     """Of everything that decides what the database holds, but for the point files' contents."""
-    digest = hashlib.sha256(json.dumps([FORMAT, FRAMES, list(class_names), sweep_count]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, FRAMES, list(class_names), asdict(making)]).encode())
     for frame in index:
         paths = [frame.lidar_path, *(sweep.path for sweep in frame.sweeps)]
         digest.update(json.dumps([frame.token, paths, list(frame.names), frame.valid.tolist()]).encode())

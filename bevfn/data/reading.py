@@ -1,7 +1,6 @@
 """What is read of a key frame: the config of `scene.load`. A recipe's published values are in its experiment."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from bevfn.data import augment
 from bevfn.data import paste as pasting
@@ -28,15 +27,23 @@ class Points:
     """Which ones, if there are more."""
     pad_empty_sweeps: bool = True
     """Repeat the key frame where there is no sweep at all."""
+    published_sweeps: bool = False
+    """Move sweeps as the published BEVFusion does, which is not quite where they belong (`sweeps.motion`)."""
     shuffle: bool = False
     """Random order, which decides which points a full voxel keeps."""
+
+    @property
+    def oldest(self) -> int:
+        """The oldest sweep that may be read, counted from 1, the newest; 0: none is."""
+        return pasting.SWEEPS if self.sweeps and self.sweep_choice == "random" else self.sweeps
 
 
 @dataclass(frozen=True)
 class Cameras:
     """Images of the key frame and of those before it, and their calibration.
 
-    Factors of resizing are for images of 900 x 1600 that become 256 x 704; at other sizes they move as `fit` says.
+    Factors of resizing are for images of 900 x 1600 that become 256 x 704; at other sizes they change as the one with which
+    an image just covers image_size: every camera by its own.
     """
 
     channels: tuple[str, ...] = CAMERAS
@@ -48,8 +55,6 @@ class Cameras:
     resize: float | None = None
     """Factor before the crop, without augmentation; None: the image just covers image_size. The crop is centred in width
     and aligned with the bottom in height."""
-    fit: Literal["cover", "height"] = "cover"
-    """At other sizes factors change as the one with which an image just covers image_size, or as the heights."""
     augmentation: augment.Images | None = None
     """One draw per camera for all its frames; None: `resize`."""
 
@@ -59,8 +64,6 @@ class Cameras:
 
     def relative(self, source: Size) -> float:
         """What factors of resizing are multiplied with for image files of size (H, W)."""
-        if self.fit == "height":
-            return self.image_size[0] / PUBLISHED_IMAGE[0] * PUBLISHED_SOURCE[0] / source[0]
         return cover(source, self.image_size) / cover(PUBLISHED_SOURCE, PUBLISHED_IMAGE)
 
 

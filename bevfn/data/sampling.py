@@ -3,12 +3,14 @@
 No state: sample `position` of epoch `epoch` draws the same numbers on every machine, in any process, with any number of
 workers, after any resume.
 
-Source: class-balanced grouping and sampling, Zhu et al. 2019 (arXiv 1908.09492); mmdetection3d CBGSDataset.
+Source: class-balanced grouping and sampling, Zhu et al. 2019 (arXiv 1908.09492); mmdetection3d CBGSDataset; BEVDepth.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
-from bevfn.data.index import Index
+from bevfn.data.index import Frame, Index
 
 ORDER, BALANCE = 1, 2  # fourth number of a stream that belongs to no sample; a sample's is 0
 
@@ -24,25 +26,46 @@ def order(items: np.ndarray, seed: int, epoch: int, shuffle: bool) -> np.ndarray
     return np.random.default_rng([seed, epoch, 0, ORDER]).permutation(items) if shuffle else items
 
 
-def cbgs(index: Index, class_names: tuple[str, ...], seed: int) -> np.ndarray:
+def boxed(frame: Frame) -> list[str]:
+    """The classes of a key frame's boxes with points, each once. Source: mmdetection3d CBGSDataset."""
+    return sorted({name for name, valid in zip(frame.names, frame.valid) if valid})
+
+
+def categorised(frame: Frame) -> list[str]:
+    """The class of each of a key frame's categories, with points or not: twice "pedestrian" for adults and children.
+
+    Where the data set does not say its categories, classes stand for them. Source: BEVDepth nusc_det_dataset.py 294-315.
+    """
+    return [name for _, name in sorted(set(zip(frame.categories or frame.names, frame.names)))]
+
+
+def cbgs(
+    index: Index,
+    class_names: tuple[str, ...],
+    seed: int,
+    classes_of: Callable[[Frame], list[str]] = boxed,
+) -> np.ndarray:
     """Positions in `index`, [n] int64, resampled so that every class supplies as many frames as the others.
 
-    With F_c the frames that hold a valid box of class c, each class with any supplies floor(sum F_c / classes) of them,
-    drawn with replacement; so frames with rare classes appear several times. Class by class: shuffle with `order`.
-    As upstream, except that a class without frames supplies none (upstream divides by zero).
+    classes_of: the pools into which a frame goes, as often as it names them. With F_c the frames in class c's pool, each
+    of the C classes that occur supplies sum F_c / C of them, drawn with replacement; so frames with rare classes appear
+    several times. Class by class: shuffle with `order`. As upstream, in its rounding too, but for classes that do not
+    occur (upstream divides by zero).
 
-    Raises ValueError if no frame holds a box of any class.
+    Raises ValueError if no frame is in any pool.
     """
-    frames: dict[str, list[int]] = {name: [] for name in class_names}
+    pools: dict[str, list[int]] = {name: [] for name in class_names}
     for i in range(len(index)):
-        frame = index[i]
-        for name in {name for name, valid in zip(frame.names, frame.valid) if valid and name in frames}:
-            frames[name].append(i)
-    share = sum(map(len, frames.values())) // len(class_names)
-    if share == 0:
+        for name in classes_of(index[i]):
+            if name in pools:
+                pools[name].append(i)
+    found = [pool for pool in pools.values() if pool]
+    if not found:
         raise ValueError(
             f"{index.root} ({index.version}, split {index.split!r}): too few of its {len(index)} frames hold boxes of "
             f"{', '.join(class_names)} to balance these classes; use another split or train without CBGS."
         )
-    rng = np.random.default_rng([seed, 0, 0, BALANCE])
-    return np.concatenate([rng.choice(found, share) for found in frames.values() if found]).astype(np.int64)
+    rng, total = np.random.default_rng([seed, 0, 0, BALANCE]), sum(map(len, found))
+    # As upstream spells sum F_c / C: in floating point a class may come out one frame short of it.
+    shares = [int(len(pool) * ((1 / len(found)) / (len(pool) / total))) for pool in found]
+    return np.concatenate([rng.choice(pool, share) for pool, share in zip(found, shares)]).astype(np.int64)

@@ -84,7 +84,13 @@ def _seen(
 def _scanned(frame: Frame, root: Path, config: Points, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """(points of the key frame and its sweeps, number of bad ones)."""
     return aggregation.aggregate(
-        frame, root, count=config.sweeps, choice=config.sweep_choice, pad_empty=config.pad_empty_sweeps, generator=rng
+        frame,
+        root,
+        count=config.sweeps,
+        choice=config.sweep_choice,
+        pad_empty=config.pad_empty_sweeps,
+        published=config.published_sweeps,
+        generator=rng,
     )
 
 
@@ -99,8 +105,9 @@ def _pasted(
     """(points, boxes, labels) with objects of the database behind the frame's own."""
     if database is None:
         raise ValueError("GT paste needs a database; build one with `bevfn data prepare`, or set paste to None.")
-    assert reading.paste is not None
-    new_boxes, new_labels, new = pasting.sample(database, boxes, labels, reading.class_names, reading.paste, rng)
+    assert reading.paste is not None and reading.points is not None
+    old = reading.points.oldest
+    new_boxes, new_labels, new = pasting.sample(database, boxes, labels, reading.class_names, reading.paste, rng, old)
     cloud = pasting.insert(cloud, new_boxes, new)
     return cloud, np.concatenate([boxes, new_boxes]), np.concatenate([labels, new_labels])
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from bevfn import synth
-from bevfn.data import infos, nuscenes
+from bevfn.data import cameras, infos, nuscenes, tables
 from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 
 Kind = Literal["nuscenes", "frame", "synthetic"]
 WORLD = Path("runs/world")
 SCENES, WORLD_IMAGE = 10, (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
-SPLITS = {"v1.0-trainval": ("train", "val"), "v1.0-mini": ("mini_train", "mini_val")}
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,36 @@ def prepare(root: Path | None) -> None:
         synth.write(WORLD, scenes=SCENES, seed=0, image_size=WORLD_IMAGE)
 
 
-def open(root: Path | None, version: str, split: str | None = None) -> Source:
-    """The source at a data root. A single frame is both splits, and so are an info file and a named `split`.
+def open(root: Path | None, version: str, training: str | None = None, evaluation: str | None = None) -> Source:
+    """The source at a data root, of these splits; None: those that nuScenes has for it. A single frame is both splits, and
+    so is an info file.
 
-    Raises ValueError, one sentence, for a root, version or split that is not there.
+    Raises ValueError, one sentence, for a root, version or split that is not there, or where a split must be named.
     """
     if root is not None and (root.is_file() or kind(root) == "frame"):
+        if training or evaluation:
+            raise ValueError(f"{root} has no splits; leave out the split {training or evaluation!r}")
         only = infos.read(root if root.is_file() else root / "frame.json")
         return Source(only, only)
     if root is None:
         root, version = WORLD, "v1.0-trainval"
-    if split is None and version not in SPLITS:
-        raise ValueError(f"--version {version} has no training split; choose one of {', '.join(SPLITS)}")
-    training, evaluation = SPLITS[version] if split is None else (split, split)
-    first = nuscenes.index(root, version, training)
-    return Source(first, first if evaluation == training else nuscenes.index(root, version, evaluation))
+    names = _split_names(root, version, training, evaluation)
+    first = nuscenes.index(root, version, names[0])
+    return Source(first, first if names[0] == names[1] else nuscenes.index(root, version, names[1]))
+
+
+def _split_names(root: Path, version: str, training: str | None, evaluation: str | None) -> tuple[str, str]:
+    if training is not None and evaluation is not None:
+        return training, evaluation
+    tables.check_root(root, version)
+    defaults = tables.default_splits(root, version)
+    if defaults is None:
+        flags = [flag for flag, name in (("--train-split", training), ("--eval-split", evaluation)) if name is None]
+        raise ValueError(
+            f"{root}, {version}, has no splits of nuScenes' names; name with {' and '.join(flags)} what to take of "
+            f"{', '.join(tables.splits(root, version)) or 'a splits.json, which it needs'}"
+        )
+    return training or defaults[0], evaluation or defaults[1]
 
 
 def check(index: Index, reading: Reading, *, train: bool) -> None:
@@ -78,6 +92,8 @@ def check(index: Index, reading: Reading, *, train: bool) -> None:
             f"{name} has no camera {', '.join(missing)}, which the model reads; it has "
             f"{', '.join(index.channels) or 'none'}: choose a LiDAR model, or another root"
         )
+    if reading.cameras is not None:
+        cameras.check_sizes(index, reading.cameras)
     if reading.base.value.startswith("ego") and not index.has("ego poses"):
         raise ValueError(
             f"{name} has no ego poses, but the model's base frame is the {reading.base.value}; read the data set's own tables"
@@ -89,3 +105,12 @@ def check(index: Index, reading: Reading, *, train: bool) -> None:
         )
     if train and not index.has("velocity"):
         raise ValueError(f"{name} has no velocities of objects, but the model learns them; train on another root")
+
+
+def check_scored(index: Index) -> None:
+    """Raises ValueError, one sentence, where detections in the key frames could not be scored."""
+    if index.judge == "nuscenes" and not any(name for frame in index for name in frame.names):
+        raise ValueError(
+            f"{index.root} ({index.version}, split {index.split!r}) has no annotations of the ten classes, so nothing can be "
+            "scored there; evaluate on another split (--eval-split)"
+        )

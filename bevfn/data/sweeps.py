@@ -1,10 +1,11 @@
 """A key frame's points and those of earlier sweeps, moved into the key frame's LiDAR frame, with their time lag.
 
-Source: mmdetection3d LoadPointsFromMultiSweeps (fact sheet bevfusion_lidar_cam, part B); its oddities are switches here.
+Source: mmdetection3d LoadPointsFromMultiSweeps (fact sheet bevfusion_lidar_cam, part B; docs/recipes.md); its oddities are
+switches here.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,26 +16,34 @@ Choice = Literal["newest", "random"]
 CLOSE_M = 1.0
 
 
-def aggregate(
+def aggregate(frame: Frame, root: Path, **options: Any) -> tuple[np.ndarray, int]:
+    """`scans` with these options as one array: (points [P,5] float32, number of NaN points that were dropped)."""
+    clouds, bad = scans(frame, root, **options)
+    return np.concatenate(clouds), bad
+
+
+def scans(
     frame: Frame,
     root: Path,
     *,
     count: int = 9,
     choice: Choice = "newest",
     pad_empty: bool = True,
+    published: bool = False,
     generator: np.random.Generator | None = None,
-) -> tuple[np.ndarray, int]:
-    """(points [P,5] float32: x, y, z [m, key frame's lidar], intensity, time lag [s]; NaN points dropped).
+) -> tuple[list[np.ndarray], int]:
+    """([points [P,5] float32: x, y, z [m, key frame's lidar], intensity, time lag [s]] by scan, number of NaN points).
 
-    The key frame comes first, then the sweeps as they were chosen. A sweep loses its points with |x| < 1 m and
-    |y| < 1 m in its own frame (the vehicle); the key frame keeps them, as upstream. Where fewer than `count` sweeps
-    exist (a scene's start) these few are used.
+    NaN points are dropped. The key frame comes first, then the sweeps as they were chosen. A sweep loses its points with
+    |x| < 1 m and |y| < 1 m in its own frame (the vehicle); the key frame keeps them, as upstream. Where fewer than
+    `count` sweeps exist (a scene's start) these few are used.
 
     count: sweeps besides the key frame.
     choice: which ones if there are more: the newest, or random ones in random order, without replacement. Upstream
         draws at random when testing as well, because its test pipeline leaves `test_mode` out.
     pad_empty: without any sweep, append `count` copies of the key frame less its close points, as upstream, so that the
         first frame of a scene is about as dense as the others; nothing is padded if there is at least one sweep.
+    published: move sweeps as upstream does, see `motion`.
     generator: needed for a random choice.
 
     Raises ValueError naming the file if one is missing, truncated or empty.
@@ -47,11 +56,24 @@ def aggregate(
     for sweep in _choose(frame.sweeps, count, choice, generator):
         cloud, dropped = points.read(Path(root) / sweep.path)
         cloud = _without_close(cloud)
-        cloud[:, :3] = cloud[:, :3] @ sweep.lidar_from_sweep[:3, :3].T + sweep.lidar_from_sweep[:3, 3]
+        turn, shift = motion(sweep, published)
+        cloud[:, :3] = cloud[:, :3] @ turn.T + shift
         cloud[:, 4] = sweep.lag
         clouds.append(cloud)
         bad += dropped
-    return np.concatenate(clouds), bad
+    return clouds, bad
+
+
+def motion(sweep: Sweep, published: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(turn [3,3], shift [3] m), float64: a sweep's point p comes to turn @ p + shift of the key frame's lidar.
+
+    published: with the turn R and the shift T of sweep to key frame, upstream stores the inverse (Rᵀ, -RᵀT) and takes
+    p @ Rᵀ - (-RᵀT) for its inverse, which is R p + RᵀT instead of R p + T: off by (Rᵀ - 1) T, 0.6 m for a sweep of
+    0.5 s ago at 8 m/s and 0.3 rad/s. The published weights were trained and scored with it. Source: mmdetection3d
+    v1.4.0 loading.py 442-445 (its issue 3054; the repair in its PR 3007 is not merged).
+    """
+    turn, shift = sweep.lidar_from_sweep[:3, :3], sweep.lidar_from_sweep[:3, 3]
+    return turn, turn.T @ shift if published else shift
 
 
 def _choose(

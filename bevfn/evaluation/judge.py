@@ -16,6 +16,8 @@ from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.evaluation import page, recall, results, score, tables
 from bevfn.evaluation.results import Detections, Meta
+from bevfn.files import to_json, write_atomically
+from bevfn.names import file_name
 
 RESULTS = "results_nusc.json"
 SCORE_THRESHOLD = 0.1  # of recall and pictures of a frame
@@ -77,7 +79,7 @@ def _recall(index: Index, found: Mapping[str, Detections], reading: Reading, out
             mine.boxes, mine.scores, mine.labels, sample.boxes, sample.labels, class_names=reading.class_names,
             score_threshold=SCORE_THRESHOLD,
         )  # fmt: skip
-        picture = out / f"{frame.token}.png"
+        picture = out / f"{file_name(frame.token)}.png"  # a token may be anything, a path too
         shown = results.moved(mine, annotations.lidar_from_base(frame, reading.base, reading.channels))
         picked = draw.sample(frame, index.root, reading.class_names)
         draw.draw(picked, shown.boxes, shown.scores, shown.labels, picture, score_threshold=SCORE_THRESHOLD)
@@ -85,4 +87,5 @@ def _recall(index: Index, found: Mapping[str, Detections], reading: Reading, out
         numbers |= {"recall": counted.total.recall, "precision": counted.total.precision}
         numbers |= {f"recall/{row.name}": row.recall for row in counted.rows}
     numbers = {name: value for name, value in numbers.items() if np.isfinite(value)}
+    write_atomically(out / score.METRICS, to_json(numbers, indent=1))
     return Judgement(numbers.get("recall", 0.0), numbers, "\n\n".join(texts))

@@ -8,8 +8,8 @@ out/frames/best_1.png ... worst_1.png    a key frame's cameras and its view from
 
 import base64
 import io
-import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -24,7 +24,7 @@ from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import frame_quality, plots, results, tables
 from bevfn.evaluation import score as scoring
 from bevfn.evaluation.score import ERRORS, UNITS, Scores
-from bevfn.files import write_atomically
+from bevfn.files import as_read, to_json, write_atomically
 from bevfn.metrics import METRICS_FILE, read_metrics
 
 Plot = Callable[[plots.Theme], bytes]
@@ -56,7 +56,6 @@ def write(
         raise ValueError(f"{out} is a file, so no folder can be made there; choose another folder for the report.")
     side_by_side = {**(others or {}), name: scores}
     tables.check_comparable(side_by_side)
-    scoring.write(out / "metrics.json", scores)  # first: the run's curve reads it
     charts: dict[str, Plot] = {
         "classes": lambda theme: plots.classes(scores, theme),
         "precision_recall": lambda theme: plots.precision_recall(scores, theme),
@@ -64,7 +63,7 @@ def write(
     if others:
         charts["comparison"] = lambda theme: plots.comparison(side_by_side, theme)
     if run_dir is not None and (Path(run_dir) / METRICS_FILE).is_file():
-        records = [*read_metrics(run_dir), *_evaluations(Path(run_dir))]
+        records = [*read_metrics(run_dir), *_evaluations(Path(run_dir), out, scores)]
         if records:
             charts["training"] = lambda theme: plots.training(records, theme)
     pictures = {chart: (plot(plots.LIGHT), plot(plots.DARK)) for chart, plot in charts.items()}
@@ -75,16 +74,19 @@ def write(
     write_atomically(out / "summary.md", markdown.encode())
     html = _page(title, scores, side_by_side if others else {}, pictures, scenes, config or {})
     write_atomically(out / "report.html", html.encode())
+    scoring.write(out / scoring.METRICS, scores)  # last: with it, the evaluation is done
     return out / "report.html"
 
 
-def _evaluations(run_dir: Path) -> list[dict[str, float]]:
-    """NDS and mAP over the steps, from the run's folders evaluations/step_..."""
-    found = []
-    for folder in sorted((run_dir / "evaluations").glob("step_*")):
-        if (folder / "metrics.json").is_file():
-            scores = scoring.read(folder / "metrics.json")
-            found.append({"step": int(folder.name.split("_")[1]), "eval/NDS": scores.nds, "eval/mAP": scores.mean_ap})
+def _evaluations(run_dir: Path, out: Path, scores: Scores) -> list[dict[str, float]]:
+    """NDS and mAP over the steps, from the run's folders evaluations/step_..., of which `out` gets these scores."""
+    home, found = (run_dir / "evaluations").resolve(), []
+    for folder in sorted({*home.glob("step_*"), out.resolve()}):
+        step, path = re.fullmatch(r"step_(\d+)", folder.name), folder / scoring.METRICS
+        if step is None or folder.parent != home or not (folder == out.resolve() or path.is_file()):
+            continue  # a user's own folder, or an evaluation that was killed
+        one = scores if folder == out.resolve() else scoring.read(path)
+        found.append({"step": int(step[1]), "eval/NDS": one.nds, "eval/mAP": one.mean_ap})
     return found
 
 
@@ -234,7 +236,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else str(key))
     else:
-        yield name, value if isinstance(value, str) else json.dumps(value, default=str)
+        yield name, value if isinstance(value, str) else to_json(as_read(value)).decode()
 
 
 STYLE = """

@@ -1,6 +1,5 @@
 """Scores and training curves as PNG pictures, for a light or a dark page."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -282,7 +280,4 @@ def _cycle(colours: Sequence[str], count: int) -> list[str]:
 
 
 def _png(figure: Figure, theme: Theme) -> bytes:
-    """Without pyplot: no global figure, no display."""
-    encoded = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(encoded, format="png", dpi=DPI, facecolor=theme.surface)
-    return encoded.getvalue()
+    return draw.png(figure, dpi=DPI, facecolor=theme.surface)

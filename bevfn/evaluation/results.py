@@ -9,7 +9,6 @@ evaluation/metrics/nuscenes_metric.py (the same rule in BEVDepth).
 """
 
 import io
-import json
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from bevfn.data.index import Frame, Index
-from bevfn.files import write_atomically
+from bevfn.files import read_json, to_json, write_atomically
 
 # m from the ego vehicle in x and y: the devkit's detection_cvpr_2019 scores nothing beyond
 RANGES = {
@@ -194,7 +193,7 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     """Checks the document and writes it, all or nothing, as JSON; as a zip of it if `path` ends in .zip (to submit)."""
     path = Path(path)
     check(results, str(path))
-    text = json.dumps(results, allow_nan=False).encode()
+    text = to_json(results)
     if path.suffix == ".zip":
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -209,7 +208,7 @@ def read(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a nuScenes results file (JSON).")
     try:
-        results = json.loads(path.read_bytes())
+        results = read_json(path.read_bytes(), finite=False)  # `check` names the box
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{path} is not valid JSON ({error}); it is truncated or another file.") from error
     check(results, str(path))

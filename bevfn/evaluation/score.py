@@ -1,25 +1,24 @@
 """nuScenes detection scores by the devkit's own DetectionEval, configuration detection_cvpr_2019.
 
-The devkit is used as it is. Around it: a key frame that is not evaluated gets no detections, so that the devkit's set of
-tokens is complete, and is taken out of its loaded boxes before it counts; and a results file without any box, which the
-devkit cannot type, gets one box far out of range, which the devkit drops.
+The devkit's own functions load, filter and count. Only which key frames count is not asked of it, since it knows nuScenes'
+splits alone: they are the index' own, whatever its split and version are called.
 """
 
 import contextlib
 import io
-import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bevfn import files
 from bevfn.data.index import Index
 from bevfn.evaluation import results as nuscenes_results
-from bevfn.files import write_atomically
+from bevfn.names import printable
 
+METRICS = "metrics.json"  # of an evaluation's folder, written last: it is what tells a whole one
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, at which AP is averaged; true positives are measured at 2 m
 # our name of an error: the devkit's
 ERRORS = {"ATE": "trans_err", "ASE": "scale_err", "AOE": "orient_err", "AVE": "vel_err", "AAE": "attr_err"}
@@ -81,8 +80,8 @@ def score(
     """Scores of a results document or file (`results.format`, `results.write`).
 
     index: the key frames to evaluate: a split, or some frames of one (`dataclasses.replace(index, frames=...)`);
-    detections of other key frames are an error. tables: the loaded `tables(index)`, loaded here if None. split: where
-    the index has none (info files); also a custom split of the root's splits.json. out: a JSON file to write.
+    detections of other key frames are an error. tables: the loaded `tables(index)`, loaded here if None. split: its name
+    where the index has none (info files). out: a JSON file to write.
 
     Raises ValueError, one sentence, if the results do not belong to the index or cannot be scored.
     """
@@ -113,26 +112,8 @@ _load = tables  # the argument of `score` hides the name
 
 
 def _evaluate(index: Index, results: Mapping[str, Any], split: str, tables: Any) -> Scores:
-    from nuscenes.eval.detection.config import config_factory
-    from nuscenes.eval.detection.evaluate import DetectionEval
-
-    quiet = io.StringIO()  # the devkit's progress bars have no switch
-    with tempfile.TemporaryDirectory(prefix="bevfn-score-") as folder, contextlib.redirect_stderr(quiet):
-        path = Path(folder) / "results_nusc.json"
-        try:
-            path.write_text(json.dumps(_complete(results, split, tables)))
-            judge = DetectionEval(
-                tables, config_factory("detection_cvpr_2019"), str(path), split, output_dir=folder, verbose=False
-            )
-        except (AssertionError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{index.root}: the devkit refuses split {split!r} of {index.version} ({error}); check that split, "
-                "version and index belong together."
-            ) from error
-        # A split may be more than the index, which may hold a part of it: only its key frames count.
-        for boxes in (judge.gt_boxes, judge.pred_boxes):
-            boxes.boxes = type(boxes.boxes)(list, {t: b for t, b in boxes.boxes.items() if t in index.positions})
-        metrics, curves = judge.evaluate()
+    judge = _judge(index, results, tables)
+    metrics, curves = judge.evaluate()
     annotated = Counter(box.detection_name for box in judge.gt_boxes.all)
     classes = tuple(
         ClassScore(
@@ -149,23 +130,34 @@ def _evaluate(index: Index, results: Mapping[str, Any], split: str, tables: Any)
     return Scores(metrics.nd_score, metrics.mean_ap, errors, classes, len(index), index.version, split)
 
 
-def _complete(results: Mapping[str, Any], split: str, tables: Any) -> dict:
-    """The document with every token of the split, and at least one box."""
-    from nuscenes.utils.splits import get_scenes_of_split
+def _judge(index: Index, results: Mapping[str, Any], tables: Any) -> Any:
+    """A DetectionEval of the index' key frames, as its __init__ makes it of a split."""
+    from nuscenes.eval.common.data_classes import EvalBoxes
+    from nuscenes.eval.common.loaders import add_center_dist, filter_eval_boxes, load_gt_of_sample_tokens
+    from nuscenes.eval.detection.config import config_factory
+    from nuscenes.eval.detection.data_classes import DetectionBox
+    from nuscenes.eval.detection.evaluate import DetectionEval
 
-    scenes = {s["token"] for s in tables.scene if s["name"] in set(get_scenes_of_split(split, tables))}
-    listed: dict[str, list[dict]] = {sample["token"]: [] for sample in tables.sample if sample["scene_token"] in scenes}
-    for token in results["results"]:
-        if token not in listed:
-            raise ValueError(f"key frame {token} of the index is not in it")
-    listed |= results["results"]
-    if not any(listed.values()):
-        token = next(iter(listed))
-        # The devkit tells detections from tracks by the first box, so it needs one; this one is out of everything's reach.
-        far = {"translation": [1e7, 1e7, 0.0], "size": [1.0] * 3, "rotation": [1.0, 0.0, 0.0, 0.0]}
-        car = {"velocity": [0.0, 0.0], "detection_name": "car", "detection_score": 0.0, "attribute_name": ""}
-        listed[token] = [{"sample_token": token, **far, **car}]
-    return {"meta": results["meta"], "results": listed}
+    def counting(boxes: EvalBoxes) -> EvalBoxes:
+        boxes = add_center_dist(tables, boxes)
+        # without any box it cannot tell detections from tracks
+        return filter_eval_boxes(tables, boxes, judge.cfg.class_range) if boxes.all else boxes
+
+    judge = DetectionEval.__new__(DetectionEval)
+    judge.nusc, judge.verbose, judge.cfg = tables, False, config_factory("detection_cvpr_2019")
+    tokens = list(index.positions)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the devkit's progress bars have no switch
+            judge.gt_boxes = counting(load_gt_of_sample_tokens(tables, tokens, DetectionBox))
+        found = EvalBoxes.deserialize({token: results["results"][token] for token in tokens}, DetectionBox)
+        judge.pred_boxes = counting(found)
+    except Exception as error:  # as which the devkit raises what it refuses
+        raise ValueError(
+            f"{index.root}: the devkit cannot score these key frames of {index.version} ({type(error).__name__}: "
+            f"{printable(error)}); check that version and index belong together."
+        ) from error
+    judge.sample_tokens = tokens
+    return judge
 
 
 def to_json(scores: Scores) -> dict:
@@ -190,13 +182,13 @@ def to_json(scores: Scores) -> dict:
 
 def write(path: Path, scores: Scores) -> None:
     """Writes the JSON, all or nothing."""
-    write_atomically(Path(path), json.dumps(to_json(scores), allow_nan=False).encode())
+    files.write_atomically(Path(path), files.to_json(to_json(scores)))
 
 
 def read(path: Path) -> Scores:
     """What `write` wrote. Raises ValueError, one sentence, for a missing, truncated or other file."""
     try:
-        data = json.loads(Path(path).read_bytes())
+        data = files.read_json(Path(path).read_bytes())
         classes = tuple(
             ClassScore(
                 name=name,

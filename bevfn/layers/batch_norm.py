@@ -5,13 +5,25 @@ Hand-written: the stock Ascend converter of `F.batch_norm(training=True)` return
 gradient is the closed form: half the graph nodes of differentiating the forward.
 """
 
+from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bevfn import tree
 from bevfn.distributed import Replicas, Train
 from bevfn.kernels import derivatives
+
+
+@tree.register
+@dataclass(frozen=True)
+class Held:
+    """Statistics, both [C], of a batch norm that is not trained: in training too it normalises by them, and keeps them."""
+
+    mean: Tensor
+    var: Tensor
 
 
 def init(channels: int) -> tuple[dict, dict]:
@@ -20,16 +32,27 @@ def init(channels: int) -> tuple[dict, dict]:
     return params, {"mean": torch.zeros(channels), "var": torch.ones(channels)}
 
 
+def hold(state: Any, paths: Container[str], at: str = "") -> Any:
+    """The state of a network whose batch norms at these dotted paths of it are `Held`."""
+    if at in paths:
+        return Held(**state)
+    if isinstance(state, dict):
+        return {name: hold(part, paths, f"{at}.{name}" if at else name) for name, part in state.items()}
+    if isinstance(state, list):
+        return [hold(part, paths, f"{at}.{i}") for i, part in enumerate(state)]
+    return state
+
+
 def apply(
     params: dict,
-    state: dict,
+    state: Any,
     x: Tensor,
     *,
     train: Train,
     momentum: float = 0.1,
     eps: float = 1e-5,
     valid: Tensor | None = None,
-) -> tuple[Tensor, dict]:
+) -> tuple[Tensor, Any]:
     """Normalises the channels of x: [B C H W], or rows [R C] of which `valid` [R] (bool) marks those that count.
 
     With `Replicas` as `train` the statistics are those of all replicas' rows (synchronised batch norm): one collective
@@ -37,8 +60,11 @@ def apply(
     others.
 
     Returns y like x, rows that are not valid set to zero, and the new statistics (the running variance is unbiased,
-    the one that normalises is not).
+    the one that normalises is not). A state that is `Held` stays as it is.
     """
+    if isinstance(state, Held):
+        y, _ = apply(params, {"mean": state.mean, "var": state.var}, x, train=False, eps=eps, valid=valid)
+        return y, state
     if train:
         mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
         rows = mask.sum() if valid is not None else mask * (x.numel() // x.shape[1])

@@ -4,7 +4,6 @@ Frustum points that rounding puts into another cell are counted; behind the pool
 cases' READMEs advise, so that one point does not hide the rest.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from bevfn import tree
 from bevfn.data.batch import Base, Batch, make
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import results
+from bevfn.files import read_json
 from bevfn.heads import centerpoint, centerpoint_loss
 from bevfn.models import bevdepth
 from bevfn.parity import compare, golden
@@ -71,7 +71,7 @@ def batch_of(case: Case, device: str, *, train: bool) -> Batch:
     inputs = case.inputs
     frames = [inputs["imgs_u8_rgb"]]
     if len(inputs["ida_mats"]) > 1:
-        motion = json.loads((case.folder / "augmentation.json").read_text())["sweep_motion"]
+        motion = read_json((case.folder / "augmentation.json").read_bytes())["sweep_motion"]
         moved = torch.roll(frames[0], motion["shift"], dims=2).int()
         frames.append(((7 * moved + 64) // 8).to(torch.uint8))
     depth = torch.zeros(frames[0].shape[:3])
@@ -188,7 +188,7 @@ def _results(case: Case, table: Table) -> None:
     path = case.folder / "results_nusc_every4th.json"
     if not path.is_file():
         return
-    ((token, stored),) = json.loads(path.read_text())["results"].items()
+    ((token, stored),) = read_json(path.read_bytes())["results"].items()
     pose = np.eye(4)
     pose[:3, :3] = Rotation.from_quat(case.inputs["ego2global_rotation"].numpy()[[1, 2, 3, 0]]).as_matrix()
     pose[:3, 3] = case.inputs["ego2global_translation"].numpy()

@@ -4,7 +4,6 @@ A case's weights are not stored. `manifest.json` names every tensor with its sha
 follow from the name and the seed alone, so they are the same on any machine.
 """
 
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bevfn.files import read_json
 from bevfn.upstream import models, recognise
 
 
@@ -107,8 +107,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict:
     _check_there(path)
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return read_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); copy the case again") from None
 
 

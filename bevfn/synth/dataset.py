@@ -1,7 +1,6 @@
 """Writes a world to disk in nuScenes' format, several key frames at a time in several processes."""
 
 import glob
-import json
 import multiprocessing
 import os
 import shutil
@@ -20,6 +19,7 @@ from pyquaternion import Quaternion
 from rich.progress import track
 
 from bevfn import host
+from bevfn.files import as_read, read_json, to_json
 from bevfn.synth import camera, lidar, tables
 from bevfn.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
 from bevfn.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
@@ -126,10 +126,10 @@ def _holds(out: Path, settings: Settings) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        described = json.loads((out / "world.json").read_text())
+        described = read_json((out / "world.json").read_bytes())
     except (OSError, ValueError):
         described = None
-    if described == json.loads(json.dumps(asdict(settings))):
+    if described == as_read(asdict(settings)):
         return True
     what = "another synthetic world" if isinstance(described, dict) else "something else"
     raise ValueError(f"{out} holds {what}; choose a new or empty folder, or delete it first.")
@@ -155,8 +155,8 @@ def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
         mask = (world.map > 0).astype(np.uint8) * 255
         (root / tables.map_file(settings.seed, number)).write_bytes(cv2.imencode(".png", mask)[1].tobytes())
     for table, content in rows.items():
-        (root / VERSION / f"{table}.json").write_text(json.dumps(content))
-    (root / "world.json").write_text(json.dumps(asdict(settings)))
+        (root / VERSION / f"{table}.json").write_bytes(to_json(content))
+    (root / "world.json").write_bytes(to_json(asdict(settings)))
 
 
 def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:

@@ -6,7 +6,6 @@ Everything is simultaneous and, like `seed`, deterministic.
 """
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from bevfn.boxes import corners
-from bevfn.files import write_atomically
+from bevfn.files import to_json, write_atomically
 from bevfn.synth.lidar import AZIMUTHS, BEAMS, MAX_RANGE
 from bevfn.synth.rig import CALIBRATED_SIZE, CAMERAS, EGO_FROM_LIDAR, camera_mount
 
@@ -102,8 +101,7 @@ def write_frame(folder: Path, seed: int = 0, *, image_size: tuple[int, int] = CA
         "version": "1",
         "info_version": "1.1",
     }
-    document = json.dumps({"metainfo": metainfo, "data_list": [info]}, indent=1)
-    write_atomically(folder / "frame.json", document.encode())
+    write_atomically(folder / "frame.json", to_json({"metainfo": metainfo, "data_list": [info]}, indent=1))
     return folder
 
 

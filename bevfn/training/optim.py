@@ -51,8 +51,10 @@ class Schedule:
         for phase in self.phases:
             length = phase.end - begin
             left = (phase.end - step).clamp(1, length).float() / length  # 1 to 1 / length
-            # (1 + cos(pi (1 - left))) / 2 as sin(pi left / 2)^2, which keeps its relative precision towards zero.
-            inside = phase.target + (first - phase.target) * torch.sin(left * (math.pi / 2)) ** 2
+            # (1 + cos(pi (1 - left))) / 2 as sin(pi left / 2)^2, and a sum instead of a difference: both keep their relative
+            # precision towards zero.
+            angle = left * (math.pi / 2)
+            inside = first * torch.sin(angle) ** 2 + phase.target * torch.cos(angle) ** 2
             value = torch.where(step >= begin, inside, value)
             first = phase.target + (first - phase.target) * math.sin(math.pi / 2 / length) ** 2
             begin = phase.end
@@ -86,7 +88,7 @@ class Group:
     pattern: str
     lr: float = 1.0
     weight_decay: float = 1.0
-    frozen: bool = False  # no gradient, no decay, not in the norm
+    frozen: bool = False  # no gradient, no decay, not in the norm; its batch norms keep and use their statistics
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Ema:
     def keep(self, step: Tensor) -> Tensor:
         """float32 [], the part of the old average that step `step` (int64 [], 0-based) keeps."""
         updates = (step + (self.first_update + 1)).float()
-        return self.decay * (1 - torch.exp(-updates / self.ramp_steps))
+        return self.decay * -torch.expm1(-updates / self.ramp_steps)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ is a function of (seed, epoch, position) or in the train state, so a run is resu
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import signal
 import sys
@@ -16,15 +15,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 import tyro
-from typing_extensions import Self
 
 from bevfn import compile as compilation
-from bevfn import distributed, host, provenance, tree, upstream
+from bevfn import distributed, exits, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, scene, source
 from bevfn.data.batch import Batch, Sample, collate
 from bevfn.data.index import Index
@@ -32,7 +30,9 @@ from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
-from bevfn.files import read_json, to_json, write_atomically
+from bevfn.evaluation.score import METRICS
+from bevfn.files import as_read, read_json, to_json, write_atomically
+from bevfn.names import printable
 from bevfn.precision import LOWEST_SCALE, Policy, Precision
 from bevfn.training import checkpoint, optim, origin, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
@@ -72,6 +72,10 @@ class Config:
     world in runs/world, made when missing"""
     version: str = "v1.0-trainval"
     """of the nuScenes root; v1.0-mini trains on mini_train"""
+    train_split: str | None = None
+    """of the version, also one of its splits.json; none: train, mini_train"""
+    eval_split: str | None = None
+    """of the version, also one of its splits.json, scored by its own key frames; none: val, mini_val"""
     epochs: int = 1
     """passes over the (class-balanced) training set; the schedules run through all of them"""
     steps: int | None = None
@@ -270,7 +274,7 @@ def initial(run: Run) -> tuple[dict, dict]:
 def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
     """(params, state) of an imported file, or of a training checkpoint's folder (`ema`: their averages, if it has).
 
-    Raises ValueError, naming the file, if it is absent or damaged, or a weight in it is not finite.
+    Raises ValueError, naming the file, if it is absent or damaged, or a weight in it is none (`upstream.impossible`).
     """
     if not path.is_dir():
         imported = upstream.read_imported(path)
@@ -282,10 +286,9 @@ def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
             upstream.nest({n.removeprefix(root + part): x for n, x in tensors.items() if n.startswith(root + part)})
             for part in ("params.", "state.")
         )
-    if bad := train.first_nonfinite({"params": params, "state": state}):
-        raise ValueError(
-            f"{path}: {bad} is NaN or infinite; take an older checkpoint, or import the published file again"
-        )
+    for name, leaf in tree.flatten({"params": params, "state": state}).items():
+        if what := upstream.impossible(name, leaf):
+            raise ValueError(f"{path}: {name} is {what}; take an older checkpoint, or import the published file again")
     # Clones: what safetensors maps from a file lies at any multiple of 4 bytes, where a CPU's products round otherwise than
     # on a trained model's aligned tensors, and a checkpoint would not score bit for bit as its run did.
     return tree.map(torch.clone, params), tree.map(torch.clone, state)
@@ -329,6 +332,7 @@ def check(task: Task, *, train: bool = True) -> None:
     task.needs.check(data.eval_reading, train=False)
     if not train:
         return
+    source.check_scored(data.evaluation)
     reading = data.reading(0)
     source.check(data.training, reading, train=True)
     task.needs.check(reading, train=True)
@@ -420,7 +424,7 @@ def _train(run: Run, latest: Path | None) -> dict:
     skipped = 0  # steps in a row
     if start == 0 and config.eval_first:
         summary["scores_before"] = evaluate(run, train_state, 0)
-    if start and evaluation_due(run, start) and not evaluation_folder(run, start).is_dir():  # killed before or in it
+    if start and evaluation_due(run, start) and not evaluated(run, start):  # killed before or in it
         summary["scores"] = evaluate(run, train_state, start)
     with (
         reporting(run, start) as reporter,
@@ -508,9 +512,12 @@ def finished(run: Run, latest: Path) -> dict | None:
     done, path = checkpoint.read_meta(latest).get("step"), run.config.run_dir / SUMMARY
     if done is not None and done > run.plan.total_steps:
         raise ValueError(f"{latest} has made {done} steps, the run has {run.plan.total_steps}; give the old flags")
-    if done != run.plan.total_steps or not path.is_file() or not evaluation_folder(run, done).is_dir():
+    if done != run.plan.total_steps or not path.is_file() or not evaluated(run, done):
         return None
-    summary = read_json(path.read_bytes())
+    try:
+        summary = read_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and --resume writes it again") from None
     if not isinstance(summary, dict) or summary.get("steps") != done:
         return None
     say(run, f"{run.config.run_dir} is finished: all {done} steps are made and evaluated, and nothing is changed")
@@ -564,13 +571,13 @@ def facts(run: Run) -> dict:
 
 def flags(config: Config) -> dict:
     """The config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return as_read(dataclasses.asdict(config))
 
 
 def say(run: Run, text: str) -> None:
     """Prints once, not once per process."""
     if run.leads:
-        print(text, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def describe(run: Run, train_state: train.TrainState, done: int) -> str:
@@ -601,7 +608,7 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     counts: dict[str, float] = {}
     for item in loaded:
         for problem in item.problems:
-            print(f"warning: skipped a damaged sample: {problem}", flush=True)
+            print(f"warning: skipped a damaged sample: {printable(problem)}", flush=True)
         counts = _sum(counts, item.counts)
     return functools.reduce(_sum, distributed.gather(counts, run.replicas)) | {
         "seconds/waited": sum(item.waited for item in loaded)
@@ -640,18 +647,17 @@ def check_finite(
     if scaled and not bad_terms and not lowest:
         return skipped
     samples = distributed.gather(tokens, run.replicas)
-    loss = partial(run.task.loss, train=True)
+    loss, optimizer = partial(run.task.loss, train=True), run.task.optimizer(run.plan)
     if bad_terms:
         alone = [
             f"sample {loaded[bad.microbatch].tokens[bad.sample]}: {', '.join(bad.terms)}"
-            for bad in train.bad_losses(loss, train_state, batches)
+            for bad in train.bad_losses(loss, optimizer, train_state, batches)
         ]
         alone = [line for part in distributed.gather(alone, run.replicas) for line in part]
         what = f"the loss is not finite, {'; '.join(alone) or ', '.join(bad_terms)}"
         first = train.first_nonfinite({"batch": batches[0] if len(batches) == 1 else batches})
         what += f", first {first}" if first else ""
     else:
-        optimizer = run.task.optimizer(run.plan)
         bad = train.bad_gradient(loss, optimizer, train_state, batches, run.replicas)
         what = f"the gradients are not finite, first {bad or 'in another process'}"
     raise ValueError(
@@ -722,6 +728,11 @@ def evaluation_folder(run: Run, done: int) -> Path:
     return run.config.run_dir / "evaluations" / step_name(done)
 
 
+def evaluated(run: Run, done: int) -> bool:
+    """Whether that evaluation came to its end, which is when its metrics are written."""
+    return (evaluation_folder(run, done) / METRICS).is_file()
+
+
 def step_name(done: int) -> str:
     """Of checkpoints and evaluations."""
     return f"step_{done:08d}"
@@ -743,13 +754,10 @@ class _Silent:
 
 
 def cli(defaults: Mapping[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
-    """Parses the command line; a user's mistake ends in one sentence and exit code 2."""
-    try:
+    """Parses the command line; a user's mistake ends in one sentence and an exit code (see exits.py)."""
+    with exits.one_sentence():
         config = parse(defaults, sys.argv[1:], description)
         main(make_task, config)
-    except (ValueError, OSError) as error:
-        print(f"bevfn: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse(defaults: Mapping[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from bevfn.files import read_json, to_json, write_atomically
+from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.metrics import METRICS_FILE, read_metrics
 from bevfn.training import checkpoint
 
@@ -55,8 +55,7 @@ def open(
     config beside the new one as config.1.json, ...). Nothing is changed then.
     """
     run_dir = Path(run_dir)
-    # as they will be read back, so that they compare
-    config, facts = (json.loads(json.dumps(part, default=str)) for part in (config, facts or {}))
+    config, facts = as_read(config), as_read(facts or {})  # so that they compare
     if resume and not ((run_dir / CONFIG_FILE).is_file() or _holds_run(run_dir)):
         raise ValueError(
             f"{run_dir} holds no run to go on with (it has no {CONFIG_FILE}); check --run-dir, or leave out --resume to "

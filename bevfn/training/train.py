@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bevfn import precision, rng, tree
 from bevfn.distributed import Replicas
+from bevfn.layers import batch_norm
 from bevfn.metrics import SUMMED
 from bevfn.training import optim
 
@@ -169,6 +170,7 @@ def _differentiate(
     key = rng.fold(old.key, old.step)
     key = key if microbatch is None else rng.fold(key, microbatch)
     scale = old.loss_scale.scale if old.loss_scale is not None else None
+    loss_fn = _holding(loss_fn, optimizer)
 
     def scaled_loss(leaves: list[Tensor]) -> tuple[Tensor, tuple[dict, dict]]:
         loss, aux = loss_fn(optim.insert(old.params, layout, leaves), old.state, batch, key)
@@ -178,6 +180,28 @@ def _differentiate(
     gradients, (_, (state, metrics)) = torch.func.grad_and_value(scaled_loss, has_aux=True)(leaves)
     gradient = optim.join(gradients)
     return (gradient if scale is None else gradient / scale), state, metrics
+
+
+def _held(optimizer: optim.Config, params: dict, state: dict) -> set[str]:
+    """Dotted paths of the batch norms of which no parameter is trained."""
+    if not any(group.frozen for group in optimizer.groups):
+        return set()
+    frozen = set(tree.flatten(params)) - set(optim.layout(optimizer, params).names)
+    norms = {path.rpartition(".")[0] for path in tree.flatten(state)}
+    return {norm for norm in norms if {f"{norm}.weight", f"{norm}.bias"} <= frozen}
+
+
+def _holding(loss_fn: Loss, optimizer: optim.Config) -> Loss:
+    """`loss_fn` whose batch norms that are not trained normalise by their running statistics, and keep them."""
+    if not any(group.frozen for group in optimizer.groups):
+        return loss_fn
+
+    def holding(params: dict, state: dict, batch: Any, key: Tensor) -> tuple[Tensor, tuple[dict, dict]]:
+        held = _held(optimizer, params, state)
+        loss, (new, metrics) = loss_fn(params, batch_norm.hold(state, held), batch, key)
+        return loss, (tree.unflatten(tree.flatten(new), state), metrics)  # as dicts again
+
+    return holding
 
 
 def _average(
@@ -210,13 +234,23 @@ def _update(
     finite = torch.isfinite(torch.stack([norm, *terms]).sum())
     vector, moments = optim.update(optimizer, layout, old.optimizer, optim.join(leaves), gradient, old.step, finite)
     params = optim.insert(old.params, layout, optim.split(vector, leaves))
-    # An overflowing forward of fp16 updates the statistics upstream, and may leave infinities there for good.
-    state = tree.map(lambda new, before: torch.where(torch.isfinite(new), new, before), state, old.state)
+    state = _statistics(_held(optimizer, old.params, old.state), state, old.state)
     scale, averaged = _next_loss_scale(old.loss_scale, finite), _next_ema(ema, old, params, state)
     new = TrainState(params, state, moments, scale, averaged, old.step + 1, old.key.clone())
     schedules = {"lr": optimizer.lr.at(old.step), "beta1": optimizer.beta1.at(old.step)}
     metrics = metrics | {"grad_norm": norm, **schedules, "skipped": (~finite).float()}
     return new, metrics if old.loss_scale is None else metrics | {"loss_scale": old.loss_scale.scale.clone()}
+
+
+def _statistics(held: set[str], new: dict, old: dict) -> dict:
+    """The new statistics, of batch norms that are not held, where they are finite."""
+    # An overflowing forward of fp16 updates the statistics upstream, and may leave infinities there for good.
+    finite = tree.map(lambda new, before: torch.where(torch.isfinite(new), new, before), new, old)
+    if not held:
+        return finite
+    # Means over microbatches are rounded: what is held is taken from before.
+    before = {path: leaf for path, leaf in tree.flatten(old).items() if path.rpartition(".")[0] in held}
+    return tree.unflatten(tree.flatten(finite) | before, old)
 
 
 def _next_loss_scale(old: precision.LossScale | None, finite: Tensor) -> precision.LossScale | None:
@@ -250,14 +284,16 @@ class BadLoss:
     """metrics "loss/..." that are not finite"""
 
 
-def bad_losses(loss_fn: Loss, train_state: TrainState, batches: Iterable[Any]) -> list[BadLoss]:
+def bad_losses(
+    loss_fn: Loss, optimizer: optim.Config, train_state: TrainState, batches: Iterable[Any]
+) -> list[BadLoss]:
     """The samples of a skipped step whose own loss is not finite, found by repeating its forward pass sample by sample
     in eager mode, without a loss scale, on the host. `loss_fn` must not be synchronised over replicas.
 
     train_state: as the skipped step returned it; batches: its microbatches, of this replica. Empty if every sample's
     loss is finite when it is alone.
     """
-    key = rng.fold(train_state.key, train_state.step - 1)
+    key, loss_fn = rng.fold(train_state.key, train_state.step - 1), _holding(loss_fn, optimizer)
     found = []
     with torch.no_grad():
         for a, batch in enumerate(batches):

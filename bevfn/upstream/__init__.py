@@ -1,24 +1,33 @@
 """Published checkpoints: foreign names, layouts and files. The only room that knows them.
 
 `names_*` give a family's modules their upstream names, `models` lists what can be imported, `recognise` tells models and
-layouts apart, `convert` goes both ways, `storage` reads and writes, `merge` starts one model from several checkpoints.
+layouts apart, `convert` goes both ways, `storage` and `torch_file` read and write, `merge` starts one model from several checkpoints.
 """
 
 from bevfn.upstream.convert import Refused, Report, export_state, import_state, nest
-from bevfn.upstream.entries import Entry
+from bevfn.upstream.entries import Entry, impossible
 from bevfn.upstream.merge import Merge, load_into
 from bevfn.upstream.models import MODELS
-from bevfn.upstream.storage import Imported, read_imported, read_state_dict, write_imported, write_state_dict
+from bevfn.upstream.storage import (
+    Imported,
+    NotImported,
+    read_imported,
+    read_state_dict,
+    write_imported,
+    write_state_dict,
+)
 
 __all__ = [
     "MODELS",
     "Entry",
     "Imported",
     "Merge",
+    "NotImported",
     "Refused",
     "Report",
     "export_state",
     "import_state",
+    "impossible",
     "load_into",
     "nest",
     "read_imported",

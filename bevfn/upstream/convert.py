@@ -10,8 +10,10 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.upstream import models, recognise
-from bevfn.upstream.entries import Entry, Layout, Naming
+from bevfn.upstream.entries import Entry, Layout, Naming, impossible
 from bevfn.upstream.recognise import SparseLayout
+
+DEEPEST = 100  # levels of a tree
 
 
 @dataclass
@@ -28,14 +30,14 @@ class Report:
     unknown: list[str] = field(default_factory=list)  # upstream keys that this model should not have
     missing: dict[str, str] = field(default_factory=dict)  # our name: the upstream key that is not there
     initial: dict[str, str] = field(default_factory=dict)  # our name: the optional upstream key that is not there
-    mismatched: dict[str, str] = field(default_factory=dict)  # upstream key: both shapes
+    mismatched: dict[str, str] = field(default_factory=dict)  # upstream key: what it is that the model's leaf cannot be
     warnings: list[str] = field(default_factory=list)
     carried: dict[str, Tensor] = field(default_factory=dict)  # upstream key: tensor kept for an exact export
 
     def problem(self) -> str | None:
         """One sentence that names what keeps the file from being this model, None if it is."""
         parts = [f"it lacks {key} (our {name})" for name, key in self.missing.items()]
-        parts += [f"{key} is {shapes}" for key, shapes in self.mismatched.items()]
+        parts += [f"{key} is {what}" for key, what in self.mismatched.items()]
         parts += [f"it holds {key}, which this model does not have" for key in self.unknown]
         if not parts:
             return None
@@ -51,7 +53,7 @@ class Report:
         lines += [f"  unused     {count} {reason}" for reason, count in Counter(self.unused.values()).items()]
         lines += [f"  at init    {name} (no {key})" for name, key in self.initial.items()]
         lines += [f"  missing    {name} (no {key})" for name, key in self.missing.items()]
-        lines += [f"  mismatched {key}: {shapes}" for key, shapes in self.mismatched.items()]
+        lines += [f"  mismatched {key}: {what}" for key, what in self.mismatched.items()]
         lines += [f"  unknown    {key}" for key in self.unknown]
         lines += [f"  warning    {line}" for line in self.warnings]
         if every_key:
@@ -72,7 +74,7 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = No
     """(params, state, report) of a foreign state dict; floating tensors become float32.
 
     Raises ValueError if it looks like another model or mixes sparse layouts, Refused (a ValueError) if keys are
-    missing, unknown or of another shape. `params` of a lone Swin lacks the leaves of `report.initial`. `config` is the
+    missing, unknown, of another shape, or hold what none can (`entries.impossible`). `params` of a lone Swin lacks the leaves of `report.initial`. `config` is the
     configuration whose shapes the leaves must have, by default the published one.
     """
     if model not in models.MODELS:
@@ -114,12 +116,21 @@ def _take(entry: Entry, upstream: Mapping[str, Tensor], report: Report) -> Tenso
         report.mismatched[entry.key] = f"{list(source.shape)} where the model has {list(expected)}{hint}"
         return None
     if entry.tree == "upstream":
+        if source.is_floating_point() or source.is_complex() or source.dtype == torch.bool or (source < 0).any():
+            report.mismatched[entry.key] = (
+                f"{_dtype(source)} {source.tolist()}, where a batch norm's count of batches belongs"
+            )
         report.unused[entry.key] = "batch counts of batch norms, kept for export"
         return source.detach().clone()
+    # As it becomes: what is infinite in float32 only is no weight either.
+    leaf = source.detach().to(entry.dtype) if source.is_floating_point() else source.detach()
+    if what := impossible(entry.name, leaf):
+        report.mismatched[entry.key] = what
+        return None
     if source.dtype != entry.dtype:
         report.warnings.append(f"{entry.key} is {_dtype(source)} and becomes {str(entry.dtype)[6:]}")
     report.used[entry.key] = entry.name
-    return _to_ours(source.detach(), entry, report.sparse).to(entry.dtype).clone(memory_format=torch.contiguous_format)
+    return _to_ours(leaf, entry, report.sparse).clone(memory_format=torch.contiguous_format)
 
 
 def _account_for_the_rest(
@@ -188,13 +199,24 @@ def export_state(
 
 
 def nest(flat: Mapping[str, Tensor]) -> dict:
-    """Nested dicts and lists from dotted paths; a level whose names are all numbers is a list, without gaps."""
+    """Nested dicts and lists from dotted paths; a level whose names are all numbers is a list, without gaps.
+
+    Raises ValueError, naming the path, for what is no such tree.
+    """
     root: dict = {}
     for path, leaf in flat.items():
         *parents, last = path.split(".")
         node = root
+        if len(parents) > DEEPEST:
+            raise ValueError(
+                f"the path {path[:60]!r} has {len(parents) + 1} levels, where none has more than {DEEPEST}."
+            )
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path[:60]!r} lies below a path that is a leaf itself.")
+        if last in node:
+            raise ValueError(f"{path[:60]!r} is a leaf, and other leaves lie below it.")
         node[last] = leaf
     return _lists(root, "")
 
@@ -203,10 +225,10 @@ def _lists(node: Any, path: str) -> Any:
     if not isinstance(node, dict):
         return node
     children = {name: _lists(child, f"{path}{name}.") for name, child in node.items()}
-    if not children or not all(name.isdigit() for name in children):
+    if not children or not all(name.isdecimal() for name in children):
         return children
-    if sorted(children, key=int) != [str(i) for i in range(len(children))]:
-        raise ValueError(f"the list {path[:-1]} has gaps: its items are {', '.join(sorted(children, key=int))}.")
+    if set(children) != {str(i) for i in range(len(children))}:
+        raise ValueError(f"the list {path[:-1]} has gaps: its items are {', '.join(sorted(children))[:60]}.")
     return [children[str(i)] for i in range(len(children))]
 
 
@@ -259,8 +281,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _difference(stored: Tensor, computed: Tensor) -> str | None:
     """How a stored buffer differs from the configuration's, None if only by rounding."""
-    if stored.shape != computed.shape:
-        return f"is {list(stored.shape)} where the configuration gives {list(computed.shape)}"
+    if stored.shape != computed.shape or stored.is_complex():
+        return f"is {tree.describe(stored)} where the configuration gives {tree.describe(computed)}"
     error = (stored.double() - computed.double()).abs().max().item()
     # 1e-4: float32 rounding of pixel coordinates up to 703 is 6e-5
     return None if error <= 1e-4 else f"differs from the configuration's by up to {error:.3g}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from bevfn import tree
 
@@ -87,3 +88,14 @@ def entries(names: Iterable[Named], params: dict, state: dict) -> list[Entry]:
             counter = f"{named.key}.num_batches_tracked"
             found.append(Entry("upstream", counter, counter, ()))
     return found
+
+
+def impossible(name: str, leaf: Tensor) -> str | None:
+    """What a leaf of `params` or `state` holds that no such leaf can hold; None if nothing. `name`: of ours, dotted."""
+    if not leaf.is_floating_point():
+        return f"of type {str(leaf.dtype).removeprefix('torch.')}, which no weight is"
+    if not torch.isfinite(leaf).all():
+        return "NaN or infinite"
+    if name.endswith(".var") and (leaf < 0).any():
+        return "negative, which no variance is"
+    return None

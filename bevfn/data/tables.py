@@ -1,0 +1,215 @@
+"""A nuScenes root as it lies on the disk: its versions, their thirteen tables of rows, and the splits of their scenes."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bevfn.files import read_json
+from bevfn.names import file_name, printable
+
+TABLES = (
+    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
+    "sample", "sample_data", "sample_annotation", "map",
+)  # fmt: skip
+# Which tokens must be found in which table; "..._tokens" are lists. Empty tokens (the ends of chains) refer to nothing.
+REFERENCES = {
+    "instance": {"category_token": "category"},
+    "calibrated_sensor": {"sensor_token": "sensor"},
+    "scene": {"log_token": "log"},
+    "sample": {"scene_token": "scene", "prev": "sample", "next": "sample"},
+    "sample_data": {
+        "sample_token": "sample",
+        "ego_pose_token": "ego_pose",
+        "calibrated_sensor_token": "calibrated_sensor",
+        "prev": "sample_data",
+        "next": "sample_data",
+    },
+    "sample_annotation": {
+        "sample_token": "sample",
+        "instance_token": "instance",
+        "visibility_token": "visibility",
+        "attribute_tokens": "attribute",
+        "prev": "sample_annotation",
+        "next": "sample_annotation",
+    },
+    "map": {"log_tokens": "log"},
+}
+SPLITS = "splits.json"
+# nuScenes' own splits are of one version each; others are named in a version's splits.json.
+BELONGS = {
+    "trainval": ("train", "val", "train_detect", "train_track"),
+    "mini": ("mini_train", "mini_val"),
+    "test": ("test",),
+}
+
+
+def versions(root: Path) -> list[str]:
+    """Names of the folders in `root` that hold tables."""
+    return sorted(path.parent.name for path in Path(root).glob("*/sample.json"))
+
+
+def only_version(root: Path) -> str:
+    """The version that the root has; raises ValueError if it has several or none."""
+    found = versions(root)
+    if len(found) > 1:
+        raise ValueError(f"{root} has {', '.join(found)}: choose one of these as version.")
+    if not found:
+        check_root(root, "v1.0-*")  # says what to give instead
+    return found[0]
+
+
+def check_root(root: Path, version: str) -> None:
+    """Raises ValueError, which says what folder or version to give, unless root/version is a folder of tables."""
+    root = Path(root)
+    if not root.is_dir():
+        kind = "is a file" if root.is_file() else "does not exist"
+        raise ValueError(f"{root} {kind}; give the folder that holds samples/, sweeps/, maps/ and {version}/.")
+    if (root / version).is_dir():
+        return
+    if found := versions(root):
+        raise ValueError(f"{root} has no {version}; it has {', '.join(found)}: choose one of these as version.")
+    for above in list(root.resolve().parents)[:3]:
+        if (above / version).is_dir() or versions(above):
+            raise ValueError(f"{root} is inside the data set; give the folder above it as root: {above}.")
+    below = sorted({path.parents[1] for depth in ("*/*", "*/*/*") for path in root.glob(f"{depth}/sample.json")})
+    if below:
+        raise ValueError(f"{root} is above the data set; give the folder inside it as root: {below[0]}.")
+    if (root / "frame.json").is_file():
+        raise ValueError(f"{root} holds a single key frame (frame.json), no nuScenes data set; give the root of one.")
+    raise ValueError(f"{root} has no {version}; extract nuScenes' metadata archive there, or give another root.")
+
+
+# --- splits ---
+
+
+def splits(root: Path, version: str) -> dict[str, list[str]]:
+    """Split: names of its scenes that the root has, for every split of this version with at least one scene.
+
+    Raises ValueError, naming the file and what is wrong, for a splits.json that holds anything but lists of scenes by names
+    that can be folders' (files are named after splits).
+    """
+    from nuscenes.utils.splits import create_splits_scenes  # imports for seconds
+
+    folder = Path(root) / version
+    here = {str(scene.get("name")) for scene in read_table(folder / "scene.json")}
+    ending = next((ending for ending in BELONGS if version.endswith(ending)), None)
+    known = {s: names for s, names in create_splits_scenes().items() if ending is None or s in BELONGS[ending]}
+    if (folder / SPLITS).is_file():
+        known |= _own_splits(folder / SPLITS)
+    present = {split: [name for name in names if name in here] for split, names in known.items()}
+    return {split: names for split, names in present.items() if names}
+
+
+def _own_splits(path: Path) -> dict[str, list[str]]:
+    own = read(path, dict)
+    for split, scenes in own.items():
+        if not isinstance(scenes, list) or not all(isinstance(name, str) for name in scenes):
+            raise ValueError(f"{path}: {printable(split)} must be a list of names of scenes.")
+        if file_name(split) != split:
+            raise ValueError(
+                f"{path}: {printable(split)!r} cannot name a split, since files are named after it; use letters, digits, "
+                "'-', '_' and '.'."
+            )
+    return own
+
+
+def default_splits(root: Path, version: str) -> tuple[str, str] | None:
+    """(the split to train on, the one to evaluate on) of a version where nobody names them; None if it has none such."""
+    for ending in ("trainval", "mini"):
+        if version.endswith(ending):
+            return BELONGS[ending][0], BELONGS[ending][1]
+    return ("train", "val") if {"train", "val"} <= splits(root, version).keys() else None
+
+
+def scenes_of(root: Path, version: str, split: str) -> list[str]:
+    """Names of the split's scenes; raises ValueError if the root has none."""
+    present = splits(root, version)
+    if split not in present:
+        has = f"the splits with scenes there are {', '.join(present)}" if present else "it has no scene of any split"
+        raise ValueError(f"{root}, {version}, has no scene of the split {split!r}; {has}.")
+    return present[split]
+
+
+# --- tables ---
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a table. Raises ValueError if the file is missing, no complete JSON, or not a list of rows with tokens of
+    their own."""
+    rows = read(path, list)
+    if not all(isinstance(row, dict) and ("token" in row) for row in rows):
+        raise ValueError(f"{path}: a row has no token; the table is damaged, extract the metadata archive again.")
+    if (odd := next((row["token"] for row in rows if not isinstance(row["token"], str)), None)) is not None:
+        raise ValueError(f"{path}: a token is {_short(odd)}, no text; extract the metadata archive again.")
+    if len({row["token"] for row in rows}) < len(rows):
+        (again, _), *_ = Counter(row["token"] for row in rows).most_common(1)
+        raise ValueError(f"{path}: several rows have the token {_short(again)}; extract the metadata archive again.")
+    return rows
+
+
+def read_tables(root: Path, version: str) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """(the tables that can be read, table: what is wrong with it for those that are missing, unreadable, or name rows
+    that are nowhere)."""
+    folder = Path(root) / version
+    tables, problems = {}, {}
+    for name in TABLES:
+        try:
+            tables[name] = read_table(folder / f"{name}.json")
+        except (ValueError, OSError) as error:
+            problems[name] = str(error)
+    tokens = {name: {row["token"] for row in rows} for name, rows in tables.items()}
+    for name, fields in REFERENCES.items():
+        for field, target in fields.items():
+            if name not in tables or target not in tables or name in problems:
+                continue
+            lost = _dangling(tables[name], field, tokens[target])
+            if lost:
+                problems[name] = (
+                    f"{folder / name}.json: {field} of {len(lost)} of {len(tables[name])} rows names no row of "
+                    f"{target}.json (the first is {_short(lost[0])}); one of the two is incomplete or of another version, "
+                    "extract the metadata archive again."
+                )
+    if "log" not in problems and "map" not in problems:
+        mapped = {token for row in tables["map"] for token in row.get("log_tokens", [])}
+        if lost := sorted(tokens["log"] - mapped):
+            problems["map"] = (
+                f"{folder / 'map.json'}: no map names the log {_short(lost[0])}; extract the archive again."
+            )
+    return tables, problems
+
+
+def missing_maps(root: Path, version: str) -> list[Path]:
+    """The map images that map.json names and the root lacks; the devkit does not start without them."""
+    files = [Path(root) / str(row.get("filename")) for row in read_table(Path(root) / version / "map.json")]
+    return [file for file in files if not file.is_file()]
+
+
+def read(path: Path, kind: type) -> Any:
+    """A JSON file's list or dict. Raises ValueError, naming the file, for anything else."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; extract nuScenes' metadata archive again.")
+    try:
+        content = read_json(path.read_bytes(), finite=False)
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}); extract nuScenes' metadata archive again."
+        ) from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; extract the archive again.")
+    return content
+
+
+def _dangling(rows: list[dict], field: str, tokens: set[str]) -> list[Any]:
+    """Values of `field` that are not in `tokens`, or no tokens at all, one per row that has such a value."""
+    lost: list[Any] = []
+    for row in rows:
+        value = row.get(field)
+        values = value if field.endswith("_tokens") and isinstance(value, list) else [value]
+        lost += [token for token in values if not isinstance(token, str) or (token and token not in tokens)][:1]
+    return lost
+
+
+def _short(value: Any) -> str:
+    """A value of a table for a sentence."""
+    text = f"'{printable(value)}'" if isinstance(value, str) else f"a {type(value).__name__}: {printable(value)}"
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,0 +1,36 @@
+"""How a command ends: what a user can mend is one sentence and an exit code, never a traceback.
+
+0    done
+1    `bevfn data check` found a problem, `bevfn parity` a boundary that differs
+2    refused: a file, flag or machine is not what it has to be, in one sentence on standard error
+130  Ctrl-C, 143 SIGTERM (see training/signals.py)
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from bevfn.names import printable
+
+REFUSED, INTERRUPTED = 2, 130
+
+
+@contextlib.contextmanager
+def one_sentence(*also: type[Exception]) -> Iterator[None]:
+    """Context manager: ends the process after Ctrl-C or an exception that a user can mend inside: ValueError, OSError, those
+    of `also`, and no memory.
+
+    RuntimeError is in `also` or not: it is torch's word for a bug, whose traceback is needed where much is computed.
+    """
+    mendable: tuple[type[Exception], ...] = (ValueError, OSError, *also)
+    try:
+        yield
+    except KeyboardInterrupt:  # in a run: the second one, see training/signals.py
+        print("bevfn: stopped by Ctrl-C; what was written before is whole", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except MemoryError:
+        print("bevfn: there is not enough memory for this", file=sys.stderr)
+        sys.exit(REFUSED)
+    except mendable as error:
+        print(f"bevfn: {printable(error)}", file=sys.stderr)  # on one line, whatever names are in it
+        sys.exit(REFUSED)
