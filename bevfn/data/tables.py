@@ -34,6 +34,16 @@ REFERENCES = {
     },
     "map": {"log_tokens": "log"},
 }
+# What else rows are looked up, ordered or opened by.
+FIELDS: dict[str, dict[str, type]] = {
+    "category": {"name": str},
+    "sensor": {"channel": str},
+    "scene": {"name": str},
+    "sample": {"timestamp": int},
+    "sample_data": {"filename": str, "is_key_frame": bool, "timestamp": int},
+    "map": {"filename": str},
+}
+WORDS = {str: "text", int: "number", bool: "true or false"}
 SPLITS = "splits.json"
 # nuScenes' own splits are of one version each; others are named in a version's splits.json.
 BELONGS = {
@@ -41,6 +51,7 @@ BELONGS = {
     "mini": ("mini_train", "mini_val"),
     "test": ("test",),
 }
+NUSCENES = tuple(split for names in BELONGS.values() for split in names)
 
 
 def versions(root: Path) -> list[str]:
@@ -157,6 +168,14 @@ def read_tables(root: Path, version: str) -> tuple[dict[str, list[dict]], dict[s
             tables[name] = read_table(folder / f"{name}.json")
         except (ValueError, OSError) as error:
             problems[name] = str(error)
+    for name, fields in FIELDS.items():
+        for field, kind in fields.items() if name in tables else ():
+            if odd := [row for row in tables[name] if not _is(row.get(field), kind)]:
+                problems.setdefault(
+                    name,
+                    f"{folder / name}.json: {field} of {len(odd)} of {len(tables[name])} rows is no {WORDS[kind]} (the first is "
+                    f"{_short(odd[0].get(field))}); extract the metadata archive again.",
+                )
     tokens = {name: {row["token"] for row in rows} for name, rows in tables.items()}
     for name, fields in REFERENCES.items():
         for field, target in fields.items():
@@ -197,6 +216,13 @@ def read(path: Path, kind: type) -> Any:
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; extract the archive again.")
     return content
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Of a JSON value; a whole number may be written with a point."""
+    if kind is int:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)
 
 
 def _dangling(rows: list[dict], field: str, tokens: set[str]) -> list[Any]:
