@@ -112,7 +112,7 @@ def prepare(
         folder = pasting.folder(index)
         making = pasting.Making(published_sweeps, published_paste)
         database = pasting.build(index, folder, class_names=CLASS_NAMES, making=making, workers=workers)
-        print(f"{folder}: {len(database):,} objects")
+        print(f"{folder}: {len(database):,} objects ({making})")
     if depth:
         files = ground_truth.build(index, ground_truth.folder(index), workers=workers)
         print(f"{files}: depth ground truth of {sum(len(frame.cameras) for frame in index):,} images")

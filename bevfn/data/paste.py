@@ -58,6 +58,14 @@ class Making:
     """Objects of no class (police cars, debris, bicycle racks) are stored as barriers where that is a class: upstream takes
     their label, -1, for an index into its classes, of which barrier is the last."""
 
+    def __str__(self) -> str:
+        """The flags of `bevfn data prepare` that make one so."""
+        return " ".join(_flag(name, value) for name, value in asdict(self).items())
+
+
+def _flag(name: str, value: bool) -> str:
+    return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+
 
 @dataclass(frozen=True)
 class Database:
@@ -139,7 +147,7 @@ def read(folder: Path, *, min_points: int = 5, making: Making | None = None) -> 
 def _check_making(folder: Path, made: Making, wanted: Making) -> None:
     for name, was in asdict(made).items():
         if was != getattr(wanted, name):
-            have, want = (f"--{'' if value else 'no-'}{name.replace('_', '-')}" for value in (was, not was))
+            have, want = _flag(name, was), _flag(name, not was)
             raise ValueError(
                 f"the GT-paste database {folder} was made with {have}, but the run has {want}; make it again with "
                 f"`bevfn data prepare ROOT {want}`, or train with {have}."
