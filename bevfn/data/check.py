@@ -215,6 +215,10 @@ def examine(path: Path, deep: bool) -> Finding | None:
     return None
 
 
+def _outside(path: str) -> Finding | None:
+    return ("damaged", OUTSIDE) if leaves(path) else None
+
+
 def _jpeg_ends(path: Path, size: int) -> str:
     """A sentence if the file does not begin and end as a JPEG; some writers pad the end."""
     with open(path, "rb") as file:
@@ -230,7 +234,7 @@ def _examine(root: Path, files: list[str], deep: bool, workers: int) -> dict[str
     """File: (kind, what is wrong), in parallel: threads, because this waits for the disk and decoders free the lock."""
 
     def look(chunk: list[str]) -> dict[str, Finding]:
-        found = ((path, ("damaged", OUTSIDE) if leaves(path) else examine(root / path, deep)) for path in chunk)
+        found = ((path, _outside(path) or examine(root / path, deep)) for path in chunk)
         return {path: what for path, what in found if what is not None}
 
     chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
