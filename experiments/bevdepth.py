@@ -68,6 +68,7 @@ class Config(run.Config):
     """network and recipe; the other flags' defaults are its published numbers"""
     epochs: int = 24
     batch_size: int = 8
+    drop_last: bool = True
     recipe_batch: int = 64
     eval_every: int = 0
     recipe_lr: float = 2e-4
