@@ -50,13 +50,15 @@ def index(root: Path, version: str, split: str, cache: Path | None = None) -> In
     return Index(root=Path(root), version=version, split=split, frames=packed)
 
 
-def frames(root: Path, version: str, split: str, cache: Path | None = None) -> Packed:
-    """What `index` has, whatever its values are: for `bevfn data check`."""
+def frames(root: Path, version: str, split: str, cache: Path | None = None, *, keep: bool = True) -> Packed:
+    """What `index` has, whatever its values are: for `bevfn data check`, which writes nothing (`keep` False)."""
     root = Path(root)
     tables.check_root(root, version)
     header, name = _header(root, version, split), _name(version, split)
     places = [Path(cache)] if cache is not None else [root / ".bevfn", building.home(root)]
     packed = _cached(places, name, header)
+    if packed is None and not keep:
+        return _build(root, version, split, set(tables.scenes_of(root, version, split)))
     if packed is None:
         scenes = tables.scenes_of(root, version, split)
         with _only_one(places, f"{name}.lock"):
