@@ -1,4 +1,4 @@
-"""Key frames of an index held against what is `possible`: all columns at once, 0.1 s for nuScenes' training split."""
+"""Key frames of an index held against what is `possible`: all columns at once, a second for nuScenes' training split."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
