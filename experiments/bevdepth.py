@@ -16,7 +16,7 @@ is pooled. (Upstream's "key4" files are BEVStereo's and read one earlier camera 
     bevfn checkpoint import resnet50-0676ba61.pth resnet50.safetensors --model resnet50
     torchrun --nproc-per-node 8 -m bevfn.experiments.bevdepth --precision fp16 --data-root /data/nuscenes \\
         --pretrained resnet50.safetensors
-    python -m bevfn.experiments.bevdepth --data-root ../shared/nuscenes_frame                 # one key frame
+    python -m bevfn.experiments.bevdepth --data-root FRAME_FOLDER                              # one key frame
     python -m bevfn.experiments.bevdepth                                   # a synthetic world, minutes on a laptop
 
 The flags' defaults are the published recipe of --model on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC`) elsewhere.
@@ -68,6 +68,7 @@ class Config(run.Config):
     """network and recipe; the other flags' defaults are its published numbers"""
     epochs: int = 24
     batch_size: int = 8
+    drop_last: bool = True
     recipe_batch: int = 64
     eval_every: int = 0
     recipe_lr: float = 2e-4

@@ -5,7 +5,7 @@ fp32, 70.11 and 68.01 in fp16. 6 epochs, 8 devices x 4 samples, from the LiDAR-o
 
     torchrun --nproc-per-node 8 -m bevfn.experiments.bevfusion --precision fp16 --data-root /data/nuscenes \\
         --pretrained runs/bevfusion_lidar/checkpoints/step_00077240 swin.safetensors
-    python -m bevfn.experiments.bevfusion --precision fp16 --data-root ../shared/nuscenes_frame    # one key frame
+    python -m bevfn.experiments.bevfusion --precision fp16 --data-root FRAME_FOLDER                # one key frame
     python -m bevfn.experiments.bevfusion                                  # a synthetic world, minutes on a laptop
 
 The flags' defaults are the published recipe on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC` below) elsewhere.

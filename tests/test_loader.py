@@ -153,6 +153,14 @@ def test_steps_of_an_epoch_are_rounded_up(length, batch_size, replicas, accumula
     assert loader.steps_per_epoch(length, batch_size, replicas, accumulate) == steps
 
 
+@pytest.mark.parametrize(
+    ("length", "batch_size", "replicas", "steps"), [(28_130, 8, 8, 439), (64, 8, 8, 1), (127, 8, 8, 2), (121, 8, 8, 2), (120, 8, 8, 1), (3, 8, 8, 1)]
+)  # fmt: skip
+def test_an_incomplete_last_step_may_be_left_out(length, batch_size, replicas, steps):
+    """Incomplete as torch judges it: 121 samples are filled up to 128 of 8 processes first."""
+    assert loader.steps_per_epoch(length, batch_size, replicas, drop_last=True) == steps
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"loader\.Config\.batch_size is 0 but must be at least 1"):
         loader.Config(batch_size=0)

@@ -76,9 +76,18 @@ class Loaded:
     """s that the caller waited for it."""
 
 
-def steps_per_epoch(length: int, batch_size: int, replicas: int = 1, accumulate: int = 1) -> int:
-    """Optimizer steps until each of `length` samples was seen; the last one is filled up by wrapping around."""
-    return -(-length // (batch_size * replicas * accumulate))
+def steps_per_epoch(
+    length: int, batch_size: int, replicas: int = 1, accumulate: int = 1, *, drop_last: bool = False
+) -> int:
+    """Optimizer steps until each of `length` samples was seen; the last one is filled up by wrapping around.
+
+    drop_last: an incomplete last one is left out instead, unless it is the only one. Incomplete is judged as torch's
+    DistributedSampler and DataLoader do: samples are first filled up to a multiple of the microbatches of a step.
+    """
+    parts = replicas * accumulate
+    if drop_last:
+        return max(1, -(-length // parts) // batch_size)
+    return -(-length // (batch_size * parts))
 
 
 def batches(

@@ -84,6 +84,8 @@ class Config:
     """samples per device and microbatch"""
     accumulate: int = 1
     """microbatches per device whose gradients are averaged into one step"""
+    drop_last: bool = False
+    """an epoch ends before its last, incomplete batch; no: that one is filled up from the epoch's start"""
     recipe_batch: int = 32
     """the global batch that the published learning rate is for"""
     recipe_lr: float = 1e-3
@@ -252,7 +254,9 @@ class Run:
 def plan(config: Config, items: np.ndarray, replicas: Replicas | None = None) -> Plan:
     """Steps of the run on that many devices."""
     count = replicas.count if replicas is not None else 1
-    per_epoch = loader.steps_per_epoch(len(items), config.batch_size, count, config.accumulate)
+    per_epoch = loader.steps_per_epoch(
+        len(items), config.batch_size, count, config.accumulate, drop_last=config.drop_last
+    )
     epochs = 1 if config.mode == "performance" else config.epochs
     return Plan(per_epoch, config.steps or epochs * per_epoch, config.batch_size * count * config.accumulate)
 
