@@ -67,10 +67,10 @@ def listing(folder: Path = RESULTS) -> str:
 def _command() -> str:
     """What was typed, with the program's name instead of its path."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of what `python -m` runs
-    module = spec.name if spec is not None else ""
-    if module.startswith("bevfn.experiments."):
-        return shlex.join(["python", "-m", module, *sys.argv[1:]])
-    program = "bevfn" if module == "bevfn.cli" else Path(sys.argv[0]).name
+    package, _, module = (spec.name if spec is not None else "").partition(".")
+    if package == "bevfn" and module.startswith("experiments."):
+        return shlex.join(["python", "-m", f"{package}.{module}", *sys.argv[1:]])
+    program = "bevfn" if (package, module) == ("bevfn", "cli") else Path(sys.argv[0]).name
     return shlex.join([program, *sys.argv[1:]])
 
 

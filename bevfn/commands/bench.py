@@ -44,7 +44,7 @@ def step(
 
     Args:
         model: what is measured
-        frame: folder of a real key frame, such as ../shared/nuscenes_frame; a generated one without it
+        frame: folder of a real key frame; a generated one without it
         scale: mini is the size of demos and CI
         precision: of the step
         batch_size: copies of the frame in a batch

@@ -23,7 +23,7 @@ def parity(
     line per stored boundary: name, relative L2 error, tolerance, ok or FAIL. Exit code 1 if any fails.
 
     Args:
-        case_dir: folder with manifest.json, inputs, outputs and stats, such as ../shared/goldens/bevfusion_lidar
+        case_dir: folder of a golden case: manifest.json, stats.json, inputs.safetensors, outputs.safetensors (docs/parity.md)
         only: compare evaluation or one training step alone; both by default
         json_file: also write the table there
         device: torch device to run on

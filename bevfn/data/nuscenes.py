@@ -50,13 +50,15 @@ def index(root: Path, version: str, split: str, cache: Path | None = None) -> In
     return Index(root=Path(root), version=version, split=split, frames=packed)
 
 
-def frames(root: Path, version: str, split: str, cache: Path | None = None) -> Packed:
-    """What `index` has, whatever its values are: for `bevfn data check`."""
+def frames(root: Path, version: str, split: str, cache: Path | None = None, *, keep: bool = True) -> Packed:
+    """What `index` has, whatever its values are: for `bevfn data check`, which writes nothing (`keep` False)."""
     root = Path(root)
     tables.check_root(root, version)
     header, name = _header(root, version, split), _name(version, split)
     places = [Path(cache)] if cache is not None else [root / ".bevfn", building.home(root)]
     packed = _cached(places, name, header)
+    if packed is None and not keep:
+        return _build(root, version, split, set(tables.scenes_of(root, version, split)))
     if packed is None:
         scenes = tables.scenes_of(root, version, split)
         with _only_one(places, f"{name}.lock"):
@@ -186,7 +188,12 @@ def _check_times(devkit: Any, sample: dict, lidar: dict) -> None:
     offset, token = 1e-6 * (sample["timestamp"] - lidar["timestamp"]), printable(sample["token"])
     if possible.OFFSET.impossible(np.array(offset)):
         raise _Impossible(f"key frame {token} is {offset:g} s after its LiDAR scan, which must be {possible.OFFSET}")
-    if sample["prev"] and devkit.get("sample", sample["prev"])["timestamp"] >= sample["timestamp"]:
+    if not sample["prev"]:
+        return
+    before = devkit.get("sample", sample["prev"])
+    if before["scene_token"] != sample["scene_token"]:
+        raise _Impossible(f"key frame {token} has its `prev` in another scene")
+    if before["timestamp"] >= sample["timestamp"]:
         raise _Impossible(f"key frame {token} is not later than its `prev`, by timestamp of sample.json")
 
 

@@ -34,6 +34,16 @@ REFERENCES = {
     },
     "map": {"log_tokens": "log"},
 }
+# What else rows are looked up, ordered or opened by.
+FIELDS: dict[str, dict[str, type]] = {
+    "category": {"name": str},
+    "sensor": {"channel": str},
+    "scene": {"name": str},
+    "sample": {"timestamp": int},
+    "sample_data": {"filename": str, "is_key_frame": bool, "timestamp": int},
+    "map": {"filename": str},
+}
+WORDS = {str: "text", int: "number", bool: "true or false"}
 SPLITS = "splits.json"
 # nuScenes' own splits are of one version each; others are named in a version's splits.json.
 BELONGS = {
@@ -41,6 +51,7 @@ BELONGS = {
     "mini": ("mini_train", "mini_val"),
     "test": ("test",),
 }
+NUSCENES = tuple(split for names in BELONGS.values() for split in names)
 
 
 def versions(root: Path) -> list[str]:
@@ -158,17 +169,10 @@ def read_tables(root: Path, version: str) -> tuple[dict[str, list[dict]], dict[s
         except (ValueError, OSError) as error:
             problems[name] = str(error)
     tokens = {name: {row["token"] for row in rows} for name, rows in tables.items()}
-    for name, fields in REFERENCES.items():
-        for field, target in fields.items():
-            if name not in tables or target not in tables or name in problems:
-                continue
-            lost = _dangling(tables[name], field, tokens[target])
-            if lost:
-                problems[name] = (
-                    f"{folder / name}.json: {field} of {len(lost)} of {len(tables[name])} rows names no row of "
-                    f"{target}.json (the first is {_short(lost[0])}); one of the two is incomplete or of another version, "
-                    "extract the metadata archive again."
-                )
+    for name, rows in tables.items():
+        targets = {f: tokens[target] for f, target in REFERENCES.get(name, {}).items() if target in tokens}
+        if what := _wrong_field(rows, FIELDS.get(name, {})) or _lost_row(rows, name, targets):
+            problems[name] = f"{folder / name}.json: {what}, extract the metadata archive again."
     if "log" not in problems and "map" not in problems:
         mapped = {token for row in tables["map"] for token in row.get("log_tokens", [])}
         if lost := sorted(tokens["log"] - mapped):
@@ -197,6 +201,33 @@ def read(path: Path, kind: type) -> Any:
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; extract the archive again.")
     return content
+
+
+def _wrong_field(rows: list[dict], fields: dict[str, type]) -> str:
+    """What is wrong with the first field that is of another type, empty if none is."""
+    for field, kind in fields.items():
+        if odd := [row for row in rows if not _is(row.get(field), kind)]:
+            first = _short(odd[0].get(field))
+            return f"{field} of {len(odd)} of {len(rows)} rows is no {WORDS[kind]} (the first is {first})"
+    return ""
+
+
+def _lost_row(rows: list[dict], name: str, targets: dict[str, set[str]]) -> str:
+    """What is wrong with the first field that names rows which are nowhere, empty if none does."""
+    for field, tokens in targets.items():
+        if lost := _dangling(rows, field, tokens):
+            return (
+                f"{field} of {len(lost)} of {len(rows)} rows names no row of {REFERENCES[name][field]}.json (the first is "
+                f"{_short(lost[0])}); one of the two is incomplete or of another version"
+            )
+    return ""
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Of a JSON value; a whole number may be written with a point."""
+    if kind is int:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)
 
 
 def _dangling(rows: list[dict], field: str, tokens: set[str]) -> list[Any]:
