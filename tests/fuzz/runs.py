@@ -24,16 +24,16 @@ def rows() -> list[Row]:
     newest = "run/checkpoints/step_00000003"
     leaves = (run_folder.LOCK_FILE,)
     return [
-        Row("a run's meta.json", _run, f"{newest}/meta.json", mutate.as_json, _resume, 40, leaves, older=True),
-        Row("a run's meta.json, sealed again", _run, f"{newest}/meta.json", _sealed, _resume, 40, leaves, older=True),
-        Row("a run's tensors", _run, f"{newest}/train_state.safetensors", mutate.raw, _resume, 40, leaves, older=True),
-        Row("a run's tensors, sealed again", _run, f"{newest}/train_state.safetensors", _odd, _resume_odd, 30, leaves),
-        Row("a run's best.json", _run, "run/checkpoints/best.json", mutate.as_json, _resume, 40, leaves),
-        Row("a run's metrics.jsonl", _run, "run/metrics.jsonl", mutate.as_lines, _resume, 40, leaves),
-        Row("a run's config.json", _run, "run/config.json", mutate.as_json, _resume, 40, leaves),
-        Row("a run's summary.json", _run, "run/summary.json", mutate.as_json, _resume, 40, leaves),
-        Row("a run's config.json, evaluated", _run, "run/config.json", mutate.as_json, _evaluate, 40, leaves),
-        Row("a run's checkpoint, evaluated", _run, f"{newest}/*", mutate.raw, _weights, 40, leaves),
+        Row("a run's meta.json", _run, f"{newest}/meta.json", mutate.as_json, _resume, 16, leaves, older=True),
+        Row("a run's meta.json, sealed again", _run, f"{newest}/meta.json", _sealed, _resume, 16, leaves, older=True),
+        Row("a run's tensors", _run, f"{newest}/train_state.safetensors", mutate.raw, _resume, 16, leaves, older=True),
+        Row("a run's tensors, sealed again", _run, f"{newest}/train_state.safetensors", _odd, _resume_odd, 16, leaves),
+        Row("a run's best.json", _run, "run/checkpoints/best.json", mutate.as_json, _resume, 16, leaves),
+        Row("a run's metrics.jsonl", _run, "run/metrics.jsonl", mutate.as_lines, _resume, 16, leaves),
+        Row("a run's config.json", _run, "run/config.json", mutate.as_json, _resume, 16, leaves),
+        Row("a run's summary.json", _run, "run/summary.json", mutate.raw, _resume, 16, leaves),
+        Row("a run's config.json, evaluated", _run, "run/config.json", mutate.as_json, _evaluate, 16, leaves),
+        Row("a run's checkpoint, evaluated", _run, f"{newest}/*", mutate.raw, _weights, 16, leaves),
     ]
 
 
