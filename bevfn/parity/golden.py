@@ -130,7 +130,7 @@ def _check_there(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ checkpoint
 
 
-def source(manifest: Mapping[str, Any]) -> recognise.Source:
+def source(manifest: Mapping[str, Any]) -> recognise.Recognised:
     """What a case's checkpoint is, told as any foreign checkpoint: by its keys and shapes, without drawing it."""
     specs = manifest["weights"] | (manifest.get("derived") or {})
     return recognise.recognise({key: torch.empty(spec["shape"], device="meta") for key, spec in specs.items()})

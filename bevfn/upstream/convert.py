@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.upstream import models, recognise
-from bevfn.upstream.entries import Entry, Layout, Naming, impossible
+from bevfn.upstream.entries import Entry, Naming, WeightLayout, impossible
 from bevfn.upstream.recognise import SparseLayout
 
 DEEPEST = 100  # levels of a tree
@@ -245,7 +245,9 @@ def _merged_to_upstream(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)  # ... 4*C
 
 
-_LAYOUTS: dict[Layout, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {  # (to ours, to upstream)
+_LAYOUTS: dict[
+    WeightLayout, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+] = {  # (to ours, to upstream)
     "same": (lambda x: x, lambda x: x),
     "sparse": (lambda x: x.permute(1, 2, 3, 4, 0), lambda x: x.permute(4, 0, 1, 2, 3)),  # spconv 2: out kx ky kz in
     "sequence": (lambda x: x.squeeze(-1), lambda x: x.unsqueeze(-1)),
@@ -255,7 +257,7 @@ _LAYOUTS: dict[Layout, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 }
 
 
-def _layout(entry: Entry, sparse: SparseLayout) -> Layout:
+def _layout(entry: Entry, sparse: SparseLayout) -> WeightLayout:
     """mmcv's sparse kernels are laid out as ours."""
     return "same" if entry.layout == "sparse" and sparse == "mmcv" else entry.layout
 
