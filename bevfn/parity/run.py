@@ -56,10 +56,10 @@ def run(case: Case, table: Table, *, only: str | None, device: str) -> None:
     if source.model is None:
         raise ValueError(
             f"{case.folder}/manifest.json is a case of {source.what}, which bevfn does not have yet; it has "
-            f"{', '.join(upstream.MODELS)}"
+            f"{', '.join(upstream.CHECKPOINTS)}"
         )
     print(f"{'boundary':<44} {'error':>10} {'tolerance':>10}")
-    spec = upstream.MODELS[source.model]
+    spec = upstream.CHECKPOINTS[source.model]
     family, maps = spec.family, MAPS[spec.family]
     config = maps.config_for(case, spec.config())
     params, state, _ = upstream.import_state(golden.fill_case(case.folder), source.model)

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from bevfn.upstream.checkpoints import CHECKPOINTS, Look
 from bevfn.upstream.entries import Entry, Naming
-from bevfn.upstream.models import MODELS, Look
 
 SparseLayout = Literal["spconv2", "mmcv"]
 
@@ -50,7 +50,7 @@ def recognise(keys: Mapping[str, Tensor]) -> Recognised:
     Between equals what bevfn does not read wins, so that a detector is not taken for the backbone inside it.
     """
     looks: list[tuple[str | None, Look]] = [(None, look) for look in FOREIGN]
-    looks += [(name, look) for name, model in MODELS.items() for look in model.looks]
+    looks += [(name, look) for name, spec in CHECKPOINTS.items() for look in spec.looks]
     for name, look in sorted(looks, key=lambda pair: -len(pair[1].anchors) - (pair[1].key_frames is not None)):
         prefix = _prefix_before(keys, look.anchors[0]) if look.prefix is None else look.prefix
         if prefix is None or not all(any(key.startswith(prefix + a) for key in keys) for a in look.anchors):
