@@ -1,4 +1,4 @@
-"""One golden case from its manifest to its table: `run`. What differs between models is in their maps."""
+"""One golden case from its manifest to its table: `replay`. What differs between models is in their maps."""
 
 from types import ModuleType
 from typing import Any, Protocol
@@ -47,7 +47,7 @@ class Map(Protocol):
 MAPS: dict[ModuleType, Map] = {bevfusion_model: bevfusion, bevdepth_model: bevdepth}
 
 
-def run(case: Case, table: Table, *, only: str | None, device: str) -> None:
+def replay(case: Case, table: Table, *, only: str | None, device: str) -> None:
     """Adds every comparison of the case to the table; `only` is "eval", "train" or None for both.
 
     Raises ValueError if its checkpoint, told by keys and shapes, is none of a model that bevfn has.
