@@ -150,8 +150,8 @@ class Batch:
             ("boxes", "angles", slice(6, 7), possible.YAW),
             ("boxes", "velocities", slice(7, 9), possible.VELOCITY),
         ):
-            if len(found := rows.get(name, [])):
-                ends = np.array([(column.min(), column.max()) for column in found.T[columns]])  # a NaN is both
+            if name in rows and len(rows[name]):
+                ends = np.array([(column.min(), column.max()) for column in rows[name].T[columns]])  # a NaN is both
                 yield name, what, kind.impossible(ends), kind
         if self.intrinsics is not None and self.base_from_camera is not None:
             lenses, poses = (
