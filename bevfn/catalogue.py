@@ -75,6 +75,6 @@ def table() -> str:
     for name, model in MODELS.items():
         figures = model.published
         published = f"{figures.mean_ap:g}, {figures.nds:g} ({figures.source})" if figures else "none"
-        parity = f"`bevfn parity ../shared/goldens/{model.case}`" if model.case else "no golden case"
+        parity = f"golden case `{model.case}`" if model.case else "no golden case"
         lines.append(f"| {name} | {model.experiment} | {model.parameters} M | {published} | {parity} |")
     return "\n".join(lines)

@@ -43,7 +43,7 @@ LIMITS = {
 }
 
 
-STEPS = {"fp32": 5, "fp16": 2}
+STEPS = {"fp32": 3, "fp16": 2}
 
 
 @pytest.fixture

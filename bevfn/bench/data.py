@@ -3,7 +3,7 @@
 A real key frame (or a generated one) stands for the data set: six 1600 x 900 JPEGs, and its point file read ten times
 as key frame and nine of ten sweeps. Its files come from memory, so a disk's share is not in the figures. Times of one
 core are CPU time of one process with one thread, which a busy machine does not stretch; the loader's rate is wall time.
-    bevfn bench data --frame ../shared/nuscenes_frame
+    bevfn bench data --frame FRAME_FOLDER
 """
 
 import cProfile

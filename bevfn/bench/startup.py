@@ -1,6 +1,6 @@
 """Seconds from a recipe's command to its first step: compiled with empty caches, with full ones, and in eager mode.
 
-bevfn bench startup --frame ../shared/nuscenes_frame
+bevfn bench startup --frame FRAME_FOLDER
 """
 
 import os

@@ -21,13 +21,6 @@ from bevfn.precision import Precision
 from bevfn.synth import key_frame
 from bevfn.training import run as running
 
-# Seconds of the published modules with plain-torch ops on 2 mostly idle cores (shared/goldens): forward in evaluation
-# mode, and forward + backward in training mode. MatrixVT's were measured on a loaded machine only (13.6 and 52 s).
-UPSTREAM_SECONDS = {
-    "bevfusion-lidar-camera": {"forward": 7.0, "train": 43.0}, "bevfusion-lidar": {"forward": 2.6, "train": 8.0},
-    "bevdepth-2key": {"forward": 9.0, "train": 31.0},
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -57,11 +50,6 @@ def measure(setting: Setting) -> dict:
         slow, fast = figures[f"{what}/eager"], figures[f"{what}/inductor"]
         fast["gflop"] = slow["gflop"]
         fast["speedup_over_eager"] = slow["seconds"] / fast["seconds"]
-        upstream = UPSTREAM_SECONDS.get(setting.model, {}).get(what)
-        same = (setting.scale, setting.precision, setting.device, setting.batch_size) == ("published", "fp32", "cpu", 1)
-        if upstream and same:
-            for variant in (slow, fast):
-                variant["speedup_over_upstream"] = upstream / variant["seconds"]
         for variant in (slow, fast):
             variant["samples_per_second"] = setting.batch_size / variant["seconds"]
             variant["share_of_gemm_peak"] = variant["gflop"] / variant["seconds"] / variant["gemm_gflops"]
@@ -97,9 +85,15 @@ def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Call
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         root = setting.frame if setting.frame is not None else key_frame.write_frame(Path(folder))
         config = replace(
-            recipe.DEFAULTS["frame"], model=setting.model, precision=setting.precision, backend=backend, device=setting.device,
-            data_root=root, batch_size=setting.batch_size, scale=setting.scale,
-        )  # fmt: skip
+            recipe.DEFAULTS["frame"],
+            model=setting.model,
+            precision=setting.precision,
+            backend=backend,
+            device=setting.device,
+            data_root=root,
+            batch_size=setting.batch_size,
+            scale=setting.scale,
+        )
         task = recipe.task(config)
         run = running.Run(task, config, running.plan(config, task.data.items))
         batch = running.example(run)

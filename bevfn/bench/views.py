@@ -1,6 +1,6 @@
 """BEVDepth's and MatrixVT's view transforms beside the textbook's: seconds and peak memory of one frame of six cameras.
 
-    bevfn bench views --frame ../shared/nuscenes_frame
+    bevfn bench views --frame FRAME_FOLDER
 
 All variants take the depth [6 112 16 44] and the context [6 80 16 44] of one frame to its BEV map [1 80 128 128], in
 eager mode and float32. "train" is forward and backward to depth and context, and to the parameters of MatrixVT.
@@ -61,7 +61,7 @@ def measure(frame: Path | None, *, repeats: int = 5, threads: int = 1) -> dict:
     config = bevdepth.matrix_vt()
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         index = infos.read((frame or key_frame.write_frame(Path(folder))) / "frame.json")
-        reading = recipe.fitted(config, recipe.EVAL)
+        reading = recipe.fitted(recipe.Config(), config, recipe.EVAL)
         sample = scene.load(index, 0, reading)
     batch, _ = collate([sample], capacities=reading.capacities)
     made = problem(config, batch)

@@ -30,7 +30,7 @@ def ops(*, threads: int = 0, json_file: Json = None) -> None:
 
 def step(
     *,
-    model: recipes.Model = "bevfusion-lidar-camera",
+    model: recipes.ModelName = "bevfusion-lidar-camera",
     frame: Path | None = None,
     scale: run.Scale = "published",
     precision: Precision = "fp32",
@@ -44,7 +44,7 @@ def step(
 
     Args:
         model: what is measured
-        frame: folder of a real key frame, such as ../shared/nuscenes_frame; a generated one without it
+        frame: folder of a real key frame; a generated one without it
         scale: mini is the size of demos and CI
         precision: of the step
         batch_size: copies of the frame in a batch

@@ -188,7 +188,12 @@ def _check_times(devkit: Any, sample: dict, lidar: dict) -> None:
     offset, token = 1e-6 * (sample["timestamp"] - lidar["timestamp"]), printable(sample["token"])
     if possible.OFFSET.impossible(np.array(offset)):
         raise _Impossible(f"key frame {token} is {offset:g} s after its LiDAR scan, which must be {possible.OFFSET}")
-    if sample["prev"] and devkit.get("sample", sample["prev"])["timestamp"] >= sample["timestamp"]:
+    if not sample["prev"]:
+        return
+    before = devkit.get("sample", sample["prev"])
+    if before["scene_token"] != sample["scene_token"]:
+        raise _Impossible(f"key frame {token} has its `prev` in another scene")
+    if before["timestamp"] >= sample["timestamp"]:
         raise _Impossible(f"key frame {token} is not later than its `prev`, by timestamp of sample.json")
 
 

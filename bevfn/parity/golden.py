@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bevfn.files import read_json
-from bevfn.upstream import models, recognise
+from bevfn.upstream import checkpoints, recognise
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class Case:
 def read(folder: Path) -> Case:
     """Reads a case; raises ValueError that names a file which is missing or damaged."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give a golden case such as ../shared/goldens/bevfusion_lidar")
+        raise ValueError(
+            f"{folder} is not a folder; give a golden case: a folder with manifest.json, stats.json and tensors"
+        )
     return Case(
         folder,
         *(_json(folder / name) for name in ("manifest.json", "stats.json")),
@@ -128,7 +130,7 @@ def _check_there(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ checkpoint
 
 
-def source(manifest: Mapping[str, Any]) -> recognise.Source:
+def source(manifest: Mapping[str, Any]) -> recognise.Recognised:
     """What a case's checkpoint is, told as any foreign checkpoint: by its keys and shapes, without drawing it."""
     specs = manifest["weights"] | (manifest.get("derived") or {})
     return recognise.recognise({key: torch.empty(spec["shape"], device="meta") for key, spec in specs.items()})
@@ -153,7 +155,7 @@ def fill_case(folder: Path, *, config: Any = None) -> dict[str, Tensor]:
             "or this numpy draws other numbers."
         )
     looks, specs = source(manifest), manifest.get("derived") or {}
-    computed = models.buffers(looks.model, config=config) if specs and looks.model else {}
+    computed = checkpoints.buffers(looks.model, config=config) if specs and looks.model else {}
     for key, spec in specs.items():
         ours = computed.get(key.removeprefix(looks.prefix))
         if ours is None:
