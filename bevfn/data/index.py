@@ -6,7 +6,7 @@ and made when asked for: nuScenes' 28,130 training frames as Python objects woul
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -255,6 +255,20 @@ def _starts(counts: Iterable[int]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Chosen(Sequence):
+    """Some frames of others, made when they are asked for."""
+
+    frames: Sequence[Frame]
+    places: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Frame:  # type: ignore[override]  # no slices
+        return self.frames[self.places[i]]
+
+
+@dataclass(frozen=True)
 class Index:
     """The key frames of one split; len(index) of them, index[i] is a Frame."""
 
@@ -325,6 +339,10 @@ class Index:
         packed = self.frames.columns["token"] if isinstance(self.frames, Packed) else None
         tokens = [frame.token for frame in self] if packed is None else [token.decode() for token in packed]
         return {token: i for i, token in enumerate(tokens)}
+
+    def select(self, places: Sequence[int] | np.ndarray) -> "Index":
+        """The key frames at these places alone."""
+        return replace(self, frames=Chosen(self.frames, tuple(int(place) for place in places)))
 
     def position(self, token: str) -> int:
         """The place of the key frame `token`. Raises ValueError if the index has no such frame."""

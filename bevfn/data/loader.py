@@ -31,7 +31,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from bevfn import host, tree
-from bevfn.data.batch import Batch, Capacities, Sample, collate
+from bevfn.data.batch import Batch, Capacities, Sample, checked, collate
 from bevfn.data.sampling import generator
 
 DAMAGED = (ValueError, OSError, EOFError)  # what a load raises for a broken file; anything else is a bug, never skipped
@@ -167,20 +167,21 @@ class _Epoch(torch.utils.data.Dataset):
         problems: list[str] = []
         try:
             for position in range(start, start + self.config.batch_size):
-                samples.append(self._sample(position, problems))
+                samples.append(self._sample(position, problems, samples[0] if samples else None))
             batch, counts = collate(samples, capacities=self.capacities)
         except DAMAGED as error:
             return _Damaged(_sentence(error), traceback.format_exc())
         return Loaded(batch, {**counts, "bad/samples": len(problems)}, [s.token for s in samples], problems)
 
-    def _sample(self, position: int, problems: list[str]) -> Sample:
-        """The sample at `position`, or the next that is whole, drawn with this position's generator."""
+    def _sample(self, position: int, problems: list[str], like: Sample | None) -> Sample:
+        """The sample at `position`, or the next that is whole and goes into a batch with `like`, drawn with this position's
+        generator."""
         n = len(self.order)
         position = position if self.wrap else min(position, n - 1)
         tries = min(TRIES, n)
         for index in self.order[np.arange(position, position + tries) % n]:
             try:
-                return self.load(int(index), generator(self.seed, self.epoch, position))
+                return checked(self.load(int(index), generator(self.seed, self.epoch, position)), like)
             except DAMAGED as error:
                 if self.config.on_damaged == "stop":
                     raise

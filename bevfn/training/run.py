@@ -32,6 +32,7 @@ from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
 from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
+from bevfn.metrics import added
 from bevfn.names import printable
 from bevfn.precision import LOWEST_SCALE, Policy, Precision
 from bevfn.training import checkpoint, optim, origin, run_folder, signals, train
@@ -39,6 +40,7 @@ from bevfn.training.reporter import Reporter, peak_memory
 
 RUNS = Path("runs")
 SUMMARY = "summary.json"
+SHOWN = 10  # key frames without files that are named one by one
 PATIENCE = 5  # steps of fp16 that are skipped in a row before it is asked why
 Scale = Literal["published", "mini"]
 # What a resumed run may change without changing its numbers.
@@ -82,8 +84,11 @@ class Config:
     """optimizer steps instead of epochs; the schedules run through them"""
     batch_size: int = 4
     """samples per device and microbatch"""
+    box_capacity: int | None = None
+    """room for the annotated boxes of a sample (none: the recipe's); what does not fit is dropped and counted"""
     accumulate: int = 1
-    """microbatches per device whose gradients are averaged into one step"""
+    """microbatches per device whose gradients are averaged into one step; 8 on one device are the mathematics of 8 devices,
+    rounded otherwise, so that only a run of two resumes as the other without --force"""
     drop_last: bool = False
     """an epoch ends before its last, incomplete batch; no: that one is filled up from the epoch's start"""
     recipe_batch: int = 32
@@ -111,7 +116,8 @@ class Config:
     workers: int = 4
     """processes per device that read samples; 0: none"""
     on_damaged: Literal["stop", "skip"] = "stop"
-    """a sample that cannot be read ends the run, or is replaced by the next one, named and counted"""
+    """a sample that cannot be read ends the run, or is replaced by the next one, named and counted; with skip a data set
+    that is there in part is trained on and evaluated without the key frames that lack files, which are named first"""
     pretrained: tuple[Path, ...] = ()
     """files of `bevfn checkpoint import` or checkpoint folders of a run; later ones fill what earlier ones left"""
     checkpoint_every: int = 0
@@ -155,6 +161,8 @@ class Data:
     evaluation: Index
     eval_reading: Reading
     database: paste.Database | None = None
+    left_out: int = 0
+    """key frames of the evaluation split whose files are not all there"""
 
 
 @dataclass(frozen=True)
@@ -347,6 +355,29 @@ def check(task: Task, *, train: bool = True) -> None:
         )
 
 
+def on_what_is_there(task: Task, say: Callable[[str], Any]) -> Task:
+    """The task on the key frames whose files are all there, of a data set that is there in part; the others are said once.
+
+    Raises ValueError where none is left to train on or to be judged by.
+    """
+    data = task.data
+    items, lost = scene.whole(data.training, data.items, data.reading(0))
+    places, unseen = scene.whole(data.evaluation, np.arange(len(data.evaluation)), data.eval_reading)
+    for index, left, sentences in ((data.training, items, lost), (data.evaluation, places, unseen)):
+        if not len(left):
+            raise ValueError(f"{index.root}: of no key frame of {index.split!r} are all files there, {sentences[0]}")
+        if sentences:
+            say(
+                f"warning: left out of {index.split!r}, since not all their files are there: {len(sentences):,} of "
+                f"{len(index):,} key frames (`bevfn data check` lists the files)"
+            )
+            more = [f"and {len(sentences) - SHOWN:,} more"] if len(sentences) > SHOWN else []
+            say("\n".join(f"  {sentence}" for sentence in [*sentences[:SHOWN], *more]))
+    if unseen:
+        data = replace(data, evaluation=data.evaluation.select(places), left_out=len(unseen))
+    return replace(task, data=replace(data, items=items))
+
+
 def example(run: Run) -> Batch:
     """One microbatch of the training split's first key frame, on the device: what a step is measured or lowered with."""
     data, reading = run.task.data, run.task.data.reading(0)
@@ -404,6 +435,8 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
             distributed.gather(None, replicas)  # the others wait for it
             task = make_task(config)
             check(task)
+            if config.on_damaged == "skip":
+                task = on_what_is_there(task, print if replicas is None or replicas.rank == 0 else lambda text: None)
             run = Run(task, config, plan(config, task.data.items, replicas), replicas)
             run = dataclasses.replace(run, facts=facts(run))
             latest = stack.enter_context(open_folder(run)) if run.leads else None
@@ -555,8 +588,9 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
 def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
     """The run folder, locked; gives the checkpoint to go on from."""
     config = run.config
-    # R processes with A microbatches each make the same step for equal R A, unless something is summed over the R.
-    coupled = config.sync_statistics or run.task.shared_normalisers
+    # R processes with A microbatches each make the same step for equal R A, unless something is summed over the R. But sums
+    # of more than two are rounded by their order, which is R's and A's.
+    coupled = config.sync_statistics or run.task.shared_normalisers or run.facts["microbatches"] > 2
     return run_folder.open(
         config.run_dir, flags(config), resume=config.resume, force=config.force, facts=run.facts,
         free=FREE if coupled else FREE | {"processes", "accumulate"},
@@ -613,14 +647,10 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     for item in loaded:
         for problem in item.problems:
             print(f"warning: skipped a damaged sample: {printable(problem)}", flush=True)
-        counts = _sum(counts, item.counts)
-    return functools.reduce(_sum, distributed.gather(counts, run.replicas)) | {
+        counts = added(counts, item.counts)
+    return functools.reduce(added, distributed.gather(counts, run.replicas)) | {
         "seconds/waited": sum(item.waited for item in loaded)
     }
-
-
-def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
 
 
 def check_finite(
@@ -709,16 +739,17 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     """Scores of the evaluation split after `done` steps, by name; files in evaluations/step_..."""
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
-    found = detect(
+    found, counts = detect(
         run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading,
         batch_size=config.batch_size, workers=config.workers, backend=config.eval_backend, device=config.device,
-        replicas=run.replicas,
+        replicas=run.replicas, warn=print,
     )  # fmt: skip
     if not run.leads:
         return {}
     out = evaluation_folder(run, done)
+    counts |= {"missing/key_frames": data.left_out}
     judgement = judge(
-        data.evaluation, found, data.eval_reading, out, run_dir=config.run_dir,
+        data.evaluation, found, data.eval_reading, out, counts=counts, run_dir=config.run_dir,
         title=f"{run.task.title}, step {done}", config=flags(config),
     )  # fmt: skip
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
