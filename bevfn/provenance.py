@@ -49,7 +49,7 @@ def write(path: Path, figures: dict, *, device: str = "cpu") -> dict:
     return document
 
 
-def files(folder: Path = RESULTS) -> dict[str, dict]:
+def read(folder: Path = RESULTS) -> dict[str, dict]:
     """{name: content} of the files of figures in `folder`."""
     return {path.name: read_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))}
 
@@ -57,7 +57,7 @@ def files(folder: Path = RESULTS) -> dict[str, dict]:
 def listing(folder: Path = RESULTS) -> str:
     """A line for each file in `folder` and each command that makes it."""
     lines = []
-    for name, content in files(folder).items():
+    for name, content in read(folder).items():
         lines.append(f"{name}  {content['date']}  {content['commit']}")
         commands = content["command"]
         lines += [f"    {command}" for command in ([commands] if isinstance(commands, str) else commands)]

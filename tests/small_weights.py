@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from bevfn import upstream
-from bevfn.upstream import models
+from bevfn.upstream import checkpoints
 from bevfn.upstream.entries import Naming
 
 
 def small(model: str) -> Any:
     """The family's small configuration of a model."""
-    spec = upstream.MODELS[model]
+    spec = upstream.CHECKPOINTS[model]
     config = spec.family.mini(spec.config())
     if model == "resnet50":  # of any width, but of its own depth
         config = replace(config, backbone=replace(config.backbone, blocks=(3, 4, 6, 3)))
@@ -26,7 +26,7 @@ def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2"
     """Random tensors under every upstream key of a small model, with its derived buffers."""
     generator = torch.Generator().manual_seed(0)
     found = {}
-    for entry in models.entries(model, naming, config=small(model)):
+    for entry in checkpoints.entries(model, naming, config=small(model)):
         shape = entry.shape
         if entry.layout == "sparse" and sparse == "spconv2":
             shape = (shape[4], *shape[:4])
@@ -41,10 +41,10 @@ def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2"
         found[entry.key] = (
             counter if entry.tree == "upstream" else drawn.abs() if entry.path.endswith(".var") else drawn
         )
-    return found | models.buffers(model, naming, config=small(model))
+    return found | checkpoints.buffers(model, naming, config=small(model))
 
 
-def shrunk(model: str) -> models.Model:
+def shrunk(model: str) -> checkpoints.Checkpoint:
     """The model with its small configuration, for commands, which know the published one."""
     config = small(model)
-    return replace(models.MODELS[model], config=lambda: config)
+    return replace(checkpoints.CHECKPOINTS[model], config=lambda: config)

@@ -50,7 +50,7 @@ def tiny(variant):
             image_size=(32, 96), depth_m=(2.0, 34.0, 4.0), x_m=(-16.0, 16.0, 1.0), y_m=(-16.0, 16.0, 1.0)
         ),
         depth=depth_net.Config(
-            channels_in=16, channels=8, context=4, depth_bins=8, blocks=1, dilations=(1, 2), deform_groups=2
+            channels_in=16, channels=8, context=4, depth_bins=8, blocks=1, dilations=(1, 2), weight_groups=2
         ),
         aggregation=variant == "aggregated",
         matrix=matrixvt.Config(context=4, channels=8) if variant == "matrix" else None,

@@ -9,7 +9,7 @@ import pytest
 import small_weights
 from fuzz import runs, table, weights, worlds
 
-from bevfn.upstream import models
+from bevfn.upstream import checkpoints
 
 ROWS = [*weights.rows(), *runs.rows(), *worlds.rows()]
 SLOW = 12
@@ -18,7 +18,7 @@ SLOW = 12
 @pytest.fixture(scope="module", autouse=True)
 def _small_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, weights.MODEL, small_weights.shrunk(weights.MODEL))
+        patch.setitem(checkpoints.CHECKPOINTS, weights.MODEL, small_weights.shrunk(weights.MODEL))
         yield
 
 

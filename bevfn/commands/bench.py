@@ -30,7 +30,7 @@ def ops(*, threads: int = 0, json_file: Json = None) -> None:
 
 def step(
     *,
-    model: recipes.Model = "bevfusion-lidar-camera",
+    model: recipes.ModelName = "bevfusion-lidar-camera",
     frame: Path | None = None,
     scale: run.Scale = "published",
     precision: Precision = "fp32",

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 from bevfn import catalogue, tree, upstream
 from bevfn.choices import one_of
 from bevfn.names import printable
-from bevfn.upstream import models, recognise
+from bevfn.upstream import checkpoints, recognise
 
 Checkpoint = Annotated[str, one_of(catalogue.CHECKPOINTS)]
 
@@ -59,7 +59,7 @@ def export(
         read.params, read.state, read.model, carried, sparse=layout, naming=naming, prefix=prefix
     )
     upstream.write_state_dict(output, found, sparse=layout)
-    kernels = f", sparse kernels {layout}" if models.has_sparse_kernels(read.model) else ""
+    kernels = f", sparse kernels {layout}" if checkpoints.has_sparse_kernels(read.model) else ""
     print(f"wrote {output}: {len(found)} tensors of {read.model}{kernels}")
 
 

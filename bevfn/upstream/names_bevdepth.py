@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bevfn.models import bevdepth
 from bevfn.upstream.buffers import frustum, grid
-from bevfn.upstream.entries import Layout, Named, Names, Naming, conv_norm
+from bevfn.upstream.entries import Named, Names, Naming, WeightLayout, conv_norm
 
 UNUSED_OF_RESNET = ((r"fc\.(weight|bias)", "classification head of the pre-training"),)
 
@@ -58,7 +58,7 @@ def _numbered(path: str, key: str, number: int) -> Names:
 def _second_fpn(params: dict, path: str, key: str) -> Names:
     for b, block in enumerate(params["blocks"]):
         # Upstream also makes the level that keeps its size as a transposed convolution, kernel [in out 1 1].
-        layout: Layout = "swapped" if block["conv"]["weight"].shape[-1] == 1 else "same"
+        layout: WeightLayout = "swapped" if block["conv"]["weight"].shape[-1] == 1 else "same"
         yield from conv_norm(f"{path}.blocks.{b}", f"{key}.deblocks.{b}", layout=layout)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bevfn.models import bevfusion
 from bevfn.upstream.buffers import frustum, grid
-from bevfn.upstream.entries import Layout, Named, Names, Naming, conv_norm
+from bevfn.upstream.entries import Named, Names, Naming, WeightLayout, conv_norm
 
 UNUSED_OF_SWIN = (
     (r".*\.attn_mask", "shift mask for the pre-training image size; bevfn computes its own"),
@@ -43,7 +43,7 @@ def swin(params: dict, naming: Naming, prefix: str = "") -> Names:
     mmdet, path = naming == "mmdet", "camera.backbone"
     stage, attention, projection = ("stages", "attn.w_msa", "projection") if mmdet else ("layers", "attn", "proj")
     fc1, fc2 = ("ffn.layers.0.0", "ffn.layers.1") if mmdet else ("mlp.fc1", "mlp.fc2")
-    merged: Layout = "same" if mmdet else "merged"
+    merged: WeightLayout = "same" if mmdet else "merged"
     yield Named(f"{path}.patch_embed.conv", f"{prefix}patch_embed.{projection}")
     yield Named(f"{path}.patch_embed.norm", f"{prefix}patch_embed.norm")
     backbone = params["camera"]["backbone"]

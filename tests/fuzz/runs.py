@@ -10,6 +10,8 @@ from safetensors.torch import load, save
 
 from bevfn import catalogue, recipes, tree
 from bevfn.commands import evaluate
+from bevfn.evaluation.score import METRICS
+from bevfn.files import write_atomically
 from bevfn.metrics import read_metrics
 from bevfn.training import checkpoint, run, run_folder
 from fuzz import mutate
@@ -61,7 +63,7 @@ def _run(folder: Path) -> None:
             )
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         checkpoint.keep_best(folder / "checkpoints", run.step_name(2), 0.5)
-        (folder / "evaluations" / run.step_name(3)).mkdir(parents=True)
+        write_atomically(folder / "evaluations" / run.step_name(3) / METRICS, b"{}")
         summary = {"first_loss": 3.0, "last_loss": 1.0, "steps": 3, "scores": {"NDS": 0.5}, "samples_per_second": None}
         (folder / "summary.json").write_text(json.dumps(summary))
 
