@@ -94,7 +94,7 @@ class Frame:
     num_lidar_points: np.ndarray
     """G int64; -1 where unknown."""
     attributes: tuple[str, ...]
-    """G attribute names, "" for none."""
+    """G attribute names, "" for none; "a, b" for two, which nuScenes never has."""
     visibility: tuple[str, ...]
     """G visibility levels ("v60-80"), "" where unknown."""
     annotations: tuple[str, ...]

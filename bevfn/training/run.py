@@ -30,6 +30,7 @@ from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
+from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.metrics import added
@@ -344,7 +345,7 @@ def check(task: Task, *, train: bool = True) -> None:
     task.needs.check(data.eval_reading, train=False)
     if not train:
         return
-    source.check_scored(data.evaluation)
+    source.check_scored(data.evaluation, KNOWN_ATTRIBUTES)
     reading = data.reading(0)
     source.check(data.training, reading, train=True)
     task.needs.check(reading, train=True)
