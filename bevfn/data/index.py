@@ -309,6 +309,13 @@ class Index:
         known = {channel: place for place, channel in enumerate(CAMERAS)}
         return dict(sorted(found.items(), key=lambda item: known.get(item[0][0], len(known))))
 
+    def lacking(self, channel: str) -> int:
+        """How many key frames have no image of that camera."""
+        if not isinstance(self.frames, Packed):
+            return sum(channel not in frame.cameras for frame in self)
+        column = self.frames.columns
+        return len(self) - int((column["channel_words"][column["channel"]] == channel.encode()).sum())
+
     @property
     def channels(self) -> tuple[str, ...]:
         """The cameras of its key frames; one of them may lack some."""

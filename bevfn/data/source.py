@@ -83,8 +83,11 @@ def _split_names(root: Path, version: str, training: str | None, evaluation: str
     return training or defaults[0], evaluation or defaults[1]
 
 
-def check(index: Index, reading: Reading, *, train: bool) -> None:
-    """Raises ValueError, one sentence that names both, where a split has not what a reading asks for."""
+def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) -> None:
+    """Raises ValueError, one sentence that names both, where a split has not what a reading asks for.
+
+    whole: every key frame must have an image of every camera, not only some.
+    """
     name = f"{index.root} ({index.version}, split {index.split!r})" if index.split else str(index.root)
     if (reading.points is not None or reading.depth) and not index.has("lidar"):
         what = "LiDAR points" if reading.points is not None else "depth maps, which are made of LiDAR points"
@@ -96,6 +99,12 @@ def check(index: Index, reading: Reading, *, train: bool) -> None:
             f"{name} has no camera {', '.join(missing)}, which the model reads; it has "
             f"{', '.join(index.channels) or 'none'}: choose a LiDAR model, or another root"
         )
+    for channel in reading.channels if whole else ():
+        if lacking := index.lacking(channel):
+            raise ValueError(
+                f"{name} has no image of {channel} at {lacking:,} of its {len(index):,} key frames; complete its tables, or "
+                "train with --on-damaged skip, which leaves these key frames out"
+            )
     if reading.cameras is not None:
         cameras.check_sizes(index, reading.cameras)
     if reading.base.value.startswith("ego") and not index.has("ego poses"):
