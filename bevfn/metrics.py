@@ -25,6 +25,7 @@ _MEANINGS = {
     "empty/boxes": "samples have no annotated box in range and teach background only",
     "empty/depth": "images have no LiDAR point and teach no depth; check the calibration if there are many",
     "missing/": "items are not in the data; check it with `bevfn data check`",
+    "missing/key_frames": "key frames of the split lack files and were left out, so these scores are not the split's",
     "missing/frames": "earlier key frames do not exist, as at a scene's start, and the current one stands for them",
 }
 # Counts over the whole batch, which are added up over replicas and microbatches; of all other metrics the mean is taken.

@@ -303,6 +303,7 @@ def test_a_data_set_that_is_there_in_part_is_trained_on_and_judged_by_what_is_th
     assert len(records) == 3 and not any(record["bad/samples"] for record in records)  # a step an epoch
     found = json.loads(next((tmp_path / "run/evaluations").glob("*/results_nusc.json")).read_text())["results"]
     assert found.keys() == small_world.index().positions.keys() - {unseen.token}
+    assert "missing/key_frames: 1 key frames of the split lack files and were left out" in printed
     code, printed = cli(part, tmp_path / "other")
     assert code == 2 and f"{lost.lidar_path}: the point file does not exist" in printed
 

@@ -136,23 +136,23 @@ class Batch:
 
     def _impossible(self) -> Iterator[tuple[str, str, np.ndarray, object]]:
         """(field, what is in it, which of it cannot be, what must be)."""
-        if self.points is not None and self.points_valid is not None:
-            points = self.points.cpu().numpy()[self.points_valid.cpu().numpy()]  # P 5
-            for what, part, kind in (
-                ("positions", points[:, :3], possible.POSITION),
-                ("intensities", points[:, 3], possible.INTENSITY),
-                ("time lags", points[:, 4], possible.LAGS),
-            ):
-                yield "points", what, kind.impossible(part), kind
+        rows = (
+            {} if self.points is None else {"points": self.points.cpu().numpy().reshape(-1, 5)}
+        )  # padding is possible
         if self.boxes is not None and self.boxes_valid is not None:
-            boxes = self.boxes.cpu().numpy()[self.boxes_valid.cpu().numpy()]  # G 9
-            for what, part, kind in (
-                ("positions", boxes[:, :3], possible.POSITION),
-                ("a length, width or height", boxes[:, 3:6], possible.SIZE),
-                ("angles", boxes[:, 6], possible.YAW),
-                ("velocities", boxes[:, 7:], possible.VELOCITY),
-            ):
-                yield "boxes", what, kind.impossible(part), kind
+            rows["boxes"] = self.boxes[self.boxes_valid].cpu().numpy()  # G 9
+        for name, what, columns, kind in (
+            ("points", "positions", slice(0, 3), possible.POSITION),
+            ("points", "intensities", slice(3, 4), possible.INTENSITY),
+            ("points", "time lags", slice(4, 5), possible.LAGS),
+            ("boxes", "positions", slice(0, 3), possible.POSITION),
+            ("boxes", "a length, width or height", slice(3, 6), possible.SIZE),
+            ("boxes", "angles", slice(6, 7), possible.YAW),
+            ("boxes", "velocities", slice(7, 9), possible.VELOCITY),
+        ):
+            if name in rows and len(rows[name]):
+                ends = np.array([(column.min(), column.max()) for column in rows[name].T[columns]])  # a NaN is both
+                yield name, what, kind.impossible(ends), kind
         if self.intrinsics is not None and self.base_from_camera is not None:
             lenses, poses = (
                 m.cpu().numpy()[..., :3, :3].astype(float) for m in (self.intrinsics, self.base_from_camera)
@@ -160,7 +160,8 @@ class Batch:
             yield "intrinsics", "a matrix", possible.no_intrinsics(lenses), "focal lengths and a centre in pixels"
             yield "base_from_camera", "a matrix", possible.no_rotation(poses), "a rotation, not mirrored"
         if self.depth is not None:
-            yield "depth", "values", possible.DEPTH.impossible(self.depth.cpu().numpy()), possible.DEPTH
+            ends = np.array([float(self.depth.min()), float(self.depth.max())])
+            yield "depth", "values", possible.DEPTH.impossible(ends), possible.DEPTH
 
     def validate(self) -> None:
         """Checks shapes, dtypes, padding and values on the host (not for graphs: it looks at the data).
@@ -171,7 +172,7 @@ class Batch:
         values = tree.flatten(self)
         _check_layouts(values)
         for name, valid in (("points", self.points_valid), ("boxes", self.boxes_valid), ("labels", self.boxes_valid)):
-            if valid is not None and bool((values[name][~valid] != 0).any()):
+            if valid is not None and not bool(valid.all()) and bool((values[name][~valid] != 0).any()):
                 raise ValueError(f"Batch.{name} is not zero where it is not valid; pad with zeros.")
         if self.boxes is not None and self.labels is not None and bool((self.labels < 0).any()):
             raise ValueError(f"Batch.labels has {int(self.labels.min())}; a class index is 0 or more.")
@@ -337,5 +338,5 @@ def _check_layouts(values: dict[str, Tensor]) -> None:
         if value.dtype != dtype:
             raise ValueError(f"Batch.{name} is {value.dtype} but must be {dtype}; convert it when reading.")
     for name, value in values.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not np.isfinite(value.cpu().numpy()).all():
             raise ValueError(f"Batch.{name} has NaN or infinite values; drop or replace them when reading.")

@@ -57,8 +57,10 @@ def read(path: Path) -> tuple[np.ndarray, int]:
 
 def _good(points: np.ndarray) -> np.ndarray:
     """[P] bool: which points [P,4+] a lidar can have seen."""
-    wrong = possible.POINT.impossible(points[:, :3]).any(axis=1) | possible.INTENSITY.impossible(points[:, 3])
-    return ~wrong & np.isfinite(points[:, 4:]).all(axis=1)
+    good = np.isfinite(points[:, -1])
+    for column, kind in enumerate((possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY)):
+        good &= ~kind.impossible(points[:, column])
+    return good
 
 
 def _wrong(values: np.ndarray, points: np.ndarray, kept: np.ndarray) -> str:

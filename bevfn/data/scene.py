@@ -148,8 +148,9 @@ def _pasted(
     if database is None:
         raise ValueError("GT paste needs a database; build one with `bevfn data prepare`, or set paste to None.")
     assert reading.paste is not None and reading.points is not None
-    old = reading.points.oldest
-    new_boxes, new_labels, new = pasting.sample(database, boxes, labels, reading.class_names, reading.paste, rng, old)
+    new_boxes, new_labels, new = pasting.sample(
+        database, boxes, labels, reading.class_names, reading.paste, rng, sweeps=reading.points.oldest
+    )
     cloud = pasting.insert(cloud, new_boxes, new)
     return cloud, np.concatenate([boxes, new_boxes]), np.concatenate([labels, new_labels])
 

@@ -161,6 +161,8 @@ class Data:
     evaluation: Index
     eval_reading: Reading
     database: paste.Database | None = None
+    left_out: int = 0
+    """key frames of the evaluation split whose files are not all there"""
 
 
 @dataclass(frozen=True)
@@ -372,7 +374,7 @@ def on_what_is_there(task: Task, say: Callable[[str], Any]) -> Task:
             more = [f"and {len(sentences) - SHOWN:,} more"] if len(sentences) > SHOWN else []
             say("\n".join(f"  {sentence}" for sentence in [*sentences[:SHOWN], *more]))
     if unseen:
-        data = replace(data, evaluation=data.evaluation.select(places))
+        data = replace(data, evaluation=data.evaluation.select(places), left_out=len(unseen))
     return replace(task, data=replace(data, items=items))
 
 
@@ -745,6 +747,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     if not run.leads:
         return {}
     out = evaluation_folder(run, done)
+    counts |= {"missing/key_frames": data.left_out}
     judgement = judge(
         data.evaluation, found, data.eval_reading, out, counts=counts, run_dir=config.run_dir,
         title=f"{run.task.title}, step {done}", config=flags(config),
