@@ -14,7 +14,7 @@ from PIL import Image
 from bevfn import boxes as shapes
 from bevfn.data import augment, infos, paste, points, sampling, scene, source
 from bevfn.data.batch import collate
-from bevfn.data.index import Index, Sweep
+from bevfn.data.index import Index, Sweep, pack
 from bevfn.data.reading import CLASS_NAMES, Reading
 from bevfn.experiments import bevdepth, bevfusion, bevfusion_lidar
 from bevfn.synth import key_frame
@@ -259,7 +259,12 @@ def test_frames_whose_files_are_all_there_are_found_and_the_others_named_once(tm
         found, sentences = scene.whole(index, places, reading)
         assert found.tolist() == left and len(sentences) == len(said)
         assert all(part in sentence for part, sentence in zip(said, sentences))
-    source.check(index, PLAIN, train=True)  # a row that is missing at one frame is not missing in the data set
+    source.check(index, PLAIN, train=True, whole=False)  # what is missing at one frame is not in the data set
+    with pytest.raises(ValueError, match=r"has no image of CAM_BACK at 1 of its 3 key frames; .*--on-damaged skip"):
+        source.check(index, PLAIN, train=True)
+    packed = dataclasses.replace(index, frames=pack(index.frames))
+    assert [packed.lacking(channel) for channel in ("CAM_BACK", "CAM_FRONT", "CAM_UP")] == [1, 0, 3]
+    assert packed.image_files == index.image_files and packed.channels == index.channels == CAMERAS.channels
     chosen = index.select([2, 0])
     assert [frame.token for frame in chosen] == [third.token, first.token] and list(chosen.positions.values()) == [0, 1]
 

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from small_weights import shrunk, small, upstream_state
 from torch import Tensor
 
 from bevfn import catalogue, tree, upstream
@@ -25,39 +26,6 @@ from bevfn.upstream import checkpoints, recognise, storage
 from bevfn.upstream.entries import Naming
 
 CASES = Path(__file__).parents[1].parent / "shared" / "goldens"
-
-
-def small(model: str):
-    """The family's small configuration of a model."""
-    spec = upstream.CHECKPOINTS[model]
-    config = spec.family.mini(spec.config())
-    if model == "resnet50":  # of any width, but of its own depth
-        config = replace(config, backbone=replace(config.backbone, blocks=(3, 4, 6, 3)))
-    if model == "bevfusion-lidar-camera":  # takes over the LiDAR-only model's BEV layers, as the published one
-        config = replace(config, fused_channels=128, backbone=replace(config.backbone, channels_in=128))
-    return config
-
-
-def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2") -> dict[str, Tensor]:
-    """Random tensors under every upstream key of a small model, with its derived buffers."""
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for entry in checkpoints.entries(model, naming, config=small(model)):
-        shape = entry.shape
-        if entry.layout == "sparse" and sparse == "spconv2":
-            shape = (shape[4], *shape[:4])
-        if entry.layout == "sequence":
-            shape = (*shape, 1)
-        if entry.layout == "row":
-            shape = (*shape[:2], shape[3])
-        if entry.layout == "swapped":
-            shape = (shape[1], shape[0], *shape[2:])
-        counter = torch.tensor(7)
-        drawn = torch.randn(shape, generator=generator)
-        found[entry.key] = (
-            counter if entry.tree == "upstream" else drawn.abs() if entry.path.endswith(".var") else drawn
-        )
-    return found | checkpoints.buffers(model, naming, config=small(model))
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -625,12 +593,6 @@ def test_a_value_that_no_weight_can_have_is_named_and_nothing_is_written(
         checkpoint.import_(tmp_path / f"a{suffix}", tmp_path / "out.safetensors", model="bevfusion-lidar")
     assert not (tmp_path / "out.safetensors").exists()
     assert f"mismatched {key}: {what}" in capsys.readouterr().out
-
-
-def shrunk(model: str):
-    """The model with its small configuration, for commands, which know the published one."""
-    config = small(model)
-    return replace(checkpoints.CHECKPOINTS[model], config=lambda: config)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from bevfn import catalogue, tree, upstream
 from bevfn.choices import one_of
+from bevfn.names import printable
 from bevfn.upstream import checkpoints, recognise
 
 Checkpoint = Annotated[str, one_of(catalogue.CHECKPOINTS)]
@@ -78,7 +79,7 @@ def show(source: Positional[Path], *, every_key: bool = False) -> None:
         print(f"{source}: {looks.what}" + (f", import it with --model {looks.model}" if looks.model else ""))
         print(_table(tensors, every_key, depth=1))
         return
-    print(f"{source}: {read.model}, imported from {read.source}")
+    print(f"{source}: {read.model}, imported from {printable(read.source)}")
     tensors = {f"params.{path}": leaf for path, leaf in tree.flatten(read.params).items()}
     tensors |= {f"state.{path}": leaf for path, leaf in tree.flatten(read.state).items()}
     print(_table(tensors, every_key, depth=3))

@@ -142,5 +142,6 @@ def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) ->
     print(
         f"{len(found)} key frames; submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
     )
-    print("\n".join(tables.counted(counts)))
+    for line in tables.counted(counts):
+        print(line)
     return 0

@@ -127,7 +127,7 @@ def check(
         for name, what in broken.items()
     ]
     parts = [_part("tables", len(tables_of.TABLES), problems)]
-    maps = [Path(row["filename"]) for row in tables.get("map", []) if "filename" in row]
+    maps = [] if "map" in broken else [Path(row["filename"]) for row in tables["map"]]
     lost = [
         Problem(str(path), "damaged", OUTSIDE, 0)
         if leaves(str(path))

@@ -94,7 +94,7 @@ class Frame:
     num_lidar_points: np.ndarray
     """G int64; -1 where unknown."""
     attributes: tuple[str, ...]
-    """G attribute names, "" for none."""
+    """G attribute names, "" for none; "a, b" for two, which nuScenes never has."""
     visibility: tuple[str, ...]
     """G visibility levels ("v60-80"), "" where unknown."""
     annotations: tuple[str, ...]
@@ -315,6 +315,13 @@ class Index:
                     found.setdefault((channel, camera.size), camera.path)
         known = {channel: place for place, channel in enumerate(CAMERAS)}
         return dict(sorted(found.items(), key=lambda item: known.get(item[0][0], len(known))))
+
+    def lacking(self, channel: str) -> int:
+        """How many key frames have no image of that camera."""
+        if not isinstance(self.frames, Packed):
+            return sum(channel not in frame.cameras for frame in self)
+        column = self.frames.columns
+        return len(self) - int((column["channel_words"][column["channel"]] == channel.encode()).sum())
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
+from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.metrics import added
@@ -334,19 +335,20 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
     return initial_state(run), step
 
 
-def check(task: Task, *, train: bool = True) -> None:
+def check(task: Task, *, train: bool = True, whole: bool = True) -> None:
     """Raises ValueError, one sentence, where the splits, what is read of them and the model do not fit together.
 
-    train: the training split too.
+    train: the training split too. whole: a split's key frames must all have what is read of them, as far as the data set
+    says (files are not looked for).
     """
     data = task.data
-    source.check(data.evaluation, data.eval_reading, train=False)
+    source.check(data.evaluation, data.eval_reading, train=False, whole=whole)
     task.needs.check(data.eval_reading, train=False)
     if not train:
         return
-    source.check_scored(data.evaluation)
+    source.check_scored(data.evaluation, KNOWN_ATTRIBUTES)
     reading = data.reading(0)
-    source.check(data.training, reading, train=True)
+    source.check(data.training, reading, train=True, whole=whole)
     task.needs.check(reading, train=True)
     if data.database is not None and (foreign := set(data.database.class_names) - set(reading.class_names)):
         raise ValueError(
@@ -427,7 +429,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
                 source.prepare(config.data_root)
             distributed.gather(None, replicas)  # the others wait for it
             task = make_task(config)
-            check(task)
+            check(task, whole=config.on_damaged == "stop")
             if config.on_damaged == "skip":
                 task = on_what_is_there(task, print if replicas is None or replicas.rank == 0 else lambda text: None)
             run = Run(task, config, plan(config, task.data.items, replicas), replicas)

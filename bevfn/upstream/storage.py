@@ -157,6 +157,8 @@ def _imported(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Imported:
     for name, choices in known.items():
         if (value := model if name == "model" else metadata[name]) not in choices:
             raise ValueError(f"its {name} is {value[:60]!r}, none of {', '.join(choices)}")
+    if odd := [name for name in tensors if not name.isprintable()]:
+        raise ValueError(f"it holds a leaf named {odd[0][:60]!r}")
     parts: dict[str, dict[str, Tensor]] = {"params": {}, "state": {}, "upstream": {}}
     for name, leaf in tensors.items():
         part, _, rest = name.partition(".")
