@@ -184,6 +184,7 @@ INFOS: dict[str, tuple[Callable[[dict], None], str]] = {
     "label below": (put(-5, *FRAME, "instances", 2, "bbox_label_3d"), r"bbox_label_3d -5 is neither a number of metainfo.cat"),
     "label above": (put(10**9, *FRAME, "instances", 2, "bbox_label_3d"), r"bbox_label_3d 1e.09 is neither"),
     "label infinite": (put(np.inf, *FRAME, "instances", 2, "bbox_label_3d"), "bbox_label_3d is NaN, infinite or"),
+    "points": (put(1e30, *FRAME, "instances", 2, "num_lidar_pts"), r"\[1\]: box 2 has num_lidar_pts 1e.30, which must be"),
     "flag": (put([1, 2], *FRAME, "instances", 2, "bbox_3d_isvalid"), "bbox_3d_isvalid must be true or false, not a list"),
     "category twice": (put(3, "metainfo", "categories", "animal"), "animal and bus have the same number 3"),
     "category number": (put("x", "metainfo", "categories", "car"), "metainfo.categories: car has the number x; give 0, 1"),
@@ -217,6 +218,9 @@ def test_info_files_with_impossible_values_are_refused(index, tmp_path, case):
 OLD: dict[str, tuple[Callable[[dict], None], str]] = {
     "names": (put(5, "infos", 1, "gt_names"), r"infos\[1\]: gt_names must be a list or tuple or ndarray, not int"),
     "sweep": (put(10**17, "infos", 1, "sweeps", 0, "timestamp"), "has a sweep -9.8.* s before it"),
+    "names of one": (put(np.array("x"), "infos", 1, "gt_names"), r"infos\[1\]: gt_names must be a list, not a single"),
+    "turn": (put([2, 0, 0, 0], "infos", 1, "lidar2ego_rotation"), "lidar2ego_rotation is no quaternion of length 1"),
+    "version": (put("../x", "metadata", "version"), "the version '../x' is no name of a folder below the root"),
     "previous": (put([1], "infos", 1, "prev"), r"infos\[1\]: prev must be a str"),
     "points": (put([1, 2], "infos", 1, "num_lidar_pts"), r"num_lidar_pts must hold numbers in the shape \[4\]"),
 }
