@@ -24,7 +24,7 @@ import tyro
 from bevfn import compile as compilation
 from bevfn import distributed, exits, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, scene, source
-from bevfn.data.batch import Batch, Sample, collate
+from bevfn.data.batch import Batch, collate
 from bevfn.data.index import Index
 from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
@@ -396,7 +396,7 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
     first, within = divmod(start, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         reading = data.reading(epoch)
-        load = partial(_load, data.training, reading, data.database)
+        load = partial(scene.load, data.training, reading=reading, database=data.database)
         stream = loader.batches(
             load, sampling.order(data.items, config.seed, epoch, shuffle=True), settings, seed=config.seed, epoch=epoch,
             capacities=reading.capacities, rank=rank, replicas=count,
@@ -408,13 +408,6 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
                     return
                 yield step + 1, [next(stream) for _ in range(config.accumulate)]
         within = 0
-
-
-def _load(
-    index: Index, reading: Reading, database: paste.Database | None, place: int, generator: np.random.Generator
-) -> Sample:
-    """The loader's `load` once the first three are bound."""
-    return scene.load(index, place, reading, generator, database=database)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
