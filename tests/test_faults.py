@@ -1,5 +1,6 @@
 """Values that cannot be: a nuScenes root and an info file with any of them are refused in a sentence that names the row."""
 
+import io
 import json
 import pickle
 import resource
@@ -7,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +186,7 @@ INFOS: dict[str, tuple[Callable[[dict], None], str]] = {
     "label below": (put(-5, *FRAME, "instances", 2, "bbox_label_3d"), r"bbox_label_3d -5 is neither a number of metainfo.cat"),
     "label above": (put(10**9, *FRAME, "instances", 2, "bbox_label_3d"), r"bbox_label_3d 1e.09 is neither"),
     "label infinite": (put(np.inf, *FRAME, "instances", 2, "bbox_label_3d"), "bbox_label_3d is NaN, infinite or"),
+    "points": (put(1e30, *FRAME, "instances", 2, "num_lidar_pts"), r"\[1\]: box 2 has num_lidar_pts 1e.30, which must be"),
     "flag": (put([1, 2], *FRAME, "instances", 2, "bbox_3d_isvalid"), "bbox_3d_isvalid must be true or false, not a list"),
     "category twice": (put(3, "metainfo", "categories", "animal"), "animal and bus have the same number 3"),
     "category number": (put("x", "metainfo", "categories", "car"), "metainfo.categories: car has the number x; give 0, 1"),
@@ -217,6 +220,9 @@ def test_info_files_with_impossible_values_are_refused(index, tmp_path, case):
 OLD: dict[str, tuple[Callable[[dict], None], str]] = {
     "names": (put(5, "infos", 1, "gt_names"), r"infos\[1\]: gt_names must be a list or tuple or ndarray, not int"),
     "sweep": (put(10**17, "infos", 1, "sweeps", 0, "timestamp"), "has a sweep -9.8.* s before it"),
+    "names of one": (put(np.array("x"), "infos", 1, "gt_names"), r"infos\[1\]: gt_names must be a list, not a single"),
+    "turn": (put([2, 0, 0, 0], "infos", 1, "lidar2ego_rotation"), "lidar2ego_rotation is no quaternion of length 1"),
+    "version": (put("../x", "metadata", "version"), "the version '../x' is no name of a folder below the root"),
     "previous": (put([1], "infos", 1, "prev"), r"infos\[1\]: prev must be a str"),
     "points": (put([1, 2], "infos", 1, "num_lidar_pts"), r"num_lidar_pts must hold numbers in the shape \[4\]"),
 }
@@ -273,6 +279,22 @@ def test_a_short_pickle_gets_no_memory(tmp_path, name):
     with pytest.raises(ValueError, match=r"infos.pkl (is no complete pickle|asks for|: )"):
         infos.read(path)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_cached_index_that_declares_2_to_the_40_is_built_again(root, index):
+    nuscenes.index(root, VERSION, "mini_train")
+    (path,) = (root / ".bevfn").glob("*.npz")
+    with np.load(path) as file:
+        header = file["header"]
+    head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (%d,), }" % 2**40
+    head = head.ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        stream = io.BytesIO()
+        np.save(stream, header)
+        archive.writestr("header.npy", stream.getvalue())
+        archive.writestr("boxes.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + bytes(80))
+    with pytest.warns(UserWarning, match=r"mini_train.npz is damaged \(.*built again"):
+        assert len(nuscenes.index(root, VERSION, "mini_train")) == len(index)
 
 
 def test_peak_memory_of_a_greedy_pickle_is_small(tmp_path):

@@ -11,7 +11,9 @@ import small_world
 import tiny_experiment
 
 from bevfn.data import nuscenes, source, tables
+from bevfn.data.index import pack
 from bevfn.evaluation import score
+from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.training import run
 
 VERSION = "v7-ours"
@@ -32,7 +34,7 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-def test_own_splits_train_and_are_scored(world, tmp_path, capsys):
+def test_own_splits_train_and_are_scored(world, tmp_path, capsys, monkeypatch):
     config = replace(CONFIG, data_root=world, run_dir=tmp_path / "run")
     summary = run.main(tiny_experiment.task, config)
     folder = tmp_path / "run" / "evaluations" / "step_00000001"
@@ -45,8 +47,10 @@ def test_own_splits_train_and_are_scored(world, tmp_path, capsys):
     assert run.main(tiny_experiment.task, replace(config, resume=True))["steps"] == 1
     assert "is finished" in capsys.readouterr().out
     (folder / "metrics.json").unlink()
+    again: list[int] = []
+    monkeypatch.setattr(run, "evaluate", lambda run, train_state, done: again.append(done) or {})
     run.main(tiny_experiment.task, replace(config, resume=True))
-    assert "is finished" not in capsys.readouterr().out and (folder / "metrics.json").is_file()
+    assert "is finished" not in capsys.readouterr().out and again == [1]
 
 
 def test_splits_that_must_be_named_are_asked_for(world):
@@ -58,7 +62,7 @@ def test_splits_that_must_be_named_are_asked_for(world):
     with pytest.raises(ValueError, match=r"name with --eval-split what to take of streets, yards"):
         source.open(world, VERSION, "streets")
     with pytest.raises(
-        ValueError, match=r"has no scene of the split 'val'; the splits with scenes there are streets, yards"
+        ValueError, match=r"has no scene of the split 'val'; the splits with scenes there .* are streets, yards"
     ):
         source.open(world, VERSION, "streets", "val")
     opened = source.open(world, VERSION, "streets", "yards")
@@ -92,6 +96,16 @@ def test_a_split_without_annotations_is_refused_before_the_first_step(world, tmp
     finally:
         path.write_text(whole)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("attributes", ["vehicle.flying", "vehicle.moving, vehicle.parked"])
+def test_attributes_that_cannot_be_scored_are_refused_before_the_first_step(attributes):
+    frames = [replace(frame, attributes=(attributes,) * len(frame.names)) for frame in small_world.index()]
+    source.check_scored(small_world.index(), KNOWN_ATTRIBUTES)
+    with pytest.raises(
+        ValueError, match=rf"annotates the attribute '{attributes}', which nuScenes' scores do not know"
+    ):
+        source.check_scored(replace(small_world.index(), frames=pack(frames)), KNOWN_ATTRIBUTES)
 
 
 @pytest.mark.parametrize(

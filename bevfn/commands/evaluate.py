@@ -92,7 +92,7 @@ def evaluate(
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
             warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
         )  # fmt: skip
-    out = out if out is not None else _folder(config, checkpoint, split)
+    out = out if out is not None else _folder(checkpoint, split)
     if index.split == "test":
         return _submit(task, found, counts, out)
     judgement = judge(
@@ -128,7 +128,7 @@ def check_fits(task: run.Task, params: dict, state: dict, checkpoint: Path) -> N
         )
 
 
-def _folder(config: Any, checkpoint: Path, split: str | None) -> Path:
+def _folder(checkpoint: Path, split: str | None) -> Path:
     """Beside the run's own evaluations, or in runs/ for an imported file."""
     name = checkpoint.stem + (f"_{split}" if split else "")
     return (checkpoint.parent.parent / "evaluations" if checkpoint.is_dir() else run.RUNS / "evaluations") / name
@@ -142,5 +142,6 @@ def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) ->
     print(
         f"{len(found)} key frames; submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
     )
-    print("\n".join(tables.counted(counts)))
+    for line in tables.counted(counts):
+        print(line)
     return 0

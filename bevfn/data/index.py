@@ -23,8 +23,8 @@ Part = Literal["lidar", "ego poses", "velocity"]
 
 
 def inverse(transform: np.ndarray) -> np.ndarray:
-    """Of a rigid 4 4 transform: the rotation transposed, exact where a general inverse would round."""
-    result = np.eye(4)
+    """Of a rigid 4 4 transform, in its dtype: the rotation transposed, exact where a general inverse would round."""
+    result = np.eye(4, dtype=transform.dtype)
     result[:3, :3] = transform[:3, :3].T
     result[:3, 3] = -(transform[:3, :3].T @ transform[:3, 3])
     return result
@@ -94,7 +94,7 @@ class Frame:
     num_lidar_points: np.ndarray
     """G int64; -1 where unknown."""
     attributes: tuple[str, ...]
-    """G attribute names, "" for none."""
+    """G attribute names, "" for none; "a, b" for two, which nuScenes never has."""
     visibility: tuple[str, ...]
     """G visibility levels ("v60-80"), "" where unknown."""
     annotations: tuple[str, ...]
@@ -111,6 +111,13 @@ class Frame:
                 f"key frame {self.token} has no {', '.join(missing)}, which the reading's Cameras.channels name; it has {has}."
             )
         return [self.cameras[channel] for channel in channels]
+
+    def ego_poses(self, channels: tuple[str, ...]) -> np.ndarray:
+        """N 4 4 float64: global_from_ego at these cameras' times. Raises ValueError if one is missing or unknown."""
+        poses = np.stack([camera.global_from_ego for camera in self.rig(channels)])
+        if not np.isfinite(poses).all():
+            raise ValueError(f"key frame {self.token} has cameras without ego pose; read the data set's own tables.")
+        return poses
 
     @property
     def global_from_lidar(self) -> np.ndarray:

@@ -21,10 +21,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +60,13 @@ class Config:
                 raise ValueError(f"loader.Config.{name} is {getattr(self, name)} but must be at least {least}.")
 
 
+class Load(Protocol):
+    """Reads one sample; `scene.load` is one once its index, reading and database are bound."""
+
+    def __call__(self, place: int, /, *, generator: np.random.Generator) -> Sample:
+        """The sample at a place in the data set; a damaged file is a ValueError (or OSError) of one sentence that names it."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """One batch and what is known about it on the host."""
@@ -91,7 +98,7 @@ def steps_per_epoch(
 
 
 def batches(
-    load: Callable[[int, np.random.Generator], Sample],
+    load: Load,
     order: np.ndarray,
     config: Config,
     *,
@@ -106,8 +113,7 @@ def batches(
 ) -> Generator[Loaded, None, None]:
     """This process' microbatches of one epoch, from step `start_step` on: `accumulate` of them per step.
 
-    load(dataset index, generator) -> Sample; a damaged file is a ValueError (or OSError) of one sentence that names it.
-    order: [n] int, the epoch's dataset indices. With B = batch_size * replicas * accumulate, step s has the positions
+    order: [n] int, the places of the epoch's samples. With B = batch_size * replicas * accumulate, step s has the positions
     [s*B, (s+1)*B), of which microbatch rank * accumulate + a takes its part: R processes and A accumulations with the
     same R * A see the same microbatches. Positions behind the end wrap around (as mmengine's DefaultSampler), or without
     `wrap` repeat the last sample, whose token the caller then sees again.
@@ -154,7 +160,7 @@ class _Damaged(NamedTuple):
 class _Epoch(torch.utils.data.Dataset):
     """[position of its first sample] -> the microbatch; the arguments of `batches`."""
 
-    load: Callable[[int, np.random.Generator], Sample]
+    load: Load
     order: np.ndarray
     config: Config
     seed: int
@@ -181,7 +187,8 @@ class _Epoch(torch.utils.data.Dataset):
         tries = min(TRIES, n)
         for index in self.order[np.arange(position, position + tries) % n]:
             try:
-                return checked(self.load(int(index), generator(self.seed, self.epoch, position)), like)
+                drawn = generator(self.seed, self.epoch, position)
+                return checked(self.load(int(index), generator=drawn), like)
             except DAMAGED as error:
                 if self.config.on_damaged == "stop":
                     raise

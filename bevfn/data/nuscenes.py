@@ -228,14 +228,15 @@ def _annotations(devkit: Any, tokens: list[str], lidar_from_global: np.ndarray) 
         boxes[:, 6] = np.arctan2(-lidar_from_box[:, 0, 1], lidar_from_box[:, 0, 0])
         boxes[:, 7:9] = (velocities @ turn.T)[:, :2]
     seen = np.stack([_counts(rows, f"num_{sensor}_pts") for sensor in ("lidar", "radar")], axis=1)  # G 2
-    attributes = (row["attribute_tokens"][:1] for row in rows)
     levels = (row.get("visibility_token") for row in rows)
     return {
         "boxes": boxes,
         "names": tuple(category_to_detection_name(row["category_name"]) or "" for row in rows),
         "valid": seen.sum(axis=1) > 0,
         "num_lidar_points": seen[:, 0],
-        "attributes": tuple(devkit.get("attribute", a[0])["name"] if a else "" for a in attributes),
+        "attributes": tuple(
+            ", ".join(devkit.get("attribute", token)["name"] for token in row["attribute_tokens"]) for row in rows
+        ),
         "visibility": tuple(devkit.get("visibility", level)["level"] if level else "" for level in levels),
         "annotations": tuple(tokens),
         "categories": tuple(row["category_name"] for row in rows),
@@ -334,7 +335,7 @@ def _cached(places: list[Path], name: str, header: dict) -> Packed | None:
                     return Packed({key: file[key] for key in file.files if key != "header"})
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             warnings.warn(f"{place / name} is damaged ({error}); the index is built again.", stacklevel=3)
     return None
 

@@ -11,6 +11,7 @@ COLUMNS = 5  # x, y, z [m, lidar frame], intensity 0..255, ring 0..31
 BYTES = 4 * COLUMNS
 Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper x, y, z [m]
 
+MOST = 10_000_000  # points of a file: 200 MB, where a scan has some 100,000
 FEW = 0.01  # share of a file's points that may be impossible; with more the file is not of such points
 HEADS = {
     b"\x93NUMPY": "has the header of an .npy file", b"# .PCD": "has the header of a PCD file", b"VERSION": "has the header of a PCD file",
@@ -29,12 +30,16 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     A lidar driver marks a missing return with NaN, so such points are no error of the file: they are dropped and
     counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or intensity.
 
-    Raises ValueError if the file is missing, empty or not a whole number of points, or holds something else than such
+    Raises ValueError if the file is missing, empty, huge or not a whole number of points, or holds something else than such
     points: a header, numbers of another kind or number, intensities of 0..1.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: the point file does not exist; check the data folder and the file that names it.")
+    if path.stat().st_size > MOST * BYTES:
+        raise ValueError(
+            f"{path}: the point file has {path.stat().st_size:,} bytes, more than {MOST:,} points; copy it again."
+        )
     values = np.fromfile(path, dtype=np.uint8)
     if not len(values):
         raise ValueError(f"{path}: the point file is empty (0 bytes); copy it again.")

@@ -1,14 +1,18 @@
 """Where a run's key frames come from: a nuScenes root, an info file, a folder with one frame, or a synthetic world made
 on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from bevfn import synth
 from bevfn.data import cameras, infos, nuscenes, tables
-from bevfn.data.index import Index
+from bevfn.data.index import Index, Packed, pack
 from bevfn.data.reading import Reading
+from bevfn.names import printable
 
 Kind = Literal["nuscenes", "frame", "synthetic"]
 WORLD = Path("runs/world")
@@ -116,10 +120,21 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
         raise ValueError(f"{name} has no velocities of objects, but the model learns them; train on another root")
 
 
-def check_scored(index: Index) -> None:
-    """Raises ValueError, one sentence, where detections in the key frames could not be scored."""
-    if index.judge == "nuscenes" and not any(name for frame in index for name in frame.names):
+def check_scored(index: Index, attributes: Collection[str]) -> None:
+    """Raises ValueError, one sentence, where detections in the key frames could not be scored.
+
+    attributes: those that nuScenes' scores know, "" among them.
+    """
+    if index.judge != "nuscenes":
+        return
+    name, other = f"{index.root} ({index.version}, split {index.split!r})", "evaluate on another split (--eval-split)"
+    column = (index.frames if isinstance(index.frames, Packed) else pack(index)).columns
+    scored = column["names_words"][column["names"]] != b"" if len(column["names"]) else np.zeros(0, dtype=bool)
+    if not scored.any():
+        raise ValueError(f"{name} has no annotations of the ten classes, so nothing can be scored there; {other}")
+    found = [column["attributes_words"][code].decode() for code in np.unique(column["attributes"][scored])]
+    if unknown := [attribute for attribute in found if attribute not in attributes]:
         raise ValueError(
-            f"{index.root} ({index.version}, split {index.split!r}) has no annotations of the ten classes, so nothing can be "
-            "scored there; evaluate on another split (--eval-split)"
+            f"{name} annotates the attribute '{printable(unknown[0])}', which nuScenes' scores do not know: a box has one of "
+            f"{', '.join(filter(None, attributes))} or none; {other}"
         )

@@ -12,7 +12,6 @@ import torch
 from bevfn import compile as compilation
 from bevfn import distributed
 from bevfn.data import loader, scene
-from bevfn.data.batch import Sample
 from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.distributed import Replicas
@@ -50,7 +49,7 @@ def detect(
     order = np.arange(len(index))
     batches = loader.steps_per_epoch(len(order), batch_size, count, 1)
     stream = loader.batches(
-        partial(_load, index, reading), order, loader.Config(batch_size=batch_size, workers=workers),
+        partial(scene.load, index, reading=reading), order, loader.Config(batch_size=batch_size, workers=workers),
         seed=0, epoch=0, capacities=reading.capacities, rank=rank, replicas=count,
     )  # fmt: skip
     found: dict[str, np.ndarray] = {}
@@ -79,8 +78,3 @@ def _counted(loaded: loader.Loaded, outputs: Mapping[str, torch.Tensor]) -> dict
     valid = loaded.batch.points_valid
     points = {} if valid is None else {"points": int(valid.sum())}
     return points | loaded.counts | {n: int(v) for n, v in outputs.items() if n.startswith(COUNTERS)}
-
-
-def _load(index: Index, reading: Reading, place: int, generator: np.random.Generator) -> Sample:
-    """The loader's `load` once the first two are bound."""
-    return scene.load(index, place, reading, generator)

@@ -24,12 +24,13 @@ import tyro
 from bevfn import compile as compilation
 from bevfn import distributed, exits, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, scene, source
-from bevfn.data.batch import Batch, Sample, collate
+from bevfn.data.batch import Batch, collate
 from bevfn.data.index import Index
 from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
+from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.metrics import added
@@ -345,7 +346,7 @@ def check(task: Task, *, train: bool = True, whole: bool = True) -> None:
     task.needs.check(data.eval_reading, train=False)
     if not train:
         return
-    source.check_scored(data.evaluation)
+    source.check_scored(data.evaluation, KNOWN_ATTRIBUTES)
     reading = data.reading(0)
     source.check(data.training, reading, train=True, whole=whole)
     task.needs.check(reading, train=True)
@@ -395,7 +396,7 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
     first, within = divmod(start, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         reading = data.reading(epoch)
-        load = partial(_load, data.training, reading, data.database)
+        load = partial(scene.load, data.training, reading=reading, database=data.database)
         stream = loader.batches(
             load, sampling.order(data.items, config.seed, epoch, shuffle=True), settings, seed=config.seed, epoch=epoch,
             capacities=reading.capacities, rank=rank, replicas=count,
@@ -407,13 +408,6 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
                     return
                 yield step + 1, [next(stream) for _ in range(config.accumulate)]
         within = 0
-
-
-def _load(
-    index: Index, reading: Reading, database: paste.Database | None, place: int, generator: np.random.Generator
-) -> Sample:
-    """The loader's `load` once the first three are bound."""
-    return scene.load(index, place, reading, generator, database=database)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run

@@ -39,7 +39,7 @@ class Checkpoint:
     """the published configuration"""
     names: Callable[[dict, Naming], Names]
     """of the family's params tree, or of the part of it that the file holds"""
-    buffers: Callable[[Any, Naming], dict[str, Tensor]] = lambda config, naming: {}
+    buffers: Callable[[Any, Naming], dict[str, Tensor]] = lambda config, _: {}
     """upstream's stored buffers that follow from the configuration, by key: ours are computed, never loaded"""
     unused: tuple[tuple[str, str], ...] = ()
     """(pattern of keys without the prefix, why they have no use here)"""
@@ -48,17 +48,26 @@ class Checkpoint:
 _COMPUTED = "voxelization and image normalization are computed from the configuration"
 
 
+def _detector(looks: tuple[Look, ...], family: ModuleType, config: Callable[[], Any], names: ModuleType) -> Checkpoint:
+    """A detector as its repository writes it: in one naming."""
+    return Checkpoint(
+        looks,
+        family,
+        config,
+        lambda params, _: names.detector(params),
+        lambda made, _: names.detector_buffers(made),
+    )
+
+
 def _bevfusion(config: Callable[[], bevfusion.Config], what: str, *anchors: str) -> Checkpoint:
     looks = (Look(what, ("pts_middle_encoder.", "bbox_head.", *anchors)),)
-    names = names_bevfusion
-    return Checkpoint(looks, bevfusion, config, names.detector, names.detector_buffers)
+    return _detector(looks, bevfusion, config, names_bevfusion)
 
 
 def _bevdepth(config: Callable[[], bevdepth.Config], what: str, *anchors: str) -> Checkpoint:
     anchors = ("backbone.depth_net.reduce_conv.", "head.trunk.conv1.", *anchors)
     looks = (Look(what, anchors, key_frames=config().frames),)
-    names = names_bevdepth
-    return Checkpoint(looks, bevdepth, config, names.detector, names.detector_buffers)
+    return _detector(looks, bevdepth, config, names_bevdepth)
 
 
 CHECKPOINTS = {
@@ -93,7 +102,7 @@ CHECKPOINTS = {
         (Look("an ImageNet ResNet-50", ("conv1.weight", "layer1.0.conv3.weight", "layer4.2.conv3.weight"), prefix=""),),
         bevdepth,
         bevdepth.two_key,
-        names_bevdepth.resnet,
+        lambda params, _: names_bevdepth.resnet(params),
         unused=names_bevdepth.UNUSED_OF_RESNET,
     ),
 }

@@ -19,7 +19,7 @@ UNUSED_OF_SWIN = (
 )
 
 
-def detector(params: dict, naming: Naming) -> Names:
+def detector(params: dict) -> Names:
     """A BEVFusion of any sensors, in upstream's order."""
     if "camera" in params:
         yield from swin(params, "mmdet", "img_backbone.")
@@ -126,7 +126,7 @@ def _decoder_layer(path: str, key: str) -> Names:
 # --- buffers that follow from the configuration ------------------------------------------------------------------
 
 
-def detector_buffers(config: bevfusion.Config, naming: Naming) -> dict[str, Tensor]:
+def detector_buffers(config: bevfusion.Config) -> dict[str, Tensor]:
     """Swin's and the view transform's."""
     if config.camera is None:
         return {}
