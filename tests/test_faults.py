@@ -1,5 +1,6 @@
 """Values that cannot be: a nuScenes root and an info file with any of them are refused in a sentence that names the row."""
 
+import io
 import json
 import pickle
 import resource
@@ -7,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,6 +279,22 @@ def test_a_short_pickle_gets_no_memory(tmp_path, name):
     with pytest.raises(ValueError, match=r"infos.pkl (is no complete pickle|asks for|: )"):
         infos.read(path)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_cached_index_that_declares_2_to_the_40_is_built_again(root, index):
+    nuscenes.index(root, VERSION, "mini_train")
+    (path,) = (root / ".bevfn").glob("*.npz")
+    with np.load(path) as file:
+        header = file["header"]
+    head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (%d,), }" % 2**40
+    head = head.ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        stream = io.BytesIO()
+        np.save(stream, header)
+        archive.writestr("header.npy", stream.getvalue())
+        archive.writestr("boxes.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + bytes(80))
+    with pytest.warns(UserWarning, match=r"mini_train.npz is damaged \(.*built again"):
+        assert len(nuscenes.index(root, VERSION, "mini_train")) == len(index)
 
 
 def test_peak_memory_of_a_greedy_pickle_is_small(tmp_path):

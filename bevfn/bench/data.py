@@ -39,7 +39,7 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
     """Figures of both of BEVFusion's published ways of reading for training; prints a table of each.
 
     frame: folder with frame.json, six images and a point file; None: a generated frame.
-    Returns per pipeline: samples_per_second (one core, loading and collating), milliseconds per sample in all and by
+    Returns per reading: samples_per_second (one core, loading and collating), milliseconds per sample in all and by
     part, points per sample; samples_per_second_of_workers (WORKERS times that) and whether it is feeds_target; and what
     the loader itself reaches with as many workers as this machine has cores, up to WORKERS.
     """

@@ -335,7 +335,7 @@ def _cached(places: list[Path], name: str, header: dict) -> Packed | None:
                     return Packed({key: file[key] for key in file.files if key != "header"})
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             warnings.warn(f"{place / name} is damaged ({error}); the index is built again.", stacklevel=3)
     return None
 

@@ -25,6 +25,7 @@ from bevfn import boxes as overlap
 from bevfn.data import annotations, building, points, sweeps
 from bevfn.data.index import Frame, Index
 from bevfn.files import write_atomically, writing
+from bevfn.names import file_name
 
 OBJECTS = "objects.npz"
 SWEEPS = 10  # besides the key frame
@@ -125,12 +126,12 @@ def read(folder: Path, *, min_points: int = 5, making: Making | None = None) -> 
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        points_path = path.parent / str(arrays["points_file"])
+        points_path = path.parent / file_name(str(arrays["points_file"]))  # beside it, whatever it says
         boxes, labels, starts, scans = (arrays[name] for name in ("boxes", "labels", "starts", "scans"))
         made = Making(**json.loads(str(arrays["making"])))
         difficulty, tokens = arrays["difficulty"], arrays["tokens"]
         class_names = tuple(arrays["class_names"].tolist())
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a GT-paste database ({error}); delete it and build it again.") from error
     size = points_path.stat().st_size if points_path.is_file() else -1
     if size != int(starts[-1]) * points.BYTES:

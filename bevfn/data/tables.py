@@ -137,7 +137,11 @@ def scenes_of(root: Path, version: str, split: str) -> list[str]:
     """Names of the split's scenes; raises ValueError if the root has none."""
     present = splits(root, version)
     if split not in present:
-        has = f"the splits with scenes there are {', '.join(present)}" if present else "it has no scene of any split"
+        has = (
+            f"the splits with scenes there (for --train-split, --eval-split) are {', '.join(present)}"
+            if present
+            else "it has no scene of any split"
+        )
         raise ValueError(f"{root}, {version}, has no scene of the split {split!r}; {has}.")
     return present[split]
 
