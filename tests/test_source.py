@@ -158,7 +158,7 @@ def test_a_model_and_a_reading_that_do_not_fit_name_both(name):
         ]
     for reading, message in cases:
         with pytest.raises(
-            ValueError, match=f"the training reading gives {message} as BEV(Fusion|Depth) needs; change"
+            ValueError, match=f"the training reading does not fit BEV(Fusion|Depth): it gives {message}; change"
         ):
             needs.check(reading, train=True)
 

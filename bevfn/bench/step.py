@@ -21,6 +21,7 @@ from bevfn.precision import Precision
 from bevfn.synth import key_frame
 from bevfn.training import run as running
 
+
 @dataclass(frozen=True)
 class Setting:
     """What is measured."""

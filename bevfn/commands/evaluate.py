@@ -66,7 +66,8 @@ def evaluate(
     config = replace(config, **{k: v for k, v in changes.items() if v is not None}, device=device, resume=False)
     if config.model not in recipe.NETWORKS:
         raise ValueError(
-            f"model {config.model} is none of {experiment}'s ({', '.join(recipe.NETWORKS)}); name its experiment"
+            f"model {config.model} is none of {experiment}'s ({', '.join(recipe.NETWORKS)}); name the experiment "
+            f"{catalogue.MODELS[config.model].experiment}"
         )
     task = recipe.task(config.plain())
     run.check(task, train=False)

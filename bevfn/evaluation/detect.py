@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ import torch
 from bevfn import compile as compilation
 from bevfn import distributed
 from bevfn.data import loader, scene
-from bevfn.data.batch import Sample
+from bevfn.data.batch import Batch, Sample
 from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.distributed import Replicas
@@ -21,7 +20,7 @@ _PARTS = ("boxes", "scores", "labels")
 
 
 def detect(
-    predict: Callable[[dict, dict, Any], dict[str, torch.Tensor]],
+    predict: Callable[[dict, dict, Batch], dict[str, torch.Tensor]],
     params: dict,
     state: dict,
     index: Index,

@@ -91,7 +91,9 @@ class Case:
 def read(folder: Path) -> Case:
     """Reads a case; raises ValueError that names a file which is missing or damaged."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give a golden case: a folder with manifest.json, stats.json and tensors")
+        raise ValueError(
+            f"{folder} is not a folder; give a golden case: a folder with manifest.json, stats.json and tensors"
+        )
     return Case(
         folder,
         *(_json(folder / name) for name in ("manifest.json", "stats.json")),

@@ -182,7 +182,7 @@ class Task:
     """-> (params, state) from the seed"""
     loss: Callable[..., Any]
     """(params, state, batch, key, train=True | Replicas) -> (loss, (new state, metrics))"""
-    predict: Callable[[dict, dict, Any], dict[str, torch.Tensor]]
+    predict: Callable[[dict, dict, Batch], dict[str, torch.Tensor]]
     """-> "boxes" [B Q 9], "scores" [B Q], "labels" [B Q], "valid" [B Q]"""
     optimizer: Callable[[Plan], optim.Config]
     ema: optim.Ema | None = None
@@ -302,7 +302,7 @@ def initial_state(run: Run) -> train.TrainState:
     return tree.to(made, run.config.device)
 
 
-def pure_step(run: Run) -> Callable[[train.TrainState, Any], tuple[train.TrainState, dict]]:
+def pure_step(run: Run) -> Callable[[train.TrainState, Batch], tuple[train.TrainState, dict]]:
     """The step of one process and one microbatch as a pure function: what is lowered for Ascend."""
     loss = partial(run.task.loss, train=True)
     return train.make_step(loss, run.task.optimizer(run.plan), ema=run.task.ema)
@@ -623,7 +623,7 @@ def check_finite(
     run: Run,
     train_state: train.TrainState,
     values: dict,
-    batches: list[Any],
+    batches: list[Batch],
     loaded: list[loader.Loaded],
     done: int,
     skipped: int,
