@@ -23,7 +23,6 @@ The flags' defaults are the published recipe of --model on nuScenes, and smaller
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,7 +107,7 @@ SYNTHETIC: dict[str, Any] = {
 }  # fmt: skip
 
 
-def defaults(recipe: Config, name: str = "bevdepth") -> dict[source.Kind, Config]:
+def defaults(recipe: Config, name: str) -> dict[source.Kind, run.Config]:
     """The flags' defaults of a recipe, for what may lie at the data root; runs are called `name`."""
     return {
         "nuscenes": replace(recipe, run_dir=run.RUNS / name),
@@ -117,7 +116,7 @@ def defaults(recipe: Config, name: str = "bevdepth") -> dict[source.Kind, Config
     }
 
 
-DEFAULTS = defaults(VARIANTS["bevdepth-2key"])
+DEFAULTS: run.Defaults = {model: defaults(recipe, "bevdepth") for model, recipe in VARIANTS.items()}
 
 
 def task(config: Config, splits: source.Source | None = None) -> run.Task:
@@ -178,11 +177,5 @@ def fitted(model: bevdepth.Config, reading: Reading) -> Reading:
     return replace(reading, cameras=cameras)
 
 
-def main() -> None:
-    """The command line; --model decides on the other flags' defaults."""
-    named = run.flag(sys.argv[1:], "--model") or "bevdepth-2key"
-    run.cli(defaults(VARIANTS.get(named, VARIANTS["bevdepth-2key"])), task, __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    run.cli(DEFAULTS, task, __doc__)

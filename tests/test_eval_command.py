@@ -12,7 +12,7 @@ import pytest
 import small_root
 import small_world
 
-from bevfn import cli, recipes
+from bevfn import cli
 from bevfn.commands import evaluate
 from bevfn.experiments import bevfusion_lidar
 from bevfn.training import checkpoint, run
@@ -21,7 +21,7 @@ from bevfn.training import checkpoint, run
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     config = replace(
-        bevfusion_lidar.DEFAULTS["nuscenes"], data_root=small_world.index().root, scale="mini", backend="eager", steps=1,
+        bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"], data_root=small_world.index().root, scale="mini", backend="eager", steps=1,
         eval_backend="eager", workers=0, batch_size=1, sweeps=1, paste=False, norm_momentum=0.1,
         run_dir=tmp_path_factory.mktemp("run") / "run",
     )  # fmt: skip
@@ -53,7 +53,7 @@ def test_the_config_of_a_run_from_before_the_catalogue_is_read(experiment, befor
     """Its checkpoints fit: leaves have the paths that they had."""
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"epochs": 2, **before}))
-    config = evaluate.run_config(recipes.load(experiment), tmp_path / "checkpoints" / "step_00000001", None)
+    config = evaluate.run_config(experiment, tmp_path / "checkpoints" / "step_00000001", None, None)
     assert (config.model, config.epochs) == (name, 2)
 
 

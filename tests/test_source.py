@@ -176,7 +176,11 @@ def test_a_model_refuses_a_batch_in_another_base_frame():
 def test_a_run_is_checked_before_its_first_step(index, monkeypatch, tmp_path):
     blind = changed(index, lambda frame: replace(frame, lidar_path=""))
     config = replace(
-        bevfusion_lidar.DEFAULTS["nuscenes"], data_root=index.root, scale="mini", paste=False, run_dir=tmp_path / "run"
+        bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"],
+        data_root=index.root,
+        scale="mini",
+        paste=False,
+        run_dir=tmp_path / "run",
     )
     monkeypatch.setattr(source, "open", lambda *_: source.Source(blind, blind))
     monkeypatch.setattr(run, "build", lambda _: pytest.fail("built"))

@@ -155,6 +155,10 @@ class Data:
     database: paste.Database | None = None
 
 
+Defaults = Mapping[str, Mapping[source.Kind, Config]]
+"""A recipe's configs: by model, of which the first is trained where none is named, and by what lies at the data root."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many steps, of how many samples."""
@@ -753,18 +757,21 @@ class _Silent:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def cli(defaults: Mapping[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
+def cli(defaults: Defaults, make_task: Callable[[Any], Task], description: str | None) -> None:
     """Parses the command line; a user's mistake ends in one sentence and an exit code (see exits.py)."""
     with exits.one_sentence():
         config = parse(defaults, sys.argv[1:], description)
         main(make_task, config)
 
 
-def parse(defaults: Mapping[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
-    """The config of a command line; what is at --data-root decides on the defaults."""
-    root = flag(arguments, "--data-root")
-    default = defaults[source.kind(None if root is None else Path(root))]
-    return tyro.cli(type(default), default=default, args=arguments, description=description)
+def parse(defaults: Defaults, arguments: list[str], description: str | None = None) -> Any:
+    """The config of a command line; --model and what is at --data-root decide on the defaults."""
+    root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
+    of_model = defaults.get(flag(arguments, "--model") or "", first)  # tyro names the choices for another name
+    default = of_model[source.kind(None if root is None else Path(root))]
+    module = sys.modules["__main__"].__spec__
+    prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
+    return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
 
 
 def flag(arguments: list[str], name: str) -> str | None:
