@@ -123,7 +123,7 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
     grid = figure.add_gridspec(ROWS, columns + 1, width_ratios=[5.1] * columns + [9.4])
     for slot, n in enumerate(cameras):
         _draw_camera(figure.add_subplot(grid[slot // columns, slot % columns]), frame, n, shown)
-    _draw_above(figure.add_subplot(grid[:, columns]), frame, shown, range_m)
+    _draw_above(figure.add_subplot(grid[:, columns]), shown, range_m)
     used = sorted({*shown["labels"].tolist(), *shown["annotated_labels"].tolist()})
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=frame.class_names[i]) for i in used]
     handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
@@ -191,7 +191,7 @@ def _project(box: np.ndarray, pixel_from_lidar: np.ndarray, width: int, height: 
     return lines if (ends.min(axis=0) < [width, height]).all() and (ends.max(axis=0) > 0).all() else []
 
 
-def _draw_above(axes: Axes, frame: Sample, shown: dict[str, np.ndarray], range_m: float) -> None:
+def _draw_above(axes: Axes, shown: dict[str, np.ndarray], range_m: float) -> None:
     """Points (darker: higher), and boxes with their heading; x to the right and y up, metres."""
     x, y, z = shown["points"][:, :3].T
     axes.scatter(x, y, c=z, s=0.8, cmap="Greys", vmin=-4.5, vmax=1.5, linewidths=0)

@@ -49,7 +49,7 @@ def write(path: Path, figures: dict, *, device: str = "cpu") -> dict:
     return document
 
 
-def files(folder: Path = RESULTS) -> dict[str, dict]:
+def read(folder: Path = RESULTS) -> dict[str, dict]:
     """{name: content} of the files of figures in `folder`."""
     return {path.name: read_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))}
 
@@ -57,7 +57,7 @@ def files(folder: Path = RESULTS) -> dict[str, dict]:
 def listing(folder: Path = RESULTS) -> str:
     """A line for each file in `folder` and each command that makes it."""
     lines = []
-    for name, content in files(folder).items():
+    for name, content in read(folder).items():
         lines.append(f"{name}  {content['date']}  {content['commit']}")
         commands = content["command"]
         lines += [f"    {command}" for command in ([commands] if isinstance(commands, str) else commands)]
@@ -67,10 +67,10 @@ def listing(folder: Path = RESULTS) -> str:
 def _command() -> str:
     """What was typed, with the program's name instead of its path."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of what `python -m` runs
-    module = spec.name if spec is not None else ""
-    if module.startswith("bevfn.experiments."):
-        return shlex.join(["python", "-m", module, *sys.argv[1:]])
-    program = "bevfn" if module == "bevfn.cli" else Path(sys.argv[0]).name
+    package, _, module = (spec.name if spec is not None else "").partition(".")
+    if package == "bevfn" and module.startswith("experiments."):
+        return shlex.join(["python", "-m", f"{package}.{module}", *sys.argv[1:]])
+    program = "bevfn" if (package, module) == ("bevfn", "cli") else Path(sys.argv[0]).name
     return shlex.join([program, *sys.argv[1:]])
 
 

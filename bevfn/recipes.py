@@ -14,7 +14,7 @@ from bevfn.training import run
 
 # Of a command line: the names are the choices, and strings to everybody else.
 Experiment = Annotated[str, one_of(catalogue.EXPERIMENTS)]
-Model = Annotated[str, one_of(catalogue.MODELS)]
+ModelName = Annotated[str, one_of(catalogue.MODELS)]
 
 
 class Recipe(Protocol):

@@ -67,6 +67,7 @@ class Config(run.Config):
     """network and recipe; the other flags' defaults are its published numbers"""
     epochs: int = 24
     batch_size: int = 8
+    drop_last: bool = True
     recipe_batch: int = 64
     eval_every: int = 0
     recipe_lr: float = 2e-4
@@ -161,7 +162,7 @@ def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:
 def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
     splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
-    reading, eval_reading = (fitted(model, way) for way in (TRAIN, EVAL))
+    reading, eval_reading = (fitted(config, model, way) for way in (TRAIN, EVAL))
     reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
     items = np.arange(len(splits.training))
     if config.class_balanced:
@@ -170,11 +171,11 @@ def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -
     return run.Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
 
 
-def fitted(model: bevdepth.Config, reading: Reading) -> Reading:
-    """A published way of reading, for the model's frames and image size."""
+def fitted(config: Config, model: bevdepth.Config, reading: Reading) -> Reading:
+    """A published way of reading, for the model's frames and image size, with the config's room for boxes."""
     assert reading.cameras is not None
     cameras = replace(reading.cameras, frames=model.frames, image_size=model.grid.image_size)
-    return replace(reading, cameras=cameras)
+    return replace(reading, cameras=cameras, capacities=reading.capacities.changed(boxes=config.box_capacity))
 
 
 if __name__ == "__main__":

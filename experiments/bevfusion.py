@@ -75,6 +75,14 @@ class Shared(run.Config):
     """LiDAR sweeps added to the key frame's; any other number than the published one takes the newest"""
     published_sweeps: bool = True
     """sweeps move as the published weights were trained and scored: off by up to 0.6 m when the car turns; no: right"""
+    point_capacity: int | None = None
+    """room for the points in range of a sample (none: the recipe's, by --sweeps); of more the last ones are dropped and
+    counted, when evaluating those of the oldest sweeps"""
+    voxel_capacity: int | None = None
+    """voxels of a sample, later ones are dropped and counted (none: as published, 120,000 in training, 160,000 when
+    evaluating)"""
+    site_capacity: tuple[int, ...] | None = None
+    """active sites of a sample at each level of the sparse encoder, further ones are dropped and counted; none: the recipe's"""
 
     @property
     def groups(self) -> tuple[optim.Group, ...]:
@@ -163,6 +171,10 @@ def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
         model = bevfusion.with_capacities(bevfusion.mini(model), MINI_VOXELS, MINI_SITES)
     elif config.sweeps == 0:
         model = bevfusion.with_capacities(model, FRAME_VOXELS, FRAME_SITES)
+    if model.lidar is not None:
+        voxels = model.voxels.max_voxels if config.voxel_capacity is None else (config.voxel_capacity,) * 2
+        sites = config.site_capacity or model.lidar.encoder.capacities
+        model = bevfusion.with_capacities(model, voxels, sites)
     if config.norm_momentum is not None:
         model = bevfusion.with_norm_momentum(model, config.norm_momentum)
     return model
@@ -189,7 +201,8 @@ def fitted(config: Shared, model: bevfusion.Config, reading: Reading) -> Reading
         room = replace(reading.capacities, points=SCAN_POINTS * (1 + config.sweeps))
         points = replace(points, sweeps=config.sweeps, sweep_choice="newest", pad_empty_sweeps=False)
         reading = replace(reading, capacities=room)
-    reading = replace(reading, points=points)
+    room = reading.capacities.changed(config.point_capacity, config.box_capacity)
+    reading = replace(reading, points=points, capacities=room)
     if model.camera is None or cameras is None:
         return replace(reading, cameras=None)
     return replace(reading, cameras=replace(cameras, image_size=model.camera.view.grid.image_size))

@@ -122,6 +122,14 @@ def test_class_balance_counts_categories_as_published_or_boxes(model, monkeypatc
     assert all(c.published_cbgs for c in (*bevdepth.VARIANTS.values(), matrixvt.DEFAULTS["matrixvt"]["nuscenes"]))
 
 
+def test_an_epoch_leaves_out_its_incomplete_batch_as_published():
+    for drop_last, expected in ((True, [2, 2]), (False, [2, 2, 2, 2])):
+        config = small("bevdepth", model="bevdepth-1key-ema", batch_size=2, epochs=2, drop_last=drop_last)
+        task = bevdepth.task(config)
+        stream = run.microbatches(run.Run(task, config, run.plan(config, task.data.items)), 0)
+        assert [len(loaded[0].tokens) for _, loaded in stream] == expected  # of three key frames
+
+
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 

@@ -3,21 +3,19 @@
 import functools
 import itertools
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import small_frames
+import small_steps
 import torch
 from graph_counts import graph_counts
 
-from bevfn import compile as compilation
 from bevfn import losses, tree
 from bevfn.backbones import second, sparse_encoder, swin
 from bevfn.data import batch as batches
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.models import bevfusion
 from bevfn.necks import lss_fpn, second_fpn
-from bevfn.precision import Policy
 from bevfn.synth import key_frame
 from bevfn.training import optim, train
 from bevfn.views import camera_grid, lift_splat
@@ -99,21 +97,8 @@ def make_batch(folder, model, count=1):
 
 def run_steps(model, batch, precision, backend, steps=STEPS):
     """Metrics of every step and the last train state."""
-    policy = Policy.of(precision)
-    # eps = 1 makes AdamW's update proportional to the gradient. With 1e-8 its first steps are lr x sign(gradient), and
-    # parameters whose gradient is rounding only (shifts that a batch norm removes) would walk at random.
     optimizer = optim.Config(lr=optim.Schedule(1e-4), eps=1.0, clip_norm=35.0)
-    params, state = bevfusion.init(model, seed=0)
-    train_state = train.init(params, state, optimizer, precision=policy)
-    if policy.scales_loss:  # the usual 2**16 overflows for its first steps, which would then compare nothing
-        train_state.loss_scale.scale.fill_(2.0**6)
-    loss = partial(bevfusion.loss, config=model, policy=policy)
-    step = compilation.step(train.make_step(loss, optimizer), backend=backend)
-    history = []
-    for _ in range(steps):
-        train_state, metrics = step(train_state, batch)
-        history.append({k: float(v) for k, v in metrics.items()})
-    return history, train_state
+    return small_steps.run(bevfusion, model, batch, optimizer, precision, backend, steps)
 
 
 @functools.cache
@@ -153,7 +138,7 @@ def test_compiled_step_equals_eager_in_one_graph(modality, precision, backend, f
     assert counts == {"graphs": 1, "breaks": 0}
     metric_tolerance, leaf_tolerance = TOLERANCES[backend, precision]
     compare_metrics(eager, compiled, metric_tolerance)
-    compare_leaves(bevfusion.init(tiny(modality), seed=0)[0], eager_state, compiled_state, leaf_tolerance)
+    small_steps.compare_leaves(bevfusion.init(tiny(modality), seed=0)[0], eager_state, compiled_state, leaf_tolerance)
 
 
 def compare_metrics(ours, theirs, tolerance):
@@ -163,21 +148,6 @@ def compare_metrics(ours, theirs, tolerance):
         for name in a:
             limit = tolerance * (0.1 if i == 0 else 1.0)
             assert b[name] == pytest.approx(a[name], rel=limit, abs=limit), (i, name)
-
-
-def compare_leaves(start, ours, theirs, tolerance):
-    """Every updated leaf, relative to its size (at least 1 % of the distance that all parameters moved)."""
-    a, b, before = tree.flatten(ours), tree.flatten(theirs), tree.flatten(start)
-    assert a.keys() == b.keys()
-    moved = sum(float((a[f"params.{k}"] - v).double().square().sum()) for k, v in before.items()) ** 0.5
-    assert moved > 0
-    errors = {
-        name: float((a[name].double() - b[name].double()).norm()) / (float(a[name].double().norm()) + 0.01 * moved)
-        for name in a
-    }
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= tolerance, (worst, errors[worst])
-    assert sorted(errors.values())[len(errors) // 2] <= 0.1 * tolerance
 
 
 def test_gradients_of_the_compiled_step_reach_every_parameter(folder):

@@ -374,10 +374,19 @@ def test_a_frame_without_boxes_is_counted(index):
     made.validate()
 
 
-def test_a_damaged_image_can_be_skipped(index, tmp_path):
+def huge(jpeg: bytes) -> bytes:
+    """The file with a head that says 65,500 x 65,500 pixels, for which a decoder makes room."""
+    place = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:place] + b"\xff\xdc\xff\xdc" + jpeg[place + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"), [(lambda jpeg: jpeg[:200], "cannot be decoded"), (huge, "has more than 67,108,864 pixels")]
+)
+def test_a_damaged_image_can_be_skipped(index, tmp_path, damage, what):
     root = Path(shutil.copytree(index.root, tmp_path / "world"))
     path = root / index[0].cameras["CAM_FRONT"].path
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(damage(path.read_bytes()))
     broken = dataclasses.replace(index, root=root)
     config = loader.Config(batch_size=1, on_damaged="skip")
     items = list(
@@ -387,7 +396,7 @@ def test_a_damaged_image_can_be_skipped(index, tmp_path):
         )
     )  # fmt: skip
     assert [item.tokens[0] for item in items] == [index[2].token] * 2
-    assert items[0].counts["bad/samples"] == 1 and "cannot be decoded" in items[0].problems[0]
+    assert items[0].counts["bad/samples"] == 1 and what in items[0].problems[0]
 
 
 def _load_one(index: Index, place: int, generator: np.random.Generator) -> Sample:

@@ -37,7 +37,7 @@ def test_a_model_is_of_its_family_and_size(name):
 
 
 def test_checkpoints_are_those_that_can_be_imported():
-    assert set(catalogue.CHECKPOINTS) == set(upstream.MODELS)
+    assert set(catalogue.CHECKPOINTS) == set(upstream.CHECKPOINTS)
 
 
 def test_published_figures_are_in_the_recipes_words():

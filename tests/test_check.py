@@ -1,6 +1,5 @@
 """`bevfn data check`: a whole root is fine, and every kind of damage is found, counted and named."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import small_root
 
 from bevfn.commands import data
 from bevfn.data import check, nuscenes, tables
+from bevfn.files import read_json
 
 VERSION = small_root.VERSION
 
@@ -99,7 +99,7 @@ def test_the_text_shows_some_and_the_json_all(root):
     lines = report.text(shown=5).splitlines()
     assert len(report.problems) == 24 and sum("does not exist" in line for line in lines) == 5
     assert "and 19 more; --json FILE" in lines[-1] and "24 missing" in report.text()
-    document = json.loads(report.json())
+    document = read_json(report.json())
     assert len(document["problems"]) == 24 and document["problems"][0]["kind"] == "missing"
 
 

@@ -85,3 +85,5 @@ def test_data_prepare_makes_the_index_and_the_database(tmp_path, monkeypatch, ca
     assert code == 0 and text.startswith("4 key frames of v1.0-mini mini_train\n")
     code, text = call(monkeypatch, capfd, "data", "check", root, "--split", "mini_train")
     assert code == 0 and "mini_train: index yes; GT-paste database yes" in text
+    code, text = call(monkeypatch, capfd, "data", "prepare", root, "--no-published-sweeps", "--no-depth")
+    assert code == 0 and "objects (--no-published-sweeps --published-paste)" in text

@@ -286,17 +286,17 @@ def test_wrong_arguments_are_named(change, message):
 
 
 def test_layer_starts_as_a_convolution_and_learns_its_offsets():
-    params = layer.init(8, 12, 3, groups=4, deform_groups=2, generator=torch.Generator().manual_seed(0))
+    params = layer.init(8, 12, 3, groups=4, generator=torch.Generator().manual_seed(0))
     x = torch.randn(2, 8, 6, 7, generator=torch.Generator().manual_seed(1))
-    y, offset = layer.apply(params, x, padding=1)
-    assert offset.shape == (2, 36, 6, 7) and not offset.any()
+    y, offset = layer.apply(params, x)
+    assert offset.shape == (2, 18, 6, 7) and not offset.any()
     torch.testing.assert_close(y, F.conv2d(x, params["weight"], padding=1, groups=4), rtol=1e-5, atol=1e-6)
     assert 0.95 < float(params["weight"].abs().max()) / (6 / (2 * 9)) ** 0.5 <= 1  # Kaiming uniform over 2 x 9 inputs
 
     def loss(params):
-        return layer.apply(params, x, padding=1)[0].square().sum()
+        return layer.apply(params, x)[0].square().sum()
 
     grads = torch.func.grad(loss)(params)
     assert all(g.abs().sum() > 0 for g in (grads["weight"], grads["offset"]["weight"], grads["offset"]["bias"]))
-    half, half_offset = layer.apply(params, x.half(), padding=1)
+    half, half_offset = layer.apply(params, x.half())
     assert half.dtype == half_offset.dtype == torch.float16 and relative(half, y) < 2e-3

@@ -15,7 +15,7 @@ from bevfn.views import camera_grid, depth_aggregation, depth_net
 GRID = camera_grid.Config(
     image_size=(32, 96), depth_m=(2.0, 34.0, 4.0), x_m=(-16.0, 16.0, 1.0), y_m=(-12.0, 12.0, 1.5), z_m=(-5.0, 3.0, 8.0)
 )
-NET = depth_net.Config(channels_in=12, channels=8, context=5, depth_bins=8, blocks=1, dilations=(1, 2), deform_groups=2)
+NET = depth_net.Config(channels_in=12, channels=8, context=5, depth_bins=8, blocks=1, dilations=(1, 2), weight_groups=2)
 
 
 def scalar_label(block, low, high, step):

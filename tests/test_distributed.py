@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_net
+import small_steps
 import test_bevfusion
 import torch
 from graph_counts import graph_counts
@@ -183,7 +184,7 @@ def detector_job(replicas, backend, precision="fp32", folders=()):
     model, policy = test_bevfusion.tiny("lidar-camera"), Policy.of(precision)
     frames = [test_bevfusion.make_batch(folder, model) for folder in folders]
     batch = frames[replicas.rank] if replicas is not None else tree.map(lambda *x: torch.cat(x), *frames)
-    optimizer = optim.Config(lr=optim.Schedule(1e-4), eps=1.0, clip_norm=35.0)  # see test_bevfusion.run_steps
+    optimizer = optim.Config(lr=optim.Schedule(1e-4), eps=1.0, clip_norm=35.0)  # see small_steps
 
     def loss(params, state, batch, key):  # without dropout, which differs between the two ways to number samples
         return bevfusion.loss(params, state, batch, config=model, policy=policy, train=replicas or True)
@@ -392,7 +393,7 @@ def test_a_detector_on_two_replicas_is_the_detector_on_both_samples(backend, tmp
     assert all(torch.equal(one[k], two[k]) for k in one)
     torch.testing.assert_close(one["history"], whole["history"], atol=1e-6, rtol=DETECTOR[backend][0])
     start = bevfusion.init(test_bevfusion.tiny("lidar-camera"), seed=0)[0]
-    test_bevfusion.compare_leaves(start, states(one), states(whole), DETECTOR[backend][1])
+    small_steps.compare_leaves(start, states(one), states(whole), DETECTOR[backend][1])
     assert one["graphs"].tolist() == [0 if backend == "eager" else 1, 0]
 
 

@@ -69,6 +69,40 @@ def test_a_checkpoint_scores_as_its_run_did(trained, monkeypatch, capsys, tmp_pa
     )
     assert ours == theirs and (tmp_path / "report.html").is_file()
     assert "mAP" in capsys.readouterr().out
+    counts = json.loads((tmp_path / "metrics.json").read_text())["counts"]
+    assert counts["points"] > 3000 and {"bad/points", "empty/points", "overflow/boxes", "overflow/voxels_out"} <= set(
+        counts
+    )
+    assert not any(count for name, count in counts.items() if name.startswith("overflow/"))
+
+
+def test_what_evaluation_drops_is_printed_and_in_metrics_and_report(trained, monkeypatch, capsys, tmp_path):
+    """As of a LiDAR that is denser than the run's; the capacities are flags."""
+    small = ("--point-capacity", 1000, "--voxel-capacity", 300, "--site-capacity", 200, 100, 50)
+    arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], "--out", tmp_path, *FAST)
+    assert bevfn(monkeypatch, *arguments, *small) == 0
+    counts = json.loads((tmp_path / "metrics.json").read_text())["counts"]
+    assert counts["points"] == 3 * 1000
+    printed = capsys.readouterr().out
+    for name in ("points", "voxels_l0", "voxels_l1", "voxels_l2", "voxels_out"):
+        assert counts[f"overflow/{name}"] > 0
+        assert f"overflow/{name}: {counts[f'overflow/{name}']:,} " in (tmp_path / "summary.md").read_text()
+        assert f"overflow/{name}" in printed and f"overflow/{name}" in (tmp_path / "report.html").read_text()
+    share = counts["overflow/points"] / (counts["overflow/points"] + 3000)
+    assert f"raise --point-capacity, or accept the loss ({share:.1%} of all in range)." in printed
+
+
+def test_capacities_of_points_are_not_for_camera_models(monkeypatch, capsys, tmp_path):
+    arguments = (
+        "eval",
+        "bevdepth",
+        "--checkpoint",
+        tmp_path / "a.safetensors",
+        "--data-root",
+        small_world.index().root,
+    )
+    assert bevfn(monkeypatch, *arguments, "--point-capacity", 5) == 2
+    assert "bevdepth reads no LiDAR points or sweeps; leave out --point-capacity" in capsys.readouterr().err
 
 
 def test_sweeps_move_as_the_run_or_the_flag_says_and_an_older_config_is_named(trained, monkeypatch, capsys, tmp_path):
@@ -78,7 +112,9 @@ def test_sweeps_move_as_the_run_or_the_flag_says_and_an_older_config_is_named(tr
     del stored["published_sweeps"]
     (tmp_path / "old" / "config.json").write_text(json.dumps(stored))
     asked = []
-    monkeypatch.setattr(evaluate, "detect", lambda *given, **_: asked.append(given[4].points.published_sweeps) or {})
+    monkeypatch.setattr(
+        evaluate, "detect", lambda *given, **_: asked.append(given[4].points.published_sweeps) or ({}, {})
+    )
     monkeypatch.setattr(evaluate, "judge", lambda *_, **__: types.SimpleNamespace(text=""))
     command = ("eval", "bevfusion_lidar", *FAST, "--checkpoint")
     bevfn(monkeypatch, *command, checkpoint)

@@ -1,6 +1,7 @@
 """Image files that mean nothing, or not what their calibration says, are refused before their pixels are decoded."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bevfn.data import image
+from bevfn.data import image, points
 
 SIZE = (90, 160)  # H W
 
@@ -106,6 +107,18 @@ def test_an_image_that_says_it_is_huge_is_refused_before_it_is_decoded(tmp_path,
 def test_a_good_image_is_read(tmp_path, content):
     read = image.read(write(tmp_path, content), size=SIZE)
     assert read.mode == "RGB" and read.size == SIZE[::-1]
+
+
+@pytest.mark.parametrize("read, name", [(image.read, "a.jpg"), (image.size, "a.jpg"), (points.read, "a.bin")])
+def test_a_file_without_end_is_not_read(tmp_path, read, name):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(2**40)  # of which the disk holds nothing
+    with pytest.raises(ValueError, match=rf"{name}: the (image|point) file has 1,099,511,627,776 bytes, more than"):
+        read(tmp_path / name)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: the (image|point file) does not exist"):
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

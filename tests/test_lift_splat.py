@@ -194,7 +194,7 @@ def test_the_camera_branch_reproduces_the_golden_case():
     images = ((inputs["imgs"].float() - mean) / std).permute(0, 3, 1, 2)
     config = lift_splat.Config()
     with torch.no_grad():
-        levels = swin.apply(params["backbone"], images, config=swin.TINY, train=False)
+        levels = swin.apply(params["backbone"], images, config=swin.Config(), train=False)
         neck, _ = lss_fpn.apply(params["neck"], state["neck"], levels, train=False)
         view, _ = lift_splat.apply(params["view"], state["view"], neck[0], batch, config=config, train=False)
     found = {f"eval/swin/{k}": y for k, y in enumerate(levels)} | {f"eval/lssfpn/{k}": y for k, y in enumerate(neck)}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,14 @@ def test_steps_of_an_epoch_are_rounded_up(length, batch_size, replicas, accumula
     assert loader.steps_per_epoch(length, batch_size, replicas, accumulate) == steps
 
 
+@pytest.mark.parametrize(
+    ("length", "batch_size", "replicas", "steps"), [(28_130, 8, 8, 439), (64, 8, 8, 1), (127, 8, 8, 2), (121, 8, 8, 2), (120, 8, 8, 1), (3, 8, 8, 1)]
+)  # fmt: skip
+def test_an_incomplete_last_step_may_be_left_out(length, batch_size, replicas, steps):
+    """Incomplete as torch judges it: 121 samples are filled up to 128 of 8 processes first."""
+    assert loader.steps_per_epoch(length, batch_size, replicas, drop_last=True) == steps
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"loader\.Config\.batch_size is 0 but must be at least 1"):
         loader.Config(batch_size=0)
@@ -194,6 +203,50 @@ def test_where_all_are_damaged_skipping_ends(workers, n, tries):
         ValueError, match=rf"{tries} samples in a row are damaged; .*; the last one: samples/{tries - 1}\.bin"
     ):
         read(damaged(*range(n)), np.arange(n), workers=workers, on_damaged="skip")
+
+
+def spoilt(change, *bad: int):
+    """A load whose samples `bad` are changed."""
+
+    def load(index: int, generator: np.random.Generator) -> Sample:
+        whole = sample(index, generator)
+        return change(whole) if index in bad else whole
+
+    return load
+
+
+def with_points(column: int, value: float):
+    def change(whole: Sample) -> Sample:
+        whole.points[2, column] = value
+        return whole
+
+    return change
+
+
+SPOILT = {
+    "far": (with_points(0, 1e30), "Batch.points has positions that must be from -10000 to 10000 m"),
+    "dark": (with_points(3, -5.0), "Batch.points has intensities that must be from 0 to 255"),
+    "from the future": (with_points(4, -0.1), "Batch.points has time lags that must be from 0 to 30 s"),
+    "nan": (with_points(1, np.nan), "Batch.points has NaN or infinite values"),
+    "flat": (lambda s: replace(s, boxes=s.boxes * 0), "Batch.boxes has a length, width or height that must be"),
+    "class -5": (lambda s: replace(s, labels=s.labels - 5), "Batch.labels has -5"),
+    "singular": (lambda s: replace(s, base_aug=s.base_aug * 0), "Batch.undo_base_aug has NaN or infinite values"),
+    "without boxes": (lambda s: replace(s, boxes=None, labels=None), "collate got samples with and without boxes"),
+    "another base": (lambda s: replace(s, base=Base.EGO_AT_CAMERAS), "collate got samples in the bases"),
+    "four columns": (lambda s: replace(s, points=s.points[:, :4]), "Batch.points has shape [1, 5, 4]"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_impossible_values_and_samples_that_do_not_fit_together_are_damage_too(name):
+    change, what = SPOILT[name]
+    load = spoilt(change, 1)
+    with pytest.raises(ValueError) as error:
+        read(load)
+    assert str(error.value).startswith(f"key frame t1: {what}")
+    items = read(load, on_damaged="skip")
+    assert tokens(items) == ["t0", "t2", *(f"t{i}" for i in range(2, 10))]
+    assert items[0].counts["bad/samples"] == 1 and items[0].problems[0].startswith(f"key frame t1: {what}")
 
 
 def test_a_missing_file_is_a_sentence_too(tmp_path):

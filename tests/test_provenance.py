@@ -17,7 +17,7 @@ from bevfn import cli, provenance
 from bevfn.training import run
 
 ROOT = Path(__file__).parents[1]
-FILES = provenance.files()
+FILES = provenance.read()
 
 
 def commands(content: dict) -> list[str]:

@@ -21,6 +21,7 @@ from bevfn import precision
 from bevfn.data import annotations, augment, image, paste, sampling
 from bevfn.data.index import Camera
 from bevfn.data.reading import CLASS_NAMES
+from bevfn.distributed import Replicas
 from bevfn.evaluation import results
 from bevfn.evaluation.results import Detections
 from bevfn.experiments import bevdepth, bevfusion, bevfusion_lidar, matrixvt
@@ -158,6 +159,9 @@ def test_bevdepths_rates_and_averages_are_upstreams_at_every_step():
         assert len(rates) == config.epochs
         np.testing.assert_allclose(made.lr.at(torch.arange(plan.total_steps)), rates.repeat(per_epoch), rtol=1e-6)
         assert (made.weight_decay, made.clip_norm) == (case["weight_decay"], case["clip"])
+        # nuScenes' training key frames, and how many mmdetection3d's CBGS makes of them, which the golden takes
+        items = np.zeros(123_580 if config.class_balanced else 28_130)
+        assert run.plan(config, items, Replicas("", 0, 8)).steps_per_epoch == per_epoch
 
 
 class PerStep(optim.Schedule):

@@ -61,14 +61,21 @@ def test_values_that_are_not_finite_stay_valid_json_and_warn_once(tmp_path):
 @pytest.mark.parametrize(
     "name, sentence",
     [
-        ("overflow/points", "7 points did not fit and were dropped; raise capacities.points, or accept the loss."),
-        ("overflow/boxes", "7 annotated boxes did not fit and were dropped; raise capacities.boxes."),
+        ("overflow/points", "7 points did not fit and were dropped; raise --point-capacity, or accept the loss."),
+        ("overflow/boxes", "7 annotated boxes did not fit and were dropped; raise --box-capacity."),
         (
             "overflow/voxels_l2",
-            "7 voxels did not fit and were dropped; raise the model's voxel capacity of that level.",
+            "7 sites of the sparse encoder did not fit and were dropped; raise --site-capacity of that level.",
+        ),
+        (
+            "overflow/voxels_l0",
+            "7 voxels did not fit, as published, and were dropped with their points; --voxel-capacity keeps more.",
         ),
         ("bad/samples", "7 samples are damaged and others took their place; check the files that are named."),
-        ("bad/points", "7 points are NaN or infinite and were dropped; check the point files."),
+        (
+            "bad/points",
+            "7 points have numbers that are not finite or cannot be, and were dropped; check the point files.",
+        ),
         ("empty/points", "7 samples have no point in range; check the point files and point_cloud_range."),
         ("empty/depth", "7 images have no LiDAR point and teach no depth; check the calibration if there are many."),
         (

@@ -282,11 +282,30 @@ def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is
 def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, tmp_path):
     broken = Path(shutil.copytree(root, tmp_path / "world"))
     file = broken / small_world.training()[1].lidar_path
-    file.unlink()
+    file.write_bytes(file.read_bytes()[:-3])
     code, printed = cli(broken, tmp_path / "run", "--on-damaged", "skip", "--epochs", "1")
-    assert code == 0 and f"warning: skipped a damaged sample: {file}: the point file does not exist" in printed
+    assert code == 0 and re.search(rf"warning: skipped a damaged sample: {file}: \d+ bytes are not a whole", printed)
     assert sum(record["bad/samples"] for record in read_metrics(tmp_path / "run")) >= 1
     assert "bad/samples" in printed.split("warning: in all 2 steps: ")[1]
+
+
+def test_a_data_set_that_is_there_in_part_is_trained_on_and_judged_by_what_is_there(root, tmp_path):
+    part = Path(shutil.copytree(root, tmp_path / "world"))
+    lost, unseen = small_world.training()[1], small_world.index()[2]
+    for frame in (lost, unseen):
+        (part / frame.lidar_path).unlink()
+    code, printed = cli(part, tmp_path / "run", "--on-damaged", "skip")
+    assert code == 0
+    for split in ("train", "val"):
+        assert f"warning: left out of '{split}', since not all their files are there: 1 of 3 key frames" in printed
+    assert printed.count(f"key frame {lost.token} has no {lost.lidar_path}") == 1
+    records = read_metrics(tmp_path / "run")
+    assert len(records) == 3 and not any(record["bad/samples"] for record in records)  # a step an epoch
+    found = json.loads(next((tmp_path / "run/evaluations").glob("*/results_nusc.json")).read_text())["results"]
+    assert found.keys() == small_world.index().positions.keys() - {unseen.token}
+    assert "missing/key_frames: 1 key frames of the split lack files and were left out" in printed
+    code, printed = cli(part, tmp_path / "other")
+    assert code == 2 and f"{lost.lidar_path}: the point file does not exist" in printed
 
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -335,6 +354,18 @@ def test_a_run_of_two_processes_goes_on_in_one_with_two_microbatches_bit_for_bit
     assert_same_run(two[0], run_dir)
     code, printed = cli(root, run_dir, *same, "--accumulate", "3")
     assert code == 2 and "microbatches: 2 -> 3" in printed
+
+
+def test_more_microbatches_than_two_are_bound_to_their_processes_since_their_sums_are_rounded_by_order(root, tmp_path):
+    """(a + b) + (c + d), of two processes, is not ((a + b) + c) + d."""
+    four = {"batch_size": 1, "epochs": 1, "accumulate": 4}
+    run.main(tiny.task, config(root, tmp_path / "run", **four))
+    made = tmp_path / "run/checkpoints/step_00000001"
+    meta = checkpoint.read_meta(made)
+    meta["run"] |= {"processes": 2, "accumulate": 2}
+    checkpoint.save_step(made, checkpoint.read(made), meta)
+    with pytest.raises(ValueError, match=r"processes: 2 -> 1; accumulate: 2 -> 4"):
+        run.main(tiny.task, config(root, tmp_path / "run", **four, resume=True))
 
 
 def test_what_is_summed_over_processes_binds_their_number(two, root, tmp_path):

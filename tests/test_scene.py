@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bevfn import boxes as shapes
-from bevfn.data import augment, infos, paste, points, sampling, scene
+from bevfn.data import augment, infos, paste, points, sampling, scene, source
 from bevfn.data.batch import collate
-from bevfn.data.index import Index, Sweep
+from bevfn.data.index import Index, Sweep, pack
 from bevfn.data.reading import CLASS_NAMES, Reading
-from bevfn.experiments import bevfusion, bevfusion_lidar
+from bevfn.experiments import bevdepth, bevfusion, bevfusion_lidar
 from bevfn.synth import key_frame
 
 IMAGES = augment.Images(resize=(0.42, 0.55))  # always covers 64 x 176 in height
@@ -232,6 +232,41 @@ def test_published_readings_are_the_fact_sheet():
     assert camera.points.published_sweeps and bevfusion.EVAL.points.published_sweeps
     assert sum(LIDAR.paste.quotas.values()) == 40 and LIDAR.paste.quotas["construction_vehicle"] == 7
     assert not bevfusion.EVAL.random and bevfusion.EVAL.cameras.resize == 0.48
+
+
+# --- data that are there in part ---
+
+
+def test_frames_whose_files_are_all_there_are_found_and_the_others_named_once(tmp_path):
+    root = shutil.copytree(small_world.index().root, tmp_path / "world")
+    first, second, third = small_world.index()
+    blind = dataclasses.replace(first, cameras={k: c for k, c in first.cameras.items() if k != "CAM_BACK"})
+    index = dataclasses.replace(small_world.index(), root=root, frames=(blind, second, third))
+    (root / third.cameras["CAM_FRONT"].path).unlink()
+    (root / third.sweeps[4].path).unlink()
+    places = np.array([2, 0, 1, 0, 2, 1, 1])
+    cases = [  # what is read, the places that stay, whose sentences
+        (
+            PLAIN,
+            [1, 1, 1],
+            [f"key frame {first.token} has no CAM_BACK", f"{third.token} has no {third.sweeps[4].path}"],
+        ),
+        (points_as(LIDAR, sweeps=4, sweep_choice="newest"), places.tolist(), []),
+        (points_as(LIDAR, sweeps=4), [0, 1, 0, 1, 1], [third.sweeps[4].path]),  # of which it draws any
+        (bevdepth.EVAL, [], [first.token, first.token, third.cameras["CAM_FRONT"].path]),  # the second's earlier frame
+    ]
+    for reading, left, said in cases:
+        found, sentences = scene.whole(index, places, reading)
+        assert found.tolist() == left and len(sentences) == len(said)
+        assert all(part in sentence for part, sentence in zip(said, sentences))
+    source.check(index, PLAIN, train=True, whole=False)  # what is missing at one frame is not in the data set
+    with pytest.raises(ValueError, match=r"has no image of CAM_BACK at 1 of its 3 key frames; .*--on-damaged skip"):
+        source.check(index, PLAIN, train=True)
+    packed = dataclasses.replace(index, frames=pack(index.frames))
+    assert [packed.lacking(channel) for channel in ("CAM_BACK", "CAM_FRONT", "CAM_UP")] == [1, 0, 3]
+    assert packed.image_files == index.image_files and packed.channels == index.channels == CAMERAS.channels
+    chosen = index.select([2, 0])
+    assert [frame.token for frame in chosen] == [third.token, first.token] and list(chosen.positions.values()) == [0, 1]
 
 
 # --- the synthetic world, in nuScenes' format ---

@@ -210,7 +210,7 @@ def test_parts_of_a_reading_that_contradict_each_other_are_refused(fields, messa
 
 
 def test_a_batch_cannot_mix_base_frames(index):
-    reading = bevdepth.fitted(camera_model.mini(camera_model.two_key()), bevdepth.EVAL)
+    reading = bevdepth.fitted(bevdepth.Config(), camera_model.mini(camera_model.two_key()), bevdepth.EVAL)
     ego = scene.load(index, 1, reading)
     lidar = scene.load(index, 1, replace(reading, base=Base.LIDAR))
     with pytest.raises(ValueError, match="collate got samples in the bases"):

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -439,10 +441,39 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     if not process:
         os._exit(0)
     os.waitpid(process, 0)
-    left, alive = tmp_path / f".world.partial-{process}", tmp_path / f".world.partial-{os.getppid()}"
+    left, alive = (tmp_path / f".world.partial-{socket.gethostname()}-{number}" for number in (process, os.getppid()))
+    elsewhere = tmp_path / f".world.partial-another-machine-{process}"
+    elsewhere.mkdir()
     left.mkdir(), alive.mkdir()
     synth.write(tmp_path / "world", **TINY)
-    assert sorted(os.listdir(tmp_path)) == sorted([alive.name, "world"])
+    assert sorted(os.listdir(tmp_path)) == sorted([alive.name, elsewhere.name, "world"])
+
+
+@pytest.mark.parametrize("when", ["while this one writes", "as it renames"])
+def test_of_two_processes_that_make_a_world_at_once_the_later_one_uses_the_others(tmp_path, monkeypatch, when):
+    name, method = ("_fill", dataset._fill) if when == "while this one writes" else ("rename", Path.rename)
+
+    def beaten(*arguments):
+        monkeypatch.setattr(dataset if name == "_fill" else Path, name, method)
+        shutil.copytree(other, tmp_path / "world")  # which another process has just finished
+        return method(*arguments)
+
+    other = synth.write(tmp_path / "other", **TINY)
+    monkeypatch.setattr(dataset if name == "_fill" else Path, name, beaten)
+    assert synth.write(tmp_path / "world", **TINY) == tmp_path / "world"
+    assert sorted(os.listdir(tmp_path)) == ["other", "world"] and contents(tmp_path / "world") == contents(other)
+
+
+def test_another_world_that_appears_meanwhile_stays_as_it_is(tmp_path, monkeypatch):
+    def beaten(*arguments):
+        monkeypatch.undo()
+        synth.write(tmp_path / "another", **{**TINY, "seed": 1}).rename(tmp_path / "world")
+        return dataset._fill(*arguments)
+
+    monkeypatch.setattr(dataset, "_fill", beaten)
+    with pytest.raises(ValueError, match="holds another synthetic world"):
+        synth.write(tmp_path / "world", **TINY)
+    assert json.loads((tmp_path / "world" / "world.json").read_text())["seed"] == 1
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from small_weights import shrunk, small, upstream_state
 from torch import Tensor
 
 from bevfn import catalogue, tree, upstream
@@ -21,43 +22,10 @@ from bevfn.commands import checkpoint
 from bevfn.models import bevdepth
 from bevfn.parity import golden
 from bevfn.training import run
-from bevfn.upstream import models, recognise, storage
+from bevfn.upstream import checkpoints, recognise, storage
 from bevfn.upstream.entries import Naming
 
 CASES = Path(__file__).parents[1].parent / "shared" / "goldens"
-
-
-def small(model: str):
-    """The family's small configuration of a model."""
-    spec = upstream.MODELS[model]
-    config = spec.family.mini(spec.config())
-    if model == "resnet50":  # of any width, but of its own depth
-        config = replace(config, backbone=replace(config.backbone, blocks=(3, 4, 6, 3)))
-    if model == "bevfusion-lidar-camera":  # takes over the LiDAR-only model's BEV layers, as the published one
-        config = replace(config, fused_channels=128, backbone=replace(config.backbone, channels_in=128))
-    return config
-
-
-def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2") -> dict[str, Tensor]:
-    """Random tensors under every upstream key of a small model, with its derived buffers."""
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for entry in models.entries(model, naming, config=small(model)):
-        shape = entry.shape
-        if entry.layout == "sparse" and sparse == "spconv2":
-            shape = (shape[4], *shape[:4])
-        if entry.layout == "sequence":
-            shape = (*shape, 1)
-        if entry.layout == "row":
-            shape = (*shape[:2], shape[3])
-        if entry.layout == "swapped":
-            shape = (shape[1], shape[0], *shape[2:])
-        counter = torch.tensor(7)
-        drawn = torch.randn(shape, generator=generator)
-        found[entry.key] = (
-            counter if entry.tree == "upstream" else drawn.abs() if entry.path.endswith(".var") else drawn
-        )
-    return found | models.buffers(model, naming, config=small(model))
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -75,7 +43,7 @@ def case(name: str) -> Path:
 # --- names and round trips ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", upstream.MODELS)
+@pytest.mark.parametrize("model", upstream.CHECKPOINTS)
 def test_export_inverts_import_bit_for_bit(model):
     source = upstream_state(model)
     params, state, report = upstream.import_state(source, model, config=small(model))
@@ -104,7 +72,7 @@ def test_published_manifests_are_accounted_for_and_round_trip(model):
 def test_lightning_manifests_of_bevdepth_are_accounted_for_and_round_trip(folder, model):
     source = golden.fill_case(case(folder))
     specs = golden.read_manifest(case(folder))["constructor_buffers"]
-    buffers = {f"model.{key}": leaf for key, leaf in models.buffers(model).items()}
+    buffers = {f"model.{key}": leaf for key, leaf in checkpoints.buffers(model).items()}
     assert {k: (list(leaf.shape), str(leaf.dtype)) for k, leaf in buffers.items()} == {
         k: (spec["shape"], f"torch.{spec['dtype']}") for k, spec in specs.items()
     }
@@ -116,7 +84,7 @@ def test_lightning_manifests_of_bevdepth_are_accounted_for_and_round_trip(folder
     assert_same(back, source)
 
 
-@pytest.mark.parametrize("model", [name for name, spec in upstream.MODELS.items() if spec.family is bevdepth])
+@pytest.mark.parametrize("model", [name for name, spec in upstream.CHECKPOINTS.items() if spec.family is bevdepth])
 def test_frames_of_a_bevdepth_are_read_off_its_bev_map(model):
     prefix = "" if model == "resnet50" else "model."
     found = recognise.recognise({prefix + key: leaf for key, leaf in upstream_state(model).items()})
@@ -154,7 +122,7 @@ def test_torchvisions_resnet_starts_a_detector():
     assert torch.equal(params["image"]["backbone"]["stages"][0][0]["shortcut"]["conv"]["weight"],
                        source["layer1.0.downsample.0.weight"])  # fmt: skip
     model = bevdepth.init(small("resnet50"), seed=0)
-    listed = {e.name for e in models.entries("resnet50", config=small("resnet50")) if e.tree != "upstream"}
+    listed = {e.name for e in checkpoints.entries("resnet50", config=small("resnet50")) if e.tree != "upstream"}
     ours = {f"params.{path}" for path in tree.flatten(model[0]) if path.startswith("image.backbone.")}
     assert {name for name in listed if name.startswith("params.")} == ours
 
@@ -180,13 +148,13 @@ def test_leaves_land_where_the_contract_says():
     assert torch.equal(depth_net[2]["conv"]["bias"], source["view_transform.depthnet.6.bias"])
 
 
-@pytest.mark.parametrize("model", [name for name in upstream.MODELS if name.startswith(("bev", "matrix"))])
+@pytest.mark.parametrize("model", [name for name in upstream.CHECKPOINTS if name.startswith(("bev", "matrix"))])
 def test_every_leaf_of_the_model_has_an_upstream_key(model):
-    spec = upstream.MODELS[model]
+    spec = upstream.CHECKPOINTS[model]
     params, state = spec.family.init(spec.config(), seed=0)
     ours = {f"params.{path}": tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
     ours |= {f"state.{path}": tuple(leaf.shape) for path, leaf in tree.flatten(state).items()}
-    listed = [entry for entry in models.entries(model) if entry.tree != "upstream"]
+    listed = [entry for entry in checkpoints.entries(model) if entry.tree != "upstream"]
     assert {entry.name: entry.shape for entry in listed} == ours
 
 
@@ -289,7 +257,7 @@ def test_a_deeper_swin_of_the_same_width_is_refused():
     config = small("swin-nuimages")
     backbone = replace(config.camera.backbone, depths=(2, 3, 2, 2))  # Swin-S to our Swin-T
     config = replace(config, camera=replace(config.camera, backbone=backbone))
-    deeper = models.entries("swin-nuimages", config=config)
+    deeper = checkpoints.entries("swin-nuimages", config=config)
     source = {entry.key: torch.zeros(entry.shape) for entry in deeper}
     with pytest.raises(ValueError, match=r"holds stages\.1\.blocks\.2\..*which this model does not have"):
         upstream.import_state(source, "swin-nuimages", config=small("swin-nuimages"))
@@ -336,7 +304,7 @@ def test_a_frustum_of_another_camera_warns_and_still_exports_as_it_was():
 
 
 def test_derived_buffers_follow_the_manifest_rules():
-    found = models.buffers("bevfusion-lidar-camera")
+    found = checkpoints.buffers("bevfusion-lidar-camera")
     index = found["img_backbone.stages.2.blocks.3.attn.w_msa.relative_position_index"]
     (qi, qj), (ki, kj) = (2, 5), (6, 1)
     assert index[qi * 7 + qj, ki * 7 + kj] == 13 * (qi - ki + 6) + (qj - kj + 6)
@@ -619,18 +587,12 @@ def with_first(value: float):
 def test_a_value_that_no_weight_can_have_is_named_and_nothing_is_written(
     tmp_path, monkeypatch, capsys, key, change, what, suffix
 ):
-    monkeypatch.setitem(models.MODELS, "bevfusion-lidar", shrunk("bevfusion-lidar"))
+    monkeypatch.setitem(checkpoints.CHECKPOINTS, "bevfusion-lidar", shrunk("bevfusion-lidar"))
     upstream.write_state_dict(tmp_path / f"a{suffix}", holding(key, change), sparse="spconv2")
     with pytest.raises(ValueError, match=f"{key} is {what}"):
         checkpoint.import_(tmp_path / f"a{suffix}", tmp_path / "out.safetensors", model="bevfusion-lidar")
     assert not (tmp_path / "out.safetensors").exists()
     assert f"mismatched {key}: {what}" in capsys.readouterr().out
-
-
-def shrunk(model: str):
-    """The model with its small configuration, for commands, which know the published one."""
-    config = small(model)
-    return replace(models.MODELS[model], config=lambda: config)
 
 
 @pytest.mark.parametrize(
@@ -649,7 +611,7 @@ def test_what_a_variance_cannot_be(leaf, what):
 
 @pytest.fixture
 def imported(tmp_path, monkeypatch):
-    monkeypatch.setitem(models.MODELS, "bevfusion-lidar", shrunk("bevfusion-lidar"))
+    monkeypatch.setitem(checkpoints.CHECKPOINTS, "bevfusion-lidar", shrunk("bevfusion-lidar"))
     params, state, report = upstream.import_state(upstream_state("bevfusion-lidar"), "bevfusion-lidar")
     upstream.write_imported(tmp_path / "a.safetensors", params, state, report, source="a.pth")
     return tmp_path / "a.safetensors"

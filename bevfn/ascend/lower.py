@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from bevfn.ascend import torchair
 from bevfn.ascend.fixes import converters, decompositions, refusals, rewrites
-from bevfn.ascend.trace import Source, Traced, Value, trace
+from bevfn.ascend.trace import CodeLine, Traced, Value, trace
 from bevfn.kernels import ascend as kernels
 
 NPU = 1  # placement and executor in torchair's numbering
@@ -30,7 +30,7 @@ class Missing:
     """An operator that could not be converted."""
 
     op: str
-    source: Source | None
+    source: CodeLine | None
     reason: str
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Lowered:
     """the graph that was converted"""
     seconds: float
     """to trace and convert"""
-    sources: dict[str, tuple[str, Source | None]]
+    sources: dict[str, tuple[str, CodeLine | None]]
     """{name of a GE node: (aten operator it came from, where that was written)}"""
     missing: tuple[Missing, ...]
     """operators without a converter; empty unless `lower` was not strict"""
@@ -156,14 +156,14 @@ def config() -> Any:
     return made
 
 
-def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, Source | None]], list[Missing]]:
+def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, CodeLine | None]], list[Missing]]:
     """(torchair's concrete graph, where every node came from, operators without a converter)."""
     from torchair._ge_concrete_graph.compat_ir import ge_op
     from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph, set_ge_outputs
     from torchair._utils.graph_transform_observer import GraphTransformObserver
     from torchair.npu_fx_compiler import _NpuGraphConverter, _optimize_fx
 
-    sources: dict[str, tuple[str, Source | None]] = {}
+    sources: dict[str, tuple[str, CodeLine | None]] = {}
     missing: list[Missing] = []
     compiler_config = config()
     # Private parts of torchair, for its public door compiles for a device: everything up to its GE graph, and no further.

@@ -49,7 +49,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Source:
+class CodeLine:
     """The line that a node of a graph was written in."""
 
     line: str
@@ -68,7 +68,7 @@ class Traced:
     """One step as a graph from tensors to tensors."""
 
     module: fx.GraphModule
-    """Nodes carry `meta["val"]` (fake tensor) and, if they come from a line, `meta["source"]` (Source)."""
+    """Nodes carry `meta["val"]` (fake tensor) and, if they come from a line, `meta["source"]` (CodeLine)."""
     inputs: tuple[Value, ...]
     """of the placeholders, in order"""
     outputs: tuple[Value, ...]
@@ -188,8 +188,8 @@ class _Sources(TorchDispatchMode):
         super().__init__()
         mode: Any = get_proxy_mode()
         self.graph: fx.Graph = mode.tracer.graph
-        self.forward: dict[int, Source] = {}  # by sequence number of the autograd node
-        self.gradient: Source | None = None  # what is being differentiated
+        self.forward: dict[int, CodeLine] = {}  # by sequence number of the autograd node
+        self.gradient: CodeLine | None = None  # what is being differentiated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         source = self.gradient or _source(sys._getframe(1))
@@ -226,9 +226,9 @@ class _Sources(TorchDispatchMode):
         with mock.patch.object(torch.autograd, "grad", grad):
             yield
 
-    def _enter(self, source: Source | None) -> Callable:
+    def _enter(self, source: CodeLine | None) -> Callable:
         def hook(_: Any) -> None:
-            self.gradient = None if source is None else Source(source.line, source.layer, backward=True)
+            self.gradient = None if source is None else CodeLine(source.line, source.layer, backward=True)
 
         return hook
 
@@ -244,7 +244,7 @@ def _autograd_nodes(outputs: Any) -> set:
     return seen
 
 
-def _source(frame: FrameType | None) -> Source:
+def _source(frame: FrameType | None) -> CodeLine:
     """Of the frames from here to `trace`, those of bevfn and of its user."""
     lines = []
     while frame is not None and frame.f_code is not trace.__code__:
@@ -253,10 +253,10 @@ def _source(frame: FrameType | None) -> Source:
             lines.append((f"{place[0]}:{frame.f_lineno}", place[1]))
         frame = frame.f_back
     if not lines:
-        return Source("no line of bevfn", "torch")
+        return CodeLine("no line of bevfn", "torch")
     outer = [name for _, name in reversed(lines)]
     named = [name for name in outer if "<" not in name and not name.startswith("train.")]  # <lambda>, <listcomp>
-    return Source(lines[0][0], " > ".join(named or outer[-1:]))
+    return CodeLine(lines[0][0], " > ".join(named or outer[-1:]))
 
 
 @cache

@@ -50,9 +50,6 @@ class Config:
         return self.patch * 2 ** (len(self.depths) - 1)
 
 
-TINY = Config()
-SMALL = Config(depths=(2, 2, 18, 2), drop_path=0.3)
-BASE = Config(channels=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), drop_path=0.5)
 MINI = Config(channels=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=4)  # for tests and small machines
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from bevfn import synth
 from bevfn.data import augment, image, infos, loader, paste, points, sampling, scene, sweeps
-from bevfn.data.batch import Sample, collate, needed
+from bevfn.data.batch import collate, needed
 from bevfn.data.index import Index, Sweep
 from bevfn.data.reading import CLASS_NAMES, Reading
 from bevfn.experiments import bevfusion, bevfusion_lidar
@@ -39,7 +39,7 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
     """Figures of both of BEVFusion's published ways of reading for training; prints a table of each.
 
     frame: folder with frame.json, six images and a point file; None: a generated frame.
-    Returns per pipeline: samples_per_second (one core, loading and collating), milliseconds per sample in all and by
+    Returns per reading: samples_per_second (one core, loading and collating), milliseconds per sample in all and by
     part, points per sample; samples_per_second_of_workers (WORKERS times that) and whether it is feeds_target; and what
     the loader itself reaches with as many workers as this machine has cores, up to WORKERS.
     """
@@ -93,20 +93,16 @@ def _backwards(metres: float) -> np.ndarray:
     return result
 
 
-def _load(index: Index, config: Reading, database: paste.Database, place: int, rng: np.random.Generator) -> Sample:
-    return scene.load(index, place, config, rng, database=database)
-
-
 def _measure(index: Index, config: Reading, database: paste.Database, samples: int) -> dict:
-    load = partial(_load, index, config, database)
-    made = load(0, sampling.generator(0, 0, 0))  # warm
+    load = partial(scene.load, index, reading=config, database=database)
+    made = load(0, generator=sampling.generator(0, 0, 0))  # warm
     started = time.process_time()
     for position in range(samples):
-        collate([load(0, sampling.generator(0, 0, position))], capacities=config.capacities)
+        collate([load(0, generator=sampling.generator(0, 0, position))], capacities=config.capacities)
     seconds = (time.process_time() - started) / samples
     profile = cProfile.Profile(time.process_time)
     for position in range(samples):
-        profile.runcall(load, 0, sampling.generator(0, 0, position))
+        profile.runcall(load, 0, generator=sampling.generator(0, 0, position))
         profile.runcall(collate, [made], capacities=config.capacities)
     parts = {part: 1e3 * spent / samples for part, spent in _parts(pstats.Stats(profile)).items()}
     return {
@@ -120,7 +116,7 @@ def _measure(index: Index, config: Reading, database: paste.Database, samples: i
     }
 
 
-def _through_loader(load: Callable, config: Reading, workers: int, samples: int) -> dict[str, float]:
+def _through_loader(load: loader.Load, config: Reading, workers: int, samples: int) -> dict[str, float]:
     """Wall-clock rate of `loader.batches` that nobody keeps waiting, and the CPU time a sample costs in all processes."""
     settings = loader.Config(batch_size=1, workers=workers)
     skipped = 2 * workers * settings.prefetch  # what was read ahead while the workers started

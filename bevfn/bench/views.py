@@ -61,7 +61,7 @@ def measure(frame: Path | None, *, repeats: int = 5, threads: int = 1) -> dict:
     config = bevdepth.matrix_vt()
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         index = infos.read((frame or key_frame.write_frame(Path(folder))) / "frame.json")
-        reading = recipe.fitted(config, recipe.EVAL)
+        reading = recipe.fitted(recipe.Config(), config, recipe.EVAL)
         sample = scene.load(index, 0, reading)
     batch, _ = collate([sample], capacities=reading.capacities)
     made = problem(config, batch)

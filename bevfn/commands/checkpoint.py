@@ -8,7 +8,8 @@ from tyro.conf import Positional
 
 from bevfn import catalogue, tree, upstream
 from bevfn.choices import one_of
-from bevfn.upstream import models, recognise
+from bevfn.names import printable
+from bevfn.upstream import checkpoints, recognise
 
 Checkpoint = Annotated[str, one_of(catalogue.CHECKPOINTS)]
 
@@ -58,7 +59,7 @@ def export(
         read.params, read.state, read.model, carried, sparse=layout, naming=naming, prefix=prefix
     )
     upstream.write_state_dict(output, found, sparse=layout)
-    kernels = f", sparse kernels {layout}" if models.has_sparse_kernels(read.model) else ""
+    kernels = f", sparse kernels {layout}" if checkpoints.has_sparse_kernels(read.model) else ""
     print(f"wrote {output}: {len(found)} tensors of {read.model}{kernels}")
 
 
@@ -78,7 +79,7 @@ def show(source: Positional[Path], *, every_key: bool = False) -> None:
         print(f"{source}: {looks.what}" + (f", import it with --model {looks.model}" if looks.model else ""))
         print(_table(tensors, every_key, depth=1))
         return
-    print(f"{source}: {read.model}, imported from {read.source}")
+    print(f"{source}: {read.model}, imported from {printable(read.source)}")
     tensors = {f"params.{path}": leaf for path, leaf in tree.flatten(read.params).items()}
     tensors |= {f"state.{path}": leaf for path, leaf in tree.flatten(read.state).items()}
     print(_table(tensors, every_key, depth=3))

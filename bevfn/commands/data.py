@@ -47,7 +47,8 @@ def check(
     show: int = 20,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> int:
-    """Says what of a nuScenes data set is there, missing or damaged, file by file. Exit code 1 if something is.
+    """Says what of a nuScenes data set is there, missing or damaged, file by file, and what training does with odd values.
+    Exit code 1 if something is missing, damaged, refused or left out.
 
     Args:
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables
@@ -63,8 +64,8 @@ def check(
     report = check.check(root, version, split, deep=deep, workers=workers)
     print(report.text(show))
     if json_file is not None:
-        write_atomically(json_file, report.json().encode())
-    return 1 if report.problems else 0
+        write_atomically(json_file, report.json())
+    return 0 if report.good else 1
 
 
 def prepare(
@@ -111,7 +112,7 @@ def prepare(
         folder = pasting.folder(index)
         making = pasting.Making(published_sweeps, published_paste)
         database = pasting.build(index, folder, class_names=CLASS_NAMES, making=making, workers=workers)
-        print(f"{folder}: {len(database):,} objects")
+        print(f"{folder}: {len(database):,} objects ({making})")
     if depth:
         files = ground_truth.build(index, ground_truth.folder(index), workers=workers)
         print(f"{files}: depth ground truth of {sum(len(frame.cameras) for frame in index):,} images")

@@ -11,7 +11,7 @@ from bevfn import catalogue, distributed, recipes, tree
 from bevfn import compile as compilation
 from bevfn.choices import one_of
 from bevfn.data import source
-from bevfn.evaluation import results
+from bevfn.evaluation import results, tables
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge, submission
 from bevfn.precision import Precision
@@ -33,6 +33,9 @@ def evaluate(
     device: str = "cpu",
     batch_size: int = 1,
     workers: int = 4,
+    point_capacity: int | None = None,
+    voxel_capacity: int | None = None,
+    site_capacity: tuple[int, ...] | None = None,
 ) -> int:
     """Run a checkpoint over a split and score it with the nuScenes devkit.
 
@@ -54,16 +57,30 @@ def evaluate(
         device: torch device
         batch_size: key frames at a time
         workers: processes that read; 0: none
+        point_capacity: room for the points of a key frame, for a LiDAR that is denser than the run's; this and the next
+            two are by default the run's, and what does not fit is reported
+        voxel_capacity: voxels of a key frame
+        site_capacity: active sites of a key frame at each level of the sparse encoder
     """
     distributed.check_device(device)
     recipe = recipes.load(experiment)
     config = run_config(experiment, checkpoint, data_root, model)
-    changes: dict[str, Any] = {"model": model, "data_root": data_root, "version": version, "precision": precision}
-    changes |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
-    if published_sweeps is not None and not hasattr(config, "published_sweeps"):
-        raise ValueError(f"{experiment} reads no LiDAR sweeps; leave out --published-sweeps")
-    changes["published_sweeps"] = published_sweeps
-    config = replace(config, **{k: v for k, v in changes.items() if v is not None}, device=device, resume=False)
+    changes: dict[str, Any] = {
+        "model": model,
+        "data_root": data_root,
+        "version": version,
+        "precision": precision,
+        "train_split": split,  # of a task's two, one is run over
+        "eval_split": split,
+        "published_sweeps": published_sweeps,
+        "point_capacity": point_capacity,
+        "voxel_capacity": voxel_capacity,
+        "site_capacity": site_capacity,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if foreign := [name for name in changes if not hasattr(config, name)]:
+        raise ValueError(f"{experiment} reads no LiDAR points or sweeps; leave out --{foreign[0].replace('_', '-')}")
+    config = replace(config, **changes, device=device, resume=False)
     recipes.defaults(experiment, config.model)  # or it is of another experiment
     task = recipe.task(config.plain())
     run.check(task, train=False)
@@ -72,17 +89,18 @@ def evaluate(
     index = task.data.evaluation
     with Progress() as progress:
         bar = progress.add_task(f"{len(index)} key frames of {index.split}")
-        found = detect(
+        found, counts = detect(
             task.predict, params, state, index, task.data.eval_reading, batch_size=batch_size,
             workers=workers, backend=backend, device=device,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
         )  # fmt: skip
-    out = out if out is not None else _folder(config, checkpoint, split)
+    out = out if out is not None else _folder(checkpoint, split)
     if index.split == "test":
-        return _submit(task, found, out)
+        return _submit(task, found, counts, out)
     judgement = judge(
         index, found, task.data.eval_reading, out, title=f"{task.title}, {checkpoint.name}",
-        config=run.flags(config),
+        config=run.flags(config), counts=counts,
     )  # fmt: skip
     print(judgement.text)
     print(f"everything is in {out}")
@@ -113,13 +131,13 @@ def check_fits(task: run.Task, params: dict, state: dict, checkpoint: Path) -> N
         )
 
 
-def _folder(config: Any, checkpoint: Path, split: str | None) -> Path:
+def _folder(checkpoint: Path, split: str | None) -> Path:
     """Beside the run's own evaluations, or in runs/ for an imported file."""
     name = checkpoint.stem + (f"_{split}" if split else "")
     return (checkpoint.parent.parent / "evaluations" if checkpoint.is_dir() else run.RUNS / "evaluations") / name
 
 
-def _submit(task: run.Task, found: dict, out: Path) -> int:
+def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) -> int:
     """The test split's results and what the server takes."""
     document = submission(task.data.evaluation, found, task.data.eval_reading)
     for name in ("results_nusc.json", "submission.zip"):
@@ -127,4 +145,6 @@ def _submit(task: run.Task, found: dict, out: Path) -> int:
     print(
         f"{len(found)} key frames; submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
     )
+    for line in tables.counted(counts):
+        print(line)
     return 0

@@ -29,14 +29,14 @@ def parity(
         device: torch device to run on
     """
     from bevfn import distributed
-    from bevfn.parity import compare, golden, run
+    from bevfn.parity import compare, golden, replay
 
     distributed.check_device(device)
     started = time.perf_counter()
     case = golden.read(case_dir)
     table = compare.Table(str(case_dir))
     torch.manual_seed(0)  # nothing here draws random numbers; a difference between runs would be a bug
-    run.run(case, table, only=only, device=device)
+    replay.replay(case, table, only=only, device=device)
     failed = [line.name for line in table.lines if not line.ok]
     print(
         f"{len(table.lines) - len(failed)} of {len(table.lines)} ok in {time.perf_counter() - started:.0f} s"

@@ -56,9 +56,7 @@ def ego_boxes(frame: Frame, channels: tuple[str, ...], class_names: tuple[str, .
 def ego_pose(frame: Frame, channels: tuple[str, ...]) -> np.ndarray:
     """global_from_ego [4,4] float64 of the frame in which boxes of `Base.EGO_AT_CAMERAS` lie: the mean over the cameras'
     vehicle poses of translation and of quaternion."""
-    poses = np.stack([camera.global_from_ego for camera in frame.rig(channels)])  # N 4 4
-    if not np.isfinite(poses).all():
-        raise ValueError(f"key frame {frame.token} has cameras without ego pose; read the data set's own tables.")
+    poses = frame.ego_poses(channels)
     quaternions = Rotation.from_matrix(poses[:, :3, :3]).as_quat()  # N 4, whose sign is free
     quaternions *= np.where(quaternions @ quaternions[:1].T < 0, -1.0, 1.0)
     mean = np.eye(4)

@@ -13,6 +13,7 @@ Sources: mmdetection3d projects/BEVFusion; BEVDepth (Li et al. 2022, arXiv 2206.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from bevfn import geometry, tree
+from bevfn.data import possible
+from bevfn.names import printable
 
 
 class Base(enum.Enum):
@@ -51,6 +54,10 @@ class Capacities:
     """Points per sample (P). A nuScenes key frame has about 34,700; ten sweeps have about 300,000."""
     boxes: int = 64
     """Annotated boxes per sample (G). A key frame has about 35 in range, crowded ones over 100."""
+
+    def changed(self, points: int | None = None, boxes: int | None = None) -> Capacities:
+        """With these sizes where they are given."""
+        return Capacities(self.points if points is None else points, self.boxes if boxes is None else boxes)
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,35 @@ class Batch:
         """The same batch on another device."""
         return tree.to(self, device)
 
+    def _impossible(self) -> Iterator[tuple[str, str, np.ndarray, object]]:
+        """(field, what is in it, which of it cannot be, what must be)."""
+        rows = (
+            {} if self.points is None else {"points": self.points.cpu().numpy().reshape(-1, 5)}
+        )  # padding is possible
+        if self.boxes is not None and self.boxes_valid is not None:
+            rows["boxes"] = self.boxes[self.boxes_valid].cpu().numpy()  # G 9
+        for name, what, columns, kind in (
+            ("points", "positions", slice(0, 3), possible.POSITION),
+            ("points", "intensities", slice(3, 4), possible.INTENSITY),
+            ("points", "time lags", slice(4, 5), possible.LAGS),
+            ("boxes", "positions", slice(0, 3), possible.POSITION),
+            ("boxes", "a length, width or height", slice(3, 6), possible.SIZE),
+            ("boxes", "angles", slice(6, 7), possible.YAW),
+            ("boxes", "velocities", slice(7, 9), possible.VELOCITY),
+        ):
+            if name in rows and len(rows[name]):
+                ends = np.array([(column.min(), column.max()) for column in rows[name].T[columns]])  # a NaN is both
+                yield name, what, kind.impossible(ends), kind
+        if self.intrinsics is not None and self.base_from_camera is not None:
+            lenses, poses = (
+                m.cpu().numpy()[..., :3, :3].astype(float) for m in (self.intrinsics, self.base_from_camera)
+            )
+            yield "intrinsics", "a matrix", possible.no_intrinsics(lenses), "focal lengths and a centre in pixels"
+            yield "base_from_camera", "a matrix", possible.no_rotation(poses), "a rotation, not mirrored"
+        if self.depth is not None:
+            ends = np.array([float(self.depth.min()), float(self.depth.max())])
+            yield "depth", "values", possible.DEPTH.impossible(ends), possible.DEPTH
+
     def validate(self) -> None:
         """Checks shapes, dtypes, padding and values on the host (not for graphs: it looks at the data).
 
@@ -141,15 +177,13 @@ class Batch:
         values = tree.flatten(self)
         _check_layouts(values)
         for name, valid in (("points", self.points_valid), ("boxes", self.boxes_valid), ("labels", self.boxes_valid)):
-            if valid is not None and bool((values[name][~valid] != 0).any()):
+            if valid is not None and not bool(valid.all()) and bool((values[name][~valid] != 0).any()):
                 raise ValueError(f"Batch.{name} is not zero where it is not valid; pad with zeros.")
-        if self.boxes is not None and self.labels is not None:
-            if bool((self.labels < 0).any()):
-                raise ValueError(f"Batch.labels has {int(self.labels.min())}; a class index is 0 or more.")
-            if bool((self.boxes[self.boxes_valid][:, 3:6] <= 0).any()):
-                raise ValueError("Batch.boxes has a box with length, width or height <= 0 m; drop it when reading.")
-        if self.depth is not None and bool((self.depth < 0).any()):
-            raise ValueError("Batch.depth has values below 0 m; a pixel without a point is 0.")
+        if self.boxes is not None and self.labels is not None and bool((self.labels < 0).any()):
+            raise ValueError(f"Batch.labels has {int(self.labels.min())}; a class index is 0 or more.")
+        for name, what, bad, must in self._impossible():
+            if bool(torch.as_tensor(bad).any()):
+                raise ValueError(f"Batch.{name} has {what} that must be {must}; repair or drop it when reading.")
         for inverse, matrix in (("undo_base_aug", "base_aug"), ("undo_image_aug", "image_aug")):
             if matrix in values:
                 product = values[inverse].double() @ values[matrix][..., :3, :3].double()
@@ -241,6 +275,26 @@ def collate(samples: list[Sample], *, capacities: Capacities) -> tuple[Batch, di
     return make(base=samples[0].base, **made), counts
 
 
+def checked(sample: Sample, like: Sample | None = None) -> Sample:
+    """The sample. Raises ValueError, naming its key frame, where it has a value that cannot be (`Batch.validate`), or holds
+    something else than `like`, which shall be in the same batch."""
+    try:
+        room = Capacities(*(0 if rows is None else len(rows) for rows in (sample.points, sample.boxes)))
+        collate([sample], capacities=room)[0].validate()
+        if like is not None and _form(like) != _form(sample):
+            collate([like, sample], capacities=room)  # which says what differs
+    except ValueError as error:
+        raise ValueError(f"key frame {printable(sample.token)}: {error}") from error
+    return sample
+
+
+def _form(sample: Sample) -> list:
+    """What samples of one batch have in common: base, and shapes without what is padded."""
+    arrays = {name: getattr(sample, name, None) for name in _LAYOUT}
+    padded = ("points", "boxes", "labels")
+    return [sample.base, *(a if a is None else a.shape[name in padded :] for name, a in arrays.items())]
+
+
 def _given(name: str, samples: list[Sample]) -> list[np.ndarray]:
     """That field of all samples; none if none has it."""
     arrays = [array for sample in samples if (array := getattr(sample, name, None)) is not None]
@@ -291,5 +345,5 @@ def _check_layouts(values: dict[str, Tensor]) -> None:
         if value.dtype != dtype:
             raise ValueError(f"Batch.{name} is {value.dtype} but must be {dtype}; convert it when reading.")
     for name, value in values.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not np.isfinite(value.cpu().numpy()).all():
             raise ValueError(f"Batch.{name} has NaN or infinite values; drop or replace them when reading.")

@@ -75,7 +75,7 @@ def read(frames: list[Frame], root: Path, config: reading.Reading, drawn: Moves)
     channels, size = config.cameras.channels, config.cameras.image_size
     rows = [frame.rig(channels) for frame in frames]  # T N
     intrinsics = np.stack([[_square(camera.intrinsics) for camera in row] for row in rows])
-    poses = [[_pose(config.base, frames[0], *pair) for pair in zip(rows[0], row)] for row in rows]
+    poses = [[_pose(config.base, frames[0], *pair) for pair in zip(channels, row)] for row in rows]
     base_from_camera, camera_from_base = (np.array([[p[i] for p in row] for row in poses]) for i in range(2))
     return {
         "images": _images(frames, rows, root, size, drawn),
@@ -107,23 +107,14 @@ def _square(intrinsics: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _pose(base: Base, key: Frame, now: Camera, then: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """(base_from_camera, camera_from_base), 4 4 float32, of a camera `then`; `now`: the same camera in the key frame."""
+def _pose(base: Base, key: Frame, channel: str, then: Camera) -> tuple[np.ndarray, np.ndarray]:
+    """(base_from_camera, camera_from_base), 4 4 float32, of the key frame's camera `channel`, or of an earlier `then`."""
     if base is Base.LIDAR:
         camera_from_base = then.camera_from_lidar
-        if then is not now:
+        if then is not key.cameras[channel]:
             camera_from_base = inverse(then.global_from_ego @ then.ego_from_camera) @ key.global_from_lidar
         rounded = camera_from_base.astype(np.float32)
-        return _inverse(rounded), rounded  # of the rounded one, as upstream
-    if not np.isfinite(now.global_from_ego).all():
-        raise ValueError(f"key frame {key.token} has cameras without ego pose; read the data set's own tables.")
-    base_from_camera = inverse(now.global_from_ego) @ then.global_from_ego @ then.ego_from_camera
+        return inverse(rounded), rounded  # of the rounded one, as upstream
+    (global_from_base,) = key.ego_poses((channel,))
+    base_from_camera = inverse(global_from_base) @ then.global_from_ego @ then.ego_from_camera
     return base_from_camera.astype(np.float32), inverse(base_from_camera).astype(np.float32)
-
-
-def _inverse(transform: np.ndarray) -> np.ndarray:
-    """Of a rigid motion in float32, spelled as upstream for its rounding."""
-    result = np.eye(4, dtype=np.float32)
-    result[:3, :3] = transform[:3, :3].T
-    result[:3, 3] = -(transform[:3, :3].T @ transform[:3, 3])
-    return result

@@ -1,10 +1,11 @@
 """What of a nuScenes root is there, missing or damaged, file by file, before a training run finds out.
 
+Beside files, their values (`values`), each oddity with what training does with it.
+
 Quick by default: every file that the splits need is looked up, point files must be whole points and JPEGs must end as
 JPEGs do, which finds what an interrupted copy leaves behind. Deep decodes every file.
 """
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,11 +15,14 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bevfn.data import depth, image, nuscenes, paste, points
+from bevfn.data import depth, image, nuscenes, paste, points, values
 from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Index
+from bevfn.files import to_json
+from bevfn.names import leaves, printable
 
 CHUNK = 128  # files per task of a thread
+OUTSIDE = "is not below the data set's root"
 Finding = tuple[Literal["missing", "damaged"], str]
 
 
@@ -59,6 +63,15 @@ class Report:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     """What `bevfn data prepare` makes, and whether it is there."""
+    facts: tuple[str, ...] = ()
+    """What values are there."""
+    findings: tuple[values.Finding, ...] = ()
+    """What is odd about them."""
+
+    @property
+    def good(self) -> bool:
+        """Whether all key frames can be trained on as they are; notes do not count."""
+        return not self.problems and all(finding.kind == "note" for finding in self.findings)
 
     def text(self, shown: int = 20) -> str:
         """Summary first, then the first `shown` problems."""
@@ -69,7 +82,14 @@ class Report:
                 f"{count:,} {word}" for word, count in (("missing", part.missing), ("damaged", part.damaged)) if count
             ]
             lines.append(f"  {part.name:<16}  {part.files:9,d} files  {', '.join(bad) or 'ok'}")
-        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {note}" for note in (*self.notes, *self.facts)]
+        if self.findings:
+            lines.append(
+                f"{len(self.findings):,} finding{'s' if len(self.findings) > 1 else ''}, and what training does"
+            )
+        lines += [f"  {finding.kind}: {printable(finding)}" for finding in self.findings[:shown]]
+        if len(self.findings) > shown:
+            lines.append(f"  and {len(self.findings) - shown:,} more; --json FILE writes all of them")
         total = sum(self.samples.values())
         if not self.problems:
             return "\n".join([*lines, "nothing is missing or damaged"])
@@ -78,14 +98,16 @@ class Report:
         lines.append(f"{len(self.problems):,} problem{plural}; {affected}")
         for problem in self.problems[:shown]:
             needed = f" (samples: {problem.samples:,})" if problem.samples else ""
-            lines.append(f"  {problem.path}: {problem.what.removeprefix(f'{self.root}/{problem.path}: ')}{needed}")
+            lines.append(
+                f"  {printable(problem.path)}: {problem.what.removeprefix(f'{self.root}/{problem.path}: ')}{needed}"
+            )
         if len(self.problems) > shown:
             lines.append(f"  and {len(self.problems) - shown:,} more; --json FILE writes all of them")
         return "\n".join(lines)
 
-    def json(self) -> str:
+    def json(self) -> bytes:
         """The whole report."""
-        return json.dumps(asdict(self), indent=1)
+        return to_json(asdict(self), indent=1)
 
 
 def check(
@@ -105,13 +127,21 @@ def check(
         for name, what in broken.items()
     ]
     parts = [_part("tables", len(tables_of.TABLES), problems)]
-    maps = [Path(row["filename"]) for row in tables.get("map", []) if "filename" in row]
-    lost = [Problem(str(path), "missing", "does not exist", 0) for path in maps if not (root / path).is_file()]
+    maps = [] if "map" in broken else [Path(row["filename"]) for row in tables["map"]]
+    lost = [
+        Problem(str(path), "damaged", OUTSIDE, 0)
+        if leaves(str(path))
+        else Problem(str(path), "missing", "does not exist", 0)
+        for path in maps
+        if leaves(str(path)) or not (root / path).is_file()
+    ]
     parts.append(_part("maps", len(maps), lost))
     problems += lost
 
     samples: dict[str, int] = {}
     affected: set[str] = set()
+    facts: list[str] = []
+    findings: list[values.Finding] = []
     if not broken:
         members = _samples(root, version, split, tables)
         samples = {name: len(tokens) for name, tokens in members.items()}
@@ -122,10 +152,14 @@ def check(
             affected.update(*(files[problem.path] for problem in bad))
             parts.append(_part(name, len(files), bad))
             problems += bad
+        if not lost:  # with a map missing, the devkit does not start
+            facts, findings = _values(root, version, split, tables, set(found))
     # Without a table nothing can be read, without a map the devkit does not start.
     count = sum(samples.values()) if any(part.missing or part.damaged for part in parts[:2]) else len(affected)
     notes = _made(root, version, list(samples))
-    return Report(str(root), version, samples, count, tuple(parts), tuple(problems), tuple(notes))
+    return Report(
+        str(root), version, samples, count, tuple(parts), tuple(problems), tuple(notes), tuple(facts), tuple(findings)
+    )
 
 
 def files_needed(tables: dict[str, list[dict]], samples: set[str]) -> dict[str, dict[str, set[str]]]:
@@ -161,7 +195,7 @@ def examine(path: Path, deep: bool) -> Finding | None:
         size = path.stat().st_size
         if size == 0:
             return "damaged", "is empty"
-        if path.suffix == ".bin":
+        if path.suffix in (".bin", ".pcd", ".npy"):
             if size % points.BYTES:
                 return (
                     "damaged",
@@ -181,6 +215,10 @@ def examine(path: Path, deep: bool) -> Finding | None:
     return None
 
 
+def _outside(path: str) -> Finding | None:
+    return ("damaged", OUTSIDE) if leaves(path) else None
+
+
 def _jpeg_ends(path: Path, size: int) -> str:
     """A sentence if the file does not begin and end as a JPEG; some writers pad the end."""
     with open(path, "rb") as file:
@@ -196,7 +234,7 @@ def _examine(root: Path, files: list[str], deep: bool, workers: int) -> dict[str
     """File: (kind, what is wrong), in parallel: threads, because this waits for the disk and decoders free the lock."""
 
     def look(chunk: list[str]) -> dict[str, Finding]:
-        found = ((path, examine(root / path, deep)) for path in chunk)
+        found = ((path, _outside(path) or examine(root / path, deep)) for path in chunk)
         return {path: what for path, what in found if what is not None}
 
     chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
@@ -214,18 +252,36 @@ def _examine(root: Path, files: list[str], deep: bool, workers: int) -> dict[str
     return problems
 
 
+def _values(
+    root: Path, version: str, split: str | None, tables: dict[str, list[dict]], damaged: set[str]
+) -> tuple[list[str], list[values.Finding]]:
+    """(facts, findings) of the tables and of each split."""
+    chosen, facts = _chosen(root, version, split), []
+    findings = list(values.of_tables(root, version, tables, chosen))
+    for name in chosen:
+        told, odd = values.of_split(root, version, name, damaged)
+        facts += told
+        findings += odd
+    return facts, findings
+
+
+def _chosen(root: Path, version: str, split: str | None) -> dict[str, list[str]]:
+    """Split: names of its scenes."""
+    if split is not None:
+        return {split: tables_of.scenes_of(root, version, split)}
+    parts_of_train = ("train_detect", "train_track")
+    chosen = {s: names for s, names in tables_of.splits(root, version).items() if s not in parts_of_train}
+    if not chosen:
+        raise ValueError(f"{root}, {version}, has no scene of any split; add a splits.json beside its tables.")
+    return chosen
+
+
 def _samples(root: Path, version: str, split: str | None, tables: dict[str, list[dict]]) -> dict[str, set[str]]:
     """Split: tokens of its samples."""
-    if split is not None:
-        chosen = {split: tables_of.scenes_of(root, version, split)}
-    else:
-        parts_of_train = ("train_detect", "train_track")
-        chosen = {s: names for s, names in tables_of.splits(root, version).items() if s not in parts_of_train}
-        if not chosen:
-            raise ValueError(f"{root}, {version}, has no scene of any split; add a splits.json beside its tables.")
     scenes = {row["token"]: row["name"] for row in tables["scene"]}
+    chosen = {name: set(names) for name, names in _chosen(root, version, split).items()}
     return {
-        name: {row["token"] for row in tables["sample"] if scenes[row["scene_token"]] in set(names)}
+        name: {row["token"] for row in tables["sample"] if scenes[row["scene_token"]] in names}
         for name, names in chosen.items()
     }
 

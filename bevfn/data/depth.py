@@ -10,7 +10,6 @@ points in a thousand by a pixel (measured on the golden frame, where no depth la
 """
 
 import hashlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ from rich.progress import Progress
 
 from bevfn.data import building, image, points
 from bevfn.data.index import Camera, Frame, Index
-from bevfn.files import write_atomically
+from bevfn.files import read_json, to_json, write_atomically
+from bevfn.names import file_name
 
 MARGIN = 1  # px at the image's border in which points are dropped
 DEPTH = "depth.json"
@@ -117,7 +117,7 @@ def folder_of_files(out: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; build depth ground truth with `bevfn data prepare`.")
     try:
-        return path.parent / str(json.loads(path.read_bytes())["files"])
+        return path.parent / file_name(str(read_json(path.read_bytes())["files"]))  # beside it, whatever it says
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run `bevfn data prepare` again.") from error
 
@@ -158,7 +158,7 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
             task = bar.add_task("depth ground truth", total=len(index), completed=len(index) - len(todo))
             for frames in building.unordered(_make, _jobs(index, files, todo), workers):
                 bar.advance(task, frames)
-        write_atomically(out / DEPTH, json.dumps({"files": files.name}).encode())
+        write_atomically(out / DEPTH, to_json({"files": files.name}))
         for stale in set(out.glob("files-*")) - {files}:
             shutil.rmtree(stale, ignore_errors=True)
     return files

@@ -1,4 +1,4 @@
-"""Key frames of an index held against what is `possible`: all columns at once, 0.1 s for nuScenes' training split."""
+"""Key frames of an index held against what is `possible`: all columns at once, a second for nuScenes' training split."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -141,6 +141,14 @@ def _sweeps(packed: Packed) -> Iterator[Fault]:
         return f"{_owner(packed, 'sweep', i)} has a sweep {lags[i]:g} s before it, which must be {possible.LAG}"
 
     yield from _fault("sweep lags", possible.LAG.impossible(lags), sentence)
+    later = np.append(False, np.diff(lags) <= 0)
+    starts = packed.columns["sweep_start"]
+    later[starts[starts < len(lags)]] = False
+    yield from _fault(
+        "order of sweeps", later[: len(lags)],
+        lambda i: f"{_owner(packed, 'sweep', i)} has sweeps {lags[i - 1]:g} s and then {lags[i]:g} s before it, which must be "
+        "newest first and each once",
+    )  # fmt: skip
     yield from _transforms(packed, "sweep_transform", "sweep", possible.POSITION)
 
 

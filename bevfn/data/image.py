@@ -63,6 +63,12 @@ def _opened(path: Path, *, whole: bool) -> Iterator[tuple[Image.Image, io.BytesI
     """The image, of which no more than the head is decoded, and the `whole` file; whatever Pillow raises inside becomes a
     sentence."""
     try:
+        if not path.is_file():  # a pipe would never end
+            raise FileNotFoundError
+        if path.stat().st_size > 4 * LARGEST:
+            raise _Refused(
+                f"{path}: the image file has {path.stat().st_size:,} bytes, more than any camera's; copy it again."
+            )
         file = io.BytesIO(path.read_bytes() if whole else b"")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's own limit, which the devkit lifts to 3.2e11 pixels

@@ -1,12 +1,12 @@
 """What a data set knows about its key frames, without pixels or points: files, times, transforms, annotations.
 
-`nuscenes.index` and `infos.read` make an Index; a pipeline turns its frames into Samples. Transforms are named
+`nuscenes.index` and `infos.read` make an Index; `scene.load` turns its frames into Samples. Transforms are named
 target_from_source, 4 4 float64, and move column vectors. The frames of a large data set are kept as columns (`pack`)
 and made when asked for: nuScenes' 28,130 training frames as Python objects would take gigabytes in every process.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -23,8 +23,8 @@ Part = Literal["lidar", "ego poses", "velocity"]
 
 
 def inverse(transform: np.ndarray) -> np.ndarray:
-    """Of a rigid 4 4 transform: the rotation transposed, exact where a general inverse would round."""
-    result = np.eye(4)
+    """Of a rigid 4 4 transform, in its dtype: the rotation transposed, exact where a general inverse would round."""
+    result = np.eye(4, dtype=transform.dtype)
     result[:3, :3] = transform[:3, :3].T
     result[:3, 3] = -(transform[:3, :3].T @ transform[:3, 3])
     return result
@@ -94,7 +94,7 @@ class Frame:
     num_lidar_points: np.ndarray
     """G int64; -1 where unknown."""
     attributes: tuple[str, ...]
-    """G attribute names, "" for none."""
+    """G attribute names, "" for none; "a, b" for two, which nuScenes never has."""
     visibility: tuple[str, ...]
     """G visibility levels ("v60-80"), "" where unknown."""
     annotations: tuple[str, ...]
@@ -111,6 +111,13 @@ class Frame:
                 f"key frame {self.token} has no {', '.join(missing)}, which the reading's Cameras.channels name; it has {has}."
             )
         return [self.cameras[channel] for channel in channels]
+
+    def ego_poses(self, channels: tuple[str, ...]) -> np.ndarray:
+        """N 4 4 float64: global_from_ego at these cameras' times. Raises ValueError if one is missing or unknown."""
+        poses = np.stack([camera.global_from_ego for camera in self.rig(channels)])
+        if not np.isfinite(poses).all():
+            raise ValueError(f"key frame {self.token} has cameras without ego pose; read the data set's own tables.")
+        return poses
 
     @property
     def global_from_lidar(self) -> np.ndarray:
@@ -255,6 +262,20 @@ def _starts(counts: Iterable[int]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Chosen(Sequence):
+    """Some frames of others, made when they are asked for."""
+
+    frames: Sequence[Frame]
+    places: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Frame:  # type: ignore[override]  # no slices
+        return self.frames[self.places[i]]
+
+
+@dataclass(frozen=True)
 class Index:
     """The key frames of one split; len(index) of them, index[i] is a Frame."""
 
@@ -295,6 +316,13 @@ class Index:
         known = {channel: place for place, channel in enumerate(CAMERAS)}
         return dict(sorted(found.items(), key=lambda item: known.get(item[0][0], len(known))))
 
+    def lacking(self, channel: str) -> int:
+        """How many key frames have no image of that camera."""
+        if not isinstance(self.frames, Packed):
+            return sum(channel not in frame.cameras for frame in self)
+        column = self.frames.columns
+        return len(self) - int((column["channel_words"][column["channel"]] == channel.encode()).sum())
+
     @property
     def channels(self) -> tuple[str, ...]:
         """The cameras of its key frames; one of them may lack some."""
@@ -325,6 +353,10 @@ class Index:
         packed = self.frames.columns["token"] if isinstance(self.frames, Packed) else None
         tokens = [frame.token for frame in self] if packed is None else [token.decode() for token in packed]
         return {token: i for i, token in enumerate(tokens)}
+
+    def select(self, places: Sequence[int] | np.ndarray) -> "Index":
+        """The key frames at these places alone."""
+        return replace(self, frames=Chosen(self.frames, tuple(int(place) for place in places)))
 
     def position(self, token: str) -> int:
         """The place of the key frame `token`. Raises ValueError if the index has no such frame."""

@@ -21,9 +21,10 @@ from bevfn import host
 from bevfn.data import faults, possible
 from bevfn.data.index import CLASSES, Camera, Frame, Index, Sweep, inverse, pack
 from bevfn.files import read_json
-from bevfn.names import printable
+from bevfn.names import leaves, printable
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
+MOST_CLASSES = 10_000
 MEMORY = (2**28, 64)  # bytes that an unpickled file may take: so many, and so many times its own
 
 
@@ -60,11 +61,19 @@ def read(path: Path, root: Path | None = None) -> Index:
     split = re.search(r"_infos_(?:\w+_)?(train|val|test)\b", path.stem)
     return Index(
         root=root,
-        version=str(metadata.get("version", "")),
+        version=_version(metadata, str(path)),
         split=split.group(1) if split else "",
         frames=faults.refuse(pack(frames), str(path)),
         class_names=class_names,
     )
+
+
+def _version(metadata: dict, where: str) -> str:
+    """Of the data set; its tables may lie in a folder of that name."""
+    version = _text(metadata, where, "version")
+    if leaves(version) or "\0" in version:
+        raise ValueError(f"{where}: the version '{printable(version)}' is no name of a folder below the root.")
+    return version
 
 
 # --- v1.1 ---
@@ -74,7 +83,7 @@ def _numbered(categories: dict, where: str) -> dict[int, str]:
     """Number to class; -1 is what is none of them."""
     names: dict[int, str] = {}
     for name, number in categories.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < -1:
+        if not isinstance(number, int) or isinstance(number, bool) or not -1 <= number < MOST_CLASSES:
             raise ValueError(
                 f"{where}: {printable(name)} has the number {printable(number)}; give 0, 1, ... or -1 for none."
             )
@@ -140,8 +149,16 @@ def _instances(info: dict, where: str, names: dict[int, str]) -> dict[str, Any]:
         if not isinstance(flag, bool | int | np.bool_):
             raise ValueError(f"{place}: bbox_3d_isvalid must be true or false, not a {type(flag).__name__}.")
         valid.append(bool(flag))
-        seen.append(int(_number(instance, place, "num_lidar_pts")) if "num_lidar_pts" in instance else -1)
-    return _boxes(np.array(rows).reshape(-1, 9), found, np.array(valid, dtype=bool), np.array(seen, dtype=np.int64))
+        seen.append(_number(instance, place, "num_lidar_pts") if "num_lidar_pts" in instance else -1)
+    return _boxes(np.array(rows).reshape(-1, 9), found, np.array(valid, dtype=bool), _counts(np.array(seen), where))
+
+
+def _counts(seen: np.ndarray, where: str) -> np.ndarray:
+    """[G] int64 of points in boxes, -1 where it is unknown."""
+    if (bad := possible.POINTS.impossible(seen) & (seen != -1) | (seen % 1 != 0)).any():
+        i = int(np.argmax(bad))
+        raise ValueError(f"{where}: box {i} has num_lidar_pts {seen[i]:g}, which must be {possible.POINTS}, or -1.")
+    return seen.astype(np.int64)
 
 
 def _class_of(instance: dict, where: str, names: dict[int, str]) -> str:
@@ -220,7 +237,7 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
         global_from_ego=_pose(info, where, "ego2global"),
         sweeps=tuple(sweeps),
         cameras=cameras,
-        **_boxes(geometry, [n if n in CLASSES else "" for n in boxes], valid, seen.astype(np.int64)),
+        **_boxes(geometry, [n if n in CLASSES else "" for n in boxes], valid, _counts(seen, where)),
     )
 
 
@@ -228,7 +245,10 @@ def _names(info: Any, where: str) -> Any:
     """The names of an entry's annotations."""
     if isinstance(info, dict) and "gt_names" not in info:
         return []
-    return _get(info, where, "gt_names", (list, tuple, np.ndarray))
+    names = _get(info, where, "gt_names", (list, tuple, np.ndarray))
+    if np.ndim(names) == 0:
+        raise ValueError(f"{where}: gt_names must be a list, not a single value.")
+    return names
 
 
 def _check_length_first(path: Path, frames: list[Frame]) -> None:
@@ -250,7 +270,9 @@ def _sensor2lidar(tree: dict, where: str) -> np.ndarray:
 
 def _pose(tree: dict, where: str, name: str) -> np.ndarray:
     """4 4 from `<name>_rotation` and `<name>_translation`."""
-    w, x, y, z = _numbers(tree, where, f"{name}_rotation", (4,))
+    w, x, y, z = turn = _numbers(tree, where, f"{name}_rotation", (4,))
+    if not abs(np.linalg.norm(turn) - 1) <= possible.QUATERNION:
+        raise ValueError(f"{where}: {name}_rotation is no quaternion of length 1; the file is damaged, make it again.")
     result = np.eye(4)
     result[:3, :3] = Rotation.from_quat([x, y, z, w]).as_matrix()
     result[:3, 3] = _numbers(tree, where, f"{name}_translation", (3,))

@@ -21,17 +21,17 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
 from bevfn import host, tree
-from bevfn.data.batch import Batch, Capacities, Sample, collate
+from bevfn.data.batch import Batch, Capacities, Sample, checked, collate
 from bevfn.data.sampling import generator
 
 DAMAGED = (ValueError, OSError, EOFError)  # what a load raises for a broken file; anything else is a bug, never skipped
@@ -60,6 +60,13 @@ class Config:
                 raise ValueError(f"loader.Config.{name} is {getattr(self, name)} but must be at least {least}.")
 
 
+class Load(Protocol):
+    """Reads one sample; `scene.load` is one once its index, reading and database are bound."""
+
+    def __call__(self, place: int, /, *, generator: np.random.Generator) -> Sample:
+        """The sample at a place in the data set; a damaged file is a ValueError (or OSError) of one sentence that names it."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """One batch and what is known about it on the host."""
@@ -76,13 +83,22 @@ class Loaded:
     """s that the caller waited for it."""
 
 
-def steps_per_epoch(length: int, batch_size: int, replicas: int = 1, accumulate: int = 1) -> int:
-    """Optimizer steps until each of `length` samples was seen; the last one is filled up by wrapping around."""
-    return -(-length // (batch_size * replicas * accumulate))
+def steps_per_epoch(
+    length: int, batch_size: int, replicas: int = 1, accumulate: int = 1, *, drop_last: bool = False
+) -> int:
+    """Optimizer steps until each of `length` samples was seen; the last one is filled up by wrapping around.
+
+    drop_last: an incomplete last one is left out instead, unless it is the only one. Incomplete is judged as torch's
+    DistributedSampler and DataLoader do: samples are first filled up to a multiple of the microbatches of a step.
+    """
+    parts = replicas * accumulate
+    if drop_last:
+        return max(1, -(-length // parts) // batch_size)
+    return -(-length // (batch_size * parts))
 
 
 def batches(
-    load: Callable[[int, np.random.Generator], Sample],
+    load: Load,
     order: np.ndarray,
     config: Config,
     *,
@@ -97,8 +113,7 @@ def batches(
 ) -> Generator[Loaded, None, None]:
     """This process' microbatches of one epoch, from step `start_step` on: `accumulate` of them per step.
 
-    load(dataset index, generator) -> Sample; a damaged file is a ValueError (or OSError) of one sentence that names it.
-    order: [n] int, the epoch's dataset indices. With B = batch_size * replicas * accumulate, step s has the positions
+    order: [n] int, the places of the epoch's samples. With B = batch_size * replicas * accumulate, step s has the positions
     [s*B, (s+1)*B), of which microbatch rank * accumulate + a takes its part: R processes and A accumulations with the
     same R * A see the same microbatches. Positions behind the end wrap around (as mmengine's DefaultSampler), or without
     `wrap` repeat the last sample, whose token the caller then sees again.
@@ -145,7 +160,7 @@ class _Damaged(NamedTuple):
 class _Epoch(torch.utils.data.Dataset):
     """[position of its first sample] -> the microbatch; the arguments of `batches`."""
 
-    load: Callable[[int, np.random.Generator], Sample]
+    load: Load
     order: np.ndarray
     config: Config
     seed: int
@@ -158,20 +173,22 @@ class _Epoch(torch.utils.data.Dataset):
         problems: list[str] = []
         try:
             for position in range(start, start + self.config.batch_size):
-                samples.append(self._sample(position, problems))
+                samples.append(self._sample(position, problems, samples[0] if samples else None))
             batch, counts = collate(samples, capacities=self.capacities)
         except DAMAGED as error:
             return _Damaged(_sentence(error), traceback.format_exc())
         return Loaded(batch, {**counts, "bad/samples": len(problems)}, [s.token for s in samples], problems)
 
-    def _sample(self, position: int, problems: list[str]) -> Sample:
-        """The sample at `position`, or the next that is whole, drawn with this position's generator."""
+    def _sample(self, position: int, problems: list[str], like: Sample | None) -> Sample:
+        """The sample at `position`, or the next that is whole and goes into a batch with `like`, drawn with this position's
+        generator."""
         n = len(self.order)
         position = position if self.wrap else min(position, n - 1)
         tries = min(TRIES, n)
         for index in self.order[np.arange(position, position + tries) % n]:
             try:
-                return self.load(int(index), generator(self.seed, self.epoch, position))
+                drawn = generator(self.seed, self.epoch, position)
+                return checked(self.load(int(index), generator=drawn), like)
             except DAMAGED as error:
                 if self.config.on_damaged == "stop":
                     raise

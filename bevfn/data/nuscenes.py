@@ -50,13 +50,15 @@ def index(root: Path, version: str, split: str, cache: Path | None = None) -> In
     return Index(root=Path(root), version=version, split=split, frames=packed)
 
 
-def frames(root: Path, version: str, split: str, cache: Path | None = None) -> Packed:
-    """What `index` has, whatever its values are: for `bevfn data check`."""
+def frames(root: Path, version: str, split: str, cache: Path | None = None, *, keep: bool = True) -> Packed:
+    """What `index` has, whatever its values are: for `bevfn data check`, which writes nothing (`keep` False)."""
     root = Path(root)
     tables.check_root(root, version)
     header, name = _header(root, version, split), _name(version, split)
     places = [Path(cache)] if cache is not None else [root / ".bevfn", building.home(root)]
     packed = _cached(places, name, header)
+    if packed is None and not keep:
+        return _build(root, version, split, set(tables.scenes_of(root, version, split)))
     if packed is None:
         scenes = tables.scenes_of(root, version, split)
         with _only_one(places, f"{name}.lock"):
@@ -86,7 +88,7 @@ def _build(root: Path, version: str, split: str, scenes: set[str]) -> Packed:
 
     try:
         devkit = NuScenes(version=version, dataroot=str(root), verbose=False)
-        _check_tokens(devkit)
+        _check_rows(devkit)
         samples = [s for s in devkit.sample if devkit.get("scene", s["scene_token"])["name"] in scenes]
         console = Console(stderr=True)
         steps = track(samples, f"index of {version} {split}", console=console, disable=not console.is_terminal)
@@ -94,16 +96,13 @@ def _build(root: Path, version: str, split: str, scenes: set[str]) -> Packed:
         _tell_of_categories(devkit, root / version)
     except _Impossible as error:
         raise ValueError(f"{root / version}: {error}.") from None
-    except (
-        *(LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError),
-        *(ArithmeticError, RecursionError),
-    ) as error:
+    except Exception as error:  # of the devkit: nearly any
         _, problems = tables.read_tables(root, version)
         missing = [] if problems else tables.missing_maps(root, version)
         what = next(iter(problems.values()), "") or (
-            f"{missing[0]} does not exist but {version}/map.json names it; extract nuScenes' maps archive."
+            f"{printable(missing[0])} does not exist but {version}/map.json names it; extract nuScenes' maps archive."
             if missing
-            else f"{root / version}: nuscenes-devkit cannot read the tables ({type(error).__name__}: {error})."
+            else f"{root / version}: nuscenes-devkit cannot read the tables ({type(error).__name__}: {printable(error)})."
         )
         raise ValueError(what) from error
     if not len(packed):
@@ -111,11 +110,14 @@ def _build(root: Path, version: str, split: str, scenes: set[str]) -> Packed:
     return packed
 
 
-def _check_tokens(devkit: Any) -> None:
-    """Raises _Impossible where rows of a table have the same token, of which the devkit takes the last."""
+def _check_rows(devkit: Any) -> None:
+    """Raises _Impossible for what the devkit takes as it comes: seconds of the minutes that nuScenes' trainval takes."""
+    rows = {name: getattr(devkit, name) for name in tables.TABLES}
     for name in tables.TABLES:
-        if len(devkit._token2ind[name]) < len(getattr(devkit, name)):
+        if len(devkit._token2ind[name]) < len(rows[name]):  # it has the last one
             raise _Impossible(f"several rows of {name}.json have the same token; extract the metadata archive again")
+    for name, what in tables.wrong(rows).items():
+        raise _Impossible(f"{name}.json: {what}; extract the metadata archive again")
 
 
 def _tell_of_categories(devkit: Any, where: Path) -> None:
@@ -186,7 +188,12 @@ def _check_times(devkit: Any, sample: dict, lidar: dict) -> None:
     offset, token = 1e-6 * (sample["timestamp"] - lidar["timestamp"]), printable(sample["token"])
     if possible.OFFSET.impossible(np.array(offset)):
         raise _Impossible(f"key frame {token} is {offset:g} s after its LiDAR scan, which must be {possible.OFFSET}")
-    if sample["prev"] and devkit.get("sample", sample["prev"])["timestamp"] >= sample["timestamp"]:
+    if not sample["prev"]:
+        return
+    before = devkit.get("sample", sample["prev"])
+    if before["scene_token"] != sample["scene_token"]:
+        raise _Impossible(f"key frame {token} has its `prev` in another scene")
+    if before["timestamp"] >= sample["timestamp"]:
         raise _Impossible(f"key frame {token} is not later than its `prev`, by timestamp of sample.json")
 
 
@@ -221,14 +228,15 @@ def _annotations(devkit: Any, tokens: list[str], lidar_from_global: np.ndarray) 
         boxes[:, 6] = np.arctan2(-lidar_from_box[:, 0, 1], lidar_from_box[:, 0, 0])
         boxes[:, 7:9] = (velocities @ turn.T)[:, :2]
     seen = np.stack([_counts(rows, f"num_{sensor}_pts") for sensor in ("lidar", "radar")], axis=1)  # G 2
-    attributes = (row["attribute_tokens"][:1] for row in rows)
     levels = (row.get("visibility_token") for row in rows)
     return {
         "boxes": boxes,
         "names": tuple(category_to_detection_name(row["category_name"]) or "" for row in rows),
         "valid": seen.sum(axis=1) > 0,
         "num_lidar_points": seen[:, 0],
-        "attributes": tuple(devkit.get("attribute", a[0])["name"] if a else "" for a in attributes),
+        "attributes": tuple(
+            ", ".join(devkit.get("attribute", token)["name"] for token in row["attribute_tokens"]) for row in rows
+        ),
         "visibility": tuple(devkit.get("visibility", level)["level"] if level else "" for level in levels),
         "annotations": tuple(tokens),
         "categories": tuple(row["category_name"] for row in rows),
@@ -250,7 +258,7 @@ def _check_links(devkit: Any, rows: list[dict]) -> None:
 def _counts(rows: list[dict], field: str) -> np.ndarray:
     """[G] int64."""
     counts = _numbers(ANNOTATIONS, rows, field, ())
-    if (bad := possible.POINTS.impossible(counts)).any():
+    if (bad := possible.POINTS.impossible(counts) | (counts % 1 != 0)).any():
         i = int(np.argmax(bad))
         raise _Impossible(
             f"annotation {printable(rows[i]['token'])} has {field} {counts[i]:g}, which must be {possible.POINTS}"
@@ -327,7 +335,7 @@ def _cached(places: list[Path], name: str, header: dict) -> Packed | None:
                     return Packed({key: file[key] for key in file.files if key != "header"})
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             warnings.warn(f"{place / name} is damaged ({error}); the index is built again.", stacklevel=3)
     return None
 

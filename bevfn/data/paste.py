@@ -25,6 +25,7 @@ from bevfn import boxes as overlap
 from bevfn.data import annotations, building, points, sweeps
 from bevfn.data.index import Frame, Index
 from bevfn.files import write_atomically, writing
+from bevfn.names import file_name
 
 OBJECTS = "objects.npz"
 SWEEPS = 10  # besides the key frame
@@ -57,6 +58,14 @@ class Making:
     published_paste: bool = True
     """Objects of no class (police cars, debris, bicycle racks) are stored as barriers where that is a class: upstream takes
     their label, -1, for an index into its classes, of which barrier is the last."""
+
+    def __str__(self) -> str:
+        """The flags of `bevfn data prepare` that make one so."""
+        return " ".join(_flag(name, value) for name, value in asdict(self).items())
+
+
+def _flag(name: str, value: bool) -> str:
+    return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -117,12 +126,12 @@ def read(folder: Path, *, min_points: int = 5, making: Making | None = None) -> 
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        points_path = path.parent / str(arrays["points_file"])
+        points_path = path.parent / file_name(str(arrays["points_file"]))  # beside it, whatever it says
         boxes, labels, starts, scans = (arrays[name] for name in ("boxes", "labels", "starts", "scans"))
         made = Making(**json.loads(str(arrays["making"])))
         difficulty, tokens = arrays["difficulty"], arrays["tokens"]
         class_names = tuple(arrays["class_names"].tolist())
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a GT-paste database ({error}); delete it and build it again.") from error
     size = points_path.stat().st_size if points_path.is_file() else -1
     if size != int(starts[-1]) * points.BYTES:
@@ -139,7 +148,7 @@ def read(folder: Path, *, min_points: int = 5, making: Making | None = None) -> 
 def _check_making(folder: Path, made: Making, wanted: Making) -> None:
     for name, was in asdict(made).items():
         if was != getattr(wanted, name):
-            have, want = (f"--{'' if value else 'no-'}{name.replace('_', '-')}" for value in (was, not was))
+            have, want = _flag(name, was), _flag(name, not was)
             raise ValueError(
                 f"the GT-paste database {folder} was made with {have}, but the run has {want}; make it again with "
                 f"`bevfn data prepare ROOT {want}`, or train with {have}."

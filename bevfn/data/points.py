@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bevfn.data.possible import INTENSITY, POINT
+from bevfn.data import possible
 
 COLUMNS = 5  # x, y, z [m, lidar frame], intensity 0..255, ring 0..31
 BYTES = 4 * COLUMNS
 Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper x, y, z [m]
 
-FARTHEST_M, BRIGHTEST = POINT.high, INTENSITY.high
-FEW = 0.01  # share of a file's points that may be otherwise; with more the file is not of such points
+MOST = 10_000_000  # points of a file: 200 MB, where a scan has some 100,000
+FEW = 0.01  # share of a file's points that may be impossible; with more the file is not of such points
 HEADS = {
     b"\x93NUMPY": "has the header of an .npy file", b"# .PCD": "has the header of a PCD file", b"VERSION": "has the header of a PCD file",
     b"ply": "has the header of a PLY file", b"PK\x03\x04": "is a zip or .npz file", b"\x1f\x8b\x08": "is compressed",
@@ -28,15 +28,18 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     """(points [P,5] float32 in file order, number of points dropped because one of their numbers cannot be).
 
     A lidar driver marks a missing return with NaN, so such points are no error of the file: they are dropped and
-    counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points beyond FARTHEST_M, or of an
-    intensity outside 0..BRIGHTEST.
+    counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or intensity.
 
-    Raises ValueError if the file is missing, empty or not a whole number of points, or holds something else than such
+    Raises ValueError if the file is missing, empty, huge or not a whole number of points, or holds something else than such
     points: a header, numbers of another kind or number, intensities of 0..1.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: the point file does not exist; check the data folder and the file that names it.")
+    if path.stat().st_size > MOST * BYTES:
+        raise ValueError(
+            f"{path}: the point file has {path.stat().st_size:,} bytes, more than {MOST:,} points; copy it again."
+        )
     values = np.fromfile(path, dtype=np.uint8)
     if not len(values):
         raise ValueError(f"{path}: the point file is empty (0 bytes); copy it again.")
@@ -50,29 +53,30 @@ def read(path: Path) -> tuple[np.ndarray, int]:
             "the file is truncated or of another format, copy it again."
         )
     points = values.view("<f4").reshape(-1, COLUMNS)  # P 5
-    possible = _possible(points)
-    kept = points if possible.all() else points[possible]  # nearly always all, and it saves a copy
+    good = _good(points)
+    kept = points if good.all() else points[good]  # nearly always all, and it saves a copy
     if wrong := _wrong(values, points, kept):
         raise ValueError(f"{path}: {wrong}; write {WANTED} of each point.")
     return kept, len(points) - len(kept)
 
 
-def _possible(points: np.ndarray) -> np.ndarray:
+def _good(points: np.ndarray) -> np.ndarray:
     """[P] bool: which points [P,4+] a lidar can have seen."""
-    near = (np.abs(points[:, :3]) <= FARTHEST_M).all(axis=1)  # not where it is NaN
-    intensity = points[:, 3]
-    return near & (intensity >= 0) & (intensity <= BRIGHTEST) & np.isfinite(points[:, 4:]).all(axis=1)
+    good = np.isfinite(points[:, -1])
+    for column, kind in enumerate((possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY)):
+        good &= ~kind.impossible(points[:, column])
+    return good
 
 
-def _wrong(values: np.ndarray, points: np.ndarray, possible: np.ndarray) -> str:
-    """What else the bytes of a file seem to be than the points [P,5], of which some are `possible`; empty if nothing."""
-    impossible = int(np.isfinite(points).all(axis=1).sum()) - len(possible) if len(possible) < len(points) else 0
-    if impossible > FEW * len(points):
+def _wrong(values: np.ndarray, points: np.ndarray, kept: np.ndarray) -> str:
+    """What else the bytes of a file seem to be than the points [P,5], of which some are kept; empty if nothing."""
+    bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept) if len(kept) < len(points) else 0
+    if bad > FEW * len(points):
         return (
-            f"{impossible:,} of {len(points):,} points are more than {FARTHEST_M:g} m away or of an intensity outside "
-            f"0..{BRIGHTEST:g}{_fitting(values)}"
+            f"{bad:,} of {len(points):,} points have coordinates or an intensity that must be {possible.POINT}, "
+            f"{possible.INTENSITY}{_fitting(values)}"
         )
-    intensity = possible[:, 3]
+    intensity = kept[:, 3]
     if len(intensity) and intensity.max() <= 1 and (intensity % 1 != 0).any():
         return "the points' intensities are 0..1"
     return ""
@@ -83,7 +87,7 @@ def _fitting(values: np.ndarray) -> str:
     for name, (dtype, columns) in FORMS.items():
         numbers = values[: len(values) // 8 * 8].view(dtype)
         with np.errstate(invalid="ignore"):
-            found = _possible(numbers[: len(numbers) // columns * columns].reshape(-1, columns))
+            found = _good(numbers[: len(numbers) // columns * columns].reshape(-1, columns))
         if len(values) % (columns * np.dtype(dtype).itemsize) == 0 and found.mean() > 1 - FEW:
             return f", which fits {name} a point" if columns != COLUMNS else f", which fits {name}"
     return ""

@@ -40,6 +40,8 @@ YAW = Kind(-1e3, 1e3, "rad")
 VELOCITY = Kind(-1e3, 1e3, "m/s", unknown=True)
 TIME = Kind(0.0, 4_102_444_800.0, "s")  # to the year 2100; simulators begin at 0
 LAG = Kind(1e-6, 30.0, "s")  # of an earlier scan: ten of 1 Hz fit, 20 Hz counted in a wrong unit does not
+LAGS = Kind(0.0, LAG.high, "s")  # of points, those of the key frame's own scan included
+DEPTH = Kind(0.0, POSITION.high, "m")  # of a pixel, 0 without a point
 OFFSET = Kind(-30.0, 30.0, "s")  # between a camera's exposure and the scan
 FOCAL = Kind(1.0, 1e6, "px")
 CENTRE = Kind(-1e5, 1e5, "px")  # of projection; it may lie outside of a cropped image

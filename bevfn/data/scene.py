@@ -7,6 +7,7 @@ bevdepth_r50_2key). One difference: a frame whose boxes are all filtered away is
 draws another frame instead.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bevfn.data import sweeps as aggregation
 from bevfn.data.batch import Base, Sample
 from bevfn.data.index import Frame, Index
 from bevfn.data.reading import Cameras, Points, Reading
+from bevfn.names import printable
 
 
 def load(
@@ -65,6 +67,46 @@ def load(
     )  # fmt: skip
 
 
+def files(index: Index, place: int, reading: Reading) -> list[str]:
+    """What `load` may read of the key frame at `place`: paths relative to the root. Raises ValueError for a camera that the
+    data set has not at it."""
+    frame, found = index[place], []
+    if reading.points is not None or reading.depth:
+        found.append(frame.lidar_path)
+    if reading.points is not None:
+        swept = frame.sweeps if reading.points.sweep_choice == "random" else frame.sweeps[: reading.points.sweeps]
+        found += [sweep.path for sweep in swept if reading.points.sweeps]
+    if reading.cameras is not None:
+        for one in cameras.key_frames(index, place, reading.cameras.frames):
+            found += [camera.path for camera in one.rig(reading.cameras.channels)]
+    return found
+
+
+def whole(index: Index, places: np.ndarray, reading: Reading) -> tuple[np.ndarray, list[str]]:
+    """(those of the `places` [n] whose files are all there, a sentence about each other one). Files are not opened."""
+    folders: dict[str, frozenset[str]] = {}
+
+    def is_there(path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        if folder not in folders:  # one listing for thousands of files
+            there = index.root / folder
+            folders[folder] = frozenset(os.listdir(there)) if there.is_dir() else frozenset()
+        return name in folders[folder]
+
+    kept, sentences = [], []
+    for place in np.unique(places):
+        try:
+            missing = [path for path in files(index, int(place), reading) if not is_there(path)]
+            what = f"key frame {printable(index[int(place)].token)} has no {printable(missing[0])}" if missing else ""
+        except ValueError as error:
+            what = str(error)
+        if what:
+            sentences.append(what)
+        else:
+            kept.append(place)
+    return places[np.isin(places, kept)], sentences
+
+
 def _seen(
     index: Index, place: int, reading: Reading, config: Cameras, rng: np.random.Generator
 ) -> tuple[dict[str, Any], dict[str, int]]:
@@ -106,8 +148,9 @@ def _pasted(
     if database is None:
         raise ValueError("GT paste needs a database; build one with `bevfn data prepare`, or set paste to None.")
     assert reading.paste is not None and reading.points is not None
-    old = reading.points.oldest
-    new_boxes, new_labels, new = pasting.sample(database, boxes, labels, reading.class_names, reading.paste, rng, old)
+    new_boxes, new_labels, new = pasting.sample(
+        database, boxes, labels, reading.class_names, reading.paste, rng, sweeps=reading.points.oldest
+    )
     cloud = pasting.insert(cloud, new_boxes, new)
     return cloud, np.concatenate([boxes, new_boxes]), np.concatenate([labels, new_labels])
 

@@ -1,14 +1,18 @@
 """Where a run's key frames come from: a nuScenes root, an info file, a folder with one frame, or a synthetic world made
 on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from bevfn import synth
 from bevfn.data import cameras, infos, nuscenes, tables
-from bevfn.data.index import Index
+from bevfn.data.index import Index, Packed, pack
 from bevfn.data.reading import Reading
+from bevfn.names import printable
 
 Kind = Literal["nuscenes", "frame", "synthetic"]
 WORLD = Path("runs/world")
@@ -79,8 +83,11 @@ def _split_names(root: Path, version: str, training: str | None, evaluation: str
     return training or defaults[0], evaluation or defaults[1]
 
 
-def check(index: Index, reading: Reading, *, train: bool) -> None:
-    """Raises ValueError, one sentence that names both, where a split has not what a reading asks for."""
+def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) -> None:
+    """Raises ValueError, one sentence that names both, where a split has not what a reading asks for.
+
+    whole: every key frame must have an image of every camera, not only some.
+    """
     name = f"{index.root} ({index.version}, split {index.split!r})" if index.split else str(index.root)
     if (reading.points is not None or reading.depth) and not index.has("lidar"):
         what = "LiDAR points" if reading.points is not None else "depth maps, which are made of LiDAR points"
@@ -92,6 +99,12 @@ def check(index: Index, reading: Reading, *, train: bool) -> None:
             f"{name} has no camera {', '.join(missing)}, which the model reads; it has "
             f"{', '.join(index.channels) or 'none'}: choose a LiDAR model, or another root"
         )
+    for channel in reading.channels if whole else ():
+        if lacking := index.lacking(channel):
+            raise ValueError(
+                f"{name} has no image of {channel} at {lacking:,} of its {len(index):,} key frames; complete its tables, or "
+                "train with --on-damaged skip, which leaves these key frames out"
+            )
     if reading.cameras is not None:
         cameras.check_sizes(index, reading.cameras)
     if reading.base.needs_ego_poses and not index.has("ego poses"):
@@ -107,10 +120,21 @@ def check(index: Index, reading: Reading, *, train: bool) -> None:
         raise ValueError(f"{name} has no velocities of objects, but the model learns them; train on another root")
 
 
-def check_scored(index: Index) -> None:
-    """Raises ValueError, one sentence, where detections in the key frames could not be scored."""
-    if index.judge == "nuscenes" and not any(name for frame in index for name in frame.names):
+def check_scored(index: Index, attributes: Collection[str]) -> None:
+    """Raises ValueError, one sentence, where detections in the key frames could not be scored.
+
+    attributes: those that nuScenes' scores know, "" among them.
+    """
+    if index.judge != "nuscenes":
+        return
+    name, other = f"{index.root} ({index.version}, split {index.split!r})", "evaluate on another split (--eval-split)"
+    column = (index.frames if isinstance(index.frames, Packed) else pack(index)).columns
+    scored = column["names_words"][column["names"]] != b"" if len(column["names"]) else np.zeros(0, dtype=bool)
+    if not scored.any():
+        raise ValueError(f"{name} has no annotations of the ten classes, so nothing can be scored there; {other}")
+    found = [column["attributes_words"][code].decode() for code in np.unique(column["attributes"][scored])]
+    if unknown := [attribute for attribute in found if attribute not in attributes]:
         raise ValueError(
-            f"{index.root} ({index.version}, split {index.split!r}) has no annotations of the ten classes, so nothing can be "
-            "scored there; evaluate on another split (--eval-split)"
+            f"{name} annotates the attribute '{printable(unknown[0])}', which nuScenes' scores do not know: a box has one of "
+            f"{', '.join(filter(None, attributes))} or none; {other}"
         )

@@ -11,7 +11,7 @@ TABLES = (
     "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
     "sample", "sample_data", "sample_annotation", "map",
 )  # fmt: skip
-# Which tokens must be found in which table; "..._tokens" are lists. Empty tokens (the ends of chains) refer to nothing.
+# Which tokens must be found in which table; "..._tokens" are lists.
 REFERENCES = {
     "instance": {"category_token": "category"},
     "calibrated_sensor": {"sensor_token": "sensor"},
@@ -34,6 +34,17 @@ REFERENCES = {
     },
     "map": {"log_tokens": "log"},
 }
+ENDS = ("prev", "next", "visibility_token")  # which may be empty or missing
+# What else rows are looked up, ordered or opened by.
+FIELDS: dict[str, dict[str, type]] = {
+    "category": {"name": str},
+    "sensor": {"channel": str},
+    "scene": {"name": str},
+    "sample": {"timestamp": int},
+    "sample_data": {"filename": str, "is_key_frame": bool, "timestamp": int},
+    "map": {"filename": str},
+}
+WORDS = {str: "text", int: "number", bool: "true or false"}
 SPLITS = "splits.json"
 # nuScenes' own splits are of one version each; others are named in a version's splits.json.
 BELONGS = {
@@ -41,6 +52,7 @@ BELONGS = {
     "mini": ("mini_train", "mini_val"),
     "test": ("test",),
 }
+NUSCENES = tuple(split for names in BELONGS.values() for split in names)
 
 
 def versions(root: Path) -> list[str]:
@@ -107,7 +119,7 @@ def _own_splits(path: Path) -> dict[str, list[str]]:
             raise ValueError(f"{path}: {printable(split)} must be a list of names of scenes.")
         if file_name(split) != split:
             raise ValueError(
-                f"{path}: {printable(split)!r} cannot name a split, since files are named after it; use letters, digits, "
+                f"{path}: '{printable(split)}' cannot name a split, since files are named after it; use letters, digits, "
                 "'-', '_' and '.'."
             )
     return own
@@ -125,7 +137,11 @@ def scenes_of(root: Path, version: str, split: str) -> list[str]:
     """Names of the split's scenes; raises ValueError if the root has none."""
     present = splits(root, version)
     if split not in present:
-        has = f"the splits with scenes there are {', '.join(present)}" if present else "it has no scene of any split"
+        has = (
+            f"the splits with scenes there (for --train-split, --eval-split) are {', '.join(present)}"
+            if present
+            else "it has no scene of any split"
+        )
         raise ValueError(f"{root}, {version}, has no scene of the split {split!r}; {has}.")
     return present[split]
 
@@ -157,25 +173,43 @@ def read_tables(root: Path, version: str) -> tuple[dict[str, list[dict]], dict[s
             tables[name] = read_table(folder / f"{name}.json")
         except (ValueError, OSError) as error:
             problems[name] = str(error)
+    return tables, problems | {
+        name: f"{folder / name}.json: {what}; extract the metadata archive again."
+        for name, what in wrong(tables).items()
+    }
+
+
+def wrong(tables: dict[str, list[dict]]) -> dict[str, str]:
+    """Table: the first thing that is wrong with it: a field of another type, a row that is nowhere, or what must be there
+    once twice. Tables that are not given are not missed."""
     tokens = {name: {row["token"] for row in rows} for name, rows in tables.items()}
-    for name, fields in REFERENCES.items():
-        for field, target in fields.items():
-            if name not in tables or target not in tables or name in problems:
-                continue
-            lost = _dangling(tables[name], field, tokens[target])
-            if lost:
-                problems[name] = (
-                    f"{folder / name}.json: {field} of {len(lost)} of {len(tables[name])} rows names no row of "
-                    f"{target}.json (the first is {_short(lost[0])}); one of the two is incomplete or of another version, "
-                    "extract the metadata archive again."
-                )
-    if "log" not in problems and "map" not in problems:
-        mapped = {token for row in tables["map"] for token in row.get("log_tokens", [])}
+    problems = {}
+    for name, rows in tables.items():
+        targets = {f: tokens[target] for f, target in REFERENCES.get(name, {}).items() if target in tokens}
+        if what := _wrong_field(rows, {"token": str, **FIELDS.get(name, {})}) or _lost_row(rows, name, targets):
+            problems[name] = what
+    if {"log", "map"} <= tables.keys() - problems.keys():
+        mapped = {token for row in tables["map"] for token in row["log_tokens"]}
         if lost := sorted(tokens["log"] - mapped):
-            problems["map"] = (
-                f"{folder / 'map.json'}: no map names the log {_short(lost[0])}; extract the archive again."
-            )
-    return tables, problems
+            problems["map"] = f"no map names the log {_short(lost[0])}"
+    if {"sensor", "calibrated_sensor", "sample_data"} <= tables.keys() - problems.keys():
+        problems |= _twice(tables)
+    return problems
+
+
+def _twice(tables: dict[str, list[dict]]) -> dict[str, str]:
+    """Channels, and recordings of a key frame, of which there must be one."""
+    channels = {row["token"]: row["channel"] for row in tables["sensor"]}
+    if len(set(channels.values())) < len(channels):
+        (channel, _), *_ = Counter(channels.values()).most_common(1)
+        return {"sensor": f"several rows have the channel {_short(channel)}"}
+    of = {row["token"]: channels[row["sensor_token"]] for row in tables["calibrated_sensor"]}
+    rows = tables["sample_data"]
+    seen = Counter((row["sample_token"], of[row["calibrated_sensor_token"]]) for row in rows if row["is_key_frame"])
+    again = next((key for key, count in seen.items() if count > 1), None)
+    if again is None:
+        return {}
+    return {"sample_data": f"key frame {_short(again[0])} has several rows of {_short(again[1])} with is_key_frame"}
 
 
 def missing_maps(root: Path, version: str) -> list[Path]:
@@ -199,13 +233,41 @@ def read(path: Path, kind: type) -> Any:
     return content
 
 
+def _wrong_field(rows: list[dict], fields: dict[str, type]) -> str:
+    """What is wrong with the first field that is of another type, empty if none is."""
+    for field, kind in fields.items():
+        if odd := [row for row in rows if not _is(row.get(field), kind)]:
+            first = _short(odd[0].get(field))
+            return f"{field} of {len(odd)} of {len(rows)} rows is no {WORDS[kind]} (the first is {first})"
+    return ""
+
+
+def _lost_row(rows: list[dict], name: str, targets: dict[str, set[str]]) -> str:
+    """What is wrong with the first field that names rows which are nowhere, empty if none does."""
+    for field, tokens in targets.items():
+        if lost := _dangling(rows, field, tokens):
+            return (
+                f"{field} of {len(lost)} of {len(rows)} rows names no row of {REFERENCES[name][field]}.json (the first is "
+                f"{_short(lost[0])}); one of the two is incomplete or of another version"
+            )
+    return ""
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Of a JSON value; a whole number may be written with a point."""
+    if kind is int:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)
+
+
 def _dangling(rows: list[dict], field: str, tokens: set[str]) -> list[Any]:
     """Values of `field` that are not in `tokens`, or no tokens at all, one per row that has such a value."""
     lost: list[Any] = []
+    ends = ("", None) if field in ENDS else ()
     for row in rows:
         value = row.get(field)
         values = value if field.endswith("_tokens") and isinstance(value, list) else [value]
-        lost += [token for token in values if not isinstance(token, str) or (token and token not in tokens)][:1]
+        lost += [v for v in values if not (v in tokens if isinstance(v, str) and v else v in ends)][:1]
     return lost
 
 

@@ -1,7 +1,8 @@
 """A model over every key frame of a split, on one process or many."""
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from bevfn import compile as compilation
 from bevfn import distributed
 from bevfn.data import loader, scene
-from bevfn.data.batch import Batch, Sample
+from bevfn.data.batch import Batch
 from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.results import Detections
+from bevfn.metrics import COUNTERS, added, warnings
+from bevfn.names import printable
 
 _PARTS = ("boxes", "scores", "labels")
 
@@ -32,22 +35,25 @@ def detect(
     device: str = "cpu",
     replicas: Replicas | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Detections]:
-    """Detections of all key frames by token, on every replica.
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> tuple[dict[str, Detections], dict[str, float]]:
+    """Detections of all key frames by token, and what training counts too: "points", those that the model got, and
+    `metrics.COUNTERS`; both on every replica.
 
     predict(params, state, batch) -> "boxes" [B Q 9] (bottom centre; augmented base), "scores", "labels", "valid"
-    [B Q]. reading: how key frames are read. Key frames are shared out over the
-    replicas; what pads the last batch appears once.
+    [B Q], and counters, 0-d. reading: how key frames are read. Key frames are shared out over the replicas; what pads the
+    last batch appears once, but counts again. warn: gets a sentence as soon as a counter is not zero.
     """
     rank, count = (replicas.rank, replicas.count) if replicas is not None else (0, 1)
     compiled = compilation.function(predict, backend=backend)
     order = np.arange(len(index))
     batches = loader.steps_per_epoch(len(order), batch_size, count, 1)
     stream = loader.batches(
-        partial(_load, index, reading), order, loader.Config(batch_size=batch_size, workers=workers),
+        partial(scene.load, index, reading=reading), order, loader.Config(batch_size=batch_size, workers=workers),
         seed=0, epoch=0, capacities=reading.capacities, rank=rank, replicas=count,
     )  # fmt: skip
     found: dict[str, np.ndarray] = {}
+    counts: dict[str, float] = {}
     with contextlib.closing(stream):
         for done, loaded in enumerate(stream, start=1):
             with torch.no_grad():
@@ -57,11 +63,18 @@ def detect(
                 keep = host["valid"][row]
                 for part in _PARTS:
                     found.setdefault(f"{token}/{part}", host[part][row][keep])
+            now = _counted(loaded, outputs)
+            for sentence in warnings({name: count for name, count in now.items() if not counts.get(name)}):
+                warn(f"warning: key frame {printable(loaded.tokens[0])}: {sentence}")
+            counts = added(counts, now)
             progress(done, batches)
     union = distributed.gather_arrays(found, replicas)
-    return {frame_token: Detections(*(union[f"{frame_token}/{p}"] for p in _PARTS)) for frame_token in index.positions}
+    detections = {token: Detections(*(union[f"{token}/{p}"] for p in _PARTS)) for token in index.positions}
+    return detections, functools.reduce(added, distributed.gather(counts, replicas))
 
 
-def _load(index: Index, reading: Reading, place: int, generator: np.random.Generator) -> Sample:
-    """The loader's `load` once the first two are bound."""
-    return scene.load(index, place, reading, generator)
+def _counted(loaded: loader.Loaded, outputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The counters of a batch: the loader's and the model's."""
+    valid = loaded.batch.points_valid
+    points = {} if valid is None else {"points": int(valid.sum())}
+    return points | loaded.counts | {n: int(v) for n, v in outputs.items() if n.startswith(COUNTERS)}

@@ -44,19 +44,31 @@ def judge(
     title: str = "Evaluation",
     config: Mapping[str, Any] | None = None,
     others: Mapping[str, score.Scores] | None = None,
+    counts: Mapping[str, float] | None = None,
 ) -> Judgement:
     """Scores detections of every key frame of `index` (by token), and writes the folder `out`.
 
     reading: how the frames were read for them. run_dir: the training run, whose curves the report shows. config:
-    plain data for the report. others: earlier scores to show beside these.
+    plain data for the report. others: earlier scores to show beside these. counts: of what did not fit, was broken or
+    missing on the way (`detect`).
     """
     if index.judge == "recall":
-        return _recall(index, found, reading, out)
+        return _recall(index, found, reading, out, counts or {})
     document = submission(index, found, reading)
     results.write(out / RESULTS, document)
     scores = score.score(index, document)
-    page.write(out, scores, title=title, index=index, found=document, run_dir=run_dir, config=config, others=others)
-    return Judgement(scores.nds, scores.headline, tables.summary(scores, title))
+    page.write(
+        out,
+        scores,
+        title=title,
+        index=index,
+        found=document,
+        run_dir=run_dir,
+        config=config,
+        others=others,
+        counts=counts,
+    )
+    return Judgement(scores.nds, scores.headline, tables.summary(scores, title, counts))
 
 
 def submission(index: Index, found: Mapping[str, Detections], reading: Reading) -> dict:
@@ -68,7 +80,9 @@ def submission(index: Index, found: Mapping[str, Detections], reading: Reading) 
     )  # fmt: skip
 
 
-def _recall(index: Index, found: Mapping[str, Detections], reading: Reading, out: Path) -> Judgement:
+def _recall(
+    index: Index, found: Mapping[str, Detections], reading: Reading, out: Path, counts: Mapping[str, float]
+) -> Judgement:
     """Recall over frames without nuScenes tables, and pictures of them."""
     numbers: dict[str, float] = {}
     texts = []
@@ -87,5 +101,5 @@ def _recall(index: Index, found: Mapping[str, Detections], reading: Reading, out
         numbers |= {"recall": counted.total.recall, "precision": counted.total.precision}
         numbers |= {f"recall/{row.name}": row.recall for row in counted.rows}
     numbers = {name: value for name, value in numbers.items() if np.isfinite(value)}
-    write_atomically(out / score.METRICS, to_json(numbers, indent=1))
-    return Judgement(numbers.get("recall", 0.0), numbers, "\n\n".join(texts))
+    write_atomically(out / score.METRICS, to_json(numbers | {"counts": dict(counts)}, indent=1))
+    return Judgement(numbers.get("recall", 0.0), numbers, "\n\n".join([*texts, *tables.counted(counts)]))

@@ -40,6 +40,7 @@ def write(
     run_dir: Path | None = None,
     config: Mapping[str, Any] | None = None,
     others: Mapping[str, Scores] | None = None,
+    counts: Mapping[str, float] | None = None,
     name: str = "this run",
     num_frames: int = 3,
 ) -> Path:
@@ -47,7 +48,8 @@ def write(
 
     index, found: the key frames and the results document that were scored; with them, the num_frames best and worst key
     frames are drawn from the sensor files. run_dir: a run folder whose metrics.jsonl is drawn. config: plain data, any
-    depth. others: earlier scores of the same key frames, shown beside these, which are called `name`.
+    depth. others: earlier scores of the same key frames, shown beside these, which are called `name`. counts: of what did
+    not fit, was broken or missing (`detect`).
 
     Raises ValueError if `out` is a file, if scores do not compare, or if a frame's point file cannot be read.
     """
@@ -68,13 +70,13 @@ def write(
             charts["training"] = lambda theme: plots.training(records, theme)
     pictures = {chart: (plot(plots.LIGHT), plot(plots.DARK)) for chart, plot in charts.items()}
     scenes = _frames(out, index, found, num_frames) if index is not None and found is not None else []
-    markdown = tables.summary(scores, title) + (f"\n{tables.compare(side_by_side)}" if others else "")
+    markdown = tables.summary(scores, title, counts) + (f"\n{tables.compare(side_by_side)}" if others else "")
     for chart, (light, _) in pictures.items():
         write_atomically(out / f"{chart}.png", light)
     write_atomically(out / "summary.md", markdown.encode())
-    html = _page(title, scores, side_by_side if others else {}, pictures, scenes, config or {})
+    html = _page(title, scores, side_by_side if others else {}, pictures, scenes, config or {}, counts or {})
     write_atomically(out / "report.html", html.encode())
-    scoring.write(out / scoring.METRICS, scores)  # last: with it, the evaluation is done
+    scoring.write(out / scoring.METRICS, scores, counts)  # last: with it, the evaluation is done
     return out / "report.html"
 
 
@@ -135,6 +137,7 @@ def _page(
     pictures: Mapping[str, tuple[bytes, bytes]],
     scenes: Sequence[Scene],
     config: Mapping[str, Any],
+    counts: Mapping[str, float],
 ) -> str:
     """The whole document."""
     sections = [("Classes", _class_table(scores) + _themed("AP and errors of each class", pictures["classes"]))]
@@ -153,6 +156,10 @@ def _page(
             picture = _image(f"{heading}: cameras and view from above", _jpeg(png), "paper", "jpeg")
             body += f"<details><summary><b>{escape(heading)}</b> {escape(note)}</summary>{picture}</details>"
         sections.append(("Best and worst key frames", body))
+    if counts:
+        lost = "".join(f"<p>{escape(line)}</p>" for line in tables.counted(counts)) or "<p>nothing was dropped</p>"
+        rows = "".join(f"<tr><th>{escape(k)}</th><td>{v:,.0f}</td></tr>" for k, v in counts.items())
+        sections.append(("What did not fit, was broken or missing", lost + f'<table class="config">{rows}</table>'))
     if config:
         rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in _flat(config))
         sections.append(

@@ -38,8 +38,8 @@ ATTRIBUTES = {
     **dict.fromkeys(("barrier", "traffic_cone"), ("", "")),
 }
 _NUMBERS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
-_KNOWN_ATTRIBUTES = {"pedestrian.sitting_lying_down", *(a for pair in ATTRIBUTES.values() for a in pair)}
-_KNOWN_ATTRIBUTES |= {"vehicle.stopped", ""}
+KNOWN_ATTRIBUTES = {"pedestrian.sitting_lying_down", *(a for pair in ATTRIBUTES.values() for a in pair)}
+KNOWN_ATTRIBUTES |= {"vehicle.stopped", ""}
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _first_wrong(token: str, entry: Any) -> str:
         return f"sample_token is {entry.get('sample_token')!r}; it must be the token it is listed under"
     if entry.get("detection_name") not in RANGES:
         return f"detection_name is {entry.get('detection_name')!r}; it must be one of {', '.join(RANGES)}"
-    if entry.get("attribute_name") not in _KNOWN_ATTRIBUTES:
+    if entry.get("attribute_name") not in KNOWN_ATTRIBUTES:
         return f"attribute_name is {entry.get('attribute_name')!r}; it must be a nuScenes attribute or empty"
     score = entry.get("detection_score")
     return "" if _is_number(score) and 0 <= score <= 1 else f"detection_score is {score!r}; it must be from 0 to 1"

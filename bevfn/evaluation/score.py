@@ -180,9 +180,9 @@ def to_json(scores: Scores) -> dict:
     }
 
 
-def write(path: Path, scores: Scores) -> None:
-    """Writes the JSON, all or nothing."""
-    files.write_atomically(Path(path), files.to_json(to_json(scores)))
+def write(path: Path, scores: Scores, counts: Mapping[str, float] | None = None) -> None:
+    """Writes the JSON, all or nothing; counts: what was counted on the way to the scores (`detect`)."""
+    files.write_atomically(Path(path), files.to_json(to_json(scores) | {"counts": dict(counts or {})}))
 
 
 def read(path: Path) -> Scores:

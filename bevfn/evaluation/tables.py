@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping
 
 from bevfn.evaluation.score import ERRORS, UNITS, Scores
+from bevfn.metrics import warnings
 
 LOWER_IS_BETTER = {f"m{name}" for name in ERRORS}
 
 
-def summary(scores: Scores, title: str = "") -> str:
-    """Headline numbers and one row per class; `-` where a class has no such error or no annotation."""
+def summary(scores: Scores, title: str = "", counts: Mapping[str, float] | None = None) -> str:
+    """Headline numbers, one row per class (`-` where it has no such error or no annotation), and what was `counted`."""
     lines = [f"## {title}", ""] if title else []
     lines += _table([list(scores.headline), [number(value) for value in scores.headline.values()]])
     rows = [["class", "boxes", "AP", *(f"{name} [{UNITS[name]}]" for name in ERRORS)]]
@@ -17,7 +18,15 @@ def summary(scores: Scores, title: str = "") -> str:
         # The devkit gives a class without annotations AP 0 and errors 1: numbers that measure nothing.
         values = [c.ap, *c.errors.values()] if c.annotated else [math.nan] * 6
         rows.append([c.name, f"{c.annotated:,}", *map(number, values)])
-    return "\n".join([*lines, "", *_table(rows), "", note(scores), ""])
+    lost = [f"- {line}" for line in counted(counts or {})]
+    return "\n".join([*lines, "", *_table(rows), "", note(scores), *(["", *lost] if lost else []), ""])
+
+
+def counted(counts: Mapping[str, float]) -> list[str]:
+    """What did not fit, was broken or missing on the way to the scores, a sentence each; of points, which share."""
+    dropped, kept = counts.get("overflow/points", 0), counts.get("points", 0)
+    share = f" ({dropped / (dropped + kept):.1%} of all in range)" if dropped else ""
+    return [f"{text}{share if text.startswith('overflow/points') else ''}." for text in warnings(counts)]
 
 
 def note(scores: Scores) -> str:

@@ -10,15 +10,7 @@ from bevfn.kernels.deform_conv import deform_conv
 from bevfn.layers import conv
 
 
-def init(
-    channels_in: int,
-    channels_out: int,
-    kernel: int,
-    *,
-    generator: torch.Generator,
-    groups: int = 1,
-    deform_groups: int = 1,
-) -> dict:
+def init(channels_in: int, channels_out: int, kernel: int, *, generator: torch.Generator, groups: int = 1) -> dict:
     """{"weight": [C_out C_in/groups k k], "offset": {"weight", "bias"} of the convolution that makes the offsets}.
 
     As mmcv: weight Kaiming uniform (fan in, gain sqrt 2), offsets 0. There is no bias.
@@ -26,18 +18,18 @@ def init(
     receptive = channels_in // groups * kernel * kernel
     bound = (6 / receptive) ** 0.5
     weight = torch.empty(channels_out, channels_in // groups, kernel, kernel)
-    outputs = 2 * deform_groups * kernel * kernel
+    outputs = 2 * kernel * kernel
     return {
         "weight": weight.uniform_(-bound, bound, generator=generator),
         "offset": {"weight": torch.zeros(outputs, channels_in, kernel, kernel), "bias": torch.zeros(outputs)},
     }
 
 
-def apply(params: dict, x: Tensor, *, stride: int = 1, padding: int | None = None) -> tuple[Tensor, Tensor]:
-    """x [B C_in H W] -> (y [B C_out H' W'], offset [B 2DK H' W'] in pixels), dtype of x.
+def apply(params: dict, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B C_in H W] -> (y [B C_out H W], offset [B 2k^2 H W] in pixels), dtype of x.
 
-    The groups, and the deformable groups D, are those that `init` was told. padding: None keeps the size at stride 1.
+    One set of offsets moves the channels of all `groups` that `init` was told.
     """
-    padding = params["weight"].shape[-1] // 2 if padding is None else padding
-    offset = conv.apply(params["offset"], x, stride=stride, padding=padding)
-    return deform_conv(x, offset, None, params["weight"].to(x.dtype), stride=stride, padding=padding), offset
+    padding = params["weight"].shape[-1] // 2
+    offset = conv.apply(params["offset"], x, stride=1, padding=padding)
+    return deform_conv(x, offset, None, params["weight"].to(x.dtype), stride=1, padding=padding), offset

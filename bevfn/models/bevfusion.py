@@ -344,8 +344,13 @@ def loss(
     )
     metrics = {"loss/total": total.detach(), "matched_iou": terms["matched_iou"], "num_pos": terms["num_pos"]}
     metrics |= {f"loss/{k}": v.detach() for k, v in terms.items() if k.split("/")[-1] in ("heatmap", "cls", "bbox")}
-    metrics |= {f"overflow/{k}": v for k, v in outputs["overflow"].items()} | {"bad/targets": terms["bad_boxes"]}
+    metrics |= overflow(outputs) | {"bad/targets": terms["bad_boxes"]}
     return total, (new, metrics)
+
+
+def overflow(outputs: dict) -> dict[str, Tensor]:
+    """What did not fit a capacity, by the metric's name: voxels (level 0) and active sites of each level, 0-d."""
+    return {f"overflow/{level}": count for level, count in outputs["overflow"].items()}
 
 
 def decode(outputs: dict, config: Config) -> dict[str, Tensor]:
@@ -361,6 +366,6 @@ def predict(
     config: Config,
     policy: Policy = Policy(),  # noqa: B008
 ) -> dict[str, Tensor]:
-    """Detections of a batch in evaluation mode, in the augmented LiDAR frame."""
+    """Detections of a batch in evaluation mode, in the augmented LiDAR frame, and what did not fit: "overflow/*" (0-d)."""
     outputs, _ = apply(params, state, batch, config=config, train=False, policy=policy)
-    return decode(outputs, config)
+    return decode(outputs, config) | overflow(outputs)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bevfn.files import read_json
-from bevfn.upstream import models, recognise
+from bevfn.upstream import checkpoints, recognise
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _check_there(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ checkpoint
 
 
-def source(manifest: Mapping[str, Any]) -> recognise.Source:
+def source(manifest: Mapping[str, Any]) -> recognise.Recognised:
     """What a case's checkpoint is, told as any foreign checkpoint: by its keys and shapes, without drawing it."""
     specs = manifest["weights"] | (manifest.get("derived") or {})
     return recognise.recognise({key: torch.empty(spec["shape"], device="meta") for key, spec in specs.items()})
@@ -155,7 +155,7 @@ def fill_case(folder: Path, *, config: Any = None) -> dict[str, Tensor]:
             "or this numpy draws other numbers."
         )
     looks, specs = source(manifest), manifest.get("derived") or {}
-    computed = models.buffers(looks.model, config=config) if specs and looks.model else {}
+    computed = checkpoints.buffers(looks.model, config=config) if specs and looks.model else {}
     for key, spec in specs.items():
         ours = computed.get(key.removeprefix(looks.prefix))
         if ours is None:

@@ -1,9 +1,11 @@
 """Writes a world to disk in nuScenes' format, several key frames at a time in several processes."""
 
+import errno
 import glob
 import multiprocessing
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -64,7 +66,7 @@ def write(
     `azimuths` firings; between them lie nine lidar sweeps (20 Hz); cameras have no sweeps.
 
     All is written beside `out` and renamed at the end, so `out` is complete or not there. A folder that already holds
-    this very world is left as it is. Raises ValueError, one sentence, for a folder with anything else in it, a folder
+    this very world is left as it is, also one that another process has made meanwhile. Raises ValueError, one sentence, for a folder with anything else in it, a folder
     that cannot be written, and settings out of range.
     """
     if len(image_size) != 2 or min(image_size) < 32:
@@ -72,7 +74,7 @@ def write(
     settings = Settings(scenes, seed, frames_per_scene, (image_size[0], image_size[1]), azimuths)
     _check(settings)
     out = Path(out).absolute()
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = out.with_name(f"{_partials(out)}{os.getpid()}")
     try:
         if _holds(out, settings):
             return out
@@ -80,8 +82,11 @@ def write(
         for folder in folders():
             (partial / folder).mkdir(parents=True)
         _fill(partial, settings, workers or os.cpu_count() or 1, progress)
-        partial.rename(out)
+        if not _holds(out, settings):
+            partial.rename(out)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and _holds(out, settings):
+            return out
         raise ValueError(
             f"{out} cannot be written ({error}); choose a folder on a disk with room that you may write to."
         ) from error
@@ -92,9 +97,14 @@ def write(
     return out
 
 
+def _partials(out: Path) -> str:
+    """How the names begin of what processes of this machine write beside `out`; others may share the file system."""
+    return f".{out.name}.partial-{socket.gethostname()}-"
+
+
 def _sweep(out: Path) -> None:
     """Removes what killed processes of this machine left beside `out`."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+    for folder in out.parent.glob(f"{glob.escape(_partials(out))}*"):
         try:
             os.kill(int(folder.name.rpartition("-")[2]), 0)  # signal 0 only asks whether the process is there
         except ProcessLookupError:

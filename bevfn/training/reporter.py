@@ -25,26 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from bevfn.files import to_json, write_atomically, writing
-from bevfn.metrics import COUNTERS, METRICS_FILE
+from bevfn.metrics import COUNTERS, METRICS_FILE, meaning
 
 BOARD = "tensorboard"
-# What a counter's first non-zero value means to the user; the longest matching beginning of its name counts.
-WARNINGS = {
-    "overflow/": "did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss",
-    "overflow/points": "points did not fit and were dropped; raise capacities.points, or accept the loss",
-    "overflow/boxes": "annotated boxes did not fit and were dropped; raise capacities.boxes",
-    "overflow/voxels": "voxels did not fit and were dropped; raise the model's voxel capacity of that level",
-    "bad/": "items of the data are broken and were dropped; check the files",
-    "bad/samples": "samples are damaged and others took their place; check the files that are named",
-    "bad/points": "points are NaN or infinite and were dropped; check the point files",
-    "bad/targets": "boxes have sizes that are not above 0, or numbers that are not finite, and taught nothing; check the data",
-    "empty/": "samples have nothing to learn from; check the range and the data",
-    "empty/points": "samples have no point in range; check the point files and point_cloud_range",
-    "empty/boxes": "samples have no annotated box in range and teach background only",
-    "empty/depth": "images have no LiDAR point and teach no depth; check the calibration if there are many",
-    "missing/": "items are not in the data; check it with `bevfn data check`",
-    "missing/frames": "earlier key frames do not exist, as at a scene's start, and the current one stands for them",
-}
 
 
 class Reporter:
@@ -164,8 +147,7 @@ class Reporter:
         for name, value in values.items():
             if name.startswith(COUNTERS):
                 self._totals[name] = self._totals.get(name, 0.0) + (value if math.isfinite(value) else 0.0)
-                meaning = WARNINGS[max((key for key in WARNINGS if name.startswith(key)), key=len)]
-                sentence = f"warning: {name} at step {step}: {value:g} {meaning}." if value else ""
+                sentence = f"warning: {name} at step {step}: {value:g} {meaning(name)}." if value else ""
             else:
                 sentence = "" if math.isfinite(value) else f"warning: {name} is {value} at step {step}."
             if sentence and name not in self._warned:

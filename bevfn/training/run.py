@@ -24,14 +24,16 @@ import tyro
 from bevfn import compile as compilation
 from bevfn import distributed, exits, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, scene, source
-from bevfn.data.batch import Batch, Sample, collate
+from bevfn.data.batch import Batch, collate
 from bevfn.data.index import Index
 from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import judge
+from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
+from bevfn.metrics import added
 from bevfn.names import printable
 from bevfn.precision import LOWEST_SCALE, Policy, Precision
 from bevfn.training import checkpoint, optim, origin, run_folder, signals, train
@@ -39,6 +41,7 @@ from bevfn.training.reporter import Reporter, peak_memory
 
 RUNS = Path("runs")
 SUMMARY = "summary.json"
+SHOWN = 10  # key frames without files that are named one by one
 PATIENCE = 5  # steps of fp16 that are skipped in a row before it is asked why
 Scale = Literal["published", "mini"]
 # What a resumed run may change without changing its numbers.
@@ -82,8 +85,13 @@ class Config:
     """optimizer steps instead of epochs; the schedules run through them"""
     batch_size: int = 4
     """samples per device and microbatch"""
+    box_capacity: int | None = None
+    """room for the annotated boxes of a sample (none: the recipe's); what does not fit is dropped and counted"""
     accumulate: int = 1
-    """microbatches per device whose gradients are averaged into one step"""
+    """microbatches per device whose gradients are averaged into one step; 8 on one device are the mathematics of 8 devices,
+    rounded otherwise, so that only a run of two resumes as the other without --force"""
+    drop_last: bool = False
+    """an epoch ends before its last, incomplete batch; no: that one is filled up from the epoch's start"""
     recipe_batch: int = 32
     """the global batch that the published learning rate is for"""
     recipe_lr: float = 1e-3
@@ -109,7 +117,8 @@ class Config:
     workers: int = 4
     """processes per device that read samples; 0: none"""
     on_damaged: Literal["stop", "skip"] = "stop"
-    """a sample that cannot be read ends the run, or is replaced by the next one, named and counted"""
+    """a sample that cannot be read ends the run, or is replaced by the next one, named and counted; with skip a data set
+    that is there in part is trained on and evaluated without the key frames that lack files, which are named first"""
     pretrained: tuple[Path, ...] = ()
     """files of `bevfn checkpoint import` or checkpoint folders of a run; later ones fill what earlier ones left"""
     checkpoint_every: int = 0
@@ -153,6 +162,8 @@ class Data:
     evaluation: Index
     eval_reading: Reading
     database: paste.Database | None = None
+    left_out: int = 0
+    """key frames of the evaluation split whose files are not all there"""
 
 
 Defaults = Mapping[str, Mapping[source.Kind, Config]]
@@ -256,7 +267,9 @@ class Run:
 def plan(config: Config, items: np.ndarray, replicas: Replicas | None = None) -> Plan:
     """Steps of the run on that many devices."""
     count = replicas.count if replicas is not None else 1
-    per_epoch = loader.steps_per_epoch(len(items), config.batch_size, count, config.accumulate)
+    per_epoch = loader.steps_per_epoch(
+        len(items), config.batch_size, count, config.accumulate, drop_last=config.drop_last
+    )
     epochs = 1 if config.mode == "performance" else config.epochs
     return Plan(per_epoch, config.steps or epochs * per_epoch, config.batch_size * count * config.accumulate)
 
@@ -326,25 +339,49 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
     return initial_state(run), step
 
 
-def check(task: Task, *, train: bool = True) -> None:
+def check(task: Task, *, train: bool = True, whole: bool = True) -> None:
     """Raises ValueError, one sentence, where the splits, what is read of them and the model do not fit together.
 
-    train: the training split too.
+    train: the training split too. whole: a split's key frames must all have what is read of them, as far as the data set
+    says (files are not looked for).
     """
     data = task.data
-    source.check(data.evaluation, data.eval_reading, train=False)
+    source.check(data.evaluation, data.eval_reading, train=False, whole=whole)
     task.needs.check(data.eval_reading, train=False)
     if not train:
         return
-    source.check_scored(data.evaluation)
+    source.check_scored(data.evaluation, KNOWN_ATTRIBUTES)
     reading = data.reading(0)
-    source.check(data.training, reading, train=True)
+    source.check(data.training, reading, train=True, whole=whole)
     task.needs.check(reading, train=True)
     if data.database is not None and (foreign := set(data.database.class_names) - set(reading.class_names)):
         raise ValueError(
             f"{data.database.points_path.parent} has objects of the classes {', '.join(sorted(foreign))}, which the model "
             f"does not detect ({', '.join(reading.class_names)}); build the database again"
         )
+
+
+def on_what_is_there(task: Task, say: Callable[[str], Any]) -> Task:
+    """The task on the key frames whose files are all there, of a data set that is there in part; the others are said once.
+
+    Raises ValueError where none is left to train on or to be judged by.
+    """
+    data = task.data
+    items, lost = scene.whole(data.training, data.items, data.reading(0))
+    places, unseen = scene.whole(data.evaluation, np.arange(len(data.evaluation)), data.eval_reading)
+    for index, left, sentences in ((data.training, items, lost), (data.evaluation, places, unseen)):
+        if not len(left):
+            raise ValueError(f"{index.root}: of no key frame of {index.split!r} are all files there, {sentences[0]}")
+        if sentences:
+            say(
+                f"warning: left out of {index.split!r}, since not all their files are there: {len(sentences):,} of "
+                f"{len(index):,} key frames (`bevfn data check` lists the files)"
+            )
+            more = [f"and {len(sentences) - SHOWN:,} more"] if len(sentences) > SHOWN else []
+            say("\n".join(f"  {sentence}" for sentence in [*sentences[:SHOWN], *more]))
+    if unseen:
+        data = replace(data, evaluation=data.evaluation.select(places), left_out=len(unseen))
+    return replace(task, data=replace(data, items=items))
 
 
 def example(run: Run) -> Batch:
@@ -363,7 +400,7 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
     first, within = divmod(start, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         reading = data.reading(epoch)
-        load = partial(_load, data.training, reading, data.database)
+        load = partial(scene.load, data.training, reading=reading, database=data.database)
         stream = loader.batches(
             load, sampling.order(data.items, config.seed, epoch, shuffle=True), settings, seed=config.seed, epoch=epoch,
             capacities=reading.capacities, rank=rank, replicas=count,
@@ -375,13 +412,6 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
                     return
                 yield step + 1, [next(stream) for _ in range(config.accumulate)]
         within = 0
-
-
-def _load(
-    index: Index, reading: Reading, database: paste.Database | None, place: int, generator: np.random.Generator
-) -> Sample:
-    """The loader's `load` once the first three are bound."""
-    return scene.load(index, place, reading, generator, database=database)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
@@ -403,7 +433,9 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
                 source.prepare(config.data_root)
             distributed.gather(None, replicas)  # the others wait for it
             task = make_task(config)
-            check(task)
+            check(task, whole=config.on_damaged == "stop")
+            if config.on_damaged == "skip":
+                task = on_what_is_there(task, print if replicas is None or replicas.rank == 0 else lambda text: None)
             run = Run(task, config, plan(config, task.data.items, replicas), replicas)
             run = dataclasses.replace(run, facts=facts(run))
             latest = stack.enter_context(open_folder(run)) if run.leads else None
@@ -555,8 +587,9 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
 def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
     """The run folder, locked; gives the checkpoint to go on from."""
     config = run.config
-    # R processes with A microbatches each make the same step for equal R A, unless something is summed over the R.
-    coupled = config.sync_statistics or run.task.shared_normalisers
+    # R processes with A microbatches each make the same step for equal R A, unless something is summed over the R. But sums
+    # of more than two are rounded by their order, which is R's and A's.
+    coupled = config.sync_statistics or run.task.shared_normalisers or run.facts["microbatches"] > 2
     return run_folder.open(
         config.run_dir, flags(config), resume=config.resume, force=config.force, facts=run.facts,
         free=FREE if coupled else FREE | {"processes", "accumulate"},
@@ -613,14 +646,10 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     for item in loaded:
         for problem in item.problems:
             print(f"warning: skipped a damaged sample: {printable(problem)}", flush=True)
-        counts = _sum(counts, item.counts)
-    return functools.reduce(_sum, distributed.gather(counts, run.replicas)) | {
+        counts = added(counts, item.counts)
+    return functools.reduce(added, distributed.gather(counts, run.replicas)) | {
         "seconds/waited": sum(item.waited for item in loaded)
     }
-
-
-def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
 
 
 def check_finite(
@@ -709,16 +738,17 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     """Scores of the evaluation split after `done` steps, by name; files in evaluations/step_..."""
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
-    found = detect(
+    found, counts = detect(
         run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading,
         batch_size=config.batch_size, workers=config.workers, backend=config.eval_backend, device=config.device,
-        replicas=run.replicas,
+        replicas=run.replicas, warn=print,
     )  # fmt: skip
     if not run.leads:
         return {}
     out = evaluation_folder(run, done)
+    counts |= {"missing/key_frames": data.left_out}
     judgement = judge(
-        data.evaluation, found, data.eval_reading, out, run_dir=config.run_dir,
+        data.evaluation, found, data.eval_reading, out, counts=counts, run_dir=config.run_dir,
         title=f"{run.task.title}, step {done}", config=flags(config),
     )  # fmt: skip
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")

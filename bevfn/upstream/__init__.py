@@ -1,13 +1,13 @@
 """Published checkpoints: foreign names, layouts and files. The only room that knows them.
 
-`names_*` give a family's modules their upstream names, `models` lists what can be imported, `recognise` tells models and
+`names_*` give a family's modules their upstream names, `checkpoints` lists what can be imported, `recognise` tells models and
 layouts apart, `convert` goes both ways, `storage` and `torch_file` read and write, `merge` starts one model from several checkpoints.
 """
 
+from bevfn.upstream.checkpoints import CHECKPOINTS
 from bevfn.upstream.convert import Refused, Report, export_state, import_state, nest
 from bevfn.upstream.entries import Entry, impossible
 from bevfn.upstream.merge import Merge, load_into
-from bevfn.upstream.models import MODELS
 from bevfn.upstream.storage import (
     Imported,
     NotImported,
@@ -18,7 +18,7 @@ from bevfn.upstream.storage import (
 )
 
 __all__ = [
-    "MODELS",
+    "CHECKPOINTS",
     "Entry",
     "Imported",
     "Merge",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.upstream import models, recognise
-from bevfn.upstream.entries import Entry, Layout, Naming, impossible
+from bevfn.upstream import checkpoints, recognise
+from bevfn.upstream.entries import Entry, Naming, WeightLayout, impossible
 from bevfn.upstream.recognise import SparseLayout
 
 DEEPEST = 100  # levels of a tree
@@ -47,7 +47,7 @@ class Report:
     def text(self, *, every_key: bool = False) -> str:
         """The report for a terminal; unused keys are grouped by reason unless `every_key`."""
         lines = [f"{self.what}, read as {self.model}"]
-        kernels = f"sparse kernels {self.sparse}, " if models.has_sparse_kernels(self.model) else ""
+        kernels = f"sparse kernels {self.sparse}, " if checkpoints.has_sparse_kernels(self.model) else ""
         lines += [f"  layout     {kernels}{self.naming} naming, key prefix {self.prefix!r}"]
         lines += [f"  used       {len(self.used)} tensors"]
         lines += [f"  unused     {count} {reason}" for reason, count in Counter(self.unused.values()).items()]
@@ -77,13 +77,13 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = No
     missing, unknown, of another shape, or hold what none can (`entries.impossible`). `params` of a lone Swin lacks the leaves of `report.initial`. `config` is the
     configuration whose shapes the leaves must have, by default the published one.
     """
-    if model not in models.MODELS:
-        raise ValueError(f"unknown model {model!r}: choose one of {', '.join(models.MODELS)}.")
+    if model not in checkpoints.CHECKPOINTS:
+        raise ValueError(f"unknown model {model!r}: choose one of {', '.join(checkpoints.CHECKPOINTS)}.")
     source = recognise.recognise(upstream)
     if source.model != model:
-        remedy = f"use --model {source.model}" if source.model else f"bevfn reads {', '.join(models.MODELS)}"
+        remedy = f"use --model {source.model}" if source.model else f"bevfn reads {', '.join(checkpoints.CHECKPOINTS)}"
         raise ValueError(f"the checkpoint looks like {source.what}, not like {model}: {remedy}.")
-    entries = models.entries(model, source.naming, config=config)
+    entries = checkpoints.entries(model, source.naming, config=config)
     inside = {key.removeprefix(source.prefix): t for key, t in upstream.items() if key.startswith(source.prefix)}
     layout = recognise.sparse_layout(inside, entries)
     report = Report(model, source.what, source.prefix, source.naming, layout)
@@ -93,7 +93,7 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = No
         if leaf is not None:
             flat[entry.tree][entry.path] = leaf
     report.carried.update(flat["upstream"])
-    _account_for_the_rest(inside, entries, models.buffers(model, source.naming, config=config), report)
+    _account_for_the_rest(inside, entries, checkpoints.buffers(model, source.naming, config=config), report)
     for key in upstream:
         if not key.startswith(source.prefix):
             report.unused[key] = f"outside {source.prefix!r}, where the model is"
@@ -150,7 +150,7 @@ def _account_for_the_rest(
             if not _same_bits(source, computed[key]):
                 report.carried[key] = source.detach().clone()
             continue
-        reason = models.reason_unused(key, report.model)
+        reason = checkpoints.reason_unused(key, report.model)
         if reason is None:
             report.unknown.append(key)
         else:
@@ -177,7 +177,7 @@ def export_state(
     flat = {f"params.{path}": leaf for path, leaf in tree.flatten(params).items()}
     flat |= {f"state.{path}": leaf for path, leaf in tree.flatten(state).items()}
     found: dict[str, Tensor] = {}
-    entries = models.entries(model, naming, config=config)
+    entries = checkpoints.entries(model, naming, config=config)
     unknown = sorted(set(flat) - {entry.name for entry in entries})
     if unknown:
         raise ValueError(f"{model} has no {unknown[0]} (nor {len(unknown) - 1} more): export it as the model it is.")
@@ -192,7 +192,8 @@ def export_state(
         elif not entry.optional:
             raise ValueError(f"{entry.name} is missing: {model} cannot be exported without it.")
     found |= {
-        key: carried.get(key, buffer).clone() for key, buffer in models.buffers(model, naming, config=config).items()
+        key: carried.get(key, buffer).clone()
+        for key, buffer in checkpoints.buffers(model, naming, config=config).items()
     }
     found |= {key: kept.clone() for key, kept in carried.items() if key not in found}
     return {prefix + key: leaf for key, leaf in found.items()}
@@ -245,7 +246,9 @@ def _merged_to_upstream(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)  # ... 4*C
 
 
-_LAYOUTS: dict[Layout, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {  # (to ours, to upstream)
+_LAYOUTS: dict[
+    WeightLayout, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+] = {  # (to ours, to upstream)
     "same": (lambda x: x, lambda x: x),
     "sparse": (lambda x: x.permute(1, 2, 3, 4, 0), lambda x: x.permute(4, 0, 1, 2, 3)),  # spconv 2: out kx ky kz in
     "sequence": (lambda x: x.squeeze(-1), lambda x: x.unsqueeze(-1)),
@@ -255,7 +258,7 @@ _LAYOUTS: dict[Layout, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 }
 
 
-def _layout(entry: Entry, sparse: SparseLayout) -> Layout:
+def _layout(entry: Entry, sparse: SparseLayout) -> WeightLayout:
     """mmcv's sparse kernels are laid out as ours."""
     return "same" if entry.layout == "sparse" and sparse == "mmcv" else entry.layout
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from bevfn import tree
 
 Tree = Literal["params", "state", "upstream"]  # "upstream": a key kept only so that the export is exact
-Layout = Literal["same", "sparse", "sequence", "merged", "row", "swapped"]
+WeightLayout = Literal["same", "sparse", "sequence", "merged", "row", "swapped"]
 Naming = Literal["mmdet", "original"]
 
 
@@ -30,7 +30,7 @@ class Named:
 
     path: str
     key: str
-    layout: Layout = "same"
+    layout: WeightLayout = "same"
     optional: bool = False
 
 
@@ -45,7 +45,7 @@ class Entry:
     path: str
     key: str
     shape: tuple[int, ...]
-    layout: Layout = "same"
+    layout: WeightLayout = "same"
     optional: bool = False
 
     @property
@@ -59,7 +59,7 @@ class Entry:
 
 
 def conv_norm(
-    path: str, key: str, conv: str = "0", norm: str = "1", *, layout: Layout = "same", names: str = "conv norm"
+    path: str, key: str, conv: str = "0", norm: str = "1", *, layout: WeightLayout = "same", names: str = "conv norm"
 ) -> Names:
     """A convolution and its batch norm: `conv` and `norm` upstream below `key`, the two `names` here below `path`."""
     for ours, theirs, how in zip(names.split(), (conv, norm), (layout, "same")):

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bevfn.models import bevdepth
 from bevfn.upstream.buffers import frustum, grid
-from bevfn.upstream.entries import Layout, Named, Names, Naming, conv_norm
+from bevfn.upstream.entries import Named, Names, WeightLayout, conv_norm
 
 UNUSED_OF_RESNET = ((r"fc\.(weight|bias)", "classification head of the pre-training"),)
 
 
-def detector(params: dict, naming: Naming) -> Names:
+def detector(params: dict) -> Names:
     """A BEVDepth or MatrixVT, in upstream's order."""
     image, view, bev = params["image"], params["view"], params["bev"]
     yield from _resnet(image["backbone"], "image.backbone", "backbone.img_backbone.")
@@ -35,7 +35,7 @@ def detector(params: dict, naming: Naming) -> Names:
     yield from _second_fpn(bev["neck"], "bev.neck", "head.neck")
 
 
-def resnet(params: dict, naming: Naming) -> Names:
+def resnet(params: dict) -> Names:
     """torchvision's ResNet as the image backbone."""
     return _resnet(params["image"]["backbone"], "image.backbone", "")
 
@@ -58,7 +58,7 @@ def _numbered(path: str, key: str, number: int) -> Names:
 def _second_fpn(params: dict, path: str, key: str) -> Names:
     for b, block in enumerate(params["blocks"]):
         # Upstream also makes the level that keeps its size as a transposed convolution, kernel [in out 1 1].
-        layout: Layout = "swapped" if block["conv"]["weight"].shape[-1] == 1 else "same"
+        layout: WeightLayout = "swapped" if block["conv"]["weight"].shape[-1] == 1 else "same"
         yield from conv_norm(f"{path}.blocks.{b}", f"{key}.deblocks.{b}", layout=layout)
 
 
@@ -109,7 +109,7 @@ def _matrix(params: dict) -> Names:
     yield Named(f"{path}.rows.out", f"{weigher}.3")
 
 
-def detector_buffers(config: bevdepth.Config, naming: Naming) -> dict[str, Tensor]:
+def detector_buffers(config: bevdepth.Config) -> dict[str, Tensor]:
     """The view transform's buffers, which follow from the configuration."""
     view = config.grid
     step, first, count = grid(view)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bevfn.models import bevfusion
 from bevfn.upstream.buffers import frustum, grid
-from bevfn.upstream.entries import Layout, Named, Names, Naming, conv_norm
+from bevfn.upstream.entries import Named, Names, Naming, WeightLayout, conv_norm
 
 UNUSED_OF_SWIN = (
     (r".*\.attn_mask", "shift mask for the pre-training image size; bevfn computes its own"),
@@ -19,7 +19,7 @@ UNUSED_OF_SWIN = (
 )
 
 
-def detector(params: dict, naming: Naming) -> Names:
+def detector(params: dict) -> Names:
     """A BEVFusion of any sensors, in upstream's order."""
     if "camera" in params:
         yield from swin(params, "mmdet", "img_backbone.")
@@ -43,7 +43,7 @@ def swin(params: dict, naming: Naming, prefix: str = "") -> Names:
     mmdet, path = naming == "mmdet", "camera.backbone"
     stage, attention, projection = ("stages", "attn.w_msa", "projection") if mmdet else ("layers", "attn", "proj")
     fc1, fc2 = ("ffn.layers.0.0", "ffn.layers.1") if mmdet else ("mlp.fc1", "mlp.fc2")
-    merged: Layout = "same" if mmdet else "merged"
+    merged: WeightLayout = "same" if mmdet else "merged"
     yield Named(f"{path}.patch_embed.conv", f"{prefix}patch_embed.{projection}")
     yield Named(f"{path}.patch_embed.norm", f"{prefix}patch_embed.norm")
     backbone = params["camera"]["backbone"]
@@ -126,7 +126,7 @@ def _decoder_layer(path: str, key: str) -> Names:
 # --- buffers that follow from the configuration ------------------------------------------------------------------
 
 
-def detector_buffers(config: bevfusion.Config, naming: Naming) -> dict[str, Tensor]:
+def detector_buffers(config: bevfusion.Config) -> dict[str, Tensor]:
     """Swin's and the view transform's."""
     if config.camera is None:
         return {}

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from bevfn.upstream.checkpoints import CHECKPOINTS, Look
 from bevfn.upstream.entries import Entry, Naming
-from bevfn.upstream.models import MODELS, Look
 
 SparseLayout = Literal["spconv2", "mmcv"]
 
@@ -35,7 +35,7 @@ FOREIGN = (  # what bevfn does not read, told by its keys all the same
 
 
 @dataclass(frozen=True)
-class Source:
+class Recognised:
     """What a state dict looks like; `model` is None where no model of ours fits."""
 
     what: str
@@ -44,22 +44,22 @@ class Source:
     naming: Naming = "mmdet"
 
 
-def recognise(keys: Mapping[str, Tensor]) -> Source:
+def recognise(keys: Mapping[str, Tensor]) -> Recognised:
     """Says which model a state dict belongs to, from its keys and shapes: the look that asks for most wins.
 
     Between equals what bevfn does not read wins, so that a detector is not taken for the backbone inside it.
     """
     looks: list[tuple[str | None, Look]] = [(None, look) for look in FOREIGN]
-    looks += [(name, look) for name, model in MODELS.items() for look in model.looks]
+    looks += [(name, look) for name, spec in CHECKPOINTS.items() for look in spec.looks]
     for name, look in sorted(looks, key=lambda pair: -len(pair[1].anchors) - (pair[1].key_frames is not None)):
         prefix = _prefix_before(keys, look.anchors[0]) if look.prefix is None else look.prefix
         if prefix is None or not all(any(key.startswith(prefix + a) for key in keys) for a in look.anchors):
             continue
         frames = _key_frames(keys, prefix)
         if look.key_frames in (None, frames) and (frames is not None or "{key_frames}" not in look.what):
-            return Source(look.what.format(key_frames=frames), name, prefix, look.naming)
+            return Recognised(look.what.format(key_frames=frames), name, prefix, look.naming)
     parts = sorted({key.split(".")[0] for key in keys})
-    return Source(f"a model with the parts {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}", None)
+    return Recognised(f"a model with the parts {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}", None)
 
 
 def _key_frames(keys: Mapping[str, Tensor], prefix: str) -> int | None:

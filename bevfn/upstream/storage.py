@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bevfn import catalogue, tree
 from bevfn.files import to_json, write_atomically
-from bevfn.upstream import models, torch_file
+from bevfn.upstream import checkpoints, torch_file
 from bevfn.upstream.convert import Report, nest
 from bevfn.upstream.entries import Naming
 from bevfn.upstream.recognise import SparseLayout
@@ -153,10 +153,12 @@ def _imported(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Imported:
     if missing := [name for name in _METADATA if name not in metadata]:
         raise ValueError(f"its metadata lacks {', '.join(missing)}")
     model = catalogue.FORMER.get(metadata["model"], metadata["model"])
-    known = {"model": models.MODELS, "sparse": get_args(SparseLayout), "naming": get_args(Naming)}
+    known = {"model": checkpoints.CHECKPOINTS, "sparse": get_args(SparseLayout), "naming": get_args(Naming)}
     for name, choices in known.items():
         if (value := model if name == "model" else metadata[name]) not in choices:
             raise ValueError(f"its {name} is {value[:60]!r}, none of {', '.join(choices)}")
+    if odd := [name for name in tensors if not name.isprintable()]:
+        raise ValueError(f"it holds a leaf named {odd[0][:60]!r}")
     parts: dict[str, dict[str, Tensor]] = {"params": {}, "state": {}, "upstream": {}}
     for name, leaf in tensors.items():
         part, _, rest = name.partition(".")

@@ -40,7 +40,7 @@ class Config:
     """of the ASPP's 3x3 convolutions, beside its 1x1 and its average over the image"""
     dropout: float = 0.5
     """behind the ASPP"""
-    deform_groups: int = 4
+    weight_groups: int = 4
     """groups of the deformable convolution's weight; one set of offsets moves them all"""
 
 
@@ -62,7 +62,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     made["context"] = conv.init(C, config.context, 1, bias=True, generator=generator)
     made["blocks"] = [resnet.init_basic(C, C, generator=generator) for _ in range(config.blocks)]
     made["aspp"] = _init_aspp(config, generator)
-    made["deform"] = deform_conv.init(C, C, 3, groups=config.deform_groups, generator=generator)
+    made["deform"] = deform_conv.init(C, C, 3, groups=config.weight_groups, generator=generator)
     made["depth"] = conv.init(C, config.depth_bins, 1, bias=True, generator=generator)
     return tree.unzip(made)
 

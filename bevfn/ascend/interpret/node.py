@@ -67,7 +67,7 @@ class Opaque:
 
 
 Value = Tensor | Opaque
-Source = tuple[str, int]  # a node's name and the number of its output
+Output = tuple[str, int]  # a node's name and the number of its output
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Node:
 
     name: str
     type: str
-    sources: tuple[Source | None, ...]  # of the operands; None: an optional operand that is not fed
+    sources: tuple[Output | None, ...]  # of the operands; None: an optional operand that is not fed
     operands: tuple[str, ...]  # the prototype's names of the operands
     outputs: tuple[Described, ...]
     after: tuple[str, ...]  # nodes that must have run: sources and control edges
@@ -125,14 +125,14 @@ def read(op: Any) -> Node:
     return Node(
         name=op.name,
         type=op.type,
-        sources=tuple(_source(source) for source in sources),
+        sources=tuple(_output(source) for source in sources),
         operands=names,
         outputs=tuple(described(desc) for desc in op.output_desc),
         after=after,
     )
 
 
-def _source(text: str) -> Source | None:
+def _output(text: str) -> Output | None:
     if not text:
         return None
     name, index = text.rsplit(":", 1)

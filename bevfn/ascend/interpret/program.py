@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bevfn.ascend.interpret import node as nodes
-from bevfn.ascend.interpret.node import Described, Invalid, Node, Opaque, Source, Unsupported, Value
+from bevfn.ascend.interpret.node import Described, Invalid, Node, Opaque, Output, Unsupported, Value
 
 Watch = Callable[[Node, tuple[Value, ...]], None]
 _KNOWN_HERE = {"Data", "Const", "Constant", "NetOutput"}
@@ -23,15 +23,15 @@ _KNOWN_HERE = {"Data", "Const", "Constant", "NetOutput"}
 class Step:
     node: Node
     call: Callable[[list[Value | None]], Any]
-    last_uses: tuple[Source, ...]  # values that nobody reads after this step, its own results included
+    last_uses: tuple[Output, ...]  # values that nobody reads after this step, its own results included
 
 
 @dataclass(frozen=True)
 class Program:
-    inputs: tuple[tuple[Source, Described], ...]  # in the order of the graph's inputs
-    constants: Mapping[Source, Tensor]
+    inputs: tuple[tuple[Output, Described], ...]  # in the order of the graph's inputs
+    constants: Mapping[Output, Tensor]
     steps: tuple[Step, ...]
-    outputs: tuple[tuple[Source, Described], ...]
+    outputs: tuple[tuple[Output, Described], ...]
 
 
 def prepare(graph: Any, functions: Mapping[str, Callable[..., Any]], refused: Mapping[str, str]) -> Program:
@@ -63,7 +63,7 @@ def prepare(graph: Any, functions: Mapping[str, Callable[..., Any]], refused: Ma
 
 def execute(program: Program, inputs: Sequence[Tensor], watch: Watch | None = None) -> list[Tensor]:
     """The graph's outputs, as new tensors; `inputs` are not written. See `interpret.run`."""
-    values: dict[Source, Value] = dict(program.constants)
+    values: dict[Output, Value] = dict(program.constants)
     values.update(_checked_inputs(program, inputs))
     borrowed = {_address(value) for value in values.values()} - {None}
     with torch.no_grad():
@@ -137,7 +137,7 @@ def _known(order: list[Node], functions: Mapping[str, Any], refused: Mapping[str
 
 def _check_writes(work: list[Node], order: list[Node], all_nodes: Mapping[str, Node]) -> None:
     """Raises Invalid where a node writes into a value that another node reads, or that is not the graph's own."""
-    readers: dict[Source, list[Node]] = {}
+    readers: dict[Output, list[Node]] = {}
     for node in order:
         for source in node.sources:
             if source:
@@ -156,19 +156,19 @@ def _check_writes(work: list[Node], order: list[Node], all_nodes: Mapping[str, N
                 )
 
 
-def _last_uses(work: list[Node], kept: set[Source]) -> dict[str, tuple[Source, ...]]:
-    last: dict[Source, str] = {}
+def _last_uses(work: list[Node], kept: set[Output]) -> dict[str, tuple[Output, ...]]:
+    last: dict[Output, str] = {}
     for node in work:
         last.update({(node.name, i): node.name for i in range(len(node.outputs))})
         last.update({source: node.name for source in node.sources if source})
-    uses: dict[str, list[Source]] = {node.name: [] for node in work}
+    uses: dict[str, list[Output]] = {node.name: [] for node in work}
     for source, name in last.items():
         if source not in kept:
             uses[name].append(source)
     return {name: tuple(sources) for name, sources in uses.items()}
 
 
-def _inputs(ops: Any, all_nodes: Mapping[str, Node]) -> tuple[tuple[Source, Described], ...]:
+def _inputs(ops: Any, all_nodes: Mapping[str, Node]) -> tuple[tuple[Output, Described], ...]:
     data = sorted((op.attr["index"].i, op.name) for op in ops if op.type == "Data")
     if [index for index, _ in data] != list(range(len(data))):
         raise Invalid(f"the graph's inputs are not numbered 0 to {len(data) - 1}: {data}")
@@ -178,10 +178,10 @@ def _inputs(ops: Any, all_nodes: Mapping[str, Node]) -> tuple[tuple[Source, Desc
 # -------------------------------------------------------------------------------------------------------- execution
 
 
-def _checked_inputs(program: Program, inputs: Sequence[Tensor]) -> dict[Source, Value]:
+def _checked_inputs(program: Program, inputs: Sequence[Tensor]) -> dict[Output, Value]:
     if len(inputs) != len(program.inputs):
         raise Invalid(f"the graph has {len(program.inputs)} inputs, got {len(inputs)} tensors")
-    values: dict[Source, Value] = {}
+    values: dict[Output, Value] = {}
     for (source, described), tensor in zip(program.inputs, inputs):
         problem = described.problem(tensor)
         if problem:
@@ -216,7 +216,7 @@ def _shown(node: Node, operands: list[Value | None]) -> str:
     return ", ".join(f"{name} {nodes.show(value)}" for name, value in zip(node.operands, operands)) or "none"
 
 
-def _check_alone(step: Step, position: int, values: Mapping[Source, Value], borrowed: set[int | None]) -> None:
+def _check_alone(step: Step, position: int, values: Mapping[Output, Value], borrowed: set[int | None]) -> None:
     """Raises Invalid if an operand written in place shares its memory with an input or a value still to be read."""
     written = step.node.sources[position]
     if written is None:

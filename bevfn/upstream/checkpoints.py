@@ -1,4 +1,4 @@
-"""The published models whose checkpoints bevfn reads: one entry each."""
+"""The published checkpoints that bevfn reads: one entry each."""
 
 import re
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Model:
+class Checkpoint:
     """What importing and exporting needs: names come from `names`, widths from the family's `init(config)`."""
 
     looks: tuple[Look, ...]
@@ -39,7 +39,7 @@ class Model:
     """the published configuration"""
     names: Callable[[dict, Naming], Names]
     """of the family's params tree, or of the part of it that the file holds"""
-    buffers: Callable[[Any, Naming], dict[str, Tensor]] = lambda config, naming: {}
+    buffers: Callable[[Any, Naming], dict[str, Tensor]] = lambda config, _: {}
     """upstream's stored buffers that follow from the configuration, by key: ours are computed, never loaded"""
     unused: tuple[tuple[str, str], ...] = ()
     """(pattern of keys without the prefix, why they have no use here)"""
@@ -48,25 +48,34 @@ class Model:
 _COMPUTED = "voxelization and image normalization are computed from the configuration"
 
 
-def _bevfusion(config: Callable[[], bevfusion.Config], what: str, *anchors: str) -> Model:
+def _detector(looks: tuple[Look, ...], family: ModuleType, config: Callable[[], Any], names: ModuleType) -> Checkpoint:
+    """A detector as its repository writes it: in one naming."""
+    return Checkpoint(
+        looks,
+        family,
+        config,
+        lambda params, _: names.detector(params),
+        lambda made, _: names.detector_buffers(made),
+    )
+
+
+def _bevfusion(config: Callable[[], bevfusion.Config], what: str, *anchors: str) -> Checkpoint:
     looks = (Look(what, ("pts_middle_encoder.", "bbox_head.", *anchors)),)
-    names = names_bevfusion
-    return Model(looks, bevfusion, config, names.detector, names.detector_buffers)
+    return _detector(looks, bevfusion, config, names_bevfusion)
 
 
-def _bevdepth(config: Callable[[], bevdepth.Config], what: str, *anchors: str) -> Model:
+def _bevdepth(config: Callable[[], bevdepth.Config], what: str, *anchors: str) -> Checkpoint:
     anchors = ("backbone.depth_net.reduce_conv.", "head.trunk.conv1.", *anchors)
     looks = (Look(what, anchors, key_frames=config().frames),)
-    names = names_bevdepth
-    return Model(looks, bevdepth, config, names.detector, names.detector_buffers)
+    return _detector(looks, bevdepth, config, names_bevdepth)
 
 
-MODELS = {
+CHECKPOINTS = {
     "bevfusion-lidar": _bevfusion(bevfusion.lidar_only, "a LiDAR-only BEVFusion detector"),
     "bevfusion-lidar-camera": _bevfusion(
         bevfusion.lidar_camera, "a camera + LiDAR BEVFusion detector", "img_backbone."
     ),
-    "swin-nuimages": Model(
+    "swin-nuimages": Checkpoint(
         (
             Look("a Swin backbone in original naming", ("patch_embed.proj.weight",), naming="original"),
             Look("a Swin backbone in mmdet naming", ("patch_embed.projection.weight",)),
@@ -88,12 +97,12 @@ MODELS = {
     "matrixvt": _bevdepth(
         bevdepth.matrix_vt, "a MatrixVT detector", "backbone.horiconv.out_conv.", "backbone.depth_reducer."
     ),
-    "resnet50": Model(
+    "resnet50": Checkpoint(
         # torchvision's file: in a detector the same names have something in front
         (Look("an ImageNet ResNet-50", ("conv1.weight", "layer1.0.conv3.weight", "layer4.2.conv3.weight"), prefix=""),),
         bevdepth,
         bevdepth.two_key,
-        names_bevdepth.resnet,
+        lambda params, _: names_bevdepth.resnet(params),
         unused=names_bevdepth.UNUSED_OF_RESNET,
     ),
 }
@@ -105,7 +114,7 @@ def entries(model: str, naming: Naming = "mmdet", *, config: Any = None) -> list
 
     config: the family's configuration whose shapes count; the published one if None.
     """
-    spec = MODELS[model]
+    spec = CHECKPOINTS[model]
     with torch.device("meta"):  # shapes alone: no memory, no random numbers
         params, state = spec.family.init(spec.config() if config is None else config, seed=0)
     return _entries(spec.names(params, naming), params, state)
@@ -120,10 +129,10 @@ def reason_unused(key: str, model: str) -> str | None:
     """Why a key that no entry names has no use, None if it should not be there. `key` without the source's prefix."""
     if key.startswith(("pts_voxel_layer.", "pts_voxel_encoder.", "data_preprocessor.")):
         return _COMPUTED
-    return next((reason for pattern, reason in MODELS[model].unused if re.fullmatch(pattern, key)), None)
+    return next((reason for pattern, reason in CHECKPOINTS[model].unused if re.fullmatch(pattern, key)), None)
 
 
 def buffers(model: str, naming: Naming = "mmdet", *, config: Any = None) -> dict[str, Tensor]:
     """Upstream's stored buffers that follow from the configuration, by key."""
-    spec = MODELS[model]
+    spec = CHECKPOINTS[model]
     return spec.buffers(spec.config() if config is None else config, naming)

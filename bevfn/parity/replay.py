@@ -1,4 +1,4 @@
-"""One golden case from its manifest to its table: `run`. What differs between models is in their maps."""
+"""One golden case from its manifest to its table: `replay`. What differs between models is in their maps."""
 
 from types import ModuleType
 from typing import Any, Protocol
@@ -48,7 +48,7 @@ class Map(Protocol):
 MAPS: dict[ModuleType, Map] = {bevfusion_model: bevfusion, bevdepth_model: bevdepth}
 
 
-def run(case: Case, table: Table, *, only: str | None, device: str) -> None:
+def replay(case: Case, table: Table, *, only: str | None, device: str) -> None:
     """Adds every comparison of the case to the table; `only` is "eval", "train" or None for both.
 
     Raises ValueError if its checkpoint, told by keys and shapes, is none of a model that bevfn has.
@@ -57,10 +57,10 @@ def run(case: Case, table: Table, *, only: str | None, device: str) -> None:
     if source.model is None:
         raise ValueError(
             f"{case.folder}/manifest.json is a case of {source.what}, which bevfn does not have yet; it has "
-            f"{', '.join(upstream.MODELS)}"
+            f"{', '.join(upstream.CHECKPOINTS)}"
         )
     print(f"{'boundary':<44} {'error':>10} {'tolerance':>10}")
-    spec = upstream.MODELS[source.model]
+    spec = upstream.CHECKPOINTS[source.model]
     family, maps = spec.family, MAPS[spec.family]
     config = maps.config_for(case, spec.config())
     params, state, _ = upstream.import_state(golden.fill_case(case.folder), source.model)

@@ -1,0 +1,299 @@
+"""What the values of a data set are, and what training would do with those that are odd: a section of `bevfn data check`.
+
+A fact is measured; a finding says what is odd and what follows. Values come from the tables and from the key frames that
+training would read, with the rules of `possible`; of files, a few of each kind are opened.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from bevfn.data import faults, image, nuscenes, points
+from bevfn.data import tables as tables_of
+from bevfn.data.index import CAMERAS, Packed
+from bevfn.names import printable
+from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
+
+REACH = 54.0  # m in x and y, beyond which the published recipes drop boxes
+SHORTEST_LAG = 1e-3  # s: no LiDAR turns a thousand times a second
+OPENED = 5  # files of a kind
+SENSORS = ("LIDAR_TOP", *CAMERAS)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something odd."""
+
+    what: str
+    then: str
+    """What training does with it."""
+    kind: Literal["refused", "left out", "note"]
+    """A note is fine if it is meant."""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.then}"
+
+
+def of_tables(
+    root: Path, version: str, tables: dict[str, list[dict]], chosen: dict[str, list[str]]
+) -> Iterator[Finding]:
+    """What the tables say beyond key frames. chosen: the splits that are looked at, and their scenes."""
+    yield from _channels(tables)
+    yield from _categories(tables)
+    yield from _links(tables)
+    yield from _splits(root, version, tables, chosen)
+
+
+def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[list[str], list[Finding]]:
+    """(facts, findings) of a split's key frames, from its index, or read of the tables where there is none; nothing is
+    written. damaged: files, relative to the root, that are known to be."""
+    try:
+        with warnings.catch_warnings():  # of what is a finding here
+            warnings.simplefilter("ignore")
+            packed = nuscenes.frames(root, version, split, keep=False)
+    except ValueError as error:
+        return [], [Finding(f"{split}: {printable(error).rstrip('.')}", "training refuses the data set", "refused")]
+    found = [
+        Finding(f"{fault.first} ({fault.count:,} {fault.what})", "training refuses the data set", "refused")
+        for fault in faults.find(packed)
+    ]
+    told, odd = _files(root, packed, damaged)
+    facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed), _camera_fact(packed), *told]
+    found += [*_sweeps(packed), *_boxes(packed), *_cameras(packed), *odd]
+    return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
+
+
+# --- tables ---
+
+
+def _channels(tables: dict[str, list[dict]]) -> Iterator[Finding]:
+    channels = {str(row.get("channel")) for row in tables["sensor"]}
+    foreign = sorted(name for name in channels - {*SENSORS} if not name.startswith("RADAR"))
+    if foreign:
+        yield Finding(
+            f"sensor.json has the channels {_some(foreign)}, which nuScenes has not", "it does not read them", "note"
+        )
+    if missing := [name for name in SENSORS if name not in channels]:
+        yield Finding(
+            f"sensor.json has no {_some(missing)}", "it refuses models that read them; rename the channels that are meant",
+            "refused",
+        )  # fmt: skip
+
+
+def _categories(tables: dict[str, list[dict]]) -> Iterator[Finding]:
+    names = {row["token"]: str(row.get("name")) for row in tables["category"]}
+    objects = {row["token"]: names[row["category_token"]] for row in tables["instance"]}
+    counts = Counter(objects[row["instance_token"]] for row in tables["sample_annotation"])
+    foreign = {name: count for name, count in counts.items() if name not in CATEGORIES}
+    if foreign:
+        every = len(foreign) == len(counts)
+        yield Finding(
+            f"{sum(foreign.values()):,} of {sum(counts.values()):,} annotations are of categories that nuScenes has not, "
+            f"{_some(list(foreign))}",
+            "it refuses the data set, which has no other" if every else "it leaves them out",
+            "refused" if every else "left out",
+        )
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        yield Finding(f"category.json has {_some(twice)} more than once", "it takes them as one", "note")
+
+
+def _links(tables: dict[str, list[dict]]) -> Iterator[Finding]:
+    """Chains of rows, each of which must be followed both ways and stay with its scene, sensor or object."""
+    scenes = {row["token"]: row["scene_token"] for row in tables["sample"]}
+    sensors = {row["token"]: row["sensor_token"] for row in tables["calibrated_sensor"]}
+    owners = {
+        "sample": lambda row: row["scene_token"],
+        "sample_data": lambda row: (scenes[row["sample_token"]], sensors[row["calibrated_sensor_token"]]),
+        "sample_annotation": lambda row: row["instance_token"],
+    }
+    for name, owner in owners.items():
+        rows = {row["token"]: row for row in tables[name]}
+        broken = []
+        for row in tables[name]:
+            for way, back in (("prev", "next"), ("next", "prev")):
+                other = rows.get(row.get(way, ""))
+                if other is not None and (
+                    other is row or other.get(back) != row["token"] or owner(other) != owner(row)
+                ):
+                    broken.append((row["token"], way))
+        if broken:
+            token, way = broken[0]
+            yield Finding(
+                f"{len(broken):,} links of {name}.json lead to the row itself, out of its scene, sensor or object, or not "
+                f"back (the first is {way} of {printable(token)})",
+                "it refuses those that it follows",
+                "refused",
+            )
+
+
+def _splits(root: Path, version: str, tables: dict[str, list[dict]], chosen: dict[str, list[str]]) -> Iterator[Finding]:
+    defaults = tables_of.default_splits(root, version)
+    own = [name for name in chosen if not defaults or name not in tables_of.NUSCENES]
+    if defaults is None:
+        what = f"{version} is none of nuScenes' versions; its splits are {_some(list(chosen))}"
+        yield Finding(what, "it needs --train-split and --eval-split", "note")
+    elif own:
+        what = f"splits.json has the splits {_some(own)}"
+        yield Finding(
+            what, "they need --train-split and --eval-split; without, it takes " + " and ".join(defaults), "note"
+        )
+    if len(present := tables_of.splits(root, version)) == len(chosen) or set(present) > set(chosen):
+        used = {name for names in present.values() for name in names}
+        if lost := [str(row.get("name")) for row in tables["scene"] if row.get("name") not in used]:
+            yield Finding(
+                f"{len(lost):,} scenes, such as {printable(lost[0])}, are of no split",
+                "it never reads them",
+                "left out",
+            )
+
+
+# --- key frames ---
+
+
+def _sweep_fact(packed: Packed) -> str:
+    lags, counts = packed.columns["sweep_lag"], np.diff(packed.columns["sweep_start"])
+    some = f", {lags.min():.3g} to {lags.max():.3g} s before it" if len(lags) else ""
+    return f"{_span(counts)} sweeps a key frame{some}"
+
+
+def _sweeps(packed: Packed) -> Iterator[Finding]:
+    lags = packed.columns["sweep_lag"]
+    if len(lags) and 0 <= np.median(lags) < SHORTEST_LAG:
+        yield Finding(
+            f"sweeps are {np.median(lags):.2g} s before their key frame, so timestamps are not in microseconds",
+            "it learns lags and velocities in a wrong unit", "refused",
+        )  # fmt: skip
+
+
+def _box_fact(packed: Packed) -> str:
+    boxes = packed.columns["boxes"]
+    if not len(boxes):
+        return "no boxes"
+    speeds = np.hypot(boxes[:, 7], boxes[:, 8])
+    known = speeds[np.isfinite(speeds)]
+    fast = f", speeds up to {known.max():.3g} m/s" if len(known) else ""
+    sizes = boxes[:, 3:6]
+    return f"{len(boxes):,} boxes of {sizes.min():.3g} to {sizes.max():.3g} m{fast}, {len(speeds) - len(known):,} of unknown speed"
+
+
+def _rules(packed: Packed) -> dict[str, np.ndarray]:
+    """Rule: which boxes it drops."""
+    column = packed.columns
+    classes = column["names_words"][column["names"]] if len(column["names"]) else np.zeros(0, dtype=np.bytes_)
+    return {
+        "without LiDAR or radar points": ~column["valid"],
+        "of no detection class": classes == b"",
+        f"more than {REACH:g} m away": ~(np.abs(column["boxes"][:, :2]) < REACH).all(axis=1),
+    }
+
+
+def _dropped_fact(packed: Packed) -> str:
+    dropped = _rules(packed)
+    kept = ~np.any(list(dropped.values()), axis=0)
+    return f"boxes dropped: {', '.join(f'{mask.sum():,} {rule}' for rule, mask in dropped.items())}; {kept.sum():,} are learned"
+
+
+def _boxes(packed: Packed) -> Iterator[Finding]:
+    boxes = packed.columns["boxes"]
+    if not len(boxes):
+        return
+    dropped = _rules(packed)
+    for rule, mask in dropped.items():
+        if mask.all():
+            yield Finding(f"all {len(boxes):,} boxes are {rule}", "it drops them and learns of no object", "left out")
+    if np.isnan(boxes[:, 7:9]).any(axis=1).all():
+        yield Finding("no box has a velocity", "it refuses the data set", "refused")
+
+
+def _camera_fact(packed: Packed) -> str:
+    sizes = Counter(map(tuple, packed.columns["camera_size"].tolist()))
+    told = ", ".join(f"{width}x{height}" if height else "of unknown size" for height, width in sizes)
+    return f"{_span(np.diff(packed.columns['camera_start']))} cameras a key frame, images {told or 'none'}"
+
+
+def _cameras(packed: Packed) -> Iterator[Finding]:
+    column = packed.columns
+    owners = np.repeat(np.arange(len(packed)), np.diff(column["camera_start"]))
+    for code, word in enumerate(column["channel_words"]):
+        lacking = np.ones(len(packed), dtype=bool)
+        lacking[owners[column["channel"] == code]] = False
+        if lacking.any() and not lacking.all():
+            first = printable(column["token"][int(np.argmax(lacking))].decode())
+            yield Finding(
+                f"{int(lacking.sum()):,} of {len(packed):,} key frames have no {word.decode()} (the first is {first})",
+                "a camera model stops there, or with --on-damaged skip leaves them out", "left out",
+            )  # fmt: skip
+    names = Counter(Path(path.decode()).name for path in column["camera_path"])
+    if names and names.most_common(1)[0][1] > 1:
+        yield Finding(
+            f"several images have the name {printable(names.most_common(1)[0][0])}, in different folders",
+            "`bevfn data prepare` needs --no-depth, and training makes depth of the LiDAR files", "note",
+        )  # fmt: skip
+
+
+# --- files ---
+
+
+def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], list[Finding]]:
+    """What a few point files and images are, and what reading them refuses."""
+    column = packed.columns
+    scans = _some_of(column["lidar_path"])
+    pictures: dict[str, tuple[int, int] | None] = {}
+    for code in range(len(column["channel_words"])):
+        places = np.flatnonzero(column["channel"] == code)
+        for i in places[:: max(1, -(-len(places) // OPENED))]:
+            height, width = column["camera_size"][i].tolist()
+            pictures[column["camera_path"][i].decode()] = (height, width) if height else None
+    facts, found = [], []
+    clouds = []
+    for path in scans:
+        if path not in damaged:
+            try:
+                clouds.append(points.read(root / path)[0])
+            except (ValueError, OSError) as error:
+                found.append(_refused(error))
+                break  # the others are the same
+    for path, size in pictures.items():
+        if path not in damaged:
+            try:
+                image.read(root / path, size=size)
+            except (ValueError, OSError) as error:
+                found.append(_refused(error))
+    endings = Counter("".join(Path(path.decode()).suffixes[-2:]) for path in column["lidar_path"])
+    kinds = Counter(Path(path.decode()).suffix for path in column["camera_path"])
+    if clouds:
+        whole = np.concatenate(clouds)
+        facts.append(
+            f"point files {_some(list(endings))}: {points.COLUMNS} columns of float32, {_span([len(c) for c in clouds])} points, "
+            f"intensities {whole[:, 3].min():g} to {whole[:, 3].max():g} ({len(clouds)} opened)"
+        )
+    facts.append(f"image files {_some(list(kinds)) or 'none'} ({len(pictures)} opened)")
+    return facts, found
+
+
+def _refused(error: Exception) -> Finding:
+    return Finding(
+        printable(error).rstrip("."),
+        "training stops there, or with --on-damaged skip leaves such key frames out",
+        "refused",
+    )
+
+
+def _some_of(paths: np.ndarray) -> list[str]:
+    """A few of the names, spread over all."""
+    return [path.decode() for path in paths[:: max(1, -(-len(paths) // OPENED))] if path]
+
+
+def _span(counts: np.ndarray | list[int]) -> str:
+    low, high = int(np.min(counts)), int(np.max(counts))
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _some(names: list[str]) -> str:
+    """Names in a sentence."""
+    return ", ".join(printable(name) for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
