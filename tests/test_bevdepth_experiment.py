@@ -202,7 +202,9 @@ def test_a_single_frame_gets_recall_and_a_picture(tmp_path):
     summary = run.main(bevdepth.task, config)
     assert summary["scores"].keys() >= {"recall"}
     assert read_metrics(config.run_dir)[0]["missing/frames"] == 1
-    assert list((config.run_dir / "evaluations" / "step_00000001").glob("*.png"))
+    out = config.run_dir / "evaluations" / "step_00000001"
+    assert list(out.glob("*.png"))
+    assert json.loads((out / "metrics.json").read_text())["counts"]["missing/frames"] == 1
 
 
 # ------------------------------------------------------------------------------------- where boxes and detections lie

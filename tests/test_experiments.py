@@ -16,8 +16,10 @@ from bevfn.data import paste
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.experiments import bevfusion, bevfusion_lidar
 from bevfn.metrics import read_metrics
+from bevfn.models import bevdepth as bevdepth_model
+from bevfn.models import bevfusion as bevfusion_model
 from bevfn.synth import key_frame
-from bevfn.training import checkpoint, run
+from bevfn.training import checkpoint, optim, run, train
 
 EXPERIMENTS = {"bevfusion-lidar-camera": bevfusion, "bevfusion-camera": bevfusion, "bevfusion-lidar": bevfusion_lidar}
 
@@ -203,3 +205,17 @@ def test_every_flag_has_a_help_text(experiment):
     for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')}" in text or f"--no-{field.name.replace('_', '-')}" in text
     assert experiment != "bevfusion_lidar" or "camera" not in text
+
+
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [(bevfusion_model, bevfusion_model.lidar_camera()), (bevdepth_model, bevdepth_model.two_key_aggregated()),
+     (bevdepth_model, bevdepth_model.matrix_vt())],
+)  # fmt: skip
+def test_every_batch_norm_of_a_frozen_part_is_held(family, model):
+    params, state = family.init(family.mini(model), seed=0)
+    for part in params:
+        norms = {path.rpartition(".")[0] for path in tree.flatten(state) if path.startswith(f"{part}.")}
+        frozen = optim.Config(optim.Schedule(1.0), groups=(optim.Group(f"{part}.*", frozen=True),))
+        assert train.held(frozen, params, state) == norms
+    assert train.held(optim.Config(optim.Schedule(1.0)), params, state) == set()
