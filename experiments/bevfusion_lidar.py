@@ -47,10 +47,12 @@ class Config(bevfusion.Shared):
     """last epochs without pasting; a run of no more epochs pastes nothing"""
 
 
-DEFAULTS: dict[source.Kind, Config] = {
-    "nuscenes": Config(run_dir=run.RUNS / "bevfusion_lidar"),
-    "frame": Config(run_dir=run.RUNS / "bevfusion_lidar_frame", **{**bevfusion.FRAME, "steps": 100}, paste=False),
-    "synthetic": Config(run_dir=run.RUNS / "bevfusion_lidar_synthetic", **bevfusion.SYNTHETIC, paste=False),
+DEFAULTS: run.Defaults = {
+    "bevfusion-lidar": {
+        "nuscenes": Config(run_dir=run.RUNS / "bevfusion_lidar"),
+        "frame": Config(run_dir=run.RUNS / "bevfusion_lidar_frame", **{**bevfusion.FRAME, "steps": 100}, paste=False),
+        "synthetic": Config(run_dir=run.RUNS / "bevfusion_lidar_synthetic", **bevfusion.SYNTHETIC, paste=False),
+    }
 }
 
 

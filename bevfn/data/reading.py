@@ -152,6 +152,6 @@ class Needs:
         wrong |= {f"room for no {name} (capacities.{name} is {count})": count < 1 for name, count in room.items()}
         if found := [what for what, is_wrong in wrong.items() if is_wrong]:
             raise ValueError(
-                f"the {'training' if train else 'evaluation'} reading gives {found[0]} as {self.model} needs; "
+                f"the {'training' if train else 'evaluation'} reading does not fit {self.model}: it gives {found[0]}; "
                 "change the recipe's Reading or the model's Config"
             )
