@@ -62,9 +62,15 @@ def load(
         parts["points"] = cloud = _filtered(cloud, base_aug, reading, rng)
         counts["empty/points"] = int(len(cloud) == 0)
     return Sample(
-        base=reading.base, base_aug=base_aug, boxes=boxes, labels=labels, token=frame.token,
-        class_names=reading.class_names, counts=counts, **parts,
-    )  # fmt: skip
+        base=reading.base,
+        base_aug=base_aug,
+        boxes=boxes,
+        labels=labels,
+        token=frame.token,
+        class_names=reading.class_names,
+        counts=counts,
+        **parts,
+    )
 
 
 def files(index: Index, place: int, reading: Reading) -> list[str]:
