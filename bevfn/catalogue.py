@@ -62,6 +62,16 @@ MODELS: dict[str, Model] = {
         "matrixvt", "bevdepth", 79.2, ("matrixvt", "resnet50"), Published(32.99, 41.4, "DrivingSDK on GPUs"), "matrixvt_r50"
     ),
 }  # fmt: skip
+FORMER = {
+    "bevfusion-lidar-cam": "bevfusion-lidar-camera",
+    "two-key": "bevdepth-2key",
+    "two-key-ema": "bevdepth-2key-ema",
+    "two-key-cbgs-da": "bevdepth-2key-da",
+    "two-key-cbgs-da-ema": "bevdepth-2key-da-ema",
+    "one-key-ema": "bevdepth-1key-ema",
+    "four-key": "bevdepth-4key",
+}
+"""Names that models had, in run folders and imported files which are older."""
 EXPERIMENTS = tuple(dict.fromkeys(model.experiment for model in MODELS.values()))
 CHECKPOINTS = tuple(dict.fromkeys(name for model in MODELS.values() for name in model.checkpoints))
 

@@ -18,10 +18,10 @@ ModelName = Annotated[str, one_of(catalogue.MODELS)]
 
 
 class Recipe(Protocol):
-    """A file of experiments/: its models' networks, flags' defaults by what lies at the data root, the task of a config."""
+    """A file of experiments/: its models' networks, their flags' defaults, the task of a config."""
 
     NETWORKS: Mapping[str, Callable[[], Any]]
-    DEFAULTS: Mapping[source.Kind, run.Config]
+    DEFAULTS: run.Defaults
 
     def task(self, config: Any, splits: source.Source | None = None) -> run.Task:
         """`splits`: key frames other than the config's."""
@@ -30,3 +30,15 @@ class Recipe(Protocol):
 def load(experiment: str) -> Recipe:
     """The recipe of an experiment."""
     return cast(Recipe, importlib.import_module(f"bevfn.experiments.{experiment}"))
+
+
+def defaults(experiment: str, model: str | None = None) -> Mapping[source.Kind, run.Config]:
+    """The flags' defaults of one of an experiment's models, of the first for None; raises ValueError for another's."""
+    made = load(experiment).DEFAULTS
+    name = next(iter(made)) if model is None else model
+    if name not in made:
+        raise ValueError(
+            f"model {name} is none of {experiment}'s ({', '.join(made)}); name the experiment "
+            f"{catalogue.MODELS[name].experiment if name in catalogue.MODELS else 'that it was trained with'}"
+        )
+    return made[name]

@@ -23,7 +23,6 @@ The flags' defaults are the published recipe of --model on nuScenes, and smaller
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,7 +108,7 @@ SYNTHETIC: dict[str, Any] = {
 }  # fmt: skip
 
 
-def defaults(recipe: Config, name: str = "bevdepth") -> dict[source.Kind, Config]:
+def defaults(recipe: Config, name: str) -> dict[source.Kind, run.Config]:
     """The flags' defaults of a recipe, for what may lie at the data root; runs are called `name`."""
     return {
         "nuscenes": replace(recipe, run_dir=run.RUNS / name),
@@ -118,7 +117,7 @@ def defaults(recipe: Config, name: str = "bevdepth") -> dict[source.Kind, Config
     }
 
 
-DEFAULTS = defaults(VARIANTS["bevdepth-2key"])
+DEFAULTS: run.Defaults = {model: defaults(recipe, "bevdepth") for model, recipe in VARIANTS.items()}
 
 
 def task(config: Config, splits: source.Source | None = None) -> run.Task:
@@ -179,11 +178,5 @@ def fitted(config: Config, model: bevdepth.Config, reading: Reading) -> Reading:
     return replace(reading, cameras=cameras, capacities=reading.capacities.changed(boxes=config.box_capacity))
 
 
-def main() -> None:
-    """The command line; --model decides on the other flags' defaults."""
-    named = run.flag(sys.argv[1:], "--model") or "bevdepth-2key"
-    run.cli(defaults(VARIANTS.get(named, VARIANTS["bevdepth-2key"])), task, __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    run.cli(DEFAULTS, task, __doc__)

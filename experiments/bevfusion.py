@@ -120,10 +120,13 @@ SYNTHETIC: dict[str, Any] = {
     "norm_momentum": 0.1, "eval_every": 0, "class_balanced": False, "augment": False, "eval_first": True,
     "eval_backend": "eager", "sweeps": 4, "published_sweeps": False,
 }  # fmt: skip
-DEFAULTS: dict[source.Kind, Config] = {
-    "nuscenes": Config(run_dir=run.RUNS / "bevfusion"),
-    "frame": Config(run_dir=run.RUNS / "bevfusion_frame", **FRAME),
-    "synthetic": Config(run_dir=run.RUNS / "bevfusion_synthetic", **SYNTHETIC),
+DEFAULTS: run.Defaults = {
+    name: {
+        "nuscenes": Config(model=name, run_dir=run.RUNS / "bevfusion"),
+        "frame": Config(model=name, run_dir=run.RUNS / "bevfusion_frame", **FRAME),
+        "synthetic": Config(model=name, run_dir=run.RUNS / "bevfusion_synthetic", **SYNTHETIC),
+    }
+    for name in NETWORKS
 }
 
 

@@ -35,7 +35,7 @@ class Config(bevdepth.Config):
     ema: float | None = 0.999
 
 
-DEFAULTS = bevdepth.defaults(Config(), "matrixvt")
+DEFAULTS: run.Defaults = {"matrixvt": bevdepth.defaults(Config(), "matrixvt")}
 
 
 def task(config: Config, splits: source.Source | None = None) -> run.Task:

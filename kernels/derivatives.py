@@ -26,6 +26,40 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
         plain: what `forward` computes, in torch functions that autograd differentiates twice.
     """
 
+    gradients_of = _gradients(backward, plain)
+
+    class Value(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*operands: Any) -> Tensor:
+            return forward(*operands)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            save(ctx, inputs)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple:
+            wanted = frozenset(i for i, needed in enumerate(ctx.needs_input_grad) if needed)
+            gradients = iter(gradients_of.apply(wanted, grad, *saved(ctx)))
+            return tuple(next(gradients) if i in wanted else None for i in range(len(ctx.others)))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+            return pushforward(plain, saved(ctx), tangents)
+
+    def apply(*operands: Any) -> Tensor:
+        return Value.apply(*operands)
+
+    # Dynamo reads neither a custom jvp nor the gradient of a gradient (torch 2.13: zeros, silently), and it drops the
+    # gradient of an input of torch.func.grad that goes straight into a Function. So it keeps the call as one node.
+    return torch.compiler.allow_in_graph(apply)
+
+
+def _gradients(backward: Callable, plain: Callable) -> Any:
+    """The Function (wanted, grad, *operands) -> the wanted gradients of `plain`."""
+
     def plain_gradients(wanted: frozenset[int], grad: Tensor, *operands: Any) -> tuple[Tensor, ...]:
         return _at(wanted, pullback(plain, operands, grad))
 
@@ -50,33 +84,7 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
         def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
             return pushforward(plain_gradients, saved(ctx), tangents)
 
-    class Value(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*operands: Any) -> Tensor:
-            return forward(*operands)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-            save(ctx, inputs)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple:
-            wanted = frozenset(i for i, needed in enumerate(ctx.needs_input_grad) if needed)
-            gradients = iter(Gradients.apply(wanted, grad, *saved(ctx)))
-            return tuple(next(gradients) if i in wanted else None for i in range(len(ctx.others)))
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-            return pushforward(plain, saved(ctx), tangents)
-
-    def apply(*operands: Any) -> Tensor:
-        return Value.apply(*operands)
-
-    # Dynamo reads neither a custom jvp nor the gradient of a gradient (torch 2.13: zeros, silently), and it drops the
-    # gradient of an input of torch.func.grad that goes straight into a Function. So it keeps the call as one node.
-    return torch.compiler.allow_in_graph(apply)
+    return Gradients
 
 
 def save(ctx: Any, operands: tuple) -> None:

@@ -119,6 +119,15 @@ def test_every_room_has_its_floor():
     assert sorted({room(module) for module in FILES}) == sorted(name for floor in FLOORS for name in floor)
 
 
+def test_the_picture_of_the_rooms_shows_these_floors():
+    text = (REPO / "docs" / "rooms.svg").read_text()
+    shown = re.findall(r'y="(\d+)"[^>]*text-anchor="middle" font-weight="bold">([a-z][^<]*)<', text)
+    floor_of = {name: int(y) // 46 for y, names in shown for name in names.split(" · ")}  # 46 px a floor
+    assert floor_of == {
+        name: len(FLOORS) - 1 - i for i, floor in enumerate(FLOORS) for name in floor if name != "bevfn"
+    }
+
+
 def test_rooms_import_only_what_stands_below_them():
     height = {name: number for number, floor in enumerate(FLOORS) for name in floor}
     wrong = [

@@ -260,8 +260,8 @@ def test_bad_batches_and_settings_are_one_sentence():
     for wrong, message in (
         (small_cameras.make(T=1, classes=3), "1 frames, the model takes 2"),
         (small_cameras.make(size=(64, 96)), r"images are \(64, 96\) pixels"),
-        (replace(batch, depth=None), "Batch.depth is needed"),
-        (replace(batch, boxes=None), "boxes, labels and boxes_valid are needed"),
+        (replace(batch, depth=None), "the batch has no depth maps"),
+        (replace(batch, boxes=None), "the batch has no boxes"),
     ):
         with pytest.raises(ValueError, match=message):
             bevdepth.loss(params, state, wrong, config=model)

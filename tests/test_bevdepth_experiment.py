@@ -11,7 +11,7 @@ import small_world
 import torch
 from PIL import Image
 
-from bevfn import cli, upstream
+from bevfn import cli, recipes, upstream
 from bevfn.commands import evaluate
 from bevfn.data import annotations, sampling
 from bevfn.data.batch import Base
@@ -33,7 +33,7 @@ SIZE = (90, 160)  # of the small world's images
 def small(name: str, **changes):
     """The published recipe at mini size on the small world."""
     config = replace(
-        EXPERIMENTS[name].DEFAULTS["nuscenes"], data_root=small_world.index().root, scale="mini",
+        recipes.defaults(name)["nuscenes"], data_root=small_world.index().root, scale="mini",
         backend="eager", eval_backend="eager", workers=0, batch_size=1, class_balanced=False, norm_momentum=0.1,
     )  # fmt: skip
     return replace(config, **changes)
@@ -44,7 +44,7 @@ def small(name: str, **changes):
 
 def test_the_recipes_are_the_published_ones():
     """Golden README bevdepth_r50_2key, "Training recipe"; matrixvt_r50, "Recipe"."""
-    recipes = {**bevdepth.VARIANTS, "matrixvt": matrixvt.DEFAULTS["nuscenes"]}
+    recipes = {**bevdepth.VARIANTS, "matrixvt": matrixvt.DEFAULTS["matrixvt"]["nuscenes"]}
     assert all(c.model == name and c.scale == "published" for name, c in recipes.items())
     assert all((c.batch_size, c.recipe_batch, c.recipe_lr) == (8, 64, 2e-4) for c in recipes.values())
     assert all((c.weight_decay, c.clip_norm, c.depth_loss) == (1e-7, 5.0, 3.0) for c in recipes.values())
@@ -86,7 +86,7 @@ def test_the_average_starts_at_its_published_decay():
 def test_every_model_and_scale_reads_what_it_takes(model):
     experiment = "matrixvt" if model == "matrixvt" else "bevdepth"
     for scale in ("published", "mini"):
-        recipe = matrixvt.DEFAULTS["nuscenes"] if model == "matrixvt" else bevdepth.VARIANTS[model]
+        recipe = matrixvt.DEFAULTS["matrixvt"]["nuscenes"] if model == "matrixvt" else bevdepth.VARIANTS[model]
         config = replace(recipe, data_root=small_world.index().root, scale=scale)
         task = EXPERIMENTS[experiment].task(config)
         reading, at_test = task.data.reading(0), task.data.eval_reading
@@ -99,18 +99,14 @@ def test_every_model_and_scale_reads_what_it_takes(model):
         assert (len(task.data.items) > len(task.data.training)) == config.class_balanced
 
 
-def test_the_flags_follow_the_model(monkeypatch):
-    parsed = []
-    monkeypatch.setattr(run, "main", lambda task, config: parsed.append(config))
-    for words in (["--model", "bevdepth-1key-ema"], ["--model=bevdepth-2key-da", "--epochs", "3"]):
-        monkeypatch.setattr(sys, "argv", ["bevdepth", *words, "--data-root", str(small_world.index().root)])
-        bevdepth.main()
-    one, aggregated = parsed
+def test_the_flags_follow_the_model():
+    root = ["--data-root", str(small_world.index().root)]
+    one = run.parse(bevdepth.DEFAULTS, ["--model", "bevdepth-1key-ema", *root])
+    aggregated = run.parse(bevdepth.DEFAULTS, ["--model=bevdepth-2key-da", "--epochs", "3", *root])
     assert (one.model, one.milestones, one.ema, one.epochs) == ("bevdepth-1key-ema", (), 0.999, 24)
     assert (aggregated.model, aggregated.class_balanced, aggregated.epochs) == ("bevdepth-2key-da", True, 3)
-    monkeypatch.setattr(sys, "argv", ["bevdepth", "--model", "three-key"])
     with pytest.raises(SystemExit):
-        bevdepth.main()
+        run.parse(bevdepth.DEFAULTS, ["--model", "three-key"])
 
 
 @pytest.mark.parametrize("model", ["bevdepth-2key-da", "matrixvt"])
@@ -123,7 +119,7 @@ def test_class_balance_counts_categories_as_published_or_boxes(model, monkeypatc
     for published in (True, False):
         EXPERIMENTS[name].task(small(name, model=model, class_balanced=True, published_cbgs=published))
     assert asked == [sampling.categorised, sampling.boxed]
-    assert all(c.published_cbgs for c in (*bevdepth.VARIANTS.values(), matrixvt.DEFAULTS["nuscenes"]))
+    assert all(c.published_cbgs for c in (*bevdepth.VARIANTS.values(), matrixvt.DEFAULTS["matrixvt"]["nuscenes"]))
 
 
 def test_an_epoch_leaves_out_its_incomplete_batch_as_published():
@@ -200,13 +196,15 @@ def test_a_single_frame_gets_recall_and_a_picture(tmp_path):
     """Its previous key frame is missing: the current one stands in its place."""
     frame = key_frame.write_frame(tmp_path / "frame", image_size=SIZE)
     config = replace(
-        bevdepth.DEFAULTS["frame"], data_root=frame, scale="mini", backend="eager", steps=1,
+        bevdepth.DEFAULTS["bevdepth-2key"]["frame"], data_root=frame, scale="mini", backend="eager", steps=1,
         eval_first=False, run_dir=tmp_path / "run",
     )  # fmt: skip
     summary = run.main(bevdepth.task, config)
     assert summary["scores"].keys() >= {"recall"}
     assert read_metrics(config.run_dir)[0]["missing/frames"] == 1
-    assert list((config.run_dir / "evaluations" / "step_00000001").glob("*.png"))
+    out = config.run_dir / "evaluations" / "step_00000001"
+    assert list(out.glob("*.png"))
+    assert json.loads((out / "metrics.json").read_text())["counts"]["missing/frames"] == 1
 
 
 # ------------------------------------------------------------------------------------- where boxes and detections lie
@@ -268,7 +266,9 @@ def start(config, name: str) -> None:
 
 def test_a_bevfusion_checkpoint_is_refused(monkeypatch, capsys, tmp_path):
     root = small_world.index().root
-    made = bevfusion_lidar.task(replace(bevfusion_lidar.DEFAULTS["nuscenes"], data_root=root, paste=False)).init()
+    made = bevfusion_lidar.task(
+        replace(bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"], data_root=root, paste=False)
+    ).init()
     file = tmp_path / "lidar.safetensors"
     exported = upstream.export_state(*made, "bevfusion-lidar", {})
     upstream.write_imported(file, *upstream.import_state(exported, "bevfusion-lidar"), source="test")
@@ -291,7 +291,7 @@ def test_a_published_checkpoint_is_evaluated_as_the_model_it_is_of(monkeypatch, 
         evaluate.check_fits(bevdepth.task(replace(config, model="bevdepth-2key")), *loaded, file)
     assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", file, "--model", "bevdepth-1key-ema", *FAST) == 2
     assert (
-        "model bevdepth-1key-ema is none of bevfusion's (bevfusion-lidar-camera, bevfusion-camera); name its experiment"
+        "model bevdepth-1key-ema is none of bevfusion's (bevfusion-lidar-camera, bevfusion-camera); name the experiment bevdepth"
         in capsys.readouterr().err
     )
 
@@ -314,7 +314,9 @@ def test_the_detection_losses_normalisers_are_those_of_all_devices(monkeypatch):
     monkeypatch.setattr(run.train, "make_accumulated", lambda loss, *_, **__: bound.append(loss))
     monkeypatch.setattr(run, "initial_state", lambda run: None)
     two = Replicas(rank=0, count=2, group="")
-    lidar = replace(bevfusion_lidar.DEFAULTS["nuscenes"], data_root=small_world.index().root, paste=False)
+    lidar = replace(
+        bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"], data_root=small_world.index().root, paste=False
+    )
     for task, config in ((bevdepth.task, small("bevdepth")), (bevfusion_lidar.task, lidar)):
         made = task(config)
         run.build(run.Run(made, config, run.plan(config, made.data.items, two), two))

@@ -282,7 +282,7 @@ def test_stored_depth_is_the_same(index, monkeypatch, tmp_path):
     files = depth.build(index, tmp_path, progress=False)
     monkeypatch.setattr(depth, "prepared", lambda index: files)
     stored = scene.load(index, 1, TRAIN, sampling.generator(0, 0, 0))
-    np.testing.assert_array_equal(stored.depth, load(1, TRAIN).depth)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(stored.depth, load(1, TRAIN).depth)
 
 
 # --- batches ---
@@ -345,7 +345,7 @@ def test_depth_maps_without_points(index):
     away[2, 3] = -1000.0
     one = changed(index, 1, cameras=with_camera(index[1], "CAM_BACK", camera_from_lidar=away))
     sample = scene.load(one, 1, EVAL)
-    assert sample.counts["empty/depth"] == 1 and not sample.depth[CHANNELS.index("CAM_BACK")].any()  # type: ignore
+    assert sample.counts["empty/depth"] == 1 and not sample.depth[CHANNELS.index("CAM_BACK")].any()
     blind = {name: dataclasses.replace(c, camera_from_lidar=away) for name, c in index[1].cameras.items()}
     every = changed(index, 1, cameras=blind)
     with pytest.raises(ValueError, match=r"no point falls into an image of key frame .*; check the calibration"):

@@ -4,13 +4,15 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
-import tyro
+from helps import helped
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bevfn import catalogue, cli, recipes, tree, upstream
 from bevfn.commands import bench, checkpoint, evaluate, graph
+from bevfn.data import source
 
 
 @pytest.mark.parametrize("experiment", catalogue.EXPERIMENTS)
@@ -18,8 +20,9 @@ def test_a_recipe_trains_the_models_that_the_catalogue_says(experiment):
     names = {name for name, model in catalogue.MODELS.items() if model.experiment == experiment}
     recipe = recipes.load(experiment)
     assert recipe.NETWORKS.keys() == names and callable(recipe.task)
-    assert {config.model for config in recipe.DEFAULTS.values()} <= names
-    assert recipe.DEFAULTS.keys() == {"nuscenes", "frame", "synthetic"}
+    assert recipe.DEFAULTS.keys() == names
+    for name, defaults in recipe.DEFAULTS.items():
+        assert {kind: config.model for kind, config in defaults.items()} == dict.fromkeys(get_args(source.Kind), name)
 
 
 @pytest.mark.parametrize("name", catalogue.MODELS)
@@ -53,8 +56,8 @@ def test_published_figures_are_in_the_recipes_words():
     ],
 )  # fmt: skip
 def test_commands_offer_the_catalogues_names(command, choices):
-    helped = "".join(tyro.extras.get_parser(command).format_help().replace("│", "").split())
-    assert "{" + ",".join(choices) + "}" in helped
+    text = "".join(helped(command).replace("│", "").split())
+    assert "{" + ",".join(choices) + "}" in text
 
 
 def test_the_catalogue_imports_nothing_of_ours_and_no_torch():
@@ -76,7 +79,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(monkeypatch, capsys):
 
 def test_plain_switches_off_what_only_training_needs():
     for experiment in catalogue.EXPERIMENTS:
-        config = recipes.load(experiment).DEFAULTS["nuscenes"]
+        config = recipes.defaults(experiment)["nuscenes"]
         changed = {
             f.name for f in dataclasses.fields(config) if getattr(config.plain(), f.name) != getattr(config, f.name)
         }

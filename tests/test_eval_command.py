@@ -21,7 +21,7 @@ from bevfn.training import checkpoint, run
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     config = replace(
-        bevfusion_lidar.DEFAULTS["nuscenes"], data_root=small_world.index().root, scale="mini", backend="eager", steps=1,
+        bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"], data_root=small_world.index().root, scale="mini", backend="eager", steps=1,
         eval_backend="eager", workers=0, batch_size=1, sweeps=1, paste=False, norm_momentum=0.1,
         run_dir=tmp_path_factory.mktemp("run") / "run",
     )  # fmt: skip
@@ -34,6 +34,27 @@ def bevfn(monkeypatch, *arguments) -> int:
     with pytest.raises(SystemExit) as stop:
         cli.main()
     return stop.value.code
+
+
+@pytest.mark.parametrize(
+    "experiment, before, name",
+    [
+        ("bevfusion", {"modality": "camera", "source_size": [900, 1600], "image_backbone_lr": 0.1}, "bevfusion-camera"),
+        (
+            "bevfusion_lidar",
+            {"modality": "lidar", "source_size": [900, 1600], "image_backbone_lr": 1.0},
+            "bevfusion-lidar",
+        ),
+        ("bevdepth", {"model": "two-key-cbgs-da-ema", "source_size": [450, 800]}, "bevdepth-2key-da-ema"),
+        ("matrixvt", {"model": "matrixvt"}, "matrixvt"),
+    ],
+)
+def test_the_config_of_a_run_from_before_the_catalogue_is_read(experiment, before, name, tmp_path):
+    """Its checkpoints fit: leaves have the paths that they had."""
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps({"epochs": 2, **before}))
+    config = evaluate.run_config(experiment, tmp_path / "checkpoints" / "step_00000001", None, None)
+    assert (config.model, config.epochs) == (name, 2)
 
 
 FAST = ("--backend", "eager", "--workers", "0")

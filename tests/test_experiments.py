@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import small_world
 import torch
-import tyro
+from helps import helped
 
 from bevfn import catalogue, recipes, tree, upstream
 from bevfn.data import paste
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.experiments import bevfusion, bevfusion_lidar
 from bevfn.metrics import read_metrics
+from bevfn.models import bevdepth as bevdepth_model
+from bevfn.models import bevfusion as bevfusion_model
 from bevfn.synth import key_frame
-from bevfn.training import checkpoint, run
+from bevfn.training import checkpoint, optim, run, train
 
 EXPERIMENTS = {"bevfusion-lidar-camera": bevfusion, "bevfusion-camera": bevfusion, "bevfusion-lidar": bevfusion_lidar}
 
@@ -29,7 +31,7 @@ def root(tmp_path_factory):
 
 def small(model: str, root: Path, **changes):
     """The published recipe on the small world."""
-    config = replace(EXPERIMENTS[model].DEFAULTS["nuscenes"], data_root=root, model=model)
+    config = replace(EXPERIMENTS[model].DEFAULTS[model]["nuscenes"], data_root=root)
     return replace(config, **{**({"paste": False} if model == "bevfusion-lidar" else {}), **changes})
 
 
@@ -72,7 +74,7 @@ def test_the_optimizers_are_the_published_ones(root):
 
 def test_on_the_synthetic_world_both_models_train_with_the_same_numbers():
     # Their scores at equal steps are compared (experiments/results/world_bevfusion.json): only sensors may differ.
-    both = [EXPERIMENTS[model].DEFAULTS["synthetic"] for model in ("bevfusion-lidar-camera", "bevfusion-lidar")]
+    both = [EXPERIMENTS[model].DEFAULTS[model]["synthetic"] for model in ("bevfusion-lidar-camera", "bevfusion-lidar")]
     plan = run.Plan(steps_per_epoch=70, total_steps=630, batch=2)
     assert bevfusion.optimizer(both[0], plan) == bevfusion.optimizer(both[1], plan)
     # --lr is given, so recipe_lr has no effect
@@ -83,7 +85,10 @@ def test_on_the_synthetic_world_both_models_train_with_the_same_numbers():
 
 
 def test_published_numbers_of_the_recipes():
-    fusion, lidar = bevfusion.DEFAULTS["nuscenes"], bevfusion_lidar.DEFAULTS["nuscenes"]
+    fusion, lidar = (
+        bevfusion.DEFAULTS["bevfusion-lidar-camera"]["nuscenes"],
+        bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"],
+    )
     assert (fusion.epochs, lidar.epochs) == (6, 20) and (fusion.eval_every, lidar.eval_every) == (1, 5)
     assert all(c.batch_size == 4 and c.recipe_batch == 32 and c.scale == "published" for c in (fusion, lidar))
     assert lidar.paste and lidar.paste_off == 5 and fusion.ema is None and not fusion.sync_statistics
@@ -123,8 +128,8 @@ def test_a_database_made_otherwise_than_the_run_reads_is_refused(root):
 def test_training_and_evaluation_move_sweeps_as_the_flag_says(model, published, root):
     data = EXPERIMENTS[model].task(small(model, root, published_sweeps=published)).data
     assert data.reading(0).points.published_sweeps == data.eval_reading.points.published_sweeps == published
-    assert EXPERIMENTS[model].DEFAULTS["nuscenes"].published_sweeps
-    assert not EXPERIMENTS[model].DEFAULTS["synthetic"].published_sweeps
+    assert EXPERIMENTS[model].DEFAULTS[model]["nuscenes"].published_sweeps
+    assert not EXPERIMENTS[model].DEFAULTS[model]["synthetic"].published_sweeps
 
 
 def test_another_number_of_sweeps_than_the_published_takes_the_newest_in_training_too(root):
@@ -140,7 +145,7 @@ def test_another_number_of_sweeps_than_the_published_takes_the_newest_in_trainin
 def frame_run(tmp_path_factory):
     folder = key_frame.write_frame(tmp_path_factory.mktemp("frame"))
     config = replace(
-        bevfusion_lidar.DEFAULTS["frame"], scale="mini", backend="eager", steps=2, data_root=folder,
+        bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["frame"], scale="mini", backend="eager", steps=2, data_root=folder,
         run_dir=tmp_path_factory.mktemp("run") / "demo",
     )  # fmt: skip
     return config, run.main(bevfusion_lidar.task, config)
@@ -195,8 +200,22 @@ def test_a_later_backend_is_refused_before_anything_is_read(frame_run):
 
 @pytest.mark.parametrize("experiment", catalogue.EXPERIMENTS)
 def test_every_flag_has_a_help_text(experiment):
-    config = type(recipes.load(experiment).DEFAULTS["nuscenes"])
-    helped = tyro.extras.get_parser(config).format_help()
+    config = type(recipes.defaults(experiment)["nuscenes"])
+    text = helped(config)
     for field in dataclasses.fields(config):
-        assert f"--{field.name.replace('_', '-')}" in helped or f"--no-{field.name.replace('_', '-')}" in helped
-    assert experiment != "bevfusion_lidar" or "camera" not in helped
+        assert f"--{field.name.replace('_', '-')}" in text or f"--no-{field.name.replace('_', '-')}" in text
+    assert experiment != "bevfusion_lidar" or "camera" not in text
+
+
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [(bevfusion_model, bevfusion_model.lidar_camera()), (bevdepth_model, bevdepth_model.two_key_aggregated()),
+     (bevdepth_model, bevdepth_model.matrix_vt())],
+)  # fmt: skip
+def test_every_batch_norm_of_a_frozen_part_is_held(family, model):
+    params, state = family.init(family.mini(model), seed=0)
+    for part in params:
+        norms = {path.rpartition(".")[0] for path in tree.flatten(state) if path.startswith(f"{part}.")}
+        frozen = optim.Config(optim.Schedule(1.0), groups=(optim.Group(f"{part}.*", frozen=True),))
+        assert train.held(frozen, params, state) == norms
+    assert train.held(optim.Config(optim.Schedule(1.0)), params, state) == set()

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helps import helped
 
 from bevfn import catalogue
 
@@ -55,8 +56,6 @@ def flags(words: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_of_a_page_are_known_to_the_parsers_with_every_flag(page):
-    import tyro
-
     from bevfn.cli import COMMANDS, GROUPS
 
     for words in commands(page):
@@ -64,13 +63,13 @@ def test_commands_of_a_page_are_known_to_the_parsers_with_every_flag(page):
             known = GROUPS[words[1]][1] if words[1] in GROUPS else COMMANDS
             name = words[2 if words[1] in GROUPS else 1] if len(words) > 1 + (words[1] in GROUPS) else ""
             for choice in name.split("|") if name and not name.startswith("-") else []:
-                helped = tyro.extras.get_parser(known[choice]).format_help()
-                assert all(flag in helped for flag in flags(words)), words
+                text = helped(known[choice])
+                assert all(flag in text for flag in flags(words)), words
         else:
             place = next(i for i, word in enumerate(words) if word.startswith("bevfn.experiments."))
             module = importlib.import_module(words[place])
-            helped = tyro.extras.get_parser(module.Config).format_help()
-            assert all(flag in helped for flag in flags(words[place:])), words
+            text = helped(module.Config)
+            assert all(flag in text for flag in flags(words[place:])), words
 
 
 def test_pages_have_commands_and_targets_that_exist():

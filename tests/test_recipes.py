@@ -83,7 +83,7 @@ class Draws:
 
 
 def recipe_optimizer(experiment, steps_per_epoch: int) -> optim.Config:
-    config = experiment.DEFAULTS["nuscenes"]
+    config = next(iter(experiment.DEFAULTS.values()))["nuscenes"]
     plan = run.Plan(steps_per_epoch, config.epochs * steps_per_epoch, config.recipe_batch)
     return bevfusion.optimizer(config, plan)
 
@@ -152,7 +152,7 @@ def test_bevdepths_rates_and_averages_are_upstreams_at_every_step():
             steps = torch.tensor(case["updates"]) - 1
             np.testing.assert_allclose(ema.keep(steps), case["decays"], rtol=1e-6)
             continue
-        config = matrixvt.DEFAULTS["nuscenes"] if name == "matrixvt" else bevdepth.VARIANTS[BEVDEPTH[name]]
+        config = matrixvt.DEFAULTS["matrixvt"]["nuscenes"] if name == "matrixvt" else bevdepth.VARIANTS[BEVDEPTH[name]]
         rates, per_epoch = np.array(case["lr_per_epoch"]), case["upstream_steps_per_epoch"]
         plan = run.Plan(per_epoch, config.epochs * per_epoch, config.recipe_batch)
         made = bevdepth.optimizer(config, network.two_key(), plan)
@@ -304,7 +304,7 @@ def test_epochs_paste_as_upstream_does():
     expected = json.loads(golden("paste_epochs.json").read_text())
     index = small_world.training()
     paste.build(index, paste.folder(index), class_names=CLASS_NAMES, progress=False)
-    config = dataclasses.replace(bevfusion_lidar.DEFAULTS["nuscenes"], data_root=index.root)
+    config = dataclasses.replace(bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"], data_root=index.root)
     reading = bevfusion_lidar.task(config).data.reading
     assert [reading(epoch).paste is not None for epoch in range(len(expected))] == expected
 

@@ -158,7 +158,7 @@ def test_a_model_and_a_reading_that_do_not_fit_name_both(name):
         ]
     for reading, message in cases:
         with pytest.raises(
-            ValueError, match=f"the training reading gives {message} as BEV(Fusion|Depth) needs; change"
+            ValueError, match=f"the training reading does not fit BEV(Fusion|Depth): it gives {message}; change"
         ):
             needs.check(reading, train=True)
 
@@ -176,7 +176,11 @@ def test_a_model_refuses_a_batch_in_another_base_frame():
 def test_a_run_is_checked_before_its_first_step(index, monkeypatch, tmp_path):
     blind = changed(index, lambda frame: replace(frame, lidar_path=""))
     config = replace(
-        bevfusion_lidar.DEFAULTS["nuscenes"], data_root=index.root, scale="mini", paste=False, run_dir=tmp_path / "run"
+        bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"],
+        data_root=index.root,
+        scale="mini",
+        paste=False,
+        run_dir=tmp_path / "run",
     )
     monkeypatch.setattr(source, "open", lambda *_: source.Source(blind, blind))
     monkeypatch.setattr(run, "build", lambda _: pytest.fail("built"))

@@ -91,10 +91,10 @@ def test_frames_of_a_bevdepth_are_read_off_its_bev_map(model):
     assert (found.model, found.prefix) == (model, prefix)
 
 
-def test_three_key_frames_are_named_but_not_read():
+def test_nine_key_frames_are_named_but_not_read():
     source = upstream_state("bevdepth-2key")
-    source["head.trunk.conv1.weight"] = torch.zeros(4, 96, 7, 7)
-    with pytest.raises(ValueError, match=r"looks like a BEVDepth detector of 3 key frames, .*: bevfn reads"):
+    source["head.trunk.conv1.weight"] = torch.zeros(4, 9 * 32, 7, 7)
+    with pytest.raises(ValueError, match=r"looks like a BEVDepth detector of 9 key frames, .*: bevfn reads"):
         upstream.import_state(source, "bevdepth-2key", config=small("bevdepth-2key"))
 
 

@@ -70,7 +70,7 @@ def task(config: Config) -> run.Task:
     )
 
 
-DEFAULTS = {"nuscenes": Config()}
+DEFAULTS = {"": {"nuscenes": Config()}}
 
 if __name__ == "__main__":
     run.cli(DEFAULTS, task, __doc__)

@@ -15,6 +15,7 @@ from bevfn.kernels import neighbours
 from bevfn.layers import batch_norm, sparse_conv
 
 KERNEL = (3, 3, 3)
+OUT = {"kernel": (1, 1, 3), "stride": (1, 1, 2), "padding": (0, 0, 0)}  # conv_out: half the height
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def output_grid(config: Config, grid: tuple[int, int, int]) -> tuple[int, int, i
     """(X, Y, Z) of the BEV map for voxels in `grid`."""
     for padding in config.paddings:
         grid = neighbours.out_grid(grid, KERNEL, (2, 2, 2), padding)
-    return neighbours.out_grid(grid, (1, 1, 3), (1, 1, 2), (0, 0, 0))
+    return neighbours.out_grid(grid, **OUT)
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
@@ -59,7 +60,7 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
         if level + 1 < len(config.channels):
             stage["down"] = sparse_conv.init(width, config.channels[level + 1], KERNEL, generator)
         made["stages"].append(stage)
-    made["conv_out"] = sparse_conv.init(config.channels[-1], config.channels_out, (1, 1, 3), generator)
+    made["conv_out"] = sparse_conv.init(config.channels[-1], config.channels_out, OUT["kernel"], generator)
     return tree.unzip(made)
 
 
@@ -112,36 +113,23 @@ def apply(
             x, seen = _block(block, statistics, x, table, active, norm)
             new["blocks"].append(seen)
         if "down" in stage:
+            way = {"kernel": KERNEL, "stride": (2, 2, 2), "padding": config.paddings[level]}
+            room = B * config.capacities[level]
             sites, active, down, inverse, found = neighbours.strided(
-                sites,
-                active,
-                kernel=KERNEL,
-                stride=(2, 2, 2),
-                padding=config.paddings[level],
-                grid=grid,
-                capacity=B * config.capacities[level],
-                batch=B,
+                sites, active, **way, grid=grid, capacity=room, batch=B
             )
             x, new["down"] = sparse_conv.apply(stage["down"], old["down"], x, down, inverse, active, **norm)
-            grid = neighbours.out_grid(grid, KERNEL, (2, 2, 2), config.paddings[level])
+            grid = neighbours.out_grid(grid, **way)
             table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid, batch=B)
-            outputs["overflow"][f"voxels_l{level + 1}"] = (found - B * config.capacities[level]).clamp(min=0)
+            outputs["overflow"][f"voxels_l{level + 1}"] = (found - room).clamp(min=0)
         outputs["stages"].append({"features": x, "coords": sites, "valid": active})
         stages.append(new)
-    sites, active, down, inverse, found = neighbours.strided(
-        sites,
-        active,
-        kernel=(1, 1, 3),
-        stride=(1, 1, 2),
-        padding=(0, 0, 0),
-        grid=grid,
-        capacity=B * config.capacities[-1],
-        batch=B,
-    )
+    room = B * config.capacities[-1]
+    sites, active, down, inverse, found = neighbours.strided(sites, active, **OUT, grid=grid, capacity=room, batch=B)
     x, new_out = sparse_conv.apply(params["conv_out"], state["conv_out"], x, down, inverse, active, **norm)
     outputs["conv_out"] = {"features": x, "coords": sites, "valid": active}
-    outputs["overflow"]["voxels_out"] = (found - B * config.capacities[-1]).clamp(min=0)
-    outputs["bev"] = to_bev(x, sites, active, B, neighbours.out_grid(grid, (1, 1, 3), (1, 1, 2), (0, 0, 0)))
+    outputs["overflow"]["voxels_out"] = (found - room).clamp(min=0)
+    outputs["bev"] = to_bev(x, sites, active, B, neighbours.out_grid(grid, **OUT))
     return outputs, {"conv_input": new_input, "stages": stages, "conv_out": new_out}
 
 

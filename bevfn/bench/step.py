@@ -81,12 +81,11 @@ def _variant(setting: Setting, what: str, backend: compilation.Backend) -> dict:
 
 def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Callable[[], object]:
     """One call is one forward pass with decoding, or one train step, of the experiment on a key frame."""
-    recipe = recipes.load(catalogue.MODELS[setting.model].experiment)
+    experiment = catalogue.MODELS[setting.model].experiment
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         root = setting.frame if setting.frame is not None else key_frame.write_frame(Path(folder))
         config = replace(
-            recipe.DEFAULTS["frame"],
-            model=setting.model,
+            recipes.defaults(experiment, setting.model)["frame"],
             precision=setting.precision,
             backend=backend,
             device=setting.device,
@@ -94,7 +93,7 @@ def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Call
             batch_size=setting.batch_size,
             scale=setting.scale,
         )
-        task = recipe.task(config)
+        task = recipes.load(experiment).task(config)
         run = running.Run(task, config, running.plan(config, task.data.items))
         batch = running.example(run)
     train_state, step = running.build(run)

@@ -75,7 +75,7 @@ def views(*, frame: Path | None = None, threads: int = 0, repeats: int = 5, json
 
 
 def data(*, frame: Path | None = None, samples: int = 30, json_file: Json = None) -> None:
-    """Training samples per second and core of both BEVFusion pipelines, and where the time goes.
+    """Training samples per second and core of both BEVFusion readings, and where the time goes.
 
     Args:
         frame: folder of a real key frame; a generated one without it

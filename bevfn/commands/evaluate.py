@@ -64,21 +64,24 @@ def evaluate(
     """
     distributed.check_device(device)
     recipe = recipes.load(experiment)
-    config = run_config(recipe, checkpoint, data_root)
+    config = run_config(experiment, checkpoint, data_root, model)
     changes: dict[str, Any] = {
-        "model": model, "data_root": data_root, "version": version, "precision": precision,
-        "train_split": split, "eval_split": split,  # of a task's two, one is run over
-        "published_sweeps": published_sweeps, "point_capacity": point_capacity, "voxel_capacity": voxel_capacity,
+        "model": model,
+        "data_root": data_root,
+        "version": version,
+        "precision": precision,
+        "train_split": split,  # of a task's two, one is run over
+        "eval_split": split,
+        "published_sweeps": published_sweeps,
+        "point_capacity": point_capacity,
+        "voxel_capacity": voxel_capacity,
         "site_capacity": site_capacity,
-    }  # fmt: skip
+    }
     changes = {name: value for name, value in changes.items() if value is not None}
     if foreign := [name for name in changes if not hasattr(config, name)]:
         raise ValueError(f"{experiment} reads no LiDAR points or sweeps; leave out --{foreign[0].replace('_', '-')}")
     config = replace(config, **changes, device=device, resume=False)
-    if config.model not in recipe.NETWORKS:
-        raise ValueError(
-            f"model {config.model} is none of {experiment}'s ({', '.join(recipe.NETWORKS)}); name its experiment"
-        )
+    recipes.defaults(experiment, config.model)  # or it is of another experiment
     task = recipe.task(config.plain())
     run.check(task, train=False)
     params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
@@ -104,10 +107,10 @@ def evaluate(
     return 0
 
 
-def run_config(recipe: recipes.Recipe, checkpoint: Path, data_root: Path | None) -> run.Config:
-    """The config of the run that the checkpoint belongs to; the experiment's defaults for an imported file."""
+def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> run.Config:
+    """The config of the run that the checkpoint belongs to; the model's defaults for an imported file."""
     path = checkpoint.parent.parent / run_folder.CONFIG_FILE
-    default = recipe.DEFAULTS[source.kind(data_root)]
+    default = recipes.defaults(experiment, model)[source.kind(data_root)]
     if not (checkpoint.is_dir() and path.is_file()):
         return default
     silent = {field.name for field in fields(default)} - set(run_folder.read_config(path))

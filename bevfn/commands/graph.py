@@ -10,7 +10,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from bevfn import provenance, recipes
+from bevfn import catalogue, provenance, recipes
+from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.data.batch import needed
 from bevfn.precision import Precision
@@ -27,6 +28,7 @@ NAMES: dict[str, dict[str, Any]] = {
 def graph(
     experiment: tyro.conf.Positional[recipes.Experiment],
     *,
+    model: Annotated[str | None, one_of(catalogue.MODELS)] = None,
     precision: Precision = "fp32",
     scale: run.Scale = "published",
     batch_size: int | None = None,
@@ -42,6 +44,7 @@ def graph(
 
     Args:
         experiment: the recipe
+        model: of the experiment; by default its first
         precision: of the step
         scale: published sizes, or the mini ones of demos and CI
         batch_size: samples per device; by default the recipe's (4, or 8 of BEVDepth), and 1 at mini scale
@@ -58,31 +61,37 @@ def graph(
 
     if out is not None:
         dump.check_writable(out)
-    published = recipes.load(experiment).DEFAULTS["nuscenes"].batch_size
-    batch_size = batch_size or (published if scale == "published" else 1)
+    config = recipes.defaults(experiment, model)["nuscenes" if scale == "published" else "synthetic"].plain()
+    batch_size = batch_size or (config.batch_size if scale == "published" else 1)
+    config = replace(config, precision=precision, batch_size=batch_size)
     made: dict[str, dict] = {}
     complete = True
-    for name, (step, arguments) in steps(experiment, scale, precision, batch_size, comparable=execute > 0).items():
+    for name, (step, arguments) in steps(experiment, config, comparable=execute > 0).items():
         lowered = lower(step, arguments, **NAMES[name], ops=ops, strict=False)
         reported = report(name, lowered)
         print(text(reported), flush=True)
         made[name] = reported.to_json()
         complete &= reported.complete
         if out is not None:
-            dump.write(lowered.graph, out / f"{experiment}_{scale}_{precision}_{name}")
+            dump.write(lowered.graph, out / f"{model or experiment}_{scale}_{precision}_{name}")
         if execute and name == "train" and reported.complete:
             comparison = compare(step, lowered, *arguments, steps=execute)
             print(comparison.text(), flush=True)
             made[name]["execute"] = comparison.to_json()
     if json_file is not None:
-        what = {"experiment": experiment, "scale": scale, "precision": precision, "batch_size": batch_size, "ops": ops}
+        what = {
+            "experiment": experiment,
+            "model": config.model,
+            "scale": scale,
+            "precision": precision,
+            "batch_size": batch_size,
+            "ops": ops,
+        }
         provenance.write(json_file, {**what, "steps": made})
     return 0 if complete else 1
 
 
-def steps(
-    experiment: str, scale: run.Scale, precision: Precision, batch_size: int, *, comparable: bool = False
-) -> dict[str, tuple[Callable, tuple]]:
+def steps(experiment: str, config: run.Config, *, comparable: bool = False) -> dict[str, tuple[Callable, tuple]]:
     """{"train": (step, example arguments), "inference": ...} of an experiment's task, on a generated frame.
 
     The batch has the capacities of the recipe on nuScenes (published), or on the synthetic world (mini).
@@ -93,13 +102,11 @@ def steps(
     starts at 64. One annotated box per class stays: before training, the matching of several boxes of a class is
     degenerate (pairs can be exchanged at equal cost), and rounding decides.
     """
-    recipe = recipes.load(experiment)
-    config = recipe.DEFAULTS["nuscenes" if scale == "published" else "synthetic"].plain()
-    image_size = rig.CALIBRATED_SIZE if scale == "published" else source.WORLD_IMAGE
+    image_size = rig.CALIBRATED_SIZE if config.scale == "published" else source.WORLD_IMAGE
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         key_frame.write_frame(Path(folder), image_size=image_size)
-        config = replace(config, data_root=Path(folder), precision=precision, batch_size=batch_size, lr=None)
-        task = recipe.task(config)
+        config = replace(config, data_root=Path(folder), lr=None)
+        task = recipes.load(experiment).task(config)
         if comparable:
             optimizer = task.optimizer
             task = replace(task, optimizer=lambda plan: replace(optimizer(plan), eps=1.0))

@@ -37,6 +37,11 @@ class Base(enum.Enum):
     pose, of any frame, is relative to the vehicle at that camera's own exposure of the key frame; boxes and detections
     are relative to the mean of these vehicle poses over the cameras."""
 
+    @property
+    def needs_ego_poses(self) -> bool:
+        """Whether it is told from the sensors' own poses only together with the vehicle's."""
+        return self is Base.EGO_AT_CAMERAS
+
 
 Field = TypeVar("Field", np.ndarray, Tensor)
 
@@ -210,10 +215,12 @@ _LAYOUT: dict[str, tuple[str, torch.dtype]] = {
     "base_from_pixel": ("B T N 3 3", torch.float32),
     "depth": ("B N H W", torch.float32),
 }
+CAMERA_FIELDS = tuple(name for name, (letters, _) in _LAYOUT.items() if " T N " in letters)
+"""Fields that every camera of every frame has."""
 _GROUPS = {
     "point": ("points", "points_valid"),
     "box": ("boxes", "labels", "boxes_valid"),
-    "camera": tuple(name for name, (letters, _) in _LAYOUT.items() if " T N " in letters),
+    "camera": CAMERA_FIELDS,
 }
 
 

@@ -1,6 +1,6 @@
 """What a data set knows about its key frames, without pixels or points: files, times, transforms, annotations.
 
-`nuscenes.index` and `infos.read` make an Index; a pipeline turns its frames into Samples. Transforms are named
+`nuscenes.index` and `infos.read` make an Index; `scene.load` turns its frames into Samples. Transforms are named
 target_from_source, 4 4 float64, and move column vectors. The frames of a large data set are kept as columns (`pack`)
 and made when asked for: nuScenes' 28,130 training frames as Python objects would take gigabytes in every process.
 """
@@ -15,9 +15,9 @@ import numpy as np
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 CLASSES = (
-    "car", "truck", "trailer", "bus", "construction_vehicle", "bicycle", "motorcycle", "pedestrian", "traffic_cone",
-    "barrier",
-)  # fmt: skip
+    *("car", "truck", "trailer", "bus", "construction_vehicle"),
+    *("bicycle", "motorcycle", "pedestrian", "traffic_cone", "barrier"),
+)
 
 Part = Literal["lidar", "ego poses", "velocity"]
 

@@ -188,7 +188,7 @@ def _boxes(boxes: np.ndarray, names: list[str], valid: np.ndarray, seen: np.ndar
 
 def _tell_of_names(path: Path, infos: list) -> None:
     """Warns of annotations whose name is no class and no category of nuScenes', since they are left out."""
-    counts = Counter(str(name) for i, info in enumerate(infos) for name in _names(info, f"{path}: infos[{i}]"))
+    counts = Counter(name for i, info in enumerate(infos) for name in _names(info, f"{path}: infos[{i}]"))
     if foreign := [name for name in counts if name not in (*CLASSES, *CATEGORIES, "animal", "ignore")]:
         names = ", ".join(printable(name) for name in foreign[:5])
         warnings.warn(
@@ -219,7 +219,7 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
         lag = 1e-6 * (time - _number(sweep, place, "timestamp"))
         file = _path(_get(sweep, place, "data_path", str), "sweeps/LIDAR_TOP", folders)
         sweeps.append(Sweep(file, _sensor2lidar(sweep, place), lag))
-    boxes = [str(name) for name in _names(info, where)]
+    boxes = _names(info, where)
     count = len(boxes)
     seen = _numbers(info, where, "num_lidar_pts", (count,)) if count and "num_lidar_pts" in info else np.full(count, -1)
     valid = _numbers(info, where, "valid_flag", (count,)) > 0 if count and "valid_flag" in info else seen != 0
@@ -241,14 +241,17 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
     )
 
 
-def _names(info: Any, where: str) -> Any:
+def _names(info: Any, where: str) -> list[str]:
     """The names of an entry's annotations."""
     if isinstance(info, dict) and "gt_names" not in info:
         return []
     names = _get(info, where, "gt_names", (list, tuple, np.ndarray))
-    if np.ndim(names) == 0:
-        raise ValueError(f"{where}: gt_names must be a list, not a single value.")
-    return names
+    try:
+        if np.ndim(names) == 0:
+            raise TypeError
+        return [str(name).encode().decode() for name in names]
+    except (TypeError, UnicodeError, SystemError):  # an array of text may hold codes that are no letters
+        raise ValueError(f"{where}: gt_names must be a list of names.") from None
 
 
 def _check_length_first(path: Path, frames: list[Frame]) -> None:
@@ -387,7 +390,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 def _frombuffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
     """Stands for numpy's function of that name, with which pickle's protocol 5 spells arrays."""
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+    return np.frombuffer(bytes(buffer), dtype=dtype).reshape(shape, order=order)
 
 
 _PLAIN: dict[tuple[str, str], Any] = {
@@ -419,7 +422,7 @@ def _unpickle(path: Path) -> Any:
             return _Unpickler(io.BytesIO(raw)).load()
     except _Refused as refused:
         raise ValueError(
-            f"{path} asks for {refused}; an info file holds plain data and numpy arrays, and bevfn runs nothing else from a "
+            f"{path} asks for {printable(refused)}; an info file holds plain data and numpy arrays, and bevfn runs nothing else from a "
             "pickle: make the file again with create_data.py, or give the data set root instead."
         ) from refused
     except Exception as error:  # a damaged pickle ends in nearly any exception

@@ -36,9 +36,17 @@ FORMAT = 2  # raise it when the files' meaning changes
 
 def _quotas() -> dict[str, int]:
     return {
-        "car": 2, "truck": 3, "construction_vehicle": 7, "bus": 4, "trailer": 6, "barrier": 2, "motorcycle": 6,
-        "bicycle": 6, "pedestrian": 2, "traffic_cone": 2,
-    }  # fmt: skip
+        "car": 2,
+        "truck": 3,
+        "construction_vehicle": 7,
+        "bus": 4,
+        "trailer": 6,
+        "barrier": 2,
+        "motorcycle": 6,
+        "bicycle": 6,
+        "pedestrian": 2,
+        "traffic_cone": 2,
+    }
 
 
 @dataclass(frozen=True)
@@ -281,10 +289,12 @@ def _jobs(
 def _make_part(part: Path, frames: list[Frame], root: Path, class_names: tuple[str, ...], making: Making) -> int:
     """Writes the objects of some frames; returns how many frames."""
     columns: dict[str, list[np.ndarray]] = {
-        "boxes": [np.zeros((0, 9), np.float32)], "labels": [np.zeros(0, np.int16)],
-        "scans": [np.zeros((0, SWEEPS + 1), np.int32)], "tokens": [np.zeros(0, "S1")],
+        "boxes": [np.zeros((0, 9), np.float32)],
+        "labels": [np.zeros(0, np.int16)],
+        "scans": [np.zeros((0, SWEEPS + 1), np.int32)],
+        "tokens": [np.zeros(0, "S1")],
         "points": [np.zeros((0, points.COLUMNS), np.float32)],
-    }  # fmt: skip
+    }
     for frame in frames:
         boxes, labels, scans, clouds = _objects(frame, root, class_names, making)
         columns["boxes"].append(boxes)

@@ -10,9 +10,9 @@ from bevfn.data.index import CAMERAS
 from bevfn.data.points import Range
 
 CLASS_NAMES = (  # nuScenes' ten in mmdetection3d's order, which published checkpoints have and the devkit has not
-    "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
-    "traffic_cone",
-)  # fmt: skip
+    *("car", "truck", "construction_vehicle", "bus", "trailer"),
+    *("barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone"),
+)
 Size = tuple[int, int]
 PUBLISHED_SOURCE, PUBLISHED_IMAGE = (900, 1600), (256, 704)  # the sizes that factors of resizing are given for
 
@@ -152,6 +152,6 @@ class Needs:
         wrong |= {f"room for no {name} (capacities.{name} is {count})": count < 1 for name, count in room.items()}
         if found := [what for what, is_wrong in wrong.items() if is_wrong]:
             raise ValueError(
-                f"the {'training' if train else 'evaluation'} reading gives {found[0]} as {self.model} needs; "
+                f"the {'training' if train else 'evaluation'} reading does not fit {self.model}: it gives {found[0]}; "
                 "change the recipe's Reading or the model's Config"
             )

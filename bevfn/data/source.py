@@ -107,7 +107,7 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
             )
     if reading.cameras is not None:
         cameras.check_sizes(index, reading.cameras)
-    if reading.base.value.startswith("ego") and not index.has("ego poses"):
+    if reading.base.needs_ego_poses and not index.has("ego poses"):
         raise ValueError(
             f"{name} has no ego poses, but the model's base frame is the {reading.base.value}; read the data set's own tables"
         )

@@ -4,7 +4,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch
 from bevfn import compile as compilation
 from bevfn import distributed
 from bevfn.data import loader, scene
+from bevfn.data.batch import Batch
 from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.distributed import Replicas
@@ -23,7 +23,7 @@ _PARTS = ("boxes", "scores", "labels")
 
 
 def detect(
-    predict: Callable[[dict, dict, Any], dict[str, torch.Tensor]],
+    predict: Callable[[dict, dict, Batch], dict[str, torch.Tensor]],
     params: dict,
     state: dict,
     index: Index,

@@ -149,12 +149,27 @@ def apply(
         "query_score": query["score"],
         "query_pos": query["position"],
         "query_feat_in": feature,
-        "pred": [],
     }
-    everywhere = cell_centres(config, x.device).expand(B, -1, -1)  # B S 2
-    position, decoder_state, predict_state = query["position"], [], []
+    decoded, decoder_state, predict_state = _decode(params, state, feature, cells, query, config, train, key)
+    return outputs | decoded, {"heatmap": heatmap_state, "decoder": decoder_state, "predict": predict_state}
+
+
+def _decode(
+    params: dict,
+    state: dict,
+    feature: Tensor,
+    cells: Tensor,
+    query: dict[str, Tensor],
+    config: Config,
+    train: Train,
+    key: Tensor | None,
+) -> tuple[dict, list, list]:
+    """The decoder's layers, each starting where the one before it ended: (outputs, two states); feature [B Q C], cells [B S C]."""
+    outputs: dict = {"pred": []}
+    everywhere = cell_centres(config, cells.device).expand(len(cells), -1, -1)  # B S 2
+    position = query["position"]
+    decoder_state, predict_state = [], []
     for layer in range(config.layers):
-        layer_key = None if key is None else rng.fold(key, layer)
         decoded, seen = _decode_layer(
             params["decoder"][layer],
             state["decoder"][layer],
@@ -164,7 +179,7 @@ def apply(
             everywhere,
             config=config,
             train=train,
-            key=layer_key,
+            key=None if key is None else rng.fold(key, layer),
         )
         outputs.update(decoded)
         feature = decoded["decoder_out"]
@@ -175,7 +190,7 @@ def apply(
         position = pred["center"].detach()
         decoder_state.append(seen)
         predict_state.append(pred_seen)
-    return outputs, {"heatmap": heatmap_state, "decoder": decoder_state, "predict": predict_state}
+    return outputs, decoder_state, predict_state
 
 
 def cell_centres(config: Config, device: torch.device) -> Tensor:

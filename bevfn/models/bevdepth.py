@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.batch import Base, Batch, check_base
+from bevfn.data.batch import Base, Batch, check_base, needed
 from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
@@ -213,7 +213,7 @@ def apply(
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
-    check_base(batch, Base.EGO_AT_CAMERAS, "BEVDepth")
+    check_base(batch, Base.EGO_AT_CAMERAS, _name(config))
     images = cameras.images(batch, config.frames, config.grid.image_size)
 
     def one(params: dict, state: dict, t: int, train: Train) -> tuple[dict, dict]:
@@ -237,10 +237,14 @@ def apply(
     return {"frames": frames, "bev": {"map": bev, "backbone": trunk, "neck": x}, "head": head}, new
 
 
+def _name(config: Config) -> str:
+    return "BEVDepth" if config.matrix is None else "MatrixVT"
+
+
 def needs(config: Config) -> Needs:
     """What the model reads of a batch."""
     return Needs(
-        model="BEVDepth",
+        model=_name(config),
         base=Base.EGO_AT_CAMERAS,
         classes=sum(config.head.tasks),
         image_size=config.grid.image_size,
@@ -312,15 +316,14 @@ def loss(
 
     Raises ValueError if the batch has no annotations, or no depth while the depth loss counts.
     """
-    if batch.boxes is None or batch.labels is None or batch.boxes_valid is None:
-        raise ValueError("Batch.boxes, labels and boxes_valid are needed for training")
+    boxes, labels = needed(batch.boxes, "boxes"), needed(batch.labels, "labels")
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     pooled = train if isinstance(train, Replicas) else None
     total, terms = centerpoint_loss.loss(
         outputs["head"]["tasks"],
-        batch.boxes,
-        batch.labels,
-        batch.boxes_valid,
+        boxes,
+        labels,
+        needed(batch.boxes_valid, "boxes_valid"),
         config=config.head,
         replicas=replicas or pooled,
     )
@@ -334,9 +337,8 @@ def loss(
 
 def depth_loss(outputs: dict, batch: Batch, config: Config, replicas: Replicas | None = None) -> Tensor:
     """Weighted depth loss of the current key frame, 0-d; raises ValueError if the batch has no depth."""
-    if batch.depth is None:
-        raise ValueError("Batch.depth is needed for the depth loss; read it, or set depth_loss_weight to 0")
-    labels = depth_net.depth_labels(batch.depth.flatten(0, 1), config.grid.depth_m, config.grid.stride)
+    depth = needed(batch.depth, "depth maps")
+    labels = depth_net.depth_labels(depth.flatten(0, 1), config.grid.depth_m, config.grid.stride)
     logits = outputs["frames"][0]["view"]["depth_net"]["logits"]
     return depth_net.depth_loss(logits, labels, weight=config.depth_loss_weight, replicas=replicas)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.data.batch import Batch
+from bevfn.data.batch import Batch, needed
 from bevfn.distributed import Train
 
 # ImageNet's, of R, G, B in 0..255.
@@ -17,14 +17,13 @@ IMAGE_STD = (58.395, 57.12, 57.375)
 
 def images(batch: Batch, frames: int, image_size: tuple[int, int]) -> Tensor:
     """The batch's images, uint8 [B T N H W 3]; raises ValueError if they are not what the model takes."""
-    if batch.images is None:
-        raise ValueError("Batch.images is None, the model takes cameras; read them")
-    found, size = batch.images.shape[1], tuple(batch.images.shape[3:5])
+    images = needed(batch.images, "images")
+    found, size = images.shape[1], tuple(images.shape[3:5])
     if found < frames:
         raise ValueError(f"the batch has {found} frames, the model takes {frames}; read more key frames")
     if size != image_size:
         raise ValueError(f"images are {size} pixels, the model's grid.image_size is {image_size}; read that size")
-    return batch.images
+    return images
 
 
 def normalise(images: Tensor, *, order: Literal["rgb", "bgr"]) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bevfn import tree, upstream
+from bevfn.data.batch import Batch
 from bevfn.models import bevdepth as bevdepth_model
 from bevfn.models import bevfusion as bevfusion_model
 from bevfn.parity import bevdepth, bevfusion, compare, golden
@@ -25,22 +26,22 @@ class Map(Protocol):
     def config_for(self, case: Case, published: Any) -> Any:
         """The configuration to compare; it may have other capacities than the published one."""
 
-    def batch_of(self, case: Case, device: str, *, train: bool) -> Any:
+    def batch_of(self, case: Case, device: str, *, train: bool) -> Batch:
         """The stored inputs as a batch of one, for evaluation or for the training step."""
 
-    def places(self, case: Case, table: Table, batch: Any, config: Any) -> dict[str, Any]:
+    def places(self, case: Case, table: Table, batch: Batch, config: Any) -> dict[str, Any]:
         """Compares what is made of the inputs alone; arguments that `apply` gets beside them."""
 
     def paths(self, case: Case, *, train: bool) -> dict[str, str]:
         """{stored name without its phase: path in outputs} of all that has a place and an order."""
 
-    def loss(self, outputs: dict, batch: Any, config: Any) -> tuple[Tensor, dict[str, Tensor], dict]:
+    def loss(self, outputs: dict, batch: Batch, config: Any) -> tuple[Tensor, dict[str, Tensor], dict]:
         """(total, {stored name: term}, assigned targets)."""
 
-    def evaluated(self, case: Case, table: Table, outputs: dict, batch: Any, config: Any) -> None:
+    def evaluated(self, case: Case, table: Table, outputs: dict, batch: Batch, config: Any) -> None:
         """Compares what else a case stores of the evaluation: discrete choices, detections."""
 
-    def trained(self, case: Case, table: Table, outputs: dict, targets: dict, batch: Any, config: Any) -> None:
+    def trained(self, case: Case, table: Table, outputs: dict, targets: dict, batch: Batch, config: Any) -> None:
         """Compares what else a case stores of the training step: discrete choices, targets."""
 
 

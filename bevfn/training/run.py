@@ -166,6 +166,10 @@ class Data:
     """key frames of the evaluation split whose files are not all there"""
 
 
+Defaults = Mapping[str, Mapping[source.Kind, Config]]
+"""A recipe's configs: by model, of which the first is trained where none is named, and by what lies at the data root."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many steps, of how many samples."""
@@ -193,7 +197,7 @@ class Task:
     """-> (params, state) from the seed"""
     loss: Callable[..., Any]
     """(params, state, batch, key, train=True | Replicas) -> (loss, (new state, metrics))"""
-    predict: Callable[[dict, dict, Any], dict[str, torch.Tensor]]
+    predict: Callable[[dict, dict, Batch], dict[str, torch.Tensor]]
     """-> "boxes" [B Q 9], "scores" [B Q], "labels" [B Q], "valid" [B Q]"""
     optimizer: Callable[[Plan], optim.Config]
     ema: optim.Ema | None = None
@@ -315,7 +319,7 @@ def initial_state(run: Run) -> train.TrainState:
     return tree.to(made, run.config.device)
 
 
-def pure_step(run: Run) -> Callable[[train.TrainState, Any], tuple[train.TrainState, dict]]:
+def pure_step(run: Run) -> Callable[[train.TrainState, Batch], tuple[train.TrainState, dict]]:
     """The step of one process and one microbatch as a pure function: what is lowered for Ascend."""
     loss = partial(run.task.loss, train=True)
     return train.make_step(loss, run.task.optimizer(run.plan), ema=run.task.ema)
@@ -652,7 +656,7 @@ def check_finite(
     run: Run,
     train_state: train.TrainState,
     values: dict,
-    batches: list[Any],
+    batches: list[Batch],
     loaded: list[loader.Loaded],
     done: int,
     skipped: int,
@@ -783,18 +787,21 @@ class _Silent:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def cli(defaults: Mapping[source.Kind, Config], make_task: Callable[[Any], Task], description: str | None) -> None:
+def cli(defaults: Defaults, make_task: Callable[[Any], Task], description: str | None) -> None:
     """Parses the command line; a user's mistake ends in one sentence and an exit code (see exits.py)."""
     with exits.one_sentence():
         config = parse(defaults, sys.argv[1:], description)
         main(make_task, config)
 
 
-def parse(defaults: Mapping[source.Kind, Config], arguments: list[str], description: str | None = None) -> Any:
-    """The config of a command line; what is at --data-root decides on the defaults."""
-    root = flag(arguments, "--data-root")
-    default = defaults[source.kind(None if root is None else Path(root))]
-    return tyro.cli(type(default), default=default, args=arguments, description=description)
+def parse(defaults: Defaults, arguments: list[str], description: str | None = None) -> Any:
+    """The config of a command line; --model and what is at --data-root decide on the defaults."""
+    root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
+    of_model = defaults.get(flag(arguments, "--model") or "", first)  # tyro names the choices for another name
+    default = of_model[source.kind(None if root is None else Path(root))]
+    module = sys.modules["__main__"].__spec__
+    prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
+    return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
 
 
 def flag(arguments: list[str], name: str) -> str | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from bevfn import catalogue
 from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.metrics import METRICS_FILE, read_metrics
 from bevfn.training import checkpoint
@@ -89,7 +90,7 @@ def open(
 
 
 def read_config(path: Path) -> dict:
-    """What a config.json says; raises ValueError, naming it, if it is damaged or no JSON object."""
+    """What a config.json says, in the names of today; raises ValueError, naming it, if it is damaged or no JSON object."""
     try:
         config = read_json(path.read_bytes())
         if not isinstance(config, dict):
@@ -98,6 +99,18 @@ def read_config(path: Path) -> dict:
         raise ValueError(
             f"{path} is damaged ({error}); copy it back, or delete it to take the config as it is now."
         ) from None
+    return _renamed(config)
+
+
+def _renamed(config: dict) -> dict:
+    """The config of a run that is older than the catalogue, where sensors were a flag and image sizes another."""
+    config = {name: value for name, value in config.items() if name != "source_size"}  # the data's tables have them
+    if isinstance(sensors := config.pop("modality", None), str):
+        config["model"] = f"bevfusion-{sensors}"
+        if sensors == "lidar":
+            config.pop("image_backbone_lr", None)  # LiDAR-only runs had it, and no image backbone
+    if isinstance(model := config.get("model"), str):
+        config["model"] = catalogue.FORMER.get(model, model)
     return config
 
 

@@ -182,7 +182,7 @@ def _differentiate(
     return (gradient if scale is None else gradient / scale), state, metrics
 
 
-def _held(optimizer: optim.Config, params: dict, state: dict) -> set[str]:
+def held(optimizer: optim.Config, params: dict, state: dict) -> set[str]:
     """Dotted paths of the batch norms of which no parameter is trained."""
     if not any(group.frozen for group in optimizer.groups):
         return set()
@@ -197,8 +197,8 @@ def _holding(loss_fn: Loss, optimizer: optim.Config) -> Loss:
         return loss_fn
 
     def holding(params: dict, state: dict, batch: Any, key: Tensor) -> tuple[Tensor, tuple[dict, dict]]:
-        held = _held(optimizer, params, state)
-        loss, (new, metrics) = loss_fn(params, batch_norm.hold(state, held), batch, key)
+        kept = batch_norm.hold(state, held(optimizer, params, state))
+        loss, (new, metrics) = loss_fn(params, kept, batch, key)
         return loss, (tree.unflatten(tree.flatten(new), state), metrics)  # as dicts again
 
     return holding
@@ -234,7 +234,7 @@ def _update(
     finite = torch.isfinite(torch.stack([norm, *terms]).sum())
     vector, moments = optim.update(optimizer, layout, old.optimizer, optim.join(leaves), gradient, old.step, finite)
     params = optim.insert(old.params, layout, optim.split(vector, leaves))
-    state = _statistics(_held(optimizer, old.params, old.state), state, old.state)
+    state = _statistics(held(optimizer, old.params, old.state), state, old.state)
     scale, averaged = _next_loss_scale(old.loss_scale, finite), _next_ema(ema, old, params, state)
     new = TrainState(params, state, moments, scale, averaged, old.step + 1, old.key.clone())
     schedules = {"lr": optimizer.lr.at(old.step), "beta1": optimizer.beta1.at(old.step)}

@@ -108,9 +108,6 @@ CHECKPOINTS = {
 }
 """In the order of the models' own files; parts that start a model beside them."""
 
-RENAMED = {"bevfusion-lidar-cam": "bevfusion-lidar-camera"}
-"""Former names, in the metadata of files that were imported under them."""
-
 
 def entries(model: str, naming: Naming = "mmdet", *, config: Any = None) -> list[Entry]:
     """Every leaf and every carried key of `model`, in upstream's order; `naming` concerns the lone Swin only.

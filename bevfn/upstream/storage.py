@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bevfn import tree
+from bevfn import catalogue, tree
 from bevfn.files import to_json, write_atomically
 from bevfn.upstream import checkpoints, torch_file
 from bevfn.upstream.convert import Report, nest
@@ -152,7 +152,7 @@ class NotImported(ValueError):
 def _imported(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Imported:
     if missing := [name for name in _METADATA if name not in metadata]:
         raise ValueError(f"its metadata lacks {', '.join(missing)}")
-    model = checkpoints.RENAMED.get(metadata["model"], metadata["model"])
+    model = catalogue.FORMER.get(metadata["model"], metadata["model"])
     known = {"model": checkpoints.CHECKPOINTS, "sparse": get_args(SparseLayout), "naming": get_args(Naming)}
     for name, choices in known.items():
         if (value := model if name == "model" else metadata[name]) not in choices:

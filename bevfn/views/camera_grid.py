@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bevfn import geometry
-from bevfn.data.batch import Batch
+from bevfn.data.batch import CAMERA_FIELDS, Batch, needed
 from bevfn.kernels.voxel_pool import voxel_pool
 
 Bounds = tuple[float, float, float]
@@ -83,16 +83,8 @@ class Config:
 
 def of_frame(batch: Batch, frame: int, *names: str) -> dict[str, Tensor]:
     """Camera fields of one frame [B N ...] and fields that all frames share; raises ValueError if one is None."""
-    fields = {name: getattr(batch, name) for name in names}
-    for name, value in fields.items():
-        if value is None:
-            raise ValueError(
-                f"Batch.{name} is None: the view transform needs it; read cameras, and points for their depth"
-            )
-    return {name: value[:, frame] if name in _OF_FRAMES else value for name, value in fields.items()}
-
-
-_OF_FRAMES = ("image_aug", "undo_image_aug", "base_from_pixel", "base_from_camera", "image_from_base")
+    fields = {name: needed(getattr(batch, name), name) for name in names}
+    return {name: value[:, frame] if name in CAMERA_FIELDS else value for name, value in fields.items()}
 
 
 def frustum_points(batch: Batch, frame: int, config: Config) -> geometry.Planes:

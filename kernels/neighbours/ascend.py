@@ -76,12 +76,9 @@ def strided(
     slot = number.index_select(0, torch.where(feeds, cell, torch.zeros_like(cell)).reshape(-1)).reshape(cell.shape) - 1
     kept = feeds & (slot < capacity)  # J V
 
-    # Every input that feeds an output adds the output's coordinates and 1; divided, the sums are the coordinates.
     x, y, z = (q - _column([step[axis] for step in steps], q) for axis, q in enumerate(last))  # J V
-    parts = torch.stack([b * out[0] + x, y, z, torch.ones_like(x)], -1).reshape(-1, 4)
-    sums = coords.new_zeros(capacity + V, 4).index_add(0, torch.where(kept, slot, capacity + row).reshape(-1), parts)
-    count = sums[:capacity, 3:].clamp(min=1)
-    plane, y, z = torch.div(sums[:capacity, :3], count, rounding_mode="floor").unbind(1)  # W
+    out_coords = _averages([b * out[0] + x, y, z], torch.where(kept, slot, capacity + row), capacity + V)[:capacity]
+    plane, y, z = out_coords.unbind(1)  # W
     sample = torch.div(plane, out[0], rounding_mode="floor")
     out_valid = torch.arange(capacity, dtype=torch.int32, device=coords.device) < found
     out_coords = torch.stack([sample, plane - sample * out[0], y, z], 1)
@@ -103,6 +100,13 @@ def strided(
     same = _all_offsets([r == _column([i % s for i in range(k)], r) for r, k, s in zip(rest, kernel, stride)])  # K V
     inverse = output.index_select(0, step_of)
     return out_coords, out_valid, table, torch.where(same, inverse, torch.full_like(inverse, -1)), found
+
+
+def _averages(values: list[Tensor], slot: Tensor, size: int) -> Tensor:
+    """[size 3] int32 from three [J V]: what all values of a slot agree on, as their sum over their number."""
+    parts = torch.stack([*values, torch.ones_like(values[0])], -1).reshape(-1, 4)
+    sums = parts.new_zeros(size, 4).index_add(0, slot.reshape(-1), parts)
+    return torch.div(sums[:, :3], sums[:, 3:].clamp(min=1), rounding_mode="floor")
 
 
 def _number(batch: Tensor | None, site: list[Tensor], grid: Axes) -> Tensor:

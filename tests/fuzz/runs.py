@@ -40,7 +40,7 @@ def rows() -> list[Row]:
 
 
 def _config() -> run.Config:
-    return recipes.load(EXPERIMENT).DEFAULTS["nuscenes"]
+    return recipes.defaults(EXPERIMENT)["nuscenes"]
 
 
 def _state(step: int) -> dict:
@@ -148,7 +148,7 @@ def _resume_odd(folder: Path) -> None:
 def _evaluate(folder: Path) -> None:
     """What `bevfn eval` takes from config.json: every field of its type."""
     made = folder / "run" / "checkpoints" / run.step_name(STEPS[-1])
-    config = evaluate.run_config(recipes.load(EXPERIMENT), made, None)
+    config = evaluate.run_config(EXPERIMENT, made, None, None)
     right = _config()
     for name, value in vars(config).items():
         assert isinstance(value, type(getattr(right, name))) or getattr(right, name) is None or value is None, name

@@ -27,8 +27,20 @@ def _stock(overload: Any) -> Any:
 
 
 def _converters() -> dict:
+    """{overload: converter}; torchair passes `meta_outputs`, what the traced operator gives."""
+    return {
+        **_elementwise(),
+        **_reductions(),
+        **_counters(),
+        aten.sort.stable: _sort(),
+        aten.index_add.default: _index_add(),
+        aten.convolution.default: _convolution(),
+    }
+
+
+def _elementwise() -> dict:
     from torchair._ge_concrete_graph import ge_apis as ge
-    from torchair._ge_concrete_graph.utils import dtype_promote, specific_op_input_layout, specific_op_output_layout
+    from torchair._ge_concrete_graph.utils import dtype_promote
     from torchair.ge._ge_graph import DataType
 
     def gelu(x: Any, *, approximate: str = "none", meta_outputs: Any = None) -> Any:
@@ -59,6 +71,31 @@ def _converters() -> dict:
 
         return convert
 
+    xor = bitwise(ge.BitwiseXor, ge.NotEqual)
+    both = bitwise(ge.BitwiseAnd, ge.LogicalAnd)
+    either = bitwise(ge.BitwiseOr, ge.LogicalOr)
+    return {
+        aten.gelu.default: gelu,
+        aten.gelu_backward.default: gelu_backward,
+        aten.roll.default: roll,
+        aten.trunc.default: unary(ge.Trunc),
+        aten.atan2.default: binary(ge.Atan2),
+        aten.bitwise_xor.Tensor: xor,
+        aten.bitwise_xor.Scalar: xor,
+        aten.bitwise_and.Scalar: both,
+        aten.bitwise_or.Scalar: either,
+        aten.__rshift__.Scalar: binary(ge.RightShift),
+        aten.__rshift__.Tensor: binary(ge.RightShift),
+        aten.bitwise_right_shift.Tensor: binary(ge.RightShift),
+        aten.bitwise_right_shift.Tensor_Scalar: binary(ge.RightShift),
+    }
+
+
+def _reductions() -> dict:
+    from torchair._ge_concrete_graph import ge_apis as ge
+    from torchair._ge_concrete_graph.utils import dtype_promote
+    from torchair.ge._ge_graph import DataType
+
     def reduce(build: Any, dtype: Any = None) -> Any:
         def convert(x: Any, dim: Any = (), keepdim: bool = False, meta_outputs: Any = None) -> Any:
             x = x if dtype is None else dtype_promote(x, target_dtype=dtype)
@@ -67,6 +104,17 @@ def _converters() -> dict:
             return build(x, ge.Const(axes, dtype=DataType.DT_INT64), keep_dims=keepdim)
 
         return convert
+
+    return {
+        aten.amax.default: reduce(ge.ReduceMax),
+        aten.amin.default: reduce(ge.ReduceMin),
+        aten.all.dim: reduce(ge.ReduceAll, DataType.DT_BOOL),
+    }
+
+
+def _sort() -> Any:
+    from torchair._ge_concrete_graph import ge_apis as ge
+    from torchair.ge._ge_graph import DataType
 
     def sort(x: Any, *, stable: Any = False, dim: int = -1, descending: bool = False, meta_outputs: Any = None) -> Any:
         # Sort wants the last axis.
@@ -80,17 +128,33 @@ def _converters() -> dict:
         values, index = ge.Sort(swap(x), axis=x.rank - 1, descending=descending, stable=bool(stable))
         return swap(values), ge.Cast(swap(index), dst_type=DataType.DT_INT64)
 
-    stock_index_add = _stock(aten.index_add.default)
+    return sort
+
+
+def _index_add() -> Any:
+    from torchair._ge_concrete_graph import ge_apis as ge
+    from torchair._ge_concrete_graph.utils import dtype_promote
+    from torchair.ge._ge_graph import DataType
+
+    stock = _stock(aten.index_add.default)
 
     def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1, meta_outputs: Any = None) -> Any:
         # torchair broadcasts the source to the shape that it has: a copy, of 630 MB per sample in lift-splat.
         if index.rank != 1 or x.rank == 0 or source.rank != x.rank:
-            return stock_index_add(x, dim, index, source, alpha=alpha)
+            return stock(x, dim, index, source, alpha=alpha)
         index = dtype_promote(index, target_dtype=DataType.DT_INT32)
         alpha = dtype_promote(alpha, target_dtype=x.dtype)
         return ge.InplaceIndexAdd(ge.TensorMove(x), index, source, alpha, axis=dim % x.rank)
 
-    stock_convolution = _stock(aten.convolution.default)
+    return index_add
+
+
+def _convolution() -> Any:
+    from torchair._ge_concrete_graph import ge_apis as ge
+    from torchair._ge_concrete_graph.utils import dtype_promote, specific_op_input_layout, specific_op_output_layout
+    from torchair.ge._ge_graph import DataType
+
+    stock = _stock(aten.convolution.default)
 
     def convolution(
         x: Any,
@@ -107,9 +171,7 @@ def _converters() -> dict:
         # A transposed convolution is the gradient of a convolution. torchair's own Conv2DTranspose takes its size from a
         # sum of int32 and int64, and operands of the type are float16 by its prototype.
         if not transposed or meta_outputs.rank != 4:
-            return stock_convolution(
-                x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, meta_outputs
-            )
+            return stock(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, meta_outputs)
         x, weight = dtype_promote(x, weight, target_dtype=meta_outputs.dtype)
         pads = [side for p in padding for side in (p, p)]
         size = ge.Const(list(meta_outputs.size), dtype=DataType.DT_INT32)
@@ -120,6 +182,15 @@ def _converters() -> dict:
         if bias is None:
             return y
         return ge.Add(y, ge.Unsqueeze(dtype_promote(bias, target_dtype=meta_outputs.dtype), axes=[1, 2]))
+
+    return convolution
+
+
+def _counters() -> dict:
+    """arange in its three forms."""
+    from torchair._ge_concrete_graph import ge_apis as ge
+    from torchair._ge_concrete_graph.utils import dtype_promote
+    from torchair.ge._ge_graph import DataType
 
     integers = (DataType.DT_INT32, DataType.DT_INT64)
 
@@ -142,30 +213,8 @@ def _converters() -> dict:
     def arange_step(start: Any, end: Any, step: Any = 1, *, meta_outputs: Any = None, **_: Any) -> Any:
         return arange(start, end, step, meta_outputs)
 
-    xor = bitwise(ge.BitwiseXor, ge.NotEqual)
-    both = bitwise(ge.BitwiseAnd, ge.LogicalAnd)
-    either = bitwise(ge.BitwiseOr, ge.LogicalOr)
     return {
         aten.arange.default: arange_to,
         aten.arange.start: arange_from,
         aten.arange.start_step: arange_step,
-        aten.convolution.default: convolution,
-        aten.index_add.default: index_add,
-        aten.gelu.default: gelu,
-        aten.gelu_backward.default: gelu_backward,
-        aten.roll.default: roll,
-        aten.trunc.default: unary(ge.Trunc),
-        aten.atan2.default: binary(ge.Atan2),
-        aten.bitwise_xor.Tensor: xor,
-        aten.bitwise_xor.Scalar: xor,
-        aten.bitwise_and.Scalar: both,
-        aten.bitwise_or.Scalar: either,
-        aten.__rshift__.Scalar: binary(ge.RightShift),
-        aten.__rshift__.Tensor: binary(ge.RightShift),
-        aten.bitwise_right_shift.Tensor: binary(ge.RightShift),
-        aten.bitwise_right_shift.Tensor_Scalar: binary(ge.RightShift),
-        aten.amax.default: reduce(ge.ReduceMax),
-        aten.amin.default: reduce(ge.ReduceMin),
-        aten.all.dim: reduce(ge.ReduceAll, DataType.DT_BOOL),
-        aten.sort.stable: sort,
     }
