@@ -64,10 +64,10 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 
 def with_paste(config: Config, data: run.Data) -> run.Data:
     """`data` with the GT-paste database, which its last epochs do not use."""
-    plain = replace(data.reading(0), paste=None)
+    pasted = data.reading(0)
+    plain = replace(pasted, paste=None)
     if not (config.paste and config.augment):
         return replace(data, reading=lambda epoch: plain)
-    pasted = replace(plain, paste=pasting.Config())
     making = pasting.Making(config.published_sweeps, config.published_paste)
     database = pasting.read(pasting.folder(data.training), making=making)
     last = config.epochs - config.paste_off

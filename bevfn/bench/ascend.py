@@ -51,9 +51,8 @@ def lowered(operator: Callable, *operands: Tensor | int | list | None, ops: kern
     made = report.report(str(operator), lower(step, tuple(tensors), ops=ops))
     if not made.complete:
         raise ValueError(f"the figures of {operator} are not complete: {made.missing or made.unknown}")
-    families = made.families
-    return Cost(families["matrix products"].gflop if "matrix products" in families else 0.0,
-                sum(family.gigabytes for family in families.values()))  # fmt: skip
+    products = made.families.get("matrix products", report.Family())
+    return Cost(products.gflop, sum(family.gigabytes for family in made.families.values()))
 
 
 def ideal(multiplications: float, *values: Tensor) -> Cost:
@@ -149,16 +148,14 @@ def deformable() -> dict[str, tuple[Cost, Cost]]:
     products = samples * weight.shape[1]  # as many outputs as inputs
     conv, backward = torch.ops.bevfn.deform_conv, torch.ops.bevfn.deform_conv_backward
     by_gather = reference_deform_conv.forward
+    operands = (x, offset, None, weight, *step)
+    once = ideal(products + 4 * samples, x, offset, weight, x)
+    twice = ideal(2 * products + 12 * samples, x, x, offset, weight, x, offset, weight)
     return {
-        "forward": (lowered(conv, x, offset, None, weight, *step), ideal(products + 4 * samples, x, offset, weight, x)),
-        "forward, a gather per corner": (
-            lowered(by_gather, x, offset, None, weight, *step), ideal(products + 4 * samples, x, offset, weight, x)
-        ),
-        "backward": (
-            lowered(backward, x, x, offset, None, weight, *step),
-            ideal(2 * products + 12 * samples, x, x, offset, weight, x, offset, weight),
-        ),
-    }  # fmt: skip
+        "forward": (lowered(conv, *operands), once),
+        "forward, a gather per corner": (lowered(by_gather, *operands), once),
+        "backward": (lowered(backward, x, *operands), twice),
+    }
 
 
 def markdown(rows: dict[str, tuple[Cost, Cost]]) -> str:

@@ -62,9 +62,14 @@ def golden_voxels(path: Path = GOLDEN) -> tuple[Tensor, Tensor, str]:
         scan, _ = key_frame.scan(key_frame.place(rng), rng)
         points, source = torch.from_numpy(scan), "one generated scan (synth.key_frame)"
     features, cells, count, _ = voxelize(
-        points[None], torch.ones(1, len(points), dtype=torch.bool), lower=(-54.0, -54.0, -5.0),
-        size=(0.075, 0.075, 0.2), grid=(1440, 1440, 40), max_points=10, max_voxels=160_000,
-    )  # fmt: skip
+        points[None],
+        torch.ones(1, len(points), dtype=torch.bool),
+        lower=(-54.0, -54.0, -5.0),
+        size=(0.075, 0.075, 0.2),
+        grid=(1440, 1440, 40),
+        max_points=10,
+        max_voxels=160_000,
+    )
     V = int((count[0] > 0).sum())
     return features[0, :V].contiguous(), torch.cat([torch.zeros(V, 1, dtype=torch.int32), cells[0, :V]], 1), source
 

@@ -22,10 +22,9 @@ def measure(frame: Path | None, *, experiment: str = "bevfusion_lidar", options:
     with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:
         root = frame or key_frame.write_frame(Path(folder) / "frame")
         for name, backend in (("cold", "inductor"), ("warm", "inductor"), ("eager", "eager")):
-            command = [
-                sys.executable, "-m", f"bevfn.experiments.{experiment}", "--data-root", str(root), "--backend", backend,
-                "--no-eval-first", "--run-dir", str(Path(folder) / name), *options,
-            ]  # fmt: skip
+            flags = ["--data-root", str(root), "--backend", backend, "--no-eval-first"]
+            flags += ["--run-dir", str(Path(folder) / name), *options]
+            command = [sys.executable, "-m", f"bevfn.experiments.{experiment}", *flags]
             caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "BEVFN_CACHE": f"{folder}/kernels"}
             figures[name] = start(command, Path(folder) / name, caches)
         figures["cache_mb"] = sum(f.stat().st_size for f in (Path(folder) / "inductor").rglob("*") if f.is_file()) / 1e6
@@ -63,9 +62,11 @@ def start(command: list[str], run_dir: Path, environment: dict[str, str]) -> dic
     first = first if first is not None else time.perf_counter() - started
     inside = float(done[0]["seconds"])
     return {
-        "seconds": first, "before_first_step": first - inside, "first_step": inside,
+        "seconds": first,
+        "before_first_step": first - inside,
+        "first_step": inside,
         "later_step_seconds": float(done[-1]["seconds"]),
-    }  # fmt: skip
+    }
 
 
 def _steps(run_dir: Path) -> list[dict[str, float]]:

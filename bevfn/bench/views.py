@@ -99,10 +99,11 @@ def figures_of(made: Problem, name: str, repeats: int, threads: int) -> dict[str
         return torch.autograd.grad(transform(made.depth, made.context), inputs, made.grad)
 
     figures: dict[str, float | None] = {
-        "forward_mib": machine.extra_mib(forward), "train_mib": machine.extra_mib(train),
+        "forward_mib": machine.extra_mib(forward),
+        "train_mib": machine.extra_mib(train),
         "forward_ms": 1e3 * machine.best_seconds(forward, repeats=repeats),
         "train_ms": 1e3 * machine.best_seconds(train, repeats=repeats),
-    }  # fmt: skip
+    }
     if not name.startswith("MatrixVT"):
         exact = variant(made, "voxel_pool")[0](made.depth.detach().double(), made.context.detach().double())
         figures["relative_error"] = float((forward() - exact).norm() / exact.norm())

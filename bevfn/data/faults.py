@@ -144,27 +144,29 @@ def _sweeps(packed: Packed) -> Iterator[Fault]:
     later = np.append(False, np.diff(lags) <= 0)
     starts = packed.columns["sweep_start"]
     later[starts[starts < len(lags)]] = False
-    yield from _fault(
-        "order of sweeps", later[: len(lags)],
-        lambda i: f"{_owner(packed, 'sweep', i)} has sweeps {lags[i - 1]:g} s and then {lags[i]:g} s before it, which must be "
-        "newest first and each once",
-    )  # fmt: skip
+
+    def order(i: int) -> str:
+        pair = f"{lags[i - 1]:g} s and then {lags[i]:g} s before it"
+        return f"{_owner(packed, 'sweep', i)} has sweeps {pair}, which must be newest first and each once"
+
+    yield from _fault("order of sweeps", later[: len(lags)], order)
     yield from _transforms(packed, "sweep_transform", "sweep", possible.POSITION)
 
 
 def _cameras(packed: Packed) -> Iterator[Fault]:
     column = packed.columns
     matrices, sizes = column["intrinsics"], column["camera_size"]
-    yield from _fault(
-        "intrinsics", possible.no_intrinsics(matrices),
-        lambda i: f"{_camera(packed, i)} has the intrinsics {_list(matrices[i])}, which must be focal lengths "
-        f"{possible.FOCAL}, a centre {possible.CENTRE} and a last row 0 0 1",
-    )  # fmt: skip
+
+    def intrinsics(i: int) -> str:
+        told = f"focal lengths {possible.FOCAL}, a centre {possible.CENTRE} and a last row 0 0 1"
+        return f"{_camera(packed, i)} has the intrinsics {_list(matrices[i])}, which must be {told}"
+
+    def size(i: int) -> str:
+        return f"{_camera(packed, i)} has images of {_list(sizes[i])} pixels, which must be {possible.SIDE}"
+
+    yield from _fault("intrinsics", possible.no_intrinsics(matrices), intrinsics)
     unknown = (sizes == 0).all(axis=1)
-    yield from _fault(
-        "image sizes", ~unknown & possible.SIDE.impossible(sizes).any(axis=1),
-        lambda i: f"{_camera(packed, i)} has images of {_list(sizes[i])} pixels, which must be {possible.SIDE}",
-    )  # fmt: skip
+    yield from _fault("image sizes", ~unknown & possible.SIDE.impossible(sizes).any(axis=1), size)
     yield from _transforms(packed, "camera_from_lidar", "camera", possible.POSITION)
     yield from _transforms(packed, "ego_from_camera", "camera", possible.MOUNT, unknown=True)
     yield from _transforms(packed, "camera_global_from_ego", "camera", possible.PLACE, unknown=True)

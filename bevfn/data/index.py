@@ -15,9 +15,9 @@ import numpy as np
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 CLASSES = (
-    "car", "truck", "trailer", "bus", "construction_vehicle", "bicycle", "motorcycle", "pedestrian", "traffic_cone",
-    "barrier",
-)  # fmt: skip
+    *("car", "truck", "trailer", "bus", "construction_vehicle"),
+    *("bicycle", "motorcycle", "pedestrian", "traffic_cone", "barrier"),
+)
 
 Part = Literal["lidar", "ego poses", "velocity"]
 

@@ -22,7 +22,7 @@ import torch
 from rich.progress import Progress
 
 from bevfn import boxes as overlap
-from bevfn.data import annotations, building, points, sweeps
+from bevfn.data import annotations, building, points, possible, sweeps
 from bevfn.data.index import Frame, Index
 from bevfn.files import write_atomically, writing
 from bevfn.names import file_name
@@ -36,9 +36,17 @@ FORMAT = 2  # raise it when the files' meaning changes
 
 def _quotas() -> dict[str, int]:
     return {
-        "car": 2, "truck": 3, "construction_vehicle": 7, "bus": 4, "trailer": 6, "barrier": 2, "motorcycle": 6,
-        "bicycle": 6, "pedestrian": 2, "traffic_cone": 2,
-    }  # fmt: skip
+        "car": 2,
+        "truck": 3,
+        "construction_vehicle": 7,
+        "bus": 4,
+        "trailer": 6,
+        "barrier": 2,
+        "motorcycle": 6,
+        "bicycle": 6,
+        "pedestrian": 2,
+        "traffic_cone": 2,
+    }
 
 
 @dataclass(frozen=True)
@@ -99,13 +107,18 @@ class Database:
 
     def points(self, i: int, sweeps: int = SWEEPS) -> np.ndarray:
         """Points [P,5] float32 of object i where it was, in the LiDAR frame, seen by the key frame and the newest `sweeps`
-        sweeps. ValueError if the file is truncated."""
+        sweeps. ValueError if the file is truncated or damaged."""
         count = int(self.scans[i, min(sweeps, SWEEPS)])
         offset = int(self.starts[i]) * points.BYTES
         values = np.fromfile(self.points_path, dtype="<f4", count=count * points.COLUMNS, offset=offset)
         if len(values) != count * points.COLUMNS:
             raise ValueError(f"{self.points_path}: object {i} is cut off; build the database again.")
         cloud = values.reshape(count, points.COLUMNS)
+        limits = (possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY, possible.LAGS)
+        if any(limit.impossible(column).any() for limit, column in zip(limits, cloud.T)):
+            raise ValueError(
+                f"{self.points_path} is damaged: object {i} has impossible points; build the database again."
+            )
         cloud[:, :3] += self.boxes[i, :3]
         return cloud
 
@@ -276,10 +289,12 @@ def _jobs(
 def _make_part(part: Path, frames: list[Frame], root: Path, class_names: tuple[str, ...], making: Making) -> int:
     """Writes the objects of some frames; returns how many frames."""
     columns: dict[str, list[np.ndarray]] = {
-        "boxes": [np.zeros((0, 9), np.float32)], "labels": [np.zeros(0, np.int16)],
-        "scans": [np.zeros((0, SWEEPS + 1), np.int32)], "tokens": [np.zeros(0, "S1")],
+        "boxes": [np.zeros((0, 9), np.float32)],
+        "labels": [np.zeros(0, np.int16)],
+        "scans": [np.zeros((0, SWEEPS + 1), np.int32)],
+        "tokens": [np.zeros(0, "S1")],
         "points": [np.zeros((0, points.COLUMNS), np.float32)],
-    }  # fmt: skip
+    }
     for frame in frames:
         boxes, labels, scans, clouds = _objects(frame, root, class_names, making)
         columns["boxes"].append(boxes)

@@ -14,13 +14,20 @@ Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper 
 MOST = 10_000_000  # points of a file: 200 MB, where a scan has some 100,000
 FEW = 0.01  # share of a file's points that may be impossible; with more the file is not of such points
 HEADS = {
-    b"\x93NUMPY": "has the header of an .npy file", b"# .PCD": "has the header of a PCD file", b"VERSION": "has the header of a PCD file",
-    b"ply": "has the header of a PLY file", b"PK\x03\x04": "is a zip or .npz file", b"\x1f\x8b\x08": "is compressed",
-}  # fmt: skip
+    b"\x93NUMPY": "has the header of an .npy file",
+    b"# .PCD": "has the header of a PCD file",
+    b"VERSION": "has the header of a PCD file",
+    b"ply": "has the header of a PLY file",
+    b"PK\x03\x04": "is a zip or .npz file",
+    b"\x1f\x8b\x08": "is compressed",
+}
 FORMS = {
-    "four float32": ("<f4", 4), "six float32": ("<f4", 6), "big-endian float32": (">f4", COLUMNS), "float64": ("<f8", COLUMNS),
+    "four float32": ("<f4", 4),
+    "six float32": ("<f4", 6),
+    "big-endian float32": (">f4", COLUMNS),
+    "float64": ("<f8", COLUMNS),
     "four float64": ("<f8", 4),
-}  # fmt: skip
+}
 WANTED = "little-endian float32 x, y, z [m], intensity 0..255, ring"
 
 

@@ -10,9 +10,9 @@ from bevfn.data.index import CAMERAS
 from bevfn.data.points import Range
 
 CLASS_NAMES = (  # nuScenes' ten in mmdetection3d's order, which published checkpoints have and the devkit has not
-    "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
-    "traffic_cone",
-)  # fmt: skip
+    *("car", "truck", "construction_vehicle", "bus", "trailer"),
+    *("barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone"),
+)
 Size = tuple[int, int]
 PUBLISHED_SOURCE, PUBLISHED_IMAGE = (900, 1600), (256, 704)  # the sizes that factors of resizing are given for
 

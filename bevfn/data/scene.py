@@ -62,16 +62,22 @@ def load(
         parts["points"] = cloud = _filtered(cloud, base_aug, reading, rng)
         counts["empty/points"] = int(len(cloud) == 0)
     return Sample(
-        base=reading.base, base_aug=base_aug, boxes=boxes, labels=labels, token=frame.token,
-        class_names=reading.class_names, counts=counts, **parts,
-    )  # fmt: skip
+        base=reading.base,
+        base_aug=base_aug,
+        boxes=boxes,
+        labels=labels,
+        token=frame.token,
+        class_names=reading.class_names,
+        counts=counts,
+        **parts,
+    )
 
 
 def files(index: Index, place: int, reading: Reading) -> list[str]:
     """What `load` may read of the key frame at `place`: paths relative to the root. Raises ValueError for a camera that the
     data set has not at it."""
     frame, found = index[place], []
-    if reading.points is not None or reading.depth:
+    if reading.points is not None or (reading.depth and depth.prepared(index) is None):
         found.append(frame.lidar_path)
     if reading.points is not None:
         swept = frame.sweeps if reading.points.sweep_choice == "random" else frame.sweeps[: reading.points.sweeps]

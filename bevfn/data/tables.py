@@ -8,9 +8,9 @@ from bevfn.files import read_json
 from bevfn.names import file_name, printable
 
 TABLES = (
-    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
-    "sample", "sample_data", "sample_annotation", "map",
-)  # fmt: skip
+    *("category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log"),
+    *("scene", "sample", "sample_data", "sample_annotation", "map"),
+)
 # Which tokens must be found in which table; "..._tokens" are lists.
 REFERENCES = {
     "instance": {"category_token": "category"},

@@ -80,9 +80,10 @@ def _channels(tables: dict[str, list[dict]]) -> Iterator[Finding]:
         )
     if missing := [name for name in SENSORS if name not in channels]:
         yield Finding(
-            f"sensor.json has no {_some(missing)}", "it refuses models that read them; rename the channels that are meant",
+            f"sensor.json has no {_some(missing)}",
+            "it refuses models that read them; rename the channels that are meant",
             "refused",
-        )  # fmt: skip
+        )
 
 
 def _categories(tables: dict[str, list[dict]]) -> Iterator[Finding]:
@@ -166,8 +167,9 @@ def _sweeps(packed: Packed) -> Iterator[Finding]:
     if len(lags) and 0 <= np.median(lags) < SHORTEST_LAG:
         yield Finding(
             f"sweeps are {np.median(lags):.2g} s before their key frame, so timestamps are not in microseconds",
-            "it learns lags and velocities in a wrong unit", "refused",
-        )  # fmt: skip
+            "it learns lags and velocities in a wrong unit",
+            "refused",
+        )
 
 
 def _box_fact(packed: Packed) -> str:
@@ -226,14 +228,16 @@ def _cameras(packed: Packed) -> Iterator[Finding]:
             first = printable(column["token"][int(np.argmax(lacking))].decode())
             yield Finding(
                 f"{int(lacking.sum()):,} of {len(packed):,} key frames have no {word.decode()} (the first is {first})",
-                "a camera model stops there, or with --on-damaged skip leaves them out", "left out",
-            )  # fmt: skip
+                "a camera model stops there, or with --on-damaged skip leaves them out",
+                "left out",
+            )
     names = Counter(Path(path.decode()).name for path in column["camera_path"])
     if names and names.most_common(1)[0][1] > 1:
         yield Finding(
             f"several images have the name {printable(names.most_common(1)[0][0])}, in different folders",
-            "`bevfn data prepare` needs --no-depth, and training makes depth of the LiDAR files", "note",
-        )  # fmt: skip
+            "`bevfn data prepare` needs --no-depth, and training makes depth of the LiDAR files",
+            "note",
+        )
 
 
 # --- files ---

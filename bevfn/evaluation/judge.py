@@ -12,7 +12,7 @@ import numpy as np
 
 from bevfn import draw
 from bevfn.data import annotations, scene
-from bevfn.data.index import Index
+from bevfn.data.index import Frame, Index
 from bevfn.data.reading import Reading
 from bevfn.evaluation import page, recall, results, score, tables
 from bevfn.evaluation.results import Detections, Meta
@@ -74,10 +74,11 @@ def judge(
 def submission(index: Index, found: Mapping[str, Detections], reading: Reading) -> dict:
     """The nuScenes results document of detections of every key frame."""
     meta = Meta(use_camera=reading.cameras is not None, use_lidar=reading.points is not None)
-    return results.format(
-        found, index, class_names=reading.class_names, meta=meta,
-        lidar_from_boxes=lambda frame: annotations.lidar_from_base(frame, reading.base, reading.channels),
-    )  # fmt: skip
+
+    def lidar_from_boxes(frame: Frame) -> np.ndarray:
+        return annotations.lidar_from_base(frame, reading.base, reading.channels)
+
+    return results.format(found, index, class_names=reading.class_names, meta=meta, lidar_from_boxes=lidar_from_boxes)
 
 
 def _recall(
@@ -90,9 +91,11 @@ def _recall(
         sample, mine = scene.load(index, place, reading, np.random.default_rng(0)), found[frame.token]
         assert sample.boxes is not None and sample.labels is not None
         counted = recall.recall(
-            mine.boxes, mine.scores, mine.labels, sample.boxes, sample.labels, class_names=reading.class_names,
+            *(mine.boxes, mine.scores, mine.labels),
+            *(sample.boxes, sample.labels),
+            class_names=reading.class_names,
             score_threshold=SCORE_THRESHOLD,
-        )  # fmt: skip
+        )
         picture = out / f"{file_name(frame.token)}.png"  # a token may be anything, a path too
         shown = results.moved(mine, annotations.lidar_from_base(frame, reading.base, reading.channels))
         picked = draw.sample(frame, index.root, reading.class_names)

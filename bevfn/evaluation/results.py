@@ -24,9 +24,10 @@ from bevfn.files import read_json, to_json, write_atomically
 
 # m from the ego vehicle in x and y: the devkit's detection_cvpr_2019 scores nothing beyond
 RANGES = {
-    "car": 50.0, "truck": 50.0, "bus": 50.0, "trailer": 50.0, "construction_vehicle": 50.0, "pedestrian": 40.0,
-    "motorcycle": 40.0, "bicycle": 40.0, "traffic_cone": 30.0, "barrier": 30.0,
-}  # fmt: skip
+    **dict.fromkeys(("car", "truck", "bus", "trailer", "construction_vehicle"), 50.0),
+    **dict.fromkeys(("pedestrian", "motorcycle", "bicycle"), 40.0),
+    **dict.fromkeys(("traffic_cone", "barrier"), 30.0),
+}
 MAX_BOXES = 500
 MOVING = 0.2  # m/s in the global x-y plane; above it an object moves
 # class: (attribute of what moves, attribute of what stands); "" for classes that have none
@@ -99,10 +100,11 @@ def format(
     results = {}
     for token, detections in found.items():
         frame = index[index.position(token)]
-        results[token] = entries(
-            token, detections, class_names=class_names, ego_from_boxes=frame.ego_from_lidar @ lidar_from_boxes(frame),
-            global_from_ego=frame.global_from_ego,
-        )  # fmt: skip
+        frames = {
+            "ego_from_boxes": frame.ego_from_lidar @ lidar_from_boxes(frame),
+            "global_from_ego": frame.global_from_ego,
+        }
+        results[token] = entries(token, detections, class_names=class_names, **frames)
     return {"meta": asdict(meta), "results": results}
 
 
@@ -141,9 +143,14 @@ def entries(
     velocity = boxes[:, 7:9] @ global_from_boxes[:2, :2].T  # the boxes' vz is 0
     moves = np.linalg.norm(velocity, axis=1) > MOVING
     columns = zip(
-        translation.tolist(), boxes[:, [4, 3, 5]].tolist(), rotation.tolist(), velocity.tolist(),
-        [class_names[label] for label in labels], scores[order].tolist(), moves,
-    )  # fmt: skip
+        translation.tolist(),
+        boxes[:, [4, 3, 5]].tolist(),
+        rotation.tolist(),
+        velocity.tolist(),
+        [class_names[label] for label in labels],
+        scores[order].tolist(),
+        moves,
+    )
     return [
         {
             "sample_token": token,
