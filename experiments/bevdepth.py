@@ -28,8 +28,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
-import numpy as np
-
 from bevfn.choices import one_of
 from bevfn.data import augment, sampling, source
 from bevfn.data.batch import Base, Capacities
@@ -161,14 +159,10 @@ def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:
 
 def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
     reading, eval_reading = (fitted(config, model, way) for way in (TRAIN, EVAL))
     reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
-    items = np.arange(len(splits.training))
-    if config.class_balanced:
-        classes_of = sampling.categorised if config.published_cbgs else sampling.boxed
-        items = sampling.cbgs(splits.training, reading.class_names, config.seed, classes_of)
-    return run.Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
+    classes_of = sampling.categorised if config.published_cbgs else sampling.boxed
+    return run.make_data(config, splits, reading, eval_reading, classes_of)
 
 
 def fitted(config: Config, model: bevdepth.Config, reading: Reading) -> Reading:

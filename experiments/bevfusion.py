@@ -15,10 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import numpy as np
-
 from bevfn.choices import one_of
-from bevfn.data import augment, sampling, source
+from bevfn.data import augment, source
 from bevfn.data.batch import Capacities
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.models import bevfusion
@@ -182,14 +180,8 @@ def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
 
 def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
     reading, eval_reading = (fitted(config, model, way) for way in (training, EVAL))
-    if not config.augment:
-        reading = eval_reading
-    items = np.arange(len(splits.training))
-    if config.class_balanced:
-        items = sampling.cbgs(splits.training, reading.class_names, config.seed)
-    return run.Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
+    return run.make_data(config, splits, reading if config.augment else eval_reading, eval_reading)
 
 
 def fitted(config: Shared, model: bevfusion.Config, reading: Reading) -> Reading:

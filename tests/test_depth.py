@@ -149,12 +149,27 @@ def test_another_calibration_makes_other_files_and_removes_the_old_ones(index, t
     assert depth.folder_of_files(tmp_path) == new
 
 
-def test_a_damaged_depth_json_is_named_and_made_again(index, tmp_path):
+@pytest.mark.parametrize(
+    "content", ["{", "[" * 200_000, "[]", "{}", '{"files": 3}', '{"files": "/etc"}', '{"files": "files-/../../x"}']
+)
+def test_a_damaged_depth_json_is_named_and_made_again(index, tmp_path, content):
     files = depth.build(index, tmp_path, progress=False)
-    (tmp_path / "depth.json").write_text("{")
+    (tmp_path / "depth.json").write_text(content)
     with pytest.raises(ValueError, match=r"depth.json is damaged .*; delete it"):
         depth.folder_of_files(tmp_path)
     assert depth.build(index, tmp_path, progress=False) == files == depth.folder_of_files(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 1e30])
+@pytest.mark.parametrize("column", [0, 2])
+def test_a_stored_point_that_no_camera_sees_is_refused(index, tmp_path, column, value):
+    files = depth.build(index, tmp_path, progress=False)
+    name = index[0].cameras["CAM_BACK"].path
+    points = np.array(depth.read(files, name))
+    points[3, column] = value
+    points.tofile(files / f"{Path(name).name}.bin")
+    with pytest.raises(ValueError, match=r"CAM_BACK.*.bin is damaged: it has points that no camera sees; delete it"):
+        depth.read(files, name)
 
 
 def test_missing_and_truncated_files_are_named(index, tmp_path):

@@ -220,7 +220,11 @@ def test_info_files_with_impossible_values_are_refused(index, tmp_path, case):
 OLD: dict[str, tuple[Callable[[dict], None], str]] = {
     "names": (put(5, "infos", 1, "gt_names"), r"infos\[1\]: gt_names must be a list or tuple or ndarray, not int"),
     "sweep": (put(10**17, "infos", 1, "sweeps", 0, "timestamp"), "has a sweep -9.8.* s before it"),
-    "names of one": (put(np.array("x"), "infos", 1, "gt_names"), r"infos\[1\]: gt_names must be a list, not a single"),
+    "names of no letters": (
+        put(np.array([2**32 - 1] * 4, "<u4").view("<U1"), "infos", 1, "gt_names"),
+        r"infos\[1\]: gt_names must be a list of",
+    ),
+    "names of one": (put(np.array("x"), "infos", 1, "gt_names"), r"infos\[1\]: gt_names must be a list of names"),
     "turn": (put([2, 0, 0, 0], "infos", 1, "lidar2ego_rotation"), "lidar2ego_rotation is no quaternion of length 1"),
     "version": (put("../x", "metadata", "version"), "the version '../x' is no name of a folder below the root"),
     "previous": (put([1], "infos", 1, "prev"), r"infos\[1\]: prev must be a str"),

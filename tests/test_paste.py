@@ -198,6 +198,17 @@ def test_a_damaged_point_file_is_named_and_finished_parts_stay(index, tmp_path, 
     assert len(list((tmp_path / "out/parts").glob("*/*.npz"))) == 2
 
 
+@pytest.mark.parametrize("column, value", [(0, np.nan), (2, 1e30), (3, -5.0), (3, 300.0), (4, -1.0)])
+def test_stored_points_that_cannot_be_are_refused(index, tmp_path, column, value):
+    database = paste.build(index, tmp_path, class_names=NAMES, progress=False)
+    points = np.fromfile(database.points_path, "<f4").reshape(-1, 5)
+    i = int(np.argmax(np.diff(database.starts)))
+    points[database.starts[i], column] = value
+    points.tofile(database.points_path)
+    with pytest.raises(ValueError, match=rf"points-.*.bin is damaged: object {i} has impossible points; build"):
+        database.points(i)
+
+
 def test_damaged_databases_are_named_and_built_again(index, tmp_path):
     made = paste.build(index, tmp_path, class_names=NAMES, progress=False)
     whole = made.points_path.read_bytes()

@@ -98,9 +98,8 @@ class Report:
         lines.append(f"{len(self.problems):,} problem{plural}; {affected}")
         for problem in self.problems[:shown]:
             needed = f" (samples: {problem.samples:,})" if problem.samples else ""
-            lines.append(
-                f"  {printable(problem.path)}: {problem.what.removeprefix(f'{self.root}/{problem.path}: ')}{needed}"
-            )
+            what = problem.what.removeprefix(f"{self.root}/{problem.path}: ")
+            lines.append(f"  {printable(problem.path)}: {printable(what)}{needed}")
         if len(self.problems) > shown:
             lines.append(f"  and {len(self.problems) - shown:,} more; --json FILE writes all of them")
         return "\n".join(lines)

@@ -21,8 +21,9 @@ from rich.progress import Progress
 
 from bevfn.data import building, image, points
 from bevfn.data.index import Camera, Frame, Index
+from bevfn.data.possible import DISTANCE, SIDE
 from bevfn.files import read_json, to_json, write_atomically
-from bevfn.names import file_name
+from bevfn.names import leaves
 
 MARGIN = 1  # px at the image's border in which points are dropped
 DEPTH = "depth.json"
@@ -94,7 +95,7 @@ def maps(
 def read(files: Path, name: str) -> np.ndarray:
     """The stored points [P,3] float32 of an image, named as in the index; `files` is what `folder_of_files` says.
 
-    Raises ValueError if the file is missing or truncated.
+    Raises ValueError if the file is missing, truncated or damaged.
     """
     path = _file(files, name)
     try:
@@ -103,7 +104,10 @@ def read(files: Path, name: str) -> np.ndarray:
         raise ValueError(f"{path} does not exist; build depth ground truth with `bevfn data prepare`.") from error
     if len(values) % BYTES:
         raise ValueError(f"{path}: {len(values)} bytes are not a whole number of points of {BYTES}; build it again.")
-    return values.view("<f4").reshape(-1, COLUMNS)
+    seen = values.view("<f4").reshape(-1, COLUMNS)
+    if SIDE.impossible(seen[:, :2]).any() or DISTANCE.impossible(seen[:, 2]).any():
+        raise ValueError(f"{path} is damaged: it has points that no camera sees; delete it and build it again.")
+    return seen
 
 
 def folder(index: Index) -> Path:
@@ -117,7 +121,10 @@ def folder_of_files(out: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; build depth ground truth with `bevfn data prepare`.")
     try:
-        return path.parent / file_name(str(read_json(path.read_bytes())["files"]))  # beside it, whatever it says
+        name = read_json(path.read_bytes())["files"]
+        if not isinstance(name, str) or not name.startswith("files-") or leaves(name):
+            raise ValueError("it names no folder of files")
+        return path.parent / name
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run `bevfn data prepare` again.") from error
 

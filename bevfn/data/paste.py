@@ -22,7 +22,7 @@ import torch
 from rich.progress import Progress
 
 from bevfn import boxes as overlap
-from bevfn.data import annotations, building, points, sweeps
+from bevfn.data import annotations, building, points, possible, sweeps
 from bevfn.data.index import Frame, Index
 from bevfn.files import write_atomically, writing
 from bevfn.names import file_name
@@ -107,13 +107,18 @@ class Database:
 
     def points(self, i: int, sweeps: int = SWEEPS) -> np.ndarray:
         """Points [P,5] float32 of object i where it was, in the LiDAR frame, seen by the key frame and the newest `sweeps`
-        sweeps. ValueError if the file is truncated."""
+        sweeps. ValueError if the file is truncated or damaged."""
         count = int(self.scans[i, min(sweeps, SWEEPS)])
         offset = int(self.starts[i]) * points.BYTES
         values = np.fromfile(self.points_path, dtype="<f4", count=count * points.COLUMNS, offset=offset)
         if len(values) != count * points.COLUMNS:
             raise ValueError(f"{self.points_path}: object {i} is cut off; build the database again.")
         cloud = values.reshape(count, points.COLUMNS)
+        limits = (possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY, possible.LAGS)
+        if any(limit.impossible(column).any() for limit, column in zip(limits, cloud.T)):
+            raise ValueError(
+                f"{self.points_path} is damaged: object {i} has impossible points; build the database again."
+            )
         cloud[:, :3] += self.boxes[i, :3]
         return cloud
 

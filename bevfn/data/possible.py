@@ -46,6 +46,7 @@ OFFSET = Kind(-30.0, 30.0, "s")  # between a camera's exposure and the scan
 FOCAL = Kind(1.0, 1e6, "px")
 CENTRE = Kind(-1e5, 1e5, "px")  # of projection; it may lie outside of a cropped image
 SIDE = Kind(1, 20_000, "px")  # of an image
+DISTANCE = Kind(0.0, 2e3, "m")  # from a camera to a point
 POINTS = Kind(0, 1e9, "")  # in a box
 INTENSITY = Kind(0.0, 255.0, "")  # of a return
 

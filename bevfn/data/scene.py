@@ -77,7 +77,7 @@ def files(index: Index, place: int, reading: Reading) -> list[str]:
     """What `load` may read of the key frame at `place`: paths relative to the root. Raises ValueError for a camera that the
     data set has not at it."""
     frame, found = index[place], []
-    if reading.points is not None or reading.depth:
+    if reading.points is not None or (reading.depth and depth.prepared(index) is None):
         found.append(frame.lidar_path)
     if reading.points is not None:
         swept = frame.sweeps if reading.points.sweep_choice == "random" else frame.sweeps[: reading.points.sweeps]

@@ -25,7 +25,7 @@ from bevfn import compile as compilation
 from bevfn import distributed, exits, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, scene, source
 from bevfn.data.batch import Batch, collate
-from bevfn.data.index import Index
+from bevfn.data.index import Frame, Index
 from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
@@ -71,8 +71,8 @@ class Config:
     warm_up: int = 20
     """steps that performance mode does not count"""
     data_root: Path | None = None
-    """a nuScenes root (the folder with v1.0-trainval/ and samples/) or a folder with one frame.json; none: a synthetic
-    world in runs/world, made when missing"""
+    """a nuScenes root (the folder with v1.0-trainval/ and samples/), an info file of mmdetection3d, or a folder with one
+    frame.json; none: a synthetic world in runs/world, made when missing"""
     version: str = "v1.0-trainval"
     """of the nuScenes root; v1.0-mini trains on mini_train"""
     train_split: str | None = None
@@ -241,6 +241,21 @@ def make_task(
         ema=ema,
         shared_normalisers=shared_normalisers,
     )
+
+
+def make_data(
+    config: Config,
+    splits: source.Source | None,
+    reading: Reading,
+    eval_reading: Reading,
+    classes_of: Callable[[Frame], list[str]] = sampling.boxed,
+) -> Data:
+    """The config's key frames, or `splits`, and how they are read; --class-balanced counts them by `classes_of`."""
+    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
+    items = np.arange(len(splits.training))
+    if config.class_balanced:
+        items = sampling.cbgs(splits.training, reading.class_names, config.seed, classes_of)
+    return Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
 
 
 @dataclass(frozen=True)

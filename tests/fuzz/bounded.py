@@ -7,6 +7,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ def _child(command: Callable[[], object], output: int, memory: int) -> None:
     code = TRACEBACK
     try:
         torch.set_num_threads(1)  # the pool of OpenMP threads did not survive the fork: waiting for it is for ever
+        warnings.resetwarnings()  # pytest makes errors of them, a user gets a line
         os.dup2(output, 1)
         os.dup2(output, 2)
         with open("/proc/self/statm") as file:

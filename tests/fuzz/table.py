@@ -37,7 +37,7 @@ def run(row: Row, folder: Path, seed: int) -> str:
     output, and an impossible value that is accepted.
     """
     draw = Random(f"{row.what} {seed}")
-    path = draw.choice(sorted(folder.glob(row.files)))
+    path = draw.choice([path for path in sorted(folder.glob(row.files)) if path.is_file() and path.stat().st_size])
     right = path.read_bytes()
     wrong = row.mutate(right, draw)
     if wrong == right:

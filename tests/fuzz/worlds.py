@@ -3,16 +3,19 @@
 import io
 import json
 import pickle
+import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import small_root
+import small_world
 from PIL import Image
 
 from bevfn.commands import data
-from bevfn.data import infos, scene, source
+from bevfn.data import infos, nuscenes, paste, scene, source
 from bevfn.data.batch import Capacities, collate
 from bevfn.data.index import Index
 from bevfn.data.reading import Cameras, Points, Reading
@@ -41,7 +44,32 @@ def rows() -> list[Row]:
         Row("clouds and images, checked", _root, "root/samples/[CL]*/*__4.[jp][pc]*", _sensor, _check, 26, CACHES),
         Row("an info file in JSON", _frame, "frame.json", mutate.as_json, _read_frame, 26),
         Row("an info file, pickled", _pickled, "frame.pkl", _info, _read_pickled, 26),
+        Row("what data prepare made", _prepared, "root/*bevfn*/**/*.*[nbs]*", mutate.raw, _read_prepared, 26, CACHES),
     ]
+
+
+def _prepared(folder: Path) -> None:
+    """Of a world whose LiDAR sees something."""
+    shutil.copytree(small_world.index().root, folder / "root")
+    data.prepare(folder / "root", split="train", workers=1)
+
+
+def _read_prepared(folder: Path) -> None:
+    index = nuscenes.index(folder / "root", "v1.0-trainval", "train")
+    reading = replace(
+        READING,
+        cameras=Cameras(image_size=(32, 88)),
+        depth=True,
+        paste=paste.Config(),
+        capacities=Capacities(60_000, 200),
+    )
+    database = paste.read(paste.folder(index), min_points=1)
+    for place in range(len(index)):
+        for seed in range(3):
+            sample = scene.load(index, place, reading, np.random.default_rng(seed), database=database)
+            assert np.isfinite(sample.depth).all() and (sample.depth >= 0).all() and (sample.depth <= 2000).all()
+            assert np.isfinite(sample.points).all() and (np.abs(sample.points[:, :3]) < 2e4).all()
+            assert (sample.boxes[:, 3:6] > 0).all() and np.isfinite(sample.boxes[:, :7]).all()
 
 
 def _root(folder: Path) -> None:
