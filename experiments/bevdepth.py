@@ -95,15 +95,33 @@ VARIANTS: dict[str, Config] = {
 }
 # One key frame over and over, nothing augmented: for a first look at a laptop.
 FRAME: dict[str, Any] = {
-    "steps": 40, "batch_size": 1, "workers": 0, "lr": 1e-3, "norm_momentum": 0.1, "class_balanced": False, "ema": None,
-    "augment": False, "eval_first": True, "eval_backend": "eager", "checkpoint_every": 1000,
-}  # fmt: skip
+    "steps": 40,
+    "batch_size": 1,
+    "workers": 0,
+    "lr": 1e-3,
+    "norm_momentum": 0.1,
+    "class_balanced": False,
+    "ema": None,
+    "augment": False,
+    "eval_first": True,
+    "eval_backend": "eager",
+    "checkpoint_every": 1000,
+}
 # The synthetic world on two CPU cores. Nothing is augmented: with the vehicle's frame turned and mirrored, runs of this
 # length ended at mAOE 1.3 rad and mAVE 2.3 m/s, without at 0.3 and 1.0 (experiments/results/world_bevdepth.json).
 SYNTHETIC: dict[str, Any] = {
-    "scale": "mini", "epochs": 14, "milestones": (10, 13), "batch_size": 2, "workers": 1, "lr": 2e-3,
-    "norm_momentum": 0.1, "class_balanced": False, "augment": False, "eval_first": True, "eval_backend": "eager",
-}  # fmt: skip
+    "scale": "mini",
+    "epochs": 14,
+    "milestones": (10, 13),
+    "batch_size": 2,
+    "workers": 1,
+    "lr": 2e-3,
+    "norm_momentum": 0.1,
+    "class_balanced": False,
+    "augment": False,
+    "eval_first": True,
+    "eval_backend": "eager",
+}
 
 
 def defaults(recipe: Config, name: str) -> dict[source.Kind, run.Config]:
@@ -143,9 +161,11 @@ def optimizer(config: Config, model: bevdepth.Config, plan: run.Plan) -> optim.C
     drops = tuple(round(plan.total_steps * epoch / config.epochs) for epoch in config.milestones)
     lr = optim.Schedule(run.scaled_lr(config, plan), drops=drops)
     return optim.Config(
-        lr=lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
         groups=tuple(optim.Group(pattern, frozen=True) for pattern in model.frozen),
-    )  # fmt: skip
+    )
 
 
 def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:

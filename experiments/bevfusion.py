@@ -107,17 +107,38 @@ class Config(Shared):
 
 # One key frame over and over, nothing augmented: for a first look at a laptop.
 FRAME: dict[str, Any] = {
-    "steps": 40, "batch_size": 1, "workers": 0, "lr": 1e-3, "norm_momentum": 0.1, "class_balanced": False,
-    "augment": False, "sweeps": 0, "eval_first": True, "eval_every": 0, "eval_backend": "eager",
+    "steps": 40,
+    "batch_size": 1,
+    "workers": 0,
+    "lr": 1e-3,
+    "norm_momentum": 0.1,
+    "class_balanced": False,
+    "augment": False,
+    "sweeps": 0,
+    "eval_first": True,
+    "eval_every": 0,
+    "eval_backend": "eager",
     "checkpoint_every": 1000,
-}  # fmt: skip
-# The synthetic world on two CPU cores, from scratch, with sweeps where they belong: on the cycle of the LiDAR-only recipe, as the cosine is for a model
-# that starts from a trained detector.
+}
+# The synthetic world on two CPU cores, from scratch, with sweeps where they belong: on the cycle of the LiDAR-only
+# recipe, as the cosine is for a model that starts from a trained detector.
 SYNTHETIC: dict[str, Any] = {
-    "schedule": "cycle", "final_lr": 1e-5, "scale": "mini", "epochs": 9, "batch_size": 2, "workers": 1, "lr": 2e-3,
-    "norm_momentum": 0.1, "eval_every": 0, "class_balanced": False, "augment": False, "eval_first": True,
-    "eval_backend": "eager", "sweeps": 4, "published_sweeps": False,
-}  # fmt: skip
+    "schedule": "cycle",
+    "final_lr": 1e-5,
+    "scale": "mini",
+    "epochs": 9,
+    "batch_size": 2,
+    "workers": 1,
+    "lr": 2e-3,
+    "norm_momentum": 0.1,
+    "eval_every": 0,
+    "class_balanced": False,
+    "augment": False,
+    "eval_first": True,
+    "eval_backend": "eager",
+    "sweeps": 4,
+    "published_sweeps": False,
+}
 DEFAULTS: run.Defaults = {
     name: {
         "nuscenes": Config(model=name, run_dir=run.RUNS / "bevfusion"),
@@ -149,9 +170,12 @@ def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
         lr = optim.Schedule(peak * config.start_lr, phases)
     turn = max(1, int(config.beta1_turn * total))  # cut off, as mmengine turns 2.4 epochs into steps
     return optim.Config(
-        lr=lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm, groups=config.groups,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        groups=config.groups,
         beta1=optim.beta1_cycle(turn, max(total, turn + 1), published=config.published_beta1),
-    )  # fmt: skip
+    )
 
 
 def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Task:
