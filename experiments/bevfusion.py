@@ -15,10 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import numpy as np
-
 from bevfn.choices import one_of
-from bevfn.data import augment, sampling, source
+from bevfn.data import augment, source
 from bevfn.data.batch import Capacities
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.models import bevfusion
@@ -109,17 +107,38 @@ class Config(Shared):
 
 # One key frame over and over, nothing augmented: for a first look at a laptop.
 FRAME: dict[str, Any] = {
-    "steps": 40, "batch_size": 1, "workers": 0, "lr": 1e-3, "norm_momentum": 0.1, "class_balanced": False,
-    "augment": False, "sweeps": 0, "eval_first": True, "eval_every": 0, "eval_backend": "eager",
+    "steps": 40,
+    "batch_size": 1,
+    "workers": 0,
+    "lr": 1e-3,
+    "norm_momentum": 0.1,
+    "class_balanced": False,
+    "augment": False,
+    "sweeps": 0,
+    "eval_first": True,
+    "eval_every": 0,
+    "eval_backend": "eager",
     "checkpoint_every": 1000,
-}  # fmt: skip
-# The synthetic world on two CPU cores, from scratch, with sweeps where they belong: on the cycle of the LiDAR-only recipe, as the cosine is for a model
-# that starts from a trained detector.
+}
+# The synthetic world on two CPU cores, from scratch, with sweeps where they belong: on the cycle of the LiDAR-only
+# recipe, as the cosine is for a model that starts from a trained detector.
 SYNTHETIC: dict[str, Any] = {
-    "schedule": "cycle", "final_lr": 1e-5, "scale": "mini", "epochs": 9, "batch_size": 2, "workers": 1, "lr": 2e-3,
-    "norm_momentum": 0.1, "eval_every": 0, "class_balanced": False, "augment": False, "eval_first": True,
-    "eval_backend": "eager", "sweeps": 4, "published_sweeps": False,
-}  # fmt: skip
+    "schedule": "cycle",
+    "final_lr": 1e-5,
+    "scale": "mini",
+    "epochs": 9,
+    "batch_size": 2,
+    "workers": 1,
+    "lr": 2e-3,
+    "norm_momentum": 0.1,
+    "eval_every": 0,
+    "class_balanced": False,
+    "augment": False,
+    "eval_first": True,
+    "eval_backend": "eager",
+    "sweeps": 4,
+    "published_sweeps": False,
+}
 DEFAULTS: run.Defaults = {
     name: {
         "nuscenes": Config(model=name, run_dir=run.RUNS / "bevfusion"),
@@ -151,9 +170,12 @@ def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
         lr = optim.Schedule(peak * config.start_lr, phases)
     turn = max(1, int(config.beta1_turn * total))  # cut off, as mmengine turns 2.4 epochs into steps
     return optim.Config(
-        lr=lr, weight_decay=config.weight_decay, clip_norm=config.clip_norm, groups=config.groups,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        groups=config.groups,
         beta1=optim.beta1_cycle(turn, max(total, turn + 1), published=config.published_beta1),
-    )  # fmt: skip
+    )
 
 
 def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Task:
@@ -182,14 +204,8 @@ def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
 
 def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
     reading, eval_reading = (fitted(config, model, way) for way in (training, EVAL))
-    if not config.augment:
-        reading = eval_reading
-    items = np.arange(len(splits.training))
-    if config.class_balanced:
-        items = sampling.cbgs(splits.training, reading.class_names, config.seed)
-    return run.Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
+    return run.make_data(config, splits, reading if config.augment else eval_reading, eval_reading)
 
 
 def fitted(config: Shared, model: bevfusion.Config, reading: Reading) -> Reading:

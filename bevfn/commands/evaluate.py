@@ -90,18 +90,24 @@ def evaluate(
     with Progress() as progress:
         bar = progress.add_task(f"{len(index)} key frames of {index.split}")
         found, counts = detect(
-            task.predict, params, state, index, task.data.eval_reading, batch_size=batch_size,
-            workers=workers, backend=backend, device=device,
+            *(task.predict, params, state),
+            *(index, task.data.eval_reading),
+            batch_size=batch_size,
+            workers=workers,
+            backend=backend,
+            device=device,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
             warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
-        )  # fmt: skip
+        )
     out = out if out is not None else _folder(checkpoint, split)
     if index.split == "test":
         return _submit(task, found, counts, out)
     judgement = judge(
-        index, found, task.data.eval_reading, out, title=f"{task.title}, {checkpoint.name}",
-        config=run.flags(config), counts=counts,
-    )  # fmt: skip
+        *(index, found, task.data.eval_reading, out),
+        title=f"{task.title}, {checkpoint.name}",
+        config=run.flags(config),
+        counts=counts,
+    )
     print(judgement.text)
     print(f"everything is in {out}")
     return 0

@@ -50,7 +50,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Report:
+class Inspection:
     """Everything that was found."""
 
     root: str
@@ -111,7 +111,7 @@ class Report:
 
 def check(
     root: Path, version: str | None = None, split: str | None = None, *, deep: bool = False, workers: int = 0
-) -> Report:
+) -> Inspection:
     """Looks at tables, maps, and every LiDAR, sweep and camera file that the splits need.
 
     version: None for the only one that the root has; split: None for all of them; workers: threads, 0 for twice the
@@ -156,7 +156,7 @@ def check(
     # Without a table nothing can be read, without a map the devkit does not start.
     count = sum(samples.values()) if any(part.missing or part.damaged for part in parts[:2]) else len(affected)
     notes = _made(root, version, list(samples))
-    return Report(
+    return Inspection(
         str(root), version, samples, count, tuple(parts), tuple(problems), tuple(notes), tuple(facts), tuple(findings)
     )
 

@@ -1,31 +1,26 @@
 """mmdetection3d's info files to an Index, without running what a pickle may hold.
 
-Three forms: v1.1 (`metainfo`, `data_list`) as .pkl or as .json, and v1.0 (`metadata`, `infos`) as .pkl. The pickles are
-read by an unpickler that knows plain containers, numbers and numpy arrays and refuses every other name.
+Three forms: v1.1 (`metainfo`, `data_list`) as .pkl or as .json, and v1.0 (`metadata`, `infos`) as .pkl (see `plain_pickle`).
 
 Source: mmdetection3d tools/dataset_converters (nuscenes_converter.py, update_infos_to_v2.py), datasets/nuscenes_dataset.py.
 """
 
-import io
-import pickle
 import re
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from bevfn import host
-from bevfn.data import faults, possible
+from bevfn.data import faults, plain_pickle, possible
 from bevfn.data.index import CLASSES, Camera, Frame, Index, Sweep, inverse, pack
 from bevfn.files import read_json
 from bevfn.names import leaves, printable
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 MOST_CLASSES = 10_000
-MEMORY = (2**28, 64)  # bytes that an unpickled file may take: so many, and so many times its own
 
 
 def read(path: Path, root: Path | None = None) -> Index:
@@ -43,7 +38,7 @@ def read(path: Path, root: Path | None = None) -> Index:
     root = path.parent if root is None else Path(root)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give an info file, .pkl of mmdetection3d or .json.")
-    document = _read_json(path) if path.suffix == ".json" else _unpickle(path)
+    document = _read_json(path) if path.suffix == ".json" else plain_pickle.read(path)
     folders = (root / "samples").is_dir()
     if isinstance(document, dict) and "infos" in document:
         infos, metadata = _get(document, str(path), "infos", list), _optional(document, str(path), "metadata", dict)
@@ -375,57 +370,3 @@ def _read_json(path: Path) -> Any:
         return read_json(path.read_bytes(), finite=False)
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{path} is not valid JSON ({error}); copy it again.") from error
-
-
-class _Refused(Exception):
-    """Names what a pickle asked for."""
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for _codecs.encode, with which pickle's protocol 2 (mmengine's) spells bytes."""
-    if encoding != "latin1":
-        raise _Refused(f"_codecs.encode with {encoding!r}")
-    return text.encode("latin1")
-
-
-def _frombuffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
-    """Stands for numpy's function of that name, with which pickle's protocol 5 spells arrays."""
-    return np.frombuffer(bytes(buffer), dtype=dtype).reshape(shape, order=order)
-
-
-_PLAIN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): _latin1,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, frozenset, bytearray)},
-    # numpy's own functions, under the names that numpy 1 and numpy 2 write
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0] for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): np.float64(0).__reduce__()[0] for core in ("core", "_core")},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PLAIN:
-            raise _Refused(f"{module}.{name}")
-        return _PLAIN[module, name]
-
-
-def _unpickle(path: Path) -> Any:
-    raw = path.read_bytes()
-    try:
-        # A length that a pickle declares is not yet there, so memory is what tells an honest one. From bytes, not from the
-        # file, of which a read of the declared length would be asked.
-        with host.bounded_memory(MEMORY[0] + MEMORY[1] * len(raw)):
-            return _Unpickler(io.BytesIO(raw)).load()
-    except _Refused as refused:
-        raise ValueError(
-            f"{path} asks for {printable(refused)}; an info file holds plain data and numpy arrays, and bevfn runs nothing else from a "
-            "pickle: make the file again with create_data.py, or give the data set root instead."
-        ) from refused
-    except Exception as error:  # a damaged pickle ends in nearly any exception
-        raise ValueError(
-            f"{path} is no complete pickle ({type(error).__name__}: {printable(error)}); copy it again."
-        ) from error

@@ -49,9 +49,15 @@ def detect(
     order = np.arange(len(index))
     batches = loader.steps_per_epoch(len(order), batch_size, count, 1)
     stream = loader.batches(
-        partial(scene.load, index, reading=reading), order, loader.Config(batch_size=batch_size, workers=workers),
-        seed=0, epoch=0, capacities=reading.capacities, rank=rank, replicas=count,
-    )  # fmt: skip
+        partial(scene.load, index, reading=reading),
+        order,
+        loader.Config(batch_size=batch_size, workers=workers),
+        seed=0,
+        epoch=0,
+        capacities=reading.capacities,
+        rank=rank,
+        replicas=count,
+    )
     found: dict[str, np.ndarray] = {}
     counts: dict[str, float] = {}
     with contextlib.closing(stream):

@@ -25,7 +25,7 @@ from bevfn import compile as compilation
 from bevfn import distributed, exits, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, scene, source
 from bevfn.data.batch import Batch, collate
-from bevfn.data.index import Index
+from bevfn.data.index import Frame, Index
 from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
@@ -71,8 +71,8 @@ class Config:
     warm_up: int = 20
     """steps that performance mode does not count"""
     data_root: Path | None = None
-    """a nuScenes root (the folder with v1.0-trainval/ and samples/) or a folder with one frame.json; none: a synthetic
-    world in runs/world, made when missing"""
+    """a nuScenes root (the folder with v1.0-trainval/ and samples/), an info file of mmdetection3d, or a folder with one
+    frame.json; none: a synthetic world in runs/world, made when missing"""
     version: str = "v1.0-trainval"
     """of the nuScenes root; v1.0-mini trains on mini_train"""
     train_split: str | None = None
@@ -243,6 +243,21 @@ def make_task(
     )
 
 
+def make_data(
+    config: Config,
+    splits: source.Source | None,
+    reading: Reading,
+    eval_reading: Reading,
+    classes_of: Callable[[Frame], list[str]] = sampling.boxed,
+) -> Data:
+    """The config's key frames, or `splits`, and how they are read; --class-balanced counts them by `classes_of`."""
+    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
+    items = np.arange(len(splits.training))
+    if config.class_balanced:
+        items = sampling.cbgs(splits.training, reading.class_names, config.seed, classes_of)
+    return Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
+
+
 @dataclass(frozen=True)
 class Run:
     """A task under a config on this process' devices."""
@@ -333,9 +348,13 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
     if run.task.shared_normalisers:
         loss = partial(loss, replicas=replicas)
     step = train.make_accumulated(
-        loss, run.task.optimizer(run.plan), ema=run.task.ema, replicas=replicas,
-        accumulate=config.accumulate, compiled=partial(compilation.step, backend=config.backend),
-    )  # fmt: skip
+        loss,
+        run.task.optimizer(run.plan),
+        ema=run.task.ema,
+        replicas=replicas,
+        accumulate=config.accumulate,
+        compiled=partial(compilation.step, backend=config.backend),
+    )
     return initial_state(run), step
 
 
@@ -402,10 +421,17 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
         reading = data.reading(epoch)
         load = partial(scene.load, data.training, reading=reading, database=data.database)
         stream = loader.batches(
-            load, sampling.order(data.items, config.seed, epoch, shuffle=True), settings, seed=config.seed, epoch=epoch,
-            capacities=reading.capacities, rank=rank, replicas=count,
-            accumulate=config.accumulate, start_step=within,
-        )  # fmt: skip
+            load,
+            sampling.order(data.items, config.seed, epoch, shuffle=True),
+            settings,
+            seed=config.seed,
+            epoch=epoch,
+            capacities=reading.capacities,
+            rank=rank,
+            replicas=count,
+            accumulate=config.accumulate,
+            start_step=within,
+        )
         with contextlib.closing(stream):
             for step in range(epoch * plan.steps_per_epoch + within, (epoch + 1) * plan.steps_per_epoch):
                 if step == plan.total_steps:
@@ -591,19 +617,27 @@ def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
     # of more than two are rounded by their order, which is R's and A's.
     coupled = config.sync_statistics or run.task.shared_normalisers or run.facts["microbatches"] > 2
     return run_folder.open(
-        config.run_dir, flags(config), resume=config.resume, force=config.force, facts=run.facts,
+        config.run_dir,
+        flags(config),
+        resume=config.resume,
+        force=config.force,
+        facts=run.facts,
         free=FREE if coupled else FREE | {"processes", "accumulate"},
-    )  # fmt: skip
+    )
 
 
 def facts(run: Run) -> dict:
     """What the numbers of a run depend on besides its config, for its checkpoints."""
     data, plan, processes = run.task.data, run.plan, run.replicas.count if run.replicas is not None else 1
     return {
-        "processes": processes, "accumulate": run.config.accumulate, "microbatches": processes * run.config.accumulate,
-        "samples_per_epoch": len(data.items), "total_steps": plan.total_steps,
-        "data": origin.data(data.training, data.items), "code": origin.code(),
-    }  # fmt: skip
+        "processes": processes,
+        "accumulate": run.config.accumulate,
+        "microbatches": processes * run.config.accumulate,
+        "samples_per_epoch": len(data.items),
+        "total_steps": plan.total_steps,
+        "data": origin.data(data.training, data.items),
+        "code": origin.code(),
+    }
 
 
 def flags(config: Config) -> dict:
@@ -739,18 +773,26 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
     found, counts = detect(
-        run.task.predict, weights["params"], weights["state"], data.evaluation, data.eval_reading,
-        batch_size=config.batch_size, workers=config.workers, backend=config.eval_backend, device=config.device,
-        replicas=run.replicas, warn=print,
-    )  # fmt: skip
+        *(run.task.predict, weights["params"], weights["state"]),
+        *(data.evaluation, data.eval_reading),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        backend=config.eval_backend,
+        device=config.device,
+        replicas=run.replicas,
+        warn=print,
+    )
     if not run.leads:
         return {}
     out = evaluation_folder(run, done)
     counts |= {"missing/key_frames": data.left_out}
     judgement = judge(
-        data.evaluation, found, data.eval_reading, out, counts=counts, run_dir=config.run_dir,
-        title=f"{run.task.title}, step {done}", config=flags(config),
-    )  # fmt: skip
+        *(data.evaluation, found, data.eval_reading, out),
+        counts=counts,
+        run_dir=config.run_dir,
+        title=f"{run.task.title}, step {done}",
+        config=flags(config),
+    )
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
     if done:
         checkpoint.keep_best(config.run_dir / run_folder.CHECKPOINTS, out.name, judgement.value)

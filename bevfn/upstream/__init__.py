@@ -5,7 +5,7 @@ layouts apart, `convert` goes both ways, `storage` and `torch_file` read and wri
 """
 
 from bevfn.upstream.checkpoints import CHECKPOINTS
-from bevfn.upstream.convert import Refused, Report, export_state, import_state, nest
+from bevfn.upstream.convert import Account, Refused, export_state, import_state, nest
 from bevfn.upstream.entries import Entry, impossible
 from bevfn.upstream.merge import Merge, load_into
 from bevfn.upstream.storage import (
@@ -19,12 +19,12 @@ from bevfn.upstream.storage import (
 
 __all__ = [
     "CHECKPOINTS",
+    "Account",
     "Entry",
     "Imported",
     "Merge",
     "NotImported",
     "Refused",
-    "Report",
     "export_state",
     "import_state",
     "impossible",

@@ -17,7 +17,7 @@ DEEPEST = 100  # levels of a tree
 
 
 @dataclass
-class Report:
+class Account:
     """What became of every upstream key and of every leaf of ours."""
 
     model: str
@@ -65,12 +65,12 @@ class Report:
 class Refused(ValueError):
     """The state dict is not the model that was asked for; `report` says all about it."""
 
-    def __init__(self, message: str, report: Report):
+    def __init__(self, message: str, report: Account):
         super().__init__(message)
         self.report = report
 
 
-def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = None) -> tuple[dict, dict, Report]:
+def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = None) -> tuple[dict, dict, Account]:
     """(params, state, report) of a foreign state dict; floating tensors become float32.
 
     Raises ValueError if it looks like another model or mixes sparse layouts, Refused (a ValueError) if keys are
@@ -86,7 +86,7 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = No
     entries = checkpoints.entries(model, source.naming, config=config)
     inside = {key.removeprefix(source.prefix): t for key, t in upstream.items() if key.startswith(source.prefix)}
     layout = recognise.sparse_layout(inside, entries)
-    report = Report(model, source.what, source.prefix, source.naming, layout)
+    report = Account(model, source.what, source.prefix, source.naming, layout)
     flat: dict[str, dict[str, Tensor]] = {"params": {}, "state": {}, "upstream": {}}
     for entry in entries:
         leaf = _take(entry, inside, report)
@@ -103,7 +103,7 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = No
     return nest(flat["params"]), nest(flat["state"]), report
 
 
-def _take(entry: Entry, upstream: Mapping[str, Tensor], report: Report) -> Tensor | None:
+def _take(entry: Entry, upstream: Mapping[str, Tensor], report: Account) -> Tensor | None:
     """The entry's leaf in our layout, or None with the reason in the report."""
     source = upstream.get(entry.key)
     if source is None:
@@ -134,7 +134,7 @@ def _take(entry: Entry, upstream: Mapping[str, Tensor], report: Report) -> Tenso
 
 
 def _account_for_the_rest(
-    upstream: Mapping[str, Tensor], entries: list[Entry], computed: Mapping[str, Tensor], report: Report
+    upstream: Mapping[str, Tensor], entries: list[Entry], computed: Mapping[str, Tensor], report: Account
 ) -> None:
     """Files every key that no entry names under unused or unknown; keeps what the export could not recompute."""
     named = {entry.key for entry in entries}
@@ -171,7 +171,7 @@ def export_state(
 ) -> dict[str, Tensor]:
     """The upstream state dict, in upstream's order: the inverse of `import_state`, bit for bit.
 
-    Derived buffers are recomputed and batch counts are 0 unless `carried` (Report.carried) holds them. Leaves that a
+    Derived buffers are recomputed and batch counts are 0 unless `carried` (Account.carried) holds them. Leaves that a
     lone Swin may lack are left out. Raises ValueError that names a leaf which is missing, unknown or of another shape.
     """
     flat = {f"params.{path}": leaf for path, leaf in tree.flatten(params).items()}

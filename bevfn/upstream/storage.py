@@ -20,7 +20,7 @@ from torch import Tensor
 from bevfn import catalogue, tree
 from bevfn.files import to_json, write_atomically
 from bevfn.upstream import checkpoints, torch_file
-from bevfn.upstream.convert import Report, nest
+from bevfn.upstream.convert import Account, nest
 from bevfn.upstream.entries import Naming
 from bevfn.upstream.recognise import SparseLayout
 
@@ -108,7 +108,7 @@ def _state_dict(content: Any) -> dict[str, torch_file.Stored]:
     return content
 
 
-def write_imported(path: Path, params: dict, state: dict, report: Report, *, source: str) -> None:
+def write_imported(path: Path, params: dict, state: dict, report: Account, *, source: str) -> None:
     """Writes an imported model, atomically; the metadata holds what `convert.export_state` asks for, and a checksum."""
     tensors = {f"params.{name}": leaf for name, leaf in tree.flatten(params).items()}
     tensors |= {f"state.{name}": leaf for name, leaf in tree.flatten(state).items()}
