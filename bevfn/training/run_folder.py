@@ -147,7 +147,9 @@ def _typed(value: Any, hint: Any) -> Any:
         return value
     elif hint is Path and isinstance(value, str):
         return Path(value)
-    elif hint is Any or type(value) is hint or (hint is float and type(value) is int):
+    elif hint is float and type(value) is int and abs(value) < 2**63:
+        return float(value)
+    elif hint is Any or type(value) is hint:
         return value
     raise TypeError
 
