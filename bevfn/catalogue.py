@@ -6,7 +6,7 @@ Names and strings only, so that everything may import it. The choices of `bevfn 
 its parity map (`bevfn/parity/`), which tests hold against this dictionary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -35,66 +35,49 @@ class Model:
     """folder of goldens/ that it is compared with upstream on"""
 
 
+BEVDEPTH = Model(
+    experiment="bevdepth",
+    family="bevdepth",
+    parameters=76.4,
+    checkpoints=("bevdepth-2key", "resnet50"),
+    published=Published(33.04, 43.55, "BEVDepth"),
+    case="bevdepth_r50_2key",
+)
+AGGREGATED = Model(
+    experiment="bevdepth",
+    family="bevdepth",
+    parameters=76.6,
+    checkpoints=("bevdepth-2key-da", "resnet50"),
+    published=Published(34.84, 48.05, "BEVDepth"),
+)
 MODELS: dict[str, Model] = {
     "bevfusion-lidar-camera": Model(
-        experiment="bevfusion",
-        family="bevfusion",
-        parameters=39.8,
+        "bevfusion",
+        "bevfusion",
+        39.8,
         checkpoints=("bevfusion-lidar-camera", "bevfusion-lidar", "swin-nuimages"),
         published=Published(68.6, 71.4, "mmdetection3d"),
         case="bevfusion_lidar_cam",
     ),
     "bevfusion-lidar": Model(
-        experiment="bevfusion_lidar",
-        family="bevfusion",
-        parameters=8.3,
+        "bevfusion_lidar",
+        "bevfusion",
+        8.3,
         checkpoints=("bevfusion-lidar",),
         published=Published(64.9, 69.6, "mmdetection3d"),
         case="bevfusion_lidar",
     ),
-    "bevfusion-camera": Model(
-        experiment="bevfusion", family="bevfusion", parameters=35.1, checkpoints=("swin-nuimages",)
-    ),
-    "bevdepth-2key": Model(
-        experiment="bevdepth",
-        family="bevdepth",
-        parameters=76.4,
-        checkpoints=("bevdepth-2key", "resnet50"),
-        published=Published(33.04, 43.55, "BEVDepth"),
-        case="bevdepth_r50_2key",
-    ),
-    "bevdepth-2key-ema": Model(
-        experiment="bevdepth",
-        family="bevdepth",
-        parameters=76.4,
-        checkpoints=("bevdepth-2key", "resnet50"),
-        published=Published(33.29, 44.09, "BEVDepth"),
-        case="bevdepth_r50_2key",
-    ),
-    "bevdepth-2key-da": Model(
-        experiment="bevdepth",
-        family="bevdepth",
-        parameters=76.6,
-        checkpoints=("bevdepth-2key-da", "resnet50"),
-        published=Published(34.84, 48.05, "BEVDepth"),
-    ),
-    "bevdepth-2key-da-ema": Model(
-        experiment="bevdepth",
-        family="bevdepth",
-        parameters=76.6,
-        checkpoints=("bevdepth-2key-da", "resnet50"),
-        published=Published(35.89, 47.97, "BEVDepth"),
-    ),
-    "bevdepth-1key-ema": Model(
-        experiment="bevdepth", family="bevdepth", parameters=75.8, checkpoints=("bevdepth-1key", "resnet50")
-    ),
-    "bevdepth-4key": Model(
-        experiment="bevdepth", family="bevdepth", parameters=77.6, checkpoints=("bevdepth-4key", "resnet50")
-    ),
+    "bevfusion-camera": Model("bevfusion", "bevfusion", 35.1, checkpoints=("swin-nuimages",)),
+    "bevdepth-2key": BEVDEPTH,
+    "bevdepth-2key-ema": replace(BEVDEPTH, published=Published(33.29, 44.09, "BEVDepth")),
+    "bevdepth-2key-da": AGGREGATED,
+    "bevdepth-2key-da-ema": replace(AGGREGATED, published=Published(35.89, 47.97, "BEVDepth")),
+    "bevdepth-1key-ema": Model("bevdepth", "bevdepth", 75.8, checkpoints=("bevdepth-1key", "resnet50")),
+    "bevdepth-4key": Model("bevdepth", "bevdepth", 77.6, checkpoints=("bevdepth-4key", "resnet50")),
     "matrixvt": Model(
-        experiment="matrixvt",
-        family="bevdepth",
-        parameters=79.2,
+        "matrixvt",
+        "bevdepth",
+        79.2,
         checkpoints=("matrixvt", "resnet50"),
         published=Published(32.99, 41.4, "DrivingSDK on GPUs"),
         case="matrixvt_r50",

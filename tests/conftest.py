@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bevfn-tests-inductor-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+
+import small_root
 
 import bevfn  # noqa: F401  (where torch_npu is installed without CANN, torch can be imported only after it)
 
@@ -27,3 +30,15 @@ def small_disk(tmp_path):
         pytest.skip("mounting is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """A small nuScenes root that nobody changes."""
+    return small_root.write(tmp_path_factory.mktemp("data") / "nuscenes")
+
+
+@pytest.fixture
+def root(kept, tmp_path) -> Path:
+    """A copy of `kept` to break, without the index that reading it left there."""
+    return Path(shutil.copytree(kept, tmp_path / "nuscenes", ignore=shutil.ignore_patterns(".bevfn")))

@@ -148,6 +148,10 @@ def test_only_recipes_and_ascend_import_a_name_that_they_do_not_write():
     assert not {module: lines for module, text in texts.items() if (lines := unreadable(text))}
 
 
+def test_the_formatter_leaves_no_code_out():
+    assert not [module for module, path in FILES.items() if "# fmt: " in path.read_text()]
+
+
 def test_no_files_import_each_other_in_a_circle():
     graphlib.TopologicalSorter(IMPORTS).prepare()  # a CycleError names the files
 

@@ -1,6 +1,5 @@
 """`bevfn data check`: a whole root is fine, and every kind of damage is found, counted and named."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +11,6 @@ from bevfn.data import check, nuscenes, tables
 from bevfn.files import read_json
 
 VERSION = small_root.VERSION
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory) -> Path:
-    return small_root.write(tmp_path_factory.mktemp("data") / "nuscenes")
-
-
-@pytest.fixture
-def root(kept, tmp_path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(kept, tmp_path / "nuscenes"))
 
 
 def cut(path: Path, size: int = -5) -> None:

@@ -18,17 +18,6 @@ VERSION = small_root.VERSION
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory) -> Path:
-    return small_root.write(tmp_path_factory.mktemp("data") / "nuscenes")
-
-
-@pytest.fixture
-def root(kept, tmp_path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(kept, tmp_path / "nuscenes", ignore=shutil.ignore_patterns(".bevfn")))
-
-
-@pytest.fixture(scope="module")
 def devkit(kept):
     from nuscenes import NuScenes
 

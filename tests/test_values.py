@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import struct
 import sys
 from collections.abc import Callable
@@ -17,17 +16,6 @@ from bevfn import cli
 from bevfn.data import check
 
 VERSION = small_root.VERSION
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory) -> Path:
-    return small_root.write(tmp_path_factory.mktemp("data") / "nuscenes")
-
-
-@pytest.fixture
-def root(kept, tmp_path) -> Path:
-    """A copy to make odd."""
-    return Path(shutil.copytree(kept, tmp_path / "nuscenes"))
 
 
 def edited(name: str, change: Callable[[list[dict]], object], version: str = VERSION) -> Callable[[Path], None]:

@@ -84,21 +84,8 @@ def evaluate(
     recipes.defaults(experiment, config.model)  # or it is of another experiment
     task = recipe.task(config.plain())
     run.check(task, train=False)
-    params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
-    check_fits(task, params, state, checkpoint)
+    found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
     index = task.data.evaluation
-    with Progress() as progress:
-        bar = progress.add_task(f"{len(index)} key frames of {index.split}")
-        found, counts = detect(
-            *(task.predict, params, state),
-            *(index, task.data.eval_reading),
-            batch_size=batch_size,
-            workers=workers,
-            backend=backend,
-            device=device,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
-            warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
-        )
     out = out if out is not None else _folder(checkpoint, split)
     if index.split == "test":
         return _submit(task, found, counts, out)
@@ -111,6 +98,23 @@ def evaluate(
     print(judgement.text)
     print(f"everything is in {out}")
     return 0
+
+
+def _found(task: run.Task, checkpoint: Path, *, device: str, **settings: Any) -> tuple[dict, dict]:
+    """What `detect` returns of the checkpoint's weights, under a progress bar; settings: its others."""
+    params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
+    check_fits(task, params, state, checkpoint)
+    index = task.data.evaluation
+    with Progress() as progress:
+        bar = progress.add_task(f"{len(index)} key frames of {index.split}")
+        return detect(
+            *(task.predict, params, state),
+            *(index, task.data.eval_reading),
+            device=device,
+            **settings,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
+        )
 
 
 def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> run.Config:

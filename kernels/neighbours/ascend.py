@@ -94,11 +94,10 @@ def strided(
         torch.where(kept, row + 1, torch.zeros_like(slot)).reshape(-1),
     )
     table = table[: K * capacity].reshape(K, capacity) - 1
-    output = torch.where(kept, slot, torch.full_like(slot, -1))  # J V
     by_offset = [tuple(o // s for o, s in zip(ks, stride)) for ks in itertools.product(*map(range, kernel))]
     step_of = torch.tensor([steps.index(step) for step in by_offset], device=coords.device)  # K
     same = _all_offsets([r == _column([i % s for i in range(k)], r) for r, k, s in zip(rest, kernel, stride)])  # K V
-    inverse = output.index_select(0, step_of)
+    inverse = torch.where(kept, slot, torch.full_like(slot, -1)).index_select(0, step_of)  # K V
     return out_coords, out_valid, table, torch.where(same, inverse, torch.full_like(inverse, -1)), found
 
 
