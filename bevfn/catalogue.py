@@ -43,12 +43,12 @@ BEVDEPTH = Model(
     published=Published(33.04, 43.55, "BEVDepth"),
     case="bevdepth_r50_2key",
 )
-AGGREGATED = Model(
-    experiment="bevdepth",
-    family="bevdepth",
+AGGREGATED = replace(
+    BEVDEPTH,
     parameters=76.6,
     checkpoints=("bevdepth-2key-da", "resnet50"),
     published=Published(34.84, 48.05, "BEVDepth"),
+    case=None,
 )
 MODELS: dict[str, Model] = {
     "bevfusion-lidar-camera": Model(
