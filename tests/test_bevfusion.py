@@ -21,7 +21,7 @@ from bevfn.training import optim, train
 from bevfn.views import camera_grid, lift_splat
 
 MODALITIES = ("lidar", "camera", "lidar-camera")
-STEPS = 5
+STEPS = 3
 
 
 def tiny(modality):
@@ -110,16 +110,16 @@ def ran(folder, modality, precision, backend):
     return *run_steps(model, make_batch(folder, model), precision, backend), graph_counts()
 
 
-# aot_eager runs the same kernels in the same order: bit for bit here. Inductor reorders sums: measured 1e-6 on losses, 4e-7
-# to 3e-4 on the gradient norm of step 0 (ten dropout keys: a ReLU at the edge or not) and 6e-3 to 3e-2 on the leaf that
-# moves least (a bias that starts at 0) after five steps. In fp16 inductor keeps in float32 what eager rounds between
-# operators, so every activation differs by up to 5e-4: measured 5e-3 on the gradient norm of step 0, 3e-2 on later losses
-# (a query may be chosen differently), 0.16 on the worst leaf.
-TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf (the median leaf: a tenth of it)
-    ("aot_eager", "fp32"): (1e-6, 1e-6),
-    ("inductor", "fp32"): (5e-3, 5e-2),
-    ("aot_eager", "fp16"): (1e-6, 1e-6),
-    ("inductor", "fp16"): (1e-1, 3e-1),
+# aot_eager runs the same kernels in the same order: bit for bit here. Inductor reorders sums: measured, for five seeds, 4e-7
+# to 2e-4 on the gradient norm of step 0 (a ReLU at the edge or not), 4e-6 on the median leaf after three steps and 9e-3 to
+# 6e-2 on the worst (a bias that starts at 0 and hardly moves, as a norm follows it). In fp16 inductor keeps in float32 what
+# eager rounds between operators, so every activation differs by up to 5e-4: measured 5e-3 on the gradient norm of step 0, 3e-2
+# on later losses (a query may be chosen differently), 0.16 on the worst leaf.
+TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf, median leaf
+    ("aot_eager", "fp32"): (1e-6, 1e-6, 1e-7),
+    ("inductor", "fp32"): (5e-3, 1e-1, 1e-4),
+    ("aot_eager", "fp16"): (1e-6, 1e-6, 1e-7),
+    ("inductor", "fp16"): (1e-1, 3e-1, 3e-2),
 }
 
 
@@ -136,9 +136,10 @@ def test_compiled_step_equals_eager_in_one_graph(modality, precision, backend, f
     assert eager[0]["num_pos"] > 0 and eager[-1]["loss/total"] < eager[0]["loss/total"]
     compiled, compiled_state, counts = ran(folder, modality, precision, backend)
     assert counts == {"graphs": 1, "breaks": 0}
-    metric_tolerance, leaf_tolerance = TOLERANCES[backend, precision]
-    compare_metrics(eager, compiled, metric_tolerance)
-    small_steps.compare_leaves(bevfusion.init(tiny(modality), seed=0)[0], eager_state, compiled_state, leaf_tolerance)
+    of_metrics, worst, median = TOLERANCES[backend, precision]
+    compare_metrics(eager, compiled, of_metrics)
+    start = bevfusion.init(tiny(modality), seed=0)[0]
+    small_steps.compare_leaves(start, eager_state, compiled_state, worst, median)
 
 
 def compare_metrics(ours, theirs, tolerance):

@@ -87,7 +87,7 @@ def test_overlap_is_right_when_edges_and_corners_coincide(first, second):
     a, b = (box(x=v[0] / 2, y=v[1] / 2, dx=v[2], dy=v[3], yaw=v[4] * math.pi / 4) for v in (first, second))
     expected = clipped_areas(a, b)
     assert (boxes.rotated_overlap_bev(a, b) - expected).abs().max() < 5e-6
-    assert (boxes.rotated_overlap_bev(a.double(), b.double()) - expected).abs().max() < 1e-9
+    assert (boxes.rotated_overlap_bev(a.double(), b.double()) - expected).abs().max() < 1e-8
 
 
 @settings(max_examples=60, deadline=None)
