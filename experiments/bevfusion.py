@@ -53,7 +53,7 @@ class Shared(run.Config):
     schedule: Literal["cosine", "cycle"] = "cosine"
     """cosine: warm-up, then down, for a model that starts from a trained detector; cycle: up, then down, from scratch"""
     warmup_steps: int = 500
-    """of the cosine: linear, from warmup_factor; at most a tenth of the run"""
+    """of the cosine: linear, from warmup_factor; a tenth of a run that is not longer"""
     warmup_factor: float = 1 / 3
     start_lr: float = 0.1
     """where the cycle starts, as a share of the peak"""
@@ -162,7 +162,7 @@ def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
     total, peak = plan.total_steps, run.scaled_lr(config, plan)
     final = peak * config.final_lr
     if config.schedule == "cosine":
-        warmup = min(config.warmup_steps, total // 10)
+        warmup = config.warmup_steps if config.warmup_steps < total else total // 10
         lr = optim.Schedule(peak, (optim.Phase(total, final),), warmup, config.warmup_factor)
     else:
         top = max(1, int(config.lr_turn * total))

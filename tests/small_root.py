@@ -31,7 +31,14 @@ def write(
     tables |= {name: list(rows) for name, rows in _FIXED.items()}
     (root / "maps").mkdir(parents=True)
     Image.new("L", (4, 4)).save(root / "maps" / "plan.png")
-    tables["map"].append({"token": "map", "category": "semantic_prior", "filename": "maps/plan.png", "log_tokens": []})
+    tables["map"].append(
+        {
+            "token": "map",
+            "category": "semantic_prior",
+            "filename": "maps/plan.png",
+            "log_tokens": ["of another version"],
+        }
+    )
     for name in scenes:
         _scene(root, tables, name, samples, scans, random)
     if not annotated:

@@ -267,6 +267,14 @@ def test_pruning_removes_only_what_was_written_here(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_folder_beside_a_checkpoint_that_is_replaced_stays_the_users(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step_00000001+").mkdir()
+    (tmp_path / "step_00000001+" / "notes.md").write_text("mine")
+    save(tmp_path, 1)
+    assert [path.read_text() for path in tmp_path.glob("*/notes.md")] == ["mine"]
+
+
 def test_a_checkpoint_that_a_user_added_to_is_not_replaced_but_put_aside(tmp_path):
     (save(tmp_path, 1) / "notes.md").write_text("mine")
     save(tmp_path, 1)

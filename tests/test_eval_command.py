@@ -57,6 +57,12 @@ def test_the_config_of_a_run_from_before_the_catalogue_is_read(experiment, befor
     assert (config.model, config.epochs) == (name, 2)
 
 
+def test_a_checkpoint_that_left_its_run_is_said_to_be_read_as_published(tmp_path, capsys):
+    (tmp_path / "step_00000001").mkdir()
+    assert evaluate.run_config("bevfusion", tmp_path / "step_00000001", None, None).published_sweeps is not None
+    assert "lies in no run folder" in capsys.readouterr().out
+
+
 FAST = ("--backend", "eager", "--workers", "0")
 
 

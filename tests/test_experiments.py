@@ -94,6 +94,12 @@ def test_published_numbers_of_the_recipes():
     assert lidar.paste and lidar.paste_off == 5 and fusion.ema is None and not fusion.sync_statistics
 
 
+def test_the_warm_up_is_as_long_as_published_in_any_run_that_is_longer(root):
+    for steps, warmup in ((3862, 500), (501, 500), (500, 50), (40, 4)):
+        made = optimizer("bevfusion-lidar-camera", root, steps)
+        assert made.lr.warmup_steps == warmup
+
+
 def test_multipliers_and_frozen_parts_become_optimizer_groups(root):
     made = optimizer("bevfusion-lidar-camera", root, 10, image_backbone_lr=0.1, frozen=("lidar.*",))
     assert [(g.pattern, g.lr, g.frozen) for g in made.groups] == [

@@ -112,6 +112,7 @@ def test_attributes_that_cannot_be_scored_are_refused_before_the_first_step(attr
     ("content", "says"),
     [
         ({"../x": ["scene-0061"]}, r"splits.json: '../x' cannot name a split, since files are named after it"),
+        ({"a": ["scene-9999"]}, r"splits.json: a names the scene 'scene-9999', which scene.json has not"),
         ({"a\x1b": ["scene-0061"]}, r"splits.json: 'a\\x1b' cannot name a split"),
         ({"mine": "scene-0061"}, r"splits.json: mine must be a list of names of scenes"),
         ({"mine": [["scene-0061"]]}, r"splits.json: mine must be a list of names of scenes"),

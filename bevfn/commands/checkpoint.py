@@ -18,7 +18,7 @@ def import_(source: Positional[Path], output: Positional[Path], *, model: Checkp
     """Reads a published checkpoint and writes it as one .safetensors file under our names.
 
     Args:
-        source: .pth (read with weights_only=True) or .safetensors, both with upstream's key names.
+        source: .pth (read without unpickling) or .safetensors, both with upstream's key names.
         output: the .safetensors file to write; nothing is written unless every key is accounted for.
         model: what the checkpoint holds.
         every_key: also list where each key went.

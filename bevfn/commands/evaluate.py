@@ -87,7 +87,7 @@ def evaluate(
     found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
     index = task.data.evaluation
     out = out if out is not None else _folder(checkpoint, split)
-    if index.split == "test":
+    if not index.annotated:
         return _submit(task, found, counts, out)
     judgement = judge(
         *(index, found, task.data.eval_reading, out),
@@ -122,6 +122,10 @@ def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model:
     path = checkpoint.parent.parent / run_folder.CONFIG_FILE
     default = recipes.defaults(experiment, model)[source.kind(data_root)]
     if not (checkpoint.is_dir() and path.is_file()):
+        if checkpoint.is_dir():
+            print(
+                f"{checkpoint} lies in no run folder ({path} is not there): read with {experiment}'s published settings"
+            )
         return default
     silent = {field.name for field in fields(default)} - set(run_folder.read_config(path))
     if silent:

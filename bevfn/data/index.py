@@ -316,6 +316,14 @@ class Index:
         known = {channel: place for place, channel in enumerate(CAMERAS)}
         return dict(sorted(found.items(), key=lambda item: known.get(item[0][0], len(known))))
 
+    @property
+    def annotated(self) -> bool:
+        """Whether a key frame has a box of one of the classes: something to score."""
+        if not isinstance(self.frames, Packed):
+            return any(name for frame in self for name in frame.names)
+        column = self.frames.columns
+        return bool((column["names_words"][column["names"]] != b"").any()) if len(column["names"]) else False
+
     def lacking(self, channel: str) -> int:
         """How many key frames have no image of that camera."""
         if not isinstance(self.frames, Packed):

@@ -129,9 +129,9 @@ def check_scored(index: Index, attributes: Collection[str]) -> None:
         return
     name, other = f"{index.root} ({index.version}, split {index.split!r})", "evaluate on another split (--eval-split)"
     column = (index.frames if isinstance(index.frames, Packed) else pack(index)).columns
-    scored = column["names_words"][column["names"]] != b"" if len(column["names"]) else np.zeros(0, dtype=bool)
-    if not scored.any():
+    if not index.annotated:
         raise ValueError(f"{name} has no annotations of the ten classes, so nothing can be scored there; {other}")
+    scored = column["names_words"][column["names"]] != b""
     found = [column["attributes_words"][code].decode() for code in np.unique(column["attributes"][scored])]
     if unknown := [attribute for attribute in found if attribute not in attributes]:
         raise ValueError(

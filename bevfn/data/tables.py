@@ -32,7 +32,6 @@ REFERENCES = {
         "prev": "sample_annotation",
         "next": "sample_annotation",
     },
-    "map": {"log_tokens": "log"},
 }
 ENDS = ("prev", "next", "visibility_token")  # which may be empty or missing
 # What else rows are looked up, ordered or opened by.
@@ -42,9 +41,9 @@ FIELDS: dict[str, dict[str, type]] = {
     "scene": {"name": str},
     "sample": {"timestamp": int},
     "sample_data": {"filename": str, "is_key_frame": bool, "timestamp": int},
-    "map": {"filename": str},
+    "map": {"filename": str, "log_tokens": list},  # of all versions: v1.0-mini's maps name logs of trainval
 }
-WORDS = {str: "text", int: "number", bool: "true or false"}
+WORDS = {str: "text", int: "number", bool: "true or false", list: "list"}
 SPLITS = "splits.json"
 # nuScenes' own splits are of one version each; others are named in a version's splits.json.
 BELONGS = {
@@ -97,8 +96,8 @@ def check_root(root: Path, version: str) -> None:
 def splits(root: Path, version: str) -> dict[str, list[str]]:
     """Split: names of its scenes that the root has, for every split of this version with at least one scene.
 
-    Raises ValueError, naming the file and what is wrong, for a splits.json that holds anything but lists of scenes by names
-    that can be folders' (files are named after splits).
+    Raises ValueError, naming the file and what is wrong, for a splits.json that holds anything but lists of the version's
+    scenes by names that can be folders' (files are named after splits).
     """
     from nuscenes.utils.splits import create_splits_scenes  # imports for seconds
 
@@ -107,12 +106,12 @@ def splits(root: Path, version: str) -> dict[str, list[str]]:
     ending = next((ending for ending in BELONGS if version.endswith(ending)), None)
     known = {s: names for s, names in create_splits_scenes().items() if ending is None or s in BELONGS[ending]}
     if (folder / SPLITS).is_file():
-        known |= _own_splits(folder / SPLITS)
+        known |= _own_splits(folder / SPLITS, here)
     present = {split: [name for name in names if name in here] for split, names in known.items()}
     return {split: names for split, names in present.items() if names}
 
 
-def _own_splits(path: Path) -> dict[str, list[str]]:
+def _own_splits(path: Path, here: set[str]) -> dict[str, list[str]]:
     own = read(path, dict)
     for split, scenes in own.items():
         if not isinstance(scenes, list) or not all(isinstance(name, str) for name in scenes):
@@ -121,6 +120,10 @@ def _own_splits(path: Path) -> dict[str, list[str]]:
             raise ValueError(
                 f"{path}: '{printable(split)}' cannot name a split, since files are named after it; use letters, digits, "
                 "'-', '_' and '.'."
+            )
+        if lost := [scene for scene in scenes if scene not in here]:
+            raise ValueError(
+                f"{path}: {split} names the scene {_short(lost[0])}, which scene.json has not; correct one of them."
             )
     return own
 
@@ -189,7 +192,7 @@ def wrong(tables: dict[str, list[dict]]) -> dict[str, str]:
         if what := _wrong_field(rows, {"token": str, **FIELDS.get(name, {})}) or _lost_row(rows, name, targets):
             problems[name] = what
     if {"log", "map"} <= tables.keys() - problems.keys():
-        mapped = {token for row in tables["map"] for token in row["log_tokens"]}
+        mapped = {token for row in tables["map"] for token in row["log_tokens"] if isinstance(token, str)}
         if lost := sorted(tokens["log"] - mapped):
             problems["map"] = f"no map names the log {_short(lost[0])}"
     if {"sensor", "calibrated_sensor", "sample_data"} <= tables.keys() - problems.keys():

@@ -90,7 +90,7 @@ def score(
     else:
         nuscenes_results.check(results, "the results")
     split = split or index.split
-    if split == "test" or not any(name for frame in index for name in frame.names):
+    if not index.annotated:
         raise ValueError(
             f"{index.root}: the {len(index)} key frames of split {split!r} have no annotations of the ten classes, so "
             "nothing can be scored; evaluate on val, or submit the results file of test."

@@ -91,7 +91,8 @@ def save_step(folder: Path, train_state: Any, meta: dict, *, keep: int = 3) -> N
         write_atomically(made / META, to_json(record | {"seal": _seal(record)}, indent=1))
         _sync(made)
         if folder.exists():  # no rename replaces a full folder, so the new one is first shown beside it
-            _remove(beside)
+            if beside.exists():
+                _remove(beside) if _is_ours(beside) else os.replace(beside, _free_name(beside))
             os.replace(made, beside)
             _remove(folder) if _is_ours(folder) else os.replace(folder, _free_name(folder))
             os.replace(beside, folder)
