@@ -374,6 +374,14 @@ def test_the_tensors_are_of_the_step_that_meta_json_says(tmp_path):
     assert "train_state.safetensors is of step 2, meta.json says 3" in said[0]
 
 
+@pytest.mark.parametrize("step", [float("inf"), float("nan")])
+def test_tensors_of_no_step_are_passed_over(tmp_path, step):
+    checkpoint.save_step(tmp_path / "step_00000003", {"step": torch.tensor(step)}, {"step": 3})
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) is None
+    assert "train_state.safetensors has the step" in said[0]
+
+
 def test_a_checkpoint_of_an_older_bevfn_is_read(tmp_path):
     checkpoint.save_step(tmp_path / "step_00000002", trained(2), {"step": 2})
     rewritten(tmp_path / "step_00000002", lambda meta: (meta.pop("seal"), meta.pop("format")))

@@ -151,6 +151,13 @@ def test_annotations_of_unknown_categories_are_told(root):
         assert len(nuscenes.index(root, VERSION, "mini_train")) == 4
 
 
+@pytest.mark.parametrize("height", [1e30, 2**32 + 225])
+def test_a_size_that_no_integer_holds_is_refused_as_no_image_size(root, height):
+    edit(root, "sample_data", "scene-0061 CAM_BACK 4", height=height)
+    with pytest.raises(ValueError, match=r"has images of 2\.14748e\+09 16 pixels, which must be from 1 to 20000 px"):
+        nuscenes.index(root, VERSION, "mini_train")
+
+
 def test_what_is_odd_but_possible_is_accepted(root):
     edit(root, "sample_annotation", BOX, size=[0.01, 80.0, 3.0], num_lidar_pts=0, num_radar_pts=0)
     edit(root, "sample_data", "scene-0061 CAM_BACK 4", height=0, width=0)  # of unknown size

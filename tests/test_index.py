@@ -57,6 +57,12 @@ def assert_same(a, b, where: str = "") -> None:
         assert a == b, where
 
 
+@pytest.mark.parametrize("token", ["a" * 5000, "a\0", "\ud800"], ids=["long", "NUL", "surrogate"])
+def test_a_token_that_would_not_come_back_is_refused(token):
+    with pytest.raises(ValueError, match="is longer than 4,096 bytes, or no text"):
+        pack([frame(np.random.default_rng(0), token, 0, 0, 0)])
+
+
 counts = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 6), st.integers(0, 5)), max_size=5)
 
 

@@ -158,6 +158,16 @@ def test_a_damaged_cache_is_built_again_with_a_sentence(root, index, damage):
     nuscenes.index(root, VERSION, "mini_train")  # no warning now
 
 
+def test_a_cache_that_lacks_a_column_is_built_again_with_a_sentence(root, index):
+    nuscenes.index(root, VERSION, "mini_train")
+    (file,) = (root / ".bevfn").glob("*.npz")
+    with np.load(file) as stored:
+        kept = {name: stored[name] for name in stored.files if name != "sweep_lag"}
+    np.savez(file, **kept)
+    with pytest.warns(UserWarning, match=r"npz is damaged \(.*sweep_lag.*built again"):
+        assert_equal_frames(nuscenes.index(root, VERSION, "mini_train"), index)
+
+
 def test_a_root_that_cannot_be_written_is_cached_at_home(root, tmp_path, monkeypatch):
     monkeypatch.setenv("BEVFN_CACHE", str(tmp_path / "home"))
     (root / ".bevfn").write_text("in the way, as root ignores permissions")

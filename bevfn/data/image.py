@@ -22,6 +22,7 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a 
 LARGEST = 2**26  # pixels: 8192 x 8192, which take 200 MB
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 HOLE = bytes(64)
+SCANS = 100  # of a progressive JPEG; encoders write about ten
 
 
 class _Refused(ValueError):
@@ -100,6 +101,8 @@ def _wrong(picture: Image.Image, file: io.BytesIO) -> str:
             "its EXIF tag says that it is to be turned when shown, but its calibration does not say whether it is for the "
             "turned image; store it upright, without that tag"
         )
+    if picture.format == "JPEG" and (scans := file.getvalue().count(b"\xff\xda")) > SCANS:
+        return f"the JPEG has {scans} scans, each of which takes as long as an image; convert it"
     if picture.format == "JPEG" and _has_hole(file.getvalue()):
         return "the JPEG has zeros in its middle, as an interrupted copy leaves them; copy it again"
     return ""

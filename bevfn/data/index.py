@@ -13,7 +13,10 @@ from typing import Literal
 
 import numpy as np
 
+from bevfn.names import printable
+
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+LONGEST = 4096  # bytes of a token or path, as of a path on Linux
 CLASSES = (
     *("car", "truck", "trailer", "bus", "construction_vehicle"),
     *("bicycle", "motorcycle", "pedestrian", "traffic_cone", "barrier"),
@@ -214,7 +217,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "ego_from_camera": _transforms(camera.ego_from_camera for camera in cameras),
         "camera_global_from_ego": _transforms(camera.global_from_ego for camera in cameras),
         "camera_timestamp": np.array([camera.timestamp for camera in cameras], dtype=np.float64),
-        "camera_size": np.array([camera.size or (0, 0) for camera in cameras], dtype=np.int32).reshape(-1, 2),
+        "camera_size": _sizes(camera.size or (0, 0) for camera in cameras),
         "box_start": _starts(len(frame.boxes) for frame in frames),
         "boxes": np.concatenate([np.zeros((0, 9)), *(frame.boxes for frame in frames)]),
         "valid": np.concatenate([np.zeros(0, bool), *(frame.valid for frame in frames)]),
@@ -236,8 +239,22 @@ def pack(frames: Iterable[Frame]) -> Packed:
 
 
 def _texts(values: Iterable[str]) -> np.ndarray:
-    """Fixed-width bytes: a quarter of numpy's str."""
-    return np.array([value.encode() for value in values], dtype=np.bytes_)
+    """Fixed-width bytes: a quarter of numpy's str. Raises ValueError for a text that would not come back, or makes all wide."""
+    made = []
+    for value in values:
+        made.append(value.encode(errors="replace"))
+        if len(made[-1]) > LONGEST or "\0" in value or made[-1].decode() != value:
+            raise ValueError(
+                f"the token or name '{printable(value[:60])}' of {len(value):,} letters is longer than {LONGEST:,} bytes, or no "
+                "text; repair or remove it."
+            )
+    return np.array(made, dtype=np.bytes_)
+
+
+def _sizes(values: Iterable[tuple[int, int]]) -> np.ndarray:
+    """[n,2] int32; what does not fit becomes the nearest, which no image has (see `possible.SIDE`)."""
+    made = np.array(list(values), dtype=np.float64).reshape(-1, 2)
+    return made.clip(-(2**31), 2**31 - 1).astype(np.int32)
 
 
 def _transforms(values: Iterable[np.ndarray]) -> np.ndarray:

@@ -332,7 +332,7 @@ def _cached(places: list[Path], name: str, header: dict) -> Packed | None:
         try:
             with np.load(place / name, allow_pickle=False) as file:
                 if json.loads(str(file["header"])) == header:
-                    return Packed({key: file[key] for key in file.files if key != "header"})
+                    return Packed({key: file[key] for key in pack(()).columns})
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:

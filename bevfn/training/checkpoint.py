@@ -264,7 +264,11 @@ def _step_of_tensors(path: Path) -> int | None:
             leaf = file.get_tensor("step") if "step" in file.keys() else None  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use an older checkpoint") from None
-    return int(leaf) if leaf is not None and leaf.numel() == 1 else None
+    if leaf is None or leaf.numel() != 1:
+        return None
+    if not torch.isfinite(leaf).all():
+        raise ValueError(f"{path} has the step {leaf.item()}; use an older checkpoint")
+    return int(leaf)
 
 
 def _is_ours(folder: Path) -> bool:
