@@ -1,6 +1,6 @@
 """Multi-scale deformable attention: every query and head sums bilinear samples at its own places of images, weighted.
 
-    out[b, q, h] = sum over l, p of weights[b, q, h, l, p] * value_l[b, h](locations[b, q, h, l, p])
+out[b, q, h] = sum over l, p of weights[b, q, h, l, p] * value_l[b, h](locations[b, q, h, l, p])
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ def _check(
             f"deform_attn needs at least one head, channel and point, got value {list(value.shape)} and locations "
             f"{list(locations.shape)}."
         )
-    if S != sum(height * width for height, width in sizes):
+    if sum(height * width for height, width in sizes) != S:
         raise ValueError(
             f"deform_attn: value {list(value.shape)} must be [B S h d] with S = "
             f"{sum(height * width for height, width in sizes)}, the pixels of sizes {sizes}."

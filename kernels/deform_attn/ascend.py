@@ -89,7 +89,7 @@ def _table(value: Tensor, weights: Tensor, sizes: list[int], order: tuple[int, i
 
 def _fold(rows: Tensor, value: Tensor, sizes: list[int], order: tuple[int, int]) -> Tensor:
     """The transpose of `_table`: [B F h + Q, 4d] -> [B S h d]."""
-    B, S, h, d = value.shape
+    B, _, h, d = value.shape
     quads = rows[: B * _places(sizes) * h].reshape(B, -1, h, 4, d)
     made, place = [], 0
     for _, height, width, _ in reference.levels(tuple(sizes)):
@@ -103,7 +103,9 @@ def _fold(rows: Tensor, value: Tensor, sizes: list[int], order: tuple[int, int])
     return torch.cat(made, 1)
 
 
-def _samples(value: Tensor, locations: Tensor, mask: Tensor | None, sizes: list[int], order: tuple[int, int]) -> Samples:
+def _samples(
+    value: Tensor, locations: Tensor, mask: Tensor | None, sizes: list[int], order: tuple[int, int]
+) -> Samples:
     (B, _, h, _), Q, device = value.shape, locations.shape[1], value.device
     locations, places = locations.to(reference.wide(value)), _places(sizes)
     image = torch.arange(B, dtype=torch.int32, device=device)[:, None, None, None] * places

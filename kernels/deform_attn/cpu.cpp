@@ -1,9 +1,9 @@
 // deform_attn on a CPU: weighted bilinear samples per query and head, and their gradient.
 //
-// The pixels of one image and head are copied into a plane of whole vectors, each level with a border of zeros: a sample
-// is then four aligned reads without a branch, and one outside reads the zeros behind the last level.
+// The pixels of one image and head are copied into a plane of whole vectors, with a border of zeros around each level: a
+// sample is then four aligned reads without a branch, and one outside reads the zeros behind the last level.
 //
-// Forward, a piece of work is a block of queries. Backward, it is one image and head, whose plane of gradients belongs to
+// Forward, a piece of work is a run of queries. Backward, it is one image and head, whose plane of gradients belongs to
 // one thread: a pixel's gradient is summed in one order (query, level, point), whatever the number of threads.
 #include <algorithm>
 #include <cstdint>
@@ -28,6 +28,7 @@ constexpr int kBytes = 32, kMost = 3;
 constexpr int kBytes = 16, kMost = 4;
 #endif
 constexpr int64_t kBlock = 64;  // queries
+constexpr int64_t kTaps = 16;   // samples whose places are computed at once
 
 template <class T>
 struct Lanes {
@@ -49,9 +50,30 @@ template <class T>
 inline Vector<T> all(T x) {
   return x - Vector<T>{};
 }
+
+// The first `count` lanes, the others 0: what lies behind a row is not read.
 template <class T>
-inline void store(T* to, Vector<T> x) {
-  *reinterpret_cast<typename Lanes<T>::Unaligned*>(to) = x;
+inline Vector<T> load(const T* from, int64_t count) {
+  if (count >= Lanes<T>::n) return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(from);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return (Vector<T>)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#endif
+  Vector<T> x = {};
+  for (int64_t l = 0; l < count; ++l) x[l] = from[l];
+  return x;
+}
+
+// Nor is it written.
+template <class T>
+inline void store(T* to, Vector<T> x, int64_t count) {
+  if (count >= Lanes<T>::n) {
+    *reinterpret_cast<typename Lanes<T>::Unaligned*>(to) = x;
+    return;
+  }
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)x);
+#endif
+  for (int64_t l = 0; l < count; ++l) to[l] = x[l];
 }
 
 // a * b + c; the shared flags forbid the compiler to fuse it, since positions must round as torch's do.
@@ -116,90 +138,82 @@ struct Size {  // as cpu.py passes it
     pixels = nowhere + widest + 4;
   }
   int64_t taps() const { return int64_t(levels.size()) * P; }
-  int64_t blocks() const { return (Q + kBlock - 1) / kBlock; }
   template <class T>
   int64_t vectors() const { return (d + Lanes<T>::n - 1) / Lanes<T>::n; }
   template <class T>
   int64_t plane() const { return pixels * vectors<T>(); }
 };
 
-// The samples of one query and head.
+// Some samples of one query, head and level.
 template <class T>
 struct Taps {
-  std::vector<int32_t> place;  // in a plane, of the pixel above and to the left
-  std::vector<T> y, x;         // how far the sample is from it
-  std::vector<T> share[4];     // (y0 x0), (y0 x1), (y1 x0), (y1 x1): bilinear weight times the sample's own
+  int32_t place[kTaps];  // in a plane, of the pixel above and to the left
+  T y[kTaps], x[kTaps];  // how far the sample is from it
+  T share[4][kTaps];     // (y0 x0), (y0 x1), (y1 x0), (y1 x1): bilinear weight times the sample's own
 
-  explicit Taps(const Size& s) : place(s.taps()), y(s.taps()), x(s.taps()) {
-    for (auto& part : share) part.resize(s.taps());
-  }
-
-  // False if all of them are outside.
-  bool read(const Size& s, const T* locations, const T* weights) {
+  // False if all of them are outside. Two loops without a branch, so that the compiler makes vectors of them.
+  bool read(const Level& level, int32_t nowhere, int64_t count, const T* locations, const T* weights) {
     int32_t any = 0;
-    for (size_t l = 0; l < s.levels.size(); ++l)
-      any |= read_level(s.levels[l], int32_t(s.nowhere), s.P, l * s.P, locations + 2 * l * s.P, weights + l * s.P);
-    return any;
-  }
-
- private:
-  // Two loops without a branch, so that the compiler makes vectors of them.
-  int32_t read_level(const Level& level, int32_t nowhere, int64_t P, int64_t first, const T* locations, const T* weights) {
-    int32_t *to_place = place.data() + first, any = 0;
-    T *to_y = y.data() + first, *to_x = x.data() + first;
-    T *a = share[0].data() + first, *b = share[1].data() + first;
-    T *c = share[2].data() + first, *e = share[3].data() + first;
     const T height = T(level.height), width = T(level.width);
     const int32_t row_step = int32_t(level.row()), origin = int32_t(level.place) + row_step + 1;
 #pragma GCC ivdep
-    for (int64_t t = 0; t < P; ++t) {
+    for (int64_t t = 0; t < count; ++t) {
       const T px = locations[2 * t] * width - T(0.5), py = locations[2 * t + 1] * height - T(0.5);
       const int32_t here = (px > -1) & (px < width) & (py > -1) & (py < height);  // 0 for NaN
-      to_x[t] = here ? px : T(0);  // an integer can hold it
-      to_y[t] = here ? py : T(0);
-      to_place[t] = here;
+      x[t] = here ? px : T(0);  // an integer can hold it
+      y[t] = here ? py : T(0);
+      place[t] = here;
       any |= here;
     }
 #pragma GCC ivdep
-    for (int64_t t = 0; t < P; ++t) {
-      int32_t column = int32_t(to_x[t]), row = int32_t(to_y[t]);
-      column -= T(column) > to_x[t];
-      row -= T(row) > to_y[t];
-      const T x = to_x[t] - T(column), y = to_y[t] - T(row), own = weights[t];
-      const int32_t at = origin + row * row_step + column;
-      to_place[t] = to_place[t] ? at : nowhere;
-      to_x[t] = x;
-      to_y[t] = y;
-      a[t] = (1 - y) * (1 - x) * own;
-      b[t] = (1 - y) * x * own;
-      c[t] = y * (1 - x) * own;
-      e[t] = y * x * own;
+    for (int64_t t = 0; t < count; ++t) {
+      int32_t column = int32_t(x[t]), row = int32_t(y[t]);
+      column -= T(column) > x[t];
+      row -= T(row) > y[t];
+      const T right = x[t] - T(column), down = y[t] - T(row), own = weights[t];
+      place[t] = place[t] ? origin + row * row_step + column : nowhere;
+      x[t] = right;
+      y[t] = down;
+      share[0][t] = (1 - down) * (1 - right) * own;
+      share[1][t] = (1 - down) * right * own;
+      share[2][t] = down * (1 - right) * own;
+      share[3][t] = down * right * own;
     }
     return any;
   }
 };
 
-// One image and head of value [S][h][d] -> plane [pixels][vectors], of which the caller has cleared what is not a pixel.
+// work(level, number of a first sample, samples) for the samples of a query and head, at most kTaps at once.
+template <class Work>
+inline void for_taps(const Size& s, Work work) {
+  for (size_t l = 0; l < s.levels.size(); ++l)
+    for (int64_t p = 0; p < s.P; p += kTaps) work(s.levels[l], l * s.P + p, std::min(kTaps, s.P - p));
+}
+
+// work(pixel of value, pixel of a plane) for all pixels.
+template <class Work>
+inline void for_pixels(const Size& s, Work work) {
+  for (const Level& level : s.levels)
+    for (int64_t row = 0; row < level.height; ++row)
+      for (int64_t column = 0; column < level.width; ++column)
+        work(level.pixel + row * level.width + column, level.place + (row + 1) * level.row() + column + 1);
+}
+
+// One image and head of value [S][h][d] -> the pixels of plane [pixels][vectors].
 template <class T>
 void read_plane(const Size& s, const T* value, Line<T>* plane) {
-  const int64_t padded = s.vectors<T>() * Lanes<T>::n;
-  for (const Level& level : s.levels)
-    for (int64_t row = 0; row < level.height; ++row) {
-      const T* from = value + (level.pixel + row * level.width) * s.h * s.d;
-      T* to = reinterpret_cast<T*>(plane) + (level.place + (row + 1) * level.row() + 1) * padded;
-      for (int64_t column = 0; column < level.width; ++column, from += s.h * s.d, to += padded) std::copy_n(from, s.d, to);
-    }
+  for_pixels(s, [&, vectors = s.vectors<T>(), step = s.h * s.d](int64_t from, int64_t to) {
+    for (int64_t v = 0, c = 0; v < vectors; ++v, c += Lanes<T>::n)
+      plane[to * vectors + v].v = load<T>(value + from * step + c, s.d - c);
+  });
 }
 
 template <class T>
 void write_plane(const Size& s, const Line<T>* plane, T* value) {
-  const int64_t padded = s.vectors<T>() * Lanes<T>::n;
-  for (const Level& level : s.levels)
-    for (int64_t row = 0; row < level.height; ++row) {
-      const T* from = reinterpret_cast<const T*>(plane) + (level.place + (row + 1) * level.row() + 1) * padded;
-      T* to = value + (level.pixel + row * level.width) * s.h * s.d;
-      for (int64_t column = 0; column < level.width; ++column, from += padded, to += s.h * s.d) std::copy_n(from, s.d, to);
-    }
+  for_pixels(s, [&, vectors = s.vectors<T>(), step = s.h * s.d](int64_t to, int64_t from) {
+    for (int64_t v = 0, c = 0; v < vectors; ++v, c += Lanes<T>::n)
+      store<T>(value + to * step + c, plane[from * vectors + v].v, s.d - c);
+  });
 }
 
 template <class T>
@@ -207,16 +221,40 @@ void clear(const Size& s, Line<T>* plane) {
   std::memset(static_cast<void*>(plane), 0, size_t(s.plane<T>()) * sizeof(Line<T>));
 }
 
+// Zeros in the rows of x [B][Q][width] that do not attend.
+template <class T>
+void clear_others(const Size& s, const bool* mask, int64_t width, T* x, int64_t threads) {
+  if (!mask) return;
+  const int64_t rows = s.B * s.Q;
+  parallel((rows + kBlock - 1) / kBlock, threads, [&](int64_t block) {
+    for (int64_t q = block * kBlock; q < std::min(rows, (block + 1) * kBlock); ++q)
+      if (!mask[q]) std::fill_n(x + q * width, width, T(0));
+  });
+}
+
+// work(first, the number as a type) for runs of at most kMost of a sample's vectors.
+template <class T, class Work>
+inline void for_vectors(const Size& s, Work work) {
+  for (int64_t first = 0, vectors = s.vectors<T>(); first < vectors; first += kMost) switch (vectors - first) {
+      case 1: work(first, std::integral_constant<int, 1>{}); break;
+      case 2: work(first, std::integral_constant<int, 2>{}); break;
+      case 3: work(first, std::integral_constant<int, 3>{}); break;
+      default: work(first, std::integral_constant<int, kMost>{});
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------- forward
 
-// Overwrites NV vectors of out with the sum of the samples' vectors first .. first + NV - 1.
+// Overwrites out [d] from its vector `first` on with NV vectors of the sum of a query's samples.
 template <class T, int NV>
-void sum_samples(const Size& s, const Line<T>* plane, const Taps<T>& taps, int64_t first, T* out) {
+void sum_samples(const Size& s, const Line<T>* plane, const T* locations, const T* weights, int64_t first, T* out) {
   const int64_t vectors = s.vectors<T>();
   Vector<T> upper[NV] = {}, lower[NV] = {};
-  for (size_t l = 0; l < s.levels.size(); ++l) {
-    const int64_t below = s.levels[l].row() * vectors, end = int64_t(l + 1) * s.P;
-    for (int64_t t = end - s.P; t < end; ++t) {
+  Taps<T> taps;
+  for_taps(s, [&](const Level& level, int64_t p, int64_t count) {
+    if (!taps.read(level, s.nowhere, count, locations + 2 * p, weights + p)) return;
+    const int64_t below = level.row() * vectors;
+    for (int64_t t = 0; t < count; ++t) {
       const Line<T>* a = plane + taps.place[t] * vectors + first;
       const Line<T>*b = a + vectors, *c = a + below, *e = c + vectors;
       const Vector<T> wa = all(taps.share[0][t]), wb = all(taps.share[1][t]);
@@ -226,144 +264,116 @@ void sum_samples(const Size& s, const Line<T>* plane, const Taps<T>& taps, int64
         lower[v] = fused<T>(we, e[v].v, fused<T>(wc, c[v].v, lower[v]));
       }
     }
-  }
-  for (int v = 0; v < NV; ++v) store<T>(out + v * Lanes<T>::n, upper[v] + lower[v]);
-}
-
-// --------------------------------------------------------------------------------------------------------- backward
-
-// Adds to the samples' vectors first .. first + NV - 1 of grad_plane, and to dots [taps][4] what these vectors' corners
-// times grad, the gradient of the query's result, come to.
-template <class T, int NV>
-void spread_samples(const Size& s, const Line<T>* plane, const Taps<T>& taps, int64_t first, const Line<T>* grad,
-                    Line<T>* grad_plane, T* dots) {
-  const int64_t vectors = s.vectors<T>();
-  Vector<T> g[NV];
-  for (int v = 0; v < NV; ++v) g[v] = grad[first + v].v;
-  for (size_t l = 0; l < s.levels.size(); ++l) {
-    const int64_t below = s.levels[l].row() * vectors, corner[4] = {0, vectors, below, below + vectors};
-    const int64_t end = int64_t(l + 1) * s.P;
-    for (int64_t t = end - s.P; t < end; ++t) {
-      const int64_t at = taps.place[t] * vectors + first;
-      Vector<T> product[4];
-      for (int i = 0; i < 4; ++i) {
-        const Line<T>* from = plane + at + corner[i];
-        Line<T>* to = grad_plane + at + corner[i];
-        const Vector<T> share = all(taps.share[i][t]);
-        product[i] = g[0] * from[0].v;
-        for (int v = 1; v < NV; ++v) product[i] = fused<T>(g[v], from[v].v, product[i]);
-        for (int v = 0; v < NV; ++v) to[v].v = fused<T>(share, g[v], to[v].v);
-      }
-      add_sums<T>(product, dots + 4 * t);
-    }
-  }
-}
-
-// dots [taps][4] -> gradients of the locations [taps][2] and weights [taps].
-template <class T>
-void finish(const Size& s, const Taps<T>& taps, const T* dots, const T* weights, T* __restrict grad_locations,
-            T* __restrict grad_weights) {
-  for (size_t l = 0; l < s.levels.size(); ++l) {
-    const T height = T(s.levels[l].height), width = T(s.levels[l].width);
-    const int64_t end = int64_t(l + 1) * s.P;
-    const T *ys = taps.y.data(), *xs = taps.x.data();
-    for (int64_t t = end - s.P; t < end; ++t) {
-      const T a = dots[4 * t], b = dots[4 * t + 1], c = dots[4 * t + 2], e = dots[4 * t + 3], y = ys[t], x = xs[t];
-      const T upper = a * (1 - x) + b * x, lower = c * (1 - x) + e * x, right = (b - a) * (1 - y) + (e - c) * y;
-      grad_weights[t] = upper * (1 - y) + lower * y;
-      grad_locations[2 * t] = right * weights[t] * width;
-      grad_locations[2 * t + 1] = (lower - upper) * weights[t] * height;
-    }
-  }
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-
-// work(first, the same as a type) for runs of at most kMost of the vectors of a sample.
-template <class T, class Work>
-inline void for_runs(const Size& s, Work work) {
-  for (int64_t first = 0, vectors = s.vectors<T>(); first < vectors; first += kMost) switch (vectors - first) {
-      case 1: work(first, std::integral_constant<int, 1>{}); break;
-      case 2: work(first, std::integral_constant<int, 2>{}); break;
-      case 3: work(first, std::integral_constant<int, 3>{}); break;
-      default: work(first, std::integral_constant<int, kMost>{});
-    }
+  });
+  for (int64_t v = 0, c = first * Lanes<T>::n; v < NV; ++v, c += Lanes<T>::n)
+    store<T>(out + c, upper[v] + lower[v], s.d - c);
 }
 
 template <class T>
 void forward(const T* value, const T* locations, const T* weights, const bool* mask, T* out, const Size& s, int64_t threads) {
-  const int64_t plane = s.plane<T>(), width = s.h * s.d, taps_of_row = s.h * s.taps();
+  const int64_t width = s.h * s.d, plane = s.plane<T>(), blocks = (s.Q + kBlock - 1) / kBlock;
   const Lines<T> planes(new Line<T>[s.B * s.h * plane]);
   parallel(s.B * s.h, threads, [&](int64_t unit) {
-    Line<T>* to = planes.get() + unit * plane;
-    clear<T>(s, to);
-    read_plane<T>(s, value + unit / s.h * s.S * width + unit % s.h * s.d, to);
+    clear<T>(s, planes.get() + unit * plane);
+    read_plane<T>(s, value + unit / s.h * s.S * width + unit % s.h * s.d, planes.get() + unit * plane);
   });
-  parallel_workers(s.B * s.blocks(), threads, [&] {
-    // A head's last vector reaches into the next head's, which is written after it.
-    return [&, taps = Taps<T>(s), row = std::vector<T>(width + kMost * Lanes<T>::n)](int64_t unit) mutable {
-      const int64_t b = unit / s.blocks(), first = unit % s.blocks() * kBlock;
-      for (int64_t q = b * s.Q + first; q < b * s.Q + std::min(first + kBlock, s.Q); ++q) {
-        if (mask && !mask[q]) {
-          std::fill_n(out + q * width, width, T(0));
-          continue;
-        }
-        for (int64_t h = 0; h < s.h; ++h) {
-          const int64_t at = q * taps_of_row + h * s.taps();
-          if (!taps.read(s, locations + 2 * at, weights + at)) {
-            std::fill_n(row.data() + h * s.d, s.d, T(0));
-            continue;
-          }
-          for_runs<T>(s, [&](int64_t v, auto count) {
-            sum_samples<T, count>(s, planes.get() + (b * s.h + h) * plane, taps, v, row.data() + h * s.d + v * Lanes<T>::n);
-          });
-        }
-        std::copy_n(row.data(), width, out + q * width);
+  parallel(s.B * blocks, threads, [&](int64_t unit) {
+    const int64_t b = unit / blocks, begin = b * s.Q + unit % blocks * kBlock;
+    for (int64_t q = begin; q < std::min(begin + kBlock, (b + 1) * s.Q); ++q) {
+      if (mask && !mask[q]) {
+        std::fill_n(out + q * width, width, T(0));
+        continue;
       }
-    };
+      for (int64_t h = 0; h < s.h; ++h) {
+        const int64_t at = (q * s.h + h) * s.taps();
+        for_vectors<T>(s, [&](int64_t first, auto n) {
+          const Line<T>* pixels = planes.get() + (b * s.h + h) * plane;
+          sum_samples<T, n>(s, pixels, locations + 2 * at, weights + at, first, out + q * width + h * s.d);
+        });
+      }
+    }
   });
+}
+
+// --------------------------------------------------------------------------------------------------------- backward
+
+// What a thread needs for one image and head.
+template <class T>
+struct Slopes {
+  Lines<T> pixels, sums, grad;
+
+  explicit Slopes(const Size& s)
+      : pixels(new Line<T>[s.plane<T>()]), sums(new Line<T>[s.plane<T>()]), grad(new Line<T>[s.vectors<T>()]()) {
+    clear<T>(s, pixels.get());
+  }
+};
+
+// Adds to the samples' vectors first .. first + NV - 1 of sums, and to dots what these vectors' corners times grad, the
+// gradient of the query's result, come to.
+template <class T, int NV>
+void spread_samples(const Slopes<T>& own, const Taps<T>& taps, int64_t count, int64_t vectors, int64_t below,
+                    int64_t first, T (*dots)[4]) {
+  Vector<T> g[NV];
+  for (int v = 0; v < NV; ++v) g[v] = own.grad[first + v].v;
+  const Line<T>* pixels = own.pixels.get() + first;
+  Line<T>* sums = own.sums.get() + first;
+  const int64_t corner[4] = {0, vectors, below, below + vectors};
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t at = taps.place[t] * vectors;
+    Vector<T> product[4];
+    for (int i = 0; i < 4; ++i) {
+      const Line<T>* from = pixels + at + corner[i];
+      Line<T>* to = sums + at + corner[i];
+      const Vector<T> share = all(taps.share[i][t]);
+      product[i] = g[0] * from[0].v;
+      for (int v = 1; v < NV; ++v) product[i] = fused<T>(g[v], from[v].v, product[i]);
+      for (int v = 0; v < NV; ++v) to[v].v = fused<T>(share, g[v], to[v].v);
+    }
+    add_sums<T>(product, dots[t]);
+  }
+}
+
+// dots -> gradients of the locations and weights.
+template <class T>
+void finish(const Level& level, const Taps<T>& taps, int64_t count, const T (*dots)[4], const T* weights,
+            T* __restrict grad_locations, T* __restrict grad_weights) {
+  const T height = T(level.height), width = T(level.width);
+  for (int64_t t = 0; t < count; ++t) {
+    const T a = dots[t][0], b = dots[t][1], c = dots[t][2], e = dots[t][3], y = taps.y[t], x = taps.x[t];
+    const T upper = a * (1 - x) + b * x, lower = c * (1 - x) + e * x, right = (b - a) * (1 - y) + (e - c) * y;
+    grad_weights[t] = upper * (1 - y) + lower * y;
+    grad_locations[2 * t] = right * weights[t] * width;
+    grad_locations[2 * t + 1] = (lower - upper) * weights[t] * height;
+  }
 }
 
 template <class T>
 void backward(const T* grad, const T* value, const T* locations, const T* weights, const bool* mask, T* grad_value,
               T* grad_locations, T* grad_weights, const Size& s, int64_t threads) {
-  const int64_t plane = s.plane<T>(), width = s.h * s.d, taps_of_row = s.h * s.taps();
-  if (mask)
-    parallel(s.B * s.blocks(), threads, [&](int64_t unit) {
-      const int64_t b = unit / s.blocks(), first = unit % s.blocks() * kBlock;
-      for (int64_t q = b * s.Q + first; q < b * s.Q + std::min(first + kBlock, s.Q); ++q)
-        if (!mask[q]) {
-          std::fill_n(grad_locations + q * taps_of_row * 2, taps_of_row * 2, T(0));
-          std::fill_n(grad_weights + q * taps_of_row, taps_of_row, T(0));
-        }
-    });
+  const int64_t width = s.h * s.d, samples = s.h * s.taps();
+  clear_others(s, mask, 2 * samples, grad_locations, threads);
+  clear_others(s, mask, samples, grad_weights, threads);
   parallel_workers(s.B * s.h, threads, [&] {
-    struct Own {
-      Taps<T> taps;
-      Lines<T> pixels, sums, slope;
-      std::vector<T> dots;
-    };
-    auto own = std::make_shared<Own>(Own{Taps<T>(s), Lines<T>(new Line<T>[plane]), Lines<T>(new Line<T>[plane]),
-                                         Lines<T>(new Line<T>[s.vectors<T>()]()), std::vector<T>(4 * s.taps())});
-    clear<T>(s, own->pixels.get());
-    return [&, own](int64_t unit) {
+    return [&, kept = std::make_shared<Slopes<T>>(s)](int64_t unit) {
       const int64_t b = unit % s.B, h = unit / s.B;  // neighbouring threads write to other images: to no common line
-      const int64_t at_value = b * s.S * width + h * s.d;
-      read_plane<T>(s, value + at_value, own->pixels.get());
-      clear<T>(s, own->sums.get());
+      const Slopes<T>& own = *kept;
+      read_plane<T>(s, value + b * s.S * width + h * s.d, own.pixels.get());
+      clear<T>(s, own.sums.get());
       for (int64_t q = b * s.Q; q < (b + 1) * s.Q; ++q) {
         if (mask && !mask[q]) continue;
-        const int64_t at = q * taps_of_row + h * s.taps();
-        std::fill(own->dots.begin(), own->dots.end(), T(0));
-        if (own->taps.read(s, locations + 2 * at, weights + at)) {
-          std::copy_n(grad + q * width + h * s.d, s.d, reinterpret_cast<T*>(own->slope.get()));
-          for_runs<T>(s, [&](int64_t v, auto count) {
-            spread_samples<T, count>(s, own->pixels.get(), own->taps, v, own->slope.get(), own->sums.get(), own->dots.data());
-          });
-        }
-        finish<T>(s, own->taps, own->dots.data(), weights + at, grad_locations + 2 * at, grad_weights + at);
+        std::copy_n(grad + q * width + h * s.d, s.d, reinterpret_cast<T*>(own.grad.get()));
+        for_taps(s, [&](const Level& level, int64_t p, int64_t count) {
+          const int64_t at = q * samples + h * s.taps() + p;
+          Taps<T> taps;
+          T dots[kTaps][4] = {};
+          if (taps.read(level, s.nowhere, count, locations + 2 * at, weights + at))
+            for_vectors<T>(s, [&](int64_t first, auto n) {
+              spread_samples<T, n>(own, taps, count, s.vectors<T>(), level.row() * s.vectors<T>(), first, dots);
+            });
+          finish<T>(level, taps, count, dots, weights + at, grad_locations + 2 * at, grad_weights + at);
+        });
       }
-      write_plane<T>(s, own->sums.get(), grad_value + at_value);
+      write_plane<T>(s, own.sums.get(), grad_value + b * s.S * width + h * s.d);
     };
   });
 }

@@ -1,0 +1,123 @@
+"""`deform_attn` at BEVNeXt's size against its torch reference and mmcv's plain form, which is torch's grid_sample.
+
+Every query of the BEV map looks at eight heights of its pillar. A nuScenes-like rig says where these lie in the six
+images, and which queries a camera sees: "masked" attends with these alone, "all" with every query in every camera.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bevfn.bench import machine
+from bevfn.bench.pool import CAMERAS
+from bevfn.kernels.deform_attn import deform_attn, reference
+
+GRID, CELL_M, LOWER_M, HEIGHTS, CAMERA_M = 128, 0.8, -51.2, 8, 1.5  # the map; the pillars; the cameras over the ground
+HEIGHT, WIDTH, RESIZE, CROP = 256, 704, 0.44, 140  # of an image, whose upper rows are cropped
+STRIDE, HEADS = 8, 8  # image to feature pixels
+
+
+def measure(*, grid: int = GRID, channels: int = 80, repeats: int = 5) -> dict:
+    """Milliseconds of forward, and of forward and backward, in float32 with threads as torch is set.
+
+    grid: cells of the map along an axis; channels: of all heads.
+    """
+    generator = torch.Generator().manual_seed(0)
+    places, seen = pillars(grid)
+    size = (HEIGHT // STRIDE, WIDTH // STRIDE)
+    M, Q, P = places.shape[:3]
+    value = torch.randn(M, size[0] * size[1], HEADS, channels // HEADS, generator=generator)
+    moved = 2 * torch.randn(M, Q, HEADS, 1, P, 2, generator=generator) / torch.tensor([size[1], size[0]])  # pixels
+    weights = torch.randn(M, Q, HEADS, 1, P, generator=generator).softmax(-1)
+    operands = (value, places[:, :, None, None] + moved, weights)
+    figures: dict = {"seen_share": float(seen.float().mean())}
+    for name, mask in (("masked", seen), ("all", None)):
+        figures[name] = _compared(operands, mask, list(size), repeats)
+    return figures
+
+
+def pillars(grid: int) -> tuple[Tensor, Tensor]:
+    """(locations [6 Q P 2] in 0 .. 1 of each image, seen [6 Q]: a point of the pillar lies in it), Q = grid^2."""
+    cells = LOWER_M + GRID * CELL_M / grid * (torch.arange(grid) + 0.5)
+    y, x, up = torch.meshgrid(cells, cells, torch.arange(HEIGHTS) - 4.5, indexing="ij")
+    x, y, down = (t.reshape(-1, HEIGHTS) for t in (x, y, CAMERA_M - up))
+    places = []
+    for heading_deg, focal in CAMERAS:
+        heading = math.radians(90 + heading_deg)
+        ahead, right = (
+            math.cos(heading) * x + math.sin(heading) * y - 0.6,
+            math.sin(heading) * x - math.cos(heading) * y,
+        )
+        depth = ahead.clamp(min=1e-5)
+        u, v = (812 + focal * right / depth) * RESIZE / WIDTH, ((490 + focal * down / depth) * RESIZE - CROP) / HEIGHT
+        places.append(torch.where(ahead[..., None] > 0, torch.stack([u, v], -1), -1.0))
+    made = torch.stack(places)
+    return made, ((made > 0) & (made < 1)).all(-1).any(-1)
+
+
+def by_grid_sample(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, sizes: list[int]) -> Tensor:
+    """mmcv's formulation in plain torch: a grid_sample per level over images of one head each, then the weighted sum."""
+    (B, Q, h, _, P), d = weights.shape, value.shape[3]
+    samples = []
+    for level, height, width, first in reference.levels(tuple(sizes)):
+        images = value[:, first : first + height * width].permute(0, 2, 3, 1).reshape(B * h, d, height, width)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(B * h, Q, P, 2)
+        samples.append(F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    shares = weights.transpose(1, 2).reshape(B * h, 1, Q, -1)
+    out = (torch.stack(samples, 3).flatten(3) * shares).sum(-1).reshape(B, h * d, Q).transpose(1, 2)
+    return out if mask is None else out * mask[:, :, None]
+
+
+def _ours(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, sizes: list[int]) -> Tensor:
+    return deform_attn(value, locations, weights, mask, sizes=tuple(zip(sizes[::2], sizes[1::2])))
+
+
+class _Reference(torch.autograd.Function):
+    """The plain-torch reference with its own backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, mask: Any, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(value, locations, weights, mask)
+        ctx.sizes = sizes
+        return reference.forward(value, locations, weights, mask, tuple(sizes))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *reference.backward(grad, *ctx.saved_tensors, tuple(ctx.sizes)), None, None
+
+
+PEERS: dict[str, Callable[..., Tensor]] = {"ours": _ours, "reference": _Reference.apply, "grid_sample": by_grid_sample}
+
+
+def _compared(operands: tuple[Tensor, ...], mask: Tensor | None, sizes: list[int], repeats: int) -> dict:
+    figures: dict = {name: _figures(peer, operands, mask, sizes, repeats) for name, peer in PEERS.items()}
+    ours, y = figures["ours"], _ours(*operands, mask, sizes)
+    for name in list(PEERS)[1:]:
+        for what in ("forward", "train"):
+            ours[f"{what}_speedup_over_{name}"] = figures[name][f"{what}_ms"] / ours[f"{what}_ms"]
+        difference = PEERS[name](*operands, mask, sizes) - y
+        figures[name]["relative_difference"] = float(difference.norm() / y.norm())
+    return figures
+
+
+def _figures(
+    peer: Callable, operands: tuple[Tensor, ...], mask: Tensor | None, sizes: list[int], repeats: int
+) -> dict[str, float]:
+    leaves = [t.detach().requires_grad_() for t in operands]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return peer(*leaves, mask, sizes)
+
+    def train() -> tuple[Tensor, ...]:
+        y = peer(*leaves, mask, sizes)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    return {
+        "forward_ms": 1e3 * machine.best_seconds(forward, repeats=repeats),
+        "train_ms": 1e3 * machine.best_seconds(train, repeats=repeats),
+    }
