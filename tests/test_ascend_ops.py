@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
+from test_deform_attn import make as attention
+from test_deform_attn import problems as attentions
 from test_deform_conv import make as deformable
 from test_deform_conv import problems as deformables
 from test_linear_assignment import assert_as_good_as_scipy
@@ -24,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bevfn.bench import sparse
 from bevfn.kernels import ascend, neighbours
+from bevfn.kernels.deform_attn import ascend as deform_attn_ascend
 from bevfn.kernels.deform_conv import ascend as deform_conv_ascend
 from bevfn.kernels.linear_assignment import ascend as linear_assignment
 from bevfn.kernels.linear_assignment import linear_assignment as assign
@@ -190,6 +193,42 @@ def test_deform_conv_sums_half_precision_in_float32_and_an_image_beyond_int32_is
             assert b.numel() == 0 or float((a.float() - b.float()).abs().max()) <= 1e-3 * float(b.abs().max())
 
 
+@settings(max_examples=40, deadline=None)
+@given(problem=attentions())
+def test_deform_attn_is_the_op(problem):
+    operands, grad = problem
+    close = {"rtol": 1e-11, "atol": 1e-11}
+    torch.testing.assert_close(lowered(OPS.deform_attn.default, *operands), OPS.deform_attn(*operands), **close)
+    expected = OPS.deform_attn_backward(grad, *operands)
+    for a, b in zip(lowered(OPS.deform_attn_backward.default, grad, *operands), expected, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("attending", [None, 0.5])
+def test_deform_attn_sums_half_precision_in_float32_and_a_table_beyond_int32_is_the_references(attending, monkeypatch):
+    operands, grad = attention(attending=attending, dtype=torch.float16)
+    expected = OPS.deform_attn(*operands), *OPS.deform_attn_backward(grad, *operands)
+    for index in (1 << 31, 8):
+        monkeypatch.setattr(deform_attn_ascend, "INDEX", index)
+        ours = (
+            lowered(OPS.deform_attn.default, *operands),
+            *lowered(OPS.deform_attn_backward.default, grad, *operands),
+        )
+        for a, b in zip(ours, expected, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert float((a.float() - b.float()).abs().max()) <= 1e-3 * float(b.abs().max())
+
+
+def test_deform_attn_spreads_samples_that_do_not_count_over_spare_rows_of_zeros():
+    (value, locations, weights, _, sizes), _ = attention(batch=2, queries=3, heads=1, points=1)
+    locations[:, 1] = -5.0
+    mask = torch.tensor([[True, True, False]] * 2)
+    table, spare = deform_attn_ascend._table(value, weights, sizes, (0, 1)), 2 * (5 * 6 + 4 * 3)  # quads of two images
+    rows = deform_attn_ascend._samples(value, locations, mask, sizes, (0, 1)).row.flatten(2)
+    assert len(table) == spare + 3 and not table[spare:].any() and rows.dtype == torch.int32
+    assert (rows[:, 1] == spare + 1).all() and (rows[:, 2] == spare + 2).all()
+
+
 def test_an_unknown_choice_of_operators_is_named():
     with pytest.raises(ValueError, match="ops = 'cuda' is not known; choose one of stock, drivingsdk"):
         ascend.table("cuda")
@@ -226,6 +265,7 @@ def small_cases() -> dict:
     x, grad = torch.randn(30, 16, generator=g), torch.randn(30, 8, generator=g)
     depth, context, cell = problem(2, 5, 3, 4, 8, 12)
     deform, slopes = deformable(groups=4, dtype=torch.float32)
+    attended, attended_slopes = attention(dtype=torch.float32)
     return {
         OPS.voxelize.default: (*make_points(2, 60, 0), *VOXELS, 20),
         OPS.submanifold_neighbours.default: (coords, valid, KERNEL, GRID, BATCH),
@@ -236,6 +276,8 @@ def small_cases() -> dict:
         OPS.voxel_pool_backward.default: (torch.randn(12, 8, generator=g), depth, context, cell),
         OPS.deform_conv.default: deform,
         OPS.deform_conv_backward.default: (slopes, *deform),
+        OPS.deform_attn.default: attended,
+        OPS.deform_attn_backward.default: (attended_slopes, *attended),
         OPS.linear_assignment.default: (torch.randn(2, 10, 4, generator=g), torch.tensor([[True] * 3 + [False]] * 2)),
     }
 
@@ -474,6 +516,14 @@ def test_published_deformable_convolution_multiplies_what_it_must_and_moves_less
     for name in ("forward", "backward"):
         ours, best = made[name]
         assert ours.gflop < 1.1 * best.gflop
+    assert made["forward"][0].gigabytes < made["forward, a gather per corner"][0].gigabytes / 2
+
+
+@needs_torchair
+def test_published_attention_gathers_whole_quads():
+    from bevfn.bench import ascend as cost
+
+    made = cost.attention()
     assert made["forward"][0].gigabytes < made["forward, a gather per corner"][0].gigabytes / 2
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
+from bevfn.kernels.deform_attn import deform_attn
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.linear_assignment import linear_assignment
 from bevfn.kernels.neighbours import submanifold
@@ -40,6 +41,18 @@ def plain_deform_case() -> tuple[Callable, tuple[Tensor, ...]]:
     return lambda x, o, w: deform_conv(x, o, None, w, padding=1), (x, 0.3 + 0.1 * offset.clamp(-2, 2), weight)
 
 
+def attention_case(mask: Tensor | None = None) -> tuple[Callable, tuple[Tensor, ...]]:
+    def f(value, locations, weights):
+        return deform_attn(value, locations, weights, mask, sizes=((2, 2), (1, 3)))
+
+    value, locations, weights = operands((1, 7, 2, 2), (1, 2, 2, 2, 1, 2), (1, 2, 2, 2, 1))
+    return f, (0.5 * value, 0.45 + 0.1 * locations.clamp(-2, 2), 0.5 * weights)  # third derivatives stay moderate
+
+
+def masked_attention_case() -> tuple[Callable, tuple[Tensor, ...]]:
+    return attention_case(torch.tensor([[True, False]]))
+
+
 def voxels() -> tuple[Callable, Tensor]:
     """Features of six float32 points, five of them in two voxels, of which one is full."""
     places = [[0.2, 0.3, 0.5], [0.6, 0.4, 0.5], [1.5, 0.5, 0.5], [0.5, 0.5, 0.5], [1.2, 0.1, 0.9], [9.0, 0.5, 0.5]]
@@ -68,7 +81,14 @@ def operands(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes)
 
 
-OPS = {"sparse_conv": sparse_case, "voxel_pool": pool_case, "deform_conv": deform_case, "no mask": plain_deform_case}
+OPS = {
+    "sparse_conv": sparse_case,
+    "voxel_pool": pool_case,
+    "deform_conv": deform_case,
+    "no mask": plain_deform_case,
+    "deform_attn": attention_case,
+    "masked": masked_attention_case,
+}
 ops = pytest.mark.parametrize("case", OPS.values(), ids=OPS)
 
 

@@ -1,4 +1,4 @@
-"""What the stock-op lowering of sparse encoder, view transform and deformable convolution costs on Ascend, against ideals.
+"""What the stock-op lowering of the operators costs on Ascend, against ideals: sparse encoder, view transform, deformables.
 
     python -m bevfn.bench.ascend        # Markdown, as in docs/ascend.md; needs torch_npu's converters, no device
 
@@ -20,6 +20,7 @@ from bevfn.backbones import sparse_encoder
 from bevfn.bench import sparse
 from bevfn.kernels import ascend as kernels
 from bevfn.kernels import neighbours
+from bevfn.kernels.deform_attn import reference as reference_deform_attn
 from bevfn.kernels.deform_conv import reference as reference_deform_conv
 from bevfn.kernels.sparse_conv import reference
 
@@ -158,6 +159,23 @@ def deformable() -> dict[str, tuple[Cost, Cost]]:
     }
 
 
+def attention() -> dict[str, tuple[Cost, Cost]]:
+    """BEVNeXt's deformable attention on one sample's six images, 80 channels, float32; every sample lies in its image."""
+    queries, heads, points, d, sizes = 128 * 128, 8, 8, 10, [ROWS, COLUMNS]
+    value, out = torch.empty(IMAGES, ROWS * COLUMNS, heads, d), torch.empty(IMAGES, queries, heads * d)
+    weights, mask = torch.empty(IMAGES, queries, heads, 1, points), torch.empty(IMAGES, queries, dtype=torch.bool)
+    operands = (value, torch.empty(*weights.shape, 2), weights, mask)
+    attn, backward = torch.ops.bevfn.deform_attn, torch.ops.bevfn.deform_attn_backward
+    samples = weights.numel() * d
+    once = ideal(4 * samples, *operands, out)
+    twice = ideal(8 * samples, *operands, out, *operands[:3])
+    return {
+        "forward": (lowered(attn, *operands, sizes), once),
+        "forward, a gather per corner": (lowered(reference_deform_attn.forward, *operands, sizes), once),
+        "backward": (lowered(backward, out, *operands, sizes), twice),
+    }
+
+
 def markdown(rows: dict[str, tuple[Cost, Cost]]) -> str:
     """One line per row: GFLOP and GB, stock against ideal."""
     lines = ["| | GFLOP stock | ideal | ratio | GB stock | ideal | ratio |", "|---|---|---|---|---|---|---|"]
@@ -181,7 +199,8 @@ def main() -> None:
     print(f"Convolutions, float16, forward and both gradients:\n\n{markdown({**by_part, **by_direction})}\n")
     print(f"Neighbour tables:\n\n{markdown({name: (ours, best) for name, ours, best in tables()})}\n")
     print(f"View transform, float32:\n\n{markdown(view_transform())}\n")
-    print(f"Deformable convolution, float32:\n\n{markdown(deformable())}")
+    print(f"Deformable convolution, float32:\n\n{markdown(deformable())}\n")
+    print(f"Deformable attention, float32:\n\n{markdown(attention())}")
 
 
 def _add(rows: dict[str, tuple[Cost, Cost]], key: str, costs: tuple[Cost, Cost]) -> None:

@@ -49,7 +49,7 @@ def deform_attn(
     Source: Zhu et al. 2020 (arXiv 2010.04159) section 4.1; mmcv/ops/multi_scale_deform_attn.py.
     """
     _check(value, locations, weights, mask, sizes)
-    return _deform_attn(value, locations, weights, mask, tuple(n for size in sizes for n in size))
+    return _deform_attn(value, locations, weights, mask, *(n for size in sizes for n in size))
 
 
 def _check(
@@ -94,15 +94,21 @@ def _check(
             raise ValueError(f"deform_attn: {name} must be on value's device {value.device}, got {other.device}.")
 
 
-def _operator(*operands: Any) -> Tensor:
-    return torch.ops.bevfn.deform_attn(*operands)
+# Heights and widths are operands of their own here: functorch nests no Function whose operands are tuples.
+def _operator(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, *sizes: int) -> Tensor:
+    return torch.ops.bevfn.deform_attn(value, locations, weights, mask, sizes)
 
 
-def _gradients(wanted: frozenset[int], grad: Tensor, *operands: Any) -> tuple[Tensor | None, ...]:
-    return *torch.ops.bevfn.deform_attn_backward(grad, *operands), None, None
+def _gradients(wanted: frozenset[int], *operands: Any) -> tuple[Tensor | None, ...]:
+    tensors, sizes = operands[:5], operands[5:]
+    return *torch.ops.bevfn.deform_attn_backward(*tensors, sizes), None, *(None for _ in sizes)
 
 
-_deform_attn = differentiable(_operator, _gradients, reference.forward)
+def _plain(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, *sizes: int) -> Tensor:
+    return reference.forward(value, locations, weights, mask, sizes)
+
+
+_deform_attn = differentiable(_operator, _gradients, _plain)
 
 
 @torch.library.register_fake("bevfn::deform_attn", lib=_library)
