@@ -235,6 +235,8 @@ def test_initialisation_follows_the_published_modules(generator):
     assert (kaiming["bias"] == 0).all()
     fan_in = conv.init(64, 128, (1, 3), bias=False, generator=generator, groups=4, kaiming="fan_in")
     assert fan_in["weight"].std().item() == pytest.approx((2 / (16 * 3)) ** 0.5, rel=0.03)
+    xavier = linear.xavier(64, 32, 3, 3, generator=generator)
+    assert xavier.abs().max().item() == pytest.approx((6 / (9 * (64 + 32))) ** 0.5, rel=0.01)
     default = conv.init(64, 128, (3, 3), bias=True, generator=generator)
     assert default["weight"].abs().max().item() == pytest.approx((64 * 9) ** -0.5, rel=0.01)
 
