@@ -1,4 +1,4 @@
-"""BEVNeXt's perspective refinement (Li et al. 2024, arXiv 2312.01696, section 3.4): every cell of the BEV map looks up
+"""BEVNeXt's perspective refinement (Li et al. 2024, arXiv 2312.01696): every cell of the BEV map looks up
 the key frame's camera features where the points above its centre appear in the images.
 
 BEV maps are [B C Y X]: rows = y, columns = x; query q is the cell of row q // X and column q % X.
