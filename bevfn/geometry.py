@@ -146,6 +146,13 @@ def num_cells(bounds_m: tuple[float, float, float]) -> int:
     return round((high - low) / step)
 
 
+def cell_centres(bounds_m: tuple[float, float, float], device: torch.device) -> Tensor:
+    """[cells] centres of the cells of one axis (low, high, step), m."""
+    low, _, step = bounds_m
+    # Rounded once: a float32 torch.arange rounds otherwise on other machines and in compiled code.
+    return torch.tensor([low + step * (i + 0.5) for i in range(num_cells(bounds_m))], device=device)
+
+
 def project(
     points: Tensor, *, undo_base_aug: Tensor, base_aug: Tensor, image_from_base: Tensor, image_aug: Tensor
 ) -> Planes:
