@@ -24,11 +24,11 @@ class Config:
     channels: int = 512
 
 
-def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
-    """(params, {}) of {"laterals": one per level, "out"}, Xavier uniform with bias 0."""
+def init(config: Config, generator: torch.Generator) -> dict:
+    """{"laterals": one per level, "out"}, Xavier uniform with bias 0."""
     C = config.channels
     laterals = [_xavier(conv.init(c, C, 1, bias=True, generator=generator), generator) for c in config.channels_in]
-    return {"laterals": laterals, "out": _xavier(conv.init(C, C, 3, bias=True, generator=generator), generator)}, {}
+    return {"laterals": laterals, "out": _xavier(conv.init(C, C, 3, bias=True, generator=generator), generator)}
 
 
 def _xavier(params: dict, generator: torch.Generator) -> dict:
