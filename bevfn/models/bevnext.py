@@ -130,7 +130,14 @@ def mini(config: Config) -> Config:
     at most 2 earlier frames."""
     span, C, bins = (-51.2, 51.2, 1.6), 32, 58
     depth = replace(
-        config.depth, channels_in=64, channels=64, context=C, depth_bins=bins, blocks=1, dilations=(1, 2, 3), dropout=0.1
+        config.depth,
+        channels_in=64,
+        channels=64,
+        context=C,
+        depth_bins=bins,
+        blocks=1,
+        dilations=(1, 2, 3),
+        dropout=0.1,
     )
     head = replace(config.head.head, channels_in=64, channels=24, cell=(1.6, 1.6), cells=(64, 64))
     return replace(
@@ -197,7 +204,7 @@ def apply(
 
     Returns:
         outputs naming every boundary ("colours", "likeness"; "frames": per frame "image": "backbone", "neck"; "view":
-        "depth_net", "crf", "depth", "place", "bev", "map"; then "bev": "map", "backbone", "neck"; "head"), and the new
+        "depth_net", "crf", "depth", "bev", "map"; then "bev": "map", "backbone", "neck"; "head"), and the new
         state.
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
@@ -213,9 +220,7 @@ def apply(
     backbone = config.bev_backbone
     weights, statistics = params["bev"], state["bev"]
     if isinstance(backbone, resnet.Config):
-        stages, trunk = resnet.apply(
-            weights["backbone"], statistics["backbone"], bev, config=backbone, train=train
-        )
+        stages, trunk = resnet.apply(weights["backbone"], statistics["backbone"], bev, config=backbone, train=train)
     else:
         stages, trunk = res2_fusion.apply(
             weights["backbone"], statistics["backbone"], bev, config=backbone, train=train
@@ -269,7 +274,11 @@ def _frames(
     else:
         found, now = cameras.over_frames(
             lambda params, state, t, train: run(params, state, (t,), train),
-            weights, now, order=earlier, learning=(), train=train,
+            weights,
+            now,
+            order=earlier,
+            learning=(),
+            train=train,
         )
         outputs += found
     if train and config.recomputed_statistics:
@@ -307,9 +316,7 @@ def _lift(
     known = depth_net.camera_vectors(batch).repeat(len(frames), 1)
     x = cameras.normalise(needed(moment.images, "images")[:, 0], order="bgr").to(policy.compute)  # T*B*N 3 H W
     image, weights, seen = params["image"], params["view"], state["view"]
-    maps, backbone = resnet.apply(
-        image["backbone"], state["image"]["backbone"], x, config=config.backbone, train=train
-    )
+    maps, backbone = resnet.apply(image["backbone"], state["image"]["backbone"], x, config=config.backbone, train=train)
     x = fpn.apply(image["neck"], maps[2:])
     net, net_state = depth_net.apply(
         weights["depth_net"], seen["depth_net"], x, known, config=config.depth, train=train, key=key
@@ -320,7 +327,7 @@ def _lift(
     stages, pre_process = resnet.apply(
         weights["pre_process"], seen["pre_process"], bev.to(policy.compute), config=config.pre_process, train=train
     )
-    view = {"depth_net": net, "crf": field, "depth": field["depth"], "place": place, "bev": bev, "map": stages[1]}
+    view = {"depth_net": net, "crf": field, "depth": field["depth"], "bev": bev, "map": stages[1]}
     new = {"image": {"backbone": backbone}, "view": {"depth_net": net_state, "pre_process": pre_process}}
     return {"image": {"backbone": maps, "neck": x}, "view": view}, new
 

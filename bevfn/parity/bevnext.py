@@ -67,9 +67,7 @@ PATHS = {  # stored name: path in outputs
     "perspective/cross_attn": "head.refine.attention",
     **{f"perspective/{name}": f"head.refine.{name}" for name in ("norm0", "ffn", "out")},
     "bbox_head/shared_conv": "head.bbox.shared",
-    **{
-        f"bbox_head/task{t}/{name}": f"head.bbox.tasks.{t}.{name}" for t in range(6) for name in centerpoint.OUTPUTS
-    },
+    **{f"bbox_head/task{t}/{name}": f"head.bbox.tasks.{t}.{name}" for t in range(6) for name in centerpoint.OUTPUTS},
 }
 FRAME = {  # the same of every frame
     "depth_net/depth_logits": "depth_net.logits",
@@ -205,9 +203,7 @@ def evaluated(case: Case, table: Table, outputs: dict, batch: Batch, config: bev
     _detections(case, table, "eval/result", found, ("boxes_3d", "scores_3d", "labels_3d"))
 
 
-def _detections(
-    case: Case, table: Table, name: str, found: dict[str, Tensor], called: tuple[str, str, str]
-) -> None:
+def _detections(case: Case, table: Table, name: str, found: dict[str, Tensor], called: tuple[str, str, str]) -> None:
     made = {k: found[k][0][found["valid"][0]].cpu() for k in ("boxes", "scores", "labels")}
     noise = tuple(case.noise("eval", f"{name.removeprefix('eval/')}/{k}") for k in called[:2])
     stored = len(case.outputs[f"{name}/{called[0]}"])
