@@ -20,7 +20,7 @@ def field():
 def written_out(logits, colour, strength, config):
     """Mean field in double precision, neighbour by neighbour."""
     logits, colour = logits.double(), colour.double()
-    M, D, H, W = logits.shape
+    D, H, W = logits.shape[1:]
     bins = torch.arange(D, dtype=torch.float64)
     penalty = (bins[:, None] - bins).abs()
     q = logits.softmax(1)

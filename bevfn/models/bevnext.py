@@ -58,7 +58,7 @@ class Config:
     after the earlier frames: what upstream's activation checkpointing does when it runs them again for the gradient"""
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.frames > 1 and self.frames % 3:
+        if self.frames < 1 or (self.frames > 1 and self.frames % 3):
             raise ValueError(f"frames {self.frames} must be 1, the current key frame, or a multiple of 3")
         if self.grid.depth_bins != self.depth.depth_bins:
             raise ValueError(
@@ -269,10 +269,10 @@ def _frames(
     earlier = range(1, config.frames if config.with_prev else 1)
     if config.frames_at_once and len(earlier):
         held = tree.map(lambda leaf: leaf.detach(), weights)
-        found, now = run(held, now, tuple(earlier), train)
-        outputs += cameras.per_frame(found, len(earlier))
+        together, now = run(held, now, tuple(earlier), train)
+        outputs += cameras.per_frame(together, len(earlier))
     else:
-        found, now = cameras.over_frames(
+        in_turn, now = cameras.over_frames(
             lambda params, state, t, train: run(params, state, (t,), train),
             weights,
             now,
@@ -280,7 +280,7 @@ def _frames(
             learning=(),
             train=train,
         )
-        outputs += found
+        outputs += in_turn
     if train and config.recomputed_statistics:
         now = _again(before, after, now)
     return outputs, now

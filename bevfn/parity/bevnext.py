@@ -24,7 +24,7 @@ SHIFT = 4  # pixels by which the image of the frame k back is rolled to the righ
 CAMERAS = 6
 VISIBLE = 10.0  # image widths and heights within which an anchor's place is compared (README: of order 1)
 # README of stage 1: biases right before a batch norm, and a bias whose L1 loss has as many signs of either kind.
-ZERO_GRADIENT = (
+ZERO_GRADIENT: tuple[str, ...] = (
     "img_view_transformer.depth_net.reduce_conv.0.bias",
     "depth_emb.0.bias",
     "pts_bbox_head.task_heads.0.vel.1.bias",

@@ -63,7 +63,7 @@ def _check(
     if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
         raise ValueError(f"deform_attn: sizes {sizes} must be (H, W) of each level, at least one level and one pixel.")
     (B, S, h, _), (_, Q, _, _, P, _), L = value.shape, locations.shape, len(sizes)
-    if S != sum(height * width for height, width in sizes):
+    if sum(height * width for height, width in sizes) != S:
         raise ValueError(
             f"deform_attn: value {list(value.shape)} must be [B S h d] with S = "
             f"{sum(height * width for height, width in sizes)}, the pixels of sizes {sizes}."
