@@ -83,7 +83,7 @@ def files(index: Index, place: int, reading: Reading) -> list[str]:
         swept = frame.sweeps if reading.points.sweep_choice == "random" else frame.sweeps[: reading.points.sweeps]
         found += [sweep.path for sweep in swept if reading.points.sweeps]
     if reading.cameras is not None:
-        for one in cameras.key_frames(index, place, reading.cameras.frames):
+        for one in cameras.key_frames(index, place, reading.cameras.frames, reading.cameras.history):
             found += [camera.path for camera in one.rig(reading.cameras.channels)]
     return found
 
@@ -117,11 +117,11 @@ def _seen(
     index: Index, place: int, reading: Reading, config: Cameras, rng: np.random.Generator
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The Sample's fields of cameras and depth, and counts about them."""
-    root, frames = index.root, cameras.key_frames(index, place, config.frames)
+    root, frames = index.root, cameras.key_frames(index, place, config.frames, config.history)
     row = frames[0].rig(config.channels)
     moves = cameras.moves(row, root, config, rng)
     parts = cameras.read(frames, root, reading, moves)
-    counts = {"missing/frames": sum(frame is frames[0] for frame in frames[1:])}
+    counts = {"missing/frames": len(frames) - len({frame.token for frame in frames})}
     if reading.depth:
         sizes = [cameras.image_size(camera, root) for camera in row]
         parts["depth"], found = depth.maps(index, frames[0], row, sizes, config.image_size, moves)
