@@ -182,7 +182,8 @@ def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -
     reading, eval_reading = (fitted(config, model, way) for way in (TRAIN, EVAL))
     reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
     classes_of = sampling.categorised if config.published_cbgs else sampling.boxed
-    return run.make_data(config, splits, reading, eval_reading, classes_of)
+    balanced = partial(sampling.cbgs, classes_of=classes_of)
+    return run.make_data(config, splits, reading, eval_reading, balanced)
 
 
 def fitted(config: Config, model: bevdepth.Config, reading: Reading) -> Reading:

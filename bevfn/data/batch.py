@@ -26,7 +26,6 @@ from bevfn import geometry, tree
 from bevfn.data import possible
 from bevfn.names import printable
 
-
 FRONT = "CAM_FRONT"
 
 

@@ -15,6 +15,7 @@ CLASS_NAMES = (  # nuScenes' ten in mmdetection3d's order, which published check
     *("barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone"),
 )
 History = Literal["scene", "time"]
+Depths = Literal["last", "nearest"]
 Size = tuple[int, int]
 PUBLISHED_SOURCE, PUBLISHED_IMAGE = (900, 1600), (256, 704)  # the sizes that factors of resizing are given for
 
@@ -87,6 +88,9 @@ class Reading:
     cameras: Cameras | None = None
     depth: bool = False
     """Depth maps of the key frame's images, from the LiDAR."""
+    depths: Depths = "last"
+    """Which point of a pixel counts, and which pixel is a point's: BEVDepth's rule or BEVNeXt's (`depth.rasterize`,
+    `depth.nearest`)."""
     class_names: tuple[str, ...] = CLASS_NAMES
     """Label i is class_names[i]; annotations of other classes are dropped."""
     range: Range | None = None
@@ -96,6 +100,8 @@ class Reading:
     """Of the base frame; None: base_aug is the identity."""
     paste: pasting.Config | None = None
     """GT paste from a database; None: nothing is pasted."""
+    redraw: bool = False
+    """Another key frame, drawn at random, takes the place of one whose boxes are all filtered away."""
     capacities: Capacities = field(default_factory=Capacities)
     """Padded sizes that `batch.collate` makes of the samples."""
 
@@ -120,7 +126,7 @@ class Reading:
         drawn = (self.augmentation, self.paste, None if cameras is None else cameras.augmentation)
         if points is not None and (points.shuffle or points.sweep_choice == "random"):
             return True
-        return any(part is not None for part in drawn)
+        return self.redraw or any(part is not None for part in drawn)
 
 
 @dataclass(frozen=True)
