@@ -1,4 +1,4 @@
-"""Oriented 3-D boxes: corners, yaw, overlap of rotated rectangles, 3-D IoU. Static shapes, no gradient needed.
+"""Oriented 3-D boxes: corners, yaw, overlap of rotated rectangles, IoU from above and in 3-D. Static shapes, no gradient needed.
 
 A box is [x, y, z, dx, dy, dz, yaw, ...]: metres and radians; x y z is the BOTTOM centre, z up; yaw counts from +x
 counter-clockwise seen from above, and dx runs along yaw. Further columns (velocity) are ignored here.
@@ -114,7 +114,21 @@ def iou_3d(a: Tensor, b: Tensor) -> Tensor:
     shared = overlap * torch.clamp(height, min=0)
     volume_a = _size(a[..., 3]) * _size(a[..., 4]) * height_a
     volume_b = _size(b[..., 3]) * _size(b[..., 4]) * height_b
-    union = volume_a + volume_b - shared
+    return _share(shared, volume_a + volume_b - shared)
+
+
+def iou_bev(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of the rectangles seen from above: a [... Q 7+], b [... G 7+] -> [... Q G] in 0 .. 1.
+
+    Boxes without area, or with NaN, have IoU 0.
+    """
+    shared = rotated_overlap_bev(a, b)  # ... Q G
+    area_a, area_b = (_size(box[..., 3]) * _size(box[..., 4]) for box in (_wide(a), _wide(b)))
+    return _share(shared, area_a[..., :, None] + area_b[..., None, :] - shared)
+
+
+def _share(shared: Tensor, union: Tensor) -> Tensor:
+    """shared / union in 0 .. 1; 0 where there is no union, or a NaN."""
     iou = shared / torch.where(union > 0, union, 1.0)
     return torch.where(iou > 0, torch.clamp(iou, max=1.0), 0.0)
 

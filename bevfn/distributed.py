@@ -63,8 +63,21 @@ class Replicas:
         return ops.wait_tensor(flat).view(self.count, *x.shape)
 
 
-Train = bool | Replicas
-"""`train` of a layer: False running statistics, True those of this process' batch, Replicas those of all batches."""
+@dataclass(frozen=True)
+class Groups:
+    """A batch that is `count` batches of equal size, one after another along the first axis, in one call.
+
+    Each is normalised by its own statistics, of all `replicas` where there are some, and the running statistics are
+    updated by one after the other: what as many calls would do.
+    """
+
+    count: int
+    replicas: Replicas | None = None
+
+
+Train = bool | Replicas | Groups
+"""`train` of a layer: False running statistics, True those of this process' batch, Replicas those of all batches, Groups
+those of each part of the batch."""
 
 
 # -------------------------------------------------------------------------------------------------- start and stop

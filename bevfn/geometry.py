@@ -146,6 +146,13 @@ def num_cells(bounds_m: tuple[float, float, float]) -> int:
     return round((high - low) / step)
 
 
+def cell_centres(bounds_m: tuple[float, float, float], device: torch.device) -> Tensor:
+    """[cells] centres of the cells of one axis (low, high, step), m."""
+    low, _, step = bounds_m
+    # Lower edges rounded once, then half a step added in float32, as upstream's arange + step / 2.
+    return torch.tensor([low + step * i for i in range(num_cells(bounds_m))], device=device) + step / 2
+
+
 def project(
     points: Tensor, *, undo_base_aug: Tensor, base_aug: Tensor, image_from_base: Tensor, image_aug: Tensor
 ) -> Planes:

@@ -50,7 +50,7 @@ def test_depth_loss_is_torchs_cross_entropy_over_labelled_pixels_with_its_gradie
         return 3.0 * F.binary_cross_entropy(p[known], target, reduction="sum") / known.sum()
 
     ours, theirs = (
-        torch.func.grad_and_value(f)(logits) for f in (lambda x: depth_net.depth_loss(x, labels), published)
+        torch.func.grad_and_value(f)(logits) for f in (lambda x: depth_net.depth_loss(x.softmax(1), labels), published)
     )
     torch.testing.assert_close(ours[1], theirs[1])
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=1e-5)
@@ -58,8 +58,8 @@ def test_depth_loss_is_torchs_cross_entropy_over_labelled_pixels_with_its_gradie
 
 def test_no_label_means_no_loss_and_nan_does_not_abort():
     logits = torch.zeros(1, 8, 2, 2)
-    assert float(depth_net.depth_loss(logits, torch.full((1, 2, 2), -1))) == 0
-    assert math.isnan(float(depth_net.depth_loss(logits * torch.nan, torch.zeros(1, 2, 2, dtype=torch.int64))))
+    assert float(depth_net.depth_loss(logits.softmax(1), torch.full((1, 2, 2), -1))) == 0
+    assert math.isnan(float(depth_net.depth_loss(logits.softmax(1) * torch.nan, torch.zeros(1, 2, 2, dtype=torch.int64))))
 
 
 def test_camera_vectors_are_the_key_frames():
@@ -179,11 +179,11 @@ def test_a_grid_that_does_not_fit_is_refused(field, value, message):
 def test_second_derivatives_of_the_depth_loss_are_those_of_finite_differences():
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(1, 3, 1, 2, generator=g), torch.tensor([[[0, 2]]])
-    slope = torch.func.grad(lambda x: depth_net.depth_loss(x, labels))
+    slope = torch.func.grad(lambda x: depth_net.depth_loss(x.softmax(1), labels))
     steps = torch.eye(6).view(6, *logits.shape) * 1e-2
     columns = [(slope(logits + step) - slope(logits - step)) / 2e-2 for step in steps]
     expected = torch.stack(columns, -1).view(*logits.shape, *logits.shape)
-    for hessian in (torch.func.hessian(lambda x: depth_net.depth_loss(x, labels)), torch.func.jacrev(slope)):
+    for hessian in (torch.func.hessian(lambda x: depth_net.depth_loss(x.softmax(1), labels)), torch.func.jacrev(slope)):
         torch.testing.assert_close(hessian(logits), expected, rtol=1e-2, atol=1e-2)
-    saturated = torch.func.hessian(lambda x: depth_net.depth_loss(x, labels))(logits * 1000)
+    saturated = torch.func.hessian(lambda x: depth_net.depth_loss(x.softmax(1), labels))(logits * 1000)
     assert torch.isfinite(saturated).all()

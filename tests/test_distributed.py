@@ -95,6 +95,16 @@ def norm_job(replicas, name):
     return norm_of(*norm_case(name)[replicas.rank], replicas)
 
 
+def group_case():
+    """A batch of 2 groups per replica: [G B C H W] of each."""
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(2, 3, 5, 4, 6, generator=generator) * 2 + 10 * i for i in range(2)]
+
+
+def group_job(replicas):
+    return norm_of(group_case()[replicas.rank].flatten(0, 1), None, distributed.Groups(2, replicas))
+
+
 def net_job(replicas, **options):
     return trained(lambda i: [halves(small_net.batch(i))[replicas.rank]], replicas=replicas, **options)
 
@@ -202,6 +212,7 @@ def detector_job(replicas, backend, precision="fp32", folders=()):
 
 JOBS = {
     **{f"norm {name}": partial(norm_job, name=name) for name in NORM_CASES},
+    "norm groups": group_job,
     "sync": partial(net_job, sync=True, ema=optim.Ema()),
     "sync again": partial(net_job, sync=True, ema=optim.Ema()),
     "sync aot_eager": partial(net_job, sync=True, backend="aot_eager"),
@@ -283,6 +294,16 @@ def test_synchronised_batch_norm_is_batch_norm_of_the_whole_batch(name, found):
         for key in ("mean", "var"):
             torch.testing.assert_close(part[key], whole[key], atol=1e-6, rtol=1e-6)
     assert all(torch.equal(ours[0][key], ours[1][key]) for key in ("mean", "var"))
+
+
+def test_synchronised_groups_are_groups_of_the_whole_batch(found):
+    whole = norm_of(torch.cat(group_case(), 1).flatten(0, 1), None, distributed.Groups(2))
+    ours = found["norm groups"]
+    y = torch.cat([part["y"].view(2, 3, 5, 4, 6) for part in ours], 1).flatten(0, 1)
+    torch.testing.assert_close(y, whole["y"], atol=2e-5, rtol=1e-5)
+    for part in ours:
+        for key in ("mean", "var"):
+            torch.testing.assert_close(part[key], whole[key], atol=1e-6, rtol=1e-6)
 
 
 def test_all_replicas_hold_the_same_bits(found):

@@ -7,6 +7,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from bevfn import tree
+from bevfn.distributed import Groups
 from bevfn.layers import attention, batch_norm, branch, conv, conv_norm, deform_conv, layer_norm, linear
 
 
@@ -61,6 +62,55 @@ def test_batch_norm_without_valid_rows_stays_finite():
     params, state = batch_norm.init(4)
     y, seen = batch_norm.apply(params, state, torch.randn(6, 4), train=True, valid=torch.zeros(6, dtype=torch.bool))
     assert (y == 0).all() and all(torch.isfinite(v).all() for v in seen.values())
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (9, 4), (6, 4, 1, 1)])
+def test_groups_are_batches_one_after_another(shape, generator):
+    """Outputs, gradients and statistics, with any momentum; 3 groups of which each is far from the others."""
+    x = torch.randn(shape, generator=generator) * 2 + torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
+    weight, bias = torch.randn(4, generator=generator), torch.randn(4, generator=generator)
+    start = {"mean": torch.randn(4, generator=generator), "var": torch.rand(4, generator=generator) + 1}
+    states = {}
+
+    def grouped(x, weight, bias):
+        params = {"weight": weight, "bias": bias}
+        y, states["grouped"] = batch_norm.apply(params, start, x, train=Groups(3), momentum=0.3)
+        return y
+
+    def in_turn(x, weight, bias):
+        outputs, state = [], start
+        for part in x.chunk(3):
+            y, state = batch_norm.apply({"weight": weight, "bias": bias}, state, part, train=True, momentum=0.3)
+            outputs.append(y)
+        states["in turn"] = state
+        return torch.cat(outputs)
+
+    found, wanted = grads(grouped, x, weight, bias), grads(in_turn, x, weight, bias)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(states["grouped"], states["in turn"], atol=1e-6, rtol=1e-6)
+    if len(shape) == 4:
+        y = grouped(x.contiguous(memory_format=torch.channels_last), weight, bias)
+        torch.testing.assert_close(y, found[0])
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_groups_of_unequal_size_and_of_marked_rows_are_refused():
+    params, state = batch_norm.init(4)
+    with pytest.raises(ValueError, match="7 rows must be 3 groups of equal size"):
+        batch_norm.apply(params, state, torch.randn(7, 4), train=Groups(3))
+    with pytest.raises(ValueError, match="without `valid`"):
+        batch_norm.apply(params, state, torch.randn(6, 4), train=Groups(3), valid=torch.ones(6, dtype=torch.bool))
+
+
+def test_a_second_update_by_an_earlier_batch_needs_no_second_run(generator):
+    params, start = batch_norm.init(4)
+    first, later = torch.randn(8, 4, generator=generator) + 3, torch.randn(8, 4, generator=generator)
+    _, after = batch_norm.apply(params, start, first, train=True)
+    _, now = batch_norm.apply(params, after, later, train=True)
+    _, wanted = batch_norm.apply(params, now, first, train=True)
+    torch.testing.assert_close(batch_norm.again(start, after, now), wanted)
+    still = {"norm": batch_norm.Held(**now)}
+    assert torch.equal(batch_norm.again(still, still, still)["norm"].var, now["var"])
 
 
 def test_attention_equals_torchs(generator):

@@ -2,10 +2,12 @@
 BEV maps.
 
 A block is `layers` of convolution and norm, beside a `shortcut` where the shape changes. Bottlenecks stride in the 3x3
-("pytorch style"). Source: mmdetection mmdet/models/backbones/resnet.py; golden case bevdepth_r50_2key.
+("pytorch style"). Sources: mmdetection mmdet/models/backbones/resnet.py; BEVNeXt mmdet3d/models/backbones/resnet.py
+(CustomResNet, whose shortcuts are convolutions without norm); golden cases bevdepth_r50_2key, bevnext_stage1.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,12 @@ class Config:
     bottleneck: bool = True
     pool: bool = True
     """3x3 maximum with stride 2 behind the stem"""
+    stem: bool = True
+    """7x7 convolution with stride 2 before the stages"""
+    shortcut: Literal["projection", "convolution"] = "projection"
+    """1x1 and norm where the shape changes, or 3x3 with a bias and no norm in every stage's first block"""
+    torch_init: bool = False
+    """torch's default initialisation instead of mmdetection's"""
     frozen_stages: int = -1
     """-1 none, 0 the stem, n the first n stages too: no gradient, and running statistics also in training.
     Freeze their leaves in the optimizer as well (`frozen`), or it decays them."""
@@ -58,25 +66,39 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 
     As mmdetection: Kaiming normal (fan out), and every block starts as its shortcut (its last norm has weight 0).
     """
-    stem = conv_norm.init(config.channels_in, config.channels, 7, generator=generator, kaiming="fan_out")
-    stages: list = []
-    c_in = config.channels
+    kaiming: conv.Kaiming | None = None if config.torch_init else "fan_out"
+    made: dict = {}
+    c_in = config.channels_in
+    if config.stem:
+        made["stem"] = conv_norm.init(c_in, config.channels, 7, generator=generator, kaiming=kaiming)
+        c_in = config.channels
+    made["stages"] = []
     for s, (count, stride, c_out) in enumerate(zip(config.blocks, config.strides, config.stage_channels)):
-        stages.append([])
+        made["stages"].append([])
         for i in range(count):
             widths = (config.channels * 2**s,) * 2 + (c_out,) if config.bottleneck else (c_out, c_out)
-            block, statistics = _init_block(c_in, widths, stride if i == 0 else 1, generator, kaiming="fan_out")
-            torch.nn.init.zeros_(block["layers"][-1]["norm"]["weight"])
-            stages[-1].append((block, statistics))
+            block, statistics = _init_block(c_in, widths, stride if i == 0 else 1, generator, kaiming=kaiming)
+            if not config.torch_init:
+                torch.nn.init.zeros_(block["layers"][-1]["norm"]["weight"])
+            if config.shortcut == "convolution" and i == 0:
+                block["shortcut"] = conv.init(c_in, c_out, 3, bias=True, generator=generator)
+                statistics.pop("shortcut", None)
+            made["stages"][-1].append((block, statistics))
             c_in = c_out
-    return tree.unzip({"stem": stem, "stages": stages})
+    return tree.unzip(made)
 
 
 def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[list[Tensor], dict]:
-    """x [M C H W] -> (maps of the stem (pooled) and of every stage, finest first, new state); dtype of x."""
-    frozen = config.frozen_stages
-    stem = _detached(params["stem"]) if frozen >= 0 else params["stem"]
-    x, stem_state = conv_norm.apply(stem, state["stem"], x, train=train if frozen < 0 else False, stride=2)
+    """x [M C H W] -> (maps of the stem (pooled) and of every stage, finest first, new state); dtype of x.
+
+    Without a stem the first map is x.
+    """
+    frozen, new_state = config.frozen_stages, {}
+    if config.stem:
+        stem = _detached(params["stem"]) if frozen >= 0 else params["stem"]
+        x, new_state["stem"] = conv_norm.apply(
+            stem, state["stem"], x, train=train if frozen < 0 else False, stride=2
+        )
     maps, states = [F.max_pool2d(x, 3, 2, 1) if config.pool else x], []
     for s, (blocks, old) in enumerate(zip(params["stages"], state["stages"])):
         y, new = maps[-1], []
@@ -87,7 +109,7 @@ def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train)
             new.append(seen)
         maps.append(y)
         states.append(new)
-    return maps, {"stem": stem_state, "stages": states}
+    return maps, {**new_state, "stages": states}
 
 
 def init_basic(
@@ -127,6 +149,8 @@ def apply_block(params: dict, state: dict, x: Tensor, *, train: Train, stride: i
     layers.append(seen)
     if "shortcut" not in params:
         return torch.relu(y + x), {"layers": layers}
+    if "norm" not in params["shortcut"]:
+        return torch.relu(y + conv.apply(params["shortcut"], x, stride=stride)), {"layers": layers}
     x, seen = conv_norm.apply(params["shortcut"], state["shortcut"], x, train=train, stride=stride, relu=False)
     return torch.relu(y + x), {"layers": layers, "shortcut": seen}
 

@@ -1,5 +1,5 @@
 """CenterPoint's head (Yin et al. 2021, arXiv 2006.11275) as BEVDepth uses it: per task a class heatmap and dense maps of
-box codes, decoded at the heatmap's highest cells with a non-maximum suppression by centre distance.
+box codes, decoded at the heatmap's highest cells with a non-maximum suppression (`suppression.py`).
 
 Targets and losses are in `centerpoint_loss.py`. BEV maps are [B C Y X]: rows = y, columns = x. A task's classes compete
 for the same cells; labels count through the tasks in order.
@@ -9,13 +9,13 @@ centerpoint_bbox_coders.py; golden cases bevdepth_r50_2key and matrixvt_r50, `de
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bevfn import tree
 from bevfn.distributed import Train
+from bevfn.heads import suppression
 from bevfn.layers import branch, conv_norm
 
 OUTPUTS = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}  # channels of a task's code maps, in the code's order
@@ -36,8 +36,8 @@ class Config:
     """m in x and y"""
     cells: tuple[int, int] = (128, 128)
     """Y and X cells"""
-    heatmap_bias: float = -2.19
-    """initial bias of the heatmaps"""
+    heatmap_bias: float | None = -2.19
+    """initial bias of the heatmaps; None is torch's default"""
     # training
     gaussian_overlap: float = 0.1
     min_radius: int = 2
@@ -50,21 +50,33 @@ class Config:
     score_threshold: float = 0.1
     post_center_range: tuple[float, ...] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
     """decoded gravity centres outside (x, y, z lower, upper; m) are dropped"""
-    nms: Literal["circle", "size_aware_circle"] = "circle"
+    nms: suppression.Kind | tuple[suppression.Kind, ...] = "circle"
+    """of all tasks, or one per task"""
     nms_thresholds: tuple[float, ...] = (4.0, 12.0, 10.0, 1.0, 0.85, 0.175)
-    """per task: the SQUARED centre distance (m2) of circle NMS, or the scale of the size-aware one"""
+    """per task, see `suppression.near`"""
+    nms_rescale: tuple[float, ...] | None = None
+    """per class: what sizes are multiplied by before the suppression looks at them; None is 1"""
     max_per_task: int = 83
     """boxes that the suppression keeps"""
 
     def __post_init__(self) -> None:
         if len(self.nms_thresholds) != len(self.tasks):
             raise ValueError(f"nms_thresholds {self.nms_thresholds} must name one per task of {self.tasks}")
+        if len(self.kinds) != len(self.tasks):
+            raise ValueError(f"nms {self.nms} must be one name, or one per task of {self.tasks}")
+        if self.nms_rescale is not None and len(self.nms_rescale) != self.classes:
+            raise ValueError(f"nms_rescale {self.nms_rescale} must be one number per class of {self.tasks}")
         if len(self.code_weights) != sum(OUTPUTS.values()):
             raise ValueError(f"code_weights {self.code_weights} must be {sum(OUTPUTS.values())} numbers")
 
     @property
     def classes(self) -> int:
         return sum(self.tasks)
+
+    @property
+    def kinds(self) -> tuple[suppression.Kind, ...]:
+        """What `nms` means for each task."""
+        return self.nms if isinstance(self.nms, tuple) else (self.nms,) * len(self.tasks)
 
     @property
     def first_class(self) -> tuple[int, ...]:
@@ -109,7 +121,8 @@ def init_codes(config: Config, generator: torch.Generator) -> dict[str, tuple[di
 def init_heatmap(config: Config, classes: int, generator: torch.Generator) -> tuple[dict, dict]:
     """A task's heatmap branch."""
     params, state = branch.init(config.channels, classes, generator=generator, kaiming="fan_out")
-    params["out"]["bias"].fill_(config.heatmap_bias)
+    if config.heatmap_bias is not None:
+        params["out"]["bias"].fill_(config.heatmap_bias)
     return params, state
 
 
@@ -151,8 +164,8 @@ def decode(tasks: list[dict[str, Tensor]], config: Config) -> dict[str, Tensor]:
     """
     found = [_candidates(maps, config) for maps in tasks]
     boxes, scores, valid = (torch.stack([task[name] for task in found], 1) for name in ("boxes", "scores", "valid"))
-    keep = suppress(boxes, valid, config)  # B tasks Q
     labels = torch.stack([task["labels"] + first for task, first in zip(found, config.first_class)], 1)
+    keep = suppress(_rescaled(boxes, labels, config), valid, config)  # B tasks Q
     bottom = boxes[..., 2] - boxes[..., 5] * 0.5
     boxes = torch.cat([boxes[..., :2], bottom[..., None], boxes[..., 3:]], -1)
     return {
@@ -189,39 +202,16 @@ def _candidates(maps: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
 
 
 def suppress(boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
-    """Greedy non-maximum suppression within each task: the boxes that stay, bool [B tasks Q].
-
-    In order of score a box suppresses all later ones that are near it, until `max_per_task` are kept. That many steps
-    of static shape do it: each takes the first box that is still there.
-
-    Args:
-        boxes: [B tasks Q 9] in falling order of score; valid: [B tasks Q] bool.
-    """
-    near = _near(boxes, config).to(torch.int32)  # Ascend's AI Core gathers no booleans
-    Q = boxes.shape[2]
-    rank = torch.arange(Q, 0, -1, device=boxes.device).float()  # the first box has the highest
-    alive, keep = valid, torch.zeros_like(valid)
-    for _ in range(min(config.max_per_task, Q)):
-        first = (alive * rank).max(-1, keepdim=True)[1]  # B tasks 1
-        taken = alive & (torch.arange(Q, device=boxes.device) == first)
-        keep = keep | taken
-        row = near.gather(2, first[..., None].expand(-1, -1, -1, Q))[:, :, 0] > 0  # B tasks Q
-        alive = alive & ~(row | taken)
-    return keep
+    """The boxes that stay of each task, bool [B tasks Q]; boxes [B tasks Q 7+] in falling order of score, valid bool."""
+    # One task after another: a pair of boxes takes dozens of numbers on the way to an IoU.
+    each = zip(config.kinds, config.nms_thresholds, strict=True)
+    near = [suppression.near(boxes[:, t], kind, threshold) for t, (kind, threshold) in enumerate(each)]
+    return suppression.greedy(torch.stack(near, 1), valid, config.max_per_task)
 
 
-def _near(boxes: Tensor, config: Config) -> Tensor:
-    """Whether two boxes are so near that one must go: bool [B tasks Q Q], symmetric."""
-    threshold = boxes.new_tensor(config.nms_thresholds)[:, None, None]
-    x, y = boxes[..., 0], boxes[..., 1]
-    gap_x, gap_y = (c[..., :, None] - c[..., None, :] for c in (x, y))
-    if config.nms == "circle":
-        return gap_x.square() + gap_y.square() <= threshold
-    length, width, cos, sin = boxes[..., 3], boxes[..., 4], boxes[..., 6].cos().abs(), boxes[..., 6].sin().abs()
-    # the axis-parallel rectangles around both boxes, scaled, touch
-    extent_x, extent_y = length * cos + width * sin, length * sin + width * cos
-    near = [
-        gap.abs() <= (e[..., :, None] + e[..., None, :]) * (threshold / 2)
-        for gap, e in ((gap_x, extent_x), (gap_y, extent_y))
-    ]
-    return near[0] & near[1]
+def _rescaled(boxes: Tensor, labels: Tensor, config: Config) -> Tensor:
+    """The boxes [B tasks Q 9] with the sizes that the suppression sees; labels [B tasks Q]."""
+    if config.nms_rescale is None:
+        return boxes
+    factor = boxes.new_tensor(config.nms_rescale).index_select(0, labels.flatten()).view(*labels.shape, 1)
+    return torch.cat([boxes[..., :3], boxes[..., 3:6] * factor, boxes[..., 6:]], -1)

@@ -38,18 +38,28 @@ def loss(
     found = targets(boxes, labels, valid, config)
     terms: dict = {}
     for t, maps in enumerate(tasks):
-        heatmap, member = found["heatmaps"][t], found["members"][t]
-        centres = _mean_count((heatmap == 1).float().sum(), replicas).clamp(min=1.0)
-        terms[f"task{t}/heatmap"] = losses.gaussian_focal(maps["heatmap"], heatmap, normaliser=centres)
-        code = gather_code(maps, found["cell"])  # B G 10
-        weight = member[..., None] * code.new_tensor(config.code_weights)
-        count = _mean_count(member.sum(), replicas).clamp(min=1e-4)
-        l1 = losses.weighted_l1(code, found["code"], weight, count)
+        terms[f"task{t}/heatmap"] = heatmap(maps, found, t, replicas)
+        weight, count = wanted(found, t, config, replicas)
+        l1 = losses.weighted_l1(gather_code(maps, found["cell"]), found["code"], weight, count)
         terms[f"task{t}/bbox"] = config.bbox_weight * l1
     for name in ("heatmap", "bbox"):
         terms[name] = torch.stack([terms[f"task{t}/{name}"] for t in range(len(tasks))]).sum()
     total = terms["heatmap"] + terms["bbox"]
     return total, {**terms, "num_pos": found["inside"].sum(), "bad_boxes": bad, "targets": found}
+
+
+def heatmap(maps: dict[str, Tensor], found: dict, task: int, replicas: Replicas | None) -> Tensor:
+    """A task's heatmap loss, 0-d; found: `targets`."""
+    target = found["heatmaps"][task]
+    centres = _mean_count((target == 1).float().sum(), replicas).clamp(min=1.0)
+    return losses.gaussian_focal(maps["heatmap"], target, normaliser=centres)
+
+
+def wanted(found: dict, task: int, config: Config, replicas: Replicas | None) -> tuple[Tensor, Tensor]:
+    """A task's weight of every number of `found["code"]` [B G 10], and its number of boxes (0-d), at least 1e-4."""
+    member = found["members"][task]
+    weight = member[..., None] * member.new_tensor(config.code_weights)
+    return weight, _mean_count(member.sum(), replicas).clamp(min=1e-4)
 
 
 def _mean_count(count: Tensor, replicas: Replicas | None) -> Tensor:

@@ -9,14 +9,12 @@ from bevfn.layers import linear
 
 def init(channels: int, generator: torch.Generator) -> dict:
     """{"in_proj": {weight [3C C], bias}, "out_proj": {weight [C C], bias}}, matrices Xavier uniform, biases 0."""
-
-    def xavier(rows: int, columns: int) -> Tensor:
-        bound = (6.0 / (rows + columns)) ** 0.5
-        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-
     return {
-        "in_proj": {"weight": xavier(3 * channels, channels), "bias": torch.zeros(3 * channels)},
-        "out_proj": {"weight": xavier(channels, channels), "bias": torch.zeros(channels)},
+        "in_proj": {
+            "weight": linear.xavier(3 * channels, channels, generator=generator),
+            "bias": torch.zeros(3 * channels),
+        },
+        "out_proj": {"weight": linear.xavier(channels, channels, generator=generator), "bias": torch.zeros(channels)},
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.distributed import Replicas, Train
+from bevfn.distributed import Groups, Replicas, Train
 from bevfn.kernels import derivatives
 
 
@@ -57,7 +57,7 @@ def apply(
 
     With `Replicas` as `train` the statistics are those of all replicas' rows (synchronised batch norm): one collective
     forward, one backward. The gradients of weight and bias are this replica's share; the step averages them with all
-    others.
+    others. With `Groups` every part of the batch has its own, and `valid` must be None.
 
     Returns y like x, rows that are not valid set to zero, and the new statistics (the running variance is unbiased,
     the one that normalises is not). A state that is `Held` stays as it is.
@@ -65,16 +65,18 @@ def apply(
     if isinstance(state, Held):
         y, _ = apply(params, {"mean": state.mean, "var": state.var}, x, train=False, eps=eps, valid=valid)
         return y, state
+    if isinstance(train, Groups):
+        if valid is not None or len(x) % train.count:
+            raise ValueError(f"{len(x)} rows must be {train.count} groups of equal size, without `valid`")
+        parts = x.view(train.count, -1, *x.shape[1:])  # G B/G C ...
+        weights = {name: leaf.expand(train.count, -1) for name, leaf in params.items()}
+        y, seen = _normalised(weights, parts, None, eps, train.replicas)
+        # r <- r + momentum (s - r) group after group is a sum, since the factors of r and of all s add up to 1.
+        powers = [momentum * (1 - momentum) ** i for i in reversed(range(train.count))]
+        factors = torch.tensor(powers, device=x.device)[:, None]  # G 1
+        return y.reshape(x.shape), {k: state[k] + (factors * (seen[k] - state[k])).sum(0) for k in ("mean", "var")}
     if train:
-        mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
-        rows = mask.sum() if valid is not None else mask * (x.numel() // x.shape[1])
-        replicas = train if isinstance(train, Replicas) else None
-        # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
-        # 2.13, silently): a view of it does not.
-        x, weight, bias = (t.view_as(t) for t in (x, params["weight"], params["bias"]))
-        function = _Normalise if torch.compiler.is_dynamo_compiling() else _NormaliseForward
-        y, mean, var, count = function.apply(x, weight, bias, mask, rows, eps, replicas)
-        seen = {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
+        y, seen = _normalised(params, x, valid, eps, train if isinstance(train, Replicas) else None)
         return y, {k: state[k] + momentum * (seen[k] - state[k]) for k in ("mean", "var")}
     scale = params["weight"] * torch.rsqrt(state["var"] + eps)  # C
     shift = params["bias"] - state["mean"] * scale
@@ -82,13 +84,42 @@ def apply(
     return (y if valid is None else y * valid[:, None]).to(x.dtype), state
 
 
+def again(before: Any, after: Any, now: Any, *, momentum: float = 0.1) -> Any:
+    """The statistics `now` updated once more by the batch that took them from `before` to `after`.
+
+    All three are states of one network whose batch norms have this momentum; those that stood still, stand still.
+    """
+    return tree.map(lambda old, new, last: last + (new - old) - momentum * (last - old), before, after, now)
+
+
+def _normalised(
+    params: dict, x: Tensor, valid: Tensor | None, eps: float, replicas: Replicas | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """x [B C ...] and params [C], or groups [G B C ...] and [G C], to (y, {"mean", unbiased "var"} like the params)."""
+    weight, bias = params["weight"], params["bias"]
+    mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
+    rows = mask.sum() if valid is not None else mask * (x.numel() // weight.numel())
+    # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
+    # 2.13, silently): a view of it does not.
+    x, weight, bias = (t.view_as(t) for t in (x, weight, bias))
+    function = _Normalise if torch.compiler.is_dynamo_compiling() else _NormaliseForward
+    y, mean, var, count = function.apply(x, weight, bias, mask, rows, eps, replicas)
+    return y, {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
+
+
 def _per_channel(c: Tensor, x: Tensor) -> Tensor:
-    """[C] shaped to broadcast along axis 1 of x."""
-    return c.view(1, -1, *[1] * (x.dim() - 2))
+    """[C] shaped to broadcast along axis 1 of x, or [G C] along axes 0 and 2."""
+    return c.view(*c.shape[:-1], 1, -1, *[1] * (x.dim() - c.dim() - 1))
+
+
+def _pooled_axes(c: Tensor, x: Tensor) -> list[int]:
+    """Axes of x over which statistics shaped like c [C] or [G C] are taken."""
+    kept = (1,) if c.dim() == 1 else (0, 2)
+    return [axis for axis in range(x.dim()) if axis not in kept]
 
 
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) rstd weight + bias over the masked rows; mean, var [C] and count are statistics.
+    """y = (x - mean) rstd weight + bias over the masked rows; mean, var and count are statistics. Shapes: see `_normalised`.
 
     That of a second derivative goes through mean and var, which the first one reads.
     """
@@ -100,7 +131,7 @@ class _Normalise(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, rows: Tensor, eps: float, replicas: Replicas | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.float()
-        mean, var, centred = _moments(wide, mask, rows.clamp(min=1.0))
+        mean, var, centred = _moments(wide, mask, rows.clamp(min=1.0), _pooled_axes(weight, x))
         count = rows
         if replicas is not None:
             mean, var, count = _pooled(mean, var, rows, replicas)
@@ -121,7 +152,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, of_mean: Tensor | None, of_var: Tensor | None, _: None) -> tuple:
         # With h = (x - mean) rstd: dx = weight rstd (dy - mean(dy) - h mean(dy h)), means over the counted rows.
         x, weight, mask, count, mean, var = ctx.saved_tensors
-        dims = [d for d in range(x.dim()) if d != 1]
+        dims = _pooled_axes(mean, x)
         dy = _masked(torch.zeros_like(x, dtype=torch.float32) if grad is None else grad.float(), mask)
         rstd = torch.rsqrt(var + ctx.eps)
         h = (x.float() - _per_channel(mean, x)) * _per_channel(rstd, x)
@@ -160,9 +191,8 @@ class _NormaliseForward(_Normalise):
         return *derivatives.pushforward(_Normalise.forward, operands, tangents)[:3], None
 
 
-def _moments(wide: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean [C], biased variance [C], masked wide - mean) in two passes: no cancellation."""
-    dims = [d for d in range(wide.dim()) if d != 1]
+def _moments(wide: Tensor, mask: Tensor, count: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, biased variance, masked wide - mean) over `dims`, in two passes: no cancellation."""
     mean = _masked(wide, mask).sum(dims) / count
     centred = _masked(wide - _per_channel(mean, wide), mask)
     return mean, (centred * centred).sum(dims) / count, centred
@@ -170,13 +200,13 @@ def _moments(wide: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor,
 
 def _pooled(mean: Tensor, var: Tensor, rows: Tensor, replicas: Replicas) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count over all replicas from each one's own (Chan, Golub & LeVeque 1979): no cancellation."""
-    own = torch.cat([rows.reshape(1), mean, var])
-    rows, means, variances = replicas.stack(own).split([1, *mean.shape, *var.shape], dim=1)  # count 1, count C
-    count = rows.sum()
+    own = torch.cat([rows.reshape(1), mean.reshape(-1), var.reshape(-1)])
+    rows, means, variances = replicas.stack(own).split([1, mean.numel(), var.numel()], dim=1)  # count 1, count (G)C
+    shape, count = mean.shape, rows.sum()
     divisor = count.clamp(min=1.0)
     mean = (rows * means).sum(0) / divisor
     var = (rows * (variances + (means - mean) ** 2)).sum(0) / divisor
-    return mean, var, count
+    return mean.view(shape), var.view(shape), count
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Linear layers over the last axis. Weights [out in], or [out in 1] where a published checkpoint has a Conv1d."""
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,12 @@ def init(
         return params
     params = {"weight": weight.normal_(0, std, generator=generator)}
     return {**params, "bias": torch.zeros(channels_out)} if bias else params
+
+
+def xavier(*shape: int, generator: torch.Generator) -> Tensor:
+    """Xavier uniform (Glorot & Bengio 2010) weight [C_out C_in *kernel], the fans as torch counts them."""
+    bound = (6.0 / ((shape[0] + shape[1]) * prod(shape[2:]))) ** 0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def apply(params: dict, x: Tensor) -> Tensor:

@@ -339,8 +339,8 @@ def depth_loss(outputs: dict, batch: Batch, config: Config, replicas: Replicas |
     """Weighted depth loss of the current key frame, 0-d; raises ValueError if the batch has no depth."""
     depth = needed(batch.depth, "depth maps")
     labels = depth_net.depth_labels(depth.flatten(0, 1), config.grid.depth_m, config.grid.stride)
-    logits = outputs["frames"][0]["view"]["depth_net"]["logits"]
-    return depth_net.depth_loss(logits, labels, weight=config.depth_loss_weight, replicas=replicas)
+    p = outputs["frames"][0]["view"]["depth"]
+    return depth_net.depth_loss(p, labels, weight=config.depth_loss_weight, replicas=replicas)
 
 
 def decode(outputs: dict, config: Config) -> dict[str, Tensor]:

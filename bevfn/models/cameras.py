@@ -1,14 +1,14 @@
 """What camera models share: images as their networks take them, and one network over several frames."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.data.batch import Batch, needed
-from bevfn.distributed import Train
+from bevfn.data.batch import CAMERA_FIELDS, Batch, needed
+from bevfn.distributed import Groups, Replicas, Train
 
 # ImageNet's, of R, G, B in 0..255.
 IMAGE_MEAN = (123.675, 116.28, 103.53)
@@ -65,3 +65,25 @@ def over_frames(
         own = own_statistics is None or t in own_statistics
         outputs[t], state = apply(weights, state, t, train if own else False)
     return [outputs[t] for t in sorted(outputs)], state
+
+
+def frames_as_samples(batch: Batch, frames: Sequence[int]) -> Batch:
+    """T frames of the batch's cameras as T*B samples of one frame each, frame after frame; nothing but cameras and base."""
+
+    def laid_out(x: Any) -> Any:
+        return None if x is None else torch.cat([x[:, t] for t in frames])[:, None]
+
+    repeated = {name: torch.cat([getattr(batch, name)] * len(frames)) for name in ("base_aug", "undo_base_aug")}
+    return Batch(batch.base, **repeated, **{name: laid_out(getattr(batch, name)) for name in CAMERA_FIELDS})
+
+
+def as_groups(train: Train, frames: int) -> Train:
+    """How a network trains on so many frames in one call: as if they came one after another."""
+    if not train or frames == 1:
+        return train
+    return Groups(frames, train if isinstance(train, Replicas) else None)
+
+
+def per_frame(outputs: Any, frames: int) -> list[Any]:
+    """Outputs of so many frames in one call [frames*M ...], frame after frame, as those of each."""
+    return [tree.map(lambda x, i=i: x[i * (len(x) // frames) : (i + 1) * (len(x) // frames)], outputs) for i in range(frames)]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevfn.models import bevdepth, bevfusion
-from bevfn.upstream import names_bevdepth, names_bevfusion
+from bevfn.models import bevdepth, bevfusion, bevnext
+from bevfn.upstream import names_bevdepth, names_bevfusion, names_bevnext
 from bevfn.upstream.entries import Entry, Names, Naming
 from bevfn.upstream.entries import entries as _entries
 
@@ -70,6 +70,13 @@ def _bevdepth(config: Callable[[], bevdepth.Config], what: str, *anchors: str) -
     return _detector(looks, bevdepth, config, names_bevdepth)
 
 
+def _bevnext(config: Callable[[], bevnext.Config], what: str, *anchors: str) -> Checkpoint:
+    parts = ("img_view_transformer.depth_net.", "img_view_transformer.crf.", "transformer_neck.", "proposal_head.")
+    looks = (Look(what, (*parts, *anchors)),)
+    return Checkpoint(looks, bevnext, config, lambda params, _: names_bevnext.detector(params))
+
+
+_RESNET50 = ("conv1.weight", "layer1.0.conv3.weight", "layer4.2.conv3.weight")
 CHECKPOINTS = {
     "bevfusion-lidar": _bevfusion(bevfusion.lidar_only, "a LiDAR-only BEVFusion detector"),
     "bevfusion-lidar-camera": _bevfusion(
@@ -99,11 +106,21 @@ CHECKPOINTS = {
     ),
     "resnet50": Checkpoint(
         # torchvision's file: in a detector the same names have something in front
-        (Look("an ImageNet ResNet-50", ("conv1.weight", "layer1.0.conv3.weight", "layer4.2.conv3.weight"), prefix=""),),
+        (Look("an ImageNet ResNet-50", _RESNET50, prefix=""),),
         bevdepth,
         bevdepth.two_key,
         lambda params, _: names_bevdepth.resnet(params),
         unused=names_bevdepth.UNUSED_OF_RESNET,
+    ),
+    "bevnext-stage1": _bevnext(bevnext.stage_one, "a BEVNeXt detector of stage 1 (one frame)"),
+    "bevnext-stage2": _bevnext(
+        bevnext.stage_two, "a BEVNeXt detector of stage 2 (frames fused)", "img_bev_encoder_backbone.fusion_layer."
+    ),
+    "resnet50-detector": Checkpoint(
+        (Look("a detector of mmdetection on a ResNet-50", _RESNET50, prefix="backbone."),),
+        bevnext,
+        bevnext.stage_one,
+        lambda params, _: names_bevnext.image_backbone(params),
     ),
 }
 """In the order of the models' own files; parts that start a model beside them."""

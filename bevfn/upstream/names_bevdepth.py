@@ -18,9 +18,9 @@ UNUSED_OF_RESNET = ((r"fc\.(weight|bias)", "classification head of the pre-train
 def detector(params: dict) -> Names:
     """A BEVDepth or MatrixVT, in upstream's order."""
     image, view, bev = params["image"], params["view"], params["bev"]
-    yield from _resnet(image["backbone"], "image.backbone", "backbone.img_backbone.")
+    yield from resnet_below(image["backbone"], "image.backbone", "backbone.img_backbone.")
     yield from _second_fpn(image["neck"], "image.neck", "backbone.img_neck")
-    yield from _depth_net(view["depth_net"])
+    yield from depth_net(view["depth_net"], "backbone.depth_net")
     if "aggregation" in view:
         yield from _aggregation()
     if "matrix" in view:
@@ -28,30 +28,41 @@ def detector(params: dict) -> Names:
     yield from conv_norm("head.shared", "head.shared_conv", "conv", "bn")
     for t, task in enumerate(params["head"]["tasks"]):
         for name in task:
-            path, key = f"head.tasks.{t}.{name}", f"head.task_heads.{t}.{name}"
-            yield from conv_norm(f"{path}.hidden", f"{key}.0", "conv", "bn")
-            yield Named(f"{path}.out", f"{key}.1")
-    yield from _resnet(bev["backbone"], "bev.backbone", "head.trunk.")
+            yield from branch(f"head.tasks.{t}.{name}", f"head.task_heads.{t}.{name}")
+    yield from resnet_below(bev["backbone"], "bev.backbone", "head.trunk.")
     yield from _second_fpn(bev["neck"], "bev.neck", "head.neck")
 
 
 def resnet(params: dict) -> Names:
     """torchvision's ResNet as the image backbone."""
-    return _resnet(params["image"]["backbone"], "image.backbone", "")
+    return resnet_below(params["image"]["backbone"], "image.backbone", "")
 
 
-def _resnet(params: dict, path: str, prefix: str) -> Names:
+def resnet_below(params: dict, path: str, prefix: str) -> Names:
+    """A ResNet in torchvision's names."""
     yield Named(f"{path}.stem.conv", f"{prefix}conv1")
     yield Named(f"{path}.stem.norm", f"{prefix}bn1")
     for s, stage in enumerate(params["stages"]):
         for b, block in enumerate(stage):
-            ours, key = f"{path}.stages.{s}.{b}", f"{prefix}layer{s + 1}.{b}"
-            for i in range(len(block["layers"])):
-                yield from _numbered(f"{ours}.layers.{i}", key, i + 1)
-            yield from conv_norm(f"{ours}.shortcut", f"{key}.downsample")  # where a block has one
+            yield from residual_block(block, f"{path}.stages.{s}.{b}", f"{prefix}layer{s + 1}.{b}")
 
 
-def _numbered(path: str, key: str, number: int) -> Names:
+def residual_block(params: dict, path: str, key: str) -> Names:
+    """A block of a ResNet; its shortcut has a norm or none."""
+    for i in range(len(params["layers"])):
+        yield from numbered(f"{path}.layers.{i}", key, i + 1)
+    yield Named(f"{path}.shortcut", f"{key}.downsample")  # a convolution alone
+    yield from conv_norm(f"{path}.shortcut", f"{key}.downsample")
+
+
+def branch(path: str, key: str) -> Names:
+    """A prediction branch of a CenterPoint head."""
+    yield from conv_norm(f"{path}.hidden", f"{key}.0", "conv", "bn")
+    yield Named(f"{path}.out", f"{key}.1")
+
+
+def numbered(path: str, key: str, number: int) -> Names:
+    """conv1 and bn1, conv2 and bn2, ..."""
     return conv_norm(path, key, f"conv{number}", f"bn{number}")
 
 
@@ -62,10 +73,12 @@ def _second_fpn(params: dict, path: str, key: str) -> Names:
         yield from conv_norm(f"{path}.blocks.{b}", f"{key}.deblocks.{b}", layout=layout)
 
 
-def _depth_net(params: dict) -> Names:
-    path, key = "view.depth_net", "backbone.depth_net"
+def depth_net(params: dict, key: str) -> Names:
+    """The depth net, whose deformable convolution is in the depth's or in the context's branch."""
+    path, in_context = "view.depth_net", "norm" in params["deform"]
     yield from conv_norm(f"{path}.reduce", f"{key}.reduce_conv")
-    yield Named(f"{path}.context", f"{key}.context_conv")
+    if not in_context:
+        yield Named(f"{path}.context", f"{key}.context_conv")
     yield Named(f"{path}.camera_norm", f"{key}.bn")
     for branch in ("depth", "context"):
         for layer in ("fc1", "fc2"):
@@ -75,15 +88,24 @@ def _depth_net(params: dict) -> Names:
     blocks = len(params["blocks"])
     for b in range(blocks):
         for i in range(2):
-            yield from _numbered(f"{path}.blocks.{b}.layers.{i}", f"{key}.depth_conv.{b}", i + 1)
-    aspp, deform, last = (f"{key}.depth_conv.{blocks + i}" for i in range(3))
+            yield from numbered(f"{path}.blocks.{b}.layers.{i}", f"{key}.depth_conv.{b}", i + 1)
+    aspp, *deform, last = (f"{key}.depth_conv.{blocks + i}" for i in range(2 if in_context else 3))
     for i in range(len(params["aspp"]["branches"])):
         yield from conv_norm(f"{path}.aspp.branches.{i}", f"{aspp}.aspp{i + 1}", "atrous_conv", "bn")
     yield from conv_norm(f"{path}.aspp.pooled", f"{aspp}.global_avg_pool", "1", "2")
-    yield from _numbered(f"{path}.aspp.merge", aspp, 1)
-    yield Named(f"{path}.deform", deform)
-    yield Named(f"{path}.deform.offset", f"{deform}.conv_offset")
+    yield from numbered(f"{path}.aspp.merge", aspp, 1)
+    for place in deform:
+        yield from _deform_conv(f"{path}.deform", place)
     yield Named(f"{path}.depth", last)
+    if in_context:
+        yield from _deform_conv(f"{path}.deform.conv", f"{key}.context_conv.0")
+        yield Named(f"{path}.deform.norm", f"{key}.context_conv.1")
+        yield Named(f"{path}.context", f"{key}.context_conv.3")
+
+
+def _deform_conv(path: str, key: str) -> Names:
+    yield Named(path, key)
+    yield Named(f"{path}.offset", f"{key}.conv_offset")
 
 
 def _aggregation() -> Names:

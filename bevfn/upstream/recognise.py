@@ -13,7 +13,6 @@ SparseLayout = Literal["spconv2", "mmcv"]
 
 _DEPTH_NET, _TRUNK = "backbone.depth_net.reduce_conv.", "head.trunk.conv1."
 _AWML = ("pts_middle_encoder.", "bbox_head.", "pts_middle_encoder.aug_features_min_values")
-_BEVNEXT = ("img_view_transformer.depth_net.", "img_view_transformer.crf.", "transformer_neck.", "proposal_head.")
 FOREIGN = (  # what bevfn does not read, told by its keys all the same
     Look("a detector with BEVDepth's depth net but another BEV head", (_DEPTH_NET,)),
     Look("a BEVDepth detector of {key_frames} key frames", (_DEPTH_NET, _TRUNK)),
@@ -23,8 +22,6 @@ FOREIGN = (  # what bevfn does not read, told by its keys all the same
     ),
     Look("an AWML BEVFusion-L detector (LiDAR, T4 dataset)", _AWML),
     Look("an AWML BEVFusion-CL detector (camera + LiDAR, T4 dataset)", (*_AWML, "img_backbone.")),
-    Look("a BEVNeXt detector of stage 1 (one frame)", _BEVNEXT),
-    Look("a BEVNeXt detector of stage 2 (frames fused)", (*_BEVNEXT, "img_bev_encoder_backbone.fusion_layer.")),
     Look("a BEVFusion of the original MIT repository, whose naming differs from mmdetection3d's", ("encoders.lidar.",)),
     Look("a camera-only BEVFusion of the original MIT repository", ("encoders.camera.",)),
     Look("a file that `bevfn checkpoint import` has already written", ("params.",)),

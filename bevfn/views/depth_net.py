@@ -4,12 +4,15 @@ context vector per pixel, both gated by what is known about the camera, the dept
     context = 1x1(gate(reduce(x), camera))
     depth   = 1x1(deformable 3x3(ASPP(3 residual blocks(gate(reduce(x), camera)))))
 
-Source: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py, exps/nuscenes/base_exp.py; golden case bevdepth_r50_2key.
+BEVNeXt has the deformable convolution, with norm and ReLU, before the context's 1x1 instead.
+
+Sources: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py, exps/nuscenes/base_exp.py; BEVNeXt
+mmdet3d/models/necks/view_transformer.py (behaviour); golden cases bevdepth_r50_2key, bevnext_stage1.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -40,6 +43,8 @@ class Config:
     """of the ASPP's 3x3 convolutions, beside its 1x1 and its average over the image"""
     dropout: float = 0.5
     """behind the ASPP"""
+    deform: Literal["depth", "context"] = "depth"
+    """branch of the deformable convolution: last but one of the depth's, or with norm and ReLU the context's"""
     weight_groups: int = 4
     """groups of the deformable convolution's weight; one set of offsets moves them all"""
 
@@ -62,7 +67,8 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     made["context"] = conv.init(C, config.context, 1, bias=True, generator=generator)
     made["blocks"] = [resnet.init_basic(C, C, generator=generator) for _ in range(config.blocks)]
     made["aspp"] = _init_aspp(config, generator)
-    made["deform"] = deform_conv.init(C, C, 3, groups=config.weight_groups, generator=generator)
+    deform = deform_conv.init(C, C, 3, groups=config.weight_groups, generator=generator)
+    made["deform"] = deform if config.deform == "depth" else conv_norm.with_norm(deform, C)
     made["depth"] = conv.init(C, config.depth_bins, 1, bias=True, generator=generator)
     return tree.unzip(made)
 
@@ -126,7 +132,12 @@ def apply(
     for branch in ("context", "depth"):
         out[f"{branch}_mlp"] = _mlp(params[f"{branch}_mlp"], camera.to(x.dtype))
         out[f"{branch}_gated"] = _gate(params[f"{branch}_gate"], reduced, out[f"{branch}_mlp"])
-    out["context"] = conv.apply(params["context"], out["context_gated"])
+    y = out["context_gated"]
+    if config.deform == "context":
+        y, out["offset"] = deform_conv.apply(params["deform"]["conv"], y)
+        y, new["deform"] = conv_norm.finish(params["deform"], state["deform"], y, train=train)
+        out["deform"] = y
+    out["context"] = conv.apply(params["context"], y)
     y, out["blocks"], new["blocks"] = out["depth_gated"], [], []
     for block, statistics in zip(params["blocks"], state["blocks"]):
         y, seen = resnet.apply_block(block, statistics, y, train=train)
@@ -134,8 +145,10 @@ def apply(
         new["blocks"].append(seen)
     y, new["aspp"] = _aspp(params["aspp"], state["aspp"], y, config=config, train=train)
     out["aspp"] = y = rng.dropout(y, config.dropout, key)
-    out["deform"], out["offset"] = deform_conv.apply(params["deform"], y)
-    out["logits"] = conv.apply(params["depth"], out["deform"])
+    if config.deform == "depth":
+        out["deform"], out["offset"] = deform_conv.apply(params["deform"], y)
+        y = out["deform"]
+    out["logits"] = conv.apply(params["depth"], y)
     return out, new
 
 
@@ -187,16 +200,15 @@ def depth_labels(depth: Tensor, depth_m: Bounds, stride: int) -> Tensor:
     return torch.where((place >= 0) & (place < bins + 1), place, 0.0).to(torch.int64) - 1
 
 
-def depth_loss(logits: Tensor, labels: Tensor, *, weight: float = 3.0, replicas: Replicas | None = None) -> Tensor:
-    """Binary cross-entropy of the softmax over bins against one-hot labels, per labelled pixel, times `weight`; 0-d.
+def depth_loss(p: Tensor, labels: Tensor, *, weight: float = 3.0, replicas: Replicas | None = None) -> Tensor:
+    """Binary cross-entropy of the distribution over bins against one-hot labels, per labelled pixel, times `weight`; 0-d.
 
     Args:
-        logits: [M D H W]; labels: [M H W] int64, -1 where there is no label, see `depth_labels`.
+        p: [M D H W] float32; labels: [M H W] int64, -1 where there is no label, see `depth_labels`.
         replicas: count the labelled pixels of all of them, so that the mean of their losses is the loss of their one
             big batch; upstream counts each process' own.
     """
-    p = torch.softmax(logits.float(), 1)
-    target = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)[:, None, None]).float()
+    target = (labels[:, None] == torch.arange(p.shape[1], device=labels.device)[:, None, None]).float()
     labelled = (labels >= 0).float()
     count = labelled.sum()
     if replicas is not None:
