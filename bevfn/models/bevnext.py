@@ -202,7 +202,7 @@ def apply(
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
-    check_base(batch, Base.EGO_AT_CAMERAS, "BEVNeXt")
+    check_base(batch, Base.EGO_AT_FRONT, "BEVNeXt")
     images = cameras.images(batch, config.frames, config.grid.image_size)
     colours = crf.colours(images[:, 0], config.grid.stride)
     alike = crf.likeness(colours, config.random_field)
@@ -329,7 +329,7 @@ def needs(config: Config) -> Needs:
     """What the model reads of a batch."""
     return Needs(
         model="BEVNeXt",
-        base=Base.EGO_AT_CAMERAS,
+        base=Base.EGO_AT_FRONT,
         classes=config.head.head.classes,
         image_size=config.grid.image_size,
         frames=config.frames,
