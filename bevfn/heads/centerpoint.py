@@ -162,7 +162,7 @@ def decode(tasks: list[dict[str, Tensor]], config: Config) -> dict[str, Tensor]:
         "boxes" [B Q 9] (x, y, z bottom centre, dx, dy, dz m, yaw rad, vx, vy m/s; augmented ego frame), "scores" [B Q],
         "labels" [B Q] int64, "valid" [B Q] bool; task by task, in falling order of score within a task.
     """
-    found = [_candidates(maps, config) for maps in tasks]
+    found = [candidates(maps, config) for maps in tasks]
     boxes, scores, valid = (torch.stack([task[name] for task in found], 1) for name in ("boxes", "scores", "valid"))
     labels = torch.stack([task["labels"] + first for task, first in zip(found, config.first_class)], 1)
     keep = suppress(_rescaled(boxes, labels, config), valid, config)  # B tasks Q
@@ -176,7 +176,7 @@ def decode(tasks: list[dict[str, Tensor]], config: Config) -> dict[str, Tensor]:
     }
 
 
-def _candidates(maps: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+def candidates(maps: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The task's highest cells over all its classes, without a search for peaks: boxes with GRAVITY centres."""
     B, K, Y, X = maps["heatmap"].shape
     scores, place = torch.topk(torch.sigmoid(maps["heatmap"]).reshape(B, -1), min(config.queries, K * Y * X))  # B Q

@@ -74,9 +74,9 @@ def relative_l2(ours: Tensor, theirs: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30)) if b.numel() else 0.0
 
 
-def relative(ours: float, theirs: float) -> float:
-    """|ours - theirs| / |theirs|."""
-    return abs(ours - theirs) / max(abs(theirs), 1e-30)
+def relative(ours: float, theirs: float, floor: float = 1e-30) -> float:
+    """|ours - theirs| / |theirs|, which counts as `floor` at least."""
+    return abs(ours - theirs) / max(abs(theirs), floor)
 
 
 def sliced(x: Tensor, slicing: str | None) -> Tensor:
@@ -163,7 +163,8 @@ def gradients(case: Case, table: Table, ours: Mapping[str, Tensor], zero: Collec
     compared = {
         key: norm for key, norm in stored.norms.items() if norm is not None and key in norms and key not in zero
     }
-    errors = np.array([relative(norms[key], norm) for key, norm in compared.items()])
+    floor = max(stored.floor, 1e-30)
+    errors = np.array([relative(norms[key], norm, floor) for key, norm in compared.items()])
     limit, share, median = GRADIENT_TOLERANCE
     table.add(
         f"train/grad_norm ({share * 100:.0f} % of parameters)",
@@ -220,13 +221,18 @@ def nonzero(case: Case, table: Table, name: str, ours: Tensor, floor: float) -> 
 
 
 def detections(
-    case: Case, table: Table, name: str, found: Mapping[str, Tensor], noise: tuple[float, float] = (0.0, 0.0)
+    case: Case,
+    table: Table,
+    name: str,
+    found: Mapping[str, Tensor],
+    noise: tuple[float, float] = (0.0, 0.0),
+    called: tuple[str, str, str] = ("boxes", "scores", "labels"),
 ) -> None:
     """Decoded boxes [n D], scores, labels, matched one to one by all of them, since equal scores have no order.
 
-    noise: measured floors of boxes and scores.
+    noise: measured floors of boxes and scores; called: what the case calls the three.
     """
-    stored = {key: case.outputs[f"{name}/{key}"] for key in ("boxes", "scores", "labels")}
+    stored = {key: case.outputs[f"{name}/{theirs}"] for key, theirs in zip(("boxes", "scores", "labels"), called)}
     more = len(found["boxes"]) - len(stored["boxes"])
     if more:
         table.add(f"{name}/count", abs(more), 0.0, f"{len(found['boxes'])} boxes")

@@ -20,6 +20,9 @@ from bevfn.files import read_json
 from bevfn.upstream import checkpoints, recognise
 
 
+ROUNDING = 1e-6  # share of the whole gradient's norm below which a float32 step knows no parameter's
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What a case says about the gradient of the total loss, by upstream key."""
@@ -30,13 +33,15 @@ class Gradients:
     """zero in exact arithmetic, rounding in practice"""
     total: float | None = None
     """norm of the whole, where the case says what part of it zero gradients may have"""
+    floor: float = 0.0
+    """norms are compared relative to this at least: smaller ones are rounding, where the case says so"""
 
 
 @dataclass(frozen=True)
 class Case:
     """A folder's `stats.json`, `inputs.safetensors` and `outputs.safetensors` with what `manifest.json` says.
 
-    The published cases write their statistics in two forms; the methods read both.
+    The published cases write their statistics in three forms; the methods read all.
     """
 
     folder: Path
@@ -52,11 +57,15 @@ class Case:
         for key in (f"{phase}_f32_vs_f64_same_voxel_indices", f"{phase}_f32_vs_f64"):
             if key in measured:
                 return float(measured[key].get(name, 0.0))
+        if f"noise_{phase}" in measured:
+            return float(measured[f"noise_{phase}"].get(f"{phase}/{name}", 0.0))
         return float(self.stats.get(f"noise/{name}", 0.0))
 
     def loss_noise(self, name: str) -> float:
         """Measured relative noise floor of a loss term."""
         measured = self.stats.get("noise/train_loss") or self.stats.get("noise", {}).get("train_loss_rel", {})
+        if not measured:
+            return self.noise("train", f"loss/{name}")
         return float(measured.get(name, measured.get(f"{name}_loss", 0.0)))
 
     def gradient_noise(self, key: str) -> float:
@@ -70,17 +79,19 @@ class Case:
             zero = frozenset(self.stats.get("noise", {}).get("true_zero_gradients", ()))
             return Gradients(norms, zero, self.stats["grad_norm_total"])
         norms = self.stats.get("train/grad_norm_float64") or self.stats["train/grad_norm"]
-        return Gradients(norms, frozenset(self.stats.get("noise/train_grad_exactly_zero", ())))
+        floor = ROUNDING * self.stats.get("train/total_grad_norm", 0.0)
+        return Gradients(norms, frozenset(self.stats.get("noise/train_grad_exactly_zero", ())), floor=floor)
 
     def slicing(self, name: str) -> str | None:
         """How the stored boundary was sampled; a second set of inputs ("aug/") as its evaluation twin."""
         twin = name.replace("aug/", "eval/", 1) if name.startswith("aug/") else name
-        slices = self.stats.get("slices", {})
-        return slices.get(name) or next((s for n in (name, twin) if (s := self.stats.get(n, {}).get("slicing"))), None)
+        if found := self.stats.get("slices", {}).get(name) or self.stats.get("tensors", {}).get(name, {}).get("slice"):
+            return found
+        return next((s for n in (name, twin) if (s := self.stats.get(n, {}).get("slicing"))), None)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of the whole boundary upstream, whose leading axes may be split or joined otherwise than ours."""
-        shape = self.stats.get(name, {}).get("shape")
+        shape = self.stats.get(name, {}).get("shape") or self.stats.get("tensors", {}).get(name, {}).get("shape")
         return None if shape is None else tuple(shape)
 
     def names(self, prefix: str) -> list[str]:

@@ -10,7 +10,8 @@ from bevfn import tree, upstream
 from bevfn.data.batch import Batch
 from bevfn.models import bevdepth as bevdepth_model
 from bevfn.models import bevfusion as bevfusion_model
-from bevfn.parity import bevdepth, bevfusion, compare, golden
+from bevfn.models import bevnext as bevnext_model
+from bevfn.parity import bevdepth, bevfusion, bevnext, compare, golden
 from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
 from bevfn.parity.golden import Case
 
@@ -27,7 +28,7 @@ class Map(Protocol):
         """The configuration to compare; it may have other capacities than the published one."""
 
     def batch_of(self, case: Case, device: str, *, train: bool) -> Batch:
-        """The stored inputs as a batch of one, for evaluation or for the training step."""
+        """The stored inputs as a batch, for evaluation or for the training step."""
 
     def places(self, case: Case, table: Table, batch: Batch, config: Any) -> dict[str, Any]:
         """Compares what is made of the inputs alone; arguments that `apply` gets beside them."""
@@ -45,7 +46,7 @@ class Map(Protocol):
         """Compares what else a case stores of the training step: discrete choices, targets."""
 
 
-MAPS: dict[ModuleType, Map] = {bevfusion_model: bevfusion, bevdepth_model: bevdepth}
+MAPS: dict[ModuleType, Map] = {bevfusion_model: bevfusion, bevdepth_model: bevdepth, bevnext_model: bevnext}
 
 
 def replay(case: Case, table: Table, *, only: str | None, device: str) -> None:

@@ -134,9 +134,8 @@ def apply(
         out[f"{branch}_gated"] = _gate(params[f"{branch}_gate"], reduced, out[f"{branch}_mlp"])
     y = out["context_gated"]
     if config.deform == "context":
-        y, out["offset"] = deform_conv.apply(params["deform"]["conv"], y)
-        y, new["deform"] = conv_norm.finish(params["deform"], state["deform"], y, train=train)
-        out["deform"] = y
+        out["deform"], out["offset"] = deform_conv.apply(params["deform"]["conv"], y)
+        y, new["deform"] = conv_norm.finish(params["deform"], state["deform"], out["deform"], train=train)
     out["context"] = conv.apply(params["context"], y)
     y, out["blocks"], new["blocks"] = out["depth_gated"], [], []
     for block, statistics in zip(params["blocks"], state["blocks"]):
