@@ -27,9 +27,7 @@ def written_out(logits, colour, strength, config):
     for _ in range(config.iterations):
         message = torch.zeros_like(q)
         for i, j in ((i, j) for i in range(H) for j in range(W)):
-            for k, n in (
-                (k, n) for k in range(max(i - 1, 0), min(i + 2, H)) for n in range(max(j - 1, 0), min(j + 2, W))
-            ):
+            for k, n in ((k, n) for k in range(max(i - 1, 0), min(i + 2, H)) for n in range(max(j - 1, 0), min(j + 2, W))):
                 squares = (colour[:, :, i, j] - colour[:, :, k, n]).square().sum(1, keepdim=True)
                 message[:, :, i, j] += torch.exp(-squares / (2 * config.colour_deviation**2)) * q[:, :, k, n]
         q = (logits - strength * torch.einsum("ab,mbhw->mahw", penalty, message)).softmax(1)
