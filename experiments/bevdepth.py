@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from bevfn.choices import one_of
 from bevfn.data import augment, sampling, source
@@ -34,6 +34,7 @@ from bevfn.data.batch import Base, Capacities
 from bevfn.data.reading import Cameras, Reading
 from bevfn.models import bevdepth
 from bevfn.training import optim, run
+from bevfn.views import camera_grid
 
 NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
     "bevdepth-2key": bevdepth.two_key,
@@ -186,7 +187,16 @@ def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -
     return run.make_data(config, splits, reading, eval_reading, balanced)
 
 
-def fitted(config: Config, model: bevdepth.Config, reading: Reading) -> Reading:
+class Seeing(Protocol):
+    """What a camera model's Config says of its images."""
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def grid(self) -> camera_grid.Config: ...
+
+
+def fitted(config: run.Config, model: Seeing, reading: Reading) -> Reading:
     """A published way of reading, for the model's frames and image size, with the config's room for boxes."""
     assert reading.cameras is not None
     cameras = replace(reading.cameras, frames=model.frames, image_size=model.grid.image_size)
