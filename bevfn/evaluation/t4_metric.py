@@ -8,7 +8,7 @@ Sources, by their definition: tier4/autoware_perception_evaluation at 9d8c977 (t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,9 +92,9 @@ def band_name(band: tuple[float, float]) -> str:
     return f"{band[0]:g}-{band[1]:g}"
 
 
-def evaluate(frames: Sequence[Frame], config: Config = AWML_V2) -> Evaluation:
-    """Every mode in every band. Detections need scores. Raises ValueError for frames without them."""
-    prepared = [_Prepared.of(frame, config) for frame in frames]
+def evaluate(frames: Iterable[Frame], config: Config = AWML_V2) -> Evaluation:
+    """Every mode in every band; frames are looked at once, and not kept. Raises ValueError for detections without scores."""
+    prepared = [_prepare(frame, config) for frame in frames]
     return {
         band_name(band): {mode: _score(prepared, config, band, mode) for mode in config.matching}
         for band in config.bands
@@ -103,19 +103,16 @@ def evaluate(frames: Sequence[Frame], config: Config = AWML_V2) -> Evaluation:
 
 @dataclass(frozen=True)
 class _Side:
-    """Boxes that can count, with the numbers that do not depend on the band."""
+    """Boxes that can count, without what only `_values` needs."""
 
-    boxes: np.ndarray
-    """[n,9] float64 as the evaluator has them."""
+    places: np.ndarray
+    """[n,2] float64: x, y."""
     labels: np.ndarray
     """[n] int64 into config.labels; len(config.labels): unknown, which is none of them."""
     scores: np.ndarray
     """[n] float64; of annotations 0."""
     heading: np.ndarray
     """[n] rad."""
-
-    def chosen(self, which: np.ndarray) -> "_Side":
-        return _Side(self.boxes[which], self.labels[which], self.scores[which], self.heading[which])
 
 
 @dataclass(frozen=True)
@@ -124,21 +121,35 @@ class _Prepared:
 
     annotated: _Side
     detected: _Side
-    values: dict[str, np.ndarray]
-    """Of each mode [P,G]: less is better (IoU with its sign changed)."""
+    near: dict[Mode, tuple[np.ndarray, np.ndarray]]
+    """Of each mode the k pairs that a threshold lets through: flat places [k] in [P,G], and values [k] of which less is
+    better. All pairs of all frames would not fit in memory."""
 
-    @classmethod
-    def of(cls, frame: Frame, config: Config) -> "_Prepared":
-        if frame.detected.scores is None:
-            raise ValueError("the detections have no scores; give Frame.detected.scores")
-        annotated, detected = _side(frame.annotated, config), _side(frame.detected, config)
-        detected = detected.chosen(np.argsort(-detected.scores, kind="stable"))
-        values = {mode: _values(mode, detected.boxes, annotated.boxes, config) for mode in config.matching}
-        return cls(annotated, detected, values)
+    def values(self, mode: Mode) -> np.ndarray:
+        """[P,G]; inf where no threshold lets the pair through."""
+        dense = np.full((len(self.detected.labels), len(self.annotated.labels)), np.inf)
+        flat, values = self.near[mode]
+        dense.flat[flat] = values
+        return dense
 
 
-def _side(given: Boxes, config: Config) -> _Side:
-    """Drops what counts in no band: other labels, few points, low scores, NaN."""
+def _prepare(frame: Frame, config: Config) -> _Prepared:
+    """What matching needs of a frame."""
+    if frame.detected.scores is None:
+        raise ValueError("the detections have no scores; give Frame.detected.scores")
+    (theirs, annotated), (ours, detected) = _side(frame.annotated, config), _side(frame.detected, config)
+    near: dict[Mode, tuple[np.ndarray, np.ndarray]] = {}
+    for mode in config.matching:
+        values, limits = _values(mode, ours, theirs, config), config.thresholds(mode)
+        loosest = max(_limit(mode, threshold) for row in limits for threshold in row)
+        flat = np.flatnonzero(values < loosest)
+        near[mode] = flat, values.flat[flat]
+    return _Prepared(annotated, detected, near)
+
+
+def _side(given: Boxes, config: Config) -> tuple[np.ndarray, _Side]:
+    """(boxes [n,9] as the evaluator has them, the rest) without what counts in no band: other labels, few points, low
+    scores, NaN; in falling order of score."""
     boxes = np.asarray(given.boxes, np.float64)
     scores = np.zeros(len(boxes)) if given.scores is None else np.asarray(given.scores, np.float64)
     if config.single_precision:
@@ -156,10 +167,12 @@ def _side(given: Boxes, config: Config) -> _Side:
         kept &= scores > np.where(labels == len(config.labels), 0.0, config.confidence)
     reach = np.array([*(config.reach.get(name, np.inf) for name in config.labels), np.inf])
     kept &= np.hypot(boxes[:, 0], boxes[:, 1]) < reach[labels]
-    boxes = boxes[kept]
+    order = np.flatnonzero(kept)[np.argsort(-scores[kept], kind="stable")]
+    boxes = boxes[order]
     if config.handed_over == "bottom_lwh":
-        boxes = boxes[:, [0, 1, 2, 4, 3, 5, 6, 7, 8]] - np.array([0, 0, 0.5, 0, 0, 0, 0, 0, 0]) * boxes[:, 5:6]
-    return _Side(boxes, labels[kept], scores[kept], _heading(boxes[:, 6], config.unsigned_yaw))
+        boxes = boxes[:, [0, 1, 2, 4, 3, 5, 6, 7, 8]]
+        boxes[:, 2] -= boxes[:, 5] / 2
+    return boxes, _Side(boxes[:, :2].copy(), labels[order], scores[order], _heading(boxes[:, 6], config.unsigned_yaw))
 
 
 def _heading(yaw: np.ndarray, unsigned: bool) -> np.ndarray:
@@ -199,52 +212,69 @@ class _Listed:
 
 def _score(frames: Sequence[_Prepared], config: Config, band: tuple[float, float], mode: Mode) -> Score:
     """One mode in one band."""
-    frames = [_within(frame, config, band, mode) for frame in frames]
-    count, thresholds = len(config.labels), config.thresholds(mode)
-    num_gt = np.bincount(_joined([frame.annotated.labels for frame in frames], np.int64), minlength=count)
-    listed = {}
+    inside = [
+        (_in_band(one.annotated.places, config, band), _in_band(one.detected.places, config, band)) for one in frames
+    ]
+    seen = _joined([one.annotated.labels[there] for one, (there, _) in zip(frames, inside)], np.int64)
+    num_gt = np.bincount(seen, minlength=len(config.labels)).tolist()
+    thresholds, at = config.thresholds(mode), [list[At]() for _ in config.labels]
     for threshold in sorted({value for row in thresholds for value in row}):
-        limit = -threshold if mode.startswith("iou") else threshold
-        # label `count`, unknown as no target, has no threshold of its own
+        # the last one: unknown as no target, which has no threshold of its own
         owners = np.array([*(threshold in row for row in thresholds), False])
-        listed[threshold] = _list([_entries(frame, config, mode, limit, owners) for frame in frames])
+        rule = _Rule(mode, _limit(mode, threshold), owners, config)
+        listed = _list([_entries(one, where, rule) for one, where in zip(frames, inside)])
+        for i in range(len(config.labels)):
+            ranked = listed.of(i)
+            # policies that are blind to labels leave false alarms at thresholds of other labels too, which then count
+            if owners[i] or len(ranked.scores):
+                at[i].append(_at(threshold, ranked, num_gt[i], config))
     labels = tuple(
-        _label(name, int(num_gt[i]), {t: entries.of(i) for t, entries in listed.items()}, thresholds[i], config)
-        for i, name in enumerate(config.labels)
+        Label(name, count, _mean([one.ap for one in mine]), _mean([one.aph for one in mine]), tuple(mine))
+        for name, count, mine in zip(config.labels, num_gt, at)
     )
     return Score(_mean([label.ap for label in labels]), _mean([label.aph for label in labels]), labels)
 
 
-def _within(frame: _Prepared, config: Config, band: tuple[float, float], mode: Mode) -> _Prepared:
-    """The boxes in the band, and their values of one mode."""
-    annotated, detected = (_in_band(side.boxes, config, band) for side in (frame.annotated, frame.detected))
-    values = {mode: frame.values[mode][np.ix_(detected, annotated)]}
-    return _Prepared(frame.annotated.chosen(annotated), frame.detected.chosen(detected), values)
+def _limit(mode: Mode, threshold: float) -> float:
+    """Below which a value of `_values` is a match."""
+    return -threshold if mode.startswith("iou") else threshold
 
 
-def _in_band(boxes: np.ndarray, config: Config, band: tuple[float, float]) -> np.ndarray:
-    """[n] int64: which boxes."""
+def _in_band(places: np.ndarray, config: Config, band: tuple[float, float]) -> np.ndarray:
+    """[n] bool."""
     if config.max_xy is not None:
-        inside = (np.abs(boxes[:, :2]) < config.max_xy).all(axis=1)
-    else:
-        distance, (low, high) = np.hypot(boxes[:, 0], boxes[:, 1]), band
-        inside = ((distance >= low) if config.inclusive_lower_range else (distance > low)) & (distance < high)
-    return np.flatnonzero(inside)
+        return (np.abs(places) < config.max_xy).all(axis=1)
+    distance, (low, high) = np.hypot(places[:, 0], places[:, 1]), band
+    return ((distance >= low) if config.inclusive_lower_range else (distance > low)) & (distance < high)
 
 
-def _entries(frame: _Prepared, config: Config, mode: Mode, limit: float, owners: np.ndarray) -> _Listed:
-    """One frame's entries at one threshold: pairs, label-blind pairs, then what is left. owners [labels + 1] bool: which
-    labels have that threshold."""
-    ours, theirs = frame.detected, frame.annotated
-    values, mine = frame.values[mode], owners[theirs.labels]  # P G, G
-    allowed = _allowed(config)[ours.labels][:, theirs.labels] & mine
-    taken = assign(np.where(allowed, values, np.inf), limit)
+@dataclass(frozen=True)
+class _Rule:
+    """What makes a pair."""
+
+    mode: Mode
+    limit: float
+    owners: np.ndarray
+    """[labels + 1] bool: which labels have this threshold."""
+    config: Config
+
+
+def _entries(frame: _Prepared, inside: tuple[np.ndarray, np.ndarray], rule: _Rule) -> _Listed:
+    """One frame's entries at one threshold: pairs, label-blind pairs, then what is left.
+
+    inside: annotations [G] and detections [P] in the band, bool.
+    """
+    ours, theirs, config, owners = frame.detected, frame.annotated, rule.config, rule.owners
+    (there, here), values = inside, frame.values(rule.mode)
+    free = there & owners[theirs.labels]  # G
+    allowed = _allowed(config)[ours.labels][:, theirs.labels] & here[:, None] & free
+    taken = assign(np.where(allowed, values, np.inf), rule.limit)
     blind = np.full_like(taken, -1)
     if config.class_agnostic_false_positives and config.policy == "DEFAULT":
-        left = (taken < 0) & owners[ours.labels]
-        free = mine & ~np.isin(np.arange(len(mine)), taken)
-        blind = assign(np.where(left[:, None] & free, values, np.inf), limit)
-    alone = (taken < 0) & (blind < 0)
+        left = (taken < 0) & here & owners[ours.labels]
+        free = free & ~np.isin(np.arange(len(free)), taken)
+        blind = assign(np.where(left[:, None] & free, values, np.inf), rule.limit)
+    alone = (taken < 0) & (blind < 0) & here
     if config.policy in ("DEFAULT", "ALLOW_SAME_GROUP"):
         alone &= owners[ours.labels]
     found, confused, missed = np.flatnonzero(taken >= 0), np.flatnonzero(blind >= 0), np.flatnonzero(alone)
@@ -285,16 +315,6 @@ def _list(frames: list[_Listed]) -> _Listed:
         _joined([one.found for one in ranked], np.bool_),
     )
     return _Listed(_joined([listed.labels for listed in frames], np.int64), joined)
-
-
-def _label(name: str, num_gt: int, lists: Mapping[float, Ranked], own: tuple[float, ...], config: Config) -> Label:
-    """One label over its own thresholds, and over others' at which policies without labels left it false alarms."""
-    at = tuple(
-        _at(threshold, ranked, num_gt, config)
-        for threshold, ranked in lists.items()
-        if threshold in own or len(ranked.scores)
-    )
-    return Label(name, num_gt, _mean([one.ap for one in at]), _mean([one.aph for one in at]), at)
 
 
 def _at(threshold: float, ranked: Ranked, num_gt: int, config: Config) -> At:
