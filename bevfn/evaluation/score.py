@@ -188,9 +188,13 @@ def to_json(scores: Scores) -> dict:
     }
 
 
-def write(path: Path, scores: Scores, counts: Mapping[str, float] | None = None) -> None:
-    """Writes the JSON, all or nothing; counts: what was counted on the way to the scores (`detect`)."""
-    files.write_atomically(Path(path), files.to_json(to_json(scores) | {"counts": dict(counts or {})}))
+def write(
+    path: Path, scores: Scores, counts: Mapping[str, float] | None = None, more: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the JSON, all or nothing; counts: what was counted on the way to the scores (`detect`); more: plain data
+    under names of its own."""
+    document = to_json(scores) | {"counts": dict(counts or {})} | dict(more or {})
+    files.write_atomically(Path(path), files.to_json(document))
 
 
 def read(path: Path) -> Scores:
