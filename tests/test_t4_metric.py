@@ -1,7 +1,9 @@
 """mAP and mAPH of T4 data: equal to perception_eval's and AWML's golden numbers, and what the definition promises."""
 
 import math
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,8 +282,16 @@ def test_published_map_with_heading_does_not_see_a_mirrored_heading():
 def test_settings_of_awml_are_the_defaults_and_versions_differ_from_them_by_name():
     assert VERSIONS["awml_t4metric_v2"] == AWML_V2 == Config()
     assert AWML_V2.labels == t4_config.LABELS and AWML_V2.bands[-1] == (0.0, 121.0)
-    for switch in ("inclusive_lower_range", "unsigned_yaw", "handed_over", "row_per_label", "absent", "pairing"):
-        assert switch in Config.__dataclass_fields__
+
+
+def test_the_page_about_the_metric_names_every_switch_with_its_default():
+    page = (Path(__file__).parents[1] / "docs" / "t4_metrics.md").read_text()
+    for switch in fields(Config):
+        written = re.search(rf"^\| `{switch.name}` \| ([^|]*) \|", page, flags=re.MULTILINE)
+        assert written, f"docs/t4_metrics.md has no row of {switch.name}"
+        value = getattr(AWML_V2, switch.name)
+        if isinstance(value, bool | str):
+            assert written[1] == f"`{value}`", switch.name
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,10 @@ def score(frames: Iterable[Frame], ranges: Mapping[str, float], *, version: str 
             raise ValueError("the detections have no scores; give Frame.detected.scores")
         judge.gt_boxes.add_boxes(str(count), _boxes(str(count), frame.annotated, ranges))
         judge.pred_boxes.add_boxes(str(count), _boxes(str(count), frame.detected, ranges))
-    farthest = " m, ".join(f"{name} {reach:g}" for name, reach in ranges.items())
-    return summed(judge, count, version, split, f"detection_cvpr_2019 with own classes and ranges: {farthest} m")
+    reaches = " m, ".join(f"{name} {reach:g}" for name, reach in ranges.items())
+    if len(set(ranges.values())) == 1:
+        reaches = f"all {next(iter(ranges.values())):g}"
+    return summed(judge, count, version, split, f"detection_cvpr_2019 with own classes and ranges: {reaches} m")
 
 
 def _boxes(token: str, given: Boxes, ranges: Mapping[str, float]) -> list[Any]:

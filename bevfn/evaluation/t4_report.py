@@ -13,11 +13,18 @@ from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.evaluation import results
 from bevfn.evaluation.results import Detections
-from bevfn.evaluation.t4_config import AWML_V2, Config
+from bevfn.evaluation.t4_config import AWML_V2, Config, Mode
 from bevfn.evaluation.t4_metric import At, Boxes, Evaluation, Frame, Score, band_name, evaluate
 from bevfn.evaluation.tables import Extra, Rows, number
 
 NDS_RANGE = 120.0  # m, of every class: that of AWML's first T4Metric
+NAMES: dict[Mode, str] = {
+    "center_distance_bev": "BEV centre distance",
+    "center_distance": "centre distance",
+    "plane_distance": "plane distance",
+    "iou_2d": "BEV IoU",
+    "iou_3d": "3D IoU",
+}
 SHOWN_AT = 2.0  # m, where the table says which score is best
 
 
@@ -84,14 +91,14 @@ def extra(evaluated: Evaluated) -> Extra:
     score, bands = evaluated.headline, evaluated.evaluation
     headline = {"mAP": score.mean_ap, "mAPH": score.mean_aph, "mAPH signed": evaluated.signed}
     modes = list(evaluated.config.matching)
-    ranges: Rows = [["range [m]", *(f"{what} {pretty(mode)}" for mode in modes for what in ("mAP", "mAPH"))]]
+    ranges: Rows = [["range [m]", *(f"{what}, {NAMES[mode]}" for mode in modes for what in ("mAP", "mAPH"))]]
     for band, by_mode in bands.items():
         values = [value for mode in modes for value in (by_mode[mode].mean_ap, by_mode[mode].mean_aph)]
         ranges.append([band, *map(number, values)])
     shown = {f"T4 {name}": value for name, value in headline.items()}
     note = (
-        f"T4 metric: perception_eval 9d8c977 as AWML calls it, by {pretty(modes[0])} distance over the widest range; mAPH "
-        "carries AWML's heading without sign, mAPH signed does not."
+        f"T4 metric: perception_eval 9d8c977 as AWML calls it, by {NAMES[modes[0]]} over the widest range; mAPH "
+        "carries AWML's heading without sign, mAPH signed does not (docs/t4_metrics.md)."
     )
     found = {"T4 metric by class": classes(score), "T4 metric by range": ranges}
     return Extra(shown, found, note, {**finite(headline), "bands": to_json(bands)})
@@ -108,11 +115,6 @@ def classes(score: Score) -> Rows:
         rows.append([label.name, f"{label.num_gt:,}", *map(number, values)])
     total = f"{sum(label.num_gt for label in score.labels):,}"
     return [*rows, ["mean", total, number(score.mean_ap), number(score.mean_aph), *["-"] * (len(thresholds) + 2)]]
-
-
-def pretty(mode: str) -> str:
-    """A mode as people write it."""
-    return mode.replace("center", "centre").replace("_distance", "").replace("_", " ").replace("iou", "IoU")
 
 
 def to_json(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
