@@ -134,6 +134,17 @@ def test_sweeps_move_as_the_run_or_the_flag_says_and_an_older_config_is_named(tr
     assert asked[:2] == [True, False]
 
 
+def test_the_metric_is_the_data_sets_own_unless_the_flag_names_one(trained, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(
+        evaluate, "judge", lambda index, *_, **__: asked.append(index.judge) or types.SimpleNamespace(text="")
+    )
+    command = ("eval", "bevfusion_lidar", *FAST, "--checkpoint", trained[1])
+    assert bevfn(monkeypatch, *command) == bevfn(monkeypatch, *command, "--metric", "t4") == 0
+    assert asked == ["nuscenes", "t4"]
+
+
 def test_the_test_split_gets_a_submission_instead_of_scores(trained, monkeypatch, tmp_path):
     _, checkpoint = trained
     root = small_root.write(tmp_path / "root", version="v1.0-test", scenes=("scene-0077",), annotated=False)

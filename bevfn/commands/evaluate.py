@@ -1,8 +1,9 @@
-"""`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, or a submission for the test split."""
+"""`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, T4 data's by the T4 metric, or a submission for the
+test split."""
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.progress import Progress
@@ -26,6 +27,7 @@ def evaluate(
     data_root: Path | None = None,
     version: str | None = None,
     split: str | None = None,
+    metric: Literal["nuscenes", "t4"] | None = None,
     out: Path | None = None,
     precision: Precision | None = None,
     published_sweeps: bool | None = None,
@@ -37,10 +39,10 @@ def evaluate(
     voxel_capacity: int | None = None,
     site_capacity: tuple[int, ...] | None = None,
 ) -> int:
-    """Run a checkpoint over a split and score it with the nuScenes devkit.
+    """Run a checkpoint over a split and score it with the nuScenes devkit, T4 data with the T4 metric too.
 
-    Writes results_nusc.json, metrics.json, summary.md, pictures and report.html. The test split has no annotations: it
-    gets the results file alone, and its zip for the evaluation server.
+    Writes results_nusc.json (results_t4.json), metrics.json, summary.md, pictures and report.html. The test split has no
+    annotations: it gets the results file alone, and its zip for the evaluation server.
 
     Args:
         experiment: the recipe
@@ -49,6 +51,7 @@ def evaluate(
         data_root: nuScenes root; by default the run's
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's
         split: val, mini_val, train, test, ..., or one of the version's splits.json; by default the run's evaluation split
+        metric: what scores; by default the data set's own
         out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
         precision: by default the run's
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
@@ -84,8 +87,10 @@ def evaluate(
     recipes.defaults(experiment, config.model)  # or it is of another experiment
     task = recipe.task(config.plain())
     run.check(task, train=False)
+    index = task.data.evaluation if metric is None else replace(task.data.evaluation, metric=metric)
+    if index.judge == "t4":
+        source.check_scored(index, results.KNOWN_ATTRIBUTES)
     found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
-    index = task.data.evaluation
     out = out if out is not None else _folder(checkpoint, split)
     if not index.annotated:
         return _submit(task, found, counts, out)

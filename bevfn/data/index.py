@@ -23,6 +23,7 @@ CLASSES = (
 )
 
 Part = Literal["lidar", "ego poses", "velocity", "scenes"]
+Metric = Literal["nuscenes", "t4", "recall"]
 
 
 def inverse(transform: np.ndarray) -> np.ndarray:
@@ -306,6 +307,8 @@ class Index:
     """A tuple, or a lazy sequence that makes a Frame when it is asked for one."""
     class_names: tuple[str, ...] = CLASSES
     """What the data set annotates, whether or not this split has any of it."""
+    metric: Metric | None = None
+    """How detections in it are scored; None: as `judge` finds its files."""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -354,8 +357,10 @@ class Index:
         return tuple(dict.fromkeys(channel for channel, _ in self.image_files))
 
     @property
-    def judge(self) -> Literal["nuscenes", "recall"]:
-        """How detections in it are scored: by nuScenes' devkit where its tables are, else by recall."""
+    def judge(self) -> Metric:
+        """How detections in it are scored: as `metric` says, or by nuScenes' devkit where its tables are, else by recall."""
+        if self.metric is not None:
+            return self.metric
         return "nuscenes" if (self.root / self.version / "sample.json").is_file() else "recall"
 
     def has(self, part: Part) -> bool:

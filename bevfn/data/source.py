@@ -130,12 +130,15 @@ def check_scored(index: Index, attributes: Collection[str]) -> None:
 
     attributes: those that nuScenes' scores know, "" among them.
     """
-    if index.judge != "nuscenes":
+    if index.judge == "recall":
         return
     name, other = f"{index.root} ({index.version}, split {index.split!r})", "evaluate on another split (--eval-split)"
     column = (index.frames if isinstance(index.frames, Packed) else pack(index)).columns
     if not index.annotated:
-        raise ValueError(f"{name} has no annotations of the ten classes, so nothing can be scored there; {other}")
+        classes = "ten classes" if index.judge == "nuscenes" else f"classes {', '.join(index.class_names)}"
+        raise ValueError(f"{name} has no annotations of the {classes}, so nothing can be scored there; {other}")
+    if index.judge != "nuscenes":  # its scores alone know attributes
+        return
     scored = column["names_words"][column["names"]] != b""
     found = [column["attributes_words"][code].decode() for code in np.unique(column["attributes"][scored])]
     if unknown := [attribute for attribute in found if attribute not in attributes]:

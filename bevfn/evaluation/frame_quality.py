@@ -60,9 +60,10 @@ class Matched:
     """[n] int64: which of `annotated` a prediction found, -1 for a false alarm."""
 
 
-def rank(index: Index, results: Mapping[str, Any]) -> Ranking:
-    """Ranks the frames of `index` by their detections in a results document; ties in the index' order."""
-    matched = {frame.token: compare(frame, results["results"].get(frame.token, [])) for frame in index}
+def rank(index: Index, results: Mapping[str, Any], ranges: Mapping[str, float] = RANGES) -> Ranking:
+    """Ranks the frames of `index` by their detections in a results document; ties in the index' order. ranges: as of
+    `compare`."""
+    matched = {frame.token: compare(frame, results["results"].get(frame.token, []), ranges) for frame in index}
     matched = {token: m for token, m in matched.items() if len(m.annotated)}
     threshold = _best_threshold(list(matched.values()))
     counted = []
@@ -72,17 +73,20 @@ def rank(index: Index, results: Mapping[str, Any]) -> Ranking:
     return Ranking(tuple(sorted(counted, key=lambda c: -c.f1)), threshold)
 
 
-def compare(frame: Frame, entries: list[dict]) -> Matched:
-    """Matches one key frame's results entries with its annotations in range, within each class."""
+def compare(frame: Frame, entries: list[dict], ranges: Mapping[str, float] = RANGES) -> Matched:
+    """Matches one key frame's results entries with its annotations in range, within each class.
+
+    ranges: the classes that count, and the distance [m] from the ego vehicle below which they do.
+    """
     names = np.array(frame.names, dtype=object)
     centres = frame.boxes[:, :3] @ frame.global_from_lidar[:3, :3].T + frame.global_from_lidar[:3, 3]  # G 3
     here = frame.global_from_ego[:2, 3]
-    annotated = np.flatnonzero(frame.valid & _in_range(centres[:, :2] - here, names))
+    annotated = np.flatnonzero(frame.valid & _in_range(centres[:, :2] - here, names, ranges))
     named = np.array([entry["detection_name"] for entry in entries], dtype=object)
     placed = np.array([entry["translation"][:2] for entry in entries], dtype=np.float64).reshape(-1, 2)  # n 2
     scores = np.array([entry["detection_score"] for entry in entries], dtype=np.float64)
     order = np.argsort(-scores, kind="stable")
-    order = order[_in_range(placed - here, named)[order]]
+    order = order[_in_range(placed - here, named, ranges)[order]]
     takes = np.full(len(order), -1, dtype=np.int64)
     for name in set(named[order]):
         mine = np.flatnonzero(named[order] == name)
@@ -92,9 +96,9 @@ def compare(frame: Frame, entries: list[dict]) -> Matched:
     return Matched(annotated, order, scores[order], takes)
 
 
-def _in_range(offset: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """offset [n,2] from the ego vehicle, names [n] -> [n] bool; nothing else than the ten classes is in range."""
-    reach = np.array([RANGES.get(name, 0.0) for name in names])
+def _in_range(offset: np.ndarray, names: np.ndarray, ranges: Mapping[str, float]) -> np.ndarray:
+    """offset [n,2] from the ego vehicle, names [n] -> [n] bool; nothing else than the classes of `ranges` is in range."""
+    reach = np.array([ranges.get(name, 0.0) for name in names])
     return np.linalg.norm(offset, axis=1) < reach
 
 

@@ -1,10 +1,11 @@
 """What detections are worth, in the form that their data allows, and the files about it.
 
-A split of a nuScenes root gets the devkit's scores and a report; a frame without tables gets recall and a picture.
+A split of a nuScenes root gets the devkit's scores and a report; T4 data get the T4 metric, and the devkit's scores over
+their own classes; a frame without tables gets recall and a picture.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from bevfn import draw
 from bevfn.data import annotations, scene
 from bevfn.data.index import Frame, Index
 from bevfn.data.reading import Reading
-from bevfn.evaluation import page, recall, results, score, tables
+from bevfn.evaluation import general_score, page, recall, results, score, t4_report, tables
 from bevfn.evaluation.results import Detections, Meta
 from bevfn.files import to_json, write_atomically
 from bevfn.names import file_name
 
-RESULTS = "results_nusc.json"
+RESULTS, RESULTS_T4 = "results_nusc.json", "results_t4.json"
 SCORE_THRESHOLD = 0.1  # of recall and pictures of a frame
 
 
@@ -28,7 +29,7 @@ class Judgement:
     """One evaluation."""
 
     value: float
-    """What checkpoints are compared by: NDS, or recall."""
+    """What checkpoints are compared by: NDS, the T4 metric's mAP, or recall."""
     numbers: dict[str, float]
     text: str
     """For the terminal."""
@@ -55,26 +56,70 @@ def judge(
     """
     if index.judge == "recall":
         return _recall(index, found, reading, out, counts or {})
-    document = submission(index, found, reading)
-    written = submission(index, found, reading, bottom=True) if bottom else document
-    results.write(out / RESULTS, written)
-    scores = score.score(index, written)
+    if index.judge == "t4":
+        scored = _t4(index, found, reading, out)
+    else:
+        scored = _nuscenes(index, found, reading, out, bottom=bottom)
     page.write(
         out,
-        scores,
+        scored.scores,
         title=title,
         index=index,
-        found=document,
+        found=scored.document,
         run_dir=run_dir,
         config=config,
         others=others,
         counts=counts,
+        ranges=scored.ranges,
+        extra=scored.extra,
     )
-    return Judgement(scores.nds, scores.headline, tables.summary(scores, title, counts))
+    text = tables.summary(scored.scores, title, counts, scored.extra)
+    if scored.extra is None:
+        return Judgement(scored.scores.nds, scored.scores.headline, text)
+    numbers = {name: value for name, value in scored.extra.headline.items() if np.isfinite(value)}
+    return Judgement(numbers.get("T4 mAP", 0.0), numbers | scored.scores.headline, text)
 
 
-def submission(index: Index, found: Mapping[str, Detections], reading: Reading, *, bottom: bool = False) -> dict:
-    """The nuScenes results document of detections of every key frame; bottom: see `results.entries`."""
+@dataclass(frozen=True)
+class _Scored:
+    """What goes into the report."""
+
+    document: dict
+    scores: score.Scores
+    ranges: Mapping[str, float] = field(default_factory=lambda: results.RANGES)
+    extra: tables.Extra | None = None
+
+
+def _nuscenes(
+    index: Index, found: Mapping[str, Detections], reading: Reading, out: Path, *, bottom: bool
+) -> _Scored:
+    """The devkit's scores."""
+    document = submission(index, found, reading)
+    written = submission(index, found, reading, bottom=True) if bottom else document
+    results.write(out / RESULTS, written)
+    return _Scored(document, score.score(index, written))
+
+
+def _t4(index: Index, found: Mapping[str, Detections], reading: Reading, out: Path) -> _Scored:
+    """The T4 metric, and beside it NDS over the same classes."""
+    document = submission(index, found, reading, dict.fromkeys(reading.class_names, np.inf))
+    results.write(out / RESULTS_T4, document, reading.class_names)
+    frames = list(t4_report.frames(index, found, reading))
+    extra = t4_report.extra(t4_report.of(frames, t4_report.config(reading.class_names)))
+    ranges = dict.fromkeys(reading.class_names, t4_report.NDS_RANGE)
+    scores = general_score.score(frames, ranges, version=index.version, split=index.split)
+    return _Scored(document, scores, ranges, extra)
+
+
+def submission(
+    index: Index,
+    found: Mapping[str, Detections],
+    reading: Reading,
+    ranges: Mapping[str, float] | None = results.RANGES,
+    *,
+    bottom: bool = False,
+) -> dict:
+    """The nuScenes results document of detections of every key frame; ranges, bottom: as of `results.entries`."""
     meta = Meta(use_camera=reading.cameras is not None, use_lidar=reading.points is not None)
 
     def lidar_from_boxes(frame: Frame) -> np.ndarray:
@@ -86,6 +131,7 @@ def submission(index: Index, found: Mapping[str, Detections], reading: Reading, 
         class_names=reading.class_names,
         meta=meta,
         lidar_from_boxes=lidar_from_boxes,
+        ranges=ranges,
         bottom=bottom,
     )
 

@@ -23,6 +23,7 @@ from bevfn.data.index import Index
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import frame_quality, plots, results, tables
 from bevfn.evaluation import score as scoring
+from bevfn.evaluation.results import RANGES
 from bevfn.evaluation.score import ERRORS, UNITS, Scores
 from bevfn.files import as_read, to_json, write_atomically
 from bevfn.metrics import METRICS_FILE, read_metrics
@@ -43,13 +44,16 @@ def write(
     counts: Mapping[str, float] | None = None,
     name: str = "this run",
     num_frames: int = 3,
+    ranges: Mapping[str, float] = RANGES,
+    extra: tables.Extra | None = None,
 ) -> Path:
     """Writes the folder `out`, creating it, and returns the page's path.
 
     index, found: the key frames and the results document that were scored; with them, the num_frames best and worst key
     frames are drawn from the sensor files. run_dir: a run folder whose metrics.jsonl is drawn. config: plain data, any
     depth. others: earlier scores of the same key frames, shown beside these, which are called `name`. counts: of what did
-    not fit, was broken or missing (`detect`).
+    not fit, was broken or missing (`detect`). ranges: distance [m] below which boxes of each class count. extra: of
+    another metric, shown before these scores, and under "t4" in metrics.json.
 
     Raises ValueError if `out` is a file, if scores do not compare, or if a frame's point file cannot be read.
     """
@@ -69,14 +73,15 @@ def write(
         if records:
             charts["training"] = lambda theme: plots.training(records, theme)
     pictures = {chart: (plot(plots.LIGHT), plot(plots.DARK)) for chart, plot in charts.items()}
-    scenes = _frames(out, index, found, num_frames) if index is not None and found is not None else []
-    markdown = tables.summary(scores, title, counts) + (f"\n{tables.compare(side_by_side)}" if others else "")
+    scenes = _frames(out, index, found, num_frames, ranges) if index is not None and found is not None else []
+    markdown = tables.summary(scores, title, counts, extra) + (f"\n{tables.compare(side_by_side)}" if others else "")
     for chart, (light, _) in pictures.items():
         write_atomically(out / f"{chart}.png", light)
     write_atomically(out / "summary.md", markdown.encode())
-    html = _page(title, scores, side_by_side if others else {}, pictures, scenes, config or {}, counts or {})
+    html = _page(title, scores, side_by_side if others else {}, pictures, scenes, config or {}, counts or {}, extra)
     write_atomically(out / "report.html", html.encode())
-    scoring.write(out / scoring.METRICS, scores, counts)  # last: with it, the evaluation is done
+    more = {"t4": extra.numbers} if extra is not None else {}
+    scoring.write(out / scoring.METRICS, scores, counts, more)  # last: with it, the evaluation is done
     return out / "report.html"
 
 
@@ -95,9 +100,12 @@ def _evaluations(run_dir: Path, out: Path, scores: Scores) -> list[dict[str, flo
 Scene = tuple[str, str, bytes]  # heading, remark, PNG
 
 
-def _frames(out: Path, index: Index, found: Mapping[str, Any], num_frames: int) -> list[Scene]:
+def _frames(
+    out: Path, index: Index, found: Mapping[str, Any], num_frames: int, ranges: Mapping[str, float]
+) -> list[Scene]:
     """Writes frames.png and frames/*.png, and returns them, the overview first."""
-    ranking = frame_quality.rank(index, found)
+    ranking = frame_quality.rank(index, found, ranges)
+    names = CLASS_NAMES if ranges is RANGES else tuple(ranges)
     best, worst = ranking.ends(num_frames)
     named = [(f"best {i + 1}", c) for i, c in enumerate(best)]
     named += [(f"worst {len(worst) - i}", c) for i, c in enumerate(worst)]
@@ -105,9 +113,9 @@ def _frames(out: Path, index: Index, found: Mapping[str, Any], num_frames: int) 
     for heading, counted in named:
         frame = index[index.position(counted.token)]
         entries = found["results"].get(counted.token, [])
-        sample = draw.sample(frame, index.root, CLASS_NAMES)
-        detections = results.to_lidar(entries, frame, CLASS_NAMES)
-        matched = frame_quality.compare(frame, entries)
+        sample = draw.sample(frame, index.root, names)
+        detections = results.to_lidar(entries, frame, names)
+        matched = frame_quality.compare(frame, entries, ranges)
         panels.append(plots.Panel(heading, frame, needed(sample.points, "points"), counted, matched, detections))
         path = out / "frames" / f"{heading.replace(' ', '_')}.png"
         arrays = detections.boxes, detections.scores, detections.labels
@@ -138,9 +146,11 @@ def _page(
     scenes: Sequence[Scene],
     config: Mapping[str, Any],
     counts: Mapping[str, float],
+    extra: tables.Extra | None,
 ) -> str:
     """The whole document."""
-    sections = [("Classes", _class_table(scores) + _themed("AP and errors of each class", pictures["classes"]))]
+    sections = [] if extra is None else [(heading, _plain(rows)) for heading, rows in extra.tables.items()]
+    sections += [("Classes", _class_table(scores) + _themed("AP and errors of each class", pictures["classes"]))]
     if others:
         chart = _themed("scores side by side", pictures["comparison"])
         sections.append(("Comparison", _comparison_table(others) + chart))
@@ -170,19 +180,20 @@ def _page(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><style>{STYLE}</style></head><body><main>'
-        f"<header><h1>{escape(title)}</h1><p>{escape(tables.note(scores))}</p>{_tiles(scores)}</header>{body}"
+        f"<header><h1>{escape(title)}</h1>{_tiles({}, extra.note, extra.headline) if extra is not None else ''}"
+        f"{_tiles(UNITS, tables.note(scores), scores.headline)}</header>{body}"
         "</main></body></html>\n"
     )
 
 
-def _tiles(scores: Scores) -> str:
-    unit = {name: f"{UNITS[name[1:]]}, less is better" for name in tables.LOWER_IS_BETTER}
+def _tiles(units: Mapping[str, str], note: str, headline: Mapping[str, float]) -> str:
+    unit = {f"m{name}": f"{text}, less is better" for name, text in units.items()}
     tiles = "".join(
         f'<div class="tile{"" if name in unit else " main"}"><span>{name}</span><strong>{tables.number(value)}</strong>'
         f"<small>{unit.get(name, 'more is better')}</small></div>"
-        for name, value in scores.headline.items()
+        for name, value in headline.items()
     )
-    return f'<div class="tiles">{tiles}</div>'
+    return f'<p>{escape(note)}</p><div class="tiles">{tiles}</div>'
 
 
 def _class_table(scores: Scores) -> str:
@@ -210,6 +221,14 @@ def _comparison_table(others: Mapping[str, Scores]) -> str:
         rows += f"<tr><th>{escape(name)}</th>"
         rows += "".join(f"<td>{f'<b>{text}</b>' if text == mark else text}</td>" for text, mark in texts) + "</tr>"
     return _scrolling("<tr><th></th>" + "".join(f"<th>{k}</th>" for k in columns) + "</tr>", rows)
+
+
+def _plain(rows: tables.Rows) -> str:
+    head, *others = ["".join(f"<th>{escape(cell)}</th>" for cell in rows[0])] + [
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, *cells in rows[1:]
+    ]
+    return _scrolling(f"<tr>{head}</tr>", "".join(others))
 
 
 def _scrolling(head: str, rows: str) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bevfn.evaluation.matching import assign
+
 
 @dataclass(frozen=True)
 class ClassRecall:
@@ -119,17 +121,7 @@ def match(predicted: np.ndarray, annotated: np.ndarray, distance_m: float) -> np
     predicted [Q,2] x, y in order of precedence, annotated [G,2]. Each prediction in turn takes the nearest centre that is
     still free, if it is closer than distance_m. So the first n rows do not depend on the rest.
     """
-    taken = np.full(len(predicted), -1, dtype=np.int64)
-    if not len(annotated):
-        return taken
-    distance = np.linalg.norm(predicted[:, None] - annotated[None], axis=-1)  # Q G
-    # One after another, as the devkit does: an optimal assignment would let a weak prediction displace a sure one.
-    for i, row in enumerate(distance):
-        nearest = int(np.argmin(row))
-        if row[nearest] < distance_m:
-            taken[i] = nearest
-            distance[:, nearest] = np.inf  # a box is found once
-    return taken
+    return assign(np.linalg.norm(predicted[:, None] - annotated[None], axis=-1), distance_m)
 
 
 def _number(value: float, unit: str = "") -> str:

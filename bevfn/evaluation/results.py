@@ -11,7 +11,7 @@ evaluation/metrics/nuscenes_metric.py (the same rule in BEVDepth).
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -82,11 +82,12 @@ def format(
     class_names: tuple[str, ...],
     meta: Meta,
     lidar_from_boxes: Callable[[Frame], np.ndarray] = lambda frame: np.eye(4),
+    ranges: Mapping[str, float] | None = RANGES,
     bottom: bool = False,
 ) -> dict:
     """The results file's document {"meta", "results": {token: [entry]}} of all key frames of `index`.
 
-    lidar_from_boxes: [4,4] for a key frame whose detections do not lie in its lidar frame. bottom: see `entries`.
+    lidar_from_boxes: [4,4] for a key frame whose detections do not lie in its lidar frame. ranges, bottom: as of `entries`.
 
     Raises ValueError if a key frame has no detections entry (an empty one is fine), if a token is not of the index, or
     for a box that is not finite or has no size or class.
@@ -105,7 +106,7 @@ def format(
             "ego_from_boxes": frame.ego_from_lidar @ lidar_from_boxes(frame),
             "global_from_ego": frame.global_from_ego,
         }
-        results[token] = entries(token, detections, class_names=class_names, bottom=bottom, **frames)
+        results[token] = entries(token, detections, class_names=class_names, ranges=ranges, bottom=bottom, **frames)
     return {"meta": asdict(meta), "results": results}
 
 
@@ -122,13 +123,14 @@ def entries(
     """One key frame's entries in falling order of score; both matrices [4,4].
 
     Boxes beyond their class's range around the ego vehicle are left out (`ranges` None: all stay), then all but the 500
-    with the highest scores. Velocities turn with the boxes, and attributes go by their global speed. bottom: entries have
-    the bottom centre, as BEVNeXt writes them, though a results file should have the gravity centre; scores look at x and y.
+    with the highest scores. Velocities turn with the boxes, and attributes go by their global speed; classes of data that
+    is not nuScenes, which `ranges` then names, have none. bottom: entries have the bottom centre, as BEVNeXt writes them,
+    though a results file should have the gravity centre; scores look at x and y.
 
     Raises ValueError for detections that do not fit together, or are not finite.
     """
     boxes, scores, labels = np.asarray(found.boxes, np.float64), np.asarray(found.scores), np.asarray(found.labels)
-    _check_detections(token, boxes, scores, labels, class_names)
+    _check_detections(token, boxes, scores, labels, class_names, RANGES if ranges is None else ranges)
     centres = boxes[:, :3] + [0.0, 0.0, 0.0 if bottom else 0.5] * boxes[:, 5:6]  # n 3, gravity
     in_ego = _move(ego_from_boxes, centres)
     order = np.argsort(-scores, kind="stable")
@@ -145,6 +147,7 @@ def entries(
     rotation = turn.as_quat()[:, [3, 0, 1, 2]]  # n 4: w x y z
     velocity = boxes[:, 7:9] @ global_from_boxes[:2, :2].T  # the boxes' vz is 0
     moves = np.linalg.norm(velocity, axis=1) > MOVING
+    attributes = ATTRIBUTES if ranges is None or ranges is RANGES else {}
     columns = zip(
         translation.tolist(),
         boxes[:, [4, 3, 5]].tolist(),
@@ -163,7 +166,7 @@ def entries(
             "velocity": speed,
             "detection_name": name,
             "detection_score": score,
-            "attribute_name": ATTRIBUTES[name][0 if moving else 1],
+            "attribute_name": attributes.get(name, ("", ""))[0 if moving else 1],
         }
         for centre, size, quaternion, speed, name, score, moving in columns
     ]
@@ -199,10 +202,11 @@ def moved(found: Detections, target_from_boxes: np.ndarray) -> Detections:
     return Detections(boxes, found.scores, found.labels)
 
 
-def write(path: Path, results: Mapping[str, Any]) -> None:
-    """Checks the document and writes it, all or nothing, as JSON; as a zip of it if `path` ends in .zip (to submit)."""
+def write(path: Path, results: Mapping[str, Any], classes: Collection[str] = tuple(RANGES)) -> None:
+    """Checks the document and writes it, all or nothing, as JSON; as a zip of it if `path` ends in .zip (to submit).
+    classes: those that it may name."""
     path = Path(path)
-    check(results, str(path))
+    check(results, str(path), classes)
     text = to_json(results)
     if path.suffix == ".zip":
         packed = io.BytesIO()
@@ -225,7 +229,7 @@ def read(path: Path) -> dict:
     return results
 
 
-def check(results: Any, where: str) -> None:
+def check(results: Any, where: str, classes: Collection[str] = tuple(RANGES)) -> None:
     """Raises ValueError, one sentence, for the first thing in which `results` breaks nuScenes' rules."""
     if not isinstance(results, Mapping) or not all(isinstance(results.get(k), Mapping) for k in ("meta", "results")):
         raise ValueError(
@@ -239,12 +243,12 @@ def check(results: Any, where: str) -> None:
             what = f"{len(listed)} boxes" if isinstance(listed, list) else type(listed).__name__
             raise ValueError(f"{where}: results.{token} has {what}; it must be a list of at most {MAX_BOXES} boxes.")
         for i, entry in enumerate(listed):
-            wrong = _first_wrong(token, entry)
+            wrong = _first_wrong(token, entry, classes)
             if wrong:
                 raise ValueError(f"{where}: results.{token}[{i}].{wrong}.")
 
 
-def _first_wrong(token: str, entry: Any) -> str:
+def _first_wrong(token: str, entry: Any, classes: Collection[str]) -> str:
     """What the devkit or the server would refuse in one entry, "" if nothing."""
     if not isinstance(entry, Mapping):
         return f"is a {type(entry).__name__}; it must be an object"
@@ -256,8 +260,8 @@ def _first_wrong(token: str, entry: Any) -> str:
         return f"size is {entry['size']}; width, length and height must be above 0 m"
     if entry.get("sample_token") != token:
         return f"sample_token is {entry.get('sample_token')!r}; it must be the token it is listed under"
-    if entry.get("detection_name") not in RANGES:
-        return f"detection_name is {entry.get('detection_name')!r}; it must be one of {', '.join(RANGES)}"
+    if entry.get("detection_name") not in classes:
+        return f"detection_name is {entry.get('detection_name')!r}; it must be one of {', '.join(classes)}"
     if entry.get("attribute_name") not in KNOWN_ATTRIBUTES:
         return f"attribute_name is {entry.get('attribute_name')!r}; it must be a nuScenes attribute or empty"
     score = entry.get("detection_score")
@@ -269,15 +273,20 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _check_detections(
-    token: str, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]
+    token: str,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    known: Collection[str],
 ) -> None:
     if boxes.shape != (len(scores), 9) or labels.shape != scores.shape:
         raise ValueError(
             f"key frame {token}: boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
             f"{list(labels.shape)} do not fit together; give boxes [n,9] and one score and label for each."
         )
-    if unknown := set(class_names) - set(RANGES):
-        raise ValueError(f"class {sorted(unknown)[0]!r} is no nuScenes detection class; use {', '.join(RANGES)}.")
+    if unknown := set(class_names) - set(known):
+        raise ValueError(f"class {sorted(unknown)[0]!r} is no nuScenes detection class; use {', '.join(known)}.")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
         raise ValueError(f"key frame {token}: a label is not in 0..{len(class_names) - 1}, the class names given.")
     bad = ~np.isfinite(boxes).all(axis=1) | ~np.isfinite(scores) | (boxes[:, 3:6] <= 0).any(axis=1)

@@ -19,6 +19,7 @@ from bevfn.evaluation import results as nuscenes_results
 from bevfn.names import printable
 
 METRICS = "metrics.json"  # of an evaluation's folder, written last: it is what tells a whole one
+RULE = "detection_cvpr_2019"  # the devkit's configuration
 DISTANCES = (0.5, 1.0, 2.0, 4.0)  # m, at which AP is averaged; true positives are measured at 2 m
 # our name of an error: the devkit's
 ERRORS = {"ATE": "trans_err", "ASE": "scale_err", "AOE": "orient_err", "AVE": "vel_err", "AAE": "attr_err"}
@@ -57,6 +58,8 @@ class Scores:
     """Key frames evaluated."""
     version: str
     split: str
+    rule: str = RULE
+    """By which classes, ranges and conventions."""
 
     @property
     def headline(self) -> dict[str, float]:
@@ -112,7 +115,11 @@ _load = tables  # the argument of `score` hides the name
 
 
 def _evaluate(index: Index, results: Mapping[str, Any], split: str, tables: Any) -> Scores:
-    judge = _judge(index, results, tables)
+    return summed(_judge(index, results, tables), len(index), index.version, split)
+
+
+def summed(judge: Any, frames: int, version: str, split: str, rule: str = RULE) -> Scores:
+    """What a DetectionEval that has its boxes says about them."""
     metrics, curves = judge.evaluate()
     annotated = Counter(box.detection_name for box in judge.gt_boxes.all)
     classes = tuple(
@@ -127,7 +134,7 @@ def _evaluate(index: Index, results: Mapping[str, Any], split: str, tables: Any)
         for name in judge.cfg.class_names
     )
     errors = {ours: metrics.tp_errors[theirs] for ours, theirs in ERRORS.items()}
-    return Scores(metrics.nd_score, metrics.mean_ap, errors, classes, len(index), index.version, split)
+    return Scores(metrics.nd_score, metrics.mean_ap, errors, classes, frames, version, split, rule)
 
 
 def _judge(index: Index, results: Mapping[str, Any], tables: Any) -> Any:
@@ -167,6 +174,7 @@ def to_json(scores: Scores) -> dict:
         "version": scores.version,
         "split": scores.split,
         "frames": scores.frames,
+        "rule": scores.rule,
         "classes": {
             c.name: {
                 "annotated": c.annotated,
@@ -180,9 +188,13 @@ def to_json(scores: Scores) -> dict:
     }
 
 
-def write(path: Path, scores: Scores, counts: Mapping[str, float] | None = None) -> None:
-    """Writes the JSON, all or nothing; counts: what was counted on the way to the scores (`detect`)."""
-    files.write_atomically(Path(path), files.to_json(to_json(scores) | {"counts": dict(counts or {})}))
+def write(
+    path: Path, scores: Scores, counts: Mapping[str, float] | None = None, more: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the JSON, all or nothing; counts: what was counted on the way to the scores (`detect`); more: plain data
+    under names of its own."""
+    document = to_json(scores) | {"counts": dict(counts or {})} | dict(more or {})
+    files.write_atomically(Path(path), files.to_json(document))
 
 
 def read(path: Path) -> Scores:
@@ -202,7 +214,14 @@ def read(path: Path) -> Scores:
         )
         errors = {name: float(data[f"m{name}"]) for name in ERRORS}
         return Scores(
-            float(data["NDS"]), float(data["mAP"]), errors, classes, int(data["frames"]), data["version"], data["split"]
+            float(data["NDS"]),
+            float(data["mAP"]),
+            errors,
+            classes,
+            int(data["frames"]),
+            data["version"],
+            data["split"],
+            str(data.get("rule", RULE)),  # files of an older bevfn have none
         )
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist; `bevfn eval` writes it.") from error

@@ -2,16 +2,42 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from bevfn.evaluation.score import ERRORS, UNITS, Scores
 from bevfn.metrics import warnings
 
 LOWER_IS_BETTER = {f"m{name}" for name in ERRORS}
+Rows = list[list[str]]
+"""A table as text: the head, then the rows; the first column holds names."""
 
 
-def summary(scores: Scores, title: str = "", counts: Mapping[str, float] | None = None) -> str:
-    """Headline numbers, one row per class (`-` where it has no such error or no annotation), and what was `counted`."""
+@dataclass(frozen=True)
+class Extra:
+    """What another metric than nuScenes' says about the same detections, to stand before it."""
+
+    headline: dict[str, float]
+    """More is better."""
+    tables: dict[str, Rows]
+    """By heading."""
+    note: str
+    """By what the numbers were made."""
+    numbers: dict[str, Any]
+    """All of them, as plain data."""
+
+
+def summary(
+    scores: Scores, title: str = "", counts: Mapping[str, float] | None = None, extra: Extra | None = None
+) -> str:
+    """Headline numbers, one row per class (`-` where it has no such error or no annotation), and what was `counted`; of
+    another metric before."""
     lines = [f"## {title}", ""] if title else []
+    if extra is not None:
+        lines += [*_table([list(extra.headline), [number(value) for value in extra.headline.values()]]), ""]
+        for heading, rows in extra.tables.items():
+            lines += [f"{heading}:", "", *_table(rows), ""]
+        lines += [extra.note, ""]
     lines += _table([list(scores.headline), [number(value) for value in scores.headline.values()]])
     rows = [["class", "boxes", "AP", *(f"{name} [{UNITS[name]}]" for name in ERRORS)]]
     for c in scores.classes:
@@ -32,10 +58,7 @@ def counted(counts: Mapping[str, float]) -> list[str]:
 def note(scores: Scores) -> str:
     """By what the numbers were made, and what not to read into them."""
     absent = [c.name for c in scores.classes if not c.annotated]
-    text = (
-        f"{scores.frames:,} key frames of {scores.version} {scores.split}, nuscenes-devkit DetectionEval, "
-        "detection_cvpr_2019."
-    )
+    text = f"{scores.frames:,} key frames of {scores.version} {scores.split}, nuscenes-devkit DetectionEval, {scores.rule}."
     if absent:
         text += f" Not annotated here, so AP 0 and errors 1 in every mean: {', '.join(absent)}."
     return text
