@@ -82,9 +82,7 @@ def test_a_merge_does_not_depend_on_where_the_world_is_turned():
         moved = found.boxes.copy()
         moved[:, :2] = moved[:, :2] @ turn.T + shift
         moved[:, 6] += angle
-        here, there = (
-            t4_classes.merge(o, RULES) for o in (found, Objects(**{**vars(found), "boxes": moved}))
-        )
+        here, there = (t4_classes.merge(o, RULES) for o in (found, Objects(**{**vars(found), "boxes": moved})))
         assert here.sources == there.sources
         want = here.boxes.copy()
         want[:, :2] = want[:, :2] @ turn.T + shift

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bevfn.data import depth, image, nuscenes, paste, points, values
 from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Index
+from bevfn.data.rows import MAX_SWEEPS
 from bevfn.files import to_json
 from bevfn.names import leaves, printable
 
@@ -176,7 +177,7 @@ def files_needed(tables: dict[str, list[dict]], samples: set[str]) -> dict[str, 
                 scans.append(row)
     for row in scans:
         before = row
-        for _ in range(nuscenes.MAX_SWEEPS):
+        for _ in range(MAX_SWEEPS):
             if not before["prev"]:
                 break
             before = data[before["prev"]]

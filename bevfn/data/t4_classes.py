@@ -149,11 +149,9 @@ def merge(found: Objects, rules: Rules) -> Objects:
 
 def near(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two boxes [7] are merged: their footprints touch, or centres of a front or rear face are within NEAR in 3D."""
-    ends = [
-        box[:3] + side * box[3] / 2 * np.append(_axis(box[6]), 0.0) for box in (one, other) for side in (1, -1)
-    ]
+    ends = [box[:3] + side * box[3] / 2 * np.append(_axis(box[6]), 0.0) for box in (one, other) for side in (1, -1)]
     gaps = [np.linalg.norm(ends[i] - ends[j]) for i in (0, 1) for j in (2, 3)]
-    return min(gaps) <= NEAR or _touch(one, other)
+    return bool(min(gaps) <= NEAR) or _touch(one, other)
 
 
 def extended(one: np.ndarray, other: np.ndarray) -> np.ndarray:
