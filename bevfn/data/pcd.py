@@ -11,6 +11,7 @@ import numpy as np
 NEEDED = ("x", "y", "z", "intensity")
 RINGS = ("ring", "channel")  # of which a file may have one
 HEAD = 4096  # bytes, which a header never reaches
+LARGEST = 2**30  # bytes of all points
 KINDS = {"F": "f", "I": "i", "U": "u"}
 
 
@@ -28,7 +29,7 @@ def read(path: Path, most: int) -> np.ndarray:
             f"{path}: the point file has no field {', '.join(missing)}; it has {', '.join(fields)}: write x, y, z [m] and "
             "intensity 0..255 of each point."
         )
-    if not 0 <= count <= most:
+    if not 0 <= count <= most or count * dtype.itemsize > LARGEST:
         raise ValueError(f"{path}: the point file's header says {count:,} points, not 0 to {most:,}; copy it again.")
     rows = _rows(header["DATA"][0], data, dtype, count, path)
     ring = next((rows[name].reshape(count, -1)[:, 0] for name in RINGS if name in fields), np.full(count, -1.0))
@@ -145,6 +146,8 @@ def _unpacked(data: bytes, size: int) -> bytes:
             raise IndexError
         for i in range(start, start + length + 2):  # it may copy what it just wrote
             made.append(made[i])
+        if len(made) > size:
+            raise IndexError
     if len(made) != size:
         raise IndexError
     return bytes(made)

@@ -71,10 +71,10 @@ class Config:
     warm_up: int = 20
     """steps that performance mode does not count"""
     data_root: Path | None = None
-    """a nuScenes root (the folder with v1.0-trainval/ and samples/), an info file of mmdetection3d, or a folder with one
-    frame.json; none: a synthetic world in runs/world, made when missing"""
+    """a nuScenes root (the folder with v1.0-trainval/ and samples/), a T4 data set (docs/t4.md), an info file of mmdetection3d,
+    or a folder with one frame.json; none: a synthetic world in runs/world, made when missing"""
     version: str = "v1.0-trainval"
-    """of the nuScenes root; v1.0-mini trains on mini_train"""
+    """of the nuScenes root; v1.0-mini trains on mini_train. A number is the revision of a T4 data set's scenes"""
     train_split: str | None = None
     """of the version, also one of its splits.json; none: train, mini_train"""
     eval_split: str | None = None
@@ -840,7 +840,7 @@ def parse(defaults: Defaults, arguments: list[str], description: str | None = No
     """The config of a command line; --model and what is at --data-root decide on the defaults."""
     root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
     of_model = defaults.get(flag(arguments, "--model") or "", first)  # tyro names the choices for another name
-    default = of_model[source.kind(None if root is None else Path(root))]
+    default = source.of_kind(of_model, None if root is None else Path(root))
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
     return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
