@@ -44,7 +44,8 @@ def kind(root: Path | None) -> Kind:
         return "synthetic"
     if (root / "frame.json").is_file():
         return "frame"
-    return "t4" if not tables.versions(root) and t4_folders.is_t4(root) else "nuscenes"
+    versions = set(tables.versions(root)) - {t4_folders.TABLES}
+    return "t4" if not versions and t4_folders.is_t4(root) else "nuscenes"
 
 
 def of_kind(defaults: Mapping[Kind, Default], root: Path | None) -> Default:
@@ -80,6 +81,18 @@ def open(root: Path | None, version: str, training: str | None = None, evaluatio
     names = _split_names(root, version, training, evaluation)
     first = nuscenes.index(root, version, names[0])
     return Source(first, first if names[0] == names[1] else nuscenes.index(root, version, names[1]))
+
+
+def training(root: Path, version: str | None, split: str | None, *, workers: int = 1) -> Index:
+    """A nuScenes root's or T4 data set's split to train on; version: None for the only one, of T4 for the highest revision of
+    each scene; split: None for that of the defaults; workers: processes that build T4's. Raises ValueError."""
+    if kind(root) == "t4":
+        default, _ = t4_folders.default_splits(root) or ("train", "")
+        return t4.index(root, split or default, revision=t4_folders.revision_of(version), workers=workers)
+    version = version or tables.only_version(root)
+    tables.check_root(root, version)
+    default, _ = tables.default_splits(root, version) or ("train", "")
+    return nuscenes.index(root, version, split or default)
 
 
 def _open_t4(root: Path, revision: str | None, training: str | None, evaluation: str | None) -> Source:

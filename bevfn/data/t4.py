@@ -34,6 +34,7 @@ ANNOTATIONS = "sample_annotation"
 APART = 1.5  # s, at most, between two annotations that a velocity is measured from; twice that over both neighbours
 LEVELS = {"v80-100": "full", "v60-80": "most", "v40-60": "partial", "v0-40": "none"}  # other names of visibilities
 FORMAT = 1  # of the cache file
+NO_FRAMES = pack(())
 SCHEMA = tables.Schema(
     ends=(*tables.ENDS, "sample_data.sample_token"),  # which only key frames have
     fields=tables.FIELDS | {"map": {"log_tokens": list}},
@@ -187,7 +188,7 @@ def _read(base: Path, scene: Scene, rules: Rules) -> _Read:
     found, problems = read_tables(folder)
     if problems:
         raise ValueError(next(iter(problems.values())))
-    own = _Tables(found)
+    own = Tables(found)
     try:
         made = [_frame(own, scene, sample, rules) for sample in found["sample"]]
         _check_clouds(own, folder)
@@ -202,8 +203,8 @@ def _read(base: Path, scene: Scene, rules: Rules) -> _Read:
     )
 
 
-class _Tables:
-    """A scene's rows by token, and by what they belong to."""
+class Tables:
+    """A scene's rows by token, and by what they belong to; made of tables without problems."""
 
     def __init__(self, found: dict[str, list[dict]]) -> None:
         self.rows = {name: {row["token"]: row for row in of} for name, of in found.items()}
@@ -220,12 +221,15 @@ class _Tables:
             self.annotated[row["sample_token"]].append(row)
 
     def get(self, table: str, token: str) -> Row:
+        """The row of that token."""
         return self.rows[table][token]
 
     def channel(self, data: Row) -> str:
+        """Of a row of sample_data."""
         return self.channels[data["calibrated_sensor_token"]]
 
     def category(self, annotation: Row) -> str:
+        """The raw category of an annotation."""
         return self.get("category", self.get("instance", annotation["instance_token"])["category_token"])["name"]
 
     def previous(self, scan: Row) -> Row | None:
@@ -242,7 +246,7 @@ class _Tables:
         return None
 
 
-def _frame(own: _Tables, scene: Scene, sample: Row, rules: Rules) -> Frame | None:
+def _frame(own: Tables, scene: Scene, sample: Row, rules: Rules) -> Frame | None:
     """One row of the sample table; None without a LiDAR scan."""
     recorded = own.recorded[sample["token"]]
     lidar = next((recorded[channel] for channel in LIDARS if channel in recorded), None)
@@ -271,7 +275,7 @@ def _frame(own: _Tables, scene: Scene, sample: Row, rules: Rules) -> Frame | Non
     )
 
 
-def _annotations(own: _Tables, found: list[Row], lidar_from_global: np.ndarray, rules: Rules) -> dict[str, Any]:
+def _annotations(own: Tables, found: list[Row], lidar_from_global: np.ndarray, rules: Rules) -> dict[str, Any]:
     """The Frame's fields of boxes: merged ones first, then in the order of the table."""
     rows.check_links(own.get, ANNOTATIONS, found)
     velocities = np.array([velocity(own.get, row) for row in found]).reshape(-1, 3)
@@ -302,7 +306,7 @@ def _annotations(own: _Tables, found: list[Row], lidar_from_global: np.ndarray, 
     }
 
 
-def _level(own: _Tables, row: Row) -> str:
+def _level(own: Tables, row: Row) -> str:
     level = own.get("visibility", row["visibility_token"]).get("level") if row.get("visibility_token") else ""
     return LEVELS.get(str(level), str(level))
 
@@ -324,7 +328,7 @@ def velocity(get: rows.Get, row: Row) -> np.ndarray:
     return (places[1] - places[0]) / seconds if seconds <= limit else np.full(3, np.nan)
 
 
-def _check_clouds(own: _Tables, folder: Path) -> None:
+def _check_clouds(own: Tables, folder: Path) -> None:
     """Raises Impossible unless points have the usual number of columns, as far as the first scan's description says."""
     scans = (recorded[channel] for recorded in own.recorded.values() for channel in LIDARS if channel in recorded)
     described = next((row["info_filename"] for row in scans if row.get("info_filename")), None)

@@ -19,6 +19,7 @@ TABLES = "annotation"
 ALL = "all"
 DEPTH = 3  # folders from a root to a scene's own, at most
 INNER = {"annotation", "data", "map", "maps", "input_bag", "lidarseg", "samples", "sweeps"}  # hold no scene
+OURS = (".", "bevfn_")  # beginnings of what else lies there
 LISTS = (".yaml", ".yml")
 
 
@@ -98,11 +99,11 @@ def chosen(root: Path, split: str, revision: str | None = None) -> list[Scene]:
 
 
 def default_splits(root: Path) -> tuple[str, str] | None:
-    """(the split to train on, the one to evaluate on) where nobody names them: of lists train and val, and the one scene that
-    a root is; None elsewhere."""
-    if (base(root) / TABLES).is_dir() and not _list_files(root):
-        return ALL, ALL
-    return ("train", "val") if _list_files(root) and {"train", "val"} <= splits(root).keys() else None
+    """(the split to train on, the one to evaluate on) where nobody names them: of lists train and val, without lists the only
+    scene there is; None elsewhere."""
+    if not _list_files(root):
+        return (ALL, ALL) if len(scenes(root)) == 1 else None
+    return ("train", "val") if {"train", "val"} <= splits(root).keys() else None
 
 
 def revision_of(version: str | None) -> str | None:
@@ -117,7 +118,7 @@ def _folders(folder: Path) -> list[str]:
     """Names of the folders in a folder that may hold scenes, sorted."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.name not in INNER and not e.name.startswith(".") and e.is_dir())
+            return sorted(e.name for e in entries if not (e.name in INNER or e.name.startswith(OURS)) and e.is_dir())
     except PermissionError:
         return []
 
