@@ -32,8 +32,8 @@ def read(path: Path, most: int) -> np.ndarray:
     if not 0 <= count <= most or count * dtype.itemsize > LARGEST:
         raise ValueError(f"{path}: the point file's header says {count:,} points, not 0 to {most:,}; copy it again.")
     rows = _rows(header["DATA"][0], data, dtype, count, path)
-    ring = next((rows[name].reshape(count, -1)[:, 0] for name in RINGS if name in fields), np.full(count, -1.0))
-    return np.column_stack([*(rows[name].reshape(count, -1)[:, 0] for name in NEEDED), ring]).astype("<f4")
+    ring = next((rows[name][:, 0] for name in RINGS if name in fields), np.full(count, -1.0))
+    return np.column_stack([*(rows[name][:, 0] for name in NEEDED), ring]).astype("<f4")
 
 
 def _header(content: bytes, path: Path) -> tuple[dict[str, list[str]], bytes]:
@@ -59,7 +59,7 @@ def _layout(header: dict[str, list[str]], path: Path) -> tuple[list[str], np.dty
         names = header["FIELDS"]
         sizes, counts = ([int(word) for word in header.get(key, ["1"] * len(names))] for key in ("SIZE", "COUNT"))
         count = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
-        if not len(names) == len(sizes) == len(counts) == len(header["TYPE"]) or not header["DATA"]:
+        if not len(names) == len(sizes) == len(counts) == len(header["TYPE"]) or not header["DATA"] or min(counts) < 1:
             raise ValueError
         rows = zip(names, header["TYPE"], sizes, counts)
         # several fields may be called "_": padding
@@ -121,7 +121,7 @@ def _compressed(data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndar
     rows, place = np.zeros(count, dtype), 0
     for name in dtype.names:
         field = dtype[name]
-        rows[name] = np.frombuffer(raw, field.base, count * field.shape[0], place).reshape(count, -1)
+        rows[name] = np.frombuffer(raw, field.base, count * field.shape[0], place).reshape(count, *field.shape)
         place += count * field.itemsize
     return rows
 

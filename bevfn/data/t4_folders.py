@@ -119,7 +119,7 @@ def _folders(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if not (e.name in INNER or e.name.startswith(OURS)) and e.is_dir())
-    except PermissionError:
+    except OSError:  # not there, or not ours to read
         return []
 
 
