@@ -70,7 +70,7 @@ def splits(root: Path, revision: str | None = None) -> dict[str, list[Scene]]:
     Raises ValueError, one sentence, for a list that cannot be read or names a scene which the root has not.
     """
     every = scenes(root, revision)
-    made: dict[str, list[Scene]] = {ALL: every}
+    known = _Known(base(root), every)
     listed: dict[str, list[Scene]] = {}
     for path in _list_files(root):
         for split, entries in _read_lists(path).items():
@@ -79,10 +79,9 @@ def splits(root: Path, revision: str | None = None) -> dict[str, list[Scene]]:
                     f"{path}: '{printable(split)}' cannot name a split, since files are named after it; use letters, digits, "
                     "'-', '_' and '.'."
                 )
-            own = listed.setdefault(split, [])
-            known = {scene.folder for scene in own}
-            own += [s for s in (_resolve(root, path, split, e, every) for e in entries) if s.folder not in known]
-    return made | {split: own for split, own in listed.items() if own}
+            listed.setdefault(split, []).extend(known.resolved(path, split, entry) for entry in entries)
+    once = {split: list({scene.folder: scene for scene in own}.values()) for split, own in listed.items() if own}
+    return {ALL: every} | once
 
 
 def chosen(root: Path, split: str, revision: str | None = None) -> list[Scene]:
@@ -159,29 +158,38 @@ def _list_files(root: Path) -> list[Path]:
     return own + sorted(path for path in Path(root).glob("*") if path.suffix in LISTS)
 
 
-def _resolve(root: Path, path: Path, split: str, entry: str, every: list[Scene]) -> Scene:
-    """The scene that a list's entry names: `<id>[/<revision>[/<city>/<vehicle>]]`, or its folder relative to the root. An id
-    is looked for below the folder that is named as the list first."""
-    whole = {scene.name: scene for scene in every} | {scene.folder: scene for scene in every}
-    name, *rest = entry.strip("/").split("/")
-    found = whole.get(entry.strip("/")) or whole.get(f"{path.stem}/{name}") or whole.get(name)
-    matching = [scene for scene in every if scene.name.rpartition("/")[2] == name]
-    found = found or (matching[0] if len(matching) == 1 else None)
-    if found is None:
-        what = f"is in {len(matching)} folders of it" if matching else "is not below it"
-        raise ValueError(
-            f"{path}: {split} names the scene '{printable(entry)}', which {what} ({base(root)}); correct one of them."
-        )
-    number = next((part for part in rest[:1] if part.isdigit()), None)
-    if number is None or found.folder == found.name or found.folder.rpartition("/")[2] == number:
-        return found
-    inside = f"{found.name}/{number}" if found.folder.count("/") else number
-    if not (base(root) / inside / TABLES).is_dir():
-        raise ValueError(
-            f"{path}: {split} names revision {number} of the scene '{printable(name)}', which {base(root) / found.name} has not; "
-            "fetch it, or correct the list."
-        )
-    return Scene(found.name, inside)
+class _Known:
+    """The scenes of a root by what lists may call them."""
+
+    def __init__(self, root: Path, every: list[Scene]) -> None:
+        self.root = root
+        self.whole = {scene.folder: scene for scene in every} | {scene.name: scene for scene in every}
+        self.by_id: dict[str, list[Scene]] = {}
+        for scene in every:
+            self.by_id.setdefault(scene.name.rpartition("/")[2], []).append(scene)
+
+    def resolved(self, path: Path, split: str, entry: str) -> Scene:
+        """The scene that an entry names: `<id>[/<revision>[/<city>/<vehicle>]]`, or its folder relative to the root. An id is
+        looked for below the folder that is named as the list first. Raises ValueError."""
+        name, *rest = entry.strip("/").split("/")
+        own = (self.whole.get(key) for key in (entry.strip("/"), f"{path.stem}/{name}", name))
+        matching = self.by_id.get(name, [])
+        found = next((scene for scene in own if scene is not None), matching[0] if len(matching) == 1 else None)
+        if found is None:
+            what = f"is in {len(matching)} folders of it" if matching else "is not below it"
+            raise ValueError(
+                f"{path}: {split} names the scene '{printable(entry)}', which {what} ({self.root}); correct one of them."
+            )
+        number = next((part for part in rest[:1] if part.isdigit()), None)
+        if number is None or found.folder == found.name or found.folder.rpartition("/")[2] == number:
+            return found
+        inside = f"{found.name}/{number}" if "/" in found.folder else number
+        if not (self.root / inside / TABLES).is_dir():
+            raise ValueError(
+                f"{path}: {split} names revision {number} of the scene '{printable(name)}', which {self.root / found.name} has "
+                "not; fetch it, or correct the list."
+            )
+        return Scene(found.name, inside)
 
 
 def _read_lists(path: Path) -> dict[str, list[str]]:
