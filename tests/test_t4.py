@@ -316,6 +316,9 @@ def test_other_roots_are_no_t4(root, tmp_path):
     assert source.kind(root) == "nuscenes" and source.kind(tmp_path) == "nuscenes" and source.kind(None) == "synthetic"
     with pytest.raises(ValueError, match=r"has no T4 scene: no folder annotation/ in it, or in folders below it"):
         t4.index(tmp_path / "nowhere")
+    (tmp_path / "old" / "data" / "LIDAR_CONCAT").mkdir(parents=True)  # tables of another version's name
+    with pytest.raises(ValueError, match=r"old has no T4 scene: no folder annotation/ in it"):
+        source.open(tmp_path / "old", "v1.0-trainval")
     assert source.of_kind({"nuscenes": 1, "frame": 2}, tmp_path) == 1
 
 

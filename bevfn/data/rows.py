@@ -122,8 +122,16 @@ def camera(get: Get, image: Row, lidar_from_global: np.ndarray) -> Camera:
         ego_from_camera=ego_from_camera,
         global_from_ego=global_from_then,
         timestamp=1e-6 * image["timestamp"],
-        size=(image["height"], image["width"]) if image.get("height") or image.get("width") else None,
+        size=_size(image),
     )
+
+
+def _size(image: Row) -> tuple[int, int] | None:
+    """(H, W) of an image, None where both are missing or 0. Whether they are possible is asked later, of all at once."""
+    height, width = image.get("height") or 0, image.get("width") or 0
+    if not all(isinstance(side, int | float) and not abs(side) >= 1e300 for side in (height, width)):
+        raise Impossible(f"sample_data {printable(image['token'])} has no height and width of numbers")
+    return (height, width) if height or width else None
 
 
 def poses(get: Get, data: Row) -> tuple[np.ndarray, np.ndarray]:

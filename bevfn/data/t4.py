@@ -24,12 +24,11 @@ from bevfn.data import building, faults, points, rows, stored, t4_classes, t4_fo
 from bevfn.data.index import CAMERAS, Frame, Index, Packed, inverse, join, pack
 from bevfn.data.rows import Impossible, Row
 from bevfn.data.t4_classes import Objects, Rules
-from bevfn.data.t4_folders import TABLES, Scene
+from bevfn.data.t4_folders import LIDARS, TABLES, Scene
 from bevfn.files import read_json
 from bevfn.names import printable
 
 VERSION = "T4"  # of an Index
-LIDARS = ("LIDAR_TOP", "LIDAR_CONCAT")  # the first that a key frame has
 ANNOTATIONS = "sample_annotation"
 APART = 1.5  # s, at most, between two annotations that a velocity is measured from; twice that over both neighbours
 LEVELS = {"v80-100": "full", "v60-80": "most", "v40-60": "partial", "v0-40": "none"}  # other names of visibilities
@@ -37,7 +36,7 @@ FORMAT = 1  # of the cache file
 NO_FRAMES = pack(())
 SCHEMA = tables.Schema(
     ends=(*tables.ENDS, "sample_data.sample_token"),  # which only key frames have
-    fields=tables.FIELDS | {"map": {"log_tokens": list}},
+    fields=tables.FIELDS | {"map": {"log_tokens": list}, "attribute": {"name": str}},
     mend="the tables are incomplete or of another version of the T4 format than t4-devkit 0.8 reads; copy or convert them again",
 )
 
@@ -191,12 +190,15 @@ def _read(base: Path, scene: Scene, rules: Rules) -> _Read:
     own = Tables(found)
     try:
         made = [_frame(own, scene, sample, rules) for sample in found["sample"]]
+        packed = pack(frame for frame in made if frame is not None)
         _check_clouds(own, folder)
     except Impossible as error:
         raise ValueError(f"{folder}: {error}.") from None
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{folder}: {type(error).__name__} {printable(error)}: {SCHEMA.mend}.") from error
     maps = (str(row.get("filename") or "") for row in found["map"])
     return _Read(
-        frames=pack(frame for frame in made if frame is not None),
+        frames=packed,
         categories=Counter(own.category(row) for row in found[ANNOTATIONS]),
         blind=sum(frame is None for frame in made),
         lost_maps=tuple(path for path in maps if path and not (folder / path).exists()),

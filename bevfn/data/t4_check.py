@@ -25,7 +25,7 @@ DROPS = values.Drops(reach=122.4, sensors="LiDAR")  # of AWML's recipes
 Found = dict[str, list[dict]]  # tables
 ODD: dict[str, tuple[str, str, Literal["left out", "note"]]] = {
     "map": ("missing maps", "it needs none", "note"),
-    "scan": (f"key frames without a scan of {' or '.join(t4.LIDARS)}", "it leaves them out", "left out"),
+    "scan": (f"key frames without a scan of {' or '.join(t4_folders.LIDARS)}", "it leaves them out", "left out"),
     "lens": ("cameras whose lenses distort", "as AWML, it takes their images for undistorted", "note"),
     "velocity": (
         "annotations without a velocity of their own",
@@ -254,10 +254,10 @@ def _scenes(base: Path, scenes: dict[Scene, Found], deep: bool) -> Iterator[Find
 
 def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> dict[str, int]:
     """Kind of ODD: how often it is there."""
-    scans = [r for recorded in own.recorded.values() for channel in t4.LIDARS if (r := recorded.get(channel))]
+    scans = [r for recorded in own.recorded.values() for channel in t4_folders.LIDARS if (r := recorded.get(channel))]
     return {
         "map": int(not any(row.get("filename") for row in found["map"])),
-        "scan": sum(not set(t4.LIDARS) & own.recorded[row["token"]].keys() for row in found["sample"]),
+        "scan": sum(not set(t4_folders.LIDARS) & own.recorded[row["token"]].keys() for row in found["sample"]),
         "lens": sum(bool(np.any(row.get("camera_distortion") or 0)) for row in found["calibrated_sensor"]),
         "velocity": sum(row.get("velocity") is None for row in found[t4.ANNOTATIONS]),
         "invalid": sum(row.get("is_valid") is False for row in found["sample_data"]),

@@ -16,6 +16,7 @@ from bevfn.data import tables
 from bevfn.names import file_name, printable
 
 TABLES = "annotation"
+LIDARS = ("LIDAR_TOP", "LIDAR_CONCAT")  # the first that a key frame has
 ALL = "all"
 DEPTH = 3  # folders from a root to a scene's own, at most
 INNER = {"annotation", "data", "map", "maps", "input_bag", "lidarseg", "samples", "sweeps"}  # hold no scene
@@ -49,7 +50,7 @@ def is_list(root: Path) -> bool:
 
 
 def is_t4(root: Path) -> bool:
-    """Whether there is a T4 scene; looks into folders only, and stops at the first."""
+    """Whether there is a T4 scene, or what is left of one without its tables; looks into folders only, up to the first."""
     return is_list(root) or (Path(root).is_dir() and _any_scene(Path(root), DEPTH))
 
 
@@ -123,7 +124,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _any_scene(folder: Path, depth: int) -> bool:
-    if (folder / TABLES).is_dir():
+    if (folder / TABLES).is_dir() or any((folder / "data" / channel).is_dir() for channel in LIDARS):
         return True
     return depth > 0 and any(_any_scene(folder / name, depth - 1) for name in _folders(folder))
 
