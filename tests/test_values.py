@@ -71,18 +71,6 @@ def own_splits(root: Path) -> None:
     (root / VERSION / "splits.json").write_text(json.dumps({"ours": ["scene-0061"]}))
 
 
-def repeated_names(root: Path) -> None:
-    def change(rows: list[dict]) -> None:
-        for row in rows:
-            if "CAM_" in row["filename"]:
-                path = Path(row["filename"])
-                new = path.with_name(path.name.replace(f"{path.parent.name}__", ""))
-                (root / path).rename(root / new)
-                row["filename"] = str(new)
-
-    edited("sample_data", change)(root)
-
-
 def sixteen_bits(root: Path) -> None:
     path = root / "samples/CAM_BACK/scene-0061__CAM_BACK__0.jpg"
     Image.fromarray(np.full((9, 16), 40_000, np.uint16)).save(path.with_suffix(".png"))
@@ -127,7 +115,6 @@ WORLDS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     ),
     "own splits": (own_splits, "note", "splits.json has the splits ours", "need --train-split and --eval-split"),
     "own version": (own_version, "note", "none of nuScenes' versions; its splits are a, b", "needs --train-split"),
-    "names that repeat": (repeated_names, "note", "several images have the name scene-0061__0.jpg", "--no-depth"),
     "binary PCD": (binary_pcd, "refused", "has the header of a PCD file", "training stops there"),
     "16 bits": (sixteen_bits, "refused", "of more than 8 bits a channel", "training stops there"),
     "a link to itself": (

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -17,22 +17,30 @@ def synth(
     seed: int = 0,
     frames: int = 20,
     image_size: tuple[int, int] = (900, 1600),
+    format: Literal["nuscenes", "t4"] = "nuscenes",
     workers: int = 0,
 ) -> None:
-    """Writes a synthetic data set in nuScenes' format, which nuscenes-devkit loads and scores.
+    """Writes a synthetic data set in nuScenes' format, which nuscenes-devkit loads and scores, or in T4's.
 
     Args:
         out: folder of the data set
         scenes: how many; every fourth, beginning with the second, is of the split val, the others of train
         seed: the same seed writes the same bytes
-        frames: key frames of a scene, 0.5 s apart
+        frames: key frames of a scene, 0.5 s apart, in T4's format 0.1 s
         image_size: height and width in pixels
+        format: nuscenes; or t4: a folder a scene, clouds in base_link, and a list of scenes beside them
         workers: processes; 0: one for each processor
     """
     from bevfn import synth
 
     path = synth.write(
-        out, scenes=scenes, seed=seed, frames_per_scene=frames, image_size=image_size, workers=workers or None
+        out,
+        scenes=scenes,
+        seed=seed,
+        frames_per_scene=frames,
+        image_size=image_size,
+        format=format,
+        workers=workers or None,
     )
     print(f"{path}: {scenes} scenes of {frames} key frames")
 
@@ -47,21 +55,22 @@ def check(
     show: int = 20,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> int:
-    """Says what of a nuScenes data set is there, missing or damaged, file by file, and what training does with odd values.
-    Exit code 1 if something is missing, damaged, refused or left out.
+    """Says what of a nuScenes or T4 data set is there, missing or damaged, file by file, and what training does with odd
+    values. Exit code 1 if something is missing, damaged, refused or left out.
 
     Args:
-        root: the folder that holds samples/, sweeps/, maps/ and the version's tables
-        version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
+        root: the folder that holds samples/, sweeps/, maps/ and the version's tables, or a T4 data set (docs/t4.md)
+        version: v1.0-trainval, v1.0-mini, ...; needed if the root has several. Of T4 scenes the revision, the highest without it
         split: train, val, ...; all that the root has without it
         deep: decode every file, instead of looking at sizes and ends
         workers: threads; 0: twice the processors
         show: problems to print
         json_file: write all of them there
     """
-    from bevfn.data import check
+    from bevfn.data import check, source, t4_check
 
-    report = check.check(root, version, split, deep=deep, workers=workers)
+    looking = t4_check.check if source.kind(root) == "t4" else check.check
+    report = looking(root, version, split, deep=deep, workers=workers)
     print(report.text(show))
     if json_file is not None:
         write_atomically(json_file, report.json())
@@ -85,9 +94,9 @@ def prepare(
     (~/.cache/bevfn).
 
     Args:
-        root: the folder that holds samples/, sweeps/, maps/ and the version's tables
-        version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
-        split: one to train on, also of the version's splits.json; train or mini_train without it
+        root: the folder that holds samples/, sweeps/, maps/ and the version's tables, or a T4 data set (docs/t4.md)
+        version: v1.0-trainval, v1.0-mini, ...; needed if the root has several. Of T4 scenes the revision, the highest without it
+        split: one to train on, also of the version's splits.json or a T4 data set's lists; train or mini_train without it
         paste: build the GT-paste database, for bevfusion_lidar
         published_sweeps: with sweeps as the published recipe moves them, off by up to 0.6 m when the car turns; the recipe's
             flag of that name must say the same
@@ -97,21 +106,18 @@ def prepare(
         workers: processes; 0: one for each processor
     """
     from bevfn.data import depth as ground_truth
-    from bevfn.data import nuscenes, tables
     from bevfn.data import paste as pasting
+    from bevfn.data import source
     from bevfn.data.reading import CLASS_NAMES
 
     workers = workers or os.cpu_count() or 1
-    version = version or tables.only_version(root)
-    tables.check_root(root, version)
-    if split is None:
-        split, _ = tables.default_splits(root, version) or ("train", "")
-    index = nuscenes.index(root, version, split)
-    print(f"{len(index):,} key frames of {version} {split}")
+    index = source.training(root, version, split, workers=workers)
+    print(f"{len(index):,} key frames of {index.version} {index.split}")
     if paste:
         folder = pasting.folder(index)
         making = pasting.Making(published_sweeps, published_paste)
-        database = pasting.build(index, folder, class_names=CLASS_NAMES, making=making, workers=workers)
+        names = CLASS_NAMES if set(CLASS_NAMES) <= set(index.class_names) else index.class_names
+        database = pasting.build(index, folder, class_names=names, making=making, workers=workers)
         print(f"{folder}: {len(database):,} objects ({making})")
     if depth:
         files = ground_truth.build(index, ground_truth.folder(index), workers=workers)

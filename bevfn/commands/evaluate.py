@@ -126,7 +126,7 @@ def _found(task: run.Task, checkpoint: Path, *, device: str, **settings: Any) ->
 def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> run.Config:
     """The config of the run that the checkpoint belongs to; the model's defaults for an imported file."""
     path = checkpoint.parent.parent / run_folder.CONFIG_FILE
-    default = recipes.defaults(experiment, model)[source.kind(data_root)]
+    default = source.of_kind(recipes.defaults(experiment, model), data_root)
     if not (checkpoint.is_dir() and path.is_file()):
         if checkpoint.is_dir():
             print(

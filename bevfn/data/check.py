@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bevfn.data import depth, image, nuscenes, paste, points, values
 from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Index
+from bevfn.data.rows import MAX_SWEEPS
 from bevfn.files import to_json
 from bevfn.names import leaves, printable
 
@@ -125,7 +126,7 @@ def check(
         Problem(f"{version}/{name}.json", "missing" if "does not exist" in what else "damaged", what, 0)
         for name, what in broken.items()
     ]
-    parts = [_part("tables", len(tables_of.TABLES), problems)]
+    parts = [part_of("tables", len(tables_of.TABLES), problems)]
     maps = [] if "map" in broken else [Path(row["filename"]) for row in tables["map"]]
     lost = [
         Problem(str(path), "damaged", OUTSIDE, 0)
@@ -134,7 +135,7 @@ def check(
         for path in maps
         if leaves(str(path)) or not (root / path).is_file()
     ]
-    parts.append(_part("maps", len(maps), lost))
+    parts.append(part_of("maps", len(maps), lost))
     problems += lost
 
     samples: dict[str, int] = {}
@@ -145,11 +146,11 @@ def check(
         members = _samples(root, version, split, tables)
         samples = {name: len(tokens) for name, tokens in members.items()}
         needed = files_needed(tables, set().union(*members.values()))
-        found = _examine(root, [path for files in needed.values() for path in files], deep, workers)
+        found = examine_all(root, [path for files in needed.values() for path in files], deep, workers)
         for name, files in needed.items():
             bad = [Problem(path, *found[path], len(tokens)) for path, tokens in files.items() if path in found]
             affected.update(*(files[problem.path] for problem in bad))
-            parts.append(_part(name, len(files), bad))
+            parts.append(part_of(name, len(files), bad))
             problems += bad
         if not lost:  # with a map missing, the devkit does not start
             facts, findings = _values(root, version, split, tables, set(found))
@@ -176,7 +177,7 @@ def files_needed(tables: dict[str, list[dict]], samples: set[str]) -> dict[str, 
                 scans.append(row)
     for row in scans:
         before = row
-        for _ in range(nuscenes.MAX_SWEEPS):
+        for _ in range(MAX_SWEEPS):
             if not before["prev"]:
                 break
             before = data[before["prev"]]
@@ -195,7 +196,7 @@ def examine(path: Path, deep: bool) -> Finding | None:
         if size == 0:
             return "damaged", "is empty"
         if path.suffix in (".bin", ".pcd", ".npy"):
-            if size % points.BYTES:
+            if size % points.BYTES and path.suffix != ".pcd":  # which has a header
                 return (
                     "damaged",
                     f"is truncated: {size} bytes are no whole number of points ({points.BYTES} bytes each)",
@@ -229,7 +230,7 @@ def _jpeg_ends(path: Path, size: int) -> str:
     return "" if b"\xff\xd9" in end else "is truncated: the JPEG has no end-of-image marker"
 
 
-def _examine(root: Path, files: list[str], deep: bool, workers: int) -> dict[str, Finding]:
+def examine_all(root: Path, files: list[str], deep: bool, workers: int) -> dict[str, Finding]:
     """File: (kind, what is wrong), in parallel: threads, because this waits for the disk and decoders free the lock."""
 
     def look(chunk: list[str]) -> dict[str, Finding]:
@@ -285,7 +286,7 @@ def _samples(root: Path, version: str, split: str | None, tables: dict[str, list
     }
 
 
-def _part(name: str, files: int, problems: list[Problem]) -> Part:
+def part_of(name: str, files: int, problems: list[Problem]) -> Part:
     missing = sum(problem.kind == "missing" for problem in problems)
     return Part(name, files, missing, len(problems) - missing)
 

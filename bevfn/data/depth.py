@@ -1,8 +1,8 @@
 """Depth ground truth of camera images: the key frame's LiDAR points seen by each camera, at its own moment.
 
 A point is (u, v, depth): pixels of the image file and metres along the optical axis. Points are made on the fly or read
-from files that `build` made before: one per image, `<image file name>.bin`, little-endian float32, three numbers a
-point. That is the layout of BEVDepth's `depth_gt/`, so a folder of its script can be read too.
+from files that `build` made before: one per image, `<image's path in the root>.bin`, little-endian float32, three numbers a
+point. In BEVDepth's `depth_gt/` files are called after the image's name alone; a folder of its script can be read too.
 
 Sources: BEVDepth scripts/gen_depth_gt.py and nusc_det_dataset.py (fact sheet bevdepth_r50_2key); BEVNeXt (fact sheet
 bevnext_stage1, "Depth ground truth"). Upstream goes through global coordinates of about 1e3 m in float32; here one float64
@@ -12,7 +12,6 @@ frame, where no depth label changes).
 
 import hashlib
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ MARGIN = 1  # px at the image's border in which points are dropped
 NEAR, FAR = 1.0, 60.0  # m, of BEVNeXt's points
 DEPTH = "depth.json"
 FRAMES = 32  # of one job
-FORMAT = 1  # raise it when the files' meaning changes
+FORMAT = 2  # raise it when the files' meaning changes
 COLUMNS = 3
 BYTES = 4 * COLUMNS
 
@@ -118,11 +117,13 @@ def maps(
 
 
 def read(files: Path, name: str) -> np.ndarray:
-    """The stored points [P,3] float32 of an image, named as in the index; `files` is what `folder_of_files` says.
+    """The stored points [P,3] float32 of an image, by its path as in the index; `files` is what `folder_of_files` says.
 
     Raises ValueError if the file is missing, truncated or damaged.
     """
-    path = _file(files, name)
+    path, flat = _file(files, name), _file(files, Path(name).name)
+    if flat.is_file() and not path.is_file():
+        path = flat  # of BEVDepth's script
     try:
         values = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
@@ -173,24 +174,22 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
     Raises ValueError if a file is missing or damaged, if there is no image, or if another build writes to `out`.
     """
     out = Path(out)
-    names = Counter(Path(camera.path).name for frame in index for camera in frame.cameras.values())
-    if not names:
+    if not index.channels:
         raise ValueError(
             f"{index.root} ({index.version}, split {index.split!r}) has no camera images to give depth to."
-        )
-    if names.most_common(1)[0][1] > 1:
-        raise ValueError(
-            f"{index.root} has several images {names.most_common(1)[0][0]}; their depth needs other names."
         )
     with building.only_writer(out):
         files = out / f"files-{_fingerprint(index)}"
         if _is_built(out, files):
             return files
         files.mkdir(exist_ok=True)
-        for half in files.glob(".*"):  # of a killed build
-            half.unlink()
-        there = {path.name.removesuffix(".bin") for path in files.iterdir()}
-        todo = [i for i, frame in enumerate(index) if not {Path(c.path).name for c in frame.cameras.values()} <= there]
+        there = set()
+        for path in files.rglob("*"):
+            if path.name.startswith("."):  # of a killed build
+                path.unlink()
+            elif path.suffix == ".bin":
+                there.add(str(path.relative_to(files)).removesuffix(".bin"))
+        todo = [i for i, frame in enumerate(index) if not {c.path for c in frame.cameras.values()} <= there]
         with Progress(disable=not progress) as bar:
             task = bar.add_task("depth ground truth", total=len(index), completed=len(index) - len(todo))
             for frames in building.unordered(_make, _jobs(index, files, todo), workers):
@@ -224,7 +223,7 @@ def _make(frames: list[Frame], root: Path, files: Path) -> int:
 
 
 def _file(files: Path, name: str) -> Path:
-    return Path(files) / f"{Path(name).name}.bin"
+    return Path(files) / f"{name}.bin"
 
 
 def _fingerprint(index: Index) -> str:

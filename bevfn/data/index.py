@@ -1,6 +1,6 @@
 """What a data set knows about its key frames, without pixels or points: files, times, transforms, annotations.
 
-`nuscenes.index` and `infos.read` make an Index; `scene.load` turns its frames into Samples. Transforms are named
+`nuscenes.index`, `t4.index` and `infos.read` make an Index; `scene.load` turns its frames into Samples. Transforms are named
 target_from_source, 4 4 float64, and move column vectors. The frames of a large data set are kept as columns (`pack`)
 and made when asked for: nuScenes' 28,130 training frames as Python objects would take gigabytes in every process.
 """
@@ -236,6 +236,25 @@ def pack(frames: Iterable[Frame]) -> Packed:
     for name, values in repeating.items():
         columns[f"{name}_words"], codes = np.unique(_texts(values), return_inverse=True)
         columns[name] = codes.astype(np.uint16)
+    return Packed(columns)
+
+
+def join(parts: Iterable[Packed]) -> Packed:
+    """The frames of all parts, one after the other, as `pack` would have made them of all at once."""
+    parts = [pack(()), *parts]
+    columns: dict[str, np.ndarray] = {}
+    for name in parts[0].columns:
+        values = [part.columns[name] for part in parts]
+        if name.endswith("_start"):
+            offsets = np.cumsum([0, *(value[-1] for value in values[:-1])])
+            columns[name] = np.concatenate([[0], *(value[1:] + first for value, first in zip(values, offsets))])
+        elif f"{name}_words" in parts[0].columns:
+            words = [part.columns[f"{name}_words"] for part in parts]
+            columns[f"{name}_words"], codes = np.unique(np.concatenate(words), return_inverse=True)
+            splits = np.split(codes, np.cumsum([len(word) for word in words])[:-1])
+            columns[name] = np.concatenate([code[value] for code, value in zip(splits, values)]).astype(np.uint16)
+        elif not name.endswith("_words"):
+            columns[name] = np.concatenate(values)
     return Packed(columns)
 
 

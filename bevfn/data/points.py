@@ -1,18 +1,18 @@
-"""LiDAR points: files in nuScenes form (`.pcd.bin`, little-endian float32, five numbers a point, no header), and which
-points lie in a range or in a box."""
+"""LiDAR points: files in nuScenes' and T4's form (`.pcd.bin`, little-endian float32, five numbers a point, no header) or
+with a header (`.pcd`), and which points lie in a range or in a box."""
 
 from pathlib import Path
 
 import numpy as np
 
-from bevfn.data import possible
+from bevfn.data import pcd, possible
 
-COLUMNS = 5  # x, y, z [m, lidar frame], intensity 0..255, ring 0..31
+COLUMNS = 5  # x, y, z [m, lidar frame], intensity 0..255, ring 0..31, or -1 where several lidars are one cloud
 BYTES = 4 * COLUMNS
 Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper x, y, z [m]
 
 MOST = 10_000_000  # points of a file: 200 MB, where a scan has some 100,000
-FEW = 0.01  # share of a file's points that may be impossible; with more the file is not of such points
+FEW = 0.01  # share of a file's points, or one, that may be impossible; with more the file is not of such points
 HEADS = {
     b"\x93NUMPY": "has the header of an .npy file",
     b"# .PCD": "has the header of a PCD file",
@@ -47,6 +47,19 @@ def read(path: Path) -> tuple[np.ndarray, int]:
         raise ValueError(
             f"{path}: the point file has {path.stat().st_size:,} bytes, more than {MOST:,} points; copy it again."
         )
+    if path.suffix == ".pcd":
+        values, points = None, pcd.read(path, MOST)
+    else:
+        values, points = _bare(path)
+    good = _good(points)
+    kept = points if good.all() else points[good]  # nearly always all, and it saves a copy
+    if wrong := _wrong(values, points, kept):
+        raise ValueError(f"{path}: {wrong}; write {WANTED} of each point.")
+    return kept, len(points) - len(kept)
+
+
+def _bare(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes [n] uint8, points [P,5] float32 made of them) of a file without header."""
     values = np.fromfile(path, dtype=np.uint8)
     if not len(values):
         raise ValueError(f"{path}: the point file is empty (0 bytes); copy it again.")
@@ -59,12 +72,7 @@ def read(path: Path) -> tuple[np.ndarray, int]:
             f"{path}: {len(values)} bytes are not a whole number of points ({COLUMNS} float32 = {BYTES} bytes each); "
             "the file is truncated or of another format, copy it again."
         )
-    points = values.view("<f4").reshape(-1, COLUMNS)  # P 5
-    good = _good(points)
-    kept = points if good.all() else points[good]  # nearly always all, and it saves a copy
-    if wrong := _wrong(values, points, kept):
-        raise ValueError(f"{path}: {wrong}; write {WANTED} of each point.")
-    return kept, len(points) - len(kept)
+    return values, values.view("<f4").reshape(-1, COLUMNS)
 
 
 def _good(points: np.ndarray) -> np.ndarray:
@@ -75,16 +83,17 @@ def _good(points: np.ndarray) -> np.ndarray:
     return good
 
 
-def _wrong(values: np.ndarray, points: np.ndarray, kept: np.ndarray) -> str:
-    """What else the bytes of a file seem to be than the points [P,5], of which some are kept; empty if nothing."""
+def _wrong(values: np.ndarray | None, points: np.ndarray, kept: np.ndarray) -> str:
+    """What else the bytes of a file (None where a header says what they are) seem to be than the points [P,5], of which some
+    are kept; empty if nothing."""
     bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept) if len(kept) < len(points) else 0
-    if bad > FEW * len(points):
+    if bad > max(1, FEW * len(points)):
         return (
             f"{bad:,} of {len(points):,} points have coordinates or an intensity that must be {possible.POINT}, "
-            f"{possible.INTENSITY}{_fitting(values)}"
+            f"{possible.INTENSITY}{'' if values is None else _fitting(values)}"
         )
-    intensity = kept[:, 3]
-    if len(intensity) and intensity.max() <= 1 and (intensity % 1 != 0).any():
+    intensity, single = kept[:, 3], (kept[:, 4] >= 0).any()  # simulators write clouds of no ring with 0..1
+    if len(intensity) and single and intensity.max() <= 1 and (intensity % 1 != 0).any():
         return "the points' intensities are 0..1"
     return ""
 

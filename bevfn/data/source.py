@@ -1,20 +1,21 @@
-"""Where a run's key frames come from: a nuScenes root, an info file, a folder with one frame, or a synthetic world made
-on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
+"""Where a run's key frames come from: a nuScenes root, a T4 data set, an info file, a folder with one frame, or a synthetic
+world made on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from bevfn import synth
-from bevfn.data import cameras, infos, nuscenes, tables
+from bevfn.data import cameras, infos, nuscenes, t4, t4_folders, tables
 from bevfn.data.index import Index, Packed, pack
 from bevfn.data.reading import Reading
 from bevfn.names import printable
 
-Kind = Literal["nuscenes", "frame", "synthetic"]
+Kind = Literal["nuscenes", "t4", "frame", "synthetic"]
+Default = TypeVar("Default")
 WORLD = Path("runs/world")
 SCENES, WORLD_IMAGE = 10, (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
 
@@ -41,7 +42,16 @@ def kind(root: Path | None) -> Kind:
     """What lies at a data root, by which a recipe chooses its flags' defaults; an info file is one of nuScenes."""
     if root is None:
         return "synthetic"
-    return "frame" if (root / "frame.json").is_file() else "nuscenes"
+    if (root / "frame.json").is_file():
+        return "frame"
+    versions = set(tables.versions(root)) - {t4_folders.TABLES}
+    return "t4" if not versions and t4_folders.is_t4(root) else "nuscenes"
+
+
+def of_kind(defaults: Mapping[Kind, Default], root: Path | None) -> Default:
+    """The defaults for what lies at a data root; of nuScenes for T4 where a recipe has none of its own."""
+    found = kind(root)
+    return defaults["nuscenes" if found == "t4" and "t4" not in defaults else found]
 
 
 def prepare(root: Path | None) -> None:
@@ -52,12 +62,16 @@ def prepare(root: Path | None) -> None:
 
 
 def open(root: Path | None, version: str, training: str | None = None, evaluation: str | None = None) -> Source:
-    """The source at a data root, of these splits; None: those that nuScenes has for it. A single frame is both splits, and
-    so is an info file.
+    """The source at a data root, of these splits; None: those that nuScenes has for it, or train and val of a T4 data set's
+    lists. A single frame is both splits, and so are an info file and a single T4 scene. version: of nuScenes; of T4 a number
+    asks for that revision of its scenes, and nuScenes' names for none.
 
     Raises ValueError, one sentence, for a root, version or split that is not there, or where a split must be named.
     """
-    if root is not None and (root.is_file() or kind(root) == "frame"):
+    found = kind(root)
+    if root is not None and found == "t4":
+        return _open_t4(root, t4_folders.revision_of(version), training, evaluation)
+    if root is not None and (root.is_file() or found == "frame"):
         if training or evaluation:
             raise ValueError(f"{root} has no splits; leave out the split {training or evaluation!r}")
         only = infos.read(root if root.is_file() else root / "frame.json")
@@ -67,6 +81,32 @@ def open(root: Path | None, version: str, training: str | None = None, evaluatio
     names = _split_names(root, version, training, evaluation)
     first = nuscenes.index(root, version, names[0])
     return Source(first, first if names[0] == names[1] else nuscenes.index(root, version, names[1]))
+
+
+def training(root: Path, version: str | None, split: str | None, *, workers: int = 1) -> Index:
+    """A nuScenes root's or T4 data set's split to train on; version: None for the only one, of T4 for the highest revision of
+    each scene; split: None for that of the defaults; workers: processes that build T4's. Raises ValueError."""
+    if kind(root) == "t4":
+        default, _ = t4_folders.default_splits(root) or ("train", "")
+        return t4.index(root, split or default, revision=t4_folders.revision_of(version), workers=workers)
+    version = version or tables.only_version(root)
+    tables.check_root(root, version)
+    default, _ = tables.default_splits(root, version) or ("train", "")
+    return nuscenes.index(root, version, split or default)
+
+
+def _open_t4(root: Path, revision: str | None, training: str | None, evaluation: str | None) -> Source:
+    if training is None or evaluation is None:
+        defaults = t4_folders.default_splits(root)
+        if defaults is None:
+            raise ValueError(
+                f"{root} is a T4 data set whose lists have no splits train and val; name with --train-split and --eval-split what "
+                f"to take of {', '.join(t4_folders.splits(root, revision))} (all: every scene, also for both), or put AWML's lists "
+                "(DATABASE.yaml) or a splits.json there"
+            )
+        training, evaluation = training or defaults[0], evaluation or defaults[1]
+    first = t4.index(root, training, revision=revision)
+    return Source(first, first if training == evaluation else t4.index(root, evaluation, revision=revision))
 
 
 def _split_names(root: Path, version: str, training: str | None, evaluation: str | None) -> tuple[str, str]:

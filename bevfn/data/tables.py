@@ -1,6 +1,11 @@
-"""A nuScenes root as it lies on the disk: its versions, their thirteen tables of rows, and the splits of their scenes."""
+"""A nuScenes root as it lies on the disk: its versions, their thirteen tables of rows, and the splits of their scenes.
 
+What tables are and how they are held against each other is a `Schema`, which T4 data sets have another one of.
+"""
+
+import dataclasses
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,22 @@ FIELDS: dict[str, dict[str, type]] = {
     "map": {"filename": str, "log_tokens": list},  # of all versions: v1.0-mini's maps name logs of trainval
 }
 WORDS = {str: "text", int: "number", bool: "true or false", list: "list"}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the tables of a format must have; the defaults are nuScenes'."""
+
+    tables: tuple[str, ...] = TABLES
+    references: dict[str, dict[str, str]] = dataclasses.field(default_factory=lambda: REFERENCES)
+    ends: tuple[str, ...] = ENDS
+    """References that may be empty or missing: of every table, or "table.field"."""
+    fields: dict[str, dict[str, type]] = dataclasses.field(default_factory=lambda: FIELDS)
+    mend: str = "extract nuScenes' metadata archive again"
+    """What to do about tables that are broken, for sentences."""
+
+
+SCHEMA = Schema()
 SPLITS = "splits.json"
 # nuScenes' own splits are of one version each; others are named in a version's splits.json.
 BELONGS = {
@@ -152,44 +173,48 @@ def scenes_of(root: Path, version: str, split: str) -> list[str]:
 # --- tables ---
 
 
-def read_table(path: Path) -> list[dict]:
-    """The rows of a table. Raises ValueError if the file is missing, no complete JSON, or not a list of rows with tokens of
+def read_table(path: Path, mend: str = SCHEMA.mend) -> list[dict]:
+    """The rows of a table. mend: see `Schema`. Raises ValueError if the file is missing, no complete JSON, or not a list of rows with tokens of
     their own."""
-    rows = read(path, list)
+    rows = read(path, list, mend)
     if not all(isinstance(row, dict) and ("token" in row) for row in rows):
-        raise ValueError(f"{path}: a row has no token; the table is damaged, extract the metadata archive again.")
+        raise ValueError(f"{path}: a row has no token; the table is damaged, {mend}.")
     if (odd := next((row["token"] for row in rows if not isinstance(row["token"], str)), None)) is not None:
-        raise ValueError(f"{path}: a token is {_short(odd)}, no text; extract the metadata archive again.")
+        raise ValueError(f"{path}: a token is {_short(odd)}, no text; {mend}.")
     if len({row["token"] for row in rows}) < len(rows):
         (again, _), *_ = Counter(row["token"] for row in rows).most_common(1)
-        raise ValueError(f"{path}: several rows have the token {_short(again)}; extract the metadata archive again.")
+        raise ValueError(f"{path}: several rows have the token {_short(again)}; {mend}.")
     return rows
 
 
 def read_tables(root: Path, version: str) -> tuple[dict[str, list[dict]], dict[str, str]]:
     """(the tables that can be read, table: what is wrong with it for those that are missing, unreadable, or name rows
     that are nowhere)."""
-    folder = Path(root) / version
+    return read_folder(Path(root) / version)
+
+
+def read_folder(folder: Path, schema: Schema = SCHEMA) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """`read_tables` of a folder of tables."""
     tables, problems = {}, {}
-    for name in TABLES:
+    for name in schema.tables:
         try:
-            tables[name] = read_table(folder / f"{name}.json")
+            tables[name] = read_table(folder / f"{name}.json", schema.mend)
         except (ValueError, OSError) as error:
             problems[name] = str(error)
     return tables, problems | {
-        name: f"{folder / name}.json: {what}; extract the metadata archive again."
-        for name, what in wrong(tables).items()
+        name: f"{folder / name}.json: {what}; {schema.mend}." for name, what in wrong(tables, schema).items()
     }
 
 
-def wrong(tables: dict[str, list[dict]]) -> dict[str, str]:
+def wrong(tables: dict[str, list[dict]], schema: Schema = SCHEMA) -> dict[str, str]:
     """Table: the first thing that is wrong with it: a field of another type, a row that is nowhere, or what must be there
     once twice. Tables that are not given are not missed."""
     tokens = {name: {row["token"] for row in rows} for name, rows in tables.items()}
     problems = {}
     for name, rows in tables.items():
-        targets = {f: tokens[target] for f, target in REFERENCES.get(name, {}).items() if target in tokens}
-        if what := _wrong_field(rows, {"token": str, **FIELDS.get(name, {})}) or _lost_row(rows, name, targets):
+        targets = {f: tokens[target] for f, target in schema.references.get(name, {}).items() if target in tokens}
+        what = _wrong_field(rows, {"token": str, **schema.fields.get(name, {})})
+        if what := what or _lost_row(rows, name, targets, schema):
             problems[name] = what
     if {"log", "map"} <= tables.keys() - problems.keys():
         mapped = {token for row in tables["map"] for token in row["log_tokens"] if isinstance(token, str)}
@@ -221,18 +246,16 @@ def missing_maps(root: Path, version: str) -> list[Path]:
     return [file for file in files if not file.is_file()]
 
 
-def read(path: Path, kind: type) -> Any:
+def read(path: Path, kind: type, mend: str = SCHEMA.mend) -> Any:
     """A JSON file's list or dict. Raises ValueError, naming the file, for anything else."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; extract nuScenes' metadata archive again.")
+        raise ValueError(f"{path} does not exist; {mend}.")
     try:
         content = read_json(path.read_bytes(), finite=False)
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(
-            f"{path} is truncated or damaged ({error}); extract nuScenes' metadata archive again."
-        ) from error
+        raise ValueError(f"{path} is truncated or damaged ({error}); {mend}.") from error
     if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; extract the archive again.")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}; {mend}.")
     return content
 
 
@@ -245,12 +268,12 @@ def _wrong_field(rows: list[dict], fields: dict[str, type]) -> str:
     return ""
 
 
-def _lost_row(rows: list[dict], name: str, targets: dict[str, set[str]]) -> str:
+def _lost_row(rows: list[dict], name: str, targets: dict[str, set[str]], schema: Schema) -> str:
     """What is wrong with the first field that names rows which are nowhere, empty if none does."""
     for field, tokens in targets.items():
-        if lost := _dangling(rows, field, tokens):
+        if lost := _dangling(rows, field, tokens, field in schema.ends or f"{name}.{field}" in schema.ends):
             return (
-                f"{field} of {len(lost)} of {len(rows)} rows names no row of {REFERENCES[name][field]}.json (the first is "
+                f"{field} of {len(lost)} of {len(rows)} rows names no row of {schema.references[name][field]}.json (the first is "
                 f"{_short(lost[0])}); one of the two is incomplete or of another version"
             )
     return ""
@@ -263,10 +286,10 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _dangling(rows: list[dict], field: str, tokens: set[str]) -> list[Any]:
+def _dangling(rows: list[dict], field: str, tokens: set[str], open_ended: bool) -> list[Any]:
     """Values of `field` that are not in `tokens`, or no tokens at all, one per row that has such a value."""
     lost: list[Any] = []
-    ends = ("", None) if field in ENDS else ()
+    ends = ("", None) if open_ended else ()
     for row in rows:
         value = row.get(field)
         values = value if field.endswith("_tokens") and isinstance(value, list) else [value]

@@ -19,7 +19,6 @@ from bevfn.data.index import CAMERAS, Packed
 from bevfn.names import printable
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
-REACH = 54.0  # m in x and y, beyond which the published recipes drop boxes
 SHORTEST_LAG = 1e-3  # s: no LiDAR turns a thousand times a second
 OPENED = 5  # files of a kind
 SENSORS = ("LIDAR_TOP", *CAMERAS)
@@ -37,6 +36,19 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.then}"
+
+
+@dataclass(frozen=True)
+class Drops:
+    """What recipes do not learn; the defaults are those of nuScenes'."""
+
+    reach: float = 54.0
+    """m in x and y, beyond which they drop boxes"""
+    sensors: str = "LiDAR or radar"
+    """of which a box must have points"""
+
+
+DROPS = Drops()
 
 
 def of_tables(
@@ -58,13 +70,20 @@ def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[l
             packed = nuscenes.frames(root, version, split, keep=False)
     except ValueError as error:
         return [], [Finding(f"{split}: {printable(error).rstrip('.')}", "training refuses the data set", "refused")]
+    return of_frames(packed, root, split, damaged)
+
+
+def of_frames(
+    packed: Packed, root: Path, split: str, damaged: set[str], drops: Drops = DROPS
+) -> tuple[list[str], list[Finding]]:
+    """(facts, findings) of a split's key frames. damaged: see `of_split`."""
     found = [
         Finding(f"{fault.first} ({fault.count:,} {fault.what})", "training refuses the data set", "refused")
         for fault in faults.find(packed)
     ]
     told, odd = _files(root, packed, damaged)
-    facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed), _camera_fact(packed), *told]
-    found += [*_sweeps(packed), *_boxes(packed), *_cameras(packed), *odd]
+    facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed, drops), _camera_fact(packed), *told]
+    found += [*_sweeps(packed), *_boxes(packed, drops), *_cameras(packed), *odd]
     return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
 
 
@@ -76,11 +95,11 @@ def _channels(tables: dict[str, list[dict]]) -> Iterator[Finding]:
     foreign = sorted(name for name in channels - {*SENSORS} if not name.startswith("RADAR"))
     if foreign:
         yield Finding(
-            f"sensor.json has the channels {_some(foreign)}, which nuScenes has not", "it does not read them", "note"
+            f"sensor.json has the channels {some(foreign)}, which nuScenes has not", "it does not read them", "note"
         )
     if missing := [name for name in SENSORS if name not in channels]:
         yield Finding(
-            f"sensor.json has no {_some(missing)}",
+            f"sensor.json has no {some(missing)}",
             "it refuses models that read them; rename the channels that are meant",
             "refused",
         )
@@ -95,12 +114,12 @@ def _categories(tables: dict[str, list[dict]]) -> Iterator[Finding]:
         every = len(foreign) == len(counts)
         yield Finding(
             f"{sum(foreign.values()):,} of {sum(counts.values()):,} annotations are of categories that nuScenes has not, "
-            f"{_some(list(foreign))}",
+            f"{some(list(foreign))}",
             "it refuses the data set, which has no other" if every else "it leaves them out",
             "refused" if every else "left out",
         )
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
-        yield Finding(f"category.json has {_some(twice)} more than once", "it takes them as one", "note")
+        yield Finding(f"category.json has {some(twice)} more than once", "it takes them as one", "note")
 
 
 def _links(tables: dict[str, list[dict]]) -> Iterator[Finding]:
@@ -136,10 +155,10 @@ def _splits(root: Path, version: str, tables: dict[str, list[dict]], chosen: dic
     defaults = tables_of.default_splits(root, version)
     own = [name for name in chosen if not defaults or name not in tables_of.NUSCENES]
     if defaults is None:
-        what = f"{version} is none of nuScenes' versions; its splits are {_some(list(chosen))}"
+        what = f"{version} is none of nuScenes' versions; its splits are {some(list(chosen))}"
         yield Finding(what, "it needs --train-split and --eval-split", "note")
     elif own:
-        what = f"splits.json has the splits {_some(own)}"
+        what = f"splits.json has the splits {some(own)}"
         yield Finding(
             what, "they need --train-split and --eval-split; without, it takes " + " and ".join(defaults), "note"
         )
@@ -183,28 +202,28 @@ def _box_fact(packed: Packed) -> str:
     return f"{len(boxes):,} boxes of {sizes.min():.3g} to {sizes.max():.3g} m{fast}, {len(speeds) - len(known):,} of unknown speed"
 
 
-def _rules(packed: Packed) -> dict[str, np.ndarray]:
+def _rules(packed: Packed, drops: Drops) -> dict[str, np.ndarray]:
     """Rule: which boxes it drops."""
     column = packed.columns
     classes = column["names_words"][column["names"]] if len(column["names"]) else np.zeros(0, dtype=np.bytes_)
     return {
-        "without LiDAR or radar points": ~column["valid"],
+        f"without {drops.sensors} points": ~column["valid"],
         "of no detection class": classes == b"",
-        f"more than {REACH:g} m away": ~(np.abs(column["boxes"][:, :2]) < REACH).all(axis=1),
+        f"more than {drops.reach:g} m away": ~(np.abs(column["boxes"][:, :2]) < drops.reach).all(axis=1),
     }
 
 
-def _dropped_fact(packed: Packed) -> str:
-    dropped = _rules(packed)
+def _dropped_fact(packed: Packed, drops: Drops) -> str:
+    dropped = _rules(packed, drops)
     kept = ~np.any(list(dropped.values()), axis=0)
     return f"boxes dropped: {', '.join(f'{mask.sum():,} {rule}' for rule, mask in dropped.items())}; {kept.sum():,} are learned"
 
 
-def _boxes(packed: Packed) -> Iterator[Finding]:
+def _boxes(packed: Packed, drops: Drops) -> Iterator[Finding]:
     boxes = packed.columns["boxes"]
     if not len(boxes):
         return
-    dropped = _rules(packed)
+    dropped = _rules(packed, drops)
     for rule, mask in dropped.items():
         if mask.all():
             yield Finding(f"all {len(boxes):,} boxes are {rule}", "it drops them and learns of no object", "left out")
@@ -231,13 +250,6 @@ def _cameras(packed: Packed) -> Iterator[Finding]:
                 "a camera model stops there, or with --on-damaged skip leaves them out",
                 "left out",
             )
-    names = Counter(Path(path.decode()).name for path in column["camera_path"])
-    if names and names.most_common(1)[0][1] > 1:
-        yield Finding(
-            f"several images have the name {printable(names.most_common(1)[0][0])}, in different folders",
-            "`bevfn data prepare` needs --no-depth, and training makes depth of the LiDAR files",
-            "note",
-        )
 
 
 # --- files ---
@@ -273,10 +285,10 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
     if clouds:
         whole = np.concatenate(clouds)
         facts.append(
-            f"point files {_some(list(endings))}: {points.COLUMNS} columns of float32, {_span([len(c) for c in clouds])} points, "
+            f"point files {some(list(endings))}: {points.COLUMNS} columns of float32, {_span([len(c) for c in clouds])} points, "
             f"intensities {whole[:, 3].min():g} to {whole[:, 3].max():g} ({len(clouds)} opened)"
         )
-    facts.append(f"image files {_some(list(kinds)) or 'none'} ({len(pictures)} opened)")
+    facts.append(f"image files {some(list(kinds)) or 'none'} ({len(pictures)} opened)")
     return facts, found
 
 
@@ -298,6 +310,6 @@ def _span(counts: np.ndarray | list[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """Names in a sentence."""
     return ", ".join(printable(name) for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

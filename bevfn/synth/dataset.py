@@ -1,4 +1,4 @@
-"""Writes a world to disk in nuScenes' format, several key frames at a time in several processes."""
+"""Writes a world to disk in nuScenes' format or in T4's, several key frames at a time in several processes."""
 
 import errno
 import glob
@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -22,14 +23,15 @@ from rich.progress import track
 
 from bevfn import host
 from bevfn.files import as_read, read_json, to_json
-from bevfn.synth import camera, lidar, tables
+from bevfn.synth import camera, lidar, t4, tables
 from bevfn.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
 from bevfn.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
 from bevfn.synth.tables import Seen
-from bevfn.synth.world import TICK, TICKS_PER_FRAME, World, build
+from bevfn.synth.world import TICK, World, build
 
 VERSION = "v1.0-trainval"
 FORM = 1  # changes when the same settings give other files
+Format = Literal["nuscenes", "t4"]
 CHUNK = 4  # key frames a process makes at a time
 ANNOTATION_RANGE = 75.0  # m from the lidar
 FINE = 40.0, 0.05  # m of ground painted beyond the ego vehicle's path, m a pixel: what the cameras see nearby
@@ -46,6 +48,18 @@ class Settings:
     image_size: tuple[int, int]
     azimuths: int
     form: int = FORM
+    format: Format = "nuscenes"
+
+    @property
+    def layout(self) -> tables.Layout:
+        """Of its format."""
+        return t4.LAYOUT if self.format == "t4" else tables.NUSCENES
+
+    @property
+    def described(self) -> Any:
+        """As world.json has them; worlds in nuScenes' format are older than the choice of one."""
+        told = asdict(self)
+        return as_read(told if self.format != "nuscenes" else {k: v for k, v in told.items() if k != "format"})
 
 
 def write(
@@ -56,6 +70,7 @@ def write(
     frames_per_scene: int = 20,
     image_size: tuple[int, int] = (900, 1600),
     azimuths: int = lidar.AZIMUTHS,
+    format: Format = "nuscenes",
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
@@ -63,7 +78,8 @@ def write(
 
     Scene i does not depend on how many there are. Every fourth scene, beginning with the second, has a name of the
     official val split, the others of train. Key frames (2 Hz) have six JPEGs of image_size (H,W) and a lidar turn of
-    `azimuths` firings; between them lie nine lidar sweeps (20 Hz); cameras have no sweeps.
+    `azimuths` firings; between them lie nine lidar sweeps (20 Hz); cameras have no sweeps. In T4's format (`t4`) key frames
+    come at 10 Hz, without sweeps, and a list beside the scenes says which are of train and of val.
 
     All is written beside `out` and renamed at the end, so `out` is complete or not there. A folder that already holds
     this very world is left as it is, also one that another process has made meanwhile. Raises ValueError, one sentence, for a folder with anything else in it, a folder
@@ -71,7 +87,7 @@ def write(
     """
     if len(image_size) != 2 or min(image_size) < 32:
         raise ValueError(f"image_size is {image_size}; give (height, width) in pixels, at least 32 each.")
-    settings = Settings(scenes, seed, frames_per_scene, (image_size[0], image_size[1]), azimuths)
+    settings = Settings(scenes, seed, frames_per_scene, (image_size[0], image_size[1]), azimuths, format=format)
     _check(settings)
     out = Path(out).absolute()
     partial = out.with_name(f"{_partials(out)}{os.getpid()}")
@@ -79,7 +95,7 @@ def write(
         if _holds(out, settings):
             return out
         _sweep(out)
-        for folder in folders():
+        for folder in t4.folders(seed, scenes) if format == "t4" else folders():
             (partial / folder).mkdir(parents=True)
         _fill(partial, settings, workers or os.cpu_count() or 1, progress)
         if not _holds(out, settings):
@@ -139,7 +155,7 @@ def _holds(out: Path, settings: Settings) -> bool:
         described = read_json((out / "world.json").read_bytes())
     except (OSError, ValueError):
         described = None
-    if described == as_read(asdict(settings)):
+    if described == settings.described:
         return True
     what = "another synthetic world" if isinstance(described, dict) else "something else"
     raise ValueError(f"{out} holds {what}; choose a new or empty folder, or delete it first.")
@@ -155,18 +171,45 @@ def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
     seen: dict[tuple[int, int], Seen] = {}
     for found in track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True):
         seen.update(found)
+    (_fill_t4 if settings.format == "t4" else _fill_nuscenes)(root, settings, seen)
+    (root / "world.json").write_bytes(to_json(settings.described))
+
+
+def _fill_nuscenes(root: Path, settings: Settings, seen: dict[tuple[int, int], Seen]) -> None:
+    """Tables and maps of all scenes."""
     rows: dict[str, list[dict]] = {table: [] for table in tables.TABLES} | tables.shared()
     for number, name in enumerate(scene_names(settings.scenes)):
-        world = build(settings.seed, number, settings.frames_per_scene)
-        rig = mounted(settings.seed, number, settings.image_size)
-        frames = [seen[number, k] for k in range(settings.frames_per_scene)]
-        for table, more in tables.scene(world, rig, frames, seed=settings.seed, number=number, name=name).items():
-            rows[table] += more
+        world, more = _scene(settings, seen, number, name)
+        for table, new in more.items():
+            rows[table] += new
         mask = (world.map > 0).astype(np.uint8) * 255
         (root / tables.map_file(settings.seed, number)).write_bytes(cv2.imencode(".png", mask)[1].tobytes())
     for table, content in rows.items():
         (root / VERSION / f"{table}.json").write_bytes(to_json(content))
-    (root / "world.json").write_bytes(to_json(asdict(settings)))
+
+
+def _fill_t4(root: Path, settings: Settings, seen: dict[tuple[int, int], Seen]) -> None:
+    """Tables and maps, a folder a scene, and the list of scenes."""
+    for number, name in enumerate(scene_names(settings.scenes)):
+        _, rows = _scene(settings, seen, number, name)
+        t4.write(root / t4.home(settings.seed, number), rows | tables.shared())
+    (root / f"{t4.DATABASE}.yaml").write_text(t4.lists(settings.seed, settings.scenes))
+
+
+def _scene(
+    settings: Settings, seen: dict[tuple[int, int], Seen], number: int, name: str
+) -> tuple[World, dict[str, list[dict]]]:
+    """A scene and its rows."""
+    layout, (world, rig) = settings.layout, _built(settings, number)
+    frames = [seen[number, k] for k in range(settings.frames_per_scene)]
+    written = t4.grounded(rig) if layout.in_ego else rig
+    rows = tables.scene(world, written, frames, seed=settings.seed, number=number, name=name, layout=layout)
+    return world, rows
+
+
+def _built(settings: Settings, number: int) -> tuple[World, Rig]:
+    world = build(settings.seed, number, settings.frames_per_scene, settings.layout.ticks)
+    return world, mounted(settings.seed, number, settings.image_size)
 
 
 def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
@@ -188,25 +231,27 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
 def _chunk(root: Path, settings: Settings, number: int, first: int, end: int) -> dict[tuple[int, int], Seen]:
     """Writes the sensor files of the key frames first..end-1 of a scene, with the sweeps before each."""
     cv2.setNumThreads(1)
-    world = build(settings.seed, number, settings.frames_per_scene)
-    rig = mounted(settings.seed, number, settings.image_size)
+    world, rig = _built(settings, number)
+    layout, home = settings.layout, root / t4.home(settings.seed, number) if settings.format == "t4" else root
     textures = _textures(world, settings, number, first, end)
     directions = lidar.rays(settings.azimuths)
+    written = t4.grounded(rig) if layout.in_ego else rig
     result = {}
     for k in range(first, end):
-        for i in range(max(0, (k - 1) * TICKS_PER_FRAME + 1), k * TICKS_PER_FRAME + 1):
+        for i in range(max(0, (k - 1) * layout.ticks + layout.scan_ticks), k * layout.ticks + 1, layout.scan_ticks):
             rng = np.random.default_rng([settings.seed, number, 2, i])
             cloud = scan(world, rig, i * TICK, directions, rng)
-            name = tables.file_name(number, LIDAR, i * TICK, i == k * TICKS_PER_FRAME)
-            (root / name).write_bytes(cloud.tobytes())
-        t = k * TICKS_PER_FRAME * TICK
+            cloud = t4.in_ego(cloud, rig) if layout.in_ego else cloud
+            name = layout.file(number, LIDAR, i * TICK, i == k * layout.ticks)
+            (home / name).write_bytes(cloud.tobytes())
+        t = k * layout.ticks * TICK
         pixels = np.zeros((2, len(world.names)))
         for channel in CAMERAS:
             moment = t + CAMERAS[channel][3]
             picture, *seen = photograph(world, rig, channel, moment, textures)
             pixels += seen
-            (root / tables.file_name(number, channel, moment, True)).write_bytes(camera.encode(picture))
-        result[number, k] = Seen(count(world, rig, t, cloud), pixels[0] / np.maximum(pixels[1], 1))
+            (home / layout.file(number, channel, moment, True)).write_bytes(camera.encode(picture))
+        result[number, k] = Seen(count(world, written, t, cloud), pixels[0] / np.maximum(pixels[1], 1))
     return result
 
 
@@ -259,7 +304,8 @@ def _textures(
     world: World, settings: Settings, number: int, first: int, end: int
 ) -> tuple[camera.Texture, camera.Texture]:
     """The ground around the ego vehicle's way to these key frames: near and fine, wide and coarse."""
-    way = np.array([world.global_from_ego(k * TICKS_PER_FRAME * TICK)[:2, 3] for k in range(max(0, first - 1), end)])
+    times = (k * settings.layout.ticks * TICK for k in range(max(0, first - 1), end))
+    way = np.array([world.global_from_ego(t)[:2, 3] for t in times])
     rgb = (GROUND_RGB * camera.lit(world.weather, world.weather.sun[2])).astype(np.float32)
     grain = np.random.default_rng([settings.seed, number, 3]).normal(1.0, 0.05, (256, 256, 1)).astype(np.float32)
     made = []

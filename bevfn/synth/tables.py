@@ -60,7 +60,7 @@ def timestamp(number: int, t: float) -> int:
 
 
 def file_name(number: int, channel: str, t: float, key: bool) -> str:
-    """Path of a sensor file below the data set's root, named as nuScenes does."""
+    """Path of a sensor file below the data set's root, named as nuScenes does; t in s."""
     ending = "pcd.bin" if channel == LIDAR else "jpg"
     return f"{'samples' if key else 'sweeps'}/{channel}/{logfile(number)}__{channel}__{timestamp(number, t)}.{ending}"
 
@@ -68,6 +68,25 @@ def file_name(number: int, channel: str, t: float, key: bool) -> str:
 def logfile(number: int) -> str:
     """Name of a scene's log."""
     return f"bevfn-{number:04d}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a format says of times, frames and files; the defaults are nuScenes'."""
+
+    ticks: int = TICKS_PER_FRAME
+    """of a key frame"""
+    scan_ticks: int = 1
+    """of a lidar turn; those between key frames are sweeps"""
+    in_ego: bool = False
+    """clouds are written in the vehicle's frame, of no ring, by a lidar that is mounted there"""
+    velocities: bool = False
+    """annotations have them"""
+    file: Callable[[int, str, float, bool], str] = file_name
+    """see `file_name`; relative to the folder of the tables' files"""
+
+
+NUSCENES = Layout()
 
 
 def map_file(seed: int, number: int) -> str:
@@ -95,7 +114,9 @@ def shared() -> dict[str, list[dict]]:
     }
 
 
-def scene(world: World, rig: Rig, seen: list[Seen], *, seed: int, number: int, name: str) -> dict[str, list[dict]]:
+def scene(
+    world: World, rig: Rig, seen: list[Seen], *, seed: int, number: int, name: str, layout: Layout = NUSCENES
+) -> dict[str, list[dict]]:
     """The rows of one scene, table by table; seen: one entry per key frame."""
     own = partial(token, seed, number)
     frames = len(seen)
@@ -108,7 +129,7 @@ def scene(world: World, rig: Rig, seen: list[Seen], *, seed: int, number: int, n
     told = {"name": name, "description": world.story}
     rows["scene"] = [{"token": own("scene"), "log_token": own("log"), **span, **told}]
     for k, (previous, this, following) in enumerate(zip(["", *samples], samples, [*samples[1:], ""])):
-        when = timestamp(number, k * TICK * TICKS_PER_FRAME)
+        when = timestamp(number, k * TICK * layout.ticks)
         link = {"prev": previous, "next": following}
         rows["sample"].append({"token": this, "timestamp": when, **link, "scene_token": own("scene")})
     for channel, matrix in rig.ego_from_sensor.items():
@@ -116,32 +137,33 @@ def scene(world: World, rig: Rig, seen: list[Seen], *, seed: int, number: int, n
         lens = rig.intrinsics[channel].tolist() if channel in rig.intrinsics else []
         tokens = {"token": own("calibration", channel), "sensor_token": token("sensor", channel)}
         rows["calibrated_sensor"].append({**tokens, **mounted, "camera_intrinsic": lens})
-        poses, data = _recordings(world, rig, channel, number, own, samples)
+        poses, data = _recordings(world, rig, channel, number, own, samples, layout)
         rows["ego_pose"] += poses
         rows["sample_data"] += data
-    rows["instance"], rows["sample_annotation"] = _annotations(world, seen, own, samples)
+    rows["instance"], rows["sample_annotation"] = _annotations(world, seen, own, samples, layout)
     return rows
 
 
-def moments(channel: str, frames: int) -> list[tuple[float, int, bool]]:
+def moments(channel: str, frames: int, layout: Layout = NUSCENES) -> list[tuple[float, int, bool]]:
     """(t s, number of the sample it belongs to, key frame?) of a sensor's recordings, in order.
 
-    The lidar turns at 20 Hz from the first key frame to the last; a sweep belongs to the key frame that follows it.
-    The cameras have key frames only.
+    The lidar turns (20 Hz in nuScenes' layout) from the first key frame to the last; a sweep belongs to the key frame that
+    follows it. The cameras have key frames only.
     """
+    ticks = layout.ticks
     if channel != LIDAR:
-        return [(k * TICKS_PER_FRAME * TICK + CAMERAS[channel][3], k, True) for k in range(frames)]
-    last = (frames - 1) * TICKS_PER_FRAME
-    return [(i * TICK, -(-i // TICKS_PER_FRAME), i % TICKS_PER_FRAME == 0) for i in range(last + 1)]
+        return [(k * ticks * TICK + CAMERAS[channel][3], k, True) for k in range(frames)]
+    last = (frames - 1) * ticks
+    return [(i * TICK, -(-i // ticks), i % ticks == 0) for i in range(0, last + 1, layout.scan_ticks)]
 
 
 def _recordings(
-    world: World, rig: Rig, channel: str, number: int, own: Namer, samples: list[str]
+    world: World, rig: Rig, channel: str, number: int, own: Namer, samples: list[str], layout: Layout
 ) -> tuple[list[dict], list[dict]]:
     """Rows of ego_pose and sample_data of one sensor."""
     poses, data = [], []
     height, width = (0, 0) if channel == LIDAR else rig.image_size
-    every = moments(channel, len(samples))
+    every = moments(channel, len(samples), layout)
     tokens = [own("data", channel, i) for i in range(len(every))]
     for i, (t, k, key) in enumerate(every):
         pose, when = world.global_from_ego(t), timestamp(number, t)
@@ -149,7 +171,7 @@ def _recordings(
         poses.append({"token": tokens[i], "timestamp": when, **moved})
         of = {"sample_token": samples[k], "ego_pose_token": tokens[i]}
         file = {"fileformat": "pcd" if channel == LIDAR else "jpg", "is_key_frame": key}
-        size = {"height": height, "width": width, "filename": file_name(number, channel, t, key)}
+        size = {"height": height, "width": width, "filename": layout.file(number, channel, t, key)}
         link = {"prev": tokens[i - 1] if i else "", "next": tokens[i + 1] if i + 1 < len(every) else ""}
         taken = {"calibrated_sensor_token": own("calibration", channel), "timestamp": when}
         data.append({"token": tokens[i], **of, **taken, **file, **size, **link})
@@ -162,13 +184,16 @@ def annotated(seen: list[Seen]) -> np.ndarray:
     return np.logical_or.accumulate(met) & np.logical_or.accumulate(met[::-1])[::-1]
 
 
-def _annotations(world: World, seen: list[Seen], own: Namer, samples: list[str]) -> tuple[list[dict], list[dict]]:
+def _annotations(
+    world: World, seen: list[Seen], own: Namer, samples: list[str], layout: Layout
+) -> tuple[list[dict], list[dict]]:
     """Rows of instance and sample_annotation."""
     instances, annotations = [], []
     mask = annotated(seen)
-    times = np.arange(len(seen)) * TICK * TICKS_PER_FRAME
+    times = np.arange(len(seen)) * TICK * layout.ticks
     boxes = np.array([world.boxes(t) for t in times])  # F G 7
-    speeds = np.array([np.hypot(*world.velocities(t).T) for t in times])  # F G
+    velocities = np.array([world.velocities(t) for t in times])  # F G 2
+    speeds = np.hypot(velocities[..., 0], velocities[..., 1])  # F G
     for g in np.flatnonzero(mask.any(axis=0)):
         frames = np.flatnonzero(mask[:, g])
         tokens = [own("annotation", g, k) for k in frames]
@@ -184,7 +209,8 @@ def _annotations(world: World, seen: list[Seen], own: Namer, samples: list[str])
             link = {"prev": previous, "next": following}
             met = {"num_lidar_pts": int(seen[k].points[g]), "num_radar_pts": 0}
             named = {"attribute_tokens": attribute(world, g, speeds[k, g])}
-            annotations.append({"token": this, **of, **named, **box, **spin, **link, **met})
+            moving = {"velocity": [*velocities[k, g].tolist(), 0.0]} if layout.velocities else {}
+            annotations.append({"token": this, **of, **named, **box, **spin, **link, **met, **moving})
     return instances, annotations
 
 

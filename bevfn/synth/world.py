@@ -148,10 +148,10 @@ def _between(track: np.ndarray, t: float) -> np.ndarray:
     return track[..., low, :] * (1 - share) + track[..., low + 1, :] * share if share > 1e-9 else track[..., low, :]
 
 
-def build(seed: int, number: int, frames: int) -> World:
-    """Scene `number` of the world `seed`, long enough for `frames` key frames."""
+def build(seed: int, number: int, frames: int, ticks: int = TICKS_PER_FRAME) -> World:
+    """Scene `number` of the world `seed`, long enough for `frames` key frames, every `ticks` TICKs."""
     rng = np.random.default_rng([seed, number])
-    times = TICK * np.arange(-BEFORE, (frames - 1) * TICKS_PER_FRAME + 3)  # T
+    times = TICK * np.arange(-BEFORE, (frames - 1) * ticks + 3)  # T
     weather = _weather(rng)
     story = str(rng.choice(["straight", "right", "left", "wait"], p=[0.45, 0.2, 0.15, 0.2]))
     main, side, crossing = crossing_roads(rng, story, times[-1])

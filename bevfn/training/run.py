@@ -73,10 +73,10 @@ class Config:
     warm_up: int = 20
     """steps that performance mode does not count"""
     data_root: Path | None = None
-    """a nuScenes root (the folder with v1.0-trainval/ and samples/), an info file of mmdetection3d, or a folder with one
-    frame.json; none: a synthetic world in runs/world, made when missing"""
+    """a nuScenes root (the folder with v1.0-trainval/ and samples/), a T4 data set (docs/t4.md), an info file of mmdetection3d,
+    or a folder with one frame.json; none: a synthetic world in runs/world, made when missing"""
     version: str = "v1.0-trainval"
-    """of the nuScenes root; v1.0-mini trains on mini_train"""
+    """of the nuScenes root; v1.0-mini trains on mini_train. A number is the revision of a T4 data set's scenes"""
     train_split: str | None = None
     """of the version, also one of its splits.json; none: train, mini_train"""
     eval_split: str | None = None
@@ -887,12 +887,12 @@ def parse(defaults: Defaults, arguments: list[str], description: str | None = No
     """The config of a command line; --model (and what else `Config.CHOOSES`) and what is at --data-root decide on the
     defaults."""
     root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
-    kind = source.kind(None if root is None else Path(root))
-    given = {name: flag(arguments, f"--{name}") for name in first[kind].CHOOSES}
+    at_root = partial(source.of_kind, root=None if root is None else Path(root))
+    given = {name: flag(arguments, f"--{name}") for name in at_root(first).CHOOSES}
     chosen = {name: value for name, value in given.items() if value is not None}
-    fitting = (of for of in defaults.values() if all(str(getattr(of[kind], n)) == v for n, v in chosen.items()))
+    fitting = (of for of in defaults.values() if all(str(getattr(at_root(of), n)) == v for n, v in chosen.items()))
     # Tyro names the choices for an unknown model, the config what contradicts a known one.
-    default = next(fitting, defaults.get(chosen.get("model", ""), first))[kind]
+    default = at_root(next(fitting, defaults.get(chosen.get("model", ""), first)))
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
     return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)

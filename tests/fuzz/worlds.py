@@ -1,10 +1,11 @@
-"""Data sets: nuScenes tables, mmdetection3d's info files, clouds and images, as `data check` and training read them."""
+"""Data sets: nuScenes' and T4's tables, mmdetection3d's info files, clouds and images, as `data check` and training read them."""
 
 import io
 import json
 import pickle
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -14,8 +15,9 @@ import small_root
 import small_world
 from PIL import Image
 
+from bevfn import synth
 from bevfn.commands import data
-from bevfn.data import infos, nuscenes, paste, scene, source
+from bevfn.data import infos, nuscenes, paste, scene, source, t4_classes
 from bevfn.data.batch import Capacities, collate
 from bevfn.data.index import Index
 from bevfn.data.reading import Cameras, Points, Reading
@@ -30,6 +32,10 @@ READING = Reading(
 FRAME = Reading(
     points=Points(sweeps=0), cameras=Cameras(image_size=(64, 176)), capacities=Capacities(points=60_000, boxes=64)
 )
+T4 = replace(
+    READING, cameras=Cameras(image_size=(8, 16)), class_names=t4_classes.CLASSES, capacities=Capacities(9_000, 90)
+)
+T4_TABLES = "root/*/*/0/annotation/*.json"
 CLOUD, CAMERA = "root/samples/LIDAR_TOP/*__4.pcd.bin", "root/samples/CAM_FRONT/*__4.jpg"
 CACHES = (".bevfn",)
 
@@ -44,6 +50,10 @@ def rows() -> list[Row]:
         Row("clouds and images, checked", _root, "root/samples/[CL]*/*__4.[jp][pc]*", _sensor, _check, 26, CACHES),
         Row("an info file in JSON", _frame, "frame.json", mutate.as_json, _read_frame, 26),
         Row("an info file, pickled", _pickled, "frame.pkl", _info, _read_pickled, 26),
+        Row("T4's tables, checked", _t4, T4_TABLES, mutate.as_json, _check_t4, 13, CACHES),
+        Row("T4's numbers", _t4, "root/*/*/0/annotation/[ces]*.json", _numbers, _check_t4, 13, CACHES),
+        Row("T4's lists", _t4, "root/*.yaml", mutate.raw, _read_t4, 13, CACHES),
+        Row("clouds with a header", _t4, "root/*/*/0/data/LIDAR_CONCAT/*.pcd", mutate.early, _check_t4, 13, CACHES),
         Row("what data prepare made", _prepared, "root/*bevfn*/**/*.*[nbs]*", mutate.raw, _read_prepared, 26, CACHES),
     ]
 
@@ -74,6 +84,27 @@ def _read_prepared(folder: Path) -> None:
 
 def _root(folder: Path) -> None:
     small_root.write(folder / "root")
+
+
+def _t4(folder: Path) -> None:
+    """A world whose first scene has clouds with a header."""
+    synth.write(
+        folder / "root",
+        scenes=2,
+        frames_per_scene=2,
+        image_size=(32, 48),
+        azimuths=90,
+        format="t4",
+        workers=1,
+        progress=False,
+    )
+    home = sorted(folder.glob("root/*/*/0"))[0]
+    for path in home.glob("data/LIDAR_CONCAT/*.bin"):
+        head = f"FIELDS x y z intensity ring\nSIZE 4 4 4 4 4\nTYPE F F F F F\nPOINTS {path.stat().st_size // 20}\nDATA binary\n"
+        path.with_name(path.name.removesuffix(".bin")).write_bytes(head.encode() + path.read_bytes())
+        path.unlink()
+    table = home / "annotation/sample_data.json"
+    table.write_text(table.read_text().replace(".pcd.bin", ".pcd"))
 
 
 def _frame(folder: Path) -> None:
@@ -210,6 +241,16 @@ def _read(folder: Path) -> None:
         _load(index, READING)
 
 
+def _read_t4(folder: Path) -> None:
+    found = source.open(folder / "root", "v1.0-trainval")
+    for index in (found.training, found.evaluation):
+        _load(index, replace(T4, cameras=replace(T4.cameras, channels=index.channels)) if index.channels else T4)
+
+
+def _check_t4(folder: Path) -> int:
+    return _check(folder, _read_t4)
+
+
 def _read_frame(folder: Path) -> None:
     _load(infos.read(folder / "frame.json"), FRAME)
 
@@ -218,12 +259,12 @@ def _read_pickled(folder: Path) -> None:
     _load(infos.read(folder / "frame.pkl"), FRAME)
 
 
-def _check(folder: Path) -> int:
+def _check(folder: Path, read: Callable[[Path], None] = _read) -> int:
     """What it passes can be trained on."""
     code = data.check(folder / "root", deep=True)
     if code == 0:
         try:
-            _read(folder)
+            read(folder)
         except ValueError as error:
             raise AssertionError(f"data check --deep passes what training refuses: {error}") from None
     return code

@@ -1,0 +1,159 @@
+"""Point clouds with a header, `.pcd`, as Autoware writes them: fields of any number type and order, in any of the three
+encodings.
+
+Source: Point Cloud Library, "The PCD file format" (v0.7).
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+NEEDED = ("x", "y", "z", "intensity")
+RINGS = ("ring", "channel")  # of which a file may have one
+HEAD = 4096  # bytes, which a header never reaches
+LARGEST = 2**30  # bytes of all points
+KINDS = {"F": "f", "I": "i", "U": "u"}
+
+
+def read(path: Path, most: int) -> np.ndarray:
+    """[P,5] float32 x, y, z [m], intensity, ring (-1 where the file has none), in file order.
+
+    Raises ValueError, one sentence, for a file without header, with more than `most` points, without one of the fields x, y, z,
+    intensity, or of another length than its header says.
+    """
+    content = path.read_bytes()
+    header, data = _header(content, path)
+    fields, dtype, count = _layout(header, path)
+    if missing := [name for name in NEEDED if name not in fields]:
+        raise ValueError(
+            f"{path}: the point file has no field {', '.join(missing)}; it has {', '.join(fields)}: write x, y, z [m] and "
+            "intensity 0..255 of each point."
+        )
+    if not 0 <= count <= most or count * dtype.itemsize > LARGEST:
+        raise ValueError(f"{path}: the point file's header says {count:,} points, not 0 to {most:,}; copy it again.")
+    rows = _rows(header["DATA"][0], data, dtype, count, path)
+    ring = next((rows[name][:, 0] for name in RINGS if name in fields), np.full(count, -1.0))
+    return np.column_stack([*(rows[name][:, 0] for name in NEEDED), ring]).astype("<f4")
+
+
+def _header(content: bytes, path: Path) -> tuple[dict[str, list[str]], bytes]:
+    """({key: its words}, what follows the header)."""
+    found: dict[str, list[str]] = {}
+    place = 0
+    while "DATA" not in found:
+        end = content.find(b"\n", place, HEAD)
+        words = content[place:end].decode("ascii", "replace").split() if end >= 0 else []
+        if end < 0:
+            raise ValueError(
+                f"{path}: the point file has no PCD header that ends in DATA; it is damaged, copy it again."
+            )
+        if words and not words[0].startswith("#"):
+            found[words[0].upper()] = words[1:]
+        place = end + 1
+    return found, content[place:]
+
+
+def _layout(header: dict[str, list[str]], path: Path) -> tuple[list[str], np.dtype, int]:
+    """(names of the fields, dtype of a point, points)."""
+    try:
+        names = header["FIELDS"]
+        sizes, counts = ([int(word) for word in header.get(key, ["1"] * len(names))] for key in ("SIZE", "COUNT"))
+        count = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
+        if not len(names) == len(sizes) == len(counts) == len(header["TYPE"]) or not header["DATA"] or min(counts) < 1:
+            raise ValueError
+        rows = zip(names, header["TYPE"], sizes, counts)
+        # several fields may be called "_": padding
+        parts = [
+            (f"{i} {name}" if name == "_" else name, f"<{KINDS[kind]}{size}", (n,))
+            for i, (name, kind, size, n) in enumerate(rows)
+        ]
+        return names, np.dtype(parts), count
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError(
+            f"{path}: the point file's PCD header does not say FIELDS, SIZE, TYPE, COUNT, POINTS and DATA of its points; it is "
+            "damaged, copy it again."
+        ) from None
+
+
+def _rows(encoding: str, data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
+    """[P] of the dtype."""
+    if encoding == "ascii":
+        return _ascii(data, dtype, count, path)
+    if encoding == "binary_compressed":
+        return _compressed(data, dtype, count, path)
+    if encoding != "binary":
+        raise ValueError(f"{path}: the point file's DATA is {encoding!r}; write ascii, binary or binary_compressed.")
+    if len(data) < count * dtype.itemsize:
+        raise _truncated(path, len(data), count * dtype.itemsize)
+    return np.frombuffer(data, dtype, count)
+
+
+def _ascii(data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
+    assert dtype.names is not None
+    wide = sum(dtype[name].shape[0] for name in dtype.names)
+    try:
+        values = np.array(data.split(), dtype=np.float64)  # reads nan too
+        values = values[: count * wide].reshape(count, wide)
+    except ValueError:
+        raise ValueError(
+            f"{path}: the point file is not {count:,} lines of {wide} numbers, as its header says; it is damaged, copy it again."
+        ) from None
+    rows = np.zeros(count, dtype)
+    place = 0
+    for name in dtype.names:
+        size = dtype[name].shape[0]
+        with np.errstate(invalid="ignore"):
+            rows[name] = values[:, place : place + size]
+        place += size
+    return rows
+
+
+def _compressed(data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
+    """Field after field instead of point after point, in LZF."""
+    assert dtype.names is not None
+    packed, whole = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4))
+    if len(data) < 8 + packed or whole != count * dtype.itemsize:
+        raise _truncated(path, len(data), 8 + packed)
+    try:
+        raw = _unpacked(data[8 : 8 + packed], whole)
+    except IndexError:
+        raise ValueError(f"{path}: the point file's compressed points are damaged; copy it again.") from None
+    rows, place = np.zeros(count, dtype), 0
+    for name in dtype.names:
+        field = dtype[name]
+        rows[name] = np.frombuffer(raw, field.base, count * field.shape[0], place).reshape(count, *field.shape)
+        place += count * field.itemsize
+    return rows
+
+
+def _unpacked(data: bytes, size: int) -> bytes:
+    """LZF: runs of new bytes, and copies of what came before. Raises IndexError for what is none."""
+    made, place = bytearray(), 0
+    while place < len(data):
+        control = data[place]
+        place += 1
+        if control < 32:
+            made += data[place : place + control + 1]
+            place += control + 1
+            continue
+        length = control >> 5
+        if length == 7:
+            length += data[place]
+            place += 1
+        start = len(made) - ((control & 31) << 8) - data[place] - 1
+        place += 1
+        if start < 0:
+            raise IndexError
+        for i in range(start, start + length + 2):  # it may copy what it just wrote
+            made.append(made[i])
+        if len(made) > size:
+            raise IndexError
+    if len(made) != size:
+        raise IndexError
+    return bytes(made)
+
+
+def _truncated(path: Path, there: int, wanted: int) -> ValueError:
+    return ValueError(
+        f"{path}: the point file has {there:,} bytes behind its header, which says {wanted:,}; it is truncated, copy it again."
+    )

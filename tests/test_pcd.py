@@ -1,0 +1,171 @@
+"""Clouds with a header: any order, types and encoding give the same points; what is none is refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bevfn.data import pcd, points
+
+AUTOWARE = [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("intensity", "u1"), ("return_type", "u1"), ("channel", "<u2")]
+LETTERS = {"f": "F", "i": "I", "u": "U"}
+
+
+def cloud(count: int, layout: list[tuple[str, str]], seed: int = 0) -> np.ndarray:
+    """Points a lidar may have seen, as rows of that layout."""
+    rng = np.random.default_rng(seed)
+    made = np.zeros(count, layout)
+    for name, _ in layout:
+        made[name] = rng.normal(0, 20, count) if name in "xyz" else rng.integers(0, 120, count)
+    return made
+
+
+def header(made: np.ndarray, encoding: str) -> bytes:
+    kinds = [made.dtype[name] for name in made.dtype.names]
+    lines = [
+        "# .PCD v0.7 - Point Cloud Data file format",
+        "VERSION 0.7",
+        f"FIELDS {' '.join(made.dtype.names)}",
+        f"SIZE {' '.join(str(kind.itemsize) for kind in kinds)}",
+        f"TYPE {' '.join(LETTERS[kind.kind] for kind in kinds)}",
+        f"COUNT {' '.join('1' for _ in kinds)}",
+        f"WIDTH {len(made)}",
+        "HEIGHT 1",
+        "VIEWPOINT 0 0 0 1 0 0 0",
+        f"POINTS {len(made)}",
+        f"DATA {encoding}",
+    ]
+    return "\n".join(lines).encode() + b"\n"
+
+
+def squeezed(data: bytes) -> bytes:
+    """LZF of a simple encoder: copies of a byte's run, else literals."""
+    out, place = bytearray(), 0
+    while place < len(data):
+        run = 1
+        while place + run < len(data) and data[place + run] == data[place] and run < 200:
+            run += 1
+        if run >= 4:
+            length = run - 3  # after the literal, run - 1 bytes are copied, of which the format counts 2 less
+            out += bytes([0, data[place]])
+            out += bytes([min(length, 7) << 5]) + (bytes([length - 7]) if length >= 7 else b"") + b"\0"
+            place += run
+        else:
+            out += bytes([0, data[place]])
+            place += 1
+    return bytes(out)
+
+
+def encoded(made: np.ndarray, encoding: str) -> bytes:
+    if encoding == "binary":
+        return made.tobytes()
+    if encoding == "ascii":
+        return "\n".join(" ".join(repr(v.item()) for v in row) for row in made).encode()
+    raw = b"".join(made[name].tobytes() for name in made.dtype.names)
+    packed = squeezed(raw)
+    return len(packed).to_bytes(4, "little") + len(raw).to_bytes(4, "little") + packed
+
+
+def write(path: Path, made: np.ndarray, encoding: str = "binary") -> Path:
+    path.write_bytes(header(made, encoding) + encoded(made, encoding))
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["binary", "ascii", "binary_compressed"])
+@pytest.mark.parametrize("count", [0, 1, 500])
+def test_every_encoding_gives_the_points(tmp_path, encoding, count):
+    made = cloud(count, AUTOWARE)
+    read, bad = points.read(write(tmp_path / "a.pcd", made, encoding))
+    want = np.column_stack([made[name].astype("<f4") for name in ("x", "y", "z", "intensity", "channel")])
+    np.testing.assert_array_equal(read, want.reshape(-1, 5))
+    assert bad == 0 and read.dtype == np.float32
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.permutations(["x", "y", "z", "intensity", "ring", "time", "_"]),
+    st.sampled_from(["<f4", "<f8"]),
+    st.integers(0, 99),
+)
+def test_fields_may_have_any_order_and_width(tmp_path_factory, names, wide, seed):
+    layout = [(name, wide if name in "xyz" else "<f4" if name == "time" else "<u2") for name in names]
+    made = cloud(20, layout, seed)
+    read = pcd.read(write(tmp_path_factory.mktemp("c") / "a.pcd", made), points.MOST)
+    want = np.column_stack([made[name] for name in ("x", "y", "z", "intensity", "ring")])
+    np.testing.assert_array_equal(read, want.astype("<f4"))
+
+
+def test_without_a_ring_it_is_minus_one_and_nan_points_are_counted(tmp_path):
+    made = cloud(50, AUTOWARE[:4])
+    made["x"][:3] = np.nan
+    read, bad = points.read(write(tmp_path / "a.pcd", made, "ascii"))
+    assert bad == 3 and len(read) == 47 and (read[:, 4] == -1).all()
+
+
+GOOD = cloud(20, AUTOWARE)
+WRONG = {
+    "other fields": (
+        header(GOOD[["x", "y", "z"]].copy(), "binary"),
+        r"has no field intensity; it has x, y, z: write x, y, z",
+    ),
+    "no header": (GOOD.tobytes() * 30, r"has no PCD header that ends in DATA"),
+    "short": (
+        header(GOOD, "binary") + GOOD.tobytes()[:-1],
+        r"has 319 bytes behind its header, which says 320; it is trunc",
+    ),
+    "short text": (header(GOOD, "ascii") + b"1 2 3\n", r"is not 20 lines of 6 numbers, as its header says"),
+    "words": (header(GOOD, "ascii") + b"a b c\n" * 40, r"is not 20 lines of 6 numbers"),
+    "another encoding": (
+        header(GOOD, "zstd") + GOOD.tobytes(),
+        r"DATA is 'zstd'; write ascii, binary or binary_compressed",
+    ),
+    "no sizes": (
+        header(GOOD, "binary").replace(b"SIZE", b"SIZES"),
+        r"does not say FIELDS, SIZE, TYPE, COUNT, POINTS and",
+    ),
+    "a wrong type": (header(GOOD, "binary").replace(b"TYPE F", b"TYPE X"), r"does not say FIELDS, SIZE, TYPE"),
+    "no DATA": (header(GOOD, "").rstrip() + b"\n", r"does not say FIELDS"),
+    "many": (
+        header(GOOD, "binary").replace(b"POINTS 20", b"POINTS 99999999999"),
+        r"says 99,999,999,999 points, not 0 to",
+    ),
+    "negative": (header(GOOD, "binary").replace(b"POINTS 20", b"POINTS -1"), r"says -1 points, not 0 to"),
+    "wide": (header(GOOD, "binary").replace(b"COUNT 1", b"COUNT 99999999"), r"says 20 points, not 0 to|does not say"),
+    "bad copies": (
+        header(GOOD, "binary_compressed") + b"\4\0\0\0\x40\1\0\0" + b"\x20\xff\x20\xff",
+        r"compressed points are damaged",
+    ),
+    "a bomb": (
+        header(GOOD, "binary_compressed") + b"\5\0\0\0\x40\1\0\0" + b"\0\1\xe0\xff\0",
+        r"compressed points are damaged",
+    ),
+    "short packed": (header(GOOD, "binary_compressed") + b"\xff\0\0\0\x40\1\0\0", r"it is truncated, copy it again"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_that_is_no_cloud_is_one_sentence(tmp_path, name):
+    content, says = WRONG[name]
+    (tmp_path / "a.pcd").write_bytes(content)
+    with pytest.raises(ValueError, match=says) as error:
+        points.read(tmp_path / "a.pcd")
+    assert str(error.value).startswith(f"{tmp_path}/a.pcd: ") and "\n" not in str(error.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**31))
+def test_damage_is_a_sentence_or_other_points(tmp_path_factory, seed):
+    rng = np.random.default_rng(seed)
+    raw = bytearray(header(GOOD, "binary_compressed") + encoded(GOOD, "binary_compressed"))
+    for place in rng.integers(0, len(raw), 4):
+        raw[place] = rng.integers(0, 256)
+    path = tmp_path_factory.mktemp("c") / "a.pcd"
+    path.write_bytes(raw)
+    try:
+        read, _ = points.read(path)
+    except ValueError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert read.shape[1] == 5 and np.isfinite(read).all()
