@@ -90,9 +90,7 @@ class _Scored:
     extra: tables.Extra | None = None
 
 
-def _nuscenes(
-    index: Index, found: Mapping[str, Detections], reading: Reading, out: Path, *, bottom: bool
-) -> _Scored:
+def _nuscenes(index: Index, found: Mapping[str, Detections], reading: Reading, out: Path, *, bottom: bool) -> _Scored:
     """The devkit's scores."""
     document = submission(index, found, reading)
     written = submission(index, found, reading, bottom=True) if bottom else document
