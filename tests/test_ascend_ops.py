@@ -224,7 +224,7 @@ def test_deform_attn_spreads_samples_that_do_not_count_over_spare_rows_of_zeros(
     locations[:, 1] = -5.0
     mask = torch.tensor([[True, True, False]] * 2)
     table, spare = deform_attn_ascend._table(value, weights, sizes, (0, 1)), 2 * (5 * 6 + 4 * 3)  # quads of two images
-    rows = deform_attn_ascend._samples(value, locations, mask, sizes, (0, 1)).row.flatten(2)
+    rows = deform_attn_ascend._samples(value, locations, mask, sizes).row.flatten(2)
     assert len(table) == spare + 3 and not table[spare:].any() and rows.dtype == torch.int32
     assert (rows[:, 1] == spare + 1).all() and (rows[:, 2] == spare + 2).all()
 

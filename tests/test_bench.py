@@ -8,7 +8,7 @@ import small_cameras
 import torch
 
 from bevfn import cli
-from bevfn.bench import checkpoint, data, deform, machine, pool, startup, step, views
+from bevfn.bench import attention, checkpoint, data, deform, machine, pool, startup, step, views
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.models import bevdepth
@@ -78,6 +78,24 @@ def test_deformable_convolution_and_its_peers_agree():
         assert "bevfn[bench]" in figures["peer"]
 
 
+def test_deformable_attention_and_its_peers_agree_with_the_mask_of_a_rig_and_without():
+    figures = attention.measure(grid=12, channels=24, repeats=1)
+    assert 1 / 8 < figures["seen_share"] < 1 / 4
+    for name in ("masked", "all"):
+        assert figures[name].keys() == attention.PEERS.keys() == {"ours", "reference", "grid_sample"}
+        assert max(figures[name][peer]["relative_difference"] for peer in ("reference", "grid_sample")) < 1e-5
+        assert {"forward_speedup_over_grid_sample", "train_speedup_over_reference"} <= figures[name]["ours"].keys()
+
+
+def test_pillars_lie_where_a_camera_sees_them():
+    places, seen = attention.pillars(32)
+    assert places.shape == (6, 1024, 8, 2)
+    assert 0.98 < float(seen.any(0).float().mean()) < 1  # all but what lies around the car
+    ahead = 32 * 28 + 16  # row y, column x: 38.4 m and more ahead, 0.8 m to the right
+    assert seen[0, ahead] and not seen[3, ahead]  # CAMERAS: the first looks forward, the fourth back
+    assert (places[0, ahead, 1:, 1] < places[0, ahead, :-1, 1]).all()  # higher points are higher in the image
+
+
 def test_flops_of_a_deformable_convolution_are_those_of_its_products():
     x, weight = torch.randn(2, 8, 5, 6, requires_grad=True), torch.randn(4, 2, 3, 3, requires_grad=True)
     offset = torch.randn(2, 18, 5, 6, requires_grad=True)
@@ -133,6 +151,7 @@ def test_reading_samples_is_measured(frame):
 
 def test_files_name_the_machine_and_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(deform, "measure", lambda: {"ours": 1})
+    monkeypatch.setattr("bevfn.bench.attention.measure", lambda: {})
     monkeypatch.setattr("bevfn.bench.pool.measure", lambda: {})
     monkeypatch.setattr("bevfn.bench.sparse.measure", lambda: {})
     out = tmp_path / "ops.json"

@@ -87,7 +87,7 @@ OPS = {
     "deform_conv": deform_case,
     "no mask": plain_deform_case,
     "deform_attn": attention_case,
-    "masked": masked_attention_case,
+    "masked deform_attn": masked_attention_case,
 }
 ops = pytest.mark.parametrize("case", OPS.values(), ids=OPS)
 

@@ -87,13 +87,14 @@ class _Reference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *reference.backward(grad, *ctx.saved_tensors, tuple(ctx.sizes)), None, None
+        value, locations, weights, mask = ctx.saved_tensors
+        return *reference.backward(grad, value, locations, weights, mask, tuple(ctx.sizes)), None, None
 
 
 PEERS: dict[str, Callable[..., Tensor]] = {"ours": _ours, "reference": _Reference.apply, "grid_sample": by_grid_sample}
 
 
-def _compared(operands: tuple[Tensor, ...], mask: Tensor | None, sizes: list[int], repeats: int) -> dict:
+def _compared(operands: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, sizes: list[int], repeats: int) -> dict:
     figures: dict = {name: _figures(peer, operands, mask, sizes, repeats) for name, peer in PEERS.items()}
     ours, y = figures["ours"], _ours(*operands, mask, sizes)
     for name in list(PEERS)[1:]:

@@ -1,6 +1,8 @@
-"""The ops of `bevfn bench ops`: sparse and deformable convolution and voxel pooling against peers and the machine."""
+"""The ops of `bevfn bench ops`: sparse and deformable convolution, voxel pooling and deformable attention against peers
+and the machine.
+"""
 
-from bevfn.bench import deform, machine, pool, sparse
+from bevfn.bench import attention, deform, machine, pool, sparse
 
 
 def measure() -> dict:
@@ -11,4 +13,5 @@ def measure() -> dict:
         "sparse": sparse.measure(),
         "voxel_pool": pool.measure(),
         "deform_conv": deform.measure(),
+        "deform_attn": attention.measure(),
     }

@@ -16,7 +16,8 @@ Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
 def ops(*, threads: int = 0, json_file: Json = None) -> None:
     """Sparse convolution against spconv, deformable convolution against torchvision (`pip install 'bevfn[bench]'`),
-    both against plain torch and the machine's GEMM peak; voxel pooling against its copy bandwidth.
+    both against plain torch and the machine's GEMM peak; voxel pooling against its copy bandwidth; deformable
+    attention against plain torch and torch's grid_sample.
 
     Args:
         threads: CPU threads; 0: all cores (sparse convolution is measured with one)

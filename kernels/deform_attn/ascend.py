@@ -21,12 +21,11 @@ INDEX = 1 << 31  # what an int32 index reaches
 
 
 class Samples(NamedTuple):
-    """[B Q h L P], or [B Q h L P 4] with the four pixels around a sample in the table's order."""
+    """[B Q h L P] each."""
 
     row: Tensor  # int32, of the sample's quad in the table; a spare row of zeros where it does not count
-    share: Tensor  # bilinear weights
-    slope_y: Tensor  # their derivatives
-    slope_x: Tensor
+    y: Tensor  # how far the sample is from the quad's first pixel, 0 .. 1 pixels
+    x: Tensor
 
 
 def forward(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, sizes: list[int]) -> Tensor:
@@ -34,9 +33,9 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | No
     if not _fits(value, weights, sizes):
         return reference.forward(value, locations, weights, mask, tuple(sizes))
     (B, Q, h, _, _), d, order = weights.shape, value.shape[3], (0, 1)
-    samples = _samples(value, locations, mask, sizes, order)
+    samples = _samples(value, locations, mask, sizes)
     quads = _table(value, weights, sizes, order).index_select(0, samples.row.reshape(-1))
-    shares = samples.share * reference.attended(weights.to(quads.dtype), mask)[..., None]
+    shares = _shares(samples, reference.attended(weights.to(quads.dtype), mask), order)
     out = torch.bmm(shares.reshape(B * Q * h, 1, -1), quads.reshape(B * Q * h, -1, d))
     return out.reshape(B, Q, h * d).to(value.dtype)
 
@@ -49,19 +48,33 @@ def backward(
         return reference.backward(grad, value, locations, weights, mask, tuple(sizes))
     # The corners in another order than forward: GE merges equal gathers, and a merged one would stay in memory.
     (B, Q, h, L, P), d, order = weights.shape, value.shape[3], (1, 0)
-    N, samples, table = B * Q * h, _samples(value, locations, mask, sizes, order), _table(value, weights, sizes, order)
+    N, samples, table = B * Q * h, _samples(value, locations, mask, sizes), _table(value, weights, sizes, order)
     quads = table.index_select(0, samples.row.reshape(-1)).reshape(N, L * P * 4, d)
     slopes = reference.attended(grad.to(table.dtype), mask).reshape(N, 1, d)
     own = reference.attended(weights.to(table.dtype), mask)
     by_share = torch.bmm(quads, slopes.reshape(N, d, 1)).reshape(B, Q, h, L, P, 4)
-    grad_weights, grad_y, grad_x = ((by_share * part).sum(-1) for part in samples[1:])
-    parts = torch.bmm((samples.share * own[..., None]).reshape(N, -1, 1), slopes)  # N 4LP d
+    parts = torch.bmm(_shares(samples, own, order).reshape(N, -1, 1), slopes)  # N 4LP d
     rows = torch.zeros_like(table).index_add(0, samples.row.reshape(-1), parts.reshape(-1, 4 * d))
+
+    (_, y, x), of = samples, {corner: by_share[..., k] for k, corner in enumerate(_corners(order))}
+    upper, lower = (of[i, 0] + x * (of[i, 1] - of[i, 0]) for i in (0, 1))
+    left, right = (of[0, j] + y * (of[1, j] - of[0, j]) for j in (0, 1))
     return (
         _fold(rows, value, sizes, order).to(value.dtype),
-        reference.to_locations(grad_y * own, grad_x * own, tuple(sizes)).to(locations.dtype),
-        grad_weights.to(weights.dtype),
+        reference.to_locations((lower - upper) * own, (right - left) * own, tuple(sizes)).to(locations.dtype),
+        (upper + y * (lower - upper)).to(weights.dtype),
     )
+
+
+def _corners(order: tuple[int, int]) -> list[tuple[int, int]]:
+    """(row, column) of a quad's pixels, each 0 or 1."""
+    return [(i, j) for i in order for j in order]
+
+
+def _shares(samples: Samples, own: Tensor, order: tuple[int, int]) -> Tensor:
+    """[B Q h L P 4], bilinear weights of a quad's pixels times the sample's own weight."""
+    by_row, by_column = ((1 - samples.y) * own, samples.y * own), (1 - samples.x, samples.x)
+    return torch.stack([by_row[i] * by_column[j] for i, j in _corners(order)], -1)
 
 
 def _places(sizes: list[int]) -> int:
@@ -81,7 +94,7 @@ def _table(value: Tensor, weights: Tensor, sizes: list[int], order: tuple[int, i
     for _, height, width, first in reference.levels(tuple(sizes)):
         image = value[:, first : first + height * width].to(reference.wide(value)).reshape(B, height, width, h * d)
         image = F.pad(image, (0, 0, 1, 1, 1, 1))
-        corners = [image[:, i : i + height + 1, j : j + width + 1] for i in order for j in order]
+        corners = [image[:, i : i + height + 1, j : j + width + 1] for i, j in _corners(order)]
         made.append(torch.stack([c.reshape(B, (height + 1) * (width + 1), h, d) for c in corners], 3))
     quads = torch.cat(made, 1).reshape(-1, 4 * d)
     return torch.cat([quads, quads.new_zeros(weights.shape[1], 4 * d)])
@@ -96,16 +109,14 @@ def _fold(rows: Tensor, value: Tensor, sizes: list[int], order: tuple[int, int])
         size = (height + 1) * (width + 1)
         level = quads[:, place : place + size].reshape(B, height + 1, width + 1, h, 4, d)
         sums = level.new_zeros(B, height, width, h, d)
-        for k, (i, j) in enumerate((i, j) for i in order for j in order):
+        for k, (i, j) in enumerate(_corners(order)):
             sums = sums + level[:, 1 - i : 1 - i + height, 1 - j : 1 - j + width, :, k]
         made.append(sums.reshape(B, height * width, h, d))
         place += size
     return torch.cat(made, 1)
 
 
-def _samples(
-    value: Tensor, locations: Tensor, mask: Tensor | None, sizes: list[int], order: tuple[int, int]
-) -> Samples:
+def _samples(value: Tensor, locations: Tensor, mask: Tensor | None, sizes: list[int]) -> Samples:
     (B, _, h, _), Q, device = value.shape, locations.shape[1], value.device
     locations, places = locations.to(reference.wide(value)), _places(sizes)
     image = torch.arange(B, dtype=torch.int32, device=device)[:, None, None, None] * places
@@ -113,21 +124,11 @@ def _samples(
     spare = torch.arange(Q, dtype=torch.int32, device=device)[:, None, None] + B * places * h
     made, first = [], 0
     for level, height, width, _ in reference.levels(tuple(sizes)):
-        inside, top, left, y, x = reference.place(locations[:, :, :, level], mask, height, width)
-        quad = first + (top.to(torch.int32) + 1) * (width + 1) + left.to(torch.int32) + 1
-        row = torch.where(inside, (image + quad) * h + head, spare)
-        shares_y, shares_x = (1 - y, y), (1 - x, x)
-        corners = [(i, j) for i in order for j in order]
-        made.append(
-            Samples(
-                row,
-                torch.stack([shares_y[i] * shares_x[j] for i, j in corners], -1),
-                torch.stack([(2 * i - 1) * shares_x[j] for i, j in corners], -1),
-                torch.stack([(2 * j - 1) * shares_y[i] for i, j in corners], -1),
-            )
-        )
+        inside, top, left, y, x = reference.place(reference.of_level(locations, level), mask, height, width)
+        quad = top.to(torch.int32) * (width + 1) + left.to(torch.int32) + (image + first + width + 2)
+        made.append(Samples(torch.where(inside, quad * h + head, spare), y, x))
         first += (height + 1) * (width + 1)
-    return Samples(*(torch.stack(parts, 3) for parts in zip(*made)))
+    return Samples(*map(reference.all_levels, zip(*made)))
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {

@@ -3,7 +3,7 @@
 Axes: B images, S pixels of all levels, h heads of d channels, Q queries, L levels, P points, N = B Q h.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,10 +96,20 @@ def place(locations: Tensor, mask: Tensor | None, height: int, width: int) -> Pl
 def to_locations(grad_y: Tensor, grad_x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Gradients of positions in pixels, [B Q h L P] each -> of locations [B Q h L P 2]."""
     scaled = [
-        torch.stack([grad_x[:, :, :, level] * width, grad_y[:, :, :, level] * height], -1)
+        torch.stack([of_level(grad_x, level) * width, of_level(grad_y, level) * height], -1)
         for level, height, width, _ in levels(sizes)
     ]
-    return torch.stack(scaled, 3)
+    return all_levels(scaled)
+
+
+def of_level(x: Tensor, level: int) -> Tensor:
+    """[B Q h L …] -> [B Q h …]; a view where there is one level only."""
+    return x[:, :, :, level] if x.shape[3] > 1 else x.squeeze(3)
+
+
+def all_levels(parts: Sequence[Tensor]) -> Tensor:
+    """[B Q h …] of every level -> [B Q h L …]; a view where there is one level only."""
+    return torch.stack(tuple(parts), 3) if len(parts) > 1 else parts[0].unsqueeze(3)
 
 
 def _rows(value: Tensor) -> Tensor:
@@ -121,7 +131,7 @@ def _corners(value: Tensor, locations: Tensor, mask: Tensor | None, sizes: tuple
     head = torch.arange(h, device=device)[:, None]
     corners: list[list[Corner]] = [[], [], [], []]
     for level, height, width, first in levels(sizes):
-        inside, top, left, y, x = place(locations[:, :, :, level], mask, height, width)
+        inside, top, left, y, x = place(of_level(locations, level), mask, height, width)
         for i, share_y in enumerate((1 - y, y)):
             for j, share_x in enumerate((1 - x, x)):
                 row, column = top.long() + i, left.long() + j
@@ -130,4 +140,4 @@ def _corners(value: Tensor, locations: Tensor, mask: Tensor | None, sizes: tuple
                 index = torch.where(there, pixel, torch.full_like(pixel, B * S * h))
                 corner = Corner(index, share_y * share_x, (2 * i - 1) * share_x, (2 * j - 1) * share_y)
                 corners[2 * i + j].append(corner)
-    return [Corner(*(torch.stack(parts, 3) for parts in zip(*made))) for made in corners]
+    return [Corner(*map(all_levels, zip(*made))) for made in corners]
