@@ -5,6 +5,7 @@ Source: mmdetection mmdet/models/backbones/swin.py; golden case bevfusion_lidar_
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bevfn import rng
 from bevfn.distributed import Train
-from bevfn.layers import conv, layer_norm, linear
+from bevfn.layers import conv, layer_norm, linear, remat
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Config:
     mlp_ratio: int = 4
     drop_path: float = 0.2  # rate of the last block; the first has 0, linear in between
     out_stages: tuple[int, ...] = (1, 2, 3)
+    recompute: bool = False  # every block once more for the gradient, see `layers.remat`
 
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.heads):
@@ -113,7 +115,8 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
             site = None if key is None or not train else rng.fold(key, index)
             shift = config.window // 2 if place % 2 else 0
             rate = config.drop_path * index / last
-            x = _block(block, x, heads=config.heads[stage], window=config.window, shift=shift, rate=rate, key=site)
+            through = partial(_block, heads=config.heads[stage], window=config.window, shift=shift, rate=rate)
+            x, _ = remat.apply(through, block, {}, x, site, recompute=config.recompute)
             index += 1
         if stage in config.out_stages:
             norm = params["out_norms"][config.out_stages.index(stage)]
@@ -123,14 +126,16 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
     return outputs
 
 
-def _block(params: dict, x: Tensor, *, heads: int, window: int, shift: int, rate: float, key: Tensor | None) -> Tensor:
+def _block(
+    params: dict, state: dict, x: Tensor, key: Tensor | None, *, heads: int, window: int, shift: int, rate: float
+) -> tuple[Tensor, dict]:
     sites = (None, None) if key is None else (rng.fold(key, 0), rng.fold(key, 1))
     per_image = (x.shape[0], 1, 1, 1)  # drop path drops a branch of a whole image
     y = window_attention(params["attn"], layer_norm.apply(params["norm1"], x), heads=heads, window=window, shift=shift)
     x = x + rng.dropout(y, rate, sites[0], shape=per_image)
     y = linear.apply(params["mlp"]["fc1"], layer_norm.apply(params["norm2"], x))
     y = linear.apply(params["mlp"]["fc2"], F.gelu(y))
-    return x + rng.dropout(y, rate, sites[1], shape=per_image)
+    return x + rng.dropout(y, rate, sites[1], shape=per_image), state
 
 
 def merge_patches(params: dict, x: Tensor) -> Tensor:
