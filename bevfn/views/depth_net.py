@@ -20,7 +20,7 @@ from bevfn.backbones import resnet
 from bevfn.data.batch import Batch, needed
 from bevfn.distributed import Replicas, Train
 from bevfn.kernels import derivatives
-from bevfn.layers import batch_norm, conv, conv_norm, deform_conv, linear
+from bevfn.layers import batch_norm, conv, conv_norm, deform_conv, linear, remat
 from bevfn.views.camera_grid import Bounds
 
 CAMERA_NUMBERS = 27
@@ -42,6 +42,8 @@ class Config:
     """behind the ASPP"""
     weight_groups: int = 4
     """groups of the deformable convolution's weight; one set of offsets moves them all"""
+    recompute: bool = False
+    """the residual blocks and the ASPP once more for the gradient, see `layers.remat`"""
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
@@ -129,10 +131,12 @@ def apply(
     out["context"] = conv.apply(params["context"], out["context_gated"])
     y, out["blocks"], new["blocks"] = out["depth_gated"], [], []
     for block, statistics in zip(params["blocks"], state["blocks"]):
-        y, seen = resnet.apply_block(block, statistics, y, train=train)
+        through = partial(resnet.apply_block, train=train)
+        y, seen = remat.apply(through, block, statistics, y, recompute=config.recompute)
         out["blocks"].append(y)
         new["blocks"].append(seen)
-    y, new["aspp"] = _aspp(params["aspp"], state["aspp"], y, config=config, train=train)
+    through = partial(_aspp, config=config, train=train)
+    y, new["aspp"] = remat.apply(through, params["aspp"], state["aspp"], y, recompute=config.recompute)
     out["aspp"] = y = rng.dropout(y, config.dropout, key)
     out["deform"], out["offset"] = deform_conv.apply(params["deform"], y)
     out["logits"] = conv.apply(params["depth"], out["deform"])
