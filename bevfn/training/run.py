@@ -89,8 +89,8 @@ class Config:
     box_capacity: int | None = None
     """room for the annotated boxes of a sample (none: the recipe's); what does not fit is dropped and counted"""
     checkpoint_activations: bool = False
-    """blocks of the network keep what goes in and are computed again for the gradient: less memory, a fourth to a third more
-    work, the same numbers bit for bit"""
+    """blocks of the network keep only what goes in, and are computed again for the gradient: less memory, more time, the
+    same numbers (bit for bit but for what a compiler that fuses operators rounds anew)"""
     accumulate: int = 1
     """microbatches per device whose gradients are averaged into one step; 8 on one device are the mathematics of 8 devices,
     rounded otherwise, so that only a run of two resumes as the other without --force"""
@@ -627,7 +627,10 @@ def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
         resume=config.resume,
         force=config.force,
         facts=run.facts,
-        free=FREE if coupled else FREE | {"processes", "accumulate"},
+        free=FREE.union(
+            () if coupled else {"processes", "accumulate"},
+            {"checkpoint_activations"} if config.backend in ("eager", "aot_eager") else (),  # others fuse, and so round, anew
+        ),
     )
 
 
