@@ -290,7 +290,6 @@ def test_recomputed_blocks_synchronise_once_more_and_give_the_same_bits(found):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-
 def assert_close(ours, theirs, tolerance):
     """Every leaf's error relative to its norm."""
     assert ours.keys() == theirs.keys()

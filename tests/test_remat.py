@@ -9,7 +9,6 @@ import small_cameras
 import test_bevdepth
 import test_bevfusion
 import torch
-from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.func import grad, hessian, jvp, vmap
 

@@ -6,6 +6,7 @@ Source: mmdetection mmdet/models/backbones/swin.py; golden case bevfusion_lidar_
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,7 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
             site = None if key is None or not train else rng.fold(key, index)
             shift = config.window // 2 if place % 2 else 0
             rate = config.drop_path * index / last
-            through = partial(_block, heads=config.heads[stage], window=config.window, shift=shift, rate=rate)
+            through = partial(_keyed_block, heads=config.heads[stage], window=config.window, shift=shift, rate=rate)
             x, _ = remat.apply(through, block, {}, x, site, recompute=config.recompute)
             index += 1
         if stage in config.out_stages:
@@ -126,16 +127,18 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
     return outputs
 
 
-def _block(
-    params: dict, state: dict, x: Tensor, key: Tensor | None, *, heads: int, window: int, shift: int, rate: float
-) -> tuple[Tensor, dict]:
+def _keyed_block(params: dict, state: dict, x: Tensor, key: Tensor | None, **shape: Any) -> tuple[Tensor, dict]:
+    return _block(params, x, key=key, **shape), state
+
+
+def _block(params: dict, x: Tensor, *, heads: int, window: int, shift: int, rate: float, key: Tensor | None) -> Tensor:
     sites = (None, None) if key is None else (rng.fold(key, 0), rng.fold(key, 1))
     per_image = (x.shape[0], 1, 1, 1)  # drop path drops a branch of a whole image
     y = window_attention(params["attn"], layer_norm.apply(params["norm1"], x), heads=heads, window=window, shift=shift)
     x = x + rng.dropout(y, rate, sites[0], shape=per_image)
     y = linear.apply(params["mlp"]["fc1"], layer_norm.apply(params["norm2"], x))
     y = linear.apply(params["mlp"]["fc2"], F.gelu(y))
-    return x + rng.dropout(y, rate, sites[1], shape=per_image), state
+    return x + rng.dropout(y, rate, sites[1], shape=per_image)
 
 
 def merge_patches(params: dict, x: Tensor) -> Tensor:

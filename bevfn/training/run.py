@@ -629,7 +629,9 @@ def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
         facts=run.facts,
         free=FREE.union(
             () if coupled else {"processes", "accumulate"},
-            {"checkpoint_activations"} if config.backend in ("eager", "aot_eager") else (),  # others fuse, and so round, anew
+            {"checkpoint_activations"}
+            if config.backend in ("eager", "aot_eager")
+            else (),  # others fuse, and so round, anew
         ),
     )
 

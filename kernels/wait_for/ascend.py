@@ -1,8 +1,8 @@
-"""`wait_for` for Ascend: Identity behind a control edge from the cue.
+"""`wait_for` for Ascend: Identity behind a control edge from the cue, which costs nothing.
 
-It costs nothing. Where GE takes the Identity out it hands its control edge on to what reads it (`GraphUtils::IsolateNode`),
-and its search for common subexpressions compares control edges too (`CommonSubexpressionEliminationPass`). Not run on a
-device. Source: gitee ascend/graphengine, ge/graph/passes.
+GE merges nodes of equal type, operands, attributes and control edges. Where it takes the Identity out, it hands the edge
+on to what reads it. Not run on a device. Source: hicann/ge, CommonSubexpressionEliminationPass (`GetCseKey`), IdentityPass
+and `GraphUtils::IsolateNode`.
 """
 
 from typing import Any
