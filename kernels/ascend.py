@@ -16,6 +16,7 @@ from bevfn.kernels.neighbours import ascend as neighbours
 from bevfn.kernels.sparse_conv import ascend as sparse_conv
 from bevfn.kernels.voxel_pool import ascend as voxel_pool
 from bevfn.kernels.voxelize import ascend as voxelize
+from bevfn.kernels.wait_for import ascend as wait_for
 
 Ops = Literal["stock", "drivingsdk"]
 
@@ -44,6 +45,7 @@ def register() -> None:
     """Converters of the operators that stay; call it once, after torchair is loaded."""
     linear_assignment.register()
     voxel_pool.register()
+    wait_for.register()
 
 
 def meanings() -> dict[str, Callable[..., Any]]:

@@ -104,11 +104,12 @@ def _at(places: frozenset[int], values: tuple) -> tuple[Tensor, ...]:
     return tuple(values[i] for i in sorted(places))
 
 
-def pullback(f: Callable, operands: tuple, slopes: Any) -> tuple:
-    """Gradients of f's result times `slopes`, None for operands that are not floating tensors."""
+def pullback(f: Callable, operands: tuple, slopes: Any, wanted: frozenset[int] | None = None) -> tuple:
+    """Gradients of f's result times `slopes`, None for operands that are not floating tensors, or not `wanted`."""
     floating = frozenset(i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.is_floating_point())
+    floating = floating if wanted is None else floating & wanted
     pull = torch.func.vjp(_of(f, operands, floating), *_at(floating, operands))[1]
-    gradients = iter(pull(slopes))
+    gradients = iter(pull(slopes, retain_graph=torch.is_grad_enabled()))
     return tuple(next(gradients) if i in floating else None for i in range(len(operands)))
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bevfn import compile as compilation
 from bevfn import distributed, losses, tree
+from bevfn.backbones import resnet
 from bevfn.layers import batch_norm
 from bevfn.models import bevfusion
 from bevfn.precision import Policy
@@ -210,7 +211,27 @@ def detector_job(replicas, backend, precision="fp32", folders=()):
     return {**tree.flatten(ts), "history": torch.stack(history), "graphs": graphs}
 
 
+def recomputing_job(replicas, recompute, backend="eager"):
+    """STEPS steps of synchronised residual blocks, whose collectives run once more for the gradient."""
+    config = resnet.Config(channels=4, blocks=(2,), strides=(1,), bottleneck=False, pool=False, recompute=recompute)
+    optimizer = small_net.recipe()
+
+    def loss(params, state, batch, key):
+        maps, new = resnet.apply(params, state, batch["x"], config=config, train=replicas)
+        value = (maps[-1].mean((2, 3)) - batch["y"]).square().mean()
+        return value, (new, {"loss/total": value})
+
+    params, state = resnet.init(config, torch.Generator().manual_seed(0))
+    ts = train.init(params, state, optimizer, precision=Policy())
+    step = compilation.step(train.make_step(loss, optimizer, replicas=replicas), backend=backend)
+    for i in range(STEPS):
+        ts, metrics = step(ts, halves(small_net.batch(i))[replicas.rank])
+    return {**tree.flatten(ts), **{f"metrics/{k}": v for k, v in metrics.items()}}
+
+
 JOBS = {
+    **{f"blocks {recompute}": partial(recomputing_job, recompute=recompute) for recompute in (False, True)},
+    "blocks aot_eager": partial(recomputing_job, recompute=True, backend="aot_eager"),
     **{f"norm {name}": partial(norm_job, name=name) for name in NORM_CASES},
     "norm groups": group_job,
     "sync": partial(net_job, sync=True, ema=optim.Ema()),
@@ -269,6 +290,15 @@ def found(tmp_path_factory):
 
 def states(flat):
     return {k: v for k, v in flat.items() if k.split(".")[0] in ("params", "state", "optimizer", "ema", "step", "key")}
+
+
+def test_recomputed_blocks_synchronise_once_more_and_give_the_same_bits(found):
+    for rank in range(2):
+        for name in ("blocks True", "blocks aot_eager"):
+            ours, theirs = found[name][rank], found["blocks False"][rank]
+            assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    ours, theirs = (states(flat) for flat in found["blocks True"])
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 def assert_close(ours, theirs, tolerance):

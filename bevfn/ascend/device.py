@@ -132,7 +132,8 @@ def check_module(module: fx.GraphModule, backend: Backend) -> None:
         where = f"{node.target} at {node.meta.get('source') or 'an unknown line'}"
         if backend == "torchair" and (reason := refusals.reason(node)):
             raise ValueError(f"no Ascend converter for {where}: {reason}")
-        if backend == "npugraph-ex" and getattr(node.target, "namespace", "") == "bevfn":
+        own = getattr(node.target, "namespace", "") == "bevfn" and node.target is not torch.ops.bevfn.wait_for.default
+        if backend == "npugraph-ex" and own:
             raise ValueError(f"backend 'npugraph-ex' cannot capture {where}, which runs on the host; use torchair")
 
 

@@ -7,6 +7,7 @@ A block is `layers` of convolution and norm, beside a `shortcut` where the shape
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.distributed import Train
-from bevfn.layers import conv, conv_norm
+from bevfn.layers import conv, conv_norm, remat
 
 EXPANSION = 4  # output channels of a bottleneck per channel of its 3x3
 
@@ -42,6 +43,8 @@ class Config:
     frozen_stages: int = -1
     """-1 none, 0 the stem, n the first n stages too: no gradient, and running statistics also in training.
     Freeze their leaves in the optimizer as well (`frozen`), or it decays them."""
+    recompute: bool = False
+    """the stem and every block once more for the gradient, see `layers.remat`"""
 
     def __post_init__(self) -> None:
         if len(self.blocks) != len(self.strides):
@@ -96,18 +99,25 @@ def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train)
     frozen, new_state = config.frozen_stages, {}
     if config.stem:
         stem = _detached(params["stem"]) if frozen >= 0 else params["stem"]
-        x, new_state["stem"] = conv_norm.apply(stem, state["stem"], x, train=train if frozen < 0 else False, stride=2)
-    maps, states = [F.max_pool2d(x, 3, 2, 1) if config.pool else x], []
+        enter = partial(_apply_stem, train=train if frozen < 0 else False, pool=config.pool)
+        x, new_state["stem"] = remat.apply(enter, stem, state["stem"], x, recompute=config.recompute)
+    maps, states = [x], []
     for s, (blocks, old) in enumerate(zip(params["stages"], state["stages"])):
         y, new = maps[-1], []
         for i, (block, statistics) in enumerate(zip(blocks, old)):
             block = _detached(block) if s < frozen else block
             stride = config.strides[s] if i == 0 else 1
-            y, seen = apply_block(block, statistics, y, train=train if s >= frozen else False, stride=stride)
+            through = partial(apply_block, train=train if s >= frozen else False, stride=stride)
+            y, seen = remat.apply(through, block, statistics, y, recompute=config.recompute)
             new.append(seen)
         maps.append(y)
         states.append(new)
     return maps, {**new_state, "stages": states}
+
+
+def _apply_stem(params: dict, state: dict, x: Tensor, *, train: Train, pool: bool) -> tuple[Tensor, dict]:
+    x, seen = conv_norm.apply(params, state, x, train=train, stride=2)
+    return F.max_pool2d(x, 3, 2, 1) if pool else x, seen
 
 
 def init_basic(

@@ -4,13 +4,14 @@ Source: mmdetection3d mmdet3d/models/backbones/second.py, read for its behaviour
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bevfn import tree
 from bevfn.distributed import Train
-from bevfn.layers import conv_norm
+from bevfn.layers import conv_norm, remat
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Config:
     strides: tuple[int, ...] = (1, 2)
     norm_eps: float = 1e-3
     norm_momentum: float = 0.01
+    recompute: bool = False
+    """every stage once more for the gradient, see `layers.remat`"""
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
@@ -41,7 +44,8 @@ def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train)
     norm: dict = {"momentum": config.norm_momentum, "eps": config.norm_eps}
     for block, old, stride in zip(params["blocks"], state["blocks"], config.strides):
         strides = (stride, *(1,) * config.layers)
-        x, seen = conv_norm.chain(block, old, x, train=train, strides=strides, **norm)
+        through = partial(conv_norm.chain, train=train, strides=strides, **norm)
+        x, seen = remat.apply(through, block, old, x, recompute=config.recompute)
         maps.append(x)
         states.append(seen)
     return maps, {"blocks": states}

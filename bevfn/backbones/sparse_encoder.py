@@ -5,6 +5,7 @@ Source: mmdetection3d projects/BEVFusion/bevfusion/sparse_encoder.py (behaviour)
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from bevfn import tree
 from bevfn.distributed import Train
 from bevfn.kernels import neighbours
-from bevfn.layers import batch_norm, sparse_conv
+from bevfn.layers import batch_norm, remat, sparse_conv
 
 KERNEL = (3, 3, 3)
 OUT = {"kernel": (1, 1, 3), "stride": (1, 1, 2), "padding": (0, 0, 0)}  # conv_out: half the height
@@ -32,6 +33,8 @@ class Config:
     """active sites per sample after each stride-2 convolution and after conv_out"""
     norm_eps: float = 1e-3
     norm_momentum: float = 0.01
+    recompute: bool = False
+    """every residual block once more for the gradient, see `layers.remat`"""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -110,7 +113,8 @@ def apply(
     for level, (stage, old) in enumerate(zip(params["stages"], state["stages"])):
         new: dict = {"blocks": []}
         for block, statistics in zip(stage["blocks"], old["blocks"]):
-            x, seen = _block(block, statistics, x, table, active, norm)
+            through = partial(_block, norm=norm)
+            x, seen = remat.apply(through, block, statistics, x, table, active, recompute=config.recompute)
             new["blocks"].append(seen)
         if "down" in stage:
             way = {"kernel": KERNEL, "stride": (2, 2, 2), "padding": config.paddings[level]}
@@ -133,7 +137,7 @@ def apply(
     return outputs, {"conv_input": new_input, "stages": stages, "conv_out": new_out}
 
 
-def _block(params: dict, state: dict, x: Tensor, table: Tensor, active: Tensor, norm: dict) -> tuple[Tensor, dict]:
+def _block(params: dict, state: dict, x: Tensor, table: Tensor, active: Tensor, *, norm: dict) -> tuple[Tensor, dict]:
     """relu(norm(conv(relu(norm(conv(x))))) + x), x [V C] on the sites of a submanifold table [K V]."""
     inverse = table.flip(0)  # offset k seen from the other end is offset K-1-k
     y = sparse_conv.convolve(params["conv1"], x, table, inverse)

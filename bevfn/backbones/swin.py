@@ -5,6 +5,8 @@ Source: mmdetection mmdet/models/backbones/swin.py; golden case bevfusion_lidar_
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from bevfn import rng
 from bevfn.distributed import Train
-from bevfn.layers import conv, layer_norm, linear
+from bevfn.layers import conv, layer_norm, linear, remat
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Config:
     mlp_ratio: int = 4
     drop_path: float = 0.2  # rate of the last block; the first has 0, linear in between
     out_stages: tuple[int, ...] = (1, 2, 3)
+    recompute: bool = False  # every block once more for the gradient, see `layers.remat`
 
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.heads):
@@ -113,7 +116,8 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
             site = None if key is None or not train else rng.fold(key, index)
             shift = config.window // 2 if place % 2 else 0
             rate = config.drop_path * index / last
-            x = _block(block, x, heads=config.heads[stage], window=config.window, shift=shift, rate=rate, key=site)
+            through = partial(_keyed_block, heads=config.heads[stage], window=config.window, shift=shift, rate=rate)
+            x, _ = remat.apply(through, block, {}, x, site, recompute=config.recompute)
             index += 1
         if stage in config.out_stages:
             norm = params["out_norms"][config.out_stages.index(stage)]
@@ -121,6 +125,10 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
         if "downsample" in stage_params:
             x = merge_patches(stage_params["downsample"], x)
     return outputs
+
+
+def _keyed_block(params: dict, state: dict, x: Tensor, key: Tensor | None, **shape: Any) -> tuple[Tensor, dict]:
+    return _block(params, x, key=key, **shape), state
 
 
 def _block(params: dict, x: Tensor, *, heads: int, window: int, shift: int, rate: float, key: Tensor | None) -> Tensor:

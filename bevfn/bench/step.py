@@ -34,6 +34,7 @@ class Setting:
     threads: int
     repeats: int
     scale: running.Scale = "published"
+    checkpoint_activations: bool = False
 
 
 def measure(setting: Setting) -> dict:
@@ -43,6 +44,7 @@ def measure(setting: Setting) -> dict:
         "scale": setting.scale,
         "precision": setting.precision,
         "batch_size": setting.batch_size,
+        "checkpoint_activations": setting.checkpoint_activations,
     }
     for what in ("forward", "train"):
         for backend in ("eager", "inductor"):
@@ -92,6 +94,7 @@ def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Call
             data_root=root,
             batch_size=setting.batch_size,
             scale=setting.scale,
+            checkpoint_activations=setting.checkpoint_activations,
         )
         task = recipes.load(experiment).task(config)
         run = running.Run(task, config, running.plan(config, task.data.items))

@@ -39,6 +39,7 @@ def step(
     device: str = "cpu",
     threads: int = 0,
     repeats: int = 3,
+    checkpoint_activations: bool = False,
     json_file: Json = None,
 ) -> None:
     """Forward pass and train step on one key frame, eager and compiled: seconds, share of the GEMM peak, peak memory.
@@ -52,11 +53,14 @@ def step(
         device: torch device
         threads: CPU threads; 0: all cores
         repeats: timed repetitions, of which the median counts
+        checkpoint_activations: blocks are computed again for the gradient
         json_file: also write the figures there, with the machine named
     """
     from bevfn.bench import step
 
-    setting = step.Setting(model, frame, precision, batch_size, device, _threads(threads), repeats, scale)
+    setting = step.Setting(
+        model, frame, precision, batch_size, device, _threads(threads), repeats, scale, checkpoint_activations
+    )
     _report("step", step.measure(setting), json_file, device)
 
 

@@ -34,6 +34,7 @@ def graph(
     batch_size: int | None = None,
     ops: Literal["stock", "drivingsdk"] = "stock",
     execute: int = 0,
+    checkpoint_activations: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
 ) -> int:
@@ -51,6 +52,7 @@ def graph(
         ops: what bevfn's own operators become: GE types that CANN has, or DrivingSDK's where docs/ascend.md says so
         execute: steps to run in the interpreter, from the same state as the eager step, on a generated frame (with an
             AdamW eps of 1 and a loss scale of 64: see `steps`)
+        checkpoint_activations: blocks are computed again for the gradient
         json_file: also write the figures there
         out: folder for the graphs, as .pbtxt for reading and .air (the serialized model)
     """
@@ -63,7 +65,8 @@ def graph(
         dump.check_writable(out)
     config = recipes.defaults(experiment, model)["nuscenes" if scale == "published" else "synthetic"].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
-    config = replace(config, precision=precision, batch_size=batch_size)
+    changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
+    config = replace(config, precision=precision, **changes)
     made: dict[str, dict] = {}
     complete = True
     for name, (step, arguments) in steps(experiment, config, comparable=execute > 0).items():
@@ -73,7 +76,8 @@ def graph(
         made[name] = reported.to_json()
         complete &= reported.complete
         if out is not None:
-            dump.write(lowered.graph, out / f"{model or experiment}_{scale}_{precision}_{name}")
+            again = "_recomputed" if checkpoint_activations else ""
+            dump.write(lowered.graph, out / f"{model or experiment}_{scale}_{precision}_{name}{again}")
         if execute and name == "train" and reported.complete:
             comparison = compare(step, lowered, *arguments, steps=execute)
             print(comparison.text(), flush=True)
@@ -84,7 +88,7 @@ def graph(
             "model": config.model,
             "scale": scale,
             "precision": precision,
-            "batch_size": batch_size,
+            **changes,
             "ops": ops,
         }
         provenance.write(json_file, {**what, "steps": made})

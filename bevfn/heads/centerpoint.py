@@ -9,6 +9,7 @@ centerpoint_bbox_coders.py; golden cases bevdepth_r50_2key and matrixvt_r50, `de
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from bevfn import tree
 from bevfn.distributed import Train
 from bevfn.heads import suppression
-from bevfn.layers import branch, conv_norm
+from bevfn.layers import branch, conv_norm, remat
 
 OUTPUTS = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}  # channels of a task's code maps, in the code's order
 
@@ -58,6 +59,8 @@ class Config:
     """per class: what sizes are multiplied by before the suppression looks at them; None is 1"""
     max_per_task: int = 83
     """boxes that the suppression keeps"""
+    recompute: bool = False
+    """the branches of every task once more for the gradient, see `layers.remat`"""
 
     def __post_init__(self) -> None:
         if len(self.nms_thresholds) != len(self.tasks):
@@ -142,14 +145,20 @@ def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train)
     shared, shared_state = conv_norm.apply(params["shared"], state["shared"], x, train=train)
     tasks, states = [], []
     for task, statistics in zip(params["tasks"], state["tasks"]):
-        maps: dict = {}
-        seen: dict = {}
-        for name, weights in task.items():
-            y, seen[name] = branch.apply(weights, statistics[name], shared, train=train)
-            maps[name] = y.float()
+        through = partial(_apply_task, train=train)
+        maps, seen = remat.apply(through, task, statistics, shared, recompute=config.recompute)
         tasks.append(maps)
         states.append(seen)
     return {"shared": shared, "tasks": tasks}, {"shared": shared_state, "tasks": states}
+
+
+def _apply_task(params: dict, state: dict, shared: Tensor, *, train: Train) -> tuple[dict, dict]:
+    maps: dict = {}
+    seen: dict = {}
+    for name, weights in params.items():
+        y, seen[name] = branch.apply(weights, state[name], shared, train=train)
+        maps[name] = y.float()
+    return maps, seen
 
 
 # --------------------------------------------------------------------------------------------------------- decoding

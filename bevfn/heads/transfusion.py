@@ -6,6 +6,7 @@ Source: mmdetection3d projects/BEVFusion/bevfusion/transfusion_head.py, transfor
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.distributed import Train
-from bevfn.layers import attention, batch_norm, branch, conv, conv_norm, layer_norm, linear
+from bevfn.layers import attention, batch_norm, branch, conv, conv_norm, layer_norm, linear, remat
 
 OUTPUTS = {"center": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}  # numbers per query, besides the class logits
 
@@ -40,6 +41,8 @@ class Config:
     head_channels: int = 64
     dropout: float = 0.1
     """of both attentions' weights and outputs and of the FFN"""
+    recompute: bool = False
+    """every decoder layer once more for the gradient, see `layers.remat`"""
     lower: tuple[float, float] = (-54.0, -54.0)
     """x, y of the map's corner, metres"""
     voxel: tuple[float, float] = (0.075, 0.075)
@@ -170,16 +173,12 @@ def _decode(
     position = query["position"]
     decoder_state, predict_state = [], []
     for layer in range(config.layers):
-        decoded, seen = _decode_layer(
-            params["decoder"][layer],
-            state["decoder"][layer],
-            feature,
-            cells,
-            position,
-            everywhere,
-            config=config,
-            train=train,
-            key=None if key is None else rng.fold(key, layer),
+        site = None if key is None else rng.fold(key, layer)
+        decoded, seen = remat.apply(
+            partial(_decode_layer, config=config, train=train),
+            *(params["decoder"][layer], state["decoder"][layer]),
+            *(feature, cells, position, everywhere, site),
+            recompute=config.recompute,
         )
         outputs.update(decoded)
         feature = decoded["decoder_out"]
@@ -238,10 +237,10 @@ def _decode_layer(
     cells: Tensor,
     position: Tensor,
     everywhere: Tensor,
+    key: Tensor | None,
     *,
     config: Config,
     train: Train,
-    key: Tensor | None,
 ) -> tuple[dict, dict]:
     """One post-norm decoder layer; query [B Q C], cells [B S C], positions [B Q 2] and [B S 2] in cells."""
 

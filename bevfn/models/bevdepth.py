@@ -12,6 +12,7 @@ Source: BEVDepth at d78c7b5 (behaviour; goldens bevdepth_r50_2key, matrixvt_r50)
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from bevfn.data.batch import Base, Batch, check_base, needed
 from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
+from bevfn.layers import remat
 from bevfn.models import cameras
 from bevfn.necks import second_fpn
 from bevfn.precision import Policy
@@ -76,6 +78,7 @@ class Config:
             strides=(1, 2, 2),
             bottleneck=False,
             pool=False,
+            recompute=self.backbone.recompute,
         )
 
     @property
@@ -284,8 +287,10 @@ def _frame(
         )
     elif config.aggregation:
         assert isinstance(where, Tensor)
-        volume, new["view"]["aggregation"] = depth_aggregation.apply(
-            weights["aggregation"], state["view"]["aggregation"], depth, context, train=train
+        through = partial(depth_aggregation.apply, train=train)
+        refine, statistics = weights["aggregation"], state["view"]["aggregation"]
+        volume, new["view"]["aggregation"] = remat.apply(
+            through, refine, statistics, depth, context, recompute=config.depth.recompute
         )
         made = {"bev": camera_grid.pool_volume(volume, where, config.grid)}
     else:

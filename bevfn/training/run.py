@@ -33,6 +33,7 @@ from bevfn.evaluation.judge import judge
 from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
+from bevfn.layers import remat
 from bevfn.metrics import added
 from bevfn.names import printable
 from bevfn.precision import LOWEST_SCALE, Policy, Precision
@@ -89,6 +90,9 @@ class Config:
     """samples per device and microbatch"""
     box_capacity: int | None = None
     """room for the annotated boxes of a sample (none: the recipe's); what does not fit is dropped and counted"""
+    checkpoint_activations: bool = False
+    """blocks of the network keep only what goes in, and are computed again for the gradient: less memory, more time, the
+    same numbers (bit for bit but for what a compiler that fuses operators rounds anew)"""
     accumulate: int = 1
     """microbatches per device whose gradients are averaged into one step; 8 on one device are the mathematics of 8 devices,
     rounded otherwise, so that only a run of two resumes as the other without --force"""
@@ -254,14 +258,15 @@ def make_task(
     **others: Any,
 ) -> Task:
     """The task of a family's `network`, a Config of it, in the config's precision and from its seed; others: Task's fields."""
-    bound = {"config": network, "policy": Policy.of(config.precision)}
+    policy = Policy.of(config.precision)
+    trained = remat.switched_on(network) if config.checkpoint_activations else network
     return Task(
         title=f"{config.model}, {config.scale} size",
         data=data,
         needs=family.needs(network),
         init=partial(family.init, network, config.seed),
-        loss=partial(family.loss, **bound),
-        predict=partial(family.predict, **bound),
+        loss=partial(family.loss, config=trained, policy=policy),
+        predict=partial(family.predict, config=network, policy=policy),
         optimizer=optimizer,
         **others,
     )
@@ -668,7 +673,12 @@ def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
         resume=config.resume,
         force=config.force,
         facts=run.facts,
-        free=FREE if coupled else FREE | {"processes", "accumulate"},
+        free=FREE.union(
+            () if coupled else {"processes", "accumulate"},
+            {"checkpoint_activations"}
+            if config.backend in ("eager", "aot_eager")
+            else (),  # others fuse, and so round, anew
+        ),
     )
 
 

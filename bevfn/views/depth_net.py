@@ -23,7 +23,7 @@ from bevfn.backbones import resnet
 from bevfn.data.batch import Batch, needed
 from bevfn.distributed import Replicas, Train
 from bevfn.kernels import derivatives
-from bevfn.layers import batch_norm, conv, conv_norm, deform_conv, linear
+from bevfn.layers import batch_norm, conv, conv_norm, deform_conv, linear, remat
 from bevfn.views.camera_grid import Bounds
 
 CAMERA_NUMBERS = 27
@@ -47,6 +47,8 @@ class Config:
     """branch of the deformable convolution: last but one of the depth's, or with norm and ReLU the context's"""
     weight_groups: int = 4
     """groups of the deformable convolution's weight; one set of offsets moves them all"""
+    recompute: bool = False
+    """the residual blocks and the ASPP once more for the gradient, see `layers.remat`"""
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
@@ -139,10 +141,12 @@ def apply(
     out["context"] = conv.apply(params["context"], y)
     y, out["blocks"], new["blocks"] = out["depth_gated"], [], []
     for block, statistics in zip(params["blocks"], state["blocks"]):
-        y, seen = resnet.apply_block(block, statistics, y, train=train)
+        through = partial(resnet.apply_block, train=train)
+        y, seen = remat.apply(through, block, statistics, y, recompute=config.recompute)
         out["blocks"].append(y)
         new["blocks"].append(seen)
-    y, new["aspp"] = _aspp(params["aspp"], state["aspp"], y, config=config, train=train)
+    through = partial(_aspp, config=config, train=train)
+    y, new["aspp"] = remat.apply(through, params["aspp"], state["aspp"], y, recompute=config.recompute)
     out["aspp"] = y = rng.dropout(y, config.dropout, key)
     if config.deform == "depth":
         out["deform"], out["offset"] = deform_conv.apply(params["deform"], y)

@@ -9,6 +9,7 @@ Source: mmdetection3d projects/BEVFusion/bevfusion/depth_lss.py; golden case bev
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from bevfn import geometry, tree
 from bevfn.data.batch import Batch
 from bevfn.distributed import Train
-from bevfn.layers import conv, conv_norm
+from bevfn.layers import conv, conv_norm, remat
 from bevfn.views import camera_grid
 
 _STRIDES = {"depth_transform": (1, 4, 2), "depth_net": (1, 1), "downsample": (1, 2, 1)}
@@ -40,6 +41,8 @@ class Config:
     )
     """of the pooled map; the output has half as many cells along each axis"""
     lidar_depth: bool = True
+    recompute: bool = False
+    """the convolutions before and behind the pooling once more for the gradient, see `layers.remat`"""
 
     def __post_init__(self) -> None:
         stride = math.prod(_STRIDES["depth_transform"])
@@ -83,18 +86,19 @@ def apply(
         raise ValueError(f"feature of {size} does not fit image_size {grid.image_size}: expected {grid.feature_size}")
     outputs: dict[str, Tensor] = {}
     new = dict(state)
+    through = partial(_layers, params, state, new, train=train, recompute=config.recompute)
     x = feature.float()
     if config.lidar_depth:
         depth_map = lidar_depth_map(batch, grid.image_size).flatten(0, 1)  # BN image rows, columns
         image = depth_map[..., None].permute(0, 3, 1, 2)  # one channel, and channels-last to what decides by strides
-        y = _layers(params, state, new, "depth_transform", image, train=train)
+        y = through("depth_transform", image)
         outputs |= {"depth_map": depth_map, "depth_transform": y}
         x = torch.cat([y, x], 1)
-    x = _layers(params, state, new, "depth_net", x, train=train)  # BN D+C H W
+    x = through("depth_net", x)  # BN D+C H W
     logits, context = x.split([grid.depth_bins, config.channels_out], 1)
     point = camera_grid.frustum_points(batch, 0, grid)  # planes B N D H W
     pooled = camera_grid.pool(logits.softmax(1), context, camera_grid.locate(point, grid), grid)  # B C X Y
-    bev = _layers(params, state, new, "downsample", pooled, train=train)
+    bev = through("downsample", pooled)
     outputs |= {"depth_net": x, "geometry": torch.stack(point, -1), "bev_pool": pooled, "bev": bev}
     return outputs, new
 
@@ -106,10 +110,10 @@ def lidar_depth_map(batch: Batch, image_size: tuple[int, int]) -> Tensor:
     return geometry.depth_map(geometry.project(cloud["points"], **fields), cloud["points_valid"], image_size)
 
 
-def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: Train) -> Tensor:
+def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: Train, recompute: bool) -> Tensor:
     """x through the convolutions of a part; its new statistics go into `new`."""
     count = len(state.get(part, ()))  # the depth net's last convolution has no norm
     if count:
-        layers, strides = params[part][:count], _STRIDES[part]
-        x, new[part] = conv_norm.chain(layers, state[part], x, train=train, strides=strides)
+        through = partial(conv_norm.chain, train=train, strides=_STRIDES[part])
+        x, new[part] = remat.apply(through, params[part][:count], state[part], x, recompute=recompute)
     return conv.apply(params[part][count]["conv"], x) if count < len(params[part]) else x
