@@ -94,7 +94,7 @@ def _check(
             raise ValueError(f"deform_attn: {name} must be on value's device {value.device}, got {other.device}.")
 
 
-# Heights and widths are operands of their own here: functorch nests no Function whose operands are tuples.
+# Heights and widths are operands of their own here: forward over reverse mode takes no tuple in a Function's operands.
 def _operator(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, *sizes: int) -> Tensor:
     return torch.ops.bevfn.deform_attn(value, locations, weights, mask, sizes)
 
