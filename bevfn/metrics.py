@@ -23,6 +23,7 @@ _MEANINGS = {
     "empty/": "samples have nothing to learn from; check the range and the data",
     "empty/points": "samples have no point in range; check the point files and point_cloud_range",
     "empty/boxes": "samples have no annotated box in range and teach background only",
+    "empty/redrawn": "samples had no annotated box in range, as published others were drawn in their place",
     "empty/depth": "images have no LiDAR point and teach no depth; check the calibration if there are many",
     "missing/": "items are not in the data; check it with `bevfn data check`",
     "missing/key_frames": "key frames of the split lack files and were left out, so these scores are not the split's",

@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from bevfn.choices import one_of
 from bevfn.data import augment, sampling, source
@@ -34,6 +34,7 @@ from bevfn.data.batch import Base, Capacities
 from bevfn.data.reading import Cameras, Reading
 from bevfn.models import bevdepth
 from bevfn.training import optim, run
+from bevfn.views import camera_grid
 
 NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
     "bevdepth-2key": bevdepth.two_key,
@@ -182,10 +183,20 @@ def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -
     reading, eval_reading = (fitted(config, model, way) for way in (TRAIN, EVAL))
     reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
     classes_of = sampling.categorised if config.published_cbgs else sampling.boxed
-    return run.make_data(config, splits, reading, eval_reading, classes_of)
+    balanced = partial(sampling.cbgs, classes_of=classes_of)
+    return run.make_data(config, splits, reading, eval_reading, balanced)
 
 
-def fitted(config: Config, model: bevdepth.Config, reading: Reading) -> Reading:
+class Seeing(Protocol):
+    """What a camera model's Config says of its images."""
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def grid(self) -> camera_grid.Config: ...
+
+
+def fitted(config: run.Config, model: Seeing, reading: Reading) -> Reading:
     """A published way of reading, for the model's frames and image size, with the config's room for boxes."""
     assert reading.cameras is not None
     cameras = replace(reading.cameras, frames=model.frames, image_size=model.grid.image_size)

@@ -33,7 +33,7 @@ def key_frame(inputs: dict[str, torch.Tensor], samples: tuple[int, ...], *, boxe
         valid.append(torch.arange(boxes) < count)
     intrinsics, pose = square(stack("intrins")), square(stack("rots"), stack("trans"))
     return make_batch(
-        base=Base.EGO_AT_CAMERAS,
+        base=Base.EGO_AT_FRONT,
         base_aug=square(torch.stack([inputs[f"sample{s}/bda"] for s in samples])),
         boxes=padded,
         labels=labels,

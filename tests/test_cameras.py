@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from scipy.spatial.transform import Rotation
 
 from bevfn import geometry, tree
-from bevfn.data import annotations, augment, cameras, depth, infos, loader, points, reading, sampling, scene
-from bevfn.data.batch import Capacities, Sample, collate
+from bevfn.data import annotations, augment, cameras, depth, infos, loader, points, reading, sampling, scene, source
+from bevfn.data.batch import Base, Capacities, Sample, collate
 from bevfn.data.index import Frame, Index, inverse
 from bevfn.data.reading import Cameras, Reading
 from bevfn.experiments import bevdepth
@@ -219,6 +219,58 @@ def test_a_missing_previous_key_frame_is_the_current_one(index):
     assert scene.load(alone, 0, EVAL).counts["missing/frames"] == 2
 
 
+@pytest.mark.parametrize("history", ["scene", "time"])
+def test_frames_in_order_of_time_are_those_of_the_scene_where_scenes_do_not_meet(index, history):
+    """One scene: they differ where the scene begins, which by time is the first one of all and stands for what is missing."""
+    third, second = (load(place, cameras_as(EVAL, history=history)) for place in (2, 1))
+    np.testing.assert_array_equal(third.images, load(2, EVAL).images)
+    place = 1 if history == "time" else 0
+    np.testing.assert_array_equal(second.images[2], second.images[place])
+    assert (third.counts["missing/frames"], second.counts["missing/frames"]) == (0, 1)
+
+
+def test_a_key_frame_that_is_missing_in_the_middle_is_skipped_by_time_and_ends_the_history_of_the_scene(index):
+    """As published, the one before takes its place; scene by scene nothing says which one that is."""
+    holed = dataclasses.replace(index, frames=(index[0], index[2]))
+    first, last = load(0, EVAL), load(2, EVAL)
+    for history, expected in (("time", first.images[0]), ("scene", last.images[0])):
+        sample = scene.load(holed, 1, cameras_as(EVAL, history=history))
+        np.testing.assert_array_equal(sample.images[1], expected)
+        np.testing.assert_array_equal(sample.images[2], expected)
+        assert sample.counts["missing/frames"] == (1 if history == "time" else 2)
+
+
+def test_frames_of_another_scene_or_of_none_do_not_count(index):
+    other = changed(index, 1, scene="another")
+    by_time = cameras_as(EVAL, history="time")
+    tokens = [frame.token for frame in cameras.key_frames(other, 2, 3, "time")]
+    assert tokens == [index[2].token, index[2].token, index[0].token]
+    nowhere = dataclasses.replace(index, frames=tuple(dataclasses.replace(frame, scene="") for frame in index))
+    assert {frame.token for frame in cameras.key_frames(nowhere, 2, 3, "time")} == {index[2].token}
+    with pytest.raises(ValueError, match=r"does not say of which scene its key frames are, .*--no-published-history"):
+        source.check(nowhere, by_time, train=False)
+    source.check(nowhere, EVAL, train=False)
+    source.check(dataclasses.replace(nowhere, frames=nowhere.frames[:1]), by_time, train=False)
+
+
+def test_in_the_front_cameras_base_all_cameras_and_boxes_are_relative_to_one_pose(index):
+    front, mean = (load(2, dataclasses.replace(EVAL, base=base)) for base in (Base.EGO_AT_FRONT, Base.EGO_AT_CAMERAS))
+    key, n = index[2], CHANNELS.index("CAM_FRONT")
+    pose = key.cameras["CAM_FRONT"].global_from_ego
+    for k, channel in enumerate(CHANNELS):
+        camera = key.cameras[channel]
+        expected = inverse(pose) @ camera.global_from_ego @ camera.ego_from_camera
+        np.testing.assert_allclose(front.base_from_camera[0, k], expected, atol=1e-6)
+    np.testing.assert_array_equal(front.base_from_camera[:, n], mean.base_from_camera[:, n])
+    assert np.abs(front.base_from_camera - mean.base_from_camera).max() > 1e-3
+    centres = move(inverse(pose), move(key.global_from_lidar, key.boxes[key.valid, :3]))
+    kept = [name in EVAL.class_names for name, good in zip(key.names, key.valid) if good]
+    boxes = front.boxes[:, :3] + 0.5 * front.boxes[:, 5:6] * [0, 0, 1]
+    np.testing.assert_allclose(boxes, centres[kept], atol=1e-4)
+    back = annotations.lidar_from_base(key, Base.EGO_AT_FRONT, CHANNELS)
+    np.testing.assert_allclose(move(back, boxes), key.boxes[key.valid][kept, :3], atol=1e-4)
+
+
 # --- images and depth ---
 
 
@@ -337,6 +389,18 @@ def test_images_of_mixed_sizes_are_named_also_in_an_earlier_frame(index, tmp_pat
     cameras = with_camera(index[0], "CAM_BACK", path=str(tmp_path / "small.jpg"))
     with pytest.raises(ValueError, match=r"small.jpg: the image is 80x45 but the calibration is for 160x90"):
         scene.load(changed(index, 0, cameras=cameras), 1, EVAL)
+
+
+def test_frames_of_a_camera_of_different_sizes_are_named(index, tmp_path):
+    """Each by its own data: they would be cropped as one."""
+    Image.new("RGB", (80, 45)).save(tmp_path / "small.jpg")
+    cameras = with_camera(index[0], "CAM_BACK", path=str(tmp_path / "small.jpg"), size=(45, 80))
+    mixed = changed(index, 0, cameras=cameras)
+    with pytest.raises(
+        ValueError, match=r"small.jpg: the image of this earlier key frame is 80x45, that of the current one 160x90"
+    ):
+        scene.load(mixed, 1, EVAL)
+    assert scene.load(mixed, 0, EVAL).images.shape == (3, 6, 32, 96, 3)  # cameras of one key frame may differ
 
 
 def test_depth_maps_without_points(index):

@@ -83,6 +83,18 @@ def test_the_last_point_of_a_pixel_stays_and_positions_truncate_toward_zero():
     np.testing.assert_array_equal(made, expected)
 
 
+def test_the_nearest_point_of_a_rounded_pixel_stays_where_the_rule_says_so():
+    seen = np.array(
+        [[5.4, 2, 9], [4.6, 2.4, 7], [-0.4, 3, 4], [-0.6, 3, 5], [9.4, 0, 3], [9.6, 0, 2], [4.5, 1, 8], [5.5, 1, 6],
+         [1, 1, 0.9], [2, 1, 60], [3, 1, 1]], np.float32,
+    )  # fmt: skip
+    made = depth.nearest(seen, np.eye(4, dtype=np.float32), (4, 10))
+    expected = np.zeros((4, 10), np.float32)
+    expected[2, 5], expected[3, 0], expected[0, 9], expected[1, 3] = 7, 4, 3, 1
+    expected[1, 4], expected[1, 6] = 8, 6  # halves to the even
+    np.testing.assert_array_equal(made, expected)
+
+
 def test_a_mirrored_image_has_the_mirrored_depth(index):
     cloud, _ = points.read(index.root / index[0].lidar_path)
     seen = depth.project(cloud, index[0].cameras["CAM_FRONT"], SIZE)

@@ -23,6 +23,7 @@ import torch
 from fuzz import bounded
 
 from bevfn.data import loader, sampling, scene
+from bevfn.distributed import Replicas
 from bevfn.files import read_json
 from bevfn.kernels import native
 from bevfn.metrics import METRICS_FILE, read_metrics
@@ -376,6 +377,72 @@ def test_what_is_summed_over_processes_binds_their_number(two, root, tmp_path):
             shared,
             config(root, run_dir, batch_size=1, epochs=2, checkpoint_every=1, keep=9, accumulate=2, resume=True),
         )
+
+
+# ------------------------------------------------------------------------- batch norm over all devices, from an epoch on
+
+LATER = ("--batch-size", "1", "--epochs", "3", "--checkpoint-every", "1", "--keep", "9")
+LATER += ("--sync-statistics", "--sync-after", "1")
+
+
+@pytest.fixture(scope="module")
+def later(root, tmp_path_factory):
+    """What two processes leave whose batch norms are of both from the second epoch on: 3 epochs of 2 steps."""
+    run_dir = tmp_path_factory.mktemp("later") / "run"
+    finish(launch([*TWO, *command(root, run_dir, *LATER)]))
+    return run_dir
+
+
+def cut(run_dir: Path, done: int) -> None:
+    """As if the run had been killed after that many steps."""
+    for made in [*checkpoint.steps(run_dir / "checkpoints")[done:], run_dir / "evaluations"]:
+        shutil.rmtree(made)
+    (run_dir / "summary.json").unlink()
+    (run_dir / "checkpoints" / "best.json").unlink()
+
+
+def test_batch_norm_is_of_all_processes_from_its_epoch_on(later, root, tmp_path):
+    found, plain = numbers(later), ("--batch-size", "1", "--epochs", "3")
+    assert cli(root, tmp_path / "never", *plain, "--accumulate", "2")[0] == 0  # two microbatches, each by its own
+    never = numbers(tmp_path / "never")
+    for k in range(STEPS):
+        assert (found[k]["loss/total"] == pytest.approx(never[k]["loss/total"], rel=1e-5)) == (k < 2)
+    always = Path(shutil.copytree(later, tmp_path / "always"))
+    cut(always, 2)
+    flags = (*plain, "--checkpoint-every", "1", "--keep", "9", "--sync-statistics", "--resume", "--force")
+    finish(launch([*TWO, *command(root, always, *flags)]))
+    assert_same_run(later, always)
+
+
+def test_a_run_that_is_killed_before_the_change_goes_on_across_it_bit_for_bit(later, root, tmp_path):
+    run_dir = Path(shutil.copytree(later, tmp_path / "run"))
+    cut(run_dir, 1)
+    finish(launch([*TWO, *command(root, run_dir, *LATER, "--resume")]))
+    assert_same_run(later, run_dir)
+
+
+def test_the_step_is_made_anew_once_and_not_at_all_in_one_process(root, tmp_path, monkeypatch):
+    made = []
+
+    def compiled(run, synchronised):
+        made.append(synchronised)
+        return lambda train_state, batches: (train_state, synchronised)
+
+    monkeypatch.setattr(run, "compiled_step", compiled)
+    settings = config(root, tmp_path, batch_size=1, epochs=3, sync_statistics=True, sync_after=1)
+    task = tiny.task(settings)
+    alone = run.Run(task, settings, run.plan(settings, task.data.items))
+    train_state, _ = run.build(alone)
+    assert made == [False]  # batch norm over one device
+    both = replace(alone, plan=run.plan(settings, task.data.items, Replicas("", 0, 2)), replicas=Replicas("", 0, 2))
+    assert both.plan.steps_per_epoch == 2
+    _, step = run.build(both)
+    made.clear()
+    for done in range(6):
+        assert step(replace(train_state, step=torch.tensor(done)), [])[1] == (done >= 2)
+    assert made == [False, True]
+    with pytest.raises(ValueError, match="--sync-after -1 must be at least 0"):
+        replace(settings, sync_after=-1)
 
 
 def start_two(root: Path, run_dir: Path, *flags: str) -> list[subprocess.Popen]:

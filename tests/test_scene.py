@@ -216,6 +216,27 @@ def test_boxes_of_other_classes_and_out_of_range_go_after_the_augmentation(index
     assert len(sample.boxes) and (sample.labels == 0).all()
 
 
+def test_a_key_frame_without_boxes_is_replaced_by_another_where_the_reading_says_so():
+    world = small_world.index()
+    empty = dataclasses.replace(world[0], valid=np.zeros(len(world[0].valid), dtype=bool))
+    index = dataclasses.replace(world, frames=(empty, empty, empty, world[1]))
+    config = dataclasses.replace(PLAIN, redraw=True)
+    assert config.random and not PLAIN.random
+    made = [scene.load(index, 0, config, sampling.generator(seed, 0, 0)) for seed in range(12)]
+    assert {sample.token for sample in made} == {world[1].token} and all(len(sample.boxes) for sample in made)
+    redrawn = [sample.counts["empty/redrawn"] for sample in made]
+    assert min(redrawn) >= 1 and max(redrawn) > 1 and not any(sample.counts["empty/boxes"] for sample in made)
+    again = scene.load(index, 0, config, sampling.generator(3, 0, 0))
+    assert again.counts == made[3].counts
+    full = scene.load(index, 3, config, sampling.generator(0, 0, 0))
+    assert full.token == world[1].token and full.counts["empty/redrawn"] == 0
+    assert len(scene.load(index, 0, PLAIN).boxes) == 0
+    with pytest.raises(ValueError, match=r"20 key frames in a row, drawn of 1, have no annotated box .*--no-redraw"):
+        scene.load(index.select([0]), 0, config, sampling.generator(0, 0, 0))
+    with pytest.raises(ValueError, match="needs a generator"):
+        scene.load(index, 0, config)
+
+
 def test_a_frame_without_sweeps_is_padded_with_its_own_points(index):
     alone = dataclasses.replace(index, frames=(dataclasses.replace(index[0], sweeps=()),))
     padded, plain = (load(alone, points_as(PLAIN, pad_empty_sweeps=pad)).points for pad in (True, False))

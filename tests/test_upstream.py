@@ -467,6 +467,23 @@ def test_merge_refuses_gaps_overlaps_and_other_models():
         upstream.load_into(params, state, {"x": ({"fuser": {"norm": {"weight": torch.zeros(3)}}}, {})})
 
 
+def test_a_relative_gives_what_fits_and_the_rest_is_named():
+    ours = {"a": {"w": torch.zeros(2, 3), "b": torch.zeros(2)}, "new": torch.full((4,), 7.0)}, {"n": torch.zeros(1)}
+    theirs = {"a": {"w": torch.ones(2, 3), "b": torch.ones(5)}, "old": torch.ones(1)}, {"n": torch.ones(1)}
+    params, state, merge = upstream.load_into(*ours, {"x": theirs}, allow_missing=("a", "new"), fitting_only=True)
+    assert bool(params["a"]["w"].all()) and not params["a"]["b"].any() and bool(state["n"].all())
+    assert torch.equal(params["new"], ours[0]["new"])
+    assert merge.filled == {"params.a.w": "x", "state.n": "x"} and merge.absent == ["params.new"]
+    assert merge.reshaped == {"params.a.b": "is [5] in x, [2] in the model"} and merge.unused == {"params.old": "x"}
+    for sentence in (
+        "at init, params.a.b is [5] in x, [2] in the model", "at init, params.new is in no file", "unused, params.old of x",
+        "2 of 4 tensors have their shape there, 1 another one, 1 are absent; 1 of the files' are not used",
+    ):  # fmt: skip
+        assert sentence in merge.text().splitlines()
+    with pytest.raises(ValueError, match=r"params.a.b is \[5\] in x but \[2\] in the model"):
+        upstream.load_into(*ours, {"x": theirs}, allow_missing=("a", "new"))
+
+
 # --- files -------------------------------------------------------------------------------------------------------
 
 

@@ -135,4 +135,4 @@ def _block(params: dict, state: dict, x: Tensor, *, train: Train) -> tuple[Tenso
     else:
         parts, new["scales"] = _hierarchy(params["scales"], state["scales"], parts, train=train)
     y, new["expand"] = conv_norm.apply(params["expand"], state["expand"], torch.cat(parts, 1), train=train, relu=False)
-    return torch.relu(y + x), new
+    return torch.relu(y + x), {name: new[name] for name in state}  # in the old order, which is part of a tree

@@ -94,6 +94,7 @@ def evaluate(
         title=f"{task.title}, {checkpoint.name}",
         config=run.flags(config),
         counts=counts,
+        bottom=task.bottom,
     )
     print(judgement.text)
     print(f"everything is in {out}")
@@ -153,7 +154,7 @@ def _folder(checkpoint: Path, split: str | None) -> Path:
 
 def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) -> int:
     """The test split's results and what the server takes."""
-    document = submission(task.data.evaluation, found, task.data.eval_reading)
+    document = submission(task.data.evaluation, found, task.data.eval_reading, bottom=task.bottom)
     for name in ("results_nusc.json", "submission.zip"):
         results.write(out / name, document)
     print(

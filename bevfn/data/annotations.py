@@ -18,7 +18,7 @@ def boxes(
     Boxes have their BOTTOM centre, and velocity 0 where it is unknown. A label indexes class_names; -1: none of
     them (they are in the way of pasted objects, `in_range` drops them).
     """
-    return valid(frame, class_names) if base is Base.LIDAR else ego_boxes(frame, channels, class_names)
+    return valid(frame, class_names) if base is Base.LIDAR else ego_boxes(frame, base.clocks(channels), class_names)
 
 
 def valid(frame: Frame, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ def ego_boxes(frame: Frame, channels: tuple[str, ...], class_names: tuple[str, .
 
 
 def ego_pose(frame: Frame, channels: tuple[str, ...]) -> np.ndarray:
-    """global_from_ego [4,4] float64 of the frame in which boxes of `Base.EGO_AT_CAMERAS` lie: the mean over the cameras'
+    """global_from_ego [4,4] float64 of the frame in which boxes lie whose base has these `clocks`: the mean over the cameras'
     vehicle poses of translation and of quaternion."""
     poses = frame.ego_poses(channels)
     quaternions = Rotation.from_matrix(poses[:, :3, :3]).as_quat()  # N 4, whose sign is free
@@ -67,7 +67,9 @@ def ego_pose(frame: Frame, channels: tuple[str, ...]) -> np.ndarray:
 
 def lidar_from_base(frame: Frame, base: Base, channels: tuple[str, ...]) -> np.ndarray:
     """[4,4] float64: the key frame's LiDAR frame from the one in which boxes and detections lie."""
-    return np.eye(4) if base is Base.LIDAR else inverse(frame.global_from_lidar) @ ego_pose(frame, channels)
+    if base is Base.LIDAR:
+        return np.eye(4)
+    return inverse(frame.global_from_lidar) @ ego_pose(frame, base.clocks(channels))
 
 
 def in_range(found: np.ndarray, labels: np.ndarray, limits: Range | None) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,8 @@ from bevfn import geometry, tree
 from bevfn.data import possible
 from bevfn.names import printable
 
+FRONT = "CAM_FRONT"
+
 
 class Base(enum.Enum):
     """Which frame a batch's base is. It is part of a batch's structure, no tensor: another base is another graph."""
@@ -36,11 +38,17 @@ class Base(enum.Enum):
     """The vehicle's (x forward, y left, z up) at the key frame's camera exposures, which are within 50 ms: a camera's
     pose, of any frame, is relative to the vehicle at that camera's own exposure of the key frame; boxes and detections
     are relative to the mean of these vehicle poses over the cameras."""
+    EGO_AT_FRONT = "ego at the front camera's exposure"
+    """The vehicle's at the key frame's exposure of CAM_FRONT, for the cameras of all frames, boxes and detections."""
 
     @property
     def needs_ego_poses(self) -> bool:
         """Whether it is told from the sensors' own poses only together with the vehicle's."""
-        return self is Base.EGO_AT_CAMERAS
+        return self is not Base.LIDAR
+
+    def clocks(self, channels: tuple[str, ...]) -> tuple[str, ...]:
+        """The cameras at whose exposures of the key frame the vehicle's poses count for what these cameras see."""
+        return (FRONT,) if self is Base.EGO_AT_FRONT else channels
 
 
 Field = TypeVar("Field", np.ndarray, Tensor)

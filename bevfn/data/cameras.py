@@ -1,7 +1,8 @@
 """The cameras' part of a sample: images of one or more key frames, resized and cropped, and where the cameras stand.
 
 Sources: mmdetection3d projects/BEVFusion (fact sheet bevfusion_lidar_cam, part B); BEVDepth
-bevdepth/datasets/nusc_det_dataset.py (behaviour; fact sheet bevdepth_r50_2key, "Inputs", "Recipe").
+bevdepth/datasets/nusc_det_dataset.py (behaviour; fact sheet bevdepth_r50_2key, "Inputs", "Recipe"); BEVNeXt (fact sheets
+bevnext_stage1 and bevnext_stage2, "Coordinates"; recipe_bevnext_awml).
 """
 
 from dataclasses import replace
@@ -17,8 +18,24 @@ from bevfn.data.index import Camera, Frame, Index, inverse
 Moves = list[dict[str, Any]]  # per camera, arguments of `image.transform`
 
 
-def key_frames(index: Index, place: int, count: int) -> list[Frame]:
+def key_frames(index: Index, place: int, count: int, history: reading.History = "scene") -> list[Frame]:
     """The key frame at `place` and the `count` - 1 before it, newest first; itself where there is none."""
+    return (_of_scene if history == "scene" else _of_time)(index, place, count)
+
+
+def _of_time(index: Index, place: int, count: int) -> list[Frame]:
+    """k back is the k-th before it in the order of time of all scenes, the first one where that ends; the key frame itself
+    in place of those of other scenes. Source: BEVNeXt (fact sheet recipe_bevnext_awml, "Rules")."""
+    key, rank = index[place], int(index.ranks[place])
+    frames = [key]
+    for back in range(1, count):
+        found = index[int(index.by_time[max(rank - back, 0)])]
+        frames.append(found if found.scene and found.scene == key.scene and found.token != key.token else key)
+    return frames
+
+
+def _of_scene(index: Index, place: int, count: int) -> list[Frame]:
+    """As long as every key frame names the one before it, and it is in the index."""
     frames = [index[place]]
     before: Frame | None = frames[0]
     for _ in range(count - 1):
@@ -93,11 +110,23 @@ def _images(
 ) -> np.ndarray:
     """[T,N,H,W,3] uint8; a frame that stands for another is read once."""
     made: dict[str, np.ndarray] = {}
+    wanted = [image_size(camera, root) for camera in rows[0]]
     for frame, row in zip(frames, rows):
         if frame.token not in made:
-            pictures = [image.read(root / camera.path, size=image_size(camera, root)) for camera in row]
+            for camera, of_key in zip(row, wanted):
+                _check_alike(camera, root, of_key)
+            pictures = [image.read(root / camera.path, size=known) for camera, known in zip(row, wanted)]
             made[frame.token] = np.stack([image.transform(p, size=size, **move)[0] for p, move in zip(pictures, drawn)])
     return np.stack([made[frame.token] for frame in frames])
+
+
+def _check_alike(camera: Camera, root: Path, of_key: tuple[int, int]) -> None:
+    """A camera's frames are cropped as one: of another size, one would lie elsewhere in the model's image, or outside."""
+    if (found := image_size(camera, root)) != of_key:
+        raise ValueError(
+            f"{root / camera.path}: the image of this earlier key frame is {found[1]}x{found[0]}, that of the current one "
+            f"{of_key[1]}x{of_key[0]}; all frames of a camera must have one size, so resize them and their intrinsics."
+        )
 
 
 def _square(intrinsics: np.ndarray) -> np.ndarray:
@@ -115,6 +144,6 @@ def _pose(base: Base, key: Frame, channel: str, then: Camera) -> tuple[np.ndarra
             camera_from_base = inverse(then.global_from_ego @ then.ego_from_camera) @ key.global_from_lidar
         rounded = camera_from_base.astype(np.float32)
         return inverse(rounded), rounded  # of the rounded one, as upstream
-    (global_from_base,) = key.ego_poses((channel,))
+    (global_from_base,) = key.ego_poses(base.clocks((channel,)))
     base_from_camera = inverse(global_from_base) @ then.global_from_ego @ then.ego_from_camera
     return base_from_camera.astype(np.float32), inverse(base_from_camera).astype(np.float32)

@@ -4,9 +4,10 @@ A point is (u, v, depth): pixels of the image file and metres along the optical 
 from files that `build` made before: one per image, `<image file name>.bin`, little-endian float32, three numbers a
 point. That is the layout of BEVDepth's `depth_gt/`, so a folder of its script can be read too.
 
-Source: BEVDepth scripts/gen_depth_gt.py and nusc_det_dataset.py (fact sheet bevdepth_r50_2key). Upstream goes through
-global coordinates of about 1e3 m in float32; here one float64 matrix does, so depths differ by up to 1e-4 m and two
-points in a thousand by a pixel (measured on the golden frame, where no depth label changes).
+Sources: BEVDepth scripts/gen_depth_gt.py and nusc_det_dataset.py (fact sheet bevdepth_r50_2key); BEVNeXt (fact sheet
+bevnext_stage1, "Depth ground truth"). Upstream goes through global coordinates of about 1e3 m in float32; here one float64
+matrix does, so depths differ by up to 1e-4 m and of BEVDepth's points two in a thousand by a pixel (measured on the golden
+frame, where no depth label changes).
 """
 
 import hashlib
@@ -22,10 +23,12 @@ from rich.progress import Progress
 from bevfn.data import building, image, points
 from bevfn.data.index import Camera, Frame, Index
 from bevfn.data.possible import DISTANCE, SIDE
+from bevfn.data.reading import Depths
 from bevfn.files import read_json, to_json, write_atomically
 from bevfn.names import leaves
 
 MARGIN = 1  # px at the image's border in which points are dropped
+NEAR, FAR = 1.0, 60.0  # m, of BEVNeXt's points
 DEPTH = "depth.json"
 FRAMES = 32  # of one job
 FORMAT = 1  # raise it when the files' meaning changes
@@ -33,16 +36,18 @@ COLUMNS = 3
 BYTES = 4 * COLUMNS
 
 
-def project(cloud: np.ndarray, camera: Camera, size: tuple[int, int]) -> np.ndarray:
+def project(cloud: np.ndarray, camera: Camera, size: tuple[int, int] | None) -> np.ndarray:
     """Which points a camera sees: [P,3] float32 u, v [px of an image of size (H, W)], depth [m], in the cloud's order.
 
     cloud: [M,3+] in the key frame's lidar frame. Kept are points in front of the camera (depth > 0) that fall more than
-    MARGIN inside the image. Nothing is hidden by what is before it.
+    MARGIN inside the image; without a size all in front. Nothing is hidden by what is before it.
     """
     xyz = cloud[:, :3].astype(np.float64) @ camera.camera_from_lidar[:3, :3].T + camera.camera_from_lidar[:3, 3]
     xyz = xyz[xyz[:, 2] > 0]
     seen = xyz @ camera.intrinsics.T
     uv = seen[:, :2] / seen[:, 2:]
+    if size is None:
+        return np.concatenate([uv, xyz[:, 2:]], axis=1).astype(np.float32)
     inside = ((uv > MARGIN) & (uv < np.array(size[::-1]) - MARGIN)).all(axis=1)
     return np.concatenate([uv, xyz[:, 2:]], axis=1)[inside].astype(np.float32)
 
@@ -61,6 +66,22 @@ def rasterize(seen: np.ndarray, image_aug: np.ndarray, size: tuple[int, int]) ->
     return depth
 
 
+def nearest(seen: np.ndarray, image_aug: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`rasterize` by BEVNeXt's rule: positions are rounded (half to even), depths outside of NEAR to FAR do not count, and of
+    several points in a pixel the nearest stays.
+
+    Upstream finds it by a float32 key, which leaves the order of points of one pixel open whose depths differ by less than
+    1.6 m.
+    """
+    height, width = size
+    seen = seen[(seen[:, 2] >= NEAR) & (seen[:, 2] < FAR)]
+    pixels = (seen[:, :2].astype(np.float64) @ image_aug[:2, :2].T + image_aug[:2, 3]).round().astype(np.int64)  # P 2
+    inside = ((pixels >= 0) & (pixels < (width, height))).all(axis=1)
+    depth = np.full(size, np.inf, dtype=np.float32)
+    np.minimum.at(depth, (pixels[inside, 1], pixels[inside, 0]), seen[inside, 2])
+    return np.where(np.isfinite(depth), depth, np.float32(0))
+
+
 def maps(
     index: Index,
     frame: Frame,
@@ -68,27 +89,31 @@ def maps(
     sizes: list[tuple[int, int]],
     image_size: tuple[int, int],
     moves: list[dict[str, Any]],
+    rule: Depths = "last",
 ) -> tuple[np.ndarray, dict[str, int]]:
     """(depth maps [N,H,W] float32 of a key frame's cameras, counts `bad/points` and `empty/depth`).
 
     sizes: (H, W) of the image files; moves: arguments of `image.transform`, which makes images of image_size of them.
-    The points are those that `build` stored, or made of the LiDAR file where there are none.
+    The points are those that `build` stored (`stored`), or made of the LiDAR file where there are none.
 
     Raises ValueError if no point falls into any image.
     """
-    files, bad = prepared(index), 0
+    files, bad = stored(index, rule), 0
     if files is None:
         cloud, bad = points.read(index.root / frame.lidar_path)
-        seen = [project(cloud, camera, size) for camera, size in zip(row, sizes)]
+        # By the nearest rule a point may be seen that the image file had outside, where the augmented image is black.
+        seen = [project(cloud, camera, size if rule == "last" else None) for camera, size in zip(row, sizes)]
     else:
         seen = [read(files, camera.path) for camera in row]
-    if not any(len(found) for found in seen):
+    drawn = rasterize if rule == "last" else nearest
+    pairs = zip(seen, moves)
+    depth = np.stack([drawn(found, image.matrix(size=image_size, **move), image_size) for found, move in pairs])
+    lost = not any(len(found) for found in seen) if rule == "last" else not depth.any()
+    if lost:
         raise ValueError(
             f"{index.root / frame.lidar_path}: no point falls into an image of key frame {frame.token}, so its depth maps "
             "are empty; check the calibration, or set depth to False."
         )
-    pairs = zip(seen, moves)
-    depth = np.stack([rasterize(found, image.matrix(size=image_size, **move), image_size) for found, move in pairs])
     return depth, {"bad/points": bad, "empty/depth": int((depth.max(axis=(1, 2)) == 0).sum())}
 
 
@@ -132,6 +157,11 @@ def folder_of_files(out: Path) -> Path:
 def prepared(index: Index) -> Path | None:
     """The folder of a split's files where `bevfn data prepare` puts them, None if it made none."""
     return folder_of_files(folder(index)) if (folder(index) / DEPTH).is_file() else None
+
+
+def stored(index: Index, rule: Depths) -> Path | None:
+    """The `prepared` folder of a split whose points a rule can be applied to; None: it takes the LiDAR's own."""
+    return prepared(index) if rule == "last" else None
 
 
 def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -> Path:

@@ -22,7 +22,7 @@ CLASSES = (
     *("bicycle", "motorcycle", "pedestrian", "traffic_cone", "barrier"),
 )
 
-Part = Literal["lidar", "ego poses", "velocity"]
+Part = Literal["lidar", "ego poses", "velocity", "scenes"]
 
 
 def inverse(transform: np.ndarray) -> np.ndarray:
@@ -365,6 +365,8 @@ class Index:
         frame = self[0]
         if part == "lidar":
             return bool(frame.lidar_path)
+        if part == "scenes":
+            return bool(frame.scene)
         if part == "ego poses":
             return all(np.isfinite(camera.global_from_ego).all() for camera in frame.cameras.values())
         frames = self.frames
@@ -378,6 +380,17 @@ class Index:
         packed = self.frames.columns["token"] if isinstance(self.frames, Packed) else None
         tokens = [frame.token for frame in self] if packed is None else [token.decode() for token in packed]
         return {token: i for i, token in enumerate(tokens)}
+
+    @cached_property
+    def by_time(self) -> np.ndarray:
+        """[n] int64: the places of its key frames in order of time, of equal times in their own order."""
+        packed = self.frames.columns["timestamp"] if isinstance(self.frames, Packed) else None
+        return np.argsort([frame.timestamp for frame in self] if packed is None else packed, kind="stable")
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """[n] int64: every key frame's place in `by_time`."""
+        return np.argsort(self.by_time)
 
     def select(self, places: Sequence[int] | np.ndarray) -> "Index":
         """The key frames at these places alone."""

@@ -1,6 +1,7 @@
 """What is read of a key frame: the config of `scene.load`. A recipe's published values are in its experiment."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from bevfn.data import augment
 from bevfn.data import paste as pasting
@@ -13,6 +14,8 @@ CLASS_NAMES = (  # nuScenes' ten in mmdetection3d's order, which published check
     *("car", "truck", "construction_vehicle", "bus", "trailer"),
     *("barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone"),
 )
+History = Literal["scene", "time"]
+Depths = Literal["last", "nearest"]
 Size = tuple[int, int]
 PUBLISHED_SOURCE, PUBLISHED_IMAGE = (900, 1600), (256, 704)  # the sizes that factors of resizing are given for
 
@@ -50,6 +53,9 @@ class Cameras:
     """In the batch's order."""
     frames: int = 1
     """Key frames, the current one first."""
+    history: History = "scene"
+    """Which key frames are earlier: those of the scene, one before the other; or, as published for BEVNeXt, those before it
+    in the order of time of all scenes, of which those of other scenes do not count (`cameras.key_frames`)."""
     image_size: Size = PUBLISHED_IMAGE
     """(H, W) of the model's images in pixels."""
     resize: float | None = None
@@ -82,6 +88,9 @@ class Reading:
     cameras: Cameras | None = None
     depth: bool = False
     """Depth maps of the key frame's images, from the LiDAR."""
+    depths: Depths = "last"
+    """Which point of a pixel counts, and which pixel is a point's: BEVDepth's rule or BEVNeXt's (`depth.rasterize`,
+    `depth.nearest`)."""
     class_names: tuple[str, ...] = CLASS_NAMES
     """Label i is class_names[i]; annotations of other classes are dropped."""
     range: Range | None = None
@@ -91,11 +100,13 @@ class Reading:
     """Of the base frame; None: base_aug is the identity."""
     paste: pasting.Config | None = None
     """GT paste from a database; None: nothing is pasted."""
+    redraw: bool = False
+    """Another key frame, drawn at random, takes the place of one whose boxes are all filtered away."""
     capacities: Capacities = field(default_factory=Capacities)
     """Padded sizes that `batch.collate` makes of the samples."""
 
     def __post_init__(self) -> None:
-        if self.cameras is None and (self.depth or self.base is Base.EGO_AT_CAMERAS):
+        if self.cameras is None and (self.depth or self.base is not Base.LIDAR):
             what = "depth maps" if self.depth else f"base frame of the {self.base.value}"
             raise ValueError(f"a reading without cameras has no {what}; give Reading.cameras")
         if self.base is not Base.LIDAR and self.points is not None:
@@ -115,7 +126,7 @@ class Reading:
         drawn = (self.augmentation, self.paste, None if cameras is None else cameras.augmentation)
         if points is not None and (points.shuffle or points.sweep_choice == "random"):
             return True
-        return any(part is not None for part in drawn)
+        return self.redraw or any(part is not None for part in drawn)
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,14 @@ def cbgs(
     class_names: tuple[str, ...],
     seed: int,
     classes_of: Callable[[Frame], list[str]] = boxed,
+    rng: np.random.Generator | np.random.RandomState | None = None,
 ) -> np.ndarray:
     """Positions in `index`, [n] int64, resampled so that every class supplies as many frames as the others.
 
     classes_of: the pools into which a frame goes, as often as it names them. With F_c the frames in class c's pool, each
     of the C classes that occur supplies sum F_c / C of them, drawn with replacement; so frames with rare classes appear
     several times. Class by class: shuffle with `order`. As upstream, in its rounding too, but for classes that do not
-    occur (upstream divides by zero).
+    occur (upstream divides by zero). rng: random numbers instead of the seed's.
 
     Raises ValueError if no frame is in any pool.
     """
@@ -65,7 +66,17 @@ def cbgs(
             f"{index.root} ({index.version}, split {index.split!r}): too few of its {len(index)} frames hold boxes of "
             f"{', '.join(class_names)} to balance these classes; use another split or train without CBGS."
         )
-    rng, total = np.random.default_rng([seed, 0, 0, BALANCE]), sum(map(len, found))
+    rng, total = rng or np.random.default_rng([seed, 0, 0, BALANCE]), sum(map(len, found))
     # As upstream spells sum F_c / C: in floating point a class may come out one frame short of it.
     shares = [int(len(pool) * ((1 / len(found)) / (len(pool) / total))) for pool in found]
     return np.concatenate([rng.choice(pool, share) for pool, share in zip(found, shares)]).astype(np.int64)
+
+
+def published_cbgs(index: Index, class_names: tuple[str, ...], seed: int) -> np.ndarray:
+    """`cbgs` with upstream's own draw: of key frames in order of time, by numpy's global generator under that seed.
+
+    On the published infos an epoch then has upstream's very samples, on all processes. Source: BEVNeXt (fact sheet
+    recipe_bevnext_awml, "Rules").
+    """
+    places = index.by_time
+    return places[cbgs(index.select(places), class_names, seed, rng=np.random.RandomState(seed))]

@@ -3,11 +3,12 @@
 Random numbers are drawn in the order images, sweeps, pasted objects, base frame, order of the points.
 
 Source: mmdetection3d projects/BEVFusion, both configs (fact sheet bevfusion_lidar_cam, part B); BEVDepth (fact sheet
-bevdepth_r50_2key). One difference: a frame whose boxes are all filtered away is a sample without boxes, where mmdetection3d
-draws another frame instead.
+bevdepth_r50_2key); BEVNeXt (fact sheets bevnext_stage1, recipe_bevnext_awml). One difference: a frame whose boxes are all
+filtered away is a sample without boxes unless `Reading.redraw` says so, where mmdetection3d always draws another one.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from bevfn.data.index import Frame, Index
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.names import printable
 
+REDRAWS = 20  # key frames without boxes, one drawn for the other
+
 
 def load(
     index: Index,
@@ -32,15 +35,35 @@ def load(
 ) -> Sample:
     """The key frame at `place` of the index. Column 4 of the points is the time lag [s], 0 for the key frame's own.
 
-    Where an earlier key frame is missing (a scene's start, or not in the index), the current one stands in its place.
+    Where an earlier key frame is missing (a scene's start, or not in the index), the current one stands in its place; of
+    `Cameras.history` "time" see there. With `Reading.redraw` another key frame, drawn of all, takes the place of one without
+    boxes, and is counted (`empty/redrawn`).
     generator: the sample's random numbers, needed where the reading has anything random (`sampling.generator`).
     database: needed for `reading.paste`.
 
-    Raises ValueError, one sentence naming the file, for anything missing, truncated or of another size.
+    Raises ValueError, one sentence naming the file, for anything missing, truncated or of another size; and where REDRAWS
+    key frames have no boxes.
     """
     if generator is None and reading.random:
         raise ValueError("a random augmentation needs a generator; give `sampling.generator(seed, epoch, position)`.")
     rng = generator if generator is not None else np.random.default_rng(0)  # of which nothing is drawn
+    if not reading.redraw:
+        return _load(index, place, reading, rng, database)
+    for redrawn in range(REDRAWS):
+        sample = _load(index, place, reading, rng, database)
+        if sample.boxes is not None and len(sample.boxes):
+            return replace(sample, counts=sample.counts | {"empty/redrawn": redrawn})
+        place = int(rng.integers(len(index)))
+    raise ValueError(
+        f"{index.root}: {REDRAWS} key frames in a row, drawn of {len(index):,}, have no annotated box of "
+        f"{', '.join(reading.class_names)} in range to learn from; check the annotations, or train with --no-redraw"
+    )
+
+
+def _load(
+    index: Index, place: int, reading: Reading, rng: np.random.Generator, database: pasting.Database | None
+) -> Sample:
+    """`load` without drawing another key frame."""
     frame = index[place]
     parts, counts = ({}, {}) if reading.cameras is None else _seen(index, place, reading, reading.cameras, rng)
     cloud: np.ndarray | None = None
@@ -77,13 +100,13 @@ def files(index: Index, place: int, reading: Reading) -> list[str]:
     """What `load` may read of the key frame at `place`: paths relative to the root. Raises ValueError for a camera that the
     data set has not at it."""
     frame, found = index[place], []
-    if reading.points is not None or (reading.depth and depth.prepared(index) is None):
+    if reading.points is not None or (reading.depth and depth.stored(index, reading.depths) is None):
         found.append(frame.lidar_path)
     if reading.points is not None:
         swept = frame.sweeps if reading.points.sweep_choice == "random" else frame.sweeps[: reading.points.sweeps]
         found += [sweep.path for sweep in swept if reading.points.sweeps]
     if reading.cameras is not None:
-        for one in cameras.key_frames(index, place, reading.cameras.frames):
+        for one in cameras.key_frames(index, place, reading.cameras.frames, reading.cameras.history):
             found += [camera.path for camera in one.rig(reading.cameras.channels)]
     return found
 
@@ -117,14 +140,14 @@ def _seen(
     index: Index, place: int, reading: Reading, config: Cameras, rng: np.random.Generator
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The Sample's fields of cameras and depth, and counts about them."""
-    root, frames = index.root, cameras.key_frames(index, place, config.frames)
+    root, frames = index.root, cameras.key_frames(index, place, config.frames, config.history)
     row = frames[0].rig(config.channels)
     moves = cameras.moves(row, root, config, rng)
     parts = cameras.read(frames, root, reading, moves)
-    counts = {"missing/frames": sum(frame is frames[0] for frame in frames[1:])}
+    counts = {"missing/frames": len(frames) - len({frame.token for frame in frames})}
     if reading.depth:
         sizes = [cameras.image_size(camera, root) for camera in row]
-        parts["depth"], found = depth.maps(index, frames[0], row, sizes, config.image_size, moves)
+        parts["depth"], found = depth.maps(index, frames[0], row, sizes, config.image_size, moves, reading.depths)
         counts |= found
     return parts, counts
 

@@ -111,6 +111,11 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
         raise ValueError(
             f"{name} has no ego poses, but the model's base frame is the {reading.base.value}; read the data set's own tables"
         )
+    if reading.cameras is not None and reading.cameras.history == "time" and len(index) > 1 and not index.has("scenes"):
+        raise ValueError(
+            f"{name} does not say of which scene its key frames are, but the recipe takes earlier ones by time within a "
+            "scene; read the data set's own tables, or take them scene by scene (--no-published-history)"
+        )
     if missing := [known for known in reading.class_names if known not in index.class_names]:
         raise ValueError(
             f"{name} does not annotate {', '.join(missing)}, which the model detects; it annotates "

@@ -45,18 +45,20 @@ def judge(
     config: Mapping[str, Any] | None = None,
     others: Mapping[str, score.Scores] | None = None,
     counts: Mapping[str, float] | None = None,
+    bottom: bool = False,
 ) -> Judgement:
     """Scores detections of every key frame of `index` (by token), and writes the folder `out`.
 
     reading: how the frames were read for them. run_dir: the training run, whose curves the report shows. config:
     plain data for the report. others: earlier scores to show beside these. counts: of what did not fit, was broken or
-    missing on the way (`detect`).
+    missing on the way (`detect`). bottom: of the results file, see `results.entries`.
     """
     if index.judge == "recall":
         return _recall(index, found, reading, out, counts or {})
     document = submission(index, found, reading)
-    results.write(out / RESULTS, document)
-    scores = score.score(index, document)
+    written = submission(index, found, reading, bottom=True) if bottom else document
+    results.write(out / RESULTS, written)
+    scores = score.score(index, written)
     page.write(
         out,
         scores,
@@ -71,14 +73,21 @@ def judge(
     return Judgement(scores.nds, scores.headline, tables.summary(scores, title, counts))
 
 
-def submission(index: Index, found: Mapping[str, Detections], reading: Reading) -> dict:
-    """The nuScenes results document of detections of every key frame."""
+def submission(index: Index, found: Mapping[str, Detections], reading: Reading, *, bottom: bool = False) -> dict:
+    """The nuScenes results document of detections of every key frame; bottom: see `results.entries`."""
     meta = Meta(use_camera=reading.cameras is not None, use_lidar=reading.points is not None)
 
     def lidar_from_boxes(frame: Frame) -> np.ndarray:
         return annotations.lidar_from_base(frame, reading.base, reading.channels)
 
-    return results.format(found, index, class_names=reading.class_names, meta=meta, lidar_from_boxes=lidar_from_boxes)
+    return results.format(
+        found,
+        index,
+        class_names=reading.class_names,
+        meta=meta,
+        lidar_from_boxes=lidar_from_boxes,
+        bottom=bottom,
+    )
 
 
 def _recall(

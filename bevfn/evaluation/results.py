@@ -82,10 +82,11 @@ def format(
     class_names: tuple[str, ...],
     meta: Meta,
     lidar_from_boxes: Callable[[Frame], np.ndarray] = lambda frame: np.eye(4),
+    bottom: bool = False,
 ) -> dict:
     """The results file's document {"meta", "results": {token: [entry]}} of all key frames of `index`.
 
-    lidar_from_boxes: [4,4] for a key frame whose detections do not lie in its lidar frame.
+    lidar_from_boxes: [4,4] for a key frame whose detections do not lie in its lidar frame. bottom: see `entries`.
 
     Raises ValueError if a key frame has no detections entry (an empty one is fine), if a token is not of the index, or
     for a box that is not finite or has no size or class.
@@ -104,7 +105,7 @@ def format(
             "ego_from_boxes": frame.ego_from_lidar @ lidar_from_boxes(frame),
             "global_from_ego": frame.global_from_ego,
         }
-        results[token] = entries(token, detections, class_names=class_names, **frames)
+        results[token] = entries(token, detections, class_names=class_names, bottom=bottom, **frames)
     return {"meta": asdict(meta), "results": results}
 
 
@@ -116,17 +117,19 @@ def entries(
     ego_from_boxes: np.ndarray,
     global_from_ego: np.ndarray,
     ranges: Mapping[str, float] | None = RANGES,
+    bottom: bool = False,
 ) -> list[dict]:
     """One key frame's entries in falling order of score; both matrices [4,4].
 
     Boxes beyond their class's range around the ego vehicle are left out (`ranges` None: all stay), then all but the 500
-    with the highest scores. Velocities turn with the boxes, and attributes go by their global speed.
+    with the highest scores. Velocities turn with the boxes, and attributes go by their global speed. bottom: entries have
+    the bottom centre, as BEVNeXt writes them, though a results file should have the gravity centre; scores look at x and y.
 
     Raises ValueError for detections that do not fit together, or are not finite.
     """
     boxes, scores, labels = np.asarray(found.boxes, np.float64), np.asarray(found.scores), np.asarray(found.labels)
     _check_detections(token, boxes, scores, labels, class_names)
-    centres = boxes[:, :3] + [0.0, 0.0, 0.5] * boxes[:, 5:6]  # n 3, gravity
+    centres = boxes[:, :3] + [0.0, 0.0, 0.0 if bottom else 0.5] * boxes[:, 5:6]  # n 3, gravity
     in_ego = _move(ego_from_boxes, centres)
     order = np.argsort(-scores, kind="stable")
     if ranges is not None:

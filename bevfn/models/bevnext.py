@@ -209,7 +209,7 @@ def apply(
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
-    check_base(batch, Base.EGO_AT_CAMERAS, "BEVNeXt")
+    check_base(batch, Base.EGO_AT_FRONT, "BEVNeXt")
     images = cameras.images(batch, config.frames, config.grid.image_size)
     colours = crf.colours(images[:, 0], config.grid.stride)
     alike = crf.likeness(colours, config.random_field)
@@ -336,7 +336,7 @@ def needs(config: Config) -> Needs:
     """What the model reads of a batch."""
     return Needs(
         model="BEVNeXt",
-        base=Base.EGO_AT_CAMERAS,
+        base=Base.EGO_AT_FRONT,
         classes=config.head.head.classes,
         image_size=config.grid.image_size,
         frames=config.frames,
@@ -358,7 +358,8 @@ def loss(
     """Training loss, in the form that `train.make_step` takes once config, policy, train and replicas are bound.
 
     train: True, or `Replicas` for batch statistics and loss normalisers over all replicas.
-    replicas: the detection losses' normalisers alone, with each process' own batch statistics: the published recipe.
+    replicas: as published: the detection losses' normalisers over all replicas and the depth loss' of each, whether batch
+    statistics are its own or, later in stage 2, those of all (`train`).
 
     Returns:
         total (0-d float32) and (new state, metrics: loss terms "loss/*", "num_pos", "bad/targets").
@@ -379,7 +380,7 @@ def loss(
     metrics = {f"loss/{name}": terms[name].detach() for name in ("heatmap", "bbox")}
     metrics |= {"num_pos": terms["num_pos"], "bad/targets": terms["bad_boxes"]}
     if config.depth_loss_weight:
-        depth = depth_loss(outputs, batch, config, pooled)
+        depth = depth_loss(outputs, batch, config, pooled if replicas is None else None)
         total, metrics["loss/depth"] = total + depth, depth.detach()
     return total, (new, {"loss/total": total.detach(), **metrics})
 

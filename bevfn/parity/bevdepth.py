@@ -196,8 +196,9 @@ def _results(case: Case, table: Table) -> None:
     boxes = boxes.astype(np.float64)
     boxes[:, 2] -= boxes[:, 5] * 0.5
     detections = results.Detections(boxes, scores, labels)
-    frames = {"ego_from_boxes": np.eye(4), "global_from_ego": pose}
-    found = results.entries(token, detections, class_names=CLASS_NAMES, ranges=None, **frames)
+    found = results.entries(
+        token, detections, class_names=CLASS_NAMES, ego_from_boxes=np.eye(4), global_from_ego=pose, ranges=None
+    )
     stored = sorted(stored, key=lambda entry: -entry["detection_score"])
     wrong = abs(len(found) - len(stored)) + sum(
         ours[k] != theirs[k] for ours, theirs in zip(found, stored) for k in ("detection_name", "attribute_name")

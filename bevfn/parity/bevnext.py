@@ -99,7 +99,7 @@ def batch_of(case: Case, device: str, *, train: bool) -> Batch:
         sample["boxes"] = F.pad(sample["boxes"], (0, 0, 0, room - rows))
         sample["labels"] = F.pad(sample["labels"], (0, room - rows))
     fields = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-    made = make(base=Base.EGO_AT_CAMERAS, **fields)
+    made = make(base=Base.EGO_AT_FRONT, **fields)
     made.validate()
     return made.to(device)
 

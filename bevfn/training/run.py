@@ -12,10 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from bevfn import compile as compilation
 from bevfn import distributed, exits, host, provenance, tree, upstream
 from bevfn.data import loader, paste, sampling, scene, source
 from bevfn.data.batch import Batch, collate
-from bevfn.data.index import Frame, Index
+from bevfn.data.index import Index
 from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.detect import detect
@@ -54,6 +54,8 @@ FREE = frozenset(
 class Config:
     """Flags that every experiment has; a recipe sets its own defaults."""
 
+    CHOOSES: ClassVar[tuple[str, ...]] = ("model",)
+    """fields by whose flags a model's defaults are found"""
     model: str = ""
     """network and recipe, a name of `bevfn.catalogue`"""
     scale: Scale = "published"
@@ -112,8 +114,10 @@ class Config:
     augment: bool = True
     """images, boxes and points are moved, turned, scaled and mirrored at random"""
     sync_statistics: bool = False
-    """batch norm and loss normalisers over all devices (the published recipes do not; BEVDepth's and MatrixVT's average
-    the detection losses' normalisers alone, which happens anyway)"""
+    """batch norm and loss normalisers over all devices (of the published recipes BEVNeXt's stage 2 alone, see --sync-after;
+    BEVDepth's, MatrixVT's and BEVNeXt's average the detection losses' normalisers alone, which happens anyway)"""
+    sync_after: int = 0
+    """epochs before --sync-statistics holds: at the change another step is compiled; a run that ends before it has none"""
     workers: int = 4
     """processes per device that read samples; 0: none"""
     on_damaged: Literal["stop", "skip"] = "stop"
@@ -144,6 +148,8 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"--steps {self.steps} must be at least 1")
+        if self.sync_after < 0:
+            raise ValueError(f"--sync-after {self.sync_after} must be at least 0")
 
     def plain(self) -> Self:
         """Without what only training needs: frames as they come, nothing moved or pasted in."""
@@ -203,6 +209,27 @@ class Task:
     ema: optim.Ema | None = None
     shared_normalisers: bool = False
     """`loss` takes replicas=: its normalisers are averaged over the processes though batch norm is not"""
+    start: "Start" = field(default_factory=lambda: Start())
+    """how it begins from --pretrained"""
+    unready: str = ""
+    """why it is not trained as it is, though it may be evaluated: one sentence"""
+    bottom: bool = False
+    """results files have the boxes' bottom centre, see `evaluation.results.entries`"""
+
+
+def parts(params: dict, state: dict, loaded: upstream.Loaded) -> tuple[dict, dict, upstream.Merge]:
+    """The trees with the leaves that the files have, which must be leaves of the model; the others are trained from init."""
+    return upstream.load_into(params, state, loaded, allow_missing=tuple(params))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What becomes of the files of --pretrained."""
+
+    merge: Callable[[dict, dict, upstream.Loaded], tuple[dict, dict, upstream.Merge]] = parts
+    """(params, state, loaded) -> (params, state, where each leaf is from)"""
+    averages: bool = False
+    """of a run's checkpoint its EMA is taken, if it has one"""
 
 
 class Family(Protocol):
@@ -224,11 +251,9 @@ def make_task(
     network: Any,
     data: Data,
     optimizer: Callable[[Plan], optim.Config],
-    *,
-    ema: optim.Ema | None = None,
-    shared_normalisers: bool = False,
+    **others: Any,
 ) -> Task:
-    """The task of a family's `network`, a Config of it, in the config's precision and from its seed."""
+    """The task of a family's `network`, a Config of it, in the config's precision and from its seed; others: Task's fields."""
     bound = {"config": network, "policy": Policy.of(config.precision)}
     return Task(
         title=f"{config.model}, {config.scale} size",
@@ -238,8 +263,7 @@ def make_task(
         loss=partial(family.loss, **bound),
         predict=partial(family.predict, **bound),
         optimizer=optimizer,
-        ema=ema,
-        shared_normalisers=shared_normalisers,
+        **others,
     )
 
 
@@ -248,13 +272,13 @@ def make_data(
     splits: source.Source | None,
     reading: Reading,
     eval_reading: Reading,
-    classes_of: Callable[[Frame], list[str]] = sampling.boxed,
+    balanced: Callable[[Index, tuple[str, ...], int], np.ndarray] = sampling.cbgs,
 ) -> Data:
-    """The config's key frames, or `splits`, and how they are read; --class-balanced counts them by `classes_of`."""
+    """The config's key frames, or `splits`, and how they are read; --class-balanced draws them by `balanced`."""
     splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
     items = np.arange(len(splits.training))
     if config.class_balanced:
-        items = sampling.cbgs(splits.training, reading.class_names, config.seed, classes_of)
+        items = balanced(splits.training, reading.class_names, config.seed)
     return Data(splits.training, items, lambda epoch: reading, splits.evaluation, eval_reading)
 
 
@@ -266,7 +290,7 @@ class Run:
     config: Config
     plan: Plan
     replicas: Replicas | None = None
-    facts: dict = dataclasses.field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
     """see `facts`; every checkpoint keeps them"""
 
     @property
@@ -296,8 +320,9 @@ def initial(run: Run) -> tuple[dict, dict]:
     """Parameters and statistics from the seed, then from the pretrained files, on the device."""
     params, state = run.task.init()
     if run.config.pretrained:
-        loaded = {str(path): read_weights(path) for path in run.config.pretrained}
-        params, state, merged = upstream.load_into(params, state, loaded, allow_missing=tuple(params))
+        start = run.task.start
+        loaded = {str(path): read_weights(path, ema=start.averages) for path in run.config.pretrained}
+        params, state, merged = start.merge(params, state, loaded)
         if run.leads:  # the recipe starts the rest from scratch; the report says what
             print(merged.text())
     return tree.to(params, run.config.device), tree.to(state, run.config.device)
@@ -342,12 +367,18 @@ def pure_step(run: Run) -> Callable[[train.TrainState, Batch], tuple[train.Train
 
 def build(run: Run) -> tuple[train.TrainState, Callable]:
     """(train state, compiled step(train state, microbatches) -> (train state, metrics)), old buffers donated."""
+    if run.replicas is None or not run.config.sync_statistics:  # alone, batch norm over all devices is batch norm
+        return initial_state(run), compiled_step(run, synchronised=False)
+    return initial_state(run), synchronising_step(run)
+
+
+def compiled_step(run: Run, *, synchronised: bool) -> Callable:
+    """The step of `build` with batch norm over all devices, or over each."""
     config, replicas = run.config, run.replicas
-    statistics = replicas if config.sync_statistics and replicas is not None else True
-    loss = partial(run.task.loss, train=statistics)
+    loss = partial(run.task.loss, train=replicas if synchronised else True)
     if run.task.shared_normalisers:
         loss = partial(loss, replicas=replicas)
-    step = train.make_accumulated(
+    return train.make_accumulated(
         loss,
         run.task.optimizer(run.plan),
         ema=run.task.ema,
@@ -355,7 +386,20 @@ def build(run: Run) -> tuple[train.TrainState, Callable]:
         accumulate=config.accumulate,
         compiled=partial(compilation.step, backend=config.backend),
     )
-    return initial_state(run), step
+
+
+def synchronising_step(run: Run) -> Callable:
+    """The step of `build` that is another one from the first step of epoch --sync-after on, whatever it starts at."""
+    change = run.config.sync_after * run.plan.steps_per_epoch
+
+    @functools.lru_cache(maxsize=1)  # the graph of before is let go
+    def made(synchronised: bool) -> Callable:
+        return compiled_step(run, synchronised=synchronised)
+
+    def step(train_state: train.TrainState, batches: list[Batch]) -> tuple[train.TrainState, dict]:
+        return made(int(train_state.step) >= change)(train_state, batches)
+
+    return step
 
 
 def check(task: Task, *, train: bool = True, whole: bool = True) -> None:
@@ -369,6 +413,8 @@ def check(task: Task, *, train: bool = True, whole: bool = True) -> None:
     task.needs.check(data.eval_reading, train=False)
     if not train:
         return
+    if task.unready:
+        raise ValueError(task.unready)
     source.check_scored(data.evaluation, KNOWN_ATTRIBUTES)
     reading = data.reading(0)
     source.check(data.training, reading, train=True, whole=whole)
@@ -792,6 +838,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
         run_dir=config.run_dir,
         title=f"{run.task.title}, step {done}",
         config=flags(config),
+        bottom=run.task.bottom,
     )
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
     if done:
@@ -837,10 +884,15 @@ def cli(defaults: Defaults, make_task: Callable[[Any], Task], description: str |
 
 
 def parse(defaults: Defaults, arguments: list[str], description: str | None = None) -> Any:
-    """The config of a command line; --model and what is at --data-root decide on the defaults."""
+    """The config of a command line; --model (and what else `Config.CHOOSES`) and what is at --data-root decide on the
+    defaults."""
     root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
-    of_model = defaults.get(flag(arguments, "--model") or "", first)  # tyro names the choices for another name
-    default = of_model[source.kind(None if root is None else Path(root))]
+    kind = source.kind(None if root is None else Path(root))
+    given = {name: flag(arguments, f"--{name}") for name in first[kind].CHOOSES}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    fitting = (of for of in defaults.values() if all(str(getattr(of[kind], n)) == v for n, v in chosen.items()))
+    # Tyro names the choices for an unknown model, the config what contradicts a known one.
+    default = next(fitting, defaults.get(chosen.get("model", ""), first))[kind]
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
     return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)

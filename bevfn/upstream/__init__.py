@@ -7,7 +7,7 @@ layouts apart, `convert` goes both ways, `storage` and `torch_file` read and wri
 from bevfn.upstream.checkpoints import CHECKPOINTS
 from bevfn.upstream.convert import Account, Refused, export_state, import_state, nest
 from bevfn.upstream.entries import Entry, impossible
-from bevfn.upstream.merge import Merge, load_into
+from bevfn.upstream.merge import Loaded, Merge, load_into
 from bevfn.upstream.storage import (
     Imported,
     NotImported,
@@ -22,6 +22,7 @@ __all__ = [
     "Account",
     "Entry",
     "Imported",
+    "Loaded",
     "Merge",
     "NotImported",
     "Refused",

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from bevfn import tree
 
+Loaded = Mapping[str, tuple[dict, dict]]
+"""{source: (params, state)}"""
+
 
 @dataclass
 class Merge:
@@ -16,10 +19,25 @@ class Merge:
 
     filled: dict[str, str] = field(default_factory=dict)  # name: source
     initial: list[str] = field(default_factory=list)  # names that keep their initial value
+    reshaped: dict[str, str] = field(default_factory=dict)  # of these: what shape a source has; see `fitting_only`
+    unused: dict[str, str] = field(default_factory=dict)  # name that the trees lack: source
+
+    @property
+    def absent(self) -> list[str]:
+        """The names that keep their initial value since no source has them."""
+        return [name for name in self.initial if name not in self.reshaped]
 
     def text(self) -> str:
-        """One line per source and per group of leaves that stay at init."""
-        lines = []
+        """One line per source and per group of leaves that stay at init; where only what fits was taken, every name."""
+        lines = [f"at init, {name} {shapes}" for name, shapes in self.reshaped.items()]
+        if self.reshaped or self.unused:
+            lines += [f"at init, {name} is in no file" for name in self.absent]
+            lines += [f"unused, {name} of {source}" for name, source in self.unused.items()]
+            count = len(self.filled) + len(self.initial)
+            lines += [
+                f"{len(self.filled)} of {count} tensors have their shape there, {len(self.reshaped)} another one, "
+                f"{len(self.absent)} are absent; {len(self.unused)} of the files' are not used"
+            ]
         for source in dict.fromkeys(self.filled.values()):
             count = sum(origin == source for origin in self.filled.values())
             lines.append(f"{count} tensors from {source}")
@@ -31,12 +49,14 @@ class Merge:
 
 
 def load_into(
-    params: dict, state: dict, loaded: Mapping[str, tuple[dict, dict]], *, allow_missing: tuple[str, ...] = ()
+    params: dict, state: dict, loaded: Loaded, *, allow_missing: tuple[str, ...] = (), fitting_only: bool = False
 ) -> tuple[dict, dict, Merge]:
     """(params, state, merge): the given trees with the leaves of `loaded` = {source: (params, state)} in their places.
 
     Leaves that no source holds keep their value, where their path starts with one of `allow_missing` (a path or its
     beginning, e.g. "camera", "fuser"). Loaded leaves are copied to the dtype and device of those they replace.
+    fitting_only: loaded leaves that are not in the trees, or have another shape there, are left out and named in `merge`,
+    as mmcv's load_checkpoint does: for a model that starts from a relative.
 
     Raises ValueError for a leaf that is not in the trees, comes from two sources, has another shape, or is missing.
     """
@@ -46,7 +66,9 @@ def load_into(
     for source, trees in loaded.items():
         for prefix, part in zip(("params", "state"), trees):
             for path, leaf in tree.flatten(part).items():
-                flat[f"{prefix}.{path}"] = _place(f"{prefix}.{path}", leaf, ours, source, merge)
+                name = f"{prefix}.{path}"
+                if not (fitting_only and _left_out(name, leaf, ours, source, merge)):
+                    flat[name] = _place(name, leaf, ours, source, merge)
     merge.initial = [name for name in ours if name not in merge.filled]
     lost = [name for name in merge.initial if not _below(name.partition(".")[2], allow_missing)]
     if lost:
@@ -58,6 +80,17 @@ def load_into(
     new_params = tree.unflatten({path: flat[f"params.{path}"] for path in tree.flatten(params)}, params)
     new_state = tree.unflatten({path: flat[f"state.{path}"] for path in tree.flatten(state)}, state)
     return new_params, new_state, merge
+
+
+def _left_out(name: str, leaf: Tensor, ours: Mapping[str, Tensor], source: str, merge: Merge) -> bool:
+    """Whether a leaf does not fit, which `merge` then says."""
+    if name not in ours:
+        merge.unused[name] = source
+        return True
+    if leaf.shape == ours[name].shape:
+        return False
+    merge.reshaped[name] = f"is {list(leaf.shape)} in {source}, {list(ours[name].shape)} in the model"
+    return True
 
 
 def _place(name: str, leaf: Tensor, ours: Mapping[str, Tensor], source: str, merge: Merge) -> Tensor:

@@ -148,7 +148,7 @@ def apply(
         out["deform"], out["offset"] = deform_conv.apply(params["deform"], y)
         y = out["deform"]
     out["logits"] = conv.apply(params["depth"], y)
-    return out, new
+    return out, {name: new[name] for name in state}  # in the old order: it is part of a tree's structure
 
 
 def _mlp(params: dict, x: Tensor) -> Tensor:
