@@ -9,6 +9,7 @@ import torch
 
 from bevfn import tree
 from bevfn.backbones import resnet
+from bevfn.data.batch import Base
 from bevfn.distributed import Groups
 from bevfn.heads import centerpoint, two_stage
 from bevfn.layers import batch_norm
@@ -66,7 +67,7 @@ def initial(frames):
 
 
 def batch(frames, **given):
-    return small_cameras.make(T=frames, classes=3, **given)
+    return replace(small_cameras.make(T=frames, classes=3, **given), base=Base.EGO_AT_FRONT)
 
 
 def stepped(config, data=None):
@@ -255,7 +256,7 @@ def test_published_stages_and_their_mini_sizes_are_consistent(make):
     config = bevnext.mini(make())
     assert config.frames == min(make().frames, 3)
     params, state = bevnext.init(config, seed=0)
-    data = small_cameras.make(B=1, T=config.frames, size=config.grid.image_size, classes=10)
+    data = batch(config.frames, B=1, size=config.grid.image_size)
     outputs, _ = bevnext.apply(params, state, data, config=config, train=False)
     assert outputs["bev"]["map"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
     assert make().head.head.code_weights[-1] == (0.2 if make().frames == 1 else 1.0)
