@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import small_cameras
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bevfn import tree
 from bevfn.backbones import resnet
@@ -194,6 +195,23 @@ def test_frames_become_samples_and_outputs_frames_again():
     assert [part["x"].tolist() for part in split] == [[0, 1], [2, 3], [4, 5]]
     assert cameras.as_groups(False, 3) is False and cameras.as_groups(True, 1) is True
     assert cameras.as_groups(True, 3) == Groups(3)
+
+
+def nodes(config):
+    """Nodes of the frames' maps and of the statistics that training leaves, in one graph."""
+
+    def step(params, state, data):
+        outputs, new = bevnext.apply(params, state, data, config=config, train=True)
+        return outputs["bev"]["map"], new["image"], new["view"]
+
+    params, state = bevnext.init(config, seed=0)
+    graph = make_fx(step, tracing_mode="fake")(params, state, batch(config.frames)).graph
+    graph.eliminate_dead_code()
+    return sum(node.op == "call_function" for node in graph.nodes)
+
+
+def test_eight_earlier_frames_in_one_call_are_a_smaller_graph_than_two_one_after_another():
+    assert nodes(tiny(9)) < nodes(replace(tiny(3), frames_at_once=False)) - 500
 
 
 # --- the step ---
