@@ -50,18 +50,12 @@ AGGREGATED = replace(
     published=Published(34.84, 48.05, "BEVDepth"),
     case=None,
 )
-BEVNEXT_1 = Model(
-    experiment="bevnext",
-    family="bevnext",
-    parameters=65.4,
-    checkpoints=("bevnext-stage1", "resnet50"),
-    case="bevnext_stage1",
-)
+BEVNEXT_1 = Model("bevnext", "bevnext", 65.4, ("bevnext-stage1", "resnet50"), case="bevnext_stage1")
 BEVNEXT_2 = Model(
     experiment="bevnext",
     family="bevnext",
     parameters=59.3,
-    checkpoints=("bevnext-stage2", "bevnext-stage1", "resnet50"),
+    checkpoints=("bevnext-stage2", "bevnext-stage1"),
     published=Published(43.7, 54.8, "BEVNeXt"),
     case="bevnext_stage2",
 )
@@ -100,12 +94,7 @@ MODELS: dict[str, Model] = {
     "bevnext-stage1": BEVNEXT_1,
     "bevnext-stage2": BEVNEXT_2,
     "bevnext-pers-stage1": replace(BEVNEXT_1, checkpoints=("bevnext-stage1", "resnet50-detector"), case=None),
-    "bevnext-pers-stage2": replace(
-        BEVNEXT_2,
-        checkpoints=("bevnext-stage2", "bevnext-stage1", "resnet50-detector"),
-        published=Published(45.6, 56.0, "BEVNeXt"),
-        case=None,
-    ),
+    "bevnext-pers-stage2": replace(BEVNEXT_2, published=Published(45.6, 56.0, "BEVNeXt"), case=None),
 }
 FORMER = {
     "bevfusion-lidar-cam": "bevfusion-lidar-camera",

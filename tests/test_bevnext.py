@@ -6,9 +6,11 @@ from functools import cache
 import pytest
 import small_cameras
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bevfn import tree
 from bevfn.backbones import resnet
+from bevfn.data.batch import Base
 from bevfn.distributed import Groups
 from bevfn.heads import centerpoint, two_stage
 from bevfn.layers import batch_norm
@@ -66,7 +68,7 @@ def initial(frames):
 
 
 def batch(frames, **given):
-    return small_cameras.make(T=frames, classes=3, **given)
+    return replace(small_cameras.make(T=frames, classes=3, **given), base=Base.EGO_AT_FRONT)
 
 
 def stepped(config, data=None):
@@ -195,6 +197,23 @@ def test_frames_become_samples_and_outputs_frames_again():
     assert cameras.as_groups(True, 3) == Groups(3)
 
 
+def nodes(config):
+    """Nodes of the frames' maps and of the statistics that training leaves, in one graph."""
+
+    def step(params, state, data):
+        outputs, new = bevnext.apply(params, state, data, config=config, train=True)
+        return outputs["bev"]["map"], new["image"], new["view"]
+
+    params, state = bevnext.init(config, seed=0)
+    graph = make_fx(step, tracing_mode="fake")(params, state, batch(config.frames)).graph
+    graph.eliminate_dead_code()
+    return sum(node.op == "call_function" for node in graph.nodes)
+
+
+def test_eight_earlier_frames_in_one_call_are_a_smaller_graph_than_two_one_after_another():
+    assert nodes(tiny(9)) < nodes(replace(tiny(3), frames_at_once=False)) - 500
+
+
 # --- the step ---
 
 
@@ -255,7 +274,7 @@ def test_published_stages_and_their_mini_sizes_are_consistent(make):
     config = bevnext.mini(make())
     assert config.frames == min(make().frames, 3)
     params, state = bevnext.init(config, seed=0)
-    data = small_cameras.make(B=1, T=config.frames, size=config.grid.image_size, classes=10)
+    data = batch(config.frames, B=1, size=config.grid.image_size)
     outputs, _ = bevnext.apply(params, state, data, config=config, train=False)
     assert outputs["bev"]["map"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
     assert make().head.head.code_weights[-1] == (0.2 if make().frames == 1 else 1.0)

@@ -65,20 +65,21 @@ def apply(params: dict, logits: Tensor, likeness: Tensor, *, config: Config) -> 
     """
     D, H = logits.shape[1:3]
     unary = logits.float().permute(0, 2, 3, 1)  # M H W D
+    shape, unary = unary.shape, unary.reshape(-1, D)
     band = _band(likeness)  # m H W 3W
-    band = band.repeat(len(unary) // len(band), 1, 1, 1).flatten(0, 1)
+    band = band.repeat(shape[0] // len(band), 1, 1, 1).flatten(0, 1)
     bins = torch.arange(D, dtype=torch.float32, device=logits.device)
     penalty = -params["strength"] * (bins[:, None] - bins).abs()  # D D
     q = torch.softmax(unary, -1)
     steps = [q]
     for _ in range(config.iterations):
-        rows = F.pad(q, (0, 0, 0, 0, 1, 1))
-        rows = torch.cat([rows[:, :H], rows[:, 1 : H + 1], rows[:, 2:]], 2).flatten(0, 1)  # M*H 3W D
+        rows = F.pad(q.view(shape), (0, 0, 0, 0, 1, 1))
+        rows = torch.cat([rows.narrow(1, i, H) for i in range(3)], 2).flatten(0, 1)  # M*H 3W D
         message = torch.bmm(band, rows).view(-1, D)
-        q = torch.softmax(torch.addmm(unary.reshape(-1, D), message, penalty).view(unary.shape), -1)
+        q = torch.softmax(torch.addmm(unary, message, penalty), -1)
         steps.append(q)
     found = {"start": steps[0], "first": steps[min(1, config.iterations)], "depth": q}
-    return {name: step.permute(0, 3, 1, 2) for name, step in found.items()}
+    return {name: step.view(shape).permute(0, 3, 1, 2) for name, step in found.items()}
 
 
 def _band(likeness: Tensor) -> Tensor:
