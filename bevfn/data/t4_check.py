@@ -22,7 +22,6 @@ from bevfn.files import read_json
 from bevfn.names import leaves, printable
 
 DROPS = values.Drops(reach=122.4, sensors="LiDAR")  # of AWML's recipes
-
 RULES = t4_classes.Rules()
 FOREIGN, DROPPED = "of no class", "dropped by attribute"
 Found = dict[str, list[dict]]  # tables
@@ -75,7 +74,8 @@ def check(
     """
     root, revision = Path(root), t4_folders.revision_of(version)
     base, chosen = t4_folders.base(root), _chosen(root, split, revision)
-    looks = {scene: _look(base, scene, deep) for members in chosen.values() for scene in members}
+    every = dict.fromkeys(scene for members in chosen.values() for scene in members)
+    looks = {scene: _look(base, scene, deep) for scene in every}
     samples = {name: sum(looks[scene].samples for scene in members) for name, members in chosen.items()}
     broken = [problem for look in looks.values() for problem in look.broken]
     lost = [problem for look in looks.values() for problem in look.lost_maps]
@@ -271,12 +271,17 @@ def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> 
     return {
         "map": int(not any(row.get("filename") for row in found["map"])),
         "scan": sum(not set(t4_folders.LIDARS) & own.recorded[row["token"]].keys() for row in found["sample"]),
-        "lens": sum(bool(np.any(row.get("camera_distortion") or 0)) for row in found["calibrated_sensor"]),
+        "lens": sum(_bends(row.get("camera_distortion")) for row in found["calibrated_sensor"]),
         "velocity": sum(row.get("velocity") is None for row in found[t4.ANNOTATIONS]),
         "invalid": sum(row.get("is_valid") is False for row in found["sample_data"]),
         "dim": sum(_is_dim(base / scene.path(row["filename"])) for row in scans[:1]),
         "sources": sum(_is_untiled(base, scene, row) for row in scans if row.get("info_filename")) if deep else 0,
     }
+
+
+def _bends(distortion: object) -> bool:
+    """Whether a lens has a coefficient that is not 0."""
+    return isinstance(distortion, list) and any(value != 0 for value in distortion)
 
 
 def _is_dim(path: Path) -> bool:
