@@ -112,7 +112,7 @@ def _tell_of_categories(devkit: Any, where: Path) -> None:
     warnings.warn(
         f"{where}: {sum(foreign.values()):,} of {sum(counts.values()):,} annotations are left out, since their categories are "
         f"none of nuScenes' ({names}).",
-        stacklevel=4,
+        stacklevel=6,  # in index
     )
 
 

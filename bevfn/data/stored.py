@@ -54,7 +54,7 @@ def read(folders: list[Path], name: str, header: Header) -> Packed | None:
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-            warnings.warn(f"{place / name} is damaged ({error}); the index is built again.", stacklevel=3)
+            warnings.warn(f"{place / name} is damaged ({error}); the index is built again.", stacklevel=4)
     return None
 
 
@@ -68,7 +68,7 @@ def _store(folders: list[Path], name: str, header: Header, packed: Packed) -> No
             return write_atomically(place / name, buffer.getvalue())
         except OSError as error:
             reasons.append(f"{place}: {error.strerror or error}")
-    warnings.warn(f"the index cannot be kept ({'; '.join(reasons)}), so the next run builds it again.", stacklevel=3)
+    warnings.warn(f"the index cannot be kept ({'; '.join(reasons)}), so the next run builds it again.", stacklevel=4)
 
 
 @contextlib.contextmanager

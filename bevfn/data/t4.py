@@ -148,16 +148,16 @@ def _tell(base: Path, scenes: list[Scene], reads: list[_Read], rules: Rules) -> 
         warnings.warn(
             f"{base}: {sum(foreign.values()):,} of {sum(counts.values()):,} annotations are left out, since their categories "
             f"are none of AWML's ({names}).",
-            stacklevel=3,
+            stacklevel=5,
         )
     if blind := sum(read.blind for read in reads):
         warnings.warn(
-            f"{base}: {blind:,} key frames are left out, which have no scan of {' or '.join(LIDARS)}.", stacklevel=3
+            f"{base}: {blind:,} key frames are left out, which have no scan of {' or '.join(LIDARS)}.", stacklevel=5
         )
     if lost := [scene.path(path) for scene, read in zip(scenes, reads) for path in read.lost_maps]:
         warnings.warn(
             f"{base}: {printable(lost[0])} does not exist, which map.json names ({len(lost):,} such); detection does without maps.",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

@@ -6,6 +6,7 @@ Files and values go through the same hands as nuScenes' (`check`, `values`); her
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,8 @@ from bevfn.files import read_json
 from bevfn.names import leaves, printable
 
 DROPS = values.Drops(reach=122.4, sensors="LiDAR")  # of AWML's recipes
-
+RULES = t4_classes.Rules()
+FOREIGN, DROPPED = "of no class", "dropped by attribute"
 Found = dict[str, list[dict]]  # tables
 ODD: dict[str, tuple[str, str, Literal["left out", "note"]]] = {
     "map": ("missing maps", "it needs none", "note"),
@@ -47,6 +49,21 @@ ODD: dict[str, tuple[str, str, Literal["left out", "note"]]] = {
 """Kind: what, what training does, its weight."""
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What one scene's tables say; they are not kept, as thousands of scenes would not fit into memory."""
+
+    broken: tuple[Problem, ...]
+    lost_maps: tuple[Problem, ...]
+    maps: int
+    samples: int
+    classes: Counter[str]
+    """annotations by what AWML's rules make of them"""
+    categories: Counter[str]
+    odd: dict[str, int]
+    """kind of ODD: how often it is there"""
+
+
 def check(
     root: Path, version: str | None = None, split: str | None = None, *, deep: bool = False, workers: int = 0
 ) -> Inspection:
@@ -57,40 +74,37 @@ def check(
     """
     root, revision = Path(root), t4_folders.revision_of(version)
     base, chosen = t4_folders.base(root), _chosen(root, split, revision)
-    scenes = list({scene.folder: scene for name in chosen for scene in chosen[name]}.values())
-    found, problems, parts = _tables(base, scenes)
-    samples = {
-        name: sum(len(found[scene.folder].get("sample", [])) for scene in members) for name, members in chosen.items()
-    }
-    facts, findings, affected, notes = [], list(_splits(root, chosen, revision)), set[str](), []
-    if any(problem.path.endswith(".json") for problem in problems):
-        affected_count = sum(samples.values())
-    else:
+    every = dict.fromkeys(scene for members in chosen.values() for scene in members)
+    looks = {scene: _look(base, scene, deep) for scene in every}
+    samples = {name: sum(looks[scene].samples for scene in members) for name, members in chosen.items()}
+    broken = [problem for look in looks.values() for problem in look.broken]
+    lost = [problem for look in looks.values() for problem in look.lost_maps]
+    parts = [
+        checking.part_of("tables", len(t4.SCHEMA.tables) * len(looks), broken),
+        checking.part_of("maps", sum(look.maps for look in looks.values()), lost),
+    ]
+    problems, findings, facts = broken + lost, list(_splits(root, chosen, revision)), list[str]()
+    affected = sum(samples.values())
+    if not broken:
         packed = {name: _frames(root, name, revision, findings) for name in chosen}
-        needed = _files_needed(packed.values())
-        bad = checking.examine_all(base, [path for files in needed.values() for path in files], deep, workers)
-        for name, files in needed.items():
-            wrong = [Problem(path, *bad[path], len(tokens)) for path, tokens in files.items() if path in bad]
-            affected.update(*(files[problem.path] for problem in wrong))
-            parts.append(checking.part_of(name, len(files), wrong))
-            problems += wrong
-        findings += _scenes(base, {scene: found[scene.folder] for scene in scenes}, deep)
-        facts.append(_annotations(found.values()))
-        findings += _categories(found.values())
+        more, bad, affected = _files(base, packed, deep, workers)
+        parts += more
+        problems += bad
+        facts.append(_annotations(looks.values()))
+        findings += [*_scenes(looks), *_categories(looks.values())]
         for name, frames in packed.items():
-            told, odd = values.of_frames(frames, base, name, set(bad), DROPS) if len(frames) else ([], [])
+            damaged = {problem.path for problem in bad}
+            told, odd = values.of_frames(frames, base, name, damaged, DROPS) if len(frames) else ([], [])
             facts += told
             findings += odd
-        notes = _made(root, base, chosen, revision)
-        affected_count = len(affected)
     return Inspection(
         root=str(base),
         version=t4.VERSION,
         samples=samples,
-        affected=affected_count,
+        affected=affected,
         parts=tuple(parts),
         problems=tuple(problems),
-        notes=tuple(notes),
+        notes=() if broken else tuple(_made(root, base, chosen, revision)),
         facts=tuple(facts),
         findings=tuple(findings),
     )
@@ -121,34 +135,34 @@ def _splits(root: Path, chosen: dict[str, list[Scene]], revision: str | None) ->
 # --- files ---
 
 
-def _tables(base: Path, scenes: list[Scene]) -> tuple[dict[str, Found], list[Problem], list[Part]]:
-    """({folder: tables}, what is wrong with tables and maps, their parts)."""
-    found: dict[str, Found] = {}
-    broken, lost, maps = [], [], 0
-    for scene in scenes:
-        found[scene.folder], wrong = t4.read_tables(base / scene.folder)
-        broken += [
-            Problem(
-                scene.path(f"{t4_folders.TABLES}/{name}.json"),
-                "missing" if "does not exist" in what else "damaged",
-                what,
-                0,
-            )
-            for name, what in wrong.items()
-        ]
-        paths = [str(row["filename"]) for row in found[scene.folder].get("map", []) if row.get("filename")]
-        maps += len(paths)
-        lost += [Problem(scene.path(p), "damaged", OUTSIDE, 0) for p in paths if leaves(p)]
-        lost += [
-            Problem(scene.path(p), "missing", "does not exist; detection does without it", 0)
-            for p in paths
-            if not leaves(p) and not (base / scene.path(p)).exists()
-        ]
-    parts = [
-        checking.part_of("tables", len(t4.SCHEMA.tables) * len(scenes), broken),
-        checking.part_of("maps", maps, lost),
+def _look(base: Path, scene: Scene, deep: bool) -> _Look:
+    """Reads a scene's tables."""
+    found, wrong = t4.read_tables(base / scene.folder)
+    broken = (
+        Problem(
+            scene.path(f"{t4_folders.TABLES}/{name}.json"),
+            "missing" if "does not exist" in what else "damaged",
+            what,
+            0,
+        )
+        for name, what in wrong.items()
+    )
+    paths = [str(row["filename"]) for row in found.get("map", []) if row.get("filename")]
+    lost = [Problem(scene.path(p), "damaged", OUTSIDE, 0) for p in paths if leaves(p)] + [
+        Problem(scene.path(p), "missing", "does not exist; detection does without it", 0)
+        for p in paths
+        if not leaves(p) and not (base / scene.path(p)).exists()
     ]
-    return found, broken + lost, parts
+    own = None if wrong else t4.Tables(found)
+    return _Look(
+        broken=tuple(broken),
+        lost_maps=tuple(lost),
+        maps=len(paths),
+        samples=len(found.get("sample", [])),
+        classes=Counter() if own is None else _classes(own, found),
+        categories=Counter() if own is None else Counter(own.category(row) for row in found[t4.ANNOTATIONS]),
+        odd={} if own is None else _odd(base, scene, own, found, deep),
+    )
 
 
 def _frames(root: Path, split: str, revision: str | None, findings: list[Finding]) -> Packed:
@@ -161,6 +175,19 @@ def _frames(root: Path, split: str, revision: str | None, findings: list[Finding
         what = f"{split}: {printable(error).rstrip('.')}"
         findings.append(Finding(what, "training refuses the data set", "refused"))
         return t4.NO_FRAMES
+
+
+def _files(base: Path, packed: dict[str, Packed], deep: bool, workers: int) -> tuple[list[Part], list[Problem], int]:
+    """(parts, what is wrong with files, key frames that need one such)."""
+    needed = _files_needed(packed.values())
+    found = checking.examine_all(base, [path for files in needed.values() for path in files], deep, workers)
+    parts, problems, affected = [], list[Problem](), set[str]()
+    for name, files in needed.items():
+        wrong = [Problem(path, *found[path], len(tokens)) for path, tokens in files.items() if path in found]
+        affected.update(*(files[problem.path] for problem in wrong))
+        parts.append(checking.part_of(name, len(files), wrong))
+        problems += wrong
+    return parts, problems, len(affected)
 
 
 def _files_needed(splits: Iterable[Packed]) -> dict[str, dict[str, set[str]]]:
@@ -199,33 +226,26 @@ def _made(root: Path, base: Path, chosen: dict[str, list[Scene]], revision: str 
 # --- values ---
 
 
-def _annotations(scenes: Iterable[Found]) -> str:
-    """What AWML's rules make of all annotations."""
-    rules, told = t4_classes.Rules(), Counter[str]()
-    for found in scenes:
-        own = t4.Tables(found)
-        for row in found[t4.ANNOTATIONS]:
-            category = own.category(row)
-            names = [own.get("attribute", token)["name"] for token in row["attribute_tokens"]]
-            label, without = rules.label(category, names), rules.label(category)
-            told["annotations"] += 1
-            told[
-                f"of {rules.classes[label]}"
-                if label >= 0
-                else "dropped by attribute"
-                if without >= 0
-                else "of no class"
-            ] += 1
-    kinds = [f"{told[name]:,} {name}" for name in sorted(told, key=lambda name: (not name.startswith("of "), name))]
-    return f"annotations before trucks and trailers are merged: {', '.join(kinds)}" if told else "no annotations"
+def _classes(own: t4.Tables, found: Found) -> Counter[str]:
+    """What AWML's rules make of a scene's annotations."""
+    told = Counter[str]()
+    for row in found[t4.ANNOTATIONS]:
+        names = [own.get("attribute", token)["name"] for token in row["attribute_tokens"]]
+        label, without = RULES.label(own.category(row), names), RULES.label(own.category(row))
+        told[f"of {RULES.classes[label]}" if label >= 0 else DROPPED if without >= 0 else FOREIGN] += 1
+    return told
 
 
-def _categories(scenes: Iterable[Found]) -> Iterator[Finding]:
-    rules, counts = t4_classes.Rules(), Counter[str]()
-    for found in scenes:
-        own = t4.Tables(found)
-        counts.update(own.category(row) for row in found[t4.ANNOTATIONS])
-    foreign = {name: count for name, count in counts.items() if not t4.is_known(name, rules)}
+def _annotations(looks: Iterable[_Look]) -> str:
+    told = sum((look.classes for look in looks), Counter[str]())
+    order = [*(f"of {name}" for name in RULES.classes), FOREIGN, DROPPED]
+    kinds = [f"{told[name]:,} {name}" for name in order if told[name]]
+    return f"annotations before trucks and trailers are merged: {', '.join(kinds) or 'none'}"
+
+
+def _categories(looks: Iterable[_Look]) -> Iterator[Finding]:
+    counts = sum((look.categories for look in looks), Counter[str]())
+    foreign = {name: count for name, count in counts.items() if not t4.is_known(name, RULES)}
     if foreign:
         every = len(foreign) == len(counts)
         yield Finding(
@@ -236,20 +256,13 @@ def _categories(scenes: Iterable[Found]) -> Iterator[Finding]:
         )
 
 
-def _scenes(base: Path, scenes: dict[Scene, Found], deep: bool) -> Iterator[Finding]:
+def _scenes(looks: dict[Scene, _Look]) -> Iterator[Finding]:
     """What is odd about scenes, each kind once."""
-    first: dict[str, Scene] = {}
-    counts, owners = Counter[str](), Counter[str]()
-    for scene, found in scenes.items():
-        for kind, count in _odd(base, scene, t4.Tables(found), found, deep).items():
-            if count:
-                first.setdefault(kind, scene)
-                counts[kind] += count
-                owners[kind] += 1
-    for kind, scene in first.items():
-        what, then, weight = ODD[kind]
-        which = f"{owners[kind]:,} of {len(scenes):,} scenes (the first is {printable(scene.name)})"
-        yield Finding(f"{counts[kind]:,} {what} in {which}", then, weight)
+    for kind, (what, then, weight) in ODD.items():
+        having = {scene: look.odd[kind] for scene, look in looks.items() if look.odd[kind]}
+        if having:
+            which = f"{len(having):,} of {len(looks):,} scenes (the first is {printable(next(iter(having)).name)})"
+            yield Finding(f"{sum(having.values()):,} {what} in {which}", then, weight)
 
 
 def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> dict[str, int]:
@@ -258,12 +271,17 @@ def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> 
     return {
         "map": int(not any(row.get("filename") for row in found["map"])),
         "scan": sum(not set(t4_folders.LIDARS) & own.recorded[row["token"]].keys() for row in found["sample"]),
-        "lens": sum(bool(np.any(row.get("camera_distortion") or 0)) for row in found["calibrated_sensor"]),
+        "lens": sum(_bends(row.get("camera_distortion")) for row in found["calibrated_sensor"]),
         "velocity": sum(row.get("velocity") is None for row in found[t4.ANNOTATIONS]),
         "invalid": sum(row.get("is_valid") is False for row in found["sample_data"]),
         "dim": sum(_is_dim(base / scene.path(row["filename"])) for row in scans[:1]),
         "sources": sum(_is_untiled(base, scene, row) for row in scans if row.get("info_filename")) if deep else 0,
     }
+
+
+def _bends(distortion: object) -> bool:
+    """Whether a lens has a coefficient that is not 0."""
+    return isinstance(distortion, list) and any(value != 0 for value in distortion)
 
 
 def _is_dim(path: Path) -> bool:
