@@ -1,6 +1,6 @@
 """Multi-scale deformable attention: every query and head sums bilinear samples at its own places of images, weighted.
 
-    out[b, q, h] = sum over l, p of weights[b, q, h, l, p] * value_l[b, h](locations[b, q, h, l, p])
+out[b, q, h] = sum over l, p of weights[b, q, h, l, p] * value_l[b, h](locations[b, q, h, l, p])
 """
 
 from typing import Any
