@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from bevfn.names import printable
+from bevfn.names import sentence
 
 REFUSED, INTERRUPTED = 2, 130
 
@@ -32,5 +32,5 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
         print("bevfn: there is not enough memory for this", file=sys.stderr)
         sys.exit(REFUSED)
     except mendable as error:
-        print(f"bevfn: {printable(error)}", file=sys.stderr)  # on one line, whatever names are in it
+        print(f"bevfn: {sentence(error)}", file=sys.stderr)  # on one line, whatever names are in it
         sys.exit(REFUSED)

@@ -7,12 +7,33 @@ import hashlib
 import re
 
 LONGEST = 100  # letters of a file's name that is made of a name
+SHOWN = 120  # letters of a name in a sentence; nuScenes' paths have up to 100
+WORD, SENTENCE = 300, 4000  # letters of a word, a user's own path say, and of a whole sentence
 
 
-def printable(text: object) -> str:
-    """The text with everything in it that is no visible letter or blank spelled out ("\\n", "\\x1b"), so that it stays in its
-    line and cannot command a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+def printable(name: object) -> str:
+    """A name for a sentence: everything in it that is no visible letter or blank spelled out ("\\n", "\\x1b"), so that it stays
+    in its line and cannot command a terminal; of a very long one both ends."""
+    return _ends(_spelled(str(name)), SHOWN)
+
+
+def sentence(text: object) -> str:
+    """A whole sentence likewise, whatever names somebody put into it; also of its very long words both ends."""
+    words = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _ends(word[0], WORD), _spelled(str(text)))
+    return _ends(words, SENTENCE)
+
+
+def lines(text: str) -> str:
+    """Each of the text's lines as a `sentence`."""
+    return "\n".join(map(sentence, text.split("\n")))
+
+
+def _spelled(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _ends(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 3) :]}"
 
 
 def file_name(name: str) -> str:

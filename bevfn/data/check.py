@@ -19,7 +19,7 @@ from bevfn.data import depth, image, nuscenes, paste, points, values
 from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Index
 from bevfn.files import to_json
-from bevfn.names import leaves, printable
+from bevfn.names import leaves, printable, sentence
 
 CHUNK = 128  # files per task of a thread
 OUTSIDE = "is not below the data set's root"
@@ -87,7 +87,7 @@ class Inspection:
             lines.append(
                 f"{len(self.findings):,} finding{'s' if len(self.findings) > 1 else ''}, and what training does"
             )
-        lines += [f"  {finding.kind}: {printable(finding)}" for finding in self.findings[:shown]]
+        lines += [f"  {finding.kind}: {sentence(finding)}" for finding in self.findings[:shown]]
         if len(self.findings) > shown:
             lines.append(f"  and {len(self.findings) - shown:,} more; --json FILE writes all of them")
         total = sum(self.samples.values())
@@ -99,7 +99,7 @@ class Inspection:
         for problem in self.problems[:shown]:
             needed = f" (samples: {problem.samples:,})" if problem.samples else ""
             what = problem.what.removeprefix(f"{self.root}/{problem.path}: ")
-            lines.append(f"  {printable(problem.path)}: {printable(what)}{needed}")
+            lines.append(f"  {printable(problem.path)}: {sentence(what)}{needed}")
         if len(self.problems) > shown:
             lines.append(f"  and {len(self.problems) - shown:,} more; --json FILE writes all of them")
         return "\n".join(lines)

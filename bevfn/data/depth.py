@@ -23,7 +23,7 @@ from bevfn.data import building, image, points
 from bevfn.data.index import Camera, Frame, Index
 from bevfn.data.possible import DISTANCE, SIDE
 from bevfn.files import read_json, to_json, write_atomically
-from bevfn.names import leaves
+from bevfn.names import leaves, printable
 
 MARGIN = 1  # px at the image's border in which points are dropped
 DEPTH = "depth.json"
@@ -84,7 +84,7 @@ def maps(
         seen = [read(files, camera.path) for camera in row]
     if not any(len(found) for found in seen):
         raise ValueError(
-            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {frame.token}, so its depth maps "
+            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {printable(frame.token)}, so its depth maps "
             "are empty; check the calibration, or set depth to False."
         )
     pairs = zip(seen, moves)

@@ -109,9 +109,9 @@ class Frame:
         """The cameras of these channels, in their order. Raises ValueError if one is missing."""
         missing = [channel for channel in channels if channel not in self.cameras]
         if missing:
-            has = ", ".join(self.cameras) or "no camera"
+            has = ", ".join(map(printable, self.cameras)) or "no camera"
             raise ValueError(
-                f"key frame {self.token} has no {', '.join(missing)}, which the reading's Cameras.channels name; it has {has}."
+                f"key frame {printable(self.token)} has no {', '.join(missing)}, which the reading's Cameras.channels name; it has {has}."
             )
         return [self.cameras[channel] for channel in channels]
 
@@ -119,7 +119,7 @@ class Frame:
         """N 4 4 float64: global_from_ego at these cameras' times. Raises ValueError if one is missing or unknown."""
         poses = np.stack([camera.global_from_ego for camera in self.rig(channels)])
         if not np.isfinite(poses).all():
-            raise ValueError(f"key frame {self.token} has cameras without ego pose; read the data set's own tables.")
+            raise ValueError(f"key frame {printable(self.token)} has cameras without ego pose; read the data set's own tables.")
         return poses
 
     @property
@@ -386,5 +386,5 @@ class Index:
     def position(self, token: str) -> int:
         """The place of the key frame `token`. Raises ValueError if the index has no such frame."""
         if token not in self.positions:
-            raise ValueError(f"no key frame {token} in {self.root} ({self.version}, split {self.split!r}).")
+            raise ValueError(f"no key frame {printable(token)} in {self.root} ({self.version}, split {self.split!r}).")
         return self.positions[token]

@@ -98,7 +98,7 @@ def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Fram
     time = _number(info, where, "timestamp") if "timestamp" in info else 0.0
     cameras = {}
     for channel, camera in _optional(info, where, "images", dict).items():
-        place = f"{where}.images.{channel}"
+        place = f"{where}.images.{printable(channel)}"
         camera_from_lidar = _transform(camera, place, "lidar2cam")
         ego_from_camera = _transform(camera, place, "cam2ego", unknown=True)
         cameras[channel] = Camera(
@@ -198,7 +198,7 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
     time = _number(info, where, "timestamp")
     cameras = {}
     for channel, camera in _optional(info, where, "cams", dict).items():
-        place = f"{where}.cams.{channel}"
+        place = f"{where}.cams.{printable(channel)}"
         cameras[channel] = Camera(
             path=_path(_get(camera, place, "data_path", str), f"samples/{channel}", folders),
             intrinsics=_numbers(camera, place, "cam_intrinsic", (3, 3)),

@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 from bevfn.data import building, faults, possible, tables
 from bevfn.data.index import CAMERAS, Camera, Frame, Index, Packed, Sweep, inverse, pack
 from bevfn.files import write_atomically
-from bevfn.names import printable
+from bevfn.names import printable, sentence
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 MAX_SWEEPS = 10
@@ -102,7 +102,7 @@ def _build(root: Path, version: str, split: str, scenes: set[str]) -> Packed:
         what = next(iter(problems.values()), "") or (
             f"{printable(missing[0])} does not exist but {version}/map.json names it; extract nuScenes' maps archive."
             if missing
-            else f"{root / version}: nuscenes-devkit cannot read the tables ({type(error).__name__}: {printable(error)})."
+            else f"{root / version}: nuscenes-devkit cannot read the tables ({type(error).__name__}: {sentence(error)})."
         )
         raise ValueError(what) from error
     if not len(packed):

@@ -1,7 +1,7 @@
 """Where a run's key frames come from: a nuScenes root, an info file, a folder with one frame, or a synthetic world made
 on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,10 +29,10 @@ class Source:
     def __post_init__(self) -> None:
         ours, theirs = set(self.training.class_names), set(self.evaluation.class_names)
         if ours != theirs:
-            differing = ", ".join(sorted(ours ^ theirs))
+            differing = _listed(sorted(ours ^ theirs))
             raise ValueError(
-                f"{self.training.root} annotates {', '.join(self.training.class_names)}, but {self.evaluation.root} "
-                f"{', '.join(self.evaluation.class_names)}; they differ in {differing}: take both from data sets of the "
+                f"{self.training.root} annotates {_listed(self.training.class_names)}, but {self.evaluation.root} "
+                f"{_listed(self.evaluation.class_names)}; they differ in {differing}: take both from data sets of the "
                 "same classes"
             )
 
@@ -97,7 +97,7 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
     if missing := [channel for channel in reading.channels if channel not in index.channels]:
         raise ValueError(
             f"{name} has no camera {', '.join(missing)}, which the model reads; it has "
-            f"{', '.join(index.channels) or 'none'}: choose a LiDAR model, or another root"
+            f"{_listed(index.channels) or 'none'}: choose a LiDAR model, or another root"
         )
     for channel in reading.channels if whole else ():
         if lacking := index.lacking(channel):
@@ -114,7 +114,7 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
     if missing := [known for known in reading.class_names if known not in index.class_names]:
         raise ValueError(
             f"{name} does not annotate {', '.join(missing)}, which the model detects; it annotates "
-            f"{', '.join(index.class_names)}"
+            f"{_listed(index.class_names)}"
         )
     if train and not index.has("velocity"):
         raise ValueError(f"{name} has no velocities of objects, but the model learns them; train on another root")
@@ -138,3 +138,7 @@ def check_scored(index: Index, attributes: Collection[str]) -> None:
             f"{name} annotates the attribute '{printable(unknown[0])}', which nuScenes' scores do not know: a box has one of "
             f"{', '.join(filter(None, attributes))} or none; {other}"
         )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(printable, names))

@@ -16,7 +16,7 @@ import numpy as np
 from bevfn.data import faults, image, nuscenes, points
 from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Packed
-from bevfn.names import printable
+from bevfn.names import printable, sentence
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 REACH = 54.0  # m in x and y, beyond which the published recipes drop boxes
@@ -57,7 +57,7 @@ def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[l
             warnings.simplefilter("ignore")
             packed = nuscenes.frames(root, version, split, keep=False)
     except ValueError as error:
-        return [], [Finding(f"{split}: {printable(error).rstrip('.')}", "training refuses the data set", "refused")]
+        return [], [Finding(f"{printable(split)}: {sentence(error).rstrip('.')}", "training refuses the data set", "refused")]
     found = [
         Finding(f"{fault.first} ({fault.count:,} {fault.what})", "training refuses the data set", "refused")
         for fault in faults.find(packed)
@@ -282,7 +282,7 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
 
 def _refused(error: Exception) -> Finding:
     return Finding(
-        printable(error).rstrip("."),
+        sentence(error).rstrip("."),
         "training stops there, or with --on-damaged skip leaves such key frames out",
         "refused",
     )

@@ -34,7 +34,7 @@ from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.metrics import added
-from bevfn.names import printable
+from bevfn.names import lines, sentence
 from bevfn.precision import LOWEST_SCALE, Policy, Precision
 from bevfn.training import checkpoint, optim, origin, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
@@ -648,7 +648,7 @@ def flags(config: Config) -> dict:
 def say(run: Run, text: str) -> None:
     """Prints once, not once per process."""
     if run.leads:
-        print("\n".join(map(printable, text.split("\n"))), flush=True)
+        print(lines(text), flush=True)
 
 
 def describe(run: Run, train_state: train.TrainState, done: int) -> str:
@@ -679,7 +679,7 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     counts: dict[str, float] = {}
     for item in loaded:
         for problem in item.problems:
-            print(f"warning: skipped a damaged sample: {printable(problem)}", flush=True)
+            print(f"warning: skipped a damaged sample: {sentence(problem)}", flush=True)
         counts = added(counts, item.counts)
     return functools.reduce(added, distributed.gather(counts, run.replicas)) | {
         "seconds/waited": sum(item.waited for item in loaded)
