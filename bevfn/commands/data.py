@@ -42,6 +42,8 @@ def check(
     *,
     version: str | None = None,
     split: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
     deep: bool = False,
     workers: int = 0,
     show: int = 20,
@@ -54,6 +56,8 @@ def check(
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several
         split: train, val, ...; all that the root has without it
+        train_split: the one that a run would train on, which may share no scene with
+        eval_split: the one that it would be evaluated on; without either, the defaults and every two of splits.json are compared
         deep: decode every file, instead of looking at sizes and ends
         workers: threads; 0: twice the processors
         show: problems to print
@@ -61,7 +65,9 @@ def check(
     """
     from bevfn.data import check
 
-    report = check.check(root, version, split, deep=deep, workers=workers)
+    report = check.check(
+        root, version, split, training=train_split, evaluation=eval_split, deep=deep, workers=workers
+    )
     print(report.text(show))
     if json_file is not None:
         write_atomically(json_file, report.json())

@@ -110,12 +110,19 @@ class Inspection:
 
 
 def check(
-    root: Path, version: str | None = None, split: str | None = None, *, deep: bool = False, workers: int = 0
+    root: Path,
+    version: str | None = None,
+    split: str | None = None,
+    *,
+    training: str | None = None,
+    evaluation: str | None = None,
+    deep: bool = False,
+    workers: int = 0,
 ) -> Inspection:
     """Looks at tables, maps, and every LiDAR, sweep and camera file that the splits need.
 
-    version: None for the only one that the root has; split: None for all of them; workers: threads, 0 for twice the
-    processors. Raises ValueError for a wrong root, version or split: then there is nothing to look at.
+    version: None for the only one that the root has; split: a split to look at; training, evaluation: those of a run, which
+    may share no scene; all splits where none is named. workers: threads, 0 for twice the processors. Raises ValueError for a wrong root, version or split: then there is nothing to look at.
     """
     root = Path(root)
     version = version or tables_of.only_version(root)
@@ -142,7 +149,8 @@ def check(
     facts: list[str] = []
     findings: list[values.Finding] = []
     if not broken:
-        members = _samples(root, version, split, tables)
+        chosen = _chosen(root, version, [name for name in (split, training, evaluation) if name is not None])
+        members = _samples(chosen, tables)
         samples = {name: len(tokens) for name, tokens in members.items()}
         needed = files_needed(tables, set().union(*members.values()))
         found = _examine(root, [path for files in needed.values() for path in files], deep, workers)
@@ -152,7 +160,12 @@ def check(
             parts.append(_part(name, len(files), bad))
             problems += bad
         if not lost:  # with a map missing, the devkit does not start
-            facts, findings = _values(root, version, split, tables, set(found))
+            findings = list(values.of_tables(root, version, tables, chosen))
+            findings += values.of_pairs(tables_of.shared_scenes(root, version, training, evaluation))
+            for name in chosen:
+                told, odd = values.of_split(root, version, name, set(found))
+                facts += told
+                findings += odd
     # Without a table nothing can be read, without a map the devkit does not start.
     count = sum(samples.values()) if any(part.missing or part.damaged for part in parts[:2]) else len(affected)
     notes = _made(root, version, list(samples))
@@ -251,23 +264,10 @@ def _examine(root: Path, files: list[str], deep: bool, workers: int) -> dict[str
     return problems
 
 
-def _values(
-    root: Path, version: str, split: str | None, tables: dict[str, list[dict]], damaged: set[str]
-) -> tuple[list[str], list[values.Finding]]:
-    """(facts, findings) of the tables and of each split."""
-    chosen, facts = _chosen(root, version, split), []
-    findings = list(values.of_tables(root, version, tables, chosen))
-    for name in chosen:
-        told, odd = values.of_split(root, version, name, damaged)
-        facts += told
-        findings += odd
-    return facts, findings
-
-
-def _chosen(root: Path, version: str, split: str | None) -> dict[str, list[str]]:
-    """Split: names of its scenes."""
-    if split is not None:
-        return {split: tables_of.scenes_of(root, version, split)}
+def _chosen(root: Path, version: str, named: list[str]) -> dict[str, list[str]]:
+    """Split: names of its scenes; of the splits that are named, or of all."""
+    if named:
+        return {split: tables_of.scenes_of(root, version, split) for split in named}
     parts_of_train = ("train_detect", "train_track")
     chosen = {s: names for s, names in tables_of.splits(root, version).items() if s not in parts_of_train}
     if not chosen:
@@ -275,13 +275,12 @@ def _chosen(root: Path, version: str, split: str | None) -> dict[str, list[str]]
     return chosen
 
 
-def _samples(root: Path, version: str, split: str | None, tables: dict[str, list[dict]]) -> dict[str, set[str]]:
+def _samples(chosen: dict[str, list[str]], tables: dict[str, list[dict]]) -> dict[str, set[str]]:
     """Split: tokens of its samples."""
     scenes = {row["token"]: row["name"] for row in tables["scene"]}
-    chosen = {name: set(names) for name, names in _chosen(root, version, split).items()}
     return {
         name: {row["token"] for row in tables["sample"] if scenes[row["scene_token"]] in names}
-        for name, names in chosen.items()
+        for name, names in ((name, set(names)) for name, names in chosen.items())
     }
 
 

@@ -35,6 +35,21 @@ class Source:
                 f"{_listed(self.evaluation.class_names)}; they differ in {differing}: take both from data sets of the "
                 "same classes"
             )
+        if self.training is not self.evaluation:
+            self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Raises ValueError where key frames of one split are in the other: scores would be of what was trained on."""
+        theirs = self.evaluation.positions
+        if shared := [place for token, place in theirs.items() if token in self.training.positions]:
+            scene = self.evaluation[shared[0]].scene
+            raise ValueError(
+                f"{self.training.root} ({self.training.version}): {len(shared):,} of the {len(theirs):,} key frames of the "
+                f"evaluation split '{printable(self.evaluation.split)}' are in the training split "
+                f"'{printable(self.training.split)}' too{f', such as those of {printable(scene)}' if scene else ''}, so that it "
+                "would be scored by what it learned; take them out of one of the two (splits.json), or name others with "
+                "--train-split and --eval-split"
+            )
 
 
 def kind(root: Path | None) -> Kind:
@@ -53,9 +68,10 @@ def prepare(root: Path | None) -> None:
 
 def open(root: Path | None, version: str, training: str | None = None, evaluation: str | None = None) -> Source:
     """The source at a data root, of these splits; None: those that nuScenes has for it. A single frame is both splits, and
-    so is an info file.
+    so is an info file, and the split that is named for the evaluation too.
 
-    Raises ValueError, one sentence, for a root, version or split that is not there, or where a split must be named.
+    Raises ValueError, one sentence, for a root, version or split that is not there, where a split must be named, and for
+    different splits that share key frames.
     """
     if root is not None and (root.is_file() or kind(root) == "frame"):
         if training or evaluation:
@@ -65,6 +81,11 @@ def open(root: Path | None, version: str, training: str | None = None, evaluatio
     if root is None:
         root, version = WORLD, "v1.0-trainval"
     names = _split_names(root, version, training, evaluation)
+    if names[0] == names[1] and evaluation is None:
+        raise ValueError(
+            f"--train-split {printable(names[0])} is what would be evaluated on too, so that scores would be of what was learned; "
+            "name another one with --eval-split, or the same if that is meant"
+        )
     first = nuscenes.index(root, version, names[0])
     return Source(first, first if names[0] == names[1] else nuscenes.index(root, version, names[1]))
 

@@ -1,6 +1,7 @@
 """A nuScenes root as it lies on the disk: its versions, their thirteen tables of rows, and the splits of their scenes."""
 
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def default_splits(root: Path, version: str) -> tuple[str, str] | None:
         if version.endswith(ending):
             return BELONGS[ending][0], BELONGS[ending][1]
     return ("train", "val") if {"train", "val"} <= splits(root, version).keys() else None
+
+
+def shared_scenes(
+    root: Path, version: str, training: str | None = None, evaluation: str | None = None
+) -> dict[tuple[str, str], list[str]]:
+    """(a split to train on, one to evaluate on): scenes that both have, where there are any.
+
+    Of the pair that is named, a split that is not being the default; where none is, of the default pair and of every two
+    splits that are not nuScenes'.
+    """
+    present, defaults = splits(root, version), default_splits(root, version) or ("", "")
+    pairs = [(training or defaults[0], evaluation or defaults[1])]
+    if training is None and evaluation is None:
+        pairs += combinations([split for split in present if split not in NUSCENES], 2)
+    found = {pair: sorted(set(present.get(pair[0], ())) & set(present.get(pair[1], ()))) for pair in pairs}
+    return {pair: scenes for pair, scenes in found.items() if scenes and pair != (evaluation, evaluation)}
 
 
 def scenes_of(root: Path, version: str, split: str) -> list[str]:

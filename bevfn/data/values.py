@@ -49,6 +49,16 @@ def of_tables(
     yield from _splits(root, version, tables, chosen)
 
 
+def of_pairs(shared: dict[tuple[str, str], list[str]]) -> Iterator[Finding]:
+    """Splits that would be trained on and evaluated on, and the scenes that both have (`tables.shared_scenes`)."""
+    for (training, evaluation), scenes in shared.items():
+        if training == evaluation:
+            what = f"the split {printable(training)} would be trained on and evaluated on too"
+        else:
+            what = f"the splits {_some([training, evaluation])} share {len(scenes):,} scene{'s' if len(scenes) > 1 else ''}, {_some(scenes)}"
+        yield Finding(what, "it refuses to train on one and evaluate on the other", "refused")
+
+
 def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[list[str], list[Finding]]:
     """(facts, findings) of a split's key frames, from its index, or read of the tables where there is none; nothing is
     written. damaged: files, relative to the root, that are known to be."""

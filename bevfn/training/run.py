@@ -656,11 +656,12 @@ def describe(run: Run, train_state: train.TrainState, done: int) -> str:
     config, plan, data = run.config, run.plan, run.task.data
     lr = run.task.optimizer(plan).lr
     peak = max((lr.start, *(phase.target for phase in lr.phases)))
+    same = ", which its scores are of too" if data.training.split == data.evaluation.split else ""
     scaling = "--lr" if config.lr is not None else f"{config.lr_scaling} scaling from batch {config.recipe_batch}"
     return (
         f"{run.task.title}: {tree.num_elements(train_state.params) / 1e6:.1f} M parameters, {config.precision} on "
         f"{config.device} through {config.backend}\n"
-        f"{data.training.root} ({data.training.split or 'one frame'}): {len(data.items)} samples an epoch, "
+        f"{data.training.root} ({data.training.split or 'one frame'}{same}): {len(data.items)} samples an epoch, "
         f"{plan.total_steps} steps of {plan.batch}{f', from step {done} on' if done else ''}; "
         f"peak learning rate {peak:.4g} ({scaling})"
     )
