@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +30,18 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise NotWritten(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError, one sentence, unless files can be written to `folder`, or it can be made; changes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"cannot make the output folder {folder}: {there} is no folder; choose another --out")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}; choose another --out") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

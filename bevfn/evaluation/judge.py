@@ -51,24 +51,27 @@ def judge(
     reading: how the frames were read for them. run_dir: the training run, whose curves the report shows. config:
     plain data for the report. others: earlier scores to show beside these. counts: of what did not fit, was broken or
     missing on the way (`detect`).
+
+    Raises ValueError where they cannot be scored or shown: it says where the detections are, and the folder is no evaluation
+    then, nor the one that it was before.
     """
     if index.judge == "recall":
         return _recall(index, found, reading, out, counts or {})
     document = submission(index, found, reading)
+    forget(out)
     results.write(out / RESULTS, document)
-    scores = score.score(index, document)
-    page.write(
-        out,
-        scores,
-        title=title,
-        index=index,
-        found=document,
-        run_dir=run_dir,
-        config=config,
-        others=others,
-        counts=counts,
-    )
+    try:
+        scores = score.score(index, document)
+        shown = {"title": title, "index": index, "found": document, "run_dir": run_dir, "config": config}
+        page.write(out, scores, **shown, others=others, counts=counts)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}; the detections are in {out / RESULTS}, without scores") from error
     return Judgement(scores.nds, scores.headline, tables.summary(scores, title, counts))
+
+
+def forget(out: Path) -> None:
+    """Takes from a folder what makes it an evaluation, before other files are written there: they are not of these scores."""
+    (out / score.METRICS).unlink(missing_ok=True)
 
 
 def submission(index: Index, found: Mapping[str, Detections], reading: Reading) -> dict:
@@ -87,6 +90,7 @@ def _recall(
     """Recall over frames without nuScenes tables, and pictures of them."""
     numbers: dict[str, float] = {}
     texts = []
+    forget(out)
     for place, frame in enumerate(index):
         sample, mine = scene.load(index, place, reading, np.random.default_rng(0)), found[frame.token]
         assert sample.boxes is not None and sample.labels is not None
