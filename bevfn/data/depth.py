@@ -9,10 +9,10 @@ global coordinates of about 1e3 m in float32; here one float64 matrix does, so d
 points in a thousand by a pixel (measured on the golden frame, where no depth label changes).
 """
 
-import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from bevfn.names import leaves, printable
 MARGIN = 1  # px at the image's border in which points are dropped
 DEPTH = "depth.json"
 FRAMES = 32  # of one job
-FORMAT = 1  # raise it when the files' meaning changes
+FORMAT = 2  # raise it when the files' meaning changes
 COLUMNS = 3
 BYTES = 4 * COLUMNS
 
@@ -115,30 +115,42 @@ def folder(index: Index) -> Path:
     return building.place(index.root, "bevfn_depth") / index.split
 
 
-def folder_of_files(out: Path) -> Path:
-    """The folder of the files that `build` made in `out`. Raises ValueError if there are none."""
+def folder_of_files(out: Path, index: Index | None = None) -> Path:
+    """The folder of the files that `build` made in `out`. Raises ValueError if there are none, or if they were made of other
+    key frames or calibrations than those of `index`."""
     path = Path(out) / DEPTH
     if not path.is_file():
         raise ValueError(f"{path} does not exist; build depth ground truth with `bevfn data prepare`.")
     try:
-        name = read_json(path.read_bytes())["files"]
+        content = read_json(path.read_bytes())
+        name, origin = content["files"], building.Origin(**content["made_of"])
         if not isinstance(name, str) or not name.startswith("files-") or leaves(name):
             raise ValueError("it names no folder of files")
-        return path.parent / name
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run `bevfn data prepare` again.") from error
+    if index is not None:
+        origin.check(path, index, made_of(index))
+    return path.parent / name
 
 
 def prepared(index: Index) -> Path | None:
-    """The folder of a split's files where `bevfn data prepare` puts them, None if it made none."""
-    return folder_of_files(folder(index)) if (folder(index) / DEPTH).is_file() else None
+    """The folder of a split's files where `bevfn data prepare` puts them, None if it made none. Raises ValueError if it made
+    them of something else."""
+    return folder_of_files(folder(index), index) if (folder(index) / DEPTH).is_file() else None
+
+
+def made_of(index: Index) -> building.Origin:
+    """Everything that decides what the files hold, but for the point files' and images' contents."""
+    numbers = ("camera_start", "intrinsics", "camera_from_lidar", "camera_size")
+    return building.Origin.of(index, ("token", "lidar_path", "camera_path"), numbers)
 
 
 def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -> Path:
     """Makes the files of all images of `index`, or finds them made already; returns their folder, in `out`.
 
-    About 270 kB a key frame on nuScenes. A stopped or killed build goes on where it was. `depth.json`, which names the
-    folder, is written last: there are all files or none, or those of the previous build. The bytes do not depend on the number of workers (processes).
+    About 270 kB a key frame on nuScenes. A stopped or killed build goes on where it was. `depth.json`, which names the folder
+    and what it was made of, is written last: there are all files or none, or those of the previous build. The bytes do not
+    depend on the number of workers (processes).
 
     Raises ValueError if a file is missing or damaged, if there is no image, or if another build writes to `out`.
     """
@@ -153,7 +165,8 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
             f"{index.root} has several images {names.most_common(1)[0][0]}; their depth needs other names."
         )
     with building.only_writer(out):
-        files = out / f"files-{_fingerprint(index)}"
+        origin = made_of(index)
+        files = out / f"files-{FORMAT}-{origin.files}-{origin.numbers}"
         if _is_built(out, files):
             return files
         files.mkdir(exist_ok=True)
@@ -165,7 +178,7 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
             task = bar.add_task("depth ground truth", total=len(index), completed=len(index) - len(todo))
             for frames in building.unordered(_make, _jobs(index, files, todo), workers):
                 bar.advance(task, frames)
-        write_atomically(out / DEPTH, to_json({"files": files.name}))
+        write_atomically(out / DEPTH, to_json({"files": files.name, "made_of": asdict(origin)}))
         for stale in set(out.glob("files-*")) - {files}:
             shutil.rmtree(stale, ignore_errors=True)
     return files
@@ -195,13 +208,3 @@ def _make(frames: list[Frame], root: Path, files: Path) -> int:
 
 def _file(files: Path, name: str) -> Path:
     return Path(files) / f"{Path(name).name}.bin"
-
-
-def _fingerprint(index: Index) -> str:
-    """Of everything that decides what the files hold, but for the point files' and images' contents."""
-    digest = hashlib.sha256(str(FORMAT).encode())
-    for frame in index:
-        digest.update(frame.lidar_path.encode())
-        for camera in frame.cameras.values():
-            digest.update(camera.path.encode() + camera.intrinsics.tobytes() + camera.camera_from_lidar.tobytes())
-    return digest.hexdigest()[:16]

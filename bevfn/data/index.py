@@ -5,6 +5,7 @@ target_from_source, 4 4 float64, and move column vectors. The frames of a large 
 and made when asked for: nuScenes' 28,130 training frames as Python objects would take gigabytes in every process.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -378,6 +379,12 @@ class Index:
         packed = self.frames.columns["token"] if isinstance(self.frames, Packed) else None
         tokens = [frame.token for frame in self] if packed is None else [token.decode() for token in packed]
         return {token: i for i, token in enumerate(tokens)}
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Column of the packed frames: SHA-256 of it, by which what was made of these key frames is known again."""
+        packed = self.frames if isinstance(self.frames, Packed) else pack(self)
+        return {name: hashlib.sha256(np.ascontiguousarray(c).data).hexdigest() for name, c in packed.columns.items()}
 
     def select(self, places: Sequence[int] | np.ndarray) -> "Index":
         """The key frames at these places alone."""

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from bevfn import synth
-from bevfn.data import cameras, infos, nuscenes, tables
+from bevfn.data import cameras, depth, infos, nuscenes, tables
 from bevfn.data.index import Index, Packed, pack
 from bevfn.data.reading import Reading
 from bevfn.names import printable
@@ -128,6 +128,8 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
             )
     if reading.cameras is not None:
         cameras.check_sizes(index, reading.cameras)
+    if reading.depth:
+        depth.prepared(index)  # of these key frames, if there is any
     if reading.base.needs_ego_poses and not index.has("ego poses"):
         raise ValueError(
             f"{name} has no ego poses, but the model's base frame is the {reading.base.value}; read the data set's own tables"

@@ -6,16 +6,16 @@ training would read, with the rules of `possible`; of files, a few of each kind 
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from bevfn.data import faults, image, nuscenes, points
+from bevfn.data import depth, faults, image, nuscenes, paste, points
 from bevfn.data import tables as tables_of
-from bevfn.data.index import CAMERAS, Packed
+from bevfn.data.index import CAMERAS, Index, Packed
 from bevfn.names import printable, sentence
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
@@ -74,7 +74,7 @@ def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[l
     ]
     told, odd = _files(root, packed, damaged)
     facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed), _camera_fact(packed), *told]
-    found += [*_sweeps(packed), *_boxes(packed), *_cameras(packed), *odd]
+    found += [*_sweeps(packed), *_boxes(packed), *_cameras(packed), *odd, *_made(Index(root, version, split, packed))]
     return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
 
 
@@ -248,6 +248,18 @@ def _cameras(packed: Packed) -> Iterator[Finding]:
             "`bevfn data prepare` needs --no-depth, and training makes depth of the LiDAR files",
             "note",
         )
+
+
+def _made(index: Index) -> Iterator[Finding]:
+    """What `bevfn data prepare` made, of something else."""
+    reads: list[Callable[[], object]] = [lambda: depth.prepared(index)]
+    if (paste.folder(index) / paste.OBJECTS).is_file():
+        reads.append(lambda: paste.read(paste.folder(index), index=index))
+    for read in reads:
+        try:
+            read()
+        except ValueError as error:
+            yield Finding(sentence(error).rstrip("."), "it refuses to train models that read it", "refused")
 
 
 # --- files ---

@@ -637,7 +637,7 @@ def facts(run: Run) -> dict:
         "total_steps": plan.total_steps,
         "data": origin.data(data.training, data.items),
         "code": origin.code(),
-    }
+    } | ({} if data.database is None else {"database": data.database.key})
 
 
 def flags(config: Config) -> dict:
