@@ -76,6 +76,8 @@ TABLES: dict[str, tuple[str, str, dict, str]] = {
     "focal length zero": ("calibrated_sensor", LENS, {"camera_intrinsic": (np.array(K) * [[0], [1], [1]]).tolist()}, LENS_SAYS),
     "focal length negative": ("calibrated_sensor", LENS, {"camera_intrinsic": (-np.array(K)).tolist()}, LENS_SAYS),
     "intrinsics transposed": ("calibrated_sensor", LENS, {"camera_intrinsic": np.array(K).T.tolist()}, LENS_SAYS),
+    "centre far outside": ("calibrated_sensor", LENS, {"camera_intrinsic": [[12.0, 0, 8], [0, 12, -9.1], [0, 0, 1]]},
+        r"CAM_BACK, has its centre of projection at 8 -9.1 in images of 16 9 pixels .* outside from 0 to 1 sides of the image"),
     "no intrinsics": ("calibrated_sensor", LENS, {"camera_intrinsic": []}, f"{LENS} has no camera_intrinsic of 3 x 3 numb"),
     "mount far away": ("calibrated_sensor", LENS, {"translation": [1e5, 0, 0]}, "CAM_BACK,: camera_from_lidar moves by"),
     "mount not turned": ("calibrated_sensor", LENS, {"rotation": [2, 0, 0, 0]}, f"{LENS} has a rotation that is no quat"),

@@ -2,8 +2,8 @@
 
 Beside files, their values (`values`), each oddity with what training does with it.
 
-Quick by default: every file that the splits need is looked up, point files must be whole points and JPEGs must end as
-JPEGs do, which finds what an interrupted copy leaves behind. Deep decodes every file.
+Quick by default: every file that the splits need is looked up, point files must be whole points and not end in zeros, and
+JPEGs must end as JPEGs do, which finds what an interrupted copy leaves behind. Deep decodes every file.
 """
 
 import os
@@ -213,10 +213,12 @@ def examine(path: Path, deep: bool) -> Finding | None:
                     "damaged",
                     f"is truncated: {size} bytes are no whole number of points ({points.BYTES} bytes each)",
                 )
+            if points.ends_in_zeros(path):
+                return "damaged", "ends in zeros, as an interrupted copy leaves them"
             if deep:
                 cloud, bad = points.read(path)
-                if not cloud.any():
-                    return "damaged", "has only zeros" if len(cloud) else f"has only NaN: {bad} points"
+                if not len(cloud):
+                    return "damaged", f"has only NaN: {bad} points"
         else:
             if path.suffix.lower() in (".jpg", ".jpeg") and (what := _jpeg_ends(path, size)):
                 return "damaged", what

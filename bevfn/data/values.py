@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from bevfn.data import depth, faults, image, nuscenes, paste, points
+from bevfn.data import depth, faults, image, nuscenes, paste, points, possible
 from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Index, Packed
 from bevfn.names import printable, sentence
@@ -241,6 +241,7 @@ def _cameras(packed: Packed) -> Iterator[Finding]:
                 "a camera model stops there, or with --on-damaged skip leaves them out",
                 "left out",
             )
+    yield from _centres(packed)
     names = Counter(Path(path.decode()).name for path in column["camera_path"])
     if names and names.most_common(1)[0][1] > 1:
         yield Finding(
@@ -248,6 +249,24 @@ def _cameras(packed: Packed) -> Iterator[Finding]:
             "`bevfn data prepare` needs --no-depth, and training makes depth of the LiDAR files",
             "note",
         )
+
+
+def _centres(packed: Packed) -> Iterator[Finding]:
+    """Centres of projection outside of the image, camera by camera; those far outside are faults."""
+    column = packed.columns
+    sizes, centres = column["camera_size"], column["intrinsics"][:, :2, 2]
+    off = (sizes > 0).all(axis=1)
+    off[off] = possible.outside(centres[off], sizes[off]) > 0
+    for code, word in enumerate(column["channel_words"]):
+        found = np.flatnonzero(off & (column["channel"] == code))
+        if len(found):
+            (x, y), (height, width) = centres[found[0]], sizes[found[0]]
+            yield Finding(
+                f"{len(found):,} images of {printable(word.decode())} have their centre of projection outside (the first at "
+                f"{x:.0f} {y:.0f} in {width}x{height})",
+                "it takes them as cropped; of images that were resized the intrinsics must be too",
+                "note",
+            )
 
 
 def _made(index: Index) -> Iterator[Finding]:
@@ -276,11 +295,13 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
             height, width = column["camera_size"][i].tolist()
             pictures[column["camera_path"][i].decode()] = (height, width) if height else None
     facts, found = [], []
-    clouds = []
+    clouds, dropped = [], 0
     for path in scans:
         if path not in damaged:
             try:
-                clouds.append(points.read(root / path)[0])
+                cloud, bad = points.read(root / path)
+                clouds.append(cloud)
+                dropped += bad
             except (ValueError, OSError) as error:
                 found.append(_refused(error))
                 break  # the others are the same
@@ -298,8 +319,22 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
             f"point files {_some(list(endings))}: {points.COLUMNS} columns of float32, {_span([len(c) for c in clouds])} points, "
             f"intensities {whole[:, 3].min():g} to {whole[:, 3].max():g} ({len(clouds)} opened)"
         )
+        found += _points(whole, dropped)
     facts.append(f"image files {_some(list(kinds)) or 'none'} ({len(pictures)} opened)")
     return facts, found
+
+
+def _points(whole: np.ndarray, dropped: int) -> Iterator[Finding]:
+    """What is odd about the points of the files that were opened."""
+    if points.dim(whole):
+        yield Finding(
+            f"the points' intensities are {whole[:, 3].min():g} to {whole[:, 3].max():g}, not 0 to 255",
+            "it reads them so, warns (bad/intensities), and published weights, which know 0 to 255, take all for dark: multiply them",
+            "note",
+        )
+    if dropped:
+        what = f"{dropped:,} of {dropped + len(whole):,} points that were opened are NaN, beyond what a lidar sees, or at 0 0 0"
+        yield Finding(what, "it drops and counts them (bad/points)", "note")
 
 
 def _refused(error: Exception) -> Finding:
