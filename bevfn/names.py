@@ -7,6 +7,7 @@ import hashlib
 import re
 
 LONGEST = 100  # letters of a file's name that is made of a name
+LARGEST = 4096  # bytes of a token or path, as of a path on Linux
 SHOWN = 120  # letters of a name in a sentence; nuScenes' paths have up to 100
 WORD, SENTENCE = 300, 4000  # letters of a word, a user's own path say, and of a whole sentence
 
@@ -45,6 +46,17 @@ def file_name(name: str) -> str:
         return kept or "%"
     digest = hashlib.sha256(kept.encode()).hexdigest()[:16]
     return f"{kept[:LONGEST]}%{digest}"
+
+
+def unusable(name: str) -> str:
+    """Why no file could hold or be called what somebody gave as a name; empty if one can."""
+    if name.isascii() and "\0" not in name and len(name) <= LARGEST:
+        return ""
+    if "\0" in name:
+        return "has a NUL"
+    if name.encode(errors="replace").decode() != name:
+        return "has half of a letter (a lone surrogate)"
+    return f"has more than {LARGEST:,} bytes" if len(name.encode()) > LARGEST else ""
 
 
 def leaves(path: str) -> bool:

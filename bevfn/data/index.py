@@ -14,10 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from bevfn.names import printable
+from bevfn.names import printable, unusable
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
-LONGEST = 4096  # bytes of a token or path, as of a path on Linux
 CLASSES = (
     *("car", "truck", "trailer", "bus", "construction_vehicle"),
     *("bicycle", "motorcycle", "pedestrian", "traffic_cone", "barrier"),
@@ -201,18 +200,18 @@ def pack(frames: Iterable[Frame]) -> Packed:
     sweeps = [sweep for frame in frames for sweep in frame.sweeps]
     cameras = [camera for frame in frames for camera in frame.cameras.values()]
     columns = {
-        "token": _texts(frame.token for frame in frames),
-        "previous": _texts(frame.previous for frame in frames),
+        "token": _texts("token", (frame.token for frame in frames)),
+        "previous": _texts("previous", (frame.previous for frame in frames)),
         "timestamp": np.array([frame.timestamp for frame in frames], dtype=np.float64),
-        "lidar_path": _texts(frame.lidar_path for frame in frames),
+        "lidar_path": _texts("lidar_path", (frame.lidar_path for frame in frames)),
         "ego_from_lidar": _transforms(frame.ego_from_lidar for frame in frames),
         "global_from_ego": _transforms(frame.global_from_ego for frame in frames),
         "sweep_start": _starts(len(frame.sweeps) for frame in frames),
-        "sweep_path": _texts(sweep.path for sweep in sweeps),
+        "sweep_path": _texts("sweep_path", (sweep.path for sweep in sweeps)),
         "sweep_transform": _transforms(sweep.lidar_from_sweep for sweep in sweeps),
         "sweep_lag": np.array([sweep.lag for sweep in sweeps], dtype=np.float64),
         "camera_start": _starts(len(frame.cameras) for frame in frames),
-        "camera_path": _texts(camera.path for camera in cameras),
+        "camera_path": _texts("camera_path", (camera.path for camera in cameras)),
         "intrinsics": np.array([camera.intrinsics for camera in cameras], dtype=np.float64).reshape(-1, 3, 3),
         "camera_from_lidar": _transforms(camera.camera_from_lidar for camera in cameras),
         "ego_from_camera": _transforms(camera.ego_from_camera for camera in cameras),
@@ -223,7 +222,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "boxes": np.concatenate([np.zeros((0, 9)), *(frame.boxes for frame in frames)]),
         "valid": np.concatenate([np.zeros(0, bool), *(frame.valid for frame in frames)]),
         "num_lidar_points": np.concatenate([np.zeros(0, np.int32), *(f.num_lidar_points for f in frames)]).astype("i4"),
-        "annotation": _texts(token for frame in frames for token in frame.annotations),
+        "annotation": _texts("annotation", (token for frame in frames for token in frame.annotations)),
     }
     repeating = {
         "scene": [frame.scene for frame in frames],
@@ -234,21 +233,18 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "categories": [name for frame in frames for name in frame.categories or ("",) * len(frame.boxes)],
     }
     for name, values in repeating.items():
-        columns[f"{name}_words"], codes = np.unique(_texts(values), return_inverse=True)
+        columns[f"{name}_words"], codes = np.unique(_texts(name, values), return_inverse=True)
         columns[name] = codes.astype(np.uint16)
     return Packed(columns)
 
 
-def _texts(values: Iterable[str]) -> np.ndarray:
+def _texts(column: str, values: Iterable[str]) -> np.ndarray:
     """Fixed-width bytes: a quarter of numpy's str. Raises ValueError for a text that would not come back, or makes all wide."""
     made = []
     for value in values:
-        made.append(value.encode(errors="replace"))
-        if len(made[-1]) > LONGEST or "\0" in value or made[-1].decode() != value:
-            raise ValueError(
-                f"the token or name '{printable(value[:60])}' of {len(value):,} letters is longer than {LONGEST:,} bytes, or no "
-                "text; repair or remove it."
-            )
+        if what := unusable(value):
+            raise ValueError(f"{column.replace('_', ' ')} '{printable(value)}' {what}; repair or remove it.")
+        made.append(value.encode())
     return np.array(made, dtype=np.bytes_)
 
 

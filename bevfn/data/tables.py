@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bevfn.files import read_json
-from bevfn.names import file_name, printable
+from bevfn.names import file_name, printable, unusable
 
 TABLES = (
     *("category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log"),
@@ -38,6 +38,8 @@ ENDS = ("prev", "next", "visibility_token")  # which may be empty or missing
 # What else rows are looked up, ordered or opened by.
 FIELDS: dict[str, dict[str, type]] = {
     "category": {"name": str},
+    "attribute": {"name": str},
+    "visibility": {"level": str},
     "sensor": {"channel": str},
     "scene": {"name": str},
     "sample": {"timestamp": int},
@@ -257,7 +259,7 @@ def _wrong_field(rows: list[dict], fields: dict[str, type]) -> str:
     """What is wrong with the first field that is of another type, empty if none is."""
     for field, kind in fields.items():
         if odd := [row for row in rows if not _is(row.get(field), kind)]:
-            first = _short(odd[0].get(field))
+            first = _short(odd[0].get(field)) + _why(odd[0].get(field))
             return f"{field} of {len(odd)} of {len(rows)} rows is no {WORDS[kind]} (the first is {first})"
     return ""
 
@@ -277,7 +279,11 @@ def _is(value: Any, kind: type) -> bool:
     """Of a JSON value; a whole number may be written with a point."""
     if kind is int:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, kind)
+    return isinstance(value, kind) and not (kind is str and unusable(value))
+
+
+def _why(value: Any) -> str:
+    return f", which {why}" if isinstance(value, str) and (why := unusable(value)) else ""
 
 
 def _dangling(rows: list[dict], field: str, tokens: set[str]) -> list[Any]:
