@@ -322,3 +322,10 @@ def test_files_that_are_something_else(tmp_path, name, content):
         infos.read(tmp_path / name)
     with pytest.raises(ValueError, match=r"nothing.pkl does not exist"):
         infos.read(tmp_path / "nothing.pkl")
+
+
+def test_a_file_without_key_frames_says_so(index, tmp_path):
+    for document in (new_form(index) | {"data_list": []}, old_form(index) | {"infos": []}):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(document))
+        with pytest.raises(ValueError, match=r"a.pkl lists no key frames; make it again"):
+            infos.read(tmp_path / "a.pkl")

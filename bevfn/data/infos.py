@@ -54,6 +54,8 @@ def read(path: Path, root: Path | None = None) -> Index:
         names = _numbered(categories, f"{path}: metainfo.categories")
         class_names = tuple(names.values())
         frames = [_frame(info, f"{path}: data_list[{i}]", names, folders) for i, info in enumerate(infos)]
+    if not frames:
+        raise ValueError(f"{path} lists no key frames; make it again with create_data.py, or give another one.")
     split = re.search(r"_infos_(?:\w+_)?(train|val|test)\b", path.stem)
     return Index(
         root=root,
