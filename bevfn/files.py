@@ -41,7 +41,9 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}; choose another --out") from None
+        raise ValueError(
+            f"cannot write to the output folder {folder}: {error.strerror}; choose another --out"
+        ) from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -227,7 +227,9 @@ def moved(frame, **changes):
     """The key frame with another calibration of one camera."""
     front = frame.cameras["CAM_FRONT"]
     values = {"intrinsics": front.intrinsics + np.diag([1e-9, 0, 0])}
-    return dataclasses.replace(frame, cameras={**frame.cameras, "CAM_FRONT": dataclasses.replace(front, **values)}, **changes)
+    return dataclasses.replace(
+        frame, cameras={**frame.cameras, "CAM_FRONT": dataclasses.replace(front, **values)}, **changes
+    )
 
 
 def test_files_of_other_key_frames_or_calibrations_are_refused_before_the_first_step(index, tmp_path):
@@ -241,7 +243,9 @@ def test_files_of_other_key_frames_or_calibrations_are_refused_before_the_first_
     ):  # fmt: skip
         changed = dataclasses.replace(here, frames=frames)
         for read in (partial(source.check, train=True), lambda index, reading: scene.load(index, 0, reading)):
-            with pytest.raises(ValueError, match=rf"depth.json was made of other {other} \(3 key frames of v1.0-trainval, "):
+            with pytest.raises(
+                ValueError, match=rf"depth.json was made of other {other} \(3 key frames of v1.0-trainval, "
+            ):
                 read(changed, reading)
     # An info file says the same with other digits, and no scenes.
     told = dataclasses.replace(here, frames=tuple(moved(frame, scene="") for frame in index))

@@ -64,7 +64,8 @@ def test_splits_that_share_scenes_are_found_and_refused_before_the_first_step(wo
     try:
         path.write_text(json.dumps(SHARING))
         with pytest.raises(
-            ValueError, match=r"3 of the 3 key frames of the evaluation split 'yards' are in the training split 'all' too"
+            ValueError,
+            match=r"3 of the 3 key frames of the evaluation split 'yards' are in the training split 'all' too",
         ):
             run.main(
                 tiny_experiment.task, replace(CONFIG, data_root=world, train_split="all", run_dir=tmp_path / "run")
@@ -75,8 +76,13 @@ def test_splits_that_share_scenes_are_found_and_refused_before_the_first_step(wo
         ]  # fmt: skip
         for train, good in (("streets", True), ("all", False)):
             report = check.check(world, training=train, evaluation="yards")
-            assert not any("share" in f.what for f in report.findings) == good and set(report.samples) == {train, "yards"}
-        monkeypatch.setattr(sys, "argv", ["bevfn", "data", "check", str(world), "--train-split", "all", "--eval-split", "yards"])
+            assert any("share" in f.what for f in report.findings) != good and set(report.samples) == {
+                train,
+                "yards",
+            }
+        monkeypatch.setattr(
+            sys, "argv", ["bevfn", "data", "check", str(world), "--train-split", "all", "--eval-split", "yards"]
+        )
         with pytest.raises(SystemExit, match="1"):
             cli.main()
         assert "refused: the splits all, yards share 1 scene, drive 1: it refuses" in capsys.readouterr().out

@@ -208,8 +208,19 @@ def test_names_that_no_terminal_should_show_are_refused(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_later_pickle_protocols_are_read(tmp_path, zipped, protocol):
     tensors = state()
-    beside = {"seen": {1, 2}, "kept": frozenset("ab"), "raw": bytearray(b"ab"), "text": b"bytes", "long": "x" * 300, "big": 2**70}
-    saved = {**beside, "size": torch.Size([1, 2]), "state_dict": OrderedDict(tensors, w=torch.nn.Parameter(torch.ones(2)))}
+    beside = {
+        "seen": {1, 2},
+        "kept": frozenset("ab"),
+        "raw": bytearray(b"ab"),
+        "text": b"bytes",
+        "long": "x" * 300,
+        "big": 2**70,
+    }
+    saved = {
+        **beside,
+        "size": torch.Size([1, 2]),
+        "state_dict": OrderedDict(tensors, w=torch.nn.Parameter(torch.ones(2))),
+    }
     torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
     read = upstream.read_state_dict(tmp_path / "a.pth")
     assert list(read) == [*tensors, "w"]
@@ -235,7 +246,9 @@ def test_a_whole_file_in_a_form_that_is_not_read_is_not_called_incomplete(tmp_pa
 
 def test_an_operation_of_another_protocol_is_named(tmp_path):
     torch.save({"w": torch.zeros(2)}, tmp_path / "a.pth", pickle_protocol=0)
-    with pytest.raises(ValueError, match=r"a.pth has the operation \w+ in its pickle, which torch.save does not write; save its"):
+    with pytest.raises(
+        ValueError, match=r"a.pth has the operation \w+ in its pickle, which torch.save does not write; save its"
+    ):
         upstream.read_state_dict(tmp_path / "a.pth")
 
 

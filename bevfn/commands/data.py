@@ -65,9 +65,7 @@ def check(
     """
     from bevfn.data import check
 
-    report = check.check(
-        root, version, split, training=train_split, evaluation=eval_split, deep=deep, workers=workers
-    )
+    report = check.check(root, version, split, training=train_split, evaluation=eval_split, deep=deep, workers=workers)
     print(report.text(show))
     if json_file is not None:
         write_atomically(json_file, report.json())

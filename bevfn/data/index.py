@@ -119,7 +119,9 @@ class Frame:
         """N 4 4 float64: global_from_ego at these cameras' times. Raises ValueError if one is missing or unknown."""
         poses = np.stack([camera.global_from_ego for camera in self.rig(channels)])
         if not np.isfinite(poses).all():
-            raise ValueError(f"key frame {printable(self.token)} has cameras without ego pose; read the data set's own tables.")
+            raise ValueError(
+                f"key frame {printable(self.token)} has cameras without ego pose; read the data set's own tables."
+            )
         return poses
 
     @property

@@ -325,7 +325,9 @@ def _channels(info: dict, where: str, key: str) -> Iterator[tuple[str, Any]]:
     """(channel, what is said of it) of the cameras."""
     for channel, camera in _optional(info, where, key, dict).items():
         if not isinstance(channel, str) or unusable(channel):
-            raise ValueError(f"{where}: {key} has the channel '{printable(channel)}', which is no text; repair or remove it.")
+            raise ValueError(
+                f"{where}: {key} has the channel '{printable(channel)}', which is no text; repair or remove it."
+            )
         yield channel, camera
 
 

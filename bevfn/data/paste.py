@@ -130,9 +130,7 @@ def folder(index: Index) -> Path:
     return building.place(index.root, "bevfn_gt_database") / index.split
 
 
-def read(
-    folder: Path, *, min_points: int = 5, making: Making | None = None, index: Index | None = None
-) -> Database:
+def read(folder: Path, *, min_points: int = 5, making: Making | None = None, index: Index | None = None) -> Database:
     """The database that `build` made in `folder`; objects with fewer points than `min_points` are not pasted.
 
     Raises ValueError if there is none, if it is damaged, or if it was made otherwise than `making` says, or of other key

@@ -67,7 +67,9 @@ def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[l
             warnings.simplefilter("ignore")
             packed = nuscenes.frames(root, version, split, keep=False)
     except ValueError as error:
-        return [], [Finding(f"{printable(split)}: {sentence(error).rstrip('.')}", "training refuses the data set", "refused")]
+        return [], [
+            Finding(f"{printable(split)}: {sentence(error).rstrip('.')}", "training refuses the data set", "refused")
+        ]
     found = [
         Finding(f"{fault.first} ({fault.count:,} {fault.what})", "training refuses the data set", "refused")
         for fault in faults.find(packed)

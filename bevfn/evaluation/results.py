@@ -235,7 +235,9 @@ def check(results: Any, where: str) -> None:
     for token, listed in results["results"].items():
         if not isinstance(listed, list) or len(listed) > MAX_BOXES:
             what = f"{len(listed)} boxes" if isinstance(listed, list) else type(listed).__name__
-            raise ValueError(f"{where}: results.{printable(token)} has {what}; it must be a list of at most {MAX_BOXES} boxes.")
+            raise ValueError(
+                f"{where}: results.{printable(token)} has {what}; it must be a list of at most {MAX_BOXES} boxes."
+            )
         for i, entry in enumerate(listed):
             wrong = _first_wrong(token, entry)
             if wrong:
@@ -277,7 +279,9 @@ def _check_detections(
     if unknown := set(class_names) - set(RANGES):
         raise ValueError(f"class {sorted(unknown)[0]!r} is no nuScenes detection class; use {', '.join(RANGES)}.")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise ValueError(f"key frame {printable(token)}: a label is not in 0..{len(class_names) - 1}, the class names given.")
+        raise ValueError(
+            f"key frame {printable(token)}: a label is not in 0..{len(class_names) - 1}, the class names given."
+        )
     bad = ~np.isfinite(boxes).all(axis=1) | ~np.isfinite(scores) | (boxes[:, 3:6] <= 0).any(axis=1)
     if bad.any():
         i = int(np.argmax(bad))

@@ -101,7 +101,9 @@ def score(
     ):
         for token in want:
             if token not in have:
-                raise ValueError(f"{what} {printable(token)}; evaluate the split that the detections are of, all of it.")
+                raise ValueError(
+                    f"{what} {printable(token)}; evaluate the split that the detections are of, all of it."
+                )
     scores = _evaluate(index, results, split, tables if tables is not None else _load(index))
     if out is not None:
         write(out, scores)

@@ -277,7 +277,9 @@ def _fill(stack: list[Any], items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         # To hash nested tuples, or many whole numbers that were chosen for it, can take for ever.
         if not (isinstance(key, str | float | None) or (isinstance(key, int) and key.bit_length() < 61)):
-            raise Unread(f"has a dict with a {type(key).__name__} for a name, where bevfn reads text and numbers; {AGAIN}")
+            raise Unread(
+                f"has a dict with a {type(key).__name__} for a name, where bevfn reads text and numbers; {AGAIN}"
+            )
         if isinstance(target, dict):
             target[key] = value
 
