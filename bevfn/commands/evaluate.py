@@ -73,8 +73,8 @@ def evaluate(
     found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
     if not task.data.evaluation.annotated:
         return _submit(task, found, counts, out)
-    settings = {"title": f"{task.title}, {checkpoint.name}", "config": run.flags(config), "counts": counts}
-    judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **settings)
+    told: dict[str, Any] = {"title": f"{task.title}, {checkpoint.name}", "config": run.flags(config), "counts": counts}
+    judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
     print(f"{judgement.text}\neverything is in {out}")
     return 0
 

@@ -279,7 +279,7 @@ def _is(value: Any, kind: type) -> bool:
     """Of a JSON value; a whole number may be written with a point."""
     if kind is int:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, kind) and not (kind is str and unusable(value))
+    return isinstance(value, kind) and not (isinstance(value, str) and unusable(value))
 
 
 def _why(value: Any) -> str:

@@ -62,7 +62,13 @@ def judge(
     results.write(out / RESULTS, document)
     try:
         scores = score.score(index, document)
-        shown = {"title": title, "index": index, "found": document, "run_dir": run_dir, "config": config}
+        shown: dict[str, Any] = {
+            "title": title,
+            "index": index,
+            "found": document,
+            "run_dir": run_dir,
+            "config": config,
+        }
         page.write(out, scores, **shown, others=others, counts=counts)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}; the detections are in {out / RESULTS}, without scores") from error
