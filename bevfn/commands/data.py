@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from bevfn.files import write_atomically
+from bevfn.files import check_json, write_atomically
 
 
 def synth(
@@ -65,6 +65,7 @@ def check(
     """
     from bevfn.data import check
 
+    check_json(json_file)
     report = check.check(root, version, split, training=train_split, evaluation=eval_split, deep=deep, workers=workers)
     print(report.text(show))
     if json_file is not None:

@@ -14,7 +14,7 @@ from bevfn import catalogue, provenance, recipes
 from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.data.batch import needed
-from bevfn.files import check_writable
+from bevfn.files import check_json, check_writable
 from bevfn.precision import Precision
 from bevfn.synth import key_frame, rig
 from bevfn.training import run
@@ -60,6 +60,7 @@ def graph(
     from bevfn.ascend.lower import lower
     from bevfn.ascend.report import report, text
 
+    check_json(json_file)
     if out is not None:
         check_writable(out)
     config = recipes.defaults(experiment, model)["nuscenes" if scale == "published" else "synthetic"].plain()

@@ -7,6 +7,7 @@ JPEGs must end as JPEGs do, which finds what an interrupted copy leaves behind. 
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +123,8 @@ def check(
     """Looks at tables, maps, and every LiDAR, sweep and camera file that the splits need.
 
     version: None for the only one that the root has; split: a split to look at; training, evaluation: those of a run, which
-    may share no scene; all splits where none is named. workers: threads, 0 for twice the processors. Raises ValueError for a wrong root, version or split: then there is nothing to look at.
+    may share no scene; all splits where none is named. workers: threads, 0 for twice the processors. Raises ValueError for a
+    wrong root, version or split: then there is nothing to look at.
     """
     root = Path(root)
     version = version or tables_of.only_version(root)
@@ -133,14 +135,8 @@ def check(
         for name, what in broken.items()
     ]
     parts = [_part("tables", len(tables_of.TABLES), problems)]
-    maps = [] if "map" in broken else [Path(row["filename"]) for row in tables["map"]]
-    lost = [
-        Problem(str(path), "damaged", OUTSIDE, 0)
-        if leaves(str(path))
-        else Problem(str(path), "missing", "does not exist", 0)
-        for path in maps
-        if leaves(str(path)) or not (root / path).is_file()
-    ]
+    maps = [] if "map" in broken else [str(row["filename"]) for row in tables["map"]]
+    lost = list(_lost_maps(root, maps))
     parts.append(_part("maps", len(maps), lost))
     problems += lost
 
@@ -160,12 +156,11 @@ def check(
             parts.append(_part(name, len(files), bad))
             problems += bad
         if not lost:  # with a map missing, the devkit does not start
-            findings = list(values.of_tables(root, version, tables, chosen))
+            findings += values.of_tables(root, version, tables, chosen)
             findings += values.of_pairs(tables_of.shared_scenes(root, version, training, evaluation))
-            for name in chosen:
-                told, odd = values.of_split(root, version, name, set(found))
-                facts += told
-                findings += odd
+            told = [values.of_split(root, version, name, set(found)) for name in chosen]
+            facts += [fact for facts_of_one, _ in told for fact in facts_of_one]
+            findings += [finding for _, of_one in told for finding in of_one]
     # Without a table nothing can be read, without a map the devkit does not start.
     count = sum(samples.values()) if any(part.missing or part.damaged for part in parts[:2]) else len(affected)
     notes = _made(root, version, list(samples))
@@ -227,6 +222,14 @@ def examine(path: Path, deep: bool) -> Finding | None:
     except (OSError, ValueError) as error:
         return "damaged", str(error).removeprefix(f"{path}: ")
     return None
+
+
+def _lost_maps(root: Path, maps: list[str]) -> Iterator[Problem]:
+    for path in maps:
+        if leaves(path):
+            yield Problem(path, "damaged", OUTSIDE, 0)
+        elif not (root / path).is_file():
+            yield Problem(path, "missing", "does not exist", 0)
 
 
 def _outside(path: str) -> Finding | None:

@@ -186,6 +186,7 @@ _ARGUMENTS = (
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINSTRING"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": Inert}
 _LAST = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -211,12 +212,8 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
                 stack.append(argument)
             case name if name in _LAST:
                 stack[-_LAST[name] :] = [tuple(stack[-_LAST[name] :])]
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_SET":
-                stack.append(Inert())
+            case name if name in _EMPTY:
+                stack.append(_EMPTY[name]())
             case "MARK":
                 marks.append(len(stack))
             case "TUPLE":
