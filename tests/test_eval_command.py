@@ -188,6 +188,19 @@ def test_where_scoring_fails_the_detections_stay_and_are_no_evaluation(trained, 
     assert not (tmp_path / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("split, trained_on", [("train", True), ("val", False), ("both", True)])
+def test_scenes_that_the_run_was_trained_on_are_told(trained, monkeypatch, capsys, tmp_path, split, trained_on):
+    root = Path(shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn")))
+    scenes = [row["name"] for row in json.loads((root / "v1.0-trainval" / "scene.json").read_text())]
+    (root / "v1.0-trainval" / "splits.json").write_text(json.dumps({"both": scenes}))
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(evaluate, "judge", lambda *_, **__: types.SimpleNamespace(text=""))
+    arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], *FAST, "--data-root", root, "--out", tmp_path)
+    assert bevfn(monkeypatch, *arguments, "--split", split) == 0
+    said = f"warning: 1 of the {2 if split == 'both' else 1} scenes of split '{split}' were trained on, so these scores"
+    assert (said in capsys.readouterr().out) == trained_on
+
+
 def test_a_checkpoint_of_another_model_is_refused(trained, monkeypatch, capsys):
     _, checkpoint = trained
     assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", checkpoint, *FAST) == 2

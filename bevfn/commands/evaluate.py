@@ -84,6 +84,9 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
     given = {name: value for name, value in flags.items() if value is not None}
     config = run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
     if (split := given.pop("split", None)) is not None:
+        root, version = given.get("data_root", config.data_root), given.get("version", config.version)
+        if what := source.trained_on(root, version, config.train_split, split):
+            print(f"warning: {what}")
         given |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
     if foreign := [name for name in given if not hasattr(config, name)]:
         raise ValueError(f"{experiment} reads no LiDAR points or sweeps; leave out --{foreign[0].replace('_', '-')}")

@@ -104,6 +104,21 @@ def _split_names(root: Path, version: str, training: str | None, evaluation: str
     return training or defaults[0], evaluation or defaults[1]
 
 
+def trained_on(root: Path | None, version: str, training: str | None, split: str) -> str:
+    """A sentence about the scenes of a split that a run on the split `training` (None: the default) was trained on; empty
+    where there are none, or no splits. Raises ValueError for a wrong root or version."""
+    root = WORLD if root is None else root
+    if root.is_file() or kind(root) == "frame":
+        return ""
+    tables.check_root(root, version)
+    present, defaults = tables.splits(root, version), tables.default_splits(root, version) or ("", "")
+    scenes = present.get(split, [])
+    if not (seen := set(scenes) & set(present.get(training or defaults[0], ()))):
+        return ""
+    what = f"{len(seen):,} of the {len(scenes):,} scenes of split '{printable(split)}' were trained on"
+    return f"{what}, so these scores say little about other data"
+
+
 def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) -> None:
     """Raises ValueError, one sentence that names both, where a split has not what a reading asks for.
 
