@@ -12,10 +12,10 @@ SHOWN = 120  # letters of a name in a sentence; nuScenes' paths have up to 100
 WORD, SENTENCE = 300, 4000  # letters of a word, a user's own path say, and of a whole sentence
 
 
-def printable(name: object) -> str:
+def printable(name: object, most: int = SHOWN) -> str:
     """A name for a sentence: everything in it that is no visible letter or blank spelled out ("\\n", "\\x1b"), so that it stays
-    in its line and cannot command a terminal; of a very long one both ends."""
-    return _ends(_spelled(str(name)), SHOWN)
+    in its line and cannot command a terminal; of one of more than `most` letters both ends."""
+    return _ends(_spelled(str(name)), most)
 
 
 def sentence(text: object) -> str:

@@ -218,6 +218,13 @@ def test_the_command_fails_for_findings_and_not_for_notes(root, monkeypatch, cap
     assert len(json.loads((root.parent / "out.json").read_text())["findings"]) == 3  # in two splits
 
 
+@pytest.mark.parametrize("table, where", [("map", "maps"), ("sample_data", "LIDAR_TOP")])
+def test_a_name_that_no_file_can_have_is_missing_and_shown_in_part(root, table, where):
+    edited(table, lambda rows: rows[3 if table == "sample_data" else 0].update(filename="samples/" + 900 * "x "))(root)
+    report = check.check(root)
+    assert [p.what for p in report.problems] == ["does not exist"] and max(map(len, report.text().splitlines())) < 300
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../outside.bin"])
 def test_files_outside_of_the_root_are_not_opened(root, path):
     (root.parent / "outside.bin").write_bytes(bytes(20))

@@ -197,7 +197,7 @@ def files_needed(tables: dict[str, list[dict]], samples: set[str]) -> dict[str, 
 def examine(path: Path, deep: bool) -> Finding | None:
     """What is wrong with a point file or an image; None if nothing is found."""
     try:
-        if not path.is_file():
+        if not tables_of.is_file(path):
             return "missing", "does not exist"
         size = path.stat().st_size
         if size == 0:
@@ -228,7 +228,7 @@ def _lost_maps(root: Path, maps: list[str]) -> Iterator[Problem]:
     for path in maps:
         if leaves(path):
             yield Problem(path, "damaged", OUTSIDE, 0)
-        elif not (root / path).is_file():
+        elif not tables_of.is_file(root / path):
             yield Problem(path, "missing", "does not exist", 0)
 
 

@@ -237,7 +237,15 @@ def _twice(tables: dict[str, list[dict]]) -> dict[str, str]:
 def missing_maps(root: Path, version: str) -> list[Path]:
     """The map images that map.json names and the root lacks; the devkit does not start without them."""
     files = [Path(root) / str(row.get("filename")) for row in read_table(Path(root) / version / "map.json")]
-    return [file for file in files if not file.is_file()]
+    return [file for file in files if not is_file(file)]
+
+
+def is_file(path: Path) -> bool:
+    """Path.is_file, also of a name that is too long for a file to have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read(path: Path, kind: type) -> Any:
