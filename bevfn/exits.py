@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from bevfn.names import printable
+from bevfn.names import WORD, printable, sentence
 
 REFUSED, INTERRUPTED = 2, 130
 
@@ -32,5 +32,12 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
         print("bevfn: there is not enough memory for this", file=sys.stderr)
         sys.exit(REFUSED)
     except mendable as error:
-        print(f"bevfn: {printable(error)}", file=sys.stderr)  # on one line, whatever names are in it
+        print(f"bevfn: {sentence(said(error))}", file=sys.stderr)  # on one line, whatever names are in it
         sys.exit(REFUSED)
+
+
+def said(error: Exception) -> str:
+    """What an exception says; of the system's own about a file, its name and what is wrong, without a number."""
+    if isinstance(error, OSError) and type(error).__str__ is OSError.__str__ and error.filename is not None:
+        return f"{printable(error.filename, WORD)}: {error.strerror}"
+    return str(error)

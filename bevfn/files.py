@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +30,28 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise NotWritten(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def check_writable(folder: Path, flag: str = "--out") -> None:
+    """Raises ValueError, one sentence, unless files can be written to `folder`, or it can be made; changes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"cannot make the output folder {folder}: {there} is no folder; choose another {flag}")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the output folder {folder}: {error.strerror}; choose another {flag}"
+        ) from None
+
+
+def check_json(file: Path | None) -> None:
+    """The same for the file of a flag --json, if there is one, before what goes into it is computed."""
+    if file is not None and file.is_dir():
+        raise ValueError(f"--json {file} is a folder; name a file")
+    if file is not None:
+        check_writable(file.parent, "--json")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -69,7 +69,7 @@ def with_paste(config: Config, data: run.Data) -> run.Data:
     if not (config.paste and config.augment):
         return replace(data, reading=lambda epoch: plain)
     making = pasting.Making(config.published_sweeps, config.published_paste)
-    database = pasting.read(pasting.folder(data.training), making=making)
+    database = pasting.read(pasting.folder(data.training), making=making, index=data.training)
     last = config.epochs - config.paste_off
     return replace(data, reading=lambda epoch: pasted if epoch < last else plain, database=database)
 

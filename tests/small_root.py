@@ -74,7 +74,7 @@ def _scene(root: Path, tables: dict, name: str, samples: int, scans: int, random
     scene = {"token": f"token {name}", "name": name, "log_token": f"log {name}", "nbr_samples": samples}
     tables["scene"].append(scene | ends | {"description": ""})
     for channel in ("LIDAR_TOP", *CAMERAS, "RADAR_FRONT"):
-        intrinsic = [[1200.0 + random.random(), 0, 800], [0, 1200, 450], [0, 0, 1]] if "CAM" in channel else []
+        intrinsic = [[12.0 + random.random(), 0, 8], [0, 12, 4.5], [0, 0, 1]] if "CAM" in channel else []
         row = {"token": f"{name} {channel}", "sensor_token": channel, "camera_intrinsic": intrinsic}
         tables["calibrated_sensor"].append(row | _pose(random, 1.0))
         first, step = (1 - scans, 1) if channel == "LIDAR_TOP" else (0, scans)

@@ -2,19 +2,22 @@
 
 import dataclasses
 import fcntl
+import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_root
 import small_world
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from bevfn.data import depth, image, infos, nuscenes, paste, points, scene
+from bevfn.data import check, depth, image, infos, nuscenes, paste, points, scene, source
 from bevfn.data.batch import Base
 from bevfn.data.index import Camera, Index
 from bevfn.data.reading import Cameras, Reading
@@ -226,6 +229,48 @@ def test_training_reads_prepared_files_where_it_looks_for_them_with_the_same_num
     depth.build(here, depth.folder(here), progress=False)
     (root / index[0].lidar_path).unlink()
     np.testing.assert_array_equal(read(), on_the_fly)
+
+
+def moved(frame, **changes):
+    """The key frame with another calibration of one camera."""
+    front = frame.cameras["CAM_FRONT"]
+    values = {"intrinsics": front.intrinsics + np.diag([1e-9, 0, 0])}
+    return dataclasses.replace(
+        frame, cameras={**frame.cameras, "CAM_FRONT": dataclasses.replace(front, **values)}, **changes
+    )
+
+
+def test_files_of_other_key_frames_or_calibrations_are_refused_before_the_first_step(index, tmp_path):
+    root = Path(shutil.copytree(index.root, tmp_path / "world"))
+    here = dataclasses.replace(index, root=root)
+    reading = Reading(base=Base.EGO_AT_CAMERAS, cameras=Cameras(image_size=(32, 88)), depth=True)
+    depth.build(here, depth.folder(here), progress=False)
+    source.check(here, reading, train=True)
+    for frames, other in (
+        (tuple(map(moved, index)), "calibrations, poses or boxes"), (tuple(index)[:2], "key frames"),
+    ):  # fmt: skip
+        changed = dataclasses.replace(here, frames=frames)
+        for read in (partial(source.check, train=True), lambda index, reading: scene.load(index, 0, reading)):
+            with pytest.raises(
+                ValueError, match=rf"depth.json was made of other {other} \(3 key frames of v1.0-trainval, "
+            ):
+                read(changed, reading)
+    # An info file says the same with other digits, and no scenes.
+    told = dataclasses.replace(here, frames=tuple(moved(frame, scene="") for frame in index))
+    np.testing.assert_array_equal(scene.load(told, 0, reading).depth, scene.load(here, 0, reading).depth)
+
+
+def test_data_check_finds_what_was_made_of_something_else(root):
+    from bevfn.commands import data
+
+    data.prepare(root, version=small_root.VERSION, workers=1)
+    assert check.check(root, split="mini_train").good
+    path = root / small_root.VERSION / "calibrated_sensor.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([row | {"translation": [1.0, 0.0, 0.0]} for row in rows]))
+    found = [f for f in check.check(root, split="mini_train").findings if f.kind == "refused"]
+    assert [Path(f.what.split()[1]).name for f in found] == ["depth.json", "objects.npz"]
+    assert all("was made of other calibrations, poses or boxes (4 key" in f.what for f in found)
 
 
 def test_a_build_that_cannot_be_written_is_one_sentence(index, small_disk):

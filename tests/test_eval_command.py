@@ -14,6 +14,7 @@ import small_world
 
 from bevfn import cli
 from bevfn.commands import evaluate
+from bevfn.evaluation import score
 from bevfn.experiments import bevfusion_lidar
 from bevfn.training import checkpoint, run
 
@@ -157,6 +158,58 @@ def test_the_test_split_gets_a_submission_instead_of_scores(trained, monkeypatch
         document = json.loads(archive.read(archive.namelist()[0]))
     assert len(document["results"]) == 4 and document["meta"]["use_lidar"] and not document["meta"]["use_camera"]
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def unscorable(root: Path) -> None:
+    """Attributes that nuScenes' scores do not know."""
+    path = root / "v1.0-trainval" / "attribute.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([row | {"name": "vehicle.flying"} for row in rows]))
+
+
+def occupied(root: Path) -> None:
+    (root / "out").write_text("a file")
+
+
+@pytest.mark.parametrize(
+    "change, says", [(unscorable, "annotates the attribute 'vehicle.flying'"), (occupied, "/out is no folder; choose another")]
+)  # fmt: skip
+def test_what_ends_without_scores_ends_before_the_model_runs(trained, monkeypatch, capsys, tmp_path, change, says):
+    root = Path(shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn")))
+    change(root)
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **__: pytest.fail("the model ran"))
+    arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], *FAST, "--data-root", root)
+    assert bevfn(monkeypatch, *arguments, "--out", root / "out" / "below") == 2
+    assert says in capsys.readouterr().err
+    assert change is occupied or not (root / "out").exists()
+
+
+def test_where_scoring_fails_the_detections_stay_and_are_no_evaluation(trained, monkeypatch, capsys, tmp_path):
+    arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], "--out", tmp_path, *FAST)
+    (tmp_path / "metrics.json").write_text("{}")  # of an evaluation before
+
+    def fails(*_, **__):
+        raise ValueError("the devkit cannot score these.")
+
+    monkeypatch.setattr(score, "score", fails)
+    assert bevfn(monkeypatch, *arguments) == 2
+    says = f"the devkit cannot score these; the detections are in {tmp_path}/results_nusc.json, without scores"
+    assert says in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "results_nusc.json").read_text())["results"]) == 3
+    assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("split, trained_on", [("train", True), ("val", False), ("both", True)])
+def test_scenes_that_the_run_was_trained_on_are_told(trained, monkeypatch, capsys, tmp_path, split, trained_on):
+    root = Path(shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn")))
+    scenes = [row["name"] for row in json.loads((root / "v1.0-trainval" / "scene.json").read_text())]
+    (root / "v1.0-trainval" / "splits.json").write_text(json.dumps({"both": scenes}))
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(evaluate, "judge", lambda *_, **__: types.SimpleNamespace(text=""))
+    arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], *FAST, "--data-root", root, "--out", tmp_path)
+    assert bevfn(monkeypatch, *arguments, "--split", split) == 0
+    said = f"warning: 1 of the {2 if split == 'both' else 1} scenes of split '{split}' were trained on, so these scores"
+    assert (said in capsys.readouterr().out) == trained_on
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained, monkeypatch, capsys):

@@ -10,12 +10,15 @@ from bevfn import exits
     [
         (ValueError("a.json is damaged"), (), 2, "bevfn: a.json is damaged\n"),
         (FileNotFoundError("no g++"), (), 2, "bevfn: no g++\n"),
+        (OSError(36, "File name too long", "/a " + 3000 * "b "), (), 2,
+         f"bevfn: /a {73 * 'b '}b…{50 * 'b '}: File name too long\n"),
+        (PermissionError(13, "Permission denied", "/a"), (), 2, "bevfn: /a: Permission denied\n"),
         (ValueError("a\nb\x1b[31m\ud800"), (), 2, "bevfn: a\\nb\\x1b[31m\\ud800\n"),
         (RuntimeError("no such op"), (RuntimeError,), 2, "bevfn: no such op\n"),
         (MemoryError(), (), 2, "bevfn: there is not enough memory for this\n"),
         (KeyboardInterrupt(), (), 130, "bevfn: stopped by Ctrl-C; what was written before is whole\n"),
     ],
-)
+)  # fmt: skip
 def test_what_a_user_can_mend_is_one_line_and_a_code(capsys, error, also, code, said):
     with pytest.raises(SystemExit) as end, exits.one_sentence(*also):
         raise error

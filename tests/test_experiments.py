@@ -10,6 +10,7 @@ import pytest
 import small_world
 import torch
 from helps import helped
+from nuscenes_counts import STEPS
 
 from bevfn import catalogue, recipes, tree, upstream
 from bevfn.data import paste
@@ -95,7 +96,7 @@ def test_published_numbers_of_the_recipes():
 
 
 def test_the_warm_up_is_as_long_as_published_in_any_run_that_is_longer(root):
-    for steps, warmup in ((3862, 500), (501, 500), (500, 50), (40, 4)):
+    for steps, warmup in ((STEPS, 500), (501, 500), (500, 50), (40, 4)):
         made = optimizer("bevfusion-lidar-camera", root, steps)
         assert made.lr.warmup_steps == warmup
 

@@ -2,12 +2,14 @@
 
 import ast
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bevfn import files
+from bevfn.commands import bench, data, graph, parity
 
 
 def test_numbers_that_json_lacks_are_written_as_words_that_float_reads():
@@ -71,3 +73,27 @@ def test_other_objects_are_refused():
 def test_whatever_is_broken_is_a_value_error(text):
     with pytest.raises(ValueError):
         files.read_json(text)
+
+
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("")
+    files.check_json(None)
+    files.check_json(tmp_path / "new" / "a.json")
+    files.check_json(tmp_path / "file")  # is replaced
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(
+        ValueError, match=rf"cannot make the output folder .*: {tmp_path}/file is no folder; choose another --json"
+    ):
+        files.check_json(tmp_path / "file" / "below" / "a.json")
+    with pytest.raises(ValueError, match=r"--json .* is a folder; name a file"):
+        files.check_json(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot write to the output folder /proc/\d+/fd: .*; choose another --out"):
+        files.check_writable(Path(f"/proc/{os.getpid()}/fd"))
+
+
+@pytest.mark.parametrize("command", [data.check, bench.ops, graph.graph, parity.parity])
+def test_every_command_checks_its_json_file_first(tmp_path, command):
+    """Before it looks at what it is about, which is not there."""
+    arguments = () if command is bench.ops else ("bevfusion",) if command is graph.graph else (tmp_path / "nowhere",)
+    with pytest.raises(ValueError, match=r"--json .* is a folder; name a file"):
+        command(*arguments, json_file=tmp_path)

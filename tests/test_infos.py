@@ -239,9 +239,9 @@ def test_a_pickle_that_runs_something_is_refused_by_name(tmp_path, monkeypatch, 
     assert not (tmp_path / "was-here").exists()
 
 
-def test_arrays_of_objects_hold_plain_data_only(tmp_path):
-    plain = {"metainfo": {"categories": {}}, "data_list": [], "more": np.array([{"a": 1}, "b"], dtype=object)}
-    assert len(infos.read(write(tmp_path, plain))) == 0
+def test_arrays_of_objects_hold_plain_data_only(index, tmp_path):
+    plain = new_form(index) | {"more": np.array([{"a": 1}, "b"], dtype=object)}
+    assert len(infos.read(write(tmp_path, plain))) == len(index)
     with pytest.raises(ValueError, match=r"asks for builtins.eval|asks for __builtin__.eval"):
         infos.read(write(tmp_path, plain | {"more": np.array([Call(eval, "1")], dtype=object)}))
 
@@ -322,3 +322,10 @@ def test_files_that_are_something_else(tmp_path, name, content):
         infos.read(tmp_path / name)
     with pytest.raises(ValueError, match=r"nothing.pkl does not exist"):
         infos.read(tmp_path / "nothing.pkl")
+
+
+def test_a_file_without_key_frames_says_so(index, tmp_path):
+    for document in (new_form(index) | {"data_list": []}, old_form(index) | {"infos": []}):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(document))
+        with pytest.raises(ValueError, match=r"a.pkl lists no key frames; make it again"):
+            infos.read(tmp_path / "a.pkl")

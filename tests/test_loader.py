@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nuscenes_counts import KEY_FRAMES
 
 from bevfn import tree
 from bevfn.data import loader
@@ -148,14 +149,14 @@ def test_torchs_and_numpys_global_generators_are_left_alone():
 
 
 @pytest.mark.parametrize(
-    "length, batch_size, replicas, accumulate, steps", [(28_130, 4, 8, 1, 880), (32, 4, 8, 1, 1), (33, 4, 1, 8, 2), (1, 4, 2, 2, 1)]
+    "length, batch_size, replicas, accumulate, steps", [(KEY_FRAMES, 4, 8, 1, 880), (32, 4, 8, 1, 1), (33, 4, 1, 8, 2), (1, 4, 2, 2, 1)]
 )  # fmt: skip
 def test_steps_of_an_epoch_are_rounded_up(length, batch_size, replicas, accumulate, steps):
     assert loader.steps_per_epoch(length, batch_size, replicas, accumulate) == steps
 
 
 @pytest.mark.parametrize(
-    ("length", "batch_size", "replicas", "steps"), [(28_130, 8, 8, 439), (64, 8, 8, 1), (127, 8, 8, 2), (121, 8, 8, 2), (120, 8, 8, 1), (3, 8, 8, 1)]
+    ("length", "batch_size", "replicas", "steps"), [(KEY_FRAMES, 8, 8, 439), (64, 8, 8, 1), (127, 8, 8, 2), (121, 8, 8, 2), (120, 8, 8, 1), (3, 8, 8, 1)]
 )  # fmt: skip
 def test_an_incomplete_last_step_may_be_left_out(length, batch_size, replicas, steps):
     """Incomplete as torch judges it: 121 samples are filled up to 128 of 8 processes first."""

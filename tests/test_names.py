@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bevfn.names import file_name, leaves, printable
+from bevfn import exits
+from bevfn.names import SENTENCE, SHOWN, WORD, file_name, leaves, printable, sentence
 
 
 def test_what_commands_a_terminal_is_spelled_out():
@@ -15,10 +16,22 @@ def test_what_commands_a_terminal_is_spelled_out():
     assert printable("\u202eevil") == r"\u202eevil" and printable("\udc80") == r"\udc80"
 
 
-@given(st.text())
-def test_any_text_is_printable_in_one_line(text):
-    shown = printable(text)
-    assert shown.isprintable() and len(shown.splitlines()) <= 1
+@given(st.text() | st.text("a\n \x1b", min_size=5000))
+def test_any_text_is_printable_in_one_line_of_some_length(text):
+    for shown, most in ((printable(text), SHOWN), (sentence(text), SENTENCE)):
+        assert shown.isprintable() and len(shown.splitlines()) <= 1 and len(shown) <= most
+    assert all(len(word) <= WORD for word in sentence(text).split())
+
+
+def test_of_a_very_long_name_both_ends_are_shown_and_sentences_stay_whole(capsys):
+    path = "samples/CAM_FRONT_RIGHT/n015-2018-07-24-11-22-45+0800__CAM_FRONT_RIGHT__1532402927612460.jpg"
+    assert printable(path) == path
+    assert printable("first " + 5000 * "x" + " last") == f"first {54 * 'x'}…{35 * 'x'} last"
+    said = f"/data/{200 * 'd'}: 1,234 of {30 * 'many words '}are meant"
+    assert sentence(said) == said
+    with pytest.raises(SystemExit), exits.one_sentence():
+        raise ValueError(f"key frame {9000 * 'k'} is odd")
+    assert capsys.readouterr().err == f"bevfn: key frame {150 * 'k'}…{100 * 'k'} is odd\n"
 
 
 @given(st.text(), st.text())

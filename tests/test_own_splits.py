@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import small_root
 import small_world
 import tiny_experiment
 
-from bevfn.data import nuscenes, source, tables
+from bevfn import cli
+from bevfn.data import check, nuscenes, source, tables
 from bevfn.data.index import pack
 from bevfn.evaluation import score
 from bevfn.evaluation.results import KNOWN_ATTRIBUTES
@@ -51,6 +53,57 @@ def test_own_splits_train_and_are_scored(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "evaluate", lambda run, train_state, done: again.append(done) or {})
     run.main(tiny_experiment.task, replace(config, resume=True))
     assert "is finished" not in capsys.readouterr().out and again == [1]
+
+
+SHARING = {"streets": ["drive 0"], "yards": ["drive 1"], "all": ["drive 0", "drive 1"]}
+
+
+def test_splits_that_share_scenes_are_found_and_refused_before_the_first_step(world, tmp_path, monkeypatch, capsys):
+    path = world / VERSION / "splits.json"
+    whole = path.read_text()
+    try:
+        path.write_text(json.dumps(SHARING))
+        with pytest.raises(
+            ValueError,
+            match=r"3 of the 3 key frames of the evaluation split 'yards' are in the training split 'all' too",
+        ):
+            run.main(
+                tiny_experiment.task, replace(CONFIG, data_root=world, train_split="all", run_dir=tmp_path / "run")
+            )
+        shared = [f.what for f in check.check(world).findings if f.kind == "refused"]
+        assert [s for s in shared if "share" in s] == [
+            "the splits streets, all share 1 scene, drive 0", "the splits yards, all share 1 scene, drive 1"
+        ]  # fmt: skip
+        for train, good in (("streets", True), ("all", False)):
+            report = check.check(world, training=train, evaluation="yards")
+            assert any("share" in f.what for f in report.findings) != good and set(report.samples) == {
+                train,
+                "yards",
+            }
+        monkeypatch.setattr(
+            sys, "argv", ["bevfn", "data", "check", str(world), "--train-split", "all", "--eval-split", "yards"]
+        )
+        with pytest.raises(SystemExit, match="1"):
+            cli.main()
+        assert "refused: the splits all, yards share 1 scene, drive 1: it refuses" in capsys.readouterr().out
+    finally:
+        path.write_text(whole)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_splits_may_not_share_scenes_either(tmp_path):
+    root = small_root.write(tmp_path / "root")
+    assert tables.shared_scenes(root, small_root.VERSION) == {}
+    (root / small_root.VERSION / "splits.json").write_text(json.dumps({"mini_val": ["scene-0061", "scene-0103"]}))
+    assert tables.shared_scenes(root, small_root.VERSION) == {("mini_train", "mini_val"): ["scene-0061"]}
+    with pytest.raises(ValueError, match=r"4 of the 8 key frames .* 'mini_train' too, such as those of scene-0061,"):
+        source.open(root, small_root.VERSION)
+    (root / small_root.VERSION / "splits.json").unlink()
+    # The same split for both must be asked for.
+    with pytest.raises(ValueError, match="--train-split mini_val is what would be evaluated on too"):
+        source.open(root, small_root.VERSION, "mini_val")
+    assert tables.shared_scenes(root, small_root.VERSION, "mini_val") == {("mini_val", "mini_val"): ["scene-0103"]}
+    assert tables.shared_scenes(root, small_root.VERSION, "mini_val", "mini_val") == {}
 
 
 def test_splits_that_must_be_named_are_asked_for(world):

@@ -100,6 +100,19 @@ def test_it_remembers_how_it_was_made_and_another_run_is_refused(index, database
     assert again.making == paste.Making() and len(list(tmp_path.glob("points-*.bin"))) == 1
 
 
+def test_it_remembers_what_it_was_made_of_and_other_key_frames_are_refused(index, tmp_path):
+    made = paste.build(index, tmp_path, class_names=NAMES, progress=False)
+    assert paste.read(tmp_path, index=index).key == made.key
+    scenes = [dataclasses.replace(frame, scene="a") for frame in index]
+    sweeps_moved = [dataclasses.replace(f, sweeps=(Sweep(f.sweeps[0].path, 2 * np.eye(4), 0.05),)) for f in scenes]
+    boxes_moved = [dataclasses.replace(f, boxes=f.boxes + 1e-6) for f in scenes]
+    for frames, other in ((sweeps_moved, "calib.*"), (boxes_moved, "calib.*"), (scenes[1:], "key frames")):
+        wanted = rf"objects.npz was made of other {other} \(10 key frames of v1.0-mini, split 'mini_train'\)"
+        with pytest.raises(ValueError, match=wanted):
+            paste.read(tmp_path, index=dataclasses.replace(index, frames=tuple(frames)))
+    paste.read(tmp_path, index=dataclasses.replace(index, frames=tuple(scenes)))
+
+
 def test_objects_of_no_class_are_barriers_as_published_or_left_out(index, tmp_path):
     names = (*NAMES, "barrier")
     ignored = sum(int(valid) for frame in index for name, valid in zip(frame.names, frame.valid) if not name)

@@ -42,7 +42,14 @@ WRONG = {
         "3,000 of 3,000 points have coordinates or an intensity that must be from -1000 to 1000 m, from 0 to 255; write",
     ),
     "intensity 1e30": (with_intensity(1e30).tobytes(), "intensity that must be"),
-    "intensity 0..1": (with_intensity(lambda x: x / 255).tobytes(), "intensities are 0..1"),
+    "half written": (
+        cloud()[:1500].tobytes() + bytes(1500 * 20),
+        "1,500 of 3,000 points are at 0 0 0, as where an inter",
+    ),
+    "a hole": (
+        cloud()[:1500].tobytes() + bytes(100 * 20) + cloud()[1600:].tobytes(),
+        "100 of 3,000 points are at 0 0 0",
+    ),
     "in mm": (
         (cloud() * [1000, 1000, 1000, 1, 1]).astype("<f4").tobytes(),
         "have coordinates or an intensity that must be",
@@ -61,7 +68,9 @@ def test_a_file_that_cannot_be_meant_is_refused_by_name(tmp_path, name):
     assert str(error.value).startswith(f"{tmp_path}/a.pcd.bin: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("column, value", [(0, 20_000.0), (2, -1e30), (3, -5.0), (3, 256.0), (3, np.nan), (4, np.inf)])
+@pytest.mark.parametrize(
+    "column, value", [(0, 20_000.0), (2, -1e30), (3, -5.0), (3, 256.0), (3, np.nan), (4, np.inf), (slice(0, 3), 0.0)]
+)
 def test_a_few_points_that_cannot_be_are_dropped_and_counted(tmp_path, column, value):
     broken = cloud()
     broken[[3, 70], column] = value
@@ -71,7 +80,24 @@ def test_a_few_points_that_cannot_be_are_dropped_and_counted(tmp_path, column, v
     np.testing.assert_array_equal(kept, np.delete(cloud(), [3, 70], axis=0))
 
 
-@pytest.mark.parametrize("intensity", [0, 1, 7.5, lambda x: x])
+@pytest.mark.parametrize("intensity", [0, 1, 7.5, lambda x: x, lambda x: x / 255])
 def test_intensities_that_can_be_meant_pass(tmp_path, intensity):
     with_intensity(intensity).tofile(tmp_path / "a.pcd.bin")
     assert points.read(tmp_path / "a.pcd.bin")[1] == 0
+
+
+def test_intensities_of_another_scale_are_known():
+    assert points.dim(with_intensity(lambda x: x / 255)) and points.dim(with_intensity(0.5))
+    assert not any(points.dim(with_intensity(value)) for value in (0, 1, 7.5, lambda x: x)) and not points.dim(
+        cloud()[:0]
+    )
+
+
+def test_a_file_that_ends_in_zeros_is_known(tmp_path):
+    for content, zeros in (
+        (cloud().tobytes(), False),
+        (cloud()[:9].tobytes() + bytes(64 * 20), True),
+        (bytes(40), True),
+    ):
+        (tmp_path / "a.bin").write_bytes(content)
+        assert points.ends_in_zeros(tmp_path / "a.bin") == zeros

@@ -50,3 +50,8 @@ def test_intrinsics_have_focal_lengths_and_a_last_row(lens, bad):
         False,
         bad,
     ]
+
+
+def test_how_far_outside_of_its_image_a_centre_lies():
+    centres = np.array([[8.0, 4.5], [0.0, 9.0], [-4.0, 4.0], [8.0, 27.0]])
+    assert possible.outside(centres, np.array([9, 16])).tolist() == [0.0, 0.0, 0.25, 2.0]

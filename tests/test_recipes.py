@@ -13,6 +13,7 @@ import PIL
 import pytest
 import small_world
 import torch
+from nuscenes_counts import BALANCED, KEY_FRAMES, STEPS
 from safetensors.numpy import load_file
 from small_frames import indexed, labelled
 
@@ -125,7 +126,7 @@ def chained(base: float, total: int, *schedulers: tuple) -> np.ndarray:
     return np.array(out)
 
 
-@pytest.mark.parametrize("steps_per_epoch", [3862, 1001])
+@pytest.mark.parametrize("steps_per_epoch", [STEPS, 1001])
 def test_both_schedules_are_mmengines_at_every_iteration(steps_per_epoch):
     """Ends of phases are cut off to whole steps: 2.4 epochs of 3862 steps are 9268."""
     warm, turn, end = ("linear", 0, 500, 0.33333333), int(2.4 * steps_per_epoch), 6 * steps_per_epoch
@@ -140,7 +141,7 @@ def test_both_schedules_are_mmengines_at_every_iteration(steps_per_epoch):
 
 
 def test_beta1_turns_where_mmengine_cuts_off():
-    made = recipe_optimizer(bevfusion, 3862)
+    made = recipe_optimizer(bevfusion, STEPS)
     assert made.beta1.phases[0].end == 9268  # 2.4 * 3862 = 9268.8
 
 
@@ -159,9 +160,9 @@ def test_bevdepths_rates_and_averages_are_upstreams_at_every_step():
         assert len(rates) == config.epochs
         np.testing.assert_allclose(made.lr.at(torch.arange(plan.total_steps)), rates.repeat(per_epoch), rtol=1e-6)
         assert (made.weight_decay, made.clip_norm) == (case["weight_decay"], case["clip"])
-        # nuScenes' training key frames, and how many mmdetection3d's CBGS makes of them, which the golden takes
-        items = np.zeros(123_580 if config.class_balanced else 28_130)
-        assert run.plan(config, items, Replicas("", 0, 8)).steps_per_epoch == per_epoch
+        items = np.zeros(BALANCED if config.class_balanced else KEY_FRAMES)  # which the golden takes
+        devices = config.recipe_batch // config.batch_size
+        assert run.plan(config, items, Replicas("", 0, devices)).steps_per_epoch == per_epoch
 
 
 class PerStep(optim.Schedule):

@@ -22,7 +22,8 @@ import tiny_experiment as tiny
 import torch
 from fuzz import bounded
 
-from bevfn.data import loader, sampling, scene
+from bevfn.data import loader, paste, sampling, scene
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.distributed import Replicas
 from bevfn.files import read_json
 from bevfn.kernels import native
@@ -247,6 +248,14 @@ def test_what_a_checkpoint_was_made_with_is_in_it_and_compared(whole, root, tmp_
         tiny.task(config), data=replace(tiny.task(config).data, training=other, items=np.array([0, 1, 1]))
     )
     with pytest.raises(ValueError, match=r"begun with another config \(data: \"[0-9a-f]{16}\" -> \"[0-9a-f]{16}\"\)"):
+        run.main(task, config(root, run_dir, checkpoint_every=1, resume=True))
+
+
+def test_a_resumed_run_on_another_database_is_refused(whole, root, tmp_path):
+    run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    database = paste.build(small_world.training(), tmp_path, class_names=CLASS_NAMES, progress=False)
+    task = lambda config: replace(tiny.task(config), data=replace(tiny.task(config).data, database=database))  # noqa: E731
+    with pytest.raises(ValueError, match=rf'begun with another config \(database: \(none\) -> "{database.key}"\)'):
         run.main(task, config(root, run_dir, checkpoint_every=1, resume=True))
 
 

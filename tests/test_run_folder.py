@@ -277,7 +277,7 @@ def test_a_config_comes_back_as_it_was(tmp_path):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("epochs", "four"), ("epochs", 1.5), ("epochs", True), ("epochs", None), ("lr", "x"), ("lr", 10**400), ("root", 3), ("mode", "other"),
+    [("epochs", "four"), ("epochs", 1.5), ("epochs", True), ("epochs", None), ("lr", "x"), ("lr", 10**400), ("root", 3), ("root", "a\0b"), ("root", "\ud800"), ("mode", "other"),
      ("mode", 0), ("pretrained", "a"), ("pretrained", [1]), ("size", [1]), ("size", {"a": 1}), ("resume", 1)],
 )  # fmt: skip
 def test_a_field_of_another_type_is_named(tmp_path, name, value):

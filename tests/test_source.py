@@ -44,7 +44,7 @@ def test_a_world_and_a_frame_know_their_parts_and_sizes(index, tmp_path):
         assert opened.training[0].cameras["CAM_FRONT"].size == (90, 160)
     opened = source.open(index.root, "v1.0-trainval")
     assert (opened.training.split, opened.evaluation.split) == ("train", "val")
-    assert source.open(index.root, "v1.0-trainval", "val").training.split == "val"
+    assert source.open(index.root, "v1.0-trainval", "val", "val").training.split == "val"
 
 
 def test_an_image_of_unknown_size_has_its_files_unless_the_calibration_is_of_another(index):

@@ -129,6 +129,8 @@ ASKING = {
     "3 GB of bytearray": b"\x80\x02c__builtin__\nbytearray\n" + number(3_000_000_000) + b"\x85R.",
     "a memo of 2^31 places": b"\x80\x02Nr\xff\xff\xff\x7f.",
     "4 GB of text": b"\x80\x02X\xff\xff\xff\xff",
+    "2^40 bytes of text": b"\x80\x04\x8d" + struct.pack("<Q", 2**40),
+    "2^62 bytes": b"\x80\x05\x96" + struct.pack("<Q", 2**62),
     "2^40 numbers in a zip": zipped(one(tensor(storage(number(2**40)), number(2**40) + b"\x85", ONE))),
     "2^40 numbers in 4": zipped(one(tensor(storage(b"K\x04"), number(2**40) + b"\x85", b"K\x00\x85"))),
     "numbers behind the storage": zipped(one(tensor(storage(b"K\x04"), FOUR, ONE, b"K\x01"))),
@@ -197,3 +199,59 @@ def test_names_that_no_terminal_should_show_are_refused(tmp_path):
         torch.save({name: torch.zeros(1)}, tmp_path / "a.pth", _use_new_zipfile_serialization=zip_form)
         with pytest.raises(ValueError, match="has an entry named"):
             upstream.read_state_dict(tmp_path / "a.pth")
+
+
+# ------------------------------------------------------------------------------------------------ forms of other writers
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_later_pickle_protocols_are_read(tmp_path, zipped, protocol):
+    tensors = state()
+    beside = {
+        "seen": {1, 2},
+        "kept": frozenset("ab"),
+        "raw": bytearray(b"ab"),
+        "text": b"bytes",
+        "long": "x" * 300,
+        "big": 2**70,
+    }
+    saved = {
+        **beside,
+        "size": torch.Size([1, 2]),
+        "state_dict": OrderedDict(tensors, w=torch.nn.Parameter(torch.ones(2))),
+    }
+    torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    read = upstream.read_state_dict(tmp_path / "a.pth")
+    assert list(read) == [*tensors, "w"]
+    assert all(torch.equal(read[name], leaf) for name, leaf in tensors.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ({("a", 1): torch.zeros(2)}, "a.pth has a dict with a tuple for a name, where bevfn reads text and numbers; save"),
+        ({3: torch.zeros(2)}, "a.pth: an entry of the state dict is named 3, which is no text"),
+        ({"w": torch.zeros(1).expand(4)}, r"a.pth has a tensor of \[4\] that repeats 1 numbers \(stride 0, as .*contiguous"),
+        ({"w": torch.zeros(3, 1).expand(3, 2**20)}, r"of \[3, 1048576\] that repeats 3 numbers"),
+    ],
+)  # fmt: skip
+def test_a_whole_file_in_a_form_that_is_not_read_is_not_called_incomplete(tmp_path, saved, says, zipped):
+    torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=says) as error:
+        upstream.read_state_dict(tmp_path / "a.pth")
+    assert "complete" not in str(error.value)
+
+
+def test_an_operation_of_another_protocol_is_named(tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "a.pth", pickle_protocol=0)
+    with pytest.raises(
+        ValueError, match=r"a.pth has the operation \w+ in its pickle, which torch.save does not write; save its"
+    ):
+        upstream.read_state_dict(tmp_path / "a.pth")
+
+
+def test_a_tensor_of_one_number_may_have_any_stride(tmp_path):
+    torch.save({"w": torch.as_strided(torch.arange(6.0), (1, 3), (0, 2))}, tmp_path / "a.pth")
+    assert upstream.read_state_dict(tmp_path / "a.pth")["w"].tolist() == [[0, 2, 4]]

@@ -50,6 +50,18 @@ def clouds(columns: int, points: int) -> Callable[[Path], None]:
     return write
 
 
+def rescaled(change: Callable[[np.ndarray], object]) -> Callable[[Path], None]:
+    """The points [P,5] of every scan changed in place."""
+
+    def write(root: Path) -> None:
+        for path in root.glob("*/LIDAR_TOP/*"):
+            cloud = np.fromfile(path, "<f4").reshape(-1, 5)
+            change(cloud)
+            path.write_bytes(cloud.tobytes())
+
+    return write
+
+
 def nanoseconds(root: Path) -> None:
     for name in ("sample", "sample_data", "ego_pose"):
         edited(name, lambda rows: [row.update(timestamp=1000 * row["timestamp"]) for row in rows])(root)
@@ -88,6 +100,18 @@ def without_a_camera(rows: list[dict]) -> None:
 WORLDS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "four columns": (clouds(4, 50), "refused", "which fits four float32 a point", "training stops there"),
     "six columns": (clouds(6, 50), "refused", "which fits six float32 a point", "training stops there"),
+    "intensities of 0..1": (
+        rescaled(lambda cloud: np.divide(cloud[:, 3], 255, out=cloud[:, 3])), "note",
+        r"the points' intensities are 0 to 0.188235, not 0 to 255", "published weights, which know 0 to 255, take all for dark",
+    ),
+    "half of a cloud": (
+        rescaled(lambda cloud: cloud[5:].fill(0)), "refused", "5 of 10 points are at 0 0 0, as where an interrupted copy",
+        "training stops there",
+    ),
+    "missing returns": (
+        rescaled(lambda cloud: cloud[3:5].fill(np.nan)), "note", "8 of 40 points that were opened are NaN, beyond what",
+        "drops and counts them",
+    ),
     "nanoseconds": (nanoseconds, "refused", "is of the time 1.5324e.12 s, not from 0", "refuses the data set"),
     "zero sizes": (
         edited("sample_annotation", lambda rows: rows[3].update(size=[0.0, 4.0, 1.5])), "refused",
@@ -117,6 +141,13 @@ WORLDS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "own version": (own_version, "note", "none of nuScenes' versions; its splits are a, b", "needs --train-split"),
     "binary PCD": (binary_pcd, "refused", "has the header of a PCD file", "training stops there"),
     "16 bits": (sixteen_bits, "refused", "of more than 8 bits a channel", "training stops there"),
+    "a centre outside": (
+        edited("calibrated_sensor", lambda rows: [
+            row.update(camera_intrinsic=[[12, 0, 20], [0, 12, 4.5], [0, 0, 1]]) for row in rows if "CAM_BACK_LEFT" in row["token"]
+        ]), "note",
+        r"4 images of CAM_BACK_LEFT have their centre of projection outside \(the first at 20 4 in 16x9\)",
+        "of images that were resized the intrinsics must be too",
+    ),
     "a link to itself": (
         edited("sample_data", lambda rows: rows[5].update(prev=rows[5]["token"])), "refused",
         "links of sample_data.json lead to the row itself", "refuses those that it follows",
@@ -172,6 +203,13 @@ def test_the_command_fails_for_findings_and_not_for_notes(root, monkeypatch, cap
     edited("sample_annotation", lambda rows: rows[0].update(size=[float("nan"), 1.0, 1.0]))(root)
     assert run() == 1 and "has sizes 1 nan 1, which must be" in capsys.readouterr().out
     assert len(json.loads((root.parent / "out.json").read_text())["findings"]) == 3  # in two splits
+
+
+@pytest.mark.parametrize("table, where", [("map", "maps"), ("sample_data", "LIDAR_TOP")])
+def test_a_name_that_no_file_can_have_is_missing_and_shown_in_part(root, table, where):
+    edited(table, lambda rows: rows[3 if table == "sample_data" else 0].update(filename="samples/" + 900 * "x "))(root)
+    report = check.check(root)
+    assert [p.what for p in report.problems] == ["does not exist"] and max(map(len, report.text().splitlines())) < 300
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../outside.bin"])

@@ -1,20 +1,9 @@
 """GE graphs as files."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from bevfn.files import write_atomically
-
-
-def check_writable(folder: Path) -> None:
-    """Raises ValueError unless files can be written to `folder`, which is made if it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the output folder {folder}: {error.strerror}; choose another --out") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write to the output folder {folder}; choose another --out")
 
 
 def write(graph: Any, stem: Path) -> tuple[Path, Path]:

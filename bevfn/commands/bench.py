@@ -1,5 +1,7 @@
 """`bevfn bench ...`: speed and memory as ratios, against peers and the machine's limits in the same run."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +9,7 @@ import torch
 import tyro
 
 from bevfn import provenance, recipes
-from bevfn.files import to_json, write_atomically
+from bevfn.files import check_json, to_json, write_atomically
 from bevfn.precision import Precision
 from bevfn.training import run
 
@@ -26,7 +28,7 @@ def ops(*, threads: int = 0, json_file: Json = None) -> None:
     from bevfn.bench import ops
 
     _threads(threads)
-    _report("ops", ops.measure(), json_file)
+    _report("ops", ops.measure, json_file)
 
 
 def step(
@@ -61,7 +63,7 @@ def step(
     setting = step.Setting(
         model, frame, precision, batch_size, device, _threads(threads), repeats, scale, checkpoint_activations
     )
-    _report("step", step.measure(setting), json_file, device)
+    _report("step", partial(step.measure, setting), json_file, device)
 
 
 def views(*, frame: Path | None = None, threads: int = 0, repeats: int = 5, json_file: Json = None) -> None:
@@ -76,7 +78,7 @@ def views(*, frame: Path | None = None, threads: int = 0, repeats: int = 5, json
     from bevfn.bench import views
 
     threads = _threads(threads)
-    _report("views", views.measure(frame, repeats=repeats, threads=threads), json_file)
+    _report("views", partial(views.measure, frame, repeats=repeats, threads=threads), json_file)
 
 
 def data(*, frame: Path | None = None, samples: int = 30, json_file: Json = None) -> None:
@@ -89,7 +91,7 @@ def data(*, frame: Path | None = None, samples: int = 30, json_file: Json = None
     """
     from bevfn.bench import data
 
-    _report("data", data.data(frame=frame, samples=samples), json_file)
+    _report("data", partial(data.data, frame=frame, samples=samples), json_file)
 
 
 def world(*, scenes: int = 10, json_file: Json = None) -> None:
@@ -101,7 +103,7 @@ def world(*, scenes: int = 10, json_file: Json = None) -> None:
     """
     from bevfn.bench import data
 
-    _report("world", data.world(scenes=scenes), json_file)
+    _report("world", partial(data.world, scenes=scenes), json_file)
 
 
 def checkpoint(*, folder: Path = Path("runs"), repeats: int = 3, json_file: Json = None) -> None:
@@ -114,7 +116,7 @@ def checkpoint(*, folder: Path = Path("runs"), repeats: int = 3, json_file: Json
     """
     from bevfn.bench import checkpoint
 
-    _report("checkpoint", checkpoint.measure(folder, repeats=repeats), json_file)
+    _report("checkpoint", partial(checkpoint.measure, folder, repeats=repeats), json_file)
 
 
 def startup(
@@ -132,7 +134,7 @@ def startup(
     """
     from bevfn.bench import startup
 
-    _report("startup", startup.measure(frame, experiment=experiment), json_file)
+    _report("startup", partial(startup.measure, frame, experiment=experiment), json_file)
 
 
 def list_() -> None:
@@ -145,8 +147,10 @@ def _threads(wanted: int) -> int:
     return torch.get_num_threads()
 
 
-def _report(benchmark: str, figures: dict, json_file: Path | None, device: str = "cpu") -> None:
-    """Prints and keeps the figures with the machine and with what to type to measure them again."""
+def _report(benchmark: str, measure: Callable[[], dict], json_file: Path | None, device: str = "cpu") -> None:
+    """Measures, prints and keeps the figures with the machine and with what to type to measure them again."""
+    check_json(json_file)
+    figures = measure()
     result = {**provenance.head(device), "benchmark": benchmark, "figures": figures}
     text = to_json(result, indent=1)
     print(text.decode())

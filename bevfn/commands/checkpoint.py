@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from bevfn import catalogue, tree, upstream
 from bevfn.choices import one_of
-from bevfn.names import printable
+from bevfn.names import lines, printable
 from bevfn.upstream import checkpoints, recognise
 
 Checkpoint = Annotated[str, one_of(catalogue.CHECKPOINTS)]
@@ -28,12 +28,12 @@ def import_(source: Positional[Path], output: Positional[Path], *, model: Checkp
     try:
         params, state, report = upstream.import_state(upstream.read_state_dict(source), model)
     except upstream.Refused as refusal:
-        print(refusal.report.text(every_key=every_key))
+        print(lines(refusal.report.text(every_key=every_key)))
         raise ValueError(f"{source}: {refusal}") from refusal
     except ValueError as error:
         raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     upstream.write_imported(output, params, state, report, source=Path(source).name)
-    print(report.text(every_key=every_key))
+    print(lines(report.text(every_key=every_key)))
     print(f"wrote {output}")
 
 
@@ -90,9 +90,9 @@ def show(source: Positional[Path], *, every_key: bool = False) -> None:
 def _table(tensors: dict[str, Tensor], every_key: bool, *, depth: int) -> str:
     """One line per tensor, or per group of names with the same first `depth` parts."""
     if every_key:
-        return "\n".join(f"  {name}  {tree.describe(leaf)}" for name, leaf in tensors.items())
+        return "\n".join(f"  {printable(name)}  {tree.describe(leaf)}" for name, leaf in tensors.items())
     groups: dict[str, list[int]] = {}
     for name, leaf in tensors.items():
-        groups.setdefault(".".join(name.split(".")[:depth]), []).append(leaf.numel())
+        groups.setdefault(printable(".".join(name.split(".")[:depth])), []).append(leaf.numel())
     width = max(map(len, groups))
     return "\n".join(f"  {name:<{width}}  {len(n):4d} tensors  {sum(n):12,d} numbers" for name, n in groups.items())

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from bevfn.files import write_atomically
+from bevfn.files import check_json, write_atomically
 
 
 def synth(
@@ -50,6 +50,8 @@ def check(
     *,
     version: str | None = None,
     split: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
     deep: bool = False,
     workers: int = 0,
     show: int = 20,
@@ -62,6 +64,8 @@ def check(
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables, or a T4 data set (docs/t4.md)
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several. Of T4 scenes the revision, the highest without it
         split: train, val, ...; all that the root has without it
+        train_split: the one that a run would train on, which may share no scene with
+        eval_split: the one that it would be evaluated on; without either, the defaults and every two of splits.json are compared
         deep: decode every file, instead of looking at sizes and ends
         workers: threads; 0: twice the processors
         show: problems to print
@@ -69,8 +73,12 @@ def check(
     """
     from bevfn.data import check, source, t4_check
 
-    looking = t4_check.check if source.kind(root) == "t4" else check.check
-    report = looking(root, version, split, deep=deep, workers=workers)
+    check_json(json_file)
+    if source.kind(root) == "t4":
+        report = t4_check.check(root, version, split, deep=deep, workers=workers)
+    else:
+        pair = {"training": train_split, "evaluation": eval_split}
+        report = check.check(root, version, split, **pair, deep=deep, workers=workers)
     print(report.text(show))
     if json_file is not None:
         write_atomically(json_file, report.json())

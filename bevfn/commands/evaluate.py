@@ -14,7 +14,8 @@ from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.evaluation import results, tables
 from bevfn.evaluation.detect import detect
-from bevfn.evaluation.judge import judge, submission
+from bevfn.evaluation.judge import forget, judge, submission
+from bevfn.files import check_writable
 from bevfn.precision import Precision
 from bevfn.training import run, run_folder
 
@@ -66,44 +67,51 @@ def evaluate(
         site_capacity: active sites of a key frame at each level of the sparse encoder
     """
     distributed.check_device(device)
-    recipe = recipes.load(experiment)
-    config = run_config(experiment, checkpoint, data_root, model)
-    changes: dict[str, Any] = {
-        "model": model,
-        "data_root": data_root,
-        "version": version,
-        "precision": precision,
-        "train_split": split,  # of a task's two, one is run over
-        "eval_split": split,
-        "published_sweeps": published_sweeps,
-        "point_capacity": point_capacity,
-        "voxel_capacity": voxel_capacity,
-        "site_capacity": site_capacity,
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if foreign := [name for name in changes if not hasattr(config, name)]:
-        raise ValueError(f"{experiment} reads no LiDAR points or sweeps; leave out --{foreign[0].replace('_', '-')}")
-    config = replace(config, **changes, device=device, resume=False)
-    recipes.defaults(experiment, config.model)  # or it is of another experiment
-    task = recipe.task(config.plain())
-    run.check(task, train=False)
-    index = task.data.evaluation if metric is None else replace(task.data.evaluation, metric=metric)
-    if index.judge == "t4":
-        source.check_scored(index, results.KNOWN_ATTRIBUTES)
-    found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
+    flags = {"model": model, "data_root": data_root, "version": version, "split": split, "precision": precision}
+    room = {"point_capacity": point_capacity, "voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
+    config = _config(experiment, checkpoint, device, flags | room | {"published_sweeps": published_sweeps})
+    task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
     out = out if out is not None else _folder(checkpoint, split)
-    if not index.annotated:
+    _check(task, out)
+    found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
+    if not task.data.evaluation.annotated:
         return _submit(task, found, counts, out)
-    judgement = judge(
-        *(index, found, task.data.eval_reading, out),
-        title=f"{task.title}, {checkpoint.name}",
-        config=run.flags(config),
-        counts=counts,
-        bottom=task.bottom,
-    )
-    print(judgement.text)
-    print(f"everything is in {out}")
+    told: dict[str, Any] = {"title": f"{task.title}, {checkpoint.name}", "config": run.flags(config), "counts": counts}
+    judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told, bottom=task.bottom)
+    print(f"{judgement.text}\neverything is in {out}")
     return 0
+
+
+def _scored_by(metric: Literal["nuscenes", "t4"] | None, task: run.Task) -> run.Task:
+    """The task whose key frames are scored by a metric, None: their own."""
+    if metric is None:
+        return task
+    return replace(task, data=replace(task.data, evaluation=replace(task.data.evaluation, metric=metric)))
+
+
+def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any]) -> run.Config:
+    """The config that the checkpoint is evaluated with: its run's, with the flags that are given (not None)."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
+    if (split := given.pop("split", None)) is not None:
+        root, version = given.get("data_root", config.data_root), given.get("version", config.version)
+        if what := source.trained_on(root, version, config.train_split, split):
+            print(f"warning: {what}")
+        given |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
+    if foreign := [name for name in given if not hasattr(config, name)]:
+        raise ValueError(f"{experiment} reads no LiDAR points or sweeps; leave out --{foreign[0].replace('_', '-')}")
+    config = replace(config, **given, device=device, resume=False)
+    recipes.defaults(experiment, config.model)  # or it is of another experiment
+    return config
+
+
+def _check(task: run.Task, out: Path) -> None:
+    """Raises ValueError for what the model need not run for: key frames that cannot be scored, a folder that cannot be
+    written."""
+    run.check(task, train=False)
+    if task.data.evaluation.annotated:
+        source.check_scored(task.data.evaluation, results.KNOWN_ATTRIBUTES)
+    check_writable(out)
 
 
 def _found(task: run.Task, checkpoint: Path, *, device: str, **settings: Any) -> tuple[dict, dict]:
@@ -160,6 +168,7 @@ def _folder(checkpoint: Path, split: str | None) -> Path:
 def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) -> int:
     """The test split's results and what the server takes."""
     document = submission(task.data.evaluation, found, task.data.eval_reading, bottom=task.bottom)
+    forget(out)
     for name in ("results_nusc.json", "submission.zip"):
         results.write(out / name, document)
     print(

@@ -14,6 +14,7 @@ from bevfn import catalogue, provenance, recipes
 from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.data.batch import needed
+from bevfn.files import check_json, check_writable
 from bevfn.precision import Precision
 from bevfn.synth import key_frame, rig
 from bevfn.training import run
@@ -61,8 +62,9 @@ def graph(
     from bevfn.ascend.lower import lower
     from bevfn.ascend.report import report, text
 
+    check_json(json_file)
     if out is not None:
-        dump.check_writable(out)
+        check_writable(out)
     config = recipes.defaults(experiment, model)["nuscenes" if scale == "published" else "synthetic"].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
@@ -83,15 +85,8 @@ def graph(
             print(comparison.text(), flush=True)
             made[name]["execute"] = comparison.to_json()
     if json_file is not None:
-        what = {
-            "experiment": experiment,
-            "model": config.model,
-            "scale": scale,
-            "precision": precision,
-            **changes,
-            "ops": ops,
-        }
-        provenance.write(json_file, {**what, "steps": made})
+        what = {"experiment": experiment, "model": config.model, "scale": scale, "precision": precision, **changes}
+        provenance.write(json_file, {**what, "ops": ops, "steps": made})
     return 0 if complete else 1
 
 

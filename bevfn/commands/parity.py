@@ -8,6 +8,7 @@ import torch
 import tyro
 
 from bevfn import provenance
+from bevfn.files import check_json
 
 
 def parity(
@@ -32,6 +33,7 @@ def parity(
     from bevfn.parity import compare, golden, replay
 
     distributed.check_device(device)
+    check_json(json_file)
     started = time.perf_counter()
     case = golden.read(case_dir)
     table = compare.Table(str(case_dir))

@@ -8,12 +8,15 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from bevfn import host
+from bevfn.data.index import Index
 from bevfn.files import writing
 from bevfn.kernels.cache import cache_dir
+from bevfn.names import printable
 
 Result = TypeVar("Result")
 
@@ -27,6 +30,45 @@ def place(root: Path, name: str) -> Path:
     """ROOT/name, or, where there is none and the root cannot be written, `name` in the root's `home`."""
     inside = Path(root) / name
     return inside if inside.exists() or os.access(root, os.W_OK) else home(root) / name
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which key frames something was made of, kept beside it."""
+
+    version: str
+    split: str
+    frames: int
+    files: str
+    """Digest of their tokens and of the names of the files that were read."""
+    numbers: str
+    """Digest of calibration, poses, boxes: of whatever else decides what was made."""
+
+    def __post_init__(self) -> None:
+        texts = (self.version, self.split, self.files, self.numbers)
+        if type(self.frames) is not int or not all(isinstance(text, str) for text in texts):
+            raise TypeError("it does not say what it was made of")
+
+    @classmethod
+    def of(cls, index: Index, files: tuple[str, ...], numbers: tuple[str, ...]) -> Self:
+        """That of an index, by these columns of its packed frames."""
+        joined = ("".join(index.digests[name] for name in names).encode() for names in (files, numbers))
+        return cls(index.version, index.split, len(index), *(hashlib.sha256(text).hexdigest()[:16] for text in joined))
+
+    def check(self, what: Path, index: Index, now: Self) -> None:
+        """Raises ValueError where an index, of which `now` is the origin, is not what `what` was made of.
+
+        An info file tells the same numbers rounded otherwise, so that only its files are compared.
+        """
+        told = bool(len(index) and index[0].scene)
+        if self.files == now.files and (self.numbers == now.numbers or not told):
+            return
+        other = "calibrations, poses or boxes" if self.files == now.files else "key frames"
+        raise ValueError(
+            f"{what} was made of other {other} ({self.frames:,} key frames of {printable(self.version)}, split '{printable(self.split)}') than the "
+            f"{now.frames:,} of {index.root} ({now.version}, split '{now.split}'); delete it, or make it again with "
+            "`bevfn data prepare`"
+        )
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 Beside files, their values (`values`), each oddity with what training does with it.
 
-Quick by default: every file that the splits need is looked up, point files must be whole points and JPEGs must end as
-JPEGs do, which finds what an interrupted copy leaves behind. Deep decodes every file.
+Quick by default: every file that the splits need is looked up, point files must be whole points and not end in zeros, and
+JPEGs must end as JPEGs do, which finds what an interrupted copy leaves behind. Deep decodes every file.
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Index
 from bevfn.data.rows import MAX_SWEEPS
 from bevfn.files import to_json
-from bevfn.names import leaves, printable
+from bevfn.names import leaves, printable, sentence
 
 CHUNK = 128  # files per task of a thread
 OUTSIDE = "is not below the data set's root"
@@ -88,7 +89,7 @@ class Inspection:
             lines.append(
                 f"{len(self.findings):,} finding{'s' if len(self.findings) > 1 else ''}, and what training does"
             )
-        lines += [f"  {finding.kind}: {printable(finding)}" for finding in self.findings[:shown]]
+        lines += [f"  {finding.kind}: {sentence(finding)}" for finding in self.findings[:shown]]
         if len(self.findings) > shown:
             lines.append(f"  and {len(self.findings) - shown:,} more; --json FILE writes all of them")
         total = sum(self.samples.values())
@@ -100,7 +101,7 @@ class Inspection:
         for problem in self.problems[:shown]:
             needed = f" (samples: {problem.samples:,})" if problem.samples else ""
             what = problem.what.removeprefix(f"{self.root}/{problem.path}: ")
-            lines.append(f"  {printable(problem.path)}: {printable(what)}{needed}")
+            lines.append(f"  {printable(problem.path)}: {sentence(what)}{needed}")
         if len(self.problems) > shown:
             lines.append(f"  and {len(self.problems) - shown:,} more; --json FILE writes all of them")
         return "\n".join(lines)
@@ -111,12 +112,20 @@ class Inspection:
 
 
 def check(
-    root: Path, version: str | None = None, split: str | None = None, *, deep: bool = False, workers: int = 0
+    root: Path,
+    version: str | None = None,
+    split: str | None = None,
+    *,
+    training: str | None = None,
+    evaluation: str | None = None,
+    deep: bool = False,
+    workers: int = 0,
 ) -> Inspection:
     """Looks at tables, maps, and every LiDAR, sweep and camera file that the splits need.
 
-    version: None for the only one that the root has; split: None for all of them; workers: threads, 0 for twice the
-    processors. Raises ValueError for a wrong root, version or split: then there is nothing to look at.
+    version: None for the only one that the root has; split: a split to look at; training, evaluation: those of a run, which
+    may share no scene; all splits where none is named. workers: threads, 0 for twice the processors. Raises ValueError for a
+    wrong root, version or split: then there is nothing to look at.
     """
     root = Path(root)
     version = version or tables_of.only_version(root)
@@ -127,14 +136,8 @@ def check(
         for name, what in broken.items()
     ]
     parts = [part_of("tables", len(tables_of.TABLES), problems)]
-    maps = [] if "map" in broken else [Path(row["filename"]) for row in tables["map"]]
-    lost = [
-        Problem(str(path), "damaged", OUTSIDE, 0)
-        if leaves(str(path))
-        else Problem(str(path), "missing", "does not exist", 0)
-        for path in maps
-        if leaves(str(path)) or not (root / path).is_file()
-    ]
+    maps = [] if "map" in broken else [str(row["filename"]) for row in tables["map"]]
+    lost = list(_lost_maps(root, maps))
     parts.append(part_of("maps", len(maps), lost))
     problems += lost
 
@@ -143,7 +146,8 @@ def check(
     facts: list[str] = []
     findings: list[values.Finding] = []
     if not broken:
-        members = _samples(root, version, split, tables)
+        chosen = _chosen(root, version, [name for name in (split, training, evaluation) if name is not None])
+        members = _samples(chosen, tables)
         samples = {name: len(tokens) for name, tokens in members.items()}
         needed = files_needed(tables, set().union(*members.values()))
         found = examine_all(root, [path for files in needed.values() for path in files], deep, workers)
@@ -153,7 +157,11 @@ def check(
             parts.append(part_of(name, len(files), bad))
             problems += bad
         if not lost:  # with a map missing, the devkit does not start
-            facts, findings = _values(root, version, split, tables, set(found))
+            findings += values.of_tables(root, version, tables, chosen)
+            findings += values.of_pairs(tables_of.shared_scenes(root, version, training, evaluation))
+            told = [values.of_split(root, version, name, set(found)) for name in chosen]
+            facts += [fact for facts_of_one, _ in told for fact in facts_of_one]
+            findings += [finding for _, of_one in told for finding in of_one]
     # Without a table nothing can be read, without a map the devkit does not start.
     count = sum(samples.values()) if any(part.missing or part.damaged for part in parts[:2]) else len(affected)
     notes = _made(root, version, list(samples))
@@ -190,7 +198,7 @@ def files_needed(tables: dict[str, list[dict]], samples: set[str]) -> dict[str, 
 def examine(path: Path, deep: bool) -> Finding | None:
     """What is wrong with a point file or an image; None if nothing is found."""
     try:
-        if not path.is_file():
+        if not tables_of.is_file(path):
             return "missing", "does not exist"
         size = path.stat().st_size
         if size == 0:
@@ -201,10 +209,12 @@ def examine(path: Path, deep: bool) -> Finding | None:
                     "damaged",
                     f"is truncated: {size} bytes are no whole number of points ({points.BYTES} bytes each)",
                 )
+            if points.ends_in_zeros(path):
+                return "damaged", "ends in zeros, as an interrupted copy leaves them"
             if deep:
                 cloud, bad = points.read(path)
-                if not cloud.any():
-                    return "damaged", "has only zeros" if len(cloud) else f"has only NaN: {bad} points"
+                if not len(cloud):
+                    return "damaged", f"has only NaN: {bad} points"
         else:
             if path.suffix.lower() in (".jpg", ".jpeg") and (what := _jpeg_ends(path, size)):
                 return "damaged", what
@@ -213,6 +223,14 @@ def examine(path: Path, deep: bool) -> Finding | None:
     except (OSError, ValueError) as error:
         return "damaged", str(error).removeprefix(f"{path}: ")
     return None
+
+
+def _lost_maps(root: Path, maps: list[str]) -> Iterator[Problem]:
+    for path in maps:
+        if leaves(path):
+            yield Problem(path, "damaged", OUTSIDE, 0)
+        elif not tables_of.is_file(root / path):
+            yield Problem(path, "missing", "does not exist", 0)
 
 
 def _outside(path: str) -> Finding | None:
@@ -252,23 +270,10 @@ def examine_all(root: Path, files: list[str], deep: bool, workers: int) -> dict[
     return problems
 
 
-def _values(
-    root: Path, version: str, split: str | None, tables: dict[str, list[dict]], damaged: set[str]
-) -> tuple[list[str], list[values.Finding]]:
-    """(facts, findings) of the tables and of each split."""
-    chosen, facts = _chosen(root, version, split), []
-    findings = list(values.of_tables(root, version, tables, chosen))
-    for name in chosen:
-        told, odd = values.of_split(root, version, name, damaged)
-        facts += told
-        findings += odd
-    return facts, findings
-
-
-def _chosen(root: Path, version: str, split: str | None) -> dict[str, list[str]]:
-    """Split: names of its scenes."""
-    if split is not None:
-        return {split: tables_of.scenes_of(root, version, split)}
+def _chosen(root: Path, version: str, named: list[str]) -> dict[str, list[str]]:
+    """Split: names of its scenes; of the splits that are named, or of all."""
+    if named:
+        return {split: tables_of.scenes_of(root, version, split) for split in named}
     parts_of_train = ("train_detect", "train_track")
     chosen = {s: names for s, names in tables_of.splits(root, version).items() if s not in parts_of_train}
     if not chosen:
@@ -276,13 +281,12 @@ def _chosen(root: Path, version: str, split: str | None) -> dict[str, list[str]]
     return chosen
 
 
-def _samples(root: Path, version: str, split: str | None, tables: dict[str, list[dict]]) -> dict[str, set[str]]:
+def _samples(chosen: dict[str, list[str]], tables: dict[str, list[dict]]) -> dict[str, set[str]]:
     """Split: tokens of its samples."""
     scenes = {row["token"]: row["name"] for row in tables["scene"]}
-    chosen = {name: set(names) for name, names in _chosen(root, version, split).items()}
     return {
         name: {row["token"] for row in tables["sample"] if scenes[row["scene_token"]] in names}
-        for name, names in chosen.items()
+        for name, names in ((name, set(names)) for name, names in chosen.items())
     }
 
 

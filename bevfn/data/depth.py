@@ -10,9 +10,9 @@ matrix does, so depths differ by up to 1e-4 m and of BEVDepth's points two in a 
 frame, where no depth label changes).
 """
 
-import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from bevfn.data.index import Camera, Frame, Index
 from bevfn.data.possible import DISTANCE, SIDE
 from bevfn.data.reading import Depths
 from bevfn.files import read_json, to_json, write_atomically
-from bevfn.names import leaves
+from bevfn.names import leaves, printable
 
 MARGIN = 1  # px at the image's border in which points are dropped
 NEAR, FAR = 1.0, 60.0  # m, of BEVNeXt's points
@@ -110,7 +110,7 @@ def maps(
     lost = not any(len(found) for found in seen) if rule == "last" else not depth.any()
     if lost:
         raise ValueError(
-            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {frame.token}, so its depth maps "
+            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {printable(frame.token)}, so its depth maps "
             "are empty; check the calibration, or set depth to False."
         )
     return depth, {"bad/points": bad, "empty/depth": int((depth.max(axis=(1, 2)) == 0).sum())}
@@ -141,23 +141,34 @@ def folder(index: Index) -> Path:
     return building.place(index.root, "bevfn_depth") / index.split
 
 
-def folder_of_files(out: Path) -> Path:
-    """The folder of the files that `build` made in `out`. Raises ValueError if there are none."""
+def folder_of_files(out: Path, index: Index | None = None) -> Path:
+    """The folder of the files that `build` made in `out`. Raises ValueError if there are none, or if they were made of other
+    key frames or calibrations than those of `index`."""
     path = Path(out) / DEPTH
     if not path.is_file():
         raise ValueError(f"{path} does not exist; build depth ground truth with `bevfn data prepare`.")
     try:
-        name = read_json(path.read_bytes())["files"]
+        content = read_json(path.read_bytes())
+        name, origin = content["files"], building.Origin(**content["made_of"])
         if not isinstance(name, str) or not name.startswith("files-") or leaves(name):
             raise ValueError("it names no folder of files")
-        return path.parent / name
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run `bevfn data prepare` again.") from error
+    if index is not None:
+        origin.check(path, index, made_of(index))
+    return path.parent / name
 
 
 def prepared(index: Index) -> Path | None:
-    """The folder of a split's files where `bevfn data prepare` puts them, None if it made none."""
-    return folder_of_files(folder(index)) if (folder(index) / DEPTH).is_file() else None
+    """The folder of a split's files where `bevfn data prepare` puts them, None if it made none. Raises ValueError if it made
+    them of something else."""
+    return folder_of_files(folder(index), index) if (folder(index) / DEPTH).is_file() else None
+
+
+def made_of(index: Index) -> building.Origin:
+    """Everything that decides what the files hold, but for the point files' and images' contents."""
+    numbers = ("camera_start", "intrinsics", "camera_from_lidar", "camera_size")
+    return building.Origin.of(index, ("token", "lidar_path", "camera_path"), numbers)
 
 
 def stored(index: Index, rule: Depths) -> Path | None:
@@ -168,8 +179,9 @@ def stored(index: Index, rule: Depths) -> Path | None:
 def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -> Path:
     """Makes the files of all images of `index`, or finds them made already; returns their folder, in `out`.
 
-    About 270 kB a key frame on nuScenes. A stopped or killed build goes on where it was. `depth.json`, which names the
-    folder, is written last: there are all files or none, or those of the previous build. The bytes do not depend on the number of workers (processes).
+    About 270 kB a key frame on nuScenes. A stopped or killed build goes on where it was. `depth.json`, which names the folder
+    and what it was made of, is written last: there are all files or none, or those of the previous build. The bytes do not
+    depend on the number of workers (processes).
 
     Raises ValueError if a file is missing or damaged, if there is no image, or if another build writes to `out`.
     """
@@ -179,7 +191,8 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
             f"{index.root} ({index.version}, split {index.split!r}) has no camera images to give depth to."
         )
     with building.only_writer(out):
-        files = out / f"files-{_fingerprint(index)}"
+        origin = made_of(index)
+        files = out / f"files-{FORMAT}-{origin.files}-{origin.numbers}"
         if _is_built(out, files):
             return files
         files.mkdir(exist_ok=True)
@@ -194,7 +207,7 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
             task = bar.add_task("depth ground truth", total=len(index), completed=len(index) - len(todo))
             for frames in building.unordered(_make, _jobs(index, files, todo), workers):
                 bar.advance(task, frames)
-        write_atomically(out / DEPTH, to_json({"files": files.name}))
+        write_atomically(out / DEPTH, to_json({"files": files.name, "made_of": asdict(origin)}))
         for stale in set(out.glob("files-*")) - {files}:
             shutil.rmtree(stale, ignore_errors=True)
     return files
@@ -224,13 +237,3 @@ def _make(frames: list[Frame], root: Path, files: Path) -> int:
 
 def _file(files: Path, name: str) -> Path:
     return Path(files) / f"{name}.bin"
-
-
-def _fingerprint(index: Index) -> str:
-    """Of everything that decides what the files hold, but for the point files' and images' contents."""
-    digest = hashlib.sha256(str(FORMAT).encode())
-    for frame in index:
-        digest.update(frame.lidar_path.encode())
-        for camera in frame.cameras.values():
-            digest.update(camera.path.encode() + camera.intrinsics.tobytes() + camera.camera_from_lidar.tobytes())
-    return digest.hexdigest()[:16]

@@ -167,6 +167,14 @@ def _cameras(packed: Packed) -> Iterator[Fault]:
     yield from _fault("intrinsics", possible.no_intrinsics(matrices), intrinsics)
     unknown = (sizes == 0).all(axis=1)
     yield from _fault("image sizes", ~unknown & possible.SIDE.impossible(sizes).any(axis=1), size)
+    off = np.zeros(len(sizes))
+    off[~unknown] = possible.outside(matrices[~unknown, :2, 2], sizes[~unknown].clip(min=1))
+
+    def centre(i: int) -> str:
+        told = f"its centre of projection at {_list(matrices[i, :2, 2])} in images of {_list(sizes[i, ::-1])} pixels (width, height)"
+        return f"{_camera(packed, i)} has {told}, so that its intrinsics are of another size: it may lie outside {possible.OUTSIDE}"
+
+    yield from _fault("centres of projection", possible.OUTSIDE.impossible(off), centre)
     yield from _transforms(packed, "camera_from_lidar", "camera", possible.POSITION)
     yield from _transforms(packed, "ego_from_camera", "camera", possible.MOUNT, unknown=True)
     yield from _transforms(packed, "camera_global_from_ego", "camera", possible.PLACE, unknown=True)

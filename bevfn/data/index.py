@@ -5,6 +5,7 @@ target_from_source, 4 4 float64, and move column vectors. The frames of a large 
 and made when asked for: nuScenes' 28,130 training frames as Python objects would take gigabytes in every process.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,10 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from bevfn.names import printable
+from bevfn.names import printable, unusable
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
-LONGEST = 4096  # bytes of a token or path, as of a path on Linux
 CLASSES = (
     *("car", "truck", "trailer", "bus", "construction_vehicle"),
     *("bicycle", "motorcycle", "pedestrian", "traffic_cone", "barrier"),
@@ -110,9 +110,9 @@ class Frame:
         """The cameras of these channels, in their order. Raises ValueError if one is missing."""
         missing = [channel for channel in channels if channel not in self.cameras]
         if missing:
-            has = ", ".join(self.cameras) or "no camera"
+            has = ", ".join(map(printable, self.cameras)) or "no camera"
             raise ValueError(
-                f"key frame {self.token} has no {', '.join(missing)}, which the reading's Cameras.channels name; it has {has}."
+                f"key frame {printable(self.token)} has no {', '.join(missing)}, which the reading's Cameras.channels name; it has {has}."
             )
         return [self.cameras[channel] for channel in channels]
 
@@ -120,7 +120,9 @@ class Frame:
         """N 4 4 float64: global_from_ego at these cameras' times. Raises ValueError if one is missing or unknown."""
         poses = np.stack([camera.global_from_ego for camera in self.rig(channels)])
         if not np.isfinite(poses).all():
-            raise ValueError(f"key frame {self.token} has cameras without ego pose; read the data set's own tables.")
+            raise ValueError(
+                f"key frame {printable(self.token)} has cameras without ego pose; read the data set's own tables."
+            )
         return poses
 
     @property
@@ -201,18 +203,18 @@ def pack(frames: Iterable[Frame]) -> Packed:
     sweeps = [sweep for frame in frames for sweep in frame.sweeps]
     cameras = [camera for frame in frames for camera in frame.cameras.values()]
     columns = {
-        "token": _texts(frame.token for frame in frames),
-        "previous": _texts(frame.previous for frame in frames),
+        "token": _texts("token", (frame.token for frame in frames)),
+        "previous": _texts("previous", (frame.previous for frame in frames)),
         "timestamp": np.array([frame.timestamp for frame in frames], dtype=np.float64),
-        "lidar_path": _texts(frame.lidar_path for frame in frames),
+        "lidar_path": _texts("lidar_path", (frame.lidar_path for frame in frames)),
         "ego_from_lidar": _transforms(frame.ego_from_lidar for frame in frames),
         "global_from_ego": _transforms(frame.global_from_ego for frame in frames),
         "sweep_start": _starts(len(frame.sweeps) for frame in frames),
-        "sweep_path": _texts(sweep.path for sweep in sweeps),
+        "sweep_path": _texts("sweep_path", (sweep.path for sweep in sweeps)),
         "sweep_transform": _transforms(sweep.lidar_from_sweep for sweep in sweeps),
         "sweep_lag": np.array([sweep.lag for sweep in sweeps], dtype=np.float64),
         "camera_start": _starts(len(frame.cameras) for frame in frames),
-        "camera_path": _texts(camera.path for camera in cameras),
+        "camera_path": _texts("camera_path", (camera.path for camera in cameras)),
         "intrinsics": np.array([camera.intrinsics for camera in cameras], dtype=np.float64).reshape(-1, 3, 3),
         "camera_from_lidar": _transforms(camera.camera_from_lidar for camera in cameras),
         "ego_from_camera": _transforms(camera.ego_from_camera for camera in cameras),
@@ -223,7 +225,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "boxes": np.concatenate([np.zeros((0, 9)), *(frame.boxes for frame in frames)]),
         "valid": np.concatenate([np.zeros(0, bool), *(frame.valid for frame in frames)]),
         "num_lidar_points": np.concatenate([np.zeros(0, np.int32), *(f.num_lidar_points for f in frames)]).astype("i4"),
-        "annotation": _texts(token for frame in frames for token in frame.annotations),
+        "annotation": _texts("annotation", (token for frame in frames for token in frame.annotations)),
     }
     repeating = {
         "scene": [frame.scene for frame in frames],
@@ -234,7 +236,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "categories": [name for frame in frames for name in frame.categories or ("",) * len(frame.boxes)],
     }
     for name, values in repeating.items():
-        columns[f"{name}_words"], codes = np.unique(_texts(values), return_inverse=True)
+        columns[f"{name}_words"], codes = np.unique(_texts(name, values), return_inverse=True)
         columns[name] = codes.astype(np.uint16)
     return Packed(columns)
 
@@ -258,16 +260,13 @@ def join(parts: Iterable[Packed]) -> Packed:
     return Packed(columns)
 
 
-def _texts(values: Iterable[str]) -> np.ndarray:
+def _texts(column: str, values: Iterable[str]) -> np.ndarray:
     """Fixed-width bytes: a quarter of numpy's str. Raises ValueError for a text that would not come back, or makes all wide."""
     made = []
     for value in values:
-        made.append(value.encode(errors="replace"))
-        if len(made[-1]) > LONGEST or "\0" in value or made[-1].decode() != value:
-            raise ValueError(
-                f"the token or name '{printable(value[:60])}' of {len(value):,} letters is longer than {LONGEST:,} bytes, or no "
-                "text; repair or remove it."
-            )
+        if what := unusable(value):
+            raise ValueError(f"{column.replace('_', ' ')} '{printable(value)}' {what}; repair or remove it.")
+        made.append(value.encode())
     return np.array(made, dtype=np.bytes_)
 
 
@@ -416,6 +415,12 @@ class Index:
         """[n] int64: every key frame's place in `by_time`."""
         return np.argsort(self.by_time)
 
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Column of the packed frames: SHA-256 of it, by which what was made of these key frames is known again."""
+        packed = self.frames if isinstance(self.frames, Packed) else pack(self)
+        return {name: hashlib.sha256(np.ascontiguousarray(c).data).hexdigest() for name, c in packed.columns.items()}
+
     def select(self, places: Sequence[int] | np.ndarray) -> "Index":
         """The key frames at these places alone."""
         return replace(self, frames=Chosen(self.frames, tuple(int(place) for place in places)))
@@ -423,5 +428,5 @@ class Index:
     def position(self, token: str) -> int:
         """The place of the key frame `token`. Raises ValueError if the index has no such frame."""
         if token not in self.positions:
-            raise ValueError(f"no key frame {token} in {self.root} ({self.version}, split {self.split!r}).")
+            raise ValueError(f"no key frame {printable(token)} in {self.root} ({self.version}, split {self.split!r}).")
         return self.positions[token]

@@ -8,6 +8,7 @@ Source: mmdetection3d tools/dataset_converters (nuscenes_converter.py, update_in
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from bevfn.data import faults, plain_pickle, possible
 from bevfn.data.index import CLASSES, Camera, Frame, Index, Sweep, inverse, pack
 from bevfn.files import read_json
-from bevfn.names import leaves, printable
+from bevfn.names import leaves, printable, unusable
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 MOST_CLASSES = 10_000
@@ -53,6 +54,8 @@ def read(path: Path, root: Path | None = None) -> Index:
         names = _numbered(categories, f"{path}: metainfo.categories")
         class_names = tuple(names.values())
         frames = [_frame(info, f"{path}: data_list[{i}]", names, folders) for i, info in enumerate(infos)]
+    if not frames:
+        raise ValueError(f"{path} lists no key frames; make it again with create_data.py, or give another one.")
     split = re.search(r"_infos_(?:\w+_)?(train|val|test)\b", path.stem)
     return Index(
         root=root,
@@ -78,6 +81,8 @@ def _numbered(categories: dict, where: str) -> dict[int, str]:
     """Number to class; -1 is what is none of them."""
     names: dict[int, str] = {}
     for name, number in categories.items():
+        if what := unusable(str(name)):
+            raise ValueError(f"{where}: the name '{printable(name)}' {what}; repair or remove it.")
         if not isinstance(number, int) or isinstance(number, bool) or not -1 <= number < MOST_CLASSES:
             raise ValueError(
                 f"{where}: {printable(name)} has the number {printable(number)}; give 0, 1, ... or -1 for none."
@@ -97,8 +102,8 @@ def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Fram
     global_from_ego = _transform(info, where, "ego2global", unknown=True)
     time = _number(info, where, "timestamp") if "timestamp" in info else 0.0
     cameras = {}
-    for channel, camera in _optional(info, where, "images", dict).items():
-        place = f"{where}.images.{channel}"
+    for channel, camera in _channels(info, where, "images"):
+        place = f"{where}.images.{printable(channel)}"
         camera_from_lidar = _transform(camera, place, "lidar2cam")
         ego_from_camera = _transform(camera, place, "cam2ego", unknown=True)
         cameras[channel] = Camera(
@@ -197,8 +202,8 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
     """One entry of infos: quaternions w x y z with translations, times in microseconds."""
     time = _number(info, where, "timestamp")
     cameras = {}
-    for channel, camera in _optional(info, where, "cams", dict).items():
-        place = f"{where}.cams.{channel}"
+    for channel, camera in _channels(info, where, "cams"):
+        place = f"{where}.cams.{printable(channel)}"
         cameras[channel] = Camera(
             path=_path(_get(camera, place, "data_path", str), f"samples/{channel}", folders),
             intrinsics=_numbers(camera, place, "cam_intrinsic", (3, 3)),
@@ -289,8 +294,6 @@ def _size(camera: dict, where: str) -> tuple[int, int] | None:
 
 def _path(name: str, folder: str, folders: bool) -> str:
     """Relative to the root; `folder` is where a bare name lies if the root has such folders."""
-    if "\0" in name:
-        raise ValueError(f"{printable(name)} is no name of a file; repair or remove it.")
     parts = Path(name).parts
     top = [i for i, part in enumerate(parts) if part in ("samples", "sweeps")]
     if top:
@@ -308,12 +311,24 @@ def _get(tree: Any, where: str, key: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ValueError(f"{where}: {key} must be a {wanted}, not {type(value).__name__}.")
+    if isinstance(value, str) and (what := unusable(value)):
+        raise ValueError(f"{where}: {key} '{printable(value)}' {what}; repair or remove it.")
     return value
 
 
 def _optional(tree: dict, where: str, key: str, kind: type) -> Any:
     """tree[key], or an empty one of that type if it is missing or null."""
     return kind() if tree.get(key) is None else _get(tree, where, key, kind)
+
+
+def _channels(info: dict, where: str, key: str) -> Iterator[tuple[str, Any]]:
+    """(channel, what is said of it) of the cameras."""
+    for channel, camera in _optional(info, where, key, dict).items():
+        if not isinstance(channel, str) or unusable(channel):
+            raise ValueError(
+                f"{where}: {key} has the channel '{printable(channel)}', which is no text; repair or remove it."
+            )
+        yield channel, camera
 
 
 def _text(tree: dict, where: str, key: str) -> str:

@@ -18,7 +18,7 @@ from rich.progress import track
 from bevfn.data import faults, stored, tables
 from bevfn.data.index import CAMERAS, Frame, Index, Packed, inverse, pack
 from bevfn.data.rows import Impossible, boxes_of, camera, check_links, check_times, counts, poses, sweeps
-from bevfn.names import printable
+from bevfn.names import printable, sentence
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 ANNOTATIONS = "sample_annotation"
@@ -82,7 +82,7 @@ def _build(root: Path, version: str, split: str, scenes: set[str]) -> Packed:
         what = next(iter(problems.values()), "") or (
             f"{printable(missing[0])} does not exist but {version}/map.json names it; extract nuScenes' maps archive."
             if missing
-            else f"{root / version}: nuscenes-devkit cannot read the tables ({type(error).__name__}: {printable(error)})."
+            else f"{root / version}: nuscenes-devkit cannot read the tables ({type(error).__name__}: {sentence(error)})."
         )
         raise ValueError(what) from error
     if not len(packed):

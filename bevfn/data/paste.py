@@ -31,7 +31,7 @@ OBJECTS = "objects.npz"
 SWEEPS = 10  # besides the key frame
 IGNORED = "barrier"  # the last of upstream's classes
 FRAMES = 32  # of one part, the unit of work that a stopped build does not lose
-FORMAT = 2  # raise it when the files' meaning changes
+FORMAT = 3  # raise it when the files' meaning changes
 
 
 def _quotas() -> dict[str, int]:
@@ -97,6 +97,8 @@ class Database:
     """N bytes, the frames that they come from."""
     class_names: tuple[str, ...]
     making: Making
+    key: str
+    """Of everything that decides what it holds, but for the point files' contents."""
     min_points: int
     """What is pasted has as many points."""
     usable: dict[str, np.ndarray]
@@ -128,10 +130,11 @@ def folder(index: Index) -> Path:
     return building.place(index.root, "bevfn_gt_database") / index.split
 
 
-def read(folder: Path, *, min_points: int = 5, making: Making | None = None) -> Database:
+def read(folder: Path, *, min_points: int = 5, making: Making | None = None, index: Index | None = None) -> Database:
     """The database that `build` made in `folder`; objects with fewer points than `min_points` are not pasted.
 
-    Raises ValueError if there is none, if it is damaged, or if it was made otherwise than `making` says.
+    Raises ValueError if there is none, if it is damaged, or if it was made otherwise than `making` says, or of other key
+    frames than those of `index`.
     """
     path = Path(folder) / OBJECTS
     if not path.is_file():
@@ -141,7 +144,8 @@ def read(folder: Path, *, min_points: int = 5, making: Making | None = None) -> 
             arrays = {name: file[name] for name in file.files}
         points_path = path.parent / file_name(str(arrays["points_file"]))  # beside it, whatever it says
         boxes, labels, starts, scans = (arrays[name] for name in ("boxes", "labels", "starts", "scans"))
-        made = Making(**json.loads(str(arrays["making"])))
+        made, key = Making(**json.loads(str(arrays["making"]))), str(arrays["key"])
+        origin = building.Origin(**json.loads(str(arrays["made_of"])))
         difficulty, tokens = arrays["difficulty"], arrays["tokens"]
         class_names = tuple(arrays["class_names"].tolist())
     except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
@@ -151,10 +155,12 @@ def read(folder: Path, *, min_points: int = 5, making: Making | None = None) -> 
         raise ValueError(f"{points_path} is missing or truncated; delete {path} and build the database again.")
     if making is not None:
         _check_making(path.parent, made, making)
+    if index is not None:
+        origin.check(path, index, made_of(index))
     good = (np.diff(starts) >= min_points) & (difficulty != -1)
     usable = {name: np.flatnonzero(good & (labels == label)) for label, name in enumerate(class_names)}
     return Database(
-        points_path, boxes, labels, starts, scans, difficulty, tokens, class_names, made, min_points, usable
+        points_path, boxes, labels, starts, scans, difficulty, tokens, class_names, made, key, min_points, usable
     )
 
 
@@ -260,7 +266,8 @@ def build(
     if len(index) == 0:
         raise ValueError(f"{index.root} ({index.version}, split {index.split!r}) has no frames to build a database of.")
     with building.only_writer(out):
-        key = _fingerprint(index, class_names, making)
+        origin = made_of(index)
+        key = _fingerprint(origin, class_names, making)
         if not _is_built(out, key):
             ranges = [range(i, min(i + FRAMES, len(index))) for i in range(0, len(index), FRAMES)]
             folder = out / "parts" / key
@@ -271,7 +278,7 @@ def build(
                 bar.update(task, completed=len(index) - sum(len(positions) for _, positions in todo))
                 for frames in building.unordered(_make_part, _jobs(index, todo, class_names, making), workers):
                     bar.advance(task, frames)
-            _merge(out, key, parts, class_names, making)
+            _merge(out, key, parts, class_names, making, origin)
         made = read(out)
         shutil.rmtree(out / "parts", ignore_errors=True)
         for stale in set(out.glob("points-*")) - {made.points_path}:
@@ -328,7 +335,9 @@ def _objects(
     return boxes, labels, counts, clouds
 
 
-def _merge(out: Path, key: str, parts: list[Path], class_names: tuple[str, ...], making: Making) -> None:
+def _merge(
+    out: Path, key: str, parts: list[Path], class_names: tuple[str, ...], making: Making, origin: building.Origin
+) -> None:
     """All parts as one file of points and, when that is on disk, the arrays that name it."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("boxes", "labels", "scans", "tokens")}
     points_path = out / f"points-{key}.bin"
@@ -349,7 +358,7 @@ def _merge(out: Path, key: str, parts: list[Path], class_names: tuple[str, ...],
     arrays["starts"] = np.concatenate([[0], np.cumsum(arrays["scans"][:, -1], dtype=np.int64)])
     arrays["difficulty"] = np.zeros(len(arrays["boxes"]), dtype=np.int32)
     arrays |= {"points_file": np.str_(points_path.name), "class_names": np.array(class_names), "key": np.str_(key)}
-    arrays["making"] = np.str_(json.dumps(asdict(making)))
+    arrays |= {name: np.str_(json.dumps(asdict(how))) for name, how in (("making", making), ("made_of", origin))}
     write_atomically(out / OBJECTS, _npz(arrays))
 
 
@@ -357,21 +366,20 @@ def _is_built(out: Path, key: str) -> bool:
     if not (out / OBJECTS).is_file():
         return False
     try:
-        read(out)
+        return read(out).key == key
     except ValueError:  # damaged: build it again
         return False
-    with np.load(out / OBJECTS, allow_pickle=False) as file:
-        return str(file["key"]) == key
 
 
-def _fingerprint(index: Index, class_names: tuple[str, ...], making: Making) -> str:
-    """Of everything that decides what the database holds, but for the point files' contents."""
-    digest = hashlib.sha256(json.dumps([FORMAT, FRAMES, list(class_names), asdict(making)]).encode())
-    for frame in index:
-        paths = [frame.lidar_path, *(sweep.path for sweep in frame.sweeps)]
-        digest.update(json.dumps([frame.token, paths, list(frame.names), frame.valid.tolist()]).encode())
-        digest.update(np.ascontiguousarray(frame.boxes).tobytes())
-    return digest.hexdigest()[:16]
+def made_of(index: Index) -> building.Origin:
+    """Everything of a split that decides what the database holds, but for the point files' contents."""
+    numbers = ("sweep_transform", "sweep_lag", "box_start", "boxes", "names_words", "names", "valid")
+    return building.Origin.of(index, ("token", "lidar_path", "sweep_start", "sweep_path"), numbers)
+
+
+def _fingerprint(origin: building.Origin, class_names: tuple[str, ...], making: Making) -> str:
+    what = [FORMAT, FRAMES, list(class_names), asdict(making), origin.files, origin.numbers]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def _npz(arrays: dict[str, np.ndarray]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bevfn import host
-from bevfn.names import printable
+from bevfn.names import printable, sentence
 
 MEMORY = (2**28, 64)  # bytes that a file may take: so many, and so many times its own
 
@@ -67,5 +67,5 @@ def read(path: Path) -> Any:
         ) from refused
     except Exception as error:  # a damaged pickle ends in nearly any exception
         raise ValueError(
-            f"{path} is no complete pickle ({type(error).__name__}: {printable(error)}); copy it again."
+            f"{path} is no complete pickle ({type(error).__name__}: {sentence(error)}); copy it again."
         ) from error

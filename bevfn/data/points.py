@@ -1,6 +1,7 @@
 """LiDAR points: files in nuScenes' and T4's form (`.pcd.bin`, little-endian float32, five numbers a point, no header) or
 with a header (`.pcd`), and which points lie in a range or in a box."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ BYTES = 4 * COLUMNS
 Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper x, y, z [m]
 
 MOST = 10_000_000  # points of a file: 200 MB, where a scan has some 100,000
+BLANK = 64  # points at a file's end
 FEW = 0.01  # share of a file's points, or one, that may be impossible; with more the file is not of such points
 HEADS = {
     b"\x93NUMPY": "has the header of an .npy file",
@@ -35,10 +37,11 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     """(points [P,5] float32 in file order, number of points dropped because one of their numbers cannot be).
 
     A lidar driver marks a missing return with NaN, so such points are no error of the file: they are dropped and
-    counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or intensity.
+    counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or intensity, and
+    at 0 0 0, where the lidar itself is.
 
     Raises ValueError if the file is missing, empty, huge or not a whole number of points, or holds something else than such
-    points: a header, numbers of another kind or number, intensities of 0..1.
+    points: a header, numbers of another kind or number, zeros where an interrupted copy wrote nothing.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,21 +83,44 @@ def _good(points: np.ndarray) -> np.ndarray:
     good = np.isfinite(points[:, -1])
     for column, kind in enumerate((possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY)):
         good &= ~kind.impossible(points[:, column])
-    return good
+    return good & ~_at_sensor(points)
+
+
+def _at_sensor(points: np.ndarray) -> np.ndarray:
+    """[P] bool: which points [P,3+] are at 0 0 0."""
+    return (points[:, 0] == 0) & (points[:, 1] == 0) & (points[:, 2] == 0)
+
+
+def dim(points: np.ndarray) -> bool:
+    """Whether intensities of points [P,4+] are counted from 0 to 1, where published weights know 0..255."""
+    highest = points[:, 3].max(initial=0.0)
+    return bool(0 < highest <= possible.DIM and (points[:, 3] % 1 != 0).any())
+
+
+def ends_in_zeros(path: Path) -> bool:
+    """Whether a file's last bytes, of BLANK points, are nothing but zeros, as an interrupted copy leaves them."""
+    with open(path, "rb") as file:
+        file.seek(-min(BLANK * BYTES, path.stat().st_size), os.SEEK_END)
+        return not any(file.read())
 
 
 def _wrong(values: np.ndarray | None, points: np.ndarray, kept: np.ndarray) -> str:
     """What else the bytes of a file (None where a header says what they are) seem to be than the points [P,5], of which some
     are kept; empty if nothing."""
-    bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept) if len(kept) < len(points) else 0
+    if len(kept) == len(points):
+        return ""
+    bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept)
+    zeros = int(_at_sensor(points).sum())
+    if zeros > max(1, FEW * len(points), bad / 2):
+        return (
+            f"{zeros:,} of {len(points):,} points are at 0 0 0, as where an interrupted copy wrote nothing; copy it again, or "
+            "mark missing returns with NaN"
+        )
     if bad > max(1, FEW * len(points)):
         return (
             f"{bad:,} of {len(points):,} points have coordinates or an intensity that must be {possible.POINT}, "
             f"{possible.INTENSITY}{'' if values is None else _fitting(values)}"
         )
-    intensity, single = kept[:, 3], (kept[:, 4] >= 0).any()  # simulators write clouds of no ring with 0..1
-    if len(intensity) and single and intensity.max() <= 1 and (intensity % 1 != 0).any():
-        return "the points' intensities are 0..1"
     return ""
 
 

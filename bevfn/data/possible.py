@@ -44,11 +44,13 @@ LAGS = Kind(0.0, LAG.high, "s")  # of points, those of the key frame's own scan 
 DEPTH = Kind(0.0, POSITION.high, "m")  # of a pixel, 0 without a point
 OFFSET = Kind(-30.0, 30.0, "s")  # between a camera's exposure and the scan
 FOCAL = Kind(1.0, 1e6, "px")
-CENTRE = Kind(-1e5, 1e5, "px")  # of projection; it may lie outside of a cropped image
+CENTRE = Kind(-1e5, 1e5, "px")  # of projection
+OUTSIDE = Kind(0.0, 1.0, "sides of the image")  # by which that may lie outside, of a cropped image
 SIDE = Kind(1, 20_000, "px")  # of an image
 DISTANCE = Kind(0.0, 2e3, "m")  # from a camera to a point
 POINTS = Kind(0, 1e9, "")  # in a box
-INTENSITY = Kind(0.0, 255.0, "")  # of a return
+INTENSITY = Kind(0.0, 255.0, "")  # of a return; to 255 on nuScenes, for which weights are published
+DIM = 1.0  # the highest intensity of data sets that count from 0 to 1
 
 ROTATION = 1e-3  # by which R Rᵀ may differ from 1: float32 and files of six digits
 QUATERNION = 1e-2  # by which a length may differ from 1
@@ -68,6 +70,12 @@ def no_intrinsics(matrices: np.ndarray) -> np.ndarray:
     bad = FOCAL.impossible(focal).any(axis=-1) | CENTRE.impossible(matrices[..., :2, 2]).any(axis=-1)
     skew = ~(np.abs(np.stack([matrices[..., 0, 1], matrices[..., 1, 0]], axis=-1)) <= focal).all(axis=-1)
     return bad | skew | ~(np.abs(matrices[..., 2, :] - [0.0, 0.0, 1.0]) <= 1e-6).all(axis=-1)
+
+
+def outside(centres: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """By how many sides of the image, [...], centres [...,2] (x, y) lie outside of images of sizes [...,2] (H, W); 0: inside."""
+    sides = np.asarray(sizes, dtype=np.float64)[..., ::-1]
+    return (np.maximum(np.maximum(-centres, centres - sides), 0.0) / sides).max(axis=-1)
 
 
 def _determinant(turns: np.ndarray) -> np.ndarray:

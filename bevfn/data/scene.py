@@ -69,6 +69,7 @@ def _load(
     cloud: np.ndarray | None = None
     if reading.points is not None:
         cloud, counts["bad/points"] = _scanned(frame, index.root, reading.points, rng)
+        counts["bad/intensities"] = int(points.dim(cloud))
     boxes, labels = annotations.boxes(frame, reading.base, reading.channels, reading.class_names)
     if reading.paste is not None:
         assert cloud is not None

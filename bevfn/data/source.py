@@ -1,7 +1,7 @@
 """Where a run's key frames come from: a nuScenes root, a T4 data set, an info file, a folder with one frame, or a synthetic
 world made on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from bevfn import synth
-from bevfn.data import cameras, infos, nuscenes, t4, t4_folders, tables
+from bevfn.data import cameras, depth, infos, nuscenes, t4, t4_folders, tables
 from bevfn.data.index import Index, Packed, pack
 from bevfn.data.reading import Reading
 from bevfn.names import printable
@@ -30,11 +30,26 @@ class Source:
     def __post_init__(self) -> None:
         ours, theirs = set(self.training.class_names), set(self.evaluation.class_names)
         if ours != theirs:
-            differing = ", ".join(sorted(ours ^ theirs))
+            differing = _listed(sorted(ours ^ theirs))
             raise ValueError(
-                f"{self.training.root} annotates {', '.join(self.training.class_names)}, but {self.evaluation.root} "
-                f"{', '.join(self.evaluation.class_names)}; they differ in {differing}: take both from data sets of the "
+                f"{self.training.root} annotates {_listed(self.training.class_names)}, but {self.evaluation.root} "
+                f"{_listed(self.evaluation.class_names)}; they differ in {differing}: take both from data sets of the "
                 "same classes"
+            )
+        if self.training is not self.evaluation:
+            self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Raises ValueError where key frames of one split are in the other: scores would be of what was trained on."""
+        theirs = self.evaluation.positions
+        if shared := [place for token, place in theirs.items() if token in self.training.positions]:
+            scene = self.evaluation[shared[0]].scene
+            raise ValueError(
+                f"{self.training.root} ({self.training.version}): {len(shared):,} of the {len(theirs):,} key frames of the "
+                f"evaluation split '{printable(self.evaluation.split)}' are in the training split "
+                f"'{printable(self.training.split)}' too{f', such as those of {printable(scene)}' if scene else ''}, so that it "
+                "would be scored by what it learned; take them out of one of the two (splits.json), or name others with "
+                "--train-split and --eval-split"
             )
 
 
@@ -63,10 +78,11 @@ def prepare(root: Path | None) -> None:
 
 def open(root: Path | None, version: str, training: str | None = None, evaluation: str | None = None) -> Source:
     """The source at a data root, of these splits; None: those that nuScenes has for it, or train and val of a T4 data set's
-    lists. A single frame is both splits, and so are an info file and a single T4 scene. version: of nuScenes; of T4 a number
-    asks for that revision of its scenes, and nuScenes' names for none.
+    lists. A single frame is both splits, and so are an info file, a single T4 scene, and the split that is named for the
+    evaluation too. version: of nuScenes; of T4 a number asks for that revision of its scenes, and nuScenes' names for none.
 
-    Raises ValueError, one sentence, for a root, version or split that is not there, or where a split must be named.
+    Raises ValueError, one sentence, for a root, version or split that is not there, where a split must be named, and for
+    different splits that share key frames.
     """
     found = kind(root)
     if root is not None and found == "t4":
@@ -79,6 +95,11 @@ def open(root: Path | None, version: str, training: str | None = None, evaluatio
     if root is None:
         root, version = WORLD, "v1.0-trainval"
     names = _split_names(root, version, training, evaluation)
+    if names[0] == names[1] and evaluation is None:
+        raise ValueError(
+            f"--train-split {printable(names[0])} is what would be evaluated on too, so that scores would be of what was learned; "
+            "name another one with --eval-split, or the same if that is meant"
+        )
     first = nuscenes.index(root, version, names[0])
     return Source(first, first if names[0] == names[1] else nuscenes.index(root, version, names[1]))
 
@@ -123,6 +144,21 @@ def _split_names(root: Path, version: str, training: str | None, evaluation: str
     return training or defaults[0], evaluation or defaults[1]
 
 
+def trained_on(root: Path | None, version: str, training: str | None, split: str) -> str:
+    """A sentence about the scenes of a split that a run on the split `training` (None: the default) was trained on; empty
+    where there are none, or no splits. Raises ValueError for a wrong root or version."""
+    root = WORLD if root is None else root
+    if root.is_file() or kind(root) == "frame":
+        return ""
+    tables.check_root(root, version)
+    present, defaults = tables.splits(root, version), tables.default_splits(root, version) or ("", "")
+    scenes = present.get(split, [])
+    if not (seen := set(scenes) & set(present.get(training or defaults[0], ()))):
+        return ""
+    what = f"{len(seen):,} of the {len(scenes):,} scenes of split '{printable(split)}' were trained on"
+    return f"{what}, so these scores say little about other data"
+
+
 def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) -> None:
     """Raises ValueError, one sentence that names both, where a split has not what a reading asks for.
 
@@ -137,7 +173,7 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
     if missing := [channel for channel in reading.channels if channel not in index.channels]:
         raise ValueError(
             f"{name} has no camera {', '.join(missing)}, which the model reads; it has "
-            f"{', '.join(index.channels) or 'none'}: choose a LiDAR model, or another root"
+            f"{_listed(index.channels) or 'none'}: choose a LiDAR model, or another root"
         )
     for channel in reading.channels if whole else ():
         if lacking := index.lacking(channel):
@@ -147,6 +183,8 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
             )
     if reading.cameras is not None:
         cameras.check_sizes(index, reading.cameras)
+    if reading.depth:
+        depth.prepared(index)  # of these key frames, if there is any
     if reading.base.needs_ego_poses and not index.has("ego poses"):
         raise ValueError(
             f"{name} has no ego poses, but the model's base frame is the {reading.base.value}; read the data set's own tables"
@@ -159,7 +197,7 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
     if missing := [known for known in reading.class_names if known not in index.class_names]:
         raise ValueError(
             f"{name} does not annotate {', '.join(missing)}, which the model detects; it annotates "
-            f"{', '.join(index.class_names)}"
+            f"{_listed(index.class_names)}"
         )
     if train and not index.has("velocity"):
         raise ValueError(f"{name} has no velocities of objects, but the model learns them; train on another root")
@@ -186,3 +224,7 @@ def check_scored(index: Index, attributes: Collection[str]) -> None:
             f"{name} annotates the attribute '{printable(unknown[0])}', which nuScenes' scores do not know: a box has one of "
             f"{', '.join(filter(None, attributes))} or none; {other}"
         )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(printable, names))

@@ -6,11 +6,12 @@ What tables are and how they are held against each other is a `Schema`, which T4
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from bevfn.files import read_json
-from bevfn.names import file_name, printable
+from bevfn.names import file_name, printable, unusable
 
 TABLES = (
     *("category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log"),
@@ -42,6 +43,8 @@ ENDS = ("prev", "next", "visibility_token")  # which may be empty or missing
 # What else rows are looked up, ordered or opened by.
 FIELDS: dict[str, dict[str, type]] = {
     "category": {"name": str},
+    "attribute": {"name": str},
+    "visibility": {"level": str},
     "sensor": {"channel": str},
     "scene": {"name": str},
     "sample": {"timestamp": int},
@@ -157,6 +160,22 @@ def default_splits(root: Path, version: str) -> tuple[str, str] | None:
     return ("train", "val") if {"train", "val"} <= splits(root, version).keys() else None
 
 
+def shared_scenes(
+    root: Path, version: str, training: str | None = None, evaluation: str | None = None
+) -> dict[tuple[str, str], list[str]]:
+    """(a split to train on, one to evaluate on): scenes that both have, where there are any.
+
+    Of the pair that is named, a split that is not being the default; where none is, of the default pair and of every two
+    splits that are not nuScenes'.
+    """
+    present, defaults = splits(root, version), default_splits(root, version) or ("", "")
+    pairs = [(training or defaults[0], evaluation or defaults[1])]
+    if training is None and evaluation is None:
+        pairs += combinations([split for split in present if split not in NUSCENES], 2)
+    found = {pair: sorted(set(present.get(pair[0], ())) & set(present.get(pair[1], ()))) for pair in pairs}
+    return {pair: scenes for pair, scenes in found.items() if scenes and pair != (evaluation, evaluation)}
+
+
 def scenes_of(root: Path, version: str, split: str) -> list[str]:
     """Names of the split's scenes; raises ValueError if the root has none."""
     present = splits(root, version)
@@ -243,7 +262,15 @@ def _twice(tables: dict[str, list[dict]]) -> dict[str, str]:
 def missing_maps(root: Path, version: str) -> list[Path]:
     """The map images that map.json names and the root lacks; the devkit does not start without them."""
     files = [Path(root) / str(row.get("filename")) for row in read_table(Path(root) / version / "map.json")]
-    return [file for file in files if not file.is_file()]
+    return [file for file in files if not is_file(file)]
+
+
+def is_file(path: Path) -> bool:
+    """Path.is_file, also of a name that is too long for a file to have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read(path: Path, kind: type, mend: str = SCHEMA.mend) -> Any:
@@ -263,7 +290,7 @@ def _wrong_field(rows: list[dict], fields: dict[str, type]) -> str:
     """What is wrong with the first field that is of another type, empty if none is."""
     for field, kind in fields.items():
         if odd := [row for row in rows if not _is(row.get(field), kind)]:
-            first = _short(odd[0].get(field))
+            first = _short(odd[0].get(field)) + _why(odd[0].get(field))
             return f"{field} of {len(odd)} of {len(rows)} rows is no {WORDS[kind]} (the first is {first})"
     return ""
 
@@ -283,7 +310,11 @@ def _is(value: Any, kind: type) -> bool:
     """Of a JSON value; a whole number may be written with a point."""
     if kind is int:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, kind)
+    return isinstance(value, kind) and not (isinstance(value, str) and unusable(value))
+
+
+def _why(value: Any) -> str:
+    return f", which {why}" if isinstance(value, str) and (why := unusable(value)) else ""
 
 
 def _dangling(rows: list[dict], field: str, tokens: set[str], open_ended: bool) -> list[Any]:

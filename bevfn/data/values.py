@@ -6,17 +6,17 @@ training would read, with the rules of `possible`; of files, a few of each kind 
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from bevfn.data import faults, image, nuscenes, points
+from bevfn.data import depth, faults, image, nuscenes, paste, points, possible
 from bevfn.data import tables as tables_of
-from bevfn.data.index import CAMERAS, Packed
-from bevfn.names import printable
+from bevfn.data.index import CAMERAS, Index, Packed
+from bevfn.names import printable, sentence
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 SHORTEST_LAG = 1e-3  # s: no LiDAR turns a thousand times a second
@@ -61,6 +61,16 @@ def of_tables(
     yield from _splits(root, version, tables, chosen)
 
 
+def of_pairs(shared: dict[tuple[str, str], list[str]]) -> Iterator[Finding]:
+    """Splits that would be trained on and evaluated on, and the scenes that both have (`tables.shared_scenes`)."""
+    for (training, evaluation), scenes in shared.items():
+        if training == evaluation:
+            what = f"the split {printable(training)} would be trained on and evaluated on too"
+        else:
+            what = f"the splits {some([training, evaluation])} share {len(scenes):,} scene{'s' if len(scenes) > 1 else ''}, {some(scenes)}"
+        yield Finding(what, "it refuses to train on one and evaluate on the other", "refused")
+
+
 def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[list[str], list[Finding]]:
     """(facts, findings) of a split's key frames, from its index, or read of the tables where there is none; nothing is
     written. damaged: files, relative to the root, that are known to be."""
@@ -69,8 +79,11 @@ def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[l
             warnings.simplefilter("ignore")
             packed = nuscenes.frames(root, version, split, keep=False)
     except ValueError as error:
-        return [], [Finding(f"{split}: {printable(error).rstrip('.')}", "training refuses the data set", "refused")]
-    return of_frames(packed, root, split, damaged)
+        what = f"{printable(split)}: {sentence(error).rstrip('.')}"
+        return [], [Finding(what, "training refuses the data set", "refused")]
+    facts, found = of_frames(packed, root, split, damaged)
+    made = [replace(one, what=f"{split}: {one.what}") for one in _made(Index(root, version, split, packed))]
+    return facts, found + made
 
 
 def of_frames(
@@ -250,6 +263,37 @@ def _cameras(packed: Packed) -> Iterator[Finding]:
                 "a camera model stops there, or with --on-damaged skip leaves them out",
                 "left out",
             )
+    yield from _centres(packed)
+
+
+def _centres(packed: Packed) -> Iterator[Finding]:
+    """Centres of projection outside of the image, camera by camera; those far outside are faults."""
+    column = packed.columns
+    sizes, centres = column["camera_size"], column["intrinsics"][:, :2, 2]
+    off = (sizes > 0).all(axis=1)
+    off[off] = possible.outside(centres[off], sizes[off]) > 0
+    for code, word in enumerate(column["channel_words"]):
+        found = np.flatnonzero(off & (column["channel"] == code))
+        if len(found):
+            (x, y), (height, width) = centres[found[0]], sizes[found[0]]
+            yield Finding(
+                f"{len(found):,} images of {printable(word.decode())} have their centre of projection outside (the first at "
+                f"{x:.0f} {y:.0f} in {width}x{height})",
+                "it takes them as cropped; of images that were resized the intrinsics must be too",
+                "note",
+            )
+
+
+def _made(index: Index) -> Iterator[Finding]:
+    """What `bevfn data prepare` made, of something else."""
+    reads: list[Callable[[], object]] = [lambda: depth.prepared(index)]
+    if (paste.folder(index) / paste.OBJECTS).is_file():
+        reads.append(lambda: paste.read(paste.folder(index), index=index))
+    for read in reads:
+        try:
+            read()
+        except ValueError as error:
+            yield Finding(sentence(error).rstrip("."), "it refuses to train models that read it", "refused")
 
 
 # --- files ---
@@ -266,11 +310,13 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
             height, width = column["camera_size"][i].tolist()
             pictures[column["camera_path"][i].decode()] = (height, width) if height else None
     facts, found = [], []
-    clouds = []
+    clouds, dropped = [], 0
     for path in scans:
         if path not in damaged:
             try:
-                clouds.append(points.read(root / path)[0])
+                cloud, bad = points.read(root / path)
+                clouds.append(cloud)
+                dropped += bad
             except (ValueError, OSError) as error:
                 found.append(_refused(error))
                 break  # the others are the same
@@ -288,13 +334,27 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
             f"point files {some(list(endings))}: {points.COLUMNS} columns of float32, {_span([len(c) for c in clouds])} points, "
             f"intensities {whole[:, 3].min():g} to {whole[:, 3].max():g} ({len(clouds)} opened)"
         )
+        found += _points(whole, dropped)
     facts.append(f"image files {some(list(kinds)) or 'none'} ({len(pictures)} opened)")
     return facts, found
 
 
+def _points(whole: np.ndarray, dropped: int) -> Iterator[Finding]:
+    """What is odd about the points of the files that were opened."""
+    if points.dim(whole):
+        yield Finding(
+            f"the points' intensities are {whole[:, 3].min():g} to {whole[:, 3].max():g}, not 0 to 255",
+            "it reads them so, warns (bad/intensities), and published weights, which know 0 to 255, take all for dark: multiply them",
+            "note",
+        )
+    if dropped:
+        what = f"{dropped:,} of {dropped + len(whole):,} points that were opened are NaN, beyond what a lidar sees, or at 0 0 0"
+        yield Finding(what, "it drops and counts them (bad/points)", "note")
+
+
 def _refused(error: Exception) -> Finding:
     return Finding(
-        printable(error).rstrip("."),
+        sentence(error).rstrip("."),
         "training stops there, or with --on-damaged skip leaves such key frames out",
         "refused",
     )

@@ -53,26 +53,32 @@ def judge(
     reading: how the frames were read for them. run_dir: the training run, whose curves the report shows. config:
     plain data for the report. others: earlier scores to show beside these. counts: of what did not fit, was broken or
     missing on the way (`detect`). bottom: of the results file, see `results.entries`.
+
+    Raises ValueError where they cannot be scored or shown: it says where the detections are, and the folder is no evaluation
+    then, nor the one that it was before.
     """
     if index.judge == "recall":
         return _recall(index, found, reading, out, counts or {})
-    if index.judge == "t4":
-        scored = _t4(index, found, reading, out)
-    else:
-        scored = _nuscenes(index, found, reading, out, bottom=bottom)
-    page.write(
-        out,
-        scored.scores,
-        title=title,
-        index=index,
-        found=scored.document,
-        run_dir=run_dir,
-        config=config,
-        others=others,
-        counts=counts,
-        ranges=scored.ranges,
-        extra=scored.extra,
-    )
+    t4 = index.judge == "t4"
+    ranges = dict.fromkeys(reading.class_names, np.inf) if t4 else results.RANGES
+    document = submission(index, found, reading, ranges)
+    written = submission(index, found, reading, ranges, bottom=True) if bottom else document
+    forget(out)
+    file = out / (RESULTS_T4 if t4 else RESULTS)
+    results.write(file, written, reading.class_names)
+    try:
+        scored = _t4(index, found, reading) if t4 else _Scored(score.score(index, written))
+        shown: dict[str, Any] = {
+            "title": title,
+            "index": index,
+            "found": document,
+            "run_dir": run_dir,
+            "config": config,
+        }
+        shown |= {"others": others, "counts": counts, "ranges": scored.ranges, "extra": scored.extra}
+        page.write(out, scored.scores, **shown)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}; the detections are in {file}, without scores") from error
     text = tables.summary(scored.scores, title, counts, scored.extra)
     if scored.extra is None:
         return Judgement(scored.scores.nds, scored.scores.headline, text)
@@ -80,33 +86,27 @@ def judge(
     return Judgement(numbers.get("T4 mAP", 0.0), numbers | scored.scores.headline, text)
 
 
+def forget(out: Path) -> None:
+    """Takes from a folder what makes it an evaluation, before other files are written there: they are not of these scores."""
+    (out / score.METRICS).unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class _Scored:
     """What goes into the report."""
 
-    document: dict
     scores: score.Scores
     ranges: Mapping[str, float] = field(default_factory=lambda: results.RANGES)
     extra: tables.Extra | None = None
 
 
-def _nuscenes(index: Index, found: Mapping[str, Detections], reading: Reading, out: Path, *, bottom: bool) -> _Scored:
-    """The devkit's scores."""
-    document = submission(index, found, reading)
-    written = submission(index, found, reading, bottom=True) if bottom else document
-    results.write(out / RESULTS, written)
-    return _Scored(document, score.score(index, written))
-
-
-def _t4(index: Index, found: Mapping[str, Detections], reading: Reading, out: Path) -> _Scored:
+def _t4(index: Index, found: Mapping[str, Detections], reading: Reading) -> _Scored:
     """The T4 metric, and beside it NDS over the same classes."""
-    document = submission(index, found, reading, dict.fromkeys(reading.class_names, np.inf))
-    results.write(out / RESULTS_T4, document, reading.class_names)
     frames = list(t4_report.frames(index, found, reading))
     extra = t4_report.extra(t4_report.of(frames, t4_report.config(reading.class_names)))
     ranges = dict.fromkeys(reading.class_names, t4_report.NDS_RANGE)
     scores = general_score.score(frames, ranges, version=index.version, split=index.split)
-    return _Scored(document, scores, ranges, extra)
+    return _Scored(scores, ranges, extra)
 
 
 def submission(
@@ -140,6 +140,7 @@ def _recall(
     """Recall over frames without nuScenes tables, and pictures of them."""
     numbers: dict[str, float] = {}
     texts = []
+    forget(out)
     for place, frame in enumerate(index):
         sample, mine = scene.load(index, place, reading, np.random.default_rng(0)), found[frame.token]
         assert sample.boxes is not None and sample.labels is not None

@@ -21,6 +21,7 @@ from scipy.spatial.transform import Rotation
 
 from bevfn.data.index import Frame, Index
 from bevfn.files import read_json, to_json, write_atomically
+from bevfn.names import printable
 
 # m from the ego vehicle in x and y: the devkit's detection_cvpr_2019 scores nothing beyond
 RANGES = {
@@ -96,7 +97,7 @@ def format(
         if token not in found:
             missing = sum(token not in found for token in index.positions)
             raise ValueError(
-                f"no detections for key frame {token} and {missing - 1} others of {len(index)} in split "
+                f"no detections for key frame {printable(token)} and {missing - 1} others of {len(index)} in split "
                 f"{index.split!r}; run the model on every key frame."
             )
     results = {}
@@ -241,11 +242,13 @@ def check(results: Any, where: str, classes: Collection[str] = tuple(RANGES)) ->
     for token, listed in results["results"].items():
         if not isinstance(listed, list) or len(listed) > MAX_BOXES:
             what = f"{len(listed)} boxes" if isinstance(listed, list) else type(listed).__name__
-            raise ValueError(f"{where}: results.{token} has {what}; it must be a list of at most {MAX_BOXES} boxes.")
+            raise ValueError(
+                f"{where}: results.{printable(token)} has {what}; it must be a list of at most {MAX_BOXES} boxes."
+            )
         for i, entry in enumerate(listed):
             wrong = _first_wrong(token, entry, classes)
             if wrong:
-                raise ValueError(f"{where}: results.{token}[{i}].{wrong}.")
+                raise ValueError(f"{where}: results.{printable(token)}[{i}].{wrong}.")
 
 
 def _first_wrong(token: str, entry: Any, classes: Collection[str]) -> str:
@@ -282,18 +285,20 @@ def _check_detections(
 ) -> None:
     if boxes.shape != (len(scores), 9) or labels.shape != scores.shape:
         raise ValueError(
-            f"key frame {token}: boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
+            f"key frame {printable(token)}: boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
             f"{list(labels.shape)} do not fit together; give boxes [n,9] and one score and label for each."
         )
     if unknown := set(class_names) - set(known):
         raise ValueError(f"class {sorted(unknown)[0]!r} is no nuScenes detection class; use {', '.join(known)}.")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise ValueError(f"key frame {token}: a label is not in 0..{len(class_names) - 1}, the class names given.")
+        raise ValueError(
+            f"key frame {printable(token)}: a label is not in 0..{len(class_names) - 1}, the class names given."
+        )
     bad = ~np.isfinite(boxes).all(axis=1) | ~np.isfinite(scores) | (boxes[:, 3:6] <= 0).any(axis=1)
     if bad.any():
         i = int(np.argmax(bad))
         raise ValueError(
-            f"key frame {token}: detection {i} has box {boxes[i].round(3).tolist()} and score {scores[i]}, which is "
+            f"key frame {printable(token)}: detection {i} has box {boxes[i].round(3).tolist()} and score {scores[i]}, which is "
             "not finite or has no size; check the checkpoint's parameters for NaN."
         )
 

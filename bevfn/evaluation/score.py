@@ -16,7 +16,7 @@ from typing import Any
 from bevfn import files
 from bevfn.data.index import Index
 from bevfn.evaluation import results as nuscenes_results
-from bevfn.names import printable
+from bevfn.names import printable, sentence
 
 METRICS = "metrics.json"  # of an evaluation's folder, written last: it is what tells a whole one
 RULE = "detection_cvpr_2019"  # the devkit's configuration
@@ -104,7 +104,9 @@ def score(
     ):
         for token in want:
             if token not in have:
-                raise ValueError(f"{what} {token}; evaluate the split that the detections are of, all of it.")
+                raise ValueError(
+                    f"{what} {printable(token)}; evaluate the split that the detections are of, all of it."
+                )
     scores = _evaluate(index, results, split, tables if tables is not None else _load(index))
     if out is not None:
         write(out, scores)
@@ -161,7 +163,7 @@ def _judge(index: Index, results: Mapping[str, Any], tables: Any) -> Any:
     except Exception as error:  # as which the devkit raises what it refuses
         raise ValueError(
             f"{index.root}: the devkit cannot score these key frames of {index.version} ({type(error).__name__}: "
-            f"{printable(error)}); check that version and index belong together."
+            f"{sentence(error)}); check that version and index belong together."
         ) from error
     judge.sample_tokens = tokens
     return judge

@@ -35,7 +35,7 @@ from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.layers import remat
 from bevfn.metrics import added
-from bevfn.names import printable
+from bevfn.names import lines, sentence
 from bevfn.precision import LOWEST_SCALE, Policy, Precision
 from bevfn.training import checkpoint, optim, origin, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
@@ -693,7 +693,7 @@ def facts(run: Run) -> dict:
         "total_steps": plan.total_steps,
         "data": origin.data(data.training, data.items),
         "code": origin.code(),
-    }
+    } | ({} if data.database is None else {"database": data.database.key})
 
 
 def flags(config: Config) -> dict:
@@ -704,7 +704,7 @@ def flags(config: Config) -> dict:
 def say(run: Run, text: str) -> None:
     """Prints once, not once per process."""
     if run.leads:
-        print("\n".join(map(printable, text.split("\n"))), flush=True)
+        print(lines(text), flush=True)
 
 
 def describe(run: Run, train_state: train.TrainState, done: int) -> str:
@@ -712,11 +712,12 @@ def describe(run: Run, train_state: train.TrainState, done: int) -> str:
     config, plan, data = run.config, run.plan, run.task.data
     lr = run.task.optimizer(plan).lr
     peak = max((lr.start, *(phase.target for phase in lr.phases)))
+    same = ", which its scores are of too" if data.training.split == data.evaluation.split else ""
     scaling = "--lr" if config.lr is not None else f"{config.lr_scaling} scaling from batch {config.recipe_batch}"
     return (
         f"{run.task.title}: {tree.num_elements(train_state.params) / 1e6:.1f} M parameters, {config.precision} on "
         f"{config.device} through {config.backend}\n"
-        f"{data.training.root} ({data.training.split or 'one frame'}): {len(data.items)} samples an epoch, "
+        f"{data.training.root} ({data.training.split or 'one frame'}{same}): {len(data.items)} samples an epoch, "
         f"{plan.total_steps} steps of {plan.batch}{f', from step {done} on' if done else ''}; "
         f"peak learning rate {peak:.4g} ({scaling})"
     )
@@ -735,7 +736,7 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
     counts: dict[str, float] = {}
     for item in loaded:
         for problem in item.problems:
-            print(f"warning: skipped a damaged sample: {printable(problem)}", flush=True)
+            print(f"warning: skipped a damaged sample: {sentence(problem)}", flush=True)
         counts = added(counts, item.counts)
     return functools.reduce(added, distributed.gather(counts, run.replicas)) | {
         "seconds/waited": sum(item.waited for item in loaded)

@@ -24,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from bevfn import catalogue
 from bevfn.files import as_read, read_json, to_json, write_atomically
 from bevfn.metrics import METRICS_FILE, read_metrics
+from bevfn.names import unusable
 from bevfn.training import checkpoint
 
 FACTS = "run"  # in meta.json
@@ -145,6 +146,8 @@ def _typed(value: Any, hint: Any) -> Any:
             return tuple(map(_typed, value, each))
     elif kind is Literal and any(type(value) is type(option) and value == option for option in inside):
         return value
+    elif isinstance(value, str) and unusable(value):
+        raise TypeError
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif hint is float and type(value) is int and abs(value) < 2**63:

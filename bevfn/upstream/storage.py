@@ -79,6 +79,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"\"import torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
             f"torch.save({{'state_dict': dict(c.get('state_dict', c))}}, '{path.with_suffix('')}_tensors.pth')\"."
         ) from refused
+    except torch_file.Unread as what:
+        raise ValueError(f"{path} {what}.") from None
     except _NoStateDict as what:
         raise ValueError(f"{path}{what}") from None
     except Exception as error:  # a damaged pickle or zip ends in nearly any exception
@@ -102,9 +104,10 @@ def _state_dict(content: Any) -> dict[str, torch_file.Stored]:
     if not isinstance(content, dict) or not content:
         raise _NoStateDict(" holds no state dict: not in `state_dict`, not in `model`, not at its top level.")
     for key, leaf in content.items():
-        if not isinstance(key, str) or not isinstance(leaf, torch_file.Stored):
-            what = key[:60] if isinstance(key, str) else key
-            raise _NoStateDict(f": entry {what!r} of the state dict is a {type(leaf).__name__}, not a tensor.")
+        if not isinstance(key, str):
+            raise _NoStateDict(f": an entry of the state dict is named {key!r}, which is no text.")
+        if not isinstance(leaf, torch_file.Stored):
+            raise _NoStateDict(f": entry {key[:60]!r} of the state dict is a {type(leaf).__name__}, not a tensor.")
     return content
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of files before torch 1.6
+AGAIN = "save its state dict alone, under names that are text, with torch.save"
 MOST_OPERATIONS = 5_000_000  # of one pickle, seconds and 500 MB at most; the published detectors have about 20,000
 DTYPES = {
     "Double": torch.float64,
@@ -44,13 +45,17 @@ LOGGED = (
     "mmengine.logging.history_buffer.HistoryBuffer",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *("numpy.ndarray", "numpy.dtype", "collections.defaultdict", "collections.Counter", "_codecs.encode", "torch.Size"),
-    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "bytearray")),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")),
     *("torch.device", "torch.float32", "torch.float16", "torch.bfloat16", "torch.float64", "torch.int64", "torch.bool"),
 )
 
 
 class Refused(Exception):
     """Names what a pickle asks for besides tensors."""
+
+
+class Unread(Exception):
+    """Says what a whole file holds that is not read, as the end of a sentence that begins with the file."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ class _Callable:
 def opened(path: Path) -> Iterator[tuple[Any, Callable[[Stored], Tensor]]]:
     """Context manager: (what the file pickles, with a Stored for each tensor; what reads such a tensor).
 
-    Raises Refused for a pickle of anything but tensors and a training log, and any other Exception for a damaged file,
-    also from the reader.
+    Raises Refused for a pickle of anything but tensors and a training log, Unread for one in a form that is not read, and any
+    other Exception for a damaged file, also from the reader.
     """
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
@@ -161,7 +166,12 @@ def _view(stored: Stored, numbers: Tensor) -> Tensor:
     whole = all(type(n) is int and 0 <= n < 2**62 for n in (*size, *stride, offset))
     if not whole or len(size) != len(stride) or len(size) > 16:
         raise ValueError("a tensor's shape is none")
-    # A stride of 0 would repeat one number as often as the shape says.
+    # It repeats its numbers as often as a shape says that may be of any size.
+    if 0 < len(numbers) < math.prod(size) and any(n > 1 and not step for n, step in zip(size, stride)):
+        raise Unread(
+            f"has a tensor of {list(size)} that repeats {len(numbers)} numbers (stride 0, as torch.Tensor.expand makes it); "
+            "save it again behind .contiguous()"
+        )
     if math.prod(size) > len(numbers):
         raise ValueError(f"a tensor of {list(size)} is stored as {len(numbers)} numbers")
     if math.prod(size) and offset + sum((n - 1) * step for n, step in zip(size, stride)) >= len(numbers):
@@ -172,14 +182,20 @@ def _view(stored: Stored, numbers: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- the pickle
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_ARGUMENTS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+_ARGUMENTS = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINSTRING"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+)
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": Inert}
 _LAST = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
-    """What the next pickle of a file says, in the opcodes that torch.save writes; `storages` gets those that it names.
+    """What the next pickle of a file says, in the opcodes that torch.save writes, of any protocol from 2; `storages` gets those
+    that it names.
 
-    Raises Refused for what is no plain data, tensor or log, ValueError, LookupError or TypeError for a damaged one.
+    Raises Refused for what is no plain data, tensor or log, Unread for other opcodes, ValueError, LookupError or TypeError for
+    a damaged one.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -196,38 +212,43 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
                 stack.append(argument)
             case name if name in _LAST:
                 stack[-_LAST[name] :] = [tuple(stack[-_LAST[name] :])]
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
+            case name if name in _EMPTY:
+                stack.append(_EMPTY[name]())
             case "MARK":
                 marks.append(len(stack))
             case "TUPLE":
                 stack.append(tuple(_above(stack, marks)))
             case "APPEND":
                 _extend(stack, [stack.pop()])
-            case "APPENDS":
+            case "APPENDS" | "ADDITEMS":
                 _extend(stack, _above(stack, marks))
+            case "FROZENSET":
+                _above(stack, marks)
+                stack.append(Inert())
             case "SETITEM":
                 _fill(stack, [stack.pop(-2), stack.pop()])
             case "SETITEMS":
                 _fill(stack, _above(stack, marks))
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
                 stack.append(_global(str(argument).replace(" ", ".")))
+            case "STACK_GLOBAL":
+                stack[-2:] = [_global(".".join(stack[-2:]))]
             case "BINPERSID":
                 stack.append(_storage(stack.pop(), storages))
             case "REDUCE" | "NEWOBJ":
                 stack[-2:] = [_made(*stack[-2:])]
             case "BUILD":
                 stack.pop()  # attributes, such as the versions of modules
-            case "PROTO":
+            case "PROTO" | "FRAME":
                 pass
             case name:
-                raise ValueError(f"its pickle has the operation {name}, which torch.save does not write")
+                raise Unread(f"has the operation {name} in its pickle, which torch.save does not write; {AGAIN}")
     raise ValueError("its pickle has no end")
 
 
@@ -253,7 +274,9 @@ def _fill(stack: list[Any], items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         # To hash nested tuples, or many whole numbers that were chosen for it, can take for ever.
         if not (isinstance(key, str | float | None) or (isinstance(key, int) and key.bit_length() < 61)):
-            raise TypeError(f"a {type(key).__name__} as a name")
+            raise Unread(
+                f"has a dict with a {type(key).__name__} for a name, where bevfn reads text and numbers; {AGAIN}"
+            )
         if isinstance(target, dict):
             target[key] = value
 

@@ -52,6 +52,7 @@ def run(row: Row, folder: Path, seed: int) -> str:
         if outcome.code == 0:
             return "accepted"
         assert outcome.refused or (outcome.code == FOUND and any(word in outcome.out for word in FINDINGS)), case
+        assert not outcome.refused or str(folder) in outcome.out, f"no file is named by {case}"
         assert dict(_contents(folder, row.leaves)) == before, f"output is left by {case}"
         return "refused"
     finally:

@@ -161,7 +161,9 @@ def _numbers(content: bytes, draw: Random) -> bytes:
 def _cloud(content: bytes, draw: Random) -> bytes:
     points = np.frombuffer(content, "<f4").reshape(-1, 5)
     wrong = points.copy()
-    match draw.randrange(12):
+    match draw.randrange(14):
+        case 12:
+            return content[: len(content) // 2] + bytes(len(content) // 2)
         case 0:
             return wrong[:, :4].tobytes()
         case 1:
@@ -280,6 +282,7 @@ def _load(index: Index, reading: Reading) -> None:
         assert ((sample.labels >= 0) & (sample.labels < len(sample.class_names))).all()
         assert np.isfinite(sample.points).all() and (np.abs(sample.points[:, :3]) < 2e4).all()
         assert (sample.points[:, 3] >= 0).all() and (sample.points[:, 3] <= 255).all()
+        assert sample.points[:, :3].any(axis=1).mean() > 0.99
         assert (sample.points[:, 4] >= 0).all() and (sample.points[:, 4] < 100).all()  # the lag [s]
         assert np.isfinite(sample.image_from_base).all()
         batch, _ = collate([sample], capacities=reading.capacities)
