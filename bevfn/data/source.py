@@ -16,6 +16,7 @@ from bevfn.names import printable
 
 Kind = Literal["nuscenes", "t4", "frame", "synthetic"]
 Default = TypeVar("Default")
+VERSION = "v1.0-trainval"  # of nuScenes, unless another is asked for
 WORLD = Path("runs/world")
 SCENES, WORLD_IMAGE = 10, (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
 
@@ -61,7 +62,9 @@ def prepare(root: Path | None) -> None:
         synth.write(WORLD, scenes=SCENES, seed=0, image_size=WORLD_IMAGE)
 
 
-def open(root: Path | None, version: str, training: str | None = None, evaluation: str | None = None) -> Source:
+def open(
+    root: Path | None, version: str = VERSION, training: str | None = None, evaluation: str | None = None
+) -> Source:
     """The source at a data root, of these splits; None: those that nuScenes has for it, or train and val of a T4 data set's
     lists. A single frame is both splits, and so are an info file and a single T4 scene. version: of nuScenes; of T4 a number
     asks for that revision of its scenes, and nuScenes' names for none.
@@ -77,7 +80,7 @@ def open(root: Path | None, version: str, training: str | None = None, evaluatio
         only = infos.read(root if root.is_file() else root / "frame.json")
         return Source(only, only)
     if root is None:
-        root, version = WORLD, "v1.0-trainval"
+        root, version = WORLD, VERSION
     names = _split_names(root, version, training, evaluation)
     first = nuscenes.index(root, version, names[0])
     return Source(first, first if names[0] == names[1] else nuscenes.index(root, version, names[1]))
