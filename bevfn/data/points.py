@@ -12,7 +12,7 @@ BYTES = 4 * COLUMNS
 Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper x, y, z [m]
 
 MOST = 10_000_000  # points of a file: 200 MB, where a scan has some 100,000
-FEW = 0.01  # share of a file's points, or one, that may be impossible; with more the file is not of such points
+FEW = 0.01  # share of a file's points, or two, that may be impossible; with more the file is not of such points
 HEADS = {
     b"\x93NUMPY": "has the header of an .npy file",
     b"# .PCD": "has the header of a PCD file",
@@ -87,7 +87,7 @@ def _wrong(values: np.ndarray | None, points: np.ndarray, kept: np.ndarray) -> s
     """What else the bytes of a file (None where a header says what they are) seem to be than the points [P,5], of which some
     are kept; empty if nothing."""
     bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept) if len(kept) < len(points) else 0
-    if bad > max(1, FEW * len(points)):
+    if bad > max(2, FEW * len(points)):
         return (
             f"{bad:,} of {len(points):,} points have coordinates or an intensity that must be {possible.POINT}, "
             f"{possible.INTENSITY}{'' if values is None else _fitting(values)}"
