@@ -90,7 +90,7 @@ def test_the_sample_is_what_t4_devkit_reads(tmp_path):
 def test_the_sample_opens_as_it_is_and_is_both_splits(tmp_path):
     root = Path(shutil.copytree(SAMPLE, tmp_path / "sample"))
     assert source.kind(root) == "t4"
-    opened = source.open(root, "v1.0-trainval")
+    opened = source.open(root)
     assert opened.training is opened.evaluation and opened.training.split == "all" and len(opened.training) == 3
     assert opened.training.class_names == CLASSES and opened.training.judge == "recall"
     cloud, bad = points.read(root / opened.training[0].lidar_path)
@@ -261,6 +261,8 @@ def test_scenes_are_found_at_any_depth_and_the_highest_revision_counts(world):
     assert t4.index(one, revision="0")[0].lidar_path.startswith("0/data/LIDAR_CONCAT/")
     with pytest.raises(ValueError, match=r"id-two has no revision 9; it has 0: choose one of these as version\."):
         source.open(world, "9", "all", "all")
+    (one / "²" / "annotation").mkdir(parents=True)  # a digit to Python, no number
+    assert t4_folders.scenes(one)[0].folder == "10"
     old = world / "old"
     shutil.copytree(one / "0", old)  # without revisions
     assert t4_folders.scenes(old) == [t4_folders.Scene("old", "")] and source.kind(old) == "t4"

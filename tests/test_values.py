@@ -109,7 +109,7 @@ WORLDS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         "training stops there",
     ),
     "missing returns": (
-        rescaled(lambda cloud: cloud[3:5].fill(np.nan)), "note", "8 of 40 points that were opened are NaN, beyond what",
+        rescaled(lambda cloud: cloud[3:5].fill(np.nan)), "note", "8 of 40 points that were opened are NaN or beyond what",
         "drops and counts them",
     ),
     "nanoseconds": (nanoseconds, "refused", "is of the time 1.5324e.12 s, not from 0", "refuses the data set"),

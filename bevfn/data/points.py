@@ -14,7 +14,7 @@ Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper 
 
 MOST = 10_000_000  # points of a file: 200 MB, where a scan has some 100,000
 BLANK = 64  # points at a file's end
-FEW = 0.01  # share of a file's points, or one, that may be impossible; with more the file is not of such points
+FEW = 0.01  # share of a file's points, or two, that may be impossible; with more the file is not of such points
 HEADS = {
     b"\x93NUMPY": "has the header of an .npy file",
     b"# .PCD": "has the header of a PCD file",
@@ -37,8 +37,7 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     """(points [P,5] float32 in file order, number of points dropped because one of their numbers cannot be).
 
     A lidar driver marks a missing return with NaN, so such points are no error of the file: they are dropped and
-    counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or intensity, and
-    at 0 0 0, where the lidar itself is.
+    counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or intensity.
 
     Raises ValueError if the file is missing, empty, huge or not a whole number of points, or holds something else than such
     points: a header, numbers of another kind or number, zeros where an interrupted copy wrote nothing.
@@ -83,7 +82,7 @@ def _good(points: np.ndarray) -> np.ndarray:
     good = np.isfinite(points[:, -1])
     for column, kind in enumerate((possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY)):
         good &= ~kind.impossible(points[:, column])
-    return good & ~_at_sensor(points)
+    return good
 
 
 def _at_sensor(points: np.ndarray) -> np.ndarray:
@@ -107,16 +106,14 @@ def ends_in_zeros(path: Path) -> bool:
 def _wrong(values: np.ndarray | None, points: np.ndarray, kept: np.ndarray) -> str:
     """What else the bytes of a file (None where a header says what they are) seem to be than the points [P,5], of which some
     are kept; empty if nothing."""
-    if len(kept) == len(points):
-        return ""
-    bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept)
     zeros = int(_at_sensor(points).sum())
-    if zeros > max(1, FEW * len(points), bad / 2):
+    if zeros > max(2, FEW * len(points)):
         return (
             f"{zeros:,} of {len(points):,} points are at 0 0 0, as where an interrupted copy wrote nothing; copy it again, or "
             "mark missing returns with NaN"
         )
-    if bad > max(1, FEW * len(points)):
+    bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept) if len(kept) < len(points) else 0
+    if bad > max(2, FEW * len(points)):
         return (
             f"{bad:,} of {len(points):,} points have coordinates or an intensity that must be {possible.POINT}, "
             f"{possible.INTENSITY}{'' if values is None else _fitting(values)}"

@@ -16,6 +16,7 @@ from bevfn.names import printable
 
 Kind = Literal["nuscenes", "t4", "frame", "synthetic"]
 Default = TypeVar("Default")
+VERSION = "v1.0-trainval"  # of nuScenes, unless another is asked for
 WORLD = Path("runs/world")
 SCENES, WORLD_IMAGE = 10, (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
 
@@ -76,7 +77,9 @@ def prepare(root: Path | None) -> None:
         synth.write(WORLD, scenes=SCENES, seed=0, image_size=WORLD_IMAGE)
 
 
-def open(root: Path | None, version: str, training: str | None = None, evaluation: str | None = None) -> Source:
+def open(
+    root: Path | None, version: str = VERSION, training: str | None = None, evaluation: str | None = None
+) -> Source:
     """The source at a data root, of these splits; None: those that nuScenes has for it, or train and val of a T4 data set's
     lists. A single frame is both splits, and so are an info file, a single T4 scene, and the split that is named for the
     evaluation too. version: of nuScenes; of T4 a number asks for that revision of its scenes, and nuScenes' names for none.
@@ -93,7 +96,7 @@ def open(root: Path | None, version: str, training: str | None = None, evaluatio
         only = infos.read(root if root.is_file() else root / "frame.json")
         return Source(only, only)
     if root is None:
-        root, version = WORLD, "v1.0-trainval"
+        root, version = WORLD, VERSION
     names = _split_names(root, version, training, evaluation)
     if names[0] == names[1] and evaluation is None:
         raise ValueError(

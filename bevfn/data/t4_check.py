@@ -65,15 +65,23 @@ class _Look:
 
 
 def check(
-    root: Path, version: str | None = None, split: str | None = None, *, deep: bool = False, workers: int = 0
+    root: Path,
+    version: str | None = None,
+    split: str | None = None,
+    *,
+    training: str | None = None,
+    evaluation: str | None = None,
+    deep: bool = False,
+    workers: int = 0,
 ) -> Inspection:
     """Looks at tables, maps, and every LiDAR, sweep and camera file that the splits need.
 
-    version: a number is the revision to look at; split: None for all of the root's lists, or every scene where there are
-    none; workers: see `check.check`. Raises ValueError for a wrong root, revision or split: then there is nothing to look at.
+    version: a number is the revision to look at; split: a split to look at; training, evaluation: those of a run, which may
+    share no scene; where none is named all of the root's lists, or every scene; workers: see `check.check`. Raises ValueError for a wrong root, revision or split: then there is nothing to look at.
     """
     root, revision = Path(root), t4_folders.revision_of(version)
-    base, chosen = t4_folders.base(root), _chosen(root, split, revision)
+    base = t4_folders.base(root)
+    chosen = _chosen(root, [name for name in (split, training, evaluation) if name is not None], revision)
     every = dict.fromkeys(scene for members in chosen.values() for scene in members)
     looks = {scene: _look(base, scene, deep) for scene in every}
     samples = {name: sum(looks[scene].samples for scene in members) for name, members in chosen.items()}
@@ -83,7 +91,8 @@ def check(
         checking.part_of("tables", len(t4.SCHEMA.tables) * len(looks), broken),
         checking.part_of("maps", sum(look.maps for look in looks.values()), lost),
     ]
-    problems, findings, facts = broken + lost, list(_splits(root, chosen, revision)), list[str]()
+    problems, facts = broken + lost, list[str]()
+    findings = [*_splits(root, chosen, revision), *_shared(root, revision, training, evaluation)]
     affected = sum(samples.values())
     if not broken:
         packed = {name: _frames(root, name, revision, findings) for name in chosen}
@@ -110,21 +119,35 @@ def check(
     )
 
 
-def _chosen(root: Path, split: str | None, revision: str | None) -> dict[str, list[Scene]]:
-    """Split: its scenes."""
-    if split is not None:
-        return {split: t4_folders.chosen(root, split, revision)}
+def _chosen(root: Path, named: list[str], revision: str | None) -> dict[str, list[Scene]]:
+    """Split: its scenes; of the splits that are named, or of all lists."""
+    if named:
+        return {split: t4_folders.chosen(root, split, revision) for split in named}
     every = t4_folders.splits(root, revision)
     return {name: scenes for name, scenes in every.items() if name != t4_folders.ALL} or every
 
 
+def _shared(root: Path, revision: str | None, training: str | None, evaluation: str | None) -> Iterator[Finding]:
+    """Scenes that the split to train on and the one to evaluate on both have; one split may be both."""
+    default = t4_folders.default_splits(root) or ("", "")
+    pair = (training or default[0], evaluation or default[1])
+    present = t4_folders.splits(root, revision)
+    ours, theirs = ([scene.name for scene in present.get(name, [])] for name in pair)
+    if pair[0] != pair[1] and (both := sorted(set(ours) & set(theirs))):
+        what = (
+            f"the splits {' and '.join(map(printable, pair))} share {len(both):,} scenes, such as {printable(both[0])}"
+        )
+        yield Finding(what, "it refuses to score on what it was trained on", "refused")
+
+
 def _splits(root: Path, chosen: dict[str, list[Scene]], revision: str | None) -> Iterator[Finding]:
+    present = t4_folders.splits(root, revision)
     if t4_folders.default_splits(root) is None:
-        what = f"there are no lists of splits train and val; its splits are {some(list(t4_folders.splits(root, revision)))}"
+        what = f"there are no lists of splits train and val; its splits are {some(list(present))}"
         yield Finding(what, "it needs --train-split and --eval-split", "note")
-    listed = {scene.name for scenes in t4_folders.splits(root, revision).values() for scene in scenes}
-    listed_only = {scene.name for name, scenes in chosen.items() for scene in scenes}
-    if t4_folders.ALL not in chosen and len(chosen) > 1 and (lost := sorted(listed - listed_only)):
+    listed = {scene.name for scenes in chosen.values() for scene in scenes}
+    lost = sorted({scene.name for scene in present[t4_folders.ALL]} - listed)
+    if lost and {*chosen, t4_folders.ALL} == present.keys():
         yield Finding(
             f"{len(lost):,} scenes, such as {printable(lost[0])}, are of no list",
             "it reads them as split all only",

@@ -108,7 +108,11 @@ def default_splits(root: Path) -> tuple[str, str] | None:
 
 def revision_of(version: str | None) -> str | None:
     """The revision that a version asks for; nuScenes' names ask for none."""
-    return version if version is not None and version.isdigit() else None
+    return version if version is not None and _is_number(version) else None
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
 
 
 # --- folders ---
@@ -134,7 +138,7 @@ def _find(root: Path, below: str, revision: str | None, depth: int) -> list[Scen
     if (folder / TABLES).is_dir():
         return [Scene(below or root.resolve().name, below)]
     names = _folders(folder)
-    revisions = {int(name): name for name in names if name.isdigit() and (folder / name / TABLES).is_dir()}
+    revisions = {int(name): name for name in names if _is_number(name) and (folder / name / TABLES).is_dir()}
     if revisions:
         wanted = max(revisions) if revision is None else int(revision)
         if wanted not in revisions:
@@ -181,7 +185,7 @@ class _Known:
             raise ValueError(
                 f"{path}: {split} names the scene '{printable(entry)}', which {what} ({self.root}); correct one of them."
             )
-        number = next((part for part in rest[:1] if part.isdigit()), None)
+        number = next((part for part in rest[:1] if _is_number(part)), None)
         if number is None or found.folder == found.name or found.folder.rpartition("/")[2] == number:
             return found
         inside = f"{found.name}/{number}" if "/" in found.folder else number

@@ -348,7 +348,7 @@ def _points(whole: np.ndarray, dropped: int) -> Iterator[Finding]:
             "note",
         )
     if dropped:
-        what = f"{dropped:,} of {dropped + len(whole):,} points that were opened are NaN, beyond what a lidar sees, or at 0 0 0"
+        what = f"{dropped:,} of {dropped + len(whole):,} points that were opened are NaN or beyond what a lidar sees"
         yield Finding(what, "it drops and counts them (bad/points)", "note")
 
 
