@@ -84,8 +84,8 @@ def maps(
         seen = [read(files, camera.path) for camera in row]
     if not any(len(found) for found in seen):
         raise ValueError(
-            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {printable(frame.token)}, so its depth maps "
-            "are empty; check the calibration, or set depth to False."
+            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {printable(frame.token)}, so its "
+            "depth maps are empty; check the calibration, or set depth to False."
         )
     pairs = zip(seen, moves)
     depth = np.stack([rasterize(found, image.matrix(size=image_size, **move), image_size) for found, move in pairs])
