@@ -19,7 +19,7 @@ _MEANINGS = {
     "bad/": "items of the data are broken and were dropped; check the files",
     "bad/samples": "samples are damaged and others took their place; check the files that are named",
     "bad/points": "points have numbers that are not finite or cannot be, and were dropped; check the point files",
-    "bad/intensities": "samples have intensities of 0..1, where published weights know 0..255; scale them, or train from scratch",
+    "bad/intensities": "samples have intensities of 0..1, where published weights know 0..255; scale them or begin from scratch",
     "bad/targets": "boxes have sizes that are not above 0, or numbers that are not finite, and taught nothing; check the data",
     "empty/": "samples have nothing to learn from; check the range and the data",
     "empty/points": "samples have no point in range; check the point files and point_cloud_range",

@@ -65,7 +65,7 @@ def check(
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several. Of T4 scenes the revision, the highest without it
         split: train, val, ...; all that the root has without it
         train_split: the one that a run would train on, which may share no scene with
-        eval_split: the one that it would be evaluated on; without either, the defaults and every two of splits.json are compared
+        eval_split: the one that it would be evaluated on; without either, the defaults are compared, and every two of splits.json
         deep: decode every file, instead of looking at sizes and ends
         workers: threads; 0: twice the processors
         show: problems to print

@@ -95,7 +95,8 @@ class Sample:
     class_names: tuple[str, ...] = ()
     """What `labels` index."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Things worth a warning: `bad/points` NaN points dropped; `bad/intensities` 1 if they are of 0..1; `empty/points` and `empty/boxes` 1 if there is none;
+    """Things worth a warning: `bad/points` NaN points dropped; `bad/intensities` 1 if they are of 0..1; `empty/points` and
+    `empty/boxes` 1 if there is none;
     `empty/depth` cameras whose depth map has no point; `missing/frames` earlier key frames in whose place the current
     one stands."""
 

@@ -60,15 +60,16 @@ class Origin:
 
         An info file tells the same numbers rounded otherwise, so that only its files are compared.
         """
-        told = bool(len(index) and index[0].scene)
-        if self.files == now.files and (self.numbers == now.numbers or not told):
+        if self.files == now.files and (self.numbers == now.numbers or not (len(index) and index[0].scene)):
             return
         other = "calibrations, poses or boxes" if self.files == now.files else "key frames"
         raise ValueError(
-            f"{what} was made of other {other} ({self.frames:,} key frames of {printable(self.version)}, split '{printable(self.split)}') than the "
-            f"{now.frames:,} of {index.root} ({now.version}, split '{now.split}'); delete it, or make it again with "
-            "`bevfn data prepare`"
+            f"{what} was made of other {other} ({self}) than the {now.frames:,} of {index.root} ({now.version}, split "
+            f"'{now.split}'); delete it, or make it again with `bevfn data prepare`"
         )
+
+    def __str__(self) -> str:
+        return f"{self.frames:,} key frames of {printable(self.version)}, split '{printable(self.split)}'"
 
 
 @contextlib.contextmanager

@@ -110,8 +110,8 @@ def maps(
     lost = not any(len(found) for found in seen) if rule == "last" else not depth.any()
     if lost:
         raise ValueError(
-            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {printable(frame.token)}, so its depth maps "
-            "are empty; check the calibration, or set depth to False."
+            f"{index.root / frame.lidar_path}: no point falls into an image of key frame {printable(frame.token)}, so its "
+            "depth maps are empty; check the calibration, or set depth to False."
         )
     return depth, {"bad/points": bad, "empty/depth": int((depth.max(axis=(1, 2)) == 0).sum())}
 

@@ -171,8 +171,11 @@ def _cameras(packed: Packed) -> Iterator[Fault]:
     off[~unknown] = possible.outside(matrices[~unknown, :2, 2], sizes[~unknown].clip(min=1))
 
     def centre(i: int) -> str:
-        told = f"its centre of projection at {_list(matrices[i, :2, 2])} in images of {_list(sizes[i, ::-1])} pixels (width, height)"
-        return f"{_camera(packed, i)} has {told}, so that its intrinsics are of another size: it may lie outside {possible.OUTSIDE}"
+        x_y, size = _list(matrices[i, :2, 2]), _list(sizes[i, ::-1])
+        return (
+            f"{_camera(packed, i)} has its centre of projection at {x_y} in images of {size} pixels (width, height), so that its "
+            f"intrinsics are of another size: it may lie outside {possible.OUTSIDE}"
+        )
 
     yield from _fault("centres of projection", possible.OUTSIDE.impossible(off), centre)
     yield from _transforms(packed, "camera_from_lidar", "camera", possible.POSITION)

@@ -112,7 +112,8 @@ class Frame:
         if missing:
             has = ", ".join(map(printable, self.cameras)) or "no camera"
             raise ValueError(
-                f"key frame {printable(self.token)} has no {', '.join(missing)}, which the reading's Cameras.channels name; it has {has}."
+                f"key frame {printable(self.token)} has no {', '.join(missing)}, which the reading's Cameras.channels name; it "
+                f"has {has}."
             )
         return [self.cameras[channel] for channel in channels]
 

@@ -73,7 +73,7 @@ def no_intrinsics(matrices: np.ndarray) -> np.ndarray:
 
 
 def outside(centres: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """By how many sides of the image, [...], centres [...,2] (x, y) lie outside of images of sizes [...,2] (H, W); 0: inside."""
+    """By how many sides of the image, [...], centres [...,2] (x, y) lie outside of images of sizes [...,2] (H, W)."""
     sides = np.asarray(sizes, dtype=np.float64)[..., ::-1]
     return (np.maximum(np.maximum(-centres, centres - sides), 0.0) / sides).max(axis=-1)
 

@@ -45,12 +45,12 @@ class Source:
         theirs = self.evaluation.positions
         if shared := [place for token, place in theirs.items() if token in self.training.positions]:
             scene = self.evaluation[shared[0]].scene
+            such = f", such as those of {printable(scene)}" if scene else ""
             raise ValueError(
                 f"{self.training.root} ({self.training.version}): {len(shared):,} of the {len(theirs):,} key frames of the "
                 f"evaluation split '{printable(self.evaluation.split)}' are in the training split "
-                f"'{printable(self.training.split)}' too{f', such as those of {printable(scene)}' if scene else ''}, so that it "
-                "would be scored by what it learned; take them out of one of the two (splits.json), or name others with "
-                "--train-split and --eval-split"
+                f"'{printable(self.training.split)}' too{such}, so that it would be scored by what it learned; take them out of "
+                "one of the two (splits.json), or name others with --train-split and --eval-split"
             )
 
 
@@ -100,8 +100,8 @@ def open(
     names = _split_names(root, version, training, evaluation)
     if names[0] == names[1] and evaluation is None:
         raise ValueError(
-            f"--train-split {printable(names[0])} is what would be evaluated on too, so that scores would be of what was learned; "
-            "name another one with --eval-split, or the same if that is meant"
+            f"--train-split {printable(names[0])} is what would be evaluated on too, so that scores would be of what was "
+            "learned; name another one with --eval-split, or the same if that is meant"
         )
     first = nuscenes.index(root, version, names[0])
     return Source(first, first if names[0] == names[1] else nuscenes.index(root, version, names[1]))

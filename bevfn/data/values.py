@@ -67,7 +67,8 @@ def of_pairs(shared: dict[tuple[str, str], list[str]]) -> Iterator[Finding]:
         if training == evaluation:
             what = f"the split {printable(training)} would be trained on and evaluated on too"
         else:
-            what = f"the splits {some([training, evaluation])} share {len(scenes):,} scene{'s' if len(scenes) > 1 else ''}, {some(scenes)}"
+            count = f"{len(scenes):,} scene{'s' if len(scenes) > 1 else ''}"
+            what = f"the splits {some([training, evaluation])} share {count}, {some(scenes)}"
         yield Finding(what, "it refuses to train on one and evaluate on the other", "refused")
 
 
@@ -344,7 +345,7 @@ def _points(whole: np.ndarray, dropped: int) -> Iterator[Finding]:
     if points.dim(whole):
         yield Finding(
             f"the points' intensities are {whole[:, 3].min():g} to {whole[:, 3].max():g}, not 0 to 255",
-            "it reads them so, warns (bad/intensities), and published weights, which know 0 to 255, take all for dark: multiply them",
+            "it reads them so and counts it (bad/intensities); published weights, which know 0 to 255, take all for dark: multiply",
             "note",
         )
     if dropped:
