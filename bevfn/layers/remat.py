@@ -90,8 +90,7 @@ class _Block:
     ) -> None:
         self.f, self.spec, self.tensors, self.first_input = f, spec, tensors, first_input
         self.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.kept: list[Tensor | None] = []
-        self.outputs = 0
+        self.outputs = 0  # leaves of the outputs; the others that f returned are the new state's
 
     def __call__(self, *operands: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(outputs, new state), flat."""
