@@ -70,10 +70,11 @@ def apply(params: dict, logits: Tensor, likeness: Tensor, *, config: Config) -> 
     band = band.repeat(shape[0] // len(band), 1, 1, 1).flatten(0, 1)
     bins = torch.arange(D, dtype=torch.float32, device=logits.device)
     penalty = -params["strength"] * (bins[:, None] - bins).abs()  # D D
+    beyond = unary.new_zeros(shape[0], 1, *shape[2:])  # the rows above and below the map
     q = torch.softmax(unary, -1)
     steps = [q]
     for _ in range(config.iterations):
-        rows = F.pad(q.view(shape), (0, 0, 0, 0, 1, 1))
+        rows = torch.cat([beyond, q.view(shape), beyond], 1)  # not a pad, whose gradient pads by -1: GE cannot
         rows = torch.cat([rows.narrow(1, i, H) for i in range(3)], 2).flatten(0, 1)  # M*H 3W D
         message = torch.bmm(band, rows).view(-1, D)
         q = torch.softmax(torch.addmm(unary, message, penalty), -1)
