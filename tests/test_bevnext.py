@@ -1,11 +1,14 @@
 """BEVNeXt: frames in one call are frames one after another, statistics move as published, gradients reach what they must."""
 
+import itertools
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import small_cameras
+import small_steps
 import torch
+from graph_counts import graph_counts
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bevfn import tree
@@ -16,6 +19,7 @@ from bevfn.heads import centerpoint, two_stage
 from bevfn.layers import batch_norm
 from bevfn.models import bevnext, cameras
 from bevfn.necks import fpn
+from bevfn.training import optim
 from bevfn.views import camera_grid, crf, depth_net
 
 
@@ -215,6 +219,46 @@ def test_eight_earlier_frames_in_one_call_are_a_smaller_graph_than_two_one_after
 
 
 # --- the step ---
+
+
+@cache
+def ran(frames, precision, backend):
+    """(metrics of every step, last train state, graph counts) of 2 steps."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    optimizer = optim.Config(lr=optim.Schedule(1e-3), eps=1.0, clip_norm=5.0)
+    return *small_steps.run(bevnext, tiny(frames), batch(frames), optimizer, precision, backend, 2), graph_counts()
+
+
+QUICK = {(3, "fp16", "aot_eager")}
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product((1, 3), ("fp32", "fp16"), ("aot_eager", "inductor"))
+]
+
+
+@pytest.mark.parametrize(("frames", "precision", "backend"), CASES)
+def test_compiled_step_equals_eager_in_one_graph(frames, precision, backend):
+    """With aot_eager bit for bit but for the gradients' sums; tolerances of inductor as for BEVDepth, against eager fp32."""
+    inductor = backend == "inductor"
+    eager, eager_state, _ = ran(frames, "fp32" if inductor else precision, "eager")
+    compiled, compiled_state, counts = ran(frames, precision, backend)
+    assert counts == {"graphs": 1, "breaks": 0}
+    assert all(metrics["skipped"] == 0 and metrics["num_pos"] > 0 for metrics in compiled)
+    loose = precision == "fp16"
+    first, later, leaf = ((5e-2, 2e-1, 3e-1) if loose else (2e-4, 2e-3, 2e-2)) if inductor else (1e-6, 1e-5, 1e-5)
+    for i, (a, b) in enumerate(zip(eager, compiled)):
+        for name in a:
+            limit = first if i == 0 else later
+            assert b[name] == pytest.approx(a[name], rel=limit, abs=limit), (i, name)
+    start = bevnext.init(tiny(frames), seed=0)[0]
+    small_steps.compare_leaves(start, eager_state, compiled_state, leaf)
+
+
+def test_half_precision_steps_follow_single_precision():
+    single, half = (ran(3, precision, "eager")[0] for precision in ("fp32", "fp16"))
+    for name in ("loss/total", "loss/heatmap", "loss/bbox", "loss/depth"):
+        assert half[0][name] == pytest.approx(single[0][name], rel=2e-2), name
 
 
 def test_gradients_reach_every_parameter():

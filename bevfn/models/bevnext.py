@@ -52,7 +52,8 @@ class Config:
     )
     depth_loss_weight: float = 3.0
     frames_at_once: bool = True
-    """run all earlier frames in one call, which in training normalises each by its own statistics; no: one after another"""
+    """run all earlier frames in one call, in evaluation with the key frame, in training each normalised by its own
+    statistics; no: one after another"""
     recomputed_statistics: bool = True
     """in training the key frame updates the running statistics of the residual blocks and of the depth branch a second time,
     after the earlier frames: what upstream's activation checkpointing does when it runs them again for the gradient"""
@@ -264,9 +265,13 @@ def _frames(
         return _lift(params, state, batch, alike, frames, config=config, train=groups, policy=policy, key=site)
 
     weights, before = ({part: made[part] for part in ("image", "view")} for made in (params, state))
+    count = config.frames if config.with_prev else 1
+    if config.frames_at_once and not train:
+        together, now = run(weights, before, tuple(range(count)), train)
+        first, *rest = cameras.per_frame(together, count)
+        return [first, *tree.map(lambda leaf: leaf.detach(), rest)], now
     first, after = run(weights, before, (0,), train)
-    outputs, now = [first], after
-    earlier = range(1, config.frames if config.with_prev else 1)
+    outputs, now, earlier = [first], after, range(1, count)
     if config.frames_at_once and len(earlier):
         held = tree.map(lambda leaf: leaf.detach(), weights)
         together, now = run(held, now, tuple(earlier), train)
