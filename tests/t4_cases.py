@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bevfn.evaluation.t4_config import VERSIONS, Config
-from bevfn.evaluation.t4_metric import Boxes, Frame
+from bevfn.evaluation.t4_matching import Boxes, Frame
 
 FOLDER = Path(__file__).parents[2] / "shared" / "t4dataset" / "metrics"
 CASES = sorted(FOLDER.rglob("*.json"))

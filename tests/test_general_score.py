@@ -9,7 +9,7 @@ from small_world import annotations, index
 from bevfn.data.reading import CLASS_NAMES, Reading
 from bevfn.evaluation import general_score, results, score, t4_report
 from bevfn.evaluation.results import RANGES, Detections
-from bevfn.evaluation.t4_metric import Boxes, Frame
+from bevfn.evaluation.t4_matching import Boxes, Frame
 
 KEY = "nuscenes_1.1.9_t4metric"
 RUNS = [

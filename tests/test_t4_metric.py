@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from bevfn.evaluation import t4_config, t4_report
 from bevfn.evaluation.t4_config import AWML_V2, MODES, PE_1_3_6, PE_9D8C977, VERSIONS, Config
-from bevfn.evaluation.t4_metric import Boxes, Frame, Score, evaluate
+from bevfn.evaluation.t4_matching import Boxes, Frame
+from bevfn.evaluation.t4_metric import Score, evaluate
 
 RUNS = [
     pytest.param(path, version, id=f"{path.stem}-{version}")

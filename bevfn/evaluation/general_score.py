@@ -15,7 +15,7 @@ import numpy as np
 
 from bevfn.evaluation.results import MAX_BOXES
 from bevfn.evaluation.score import Scores, summed
-from bevfn.evaluation.t4_metric import Boxes, Frame
+from bevfn.evaluation.t4_matching import Boxes, Frame
 
 
 def score(frames: Iterable[Frame], ranges: Mapping[str, float], *, version: str = "", split: str = "") -> Scores:

@@ -14,7 +14,8 @@ from bevfn.data.reading import Reading
 from bevfn.evaluation import results
 from bevfn.evaluation.results import Detections
 from bevfn.evaluation.t4_config import AWML_V2, Config, Mode
-from bevfn.evaluation.t4_metric import At, Boxes, Evaluation, Frame, Score, band_name, evaluate
+from bevfn.evaluation.t4_matching import Boxes, Frame
+from bevfn.evaluation.t4_metric import At, Evaluation, Score, band_name, evaluate
 from bevfn.evaluation.tables import Extra, Rows, number
 
 NDS_RANGE = 120.0  # m, of every class: that of AWML's first T4Metric
