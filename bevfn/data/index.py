@@ -27,10 +27,18 @@ Metric = Literal["nuscenes", "t4", "recall"]
 
 
 def inverse(transform: np.ndarray) -> np.ndarray:
-    """Of a rigid 4 4 transform, in its dtype: the rotation transposed, exact where a general inverse would round."""
+    """Of a rigid 4 4 transform, in its dtype: the rotation transposed, exact where a general inverse would round.
+
+    Of float32 every sum is rounded and no product, in the order of the axes, as where the golden cases were made: what BLAS
+    does depends on the machine.
+    """
     result = np.eye(4, dtype=transform.dtype)
     result[:3, :3] = transform[:3, :3].T
-    result[:3, 3] = -(transform[:3, :3].T @ transform[:3, 3])
+    products = transform[:3, :3].T * transform[:3, 3].astype(np.float64)  # 3 3
+    total = products[:, 0].astype(transform.dtype)
+    for product in products[:, 1:].T:
+        total = (total + product).astype(transform.dtype)
+    result[:3, 3] = -total
     return result
 
 
