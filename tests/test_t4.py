@@ -92,7 +92,7 @@ def test_the_sample_opens_as_it_is_and_is_both_splits(tmp_path):
     assert source.kind(root) == "t4"
     opened = source.open(root)
     assert opened.training is opened.evaluation and opened.training.split == "all" and len(opened.training) == 3
-    assert opened.training.class_names == CLASSES and opened.training.judge == "recall"
+    assert opened.training.class_names == CLASSES and opened.training.judge == "t4"
     cloud, bad = points.read(root / opened.training[0].lidar_path)
     assert (cloud.shape, bad) == (
         (7, 5),

@@ -73,7 +73,7 @@ def index(
     """
     rules = rules or Rules()
     packed = faults.refuse(frames(root, split, revision=revision, rules=rules, cache=cache, workers=workers), f"{root}")
-    return Index(t4_folders.base(root), VERSION, split, packed, class_names=rules.classes)
+    return Index(t4_folders.base(root), VERSION, split, packed, class_names=rules.classes, metric="t4")
 
 
 def frames(
