@@ -156,9 +156,10 @@ def test_a_run_leaves_checkpoints_metrics_and_scores(trained):
 
 
 @pytest.mark.parametrize("trained", ["matrixvt"], indirect=True)
-def test_a_resumed_run_is_the_run_that_was_never_stopped(trained, tmp_path):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(trained, recompute, tmp_path):
     name, config, _ = trained
-    stopped = replace(config, run_dir=tmp_path / name, resume=True)
+    stopped = replace(config, run_dir=tmp_path / name, resume=True, checkpoint_activations=recompute)
     shutil.copytree(config.run_dir, stopped.run_dir)
     shutil.rmtree(stopped.run_dir / "checkpoints" / "step_00000002")
     shutil.rmtree(stopped.run_dir / "evaluations")
@@ -168,6 +169,23 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(trained, tmp_path):
         for folder in (stopped.run_dir, config.run_dir)
     )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[leaf], theirs[leaf]) for leaf in ours)
+
+
+@pytest.mark.parametrize("trained", ["matrixvt"], indirect=True)
+def test_a_run_whose_compiler_rounds_anew_does_not_begin_to_recompute(trained, tmp_path):
+    name, config, _ = trained
+    folder = tmp_path / name
+    shutil.copytree(config.run_dir, folder)
+    write = lambda **changes: (folder / "config.json").write_text(json.dumps(run.flags(replace(config, **changes))))  # noqa: E731
+    write(backend="inductor", run_dir=folder)
+    changed = replace(config, backend="inductor", run_dir=folder, resume=True, checkpoint_activations=True)
+    task = EXPERIMENTS[name].task(changed)
+    made = run.Run(task, changed, run.plan(changed, task.data.items))
+    with (
+        pytest.raises(ValueError, match="checkpoint_activations"),
+        run.open_folder(replace(made, facts=run.facts(made))),
+    ):
+        pass
 
 
 FAST = ("--backend", "eager", "--workers", "0")
