@@ -19,7 +19,7 @@ from bevfn.data.index import Index, Packed
 from bevfn.data.t4_folders import Scene
 from bevfn.data.values import Finding, some
 from bevfn.files import read_json
-from bevfn.names import leaves, printable
+from bevfn.names import leaves, printable, sentence
 
 DROPS = values.Drops(reach=122.4, sensors="LiDAR")  # of AWML's recipes
 RULES = t4_classes.Rules()
@@ -35,11 +35,6 @@ ODD: dict[str, tuple[str, str, Literal["left out", "note"]]] = {
         "note",
     ),
     "invalid": ("recordings that are marked as invalid", "it takes them for missing", "note"),
-    "dim": (
-        "first scans without an intensity above 1",
-        "it takes them as they are, where AWML's weights know 0..255",
-        "note",
-    ),
     "sources": (
         "descriptions of clouds that do not tell of all their points",
         "it does not read which LiDAR a point is of",
@@ -103,7 +98,8 @@ def check(
         findings += [*_scenes(looks), *_categories(looks.values())]
         for name, frames in packed.items():
             damaged = {problem.path for problem in bad}
-            told, odd = values.of_frames(frames, base, name, damaged, DROPS) if len(frames) else ([], [])
+            index = Index(base, t4.VERSION, name, frames)
+            told, odd = values.of_frames(index, damaged, DROPS) if len(frames) else ([], [])
             facts += told
             findings += odd
     return Inspection(
@@ -195,7 +191,7 @@ def _frames(root: Path, split: str, revision: str | None, findings: list[Finding
             warnings.simplefilter("ignore")
             return t4.frames(root, split, revision=revision, keep=False)
     except ValueError as error:
-        what = f"{split}: {printable(error).rstrip('.')}"
+        what = f"{split}: {sentence(error).rstrip('.')}"
         findings.append(Finding(what, "training refuses the data set", "refused"))
         return t4.NO_FRAMES
 
@@ -297,7 +293,6 @@ def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> 
         "lens": sum(_bends(row.get("camera_distortion")) for row in found["calibrated_sensor"]),
         "velocity": sum(row.get("velocity") is None for row in found[t4.ANNOTATIONS]),
         "invalid": sum(row.get("is_valid") is False for row in found["sample_data"]),
-        "dim": sum(_is_dim(base / scene.path(row["filename"])) for row in scans[:1]),
         "sources": sum(_is_untiled(base, scene, row) for row in scans if row.get("info_filename")) if deep else 0,
     }
 
@@ -305,15 +300,6 @@ def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> 
 def _bends(distortion: object) -> bool:
     """Whether a lens has a coefficient that is not 0."""
     return isinstance(distortion, list) and any(value != 0 for value in distortion)
-
-
-def _is_dim(path: Path) -> bool:
-    """Whether no point is brighter than 1."""
-    try:
-        cloud, _ = points.read(path)
-    except (ValueError, OSError):
-        return False  # which another finding tells of
-    return bool(len(cloud)) and bool(cloud[:, 3].max() <= 1)
 
 
 def _is_untiled(base: Path, scene: Scene, row: dict) -> bool:

@@ -82,22 +82,20 @@ def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[l
     except ValueError as error:
         what = f"{printable(split)}: {sentence(error).rstrip('.')}"
         return [], [Finding(what, "training refuses the data set", "refused")]
-    facts, found = of_frames(packed, root, split, damaged)
-    made = [replace(one, what=f"{split}: {one.what}") for one in _made(Index(root, version, split, packed))]
-    return facts, found + made
+    return of_frames(Index(root, version, split, packed), damaged)
 
 
-def of_frames(
-    packed: Packed, root: Path, split: str, damaged: set[str], drops: Drops = DROPS
-) -> tuple[list[str], list[Finding]]:
-    """(facts, findings) of a split's key frames. damaged: see `of_split`."""
+def of_frames(index: Index, damaged: set[str], drops: Drops = DROPS) -> tuple[list[str], list[Finding]]:
+    """(facts, findings) of a split's packed key frames. damaged: see `of_split`."""
+    packed, root, split = index.frames, index.root, index.split
+    assert isinstance(packed, Packed)
     found = [
         Finding(f"{fault.first} ({fault.count:,} {fault.what})", "training refuses the data set", "refused")
         for fault in faults.find(packed)
     ]
     told, odd = _files(root, packed, damaged)
     facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed, drops), _camera_fact(packed), *told]
-    found += [*_sweeps(packed), *_boxes(packed, drops), *_cameras(packed), *odd]
+    found += [*_sweeps(packed), *_boxes(packed, drops), *_cameras(packed), *odd, *_made(index)]
     return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
 
 
