@@ -149,8 +149,8 @@ def num_cells(bounds_m: tuple[float, float, float]) -> int:
 def cell_centres(bounds_m: tuple[float, float, float], device: torch.device) -> Tensor:
     """[cells] centres of the cells of one axis (low, high, step), m."""
     low, _, step = bounds_m
-    # Lower edges rounded once, then half a step added in float32, as upstream's arange + step / 2.
-    return torch.tensor([low + step * i for i in range(num_cells(bounds_m))], device=device) + step / 2
+    # Rounded once: a float32 torch.arange rounds otherwise on other machines and in compiled code.
+    return torch.tensor([low + step * (i + 0.5) for i in range(num_cells(bounds_m))], device=device)
 
 
 def project(

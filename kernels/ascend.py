@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from bevfn.kernels.deform_attn import ascend as deform_attn
 from bevfn.kernels.deform_conv import ascend as deform_conv
 from bevfn.kernels.linear_assignment import ascend as linear_assignment
 from bevfn.kernels.neighbours import ascend as neighbours
@@ -32,6 +33,7 @@ def table(ops: Ops = "stock") -> dict[torch._ops.OpOverload, Callable]:
         **voxelize.DECOMPOSITIONS,
         **neighbours.DECOMPOSITIONS,
         **sparse_conv.DECOMPOSITIONS,
+        **deform_attn.DECOMPOSITIONS,
         **deform_conv.DECOMPOSITIONS,
         **(voxel_pool.DRIVINGSDK if ops == "drivingsdk" else voxel_pool.DECOMPOSITIONS),
         torch.ops.aten.detach_.default: lambda x: x,  # torch.tensor calls it; inside a decomposition it is traced

@@ -15,7 +15,7 @@ def small(model: str) -> Any:
     """The family's small configuration of a model."""
     spec = upstream.CHECKPOINTS[model]
     config = spec.family.mini(spec.config())
-    if model == "resnet50":  # of any width, but of its own depth
+    if model.startswith("resnet50"):  # of any width, but of its own depth
         config = replace(config, backbone=replace(config.backbone, blocks=(3, 4, 6, 3)))
     if model == "bevfusion-lidar-camera":  # takes over the LiDAR-only model's BEV layers, as the published one
         config = replace(config, fused_channels=128, backbone=replace(config.backbone, channels_in=128))
@@ -41,7 +41,10 @@ def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2"
         found[entry.key] = (
             counter if entry.tree == "upstream" else drawn.abs() if entry.path.endswith(".var") else drawn
         )
-    return found | checkpoints.buffers(model, naming, config=small(model))
+    prefix = upstream.CHECKPOINTS[model].looks[0].prefix or ""
+    return {
+        prefix + key: leaf for key, leaf in (found | checkpoints.buffers(model, naming, config=small(model))).items()
+    }
 
 
 def shrunk(model: str) -> checkpoints.Checkpoint:

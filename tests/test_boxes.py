@@ -109,10 +109,28 @@ def test_overlap_is_symmetric_and_unchanged_by_moving_both():
     torch.testing.assert_close(boxes.rotated_overlap_bev(*moved), overlap, rtol=1e-5, atol=3e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    center=st.tuples(*[st.sampled_from([0.0, 0.5, -3.0, 51.3, 1e3])] * 2),
+    gap=st.tuples(*[st.sampled_from([0.0, 1e-4, 0.25, 1.0, 2.0, 40.0])] * 2),
+    size=st.tuples(*[st.sampled_from([0.01, 0.4, 1.0, 2.0, 12.0])] * 4),
+    yaw=st.tuples(*[st.one_of(st.floats(-4, 4, width=32), st.integers(-2, 2).map(lambda k: k * math.pi / 2))] * 2),
+)
+def test_iou_from_above_equals_polygon_clipping(center, gap, size, yaw):
+    """Also of rectangles that coincide, touch, contain one another, are turned by 90 degrees, tiny, or far away."""
+    a = box(x=center[0], y=center[1], dx=size[0], dy=size[1], yaw=yaw[0])
+    b = box(x=center[0] + gap[0], y=center[1] + gap[1], dx=size[2], dy=size[3], yaw=yaw[1])
+    shared = clipped_areas(a, b).item()
+    expected = shared / (size[0] * size[1] + size[2] * size[3] - shared)
+    # rounding of the distance weighs more the smaller a box
+    assert boxes.iou_bev(a, b).item() == pytest.approx(expected, abs=1e-4 if min(size) < 0.1 else 1e-5)
+    assert boxes.iou_bev(b, a).item() == pytest.approx(boxes.iou_bev(a, b).item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("yaw", [0.0, 0.3, math.pi / 2, -2.0])
 def test_identical_boxes_have_iou_one(yaw):
     a = box(x=51.3, y=-48.7, z=-1.1, dx=4.63, dy=1.97, dz=1.74, yaw=yaw)
-    assert boxes.iou_3d(a, a).item() == 1.0
+    assert boxes.iou_3d(a, a).item() == boxes.iou_bev(a, a).item() == 1.0
     turned = a + torch.tensor([0, 0, 0, 0, 0, 0, 2 * math.pi])
     assert boxes.iou_3d(a, turned).item() == pytest.approx(1.0, abs=2e-6)
 
@@ -142,9 +160,9 @@ def test_degenerate_huge_and_undefined_boxes_never_give_nan():
     strange = torch.tensor([[x, 1.0, 0.0, size, 2.0, 1.0, yaw] for x in values for size in values for yaw in values])
     ordinary = torch.cat([random_boxes(5, seed=0, center=(0, 0)), box()])
     for a, b in ((strange, ordinary), (ordinary, strange), (strange, strange.flip(0))):
-        for result in (boxes.rotated_overlap_bev(a, b), boxes.iou_3d(a, b)):
+        for result in (boxes.rotated_overlap_bev(a, b), boxes.iou_3d(a, b), boxes.iou_bev(a, b)):
             assert result.isfinite().all() and (result >= 0).all()
-        assert boxes.iou_3d(a, b).max() <= 1
+        assert boxes.iou_3d(a, b).max() <= 1 and boxes.iou_bev(a, b).max() <= 1
     for flat in ({"dx": 0.0}, {"dy": 0.0}, {"dz": 0.0}, {"dx": -3.0}):
         assert boxes.iou_3d(box(**flat), box()).item() == boxes.iou_3d(box(**flat), box(**flat)).item() == 0.0
     assert boxes.iou_3d(box(dx=1e9, dy=1e9, dz=1e9), box(dx=1e9, dy=1e9, dz=1e9)).item() == pytest.approx(1.0)

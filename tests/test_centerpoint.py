@@ -191,57 +191,16 @@ def test_a_box_that_is_no_box_is_no_target_and_counted(column, value):
     assert torch.isfinite(others["targets"]["code"]).all()
 
 
-# ------------------------------------------------------------------------------------------------------ suppression
-
-
-def greedy(boxes, valid, near, limit):
-    """Which boxes stay, by the textbook loop, in order."""
-    kept = []
-    for j in range(len(boxes)):
-        if valid[j] and not any(near(boxes[i], boxes[j]) for i in kept):
-            kept.append(j)
-    return kept[:limit]
-
-
-def near_circle(threshold):
-    return lambda a, b: (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 <= threshold
-
-
-def near_size_aware(scale):
-    def near(a, b):
-        reach = [0.0, 0.0]
-        for box in (a, b):
-            c, s = abs(math.cos(box[6])), abs(math.sin(box[6]))
-            reach[0] += box[3] * c + box[4] * s
-            reach[1] += box[3] * s + box[4] * c
-        return all(abs(a[k] - b[k]) <= scale / 2 * reach[k] for k in range(2))
-
-    return near
-
-
-@given(seed=st.integers(0, 10_000), size_aware=st.booleans(), limit=st.integers(1, 12))
-@settings(max_examples=30, deadline=None)
-def test_suppression_is_the_greedy_loop(seed, size_aware, limit):
-    generator = torch.Generator().manual_seed(seed)
-    boxes = torch.rand(2, 2, 12, 9, generator=generator) * 6
-    valid = torch.rand(2, 2, 12, generator=generator) < 0.8
-    config = replace(CONFIG, max_per_task=limit, nms="size_aware_circle" if size_aware else "circle")
-    if size_aware:
-        config = replace(config, nms_thresholds=(0.5, 0.3))
-    keep = centerpoint.suppress(boxes, valid, config)
-    for b in range(2):
-        for t, threshold in enumerate(config.nms_thresholds):
-            near = (near_size_aware if size_aware else near_circle)(threshold)
-            expected = greedy(boxes[b, t].double().tolist(), valid[b, t].tolist(), near, limit)
-            assert keep[b, t].nonzero()[:, 0].tolist() == expected
-
-
 def test_a_map_of_another_size_and_settings_that_do_not_fit_are_named():
     params, state = centerpoint.init(CONFIG, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"BEV map is \(8, 8\) cells, the head's config.cells is \(32, 24\)"):
         centerpoint.apply(params, state, torch.zeros(1, 8, 8, 8), config=CONFIG, train=False)
     with pytest.raises(ValueError, match=r"nms_thresholds .* one per task"):
         replace(CONFIG, nms_thresholds=(1.0,))
+    with pytest.raises(ValueError, match=r"nms \('circle',\) must be one name, or one per task of \(1, 2\)"):
+        replace(CONFIG, nms=("circle",))
+    with pytest.raises(ValueError, match=r"nms_rescale \(1.0, 2.0\) must be one number per class"):
+        replace(CONFIG, nms_rescale=(1.0, 2.0))
     with pytest.raises(ValueError, match="code_weights"):
         replace(CONFIG, code_weights=(1.0,) * 8)
 

@@ -20,14 +20,16 @@ def field():
 def written_out(logits, colour, strength, config):
     """Mean field in double precision, neighbour by neighbour."""
     logits, colour = logits.double(), colour.double()
-    M, D, H, W = logits.shape
+    D, H, W = logits.shape[1:]
     bins = torch.arange(D, dtype=torch.float64)
     penalty = (bins[:, None] - bins).abs()
     q = logits.softmax(1)
     for _ in range(config.iterations):
         message = torch.zeros_like(q)
         for i, j in ((i, j) for i in range(H) for j in range(W)):
-            for k, n in ((k, n) for k in range(max(i - 1, 0), min(i + 2, H)) for n in range(max(j - 1, 0), min(j + 2, W))):
+            for k, n in (
+                (k, n) for k in range(max(i - 1, 0), min(i + 2, H)) for n in range(max(j - 1, 0), min(j + 2, W))
+            ):
                 squares = (colour[:, :, i, j] - colour[:, :, k, n]).square().sum(1, keepdim=True)
                 message[:, :, i, j] += torch.exp(-squares / (2 * config.colour_deviation**2)) * q[:, :, k, n]
         q = (logits - strength * torch.einsum("ab,mbhw->mahw", penalty, message)).softmax(1)

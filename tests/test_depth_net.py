@@ -59,7 +59,9 @@ def test_depth_loss_is_torchs_cross_entropy_over_labelled_pixels_with_its_gradie
 def test_no_label_means_no_loss_and_nan_does_not_abort():
     logits = torch.zeros(1, 8, 2, 2)
     assert float(depth_net.depth_loss(logits.softmax(1), torch.full((1, 2, 2), -1))) == 0
-    assert math.isnan(float(depth_net.depth_loss(logits.softmax(1) * torch.nan, torch.zeros(1, 2, 2, dtype=torch.int64))))
+    assert math.isnan(
+        float(depth_net.depth_loss(logits.softmax(1) * torch.nan, torch.zeros(1, 2, 2, dtype=torch.int64)))
+    )
 
 
 def test_camera_vectors_are_the_key_frames():

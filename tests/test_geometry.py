@@ -198,3 +198,10 @@ def test_frustum_pixels_are_linspace_bit_for_bit(size, count):
     x, y, depth = geometry.frustum((size, size), (count, count), (1.0, 60.0, 0.5), torch.device("cpu"))
     assert torch.equal(x.flatten(), torch.linspace(0, size - 1, count)) and torch.equal(x.flatten(), y.flatten())
     assert depth.flatten()[[0, -1]].tolist() == [1.0, 59.5]
+
+
+@pytest.mark.parametrize("bounds", [(-51.2, 51.2, 0.8), (-5.0, 3.0, 1.0), (-54.0, 54.0, 0.3)])
+def test_the_centre_of_a_cell_is_in_its_middle(bounds):
+    centres = geometry.cell_centres(bounds, torch.device("cpu"))
+    place = geometry.in_cells(centres, bounds)
+    torch.testing.assert_close(place, torch.arange(geometry.num_cells(bounds)) + 0.5, atol=1e-4, rtol=0)

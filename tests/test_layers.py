@@ -8,7 +8,7 @@ from torch import nn
 
 from bevfn import tree
 from bevfn.distributed import Groups
-from bevfn.layers import attention, batch_norm, branch, conv, conv_norm, deform_conv, layer_norm, linear
+from bevfn.layers import attention, batch_norm, branch, conv, conv_norm, deform_attn, deform_conv, layer_norm, linear
 
 
 @pytest.fixture
@@ -285,6 +285,8 @@ def test_initialisation_follows_the_published_modules(generator):
     assert (kaiming["bias"] == 0).all()
     fan_in = conv.init(64, 128, (1, 3), bias=False, generator=generator, groups=4, kaiming="fan_in")
     assert fan_in["weight"].std().item() == pytest.approx((2 / (16 * 3)) ** 0.5, rel=0.03)
+    xavier = linear.xavier(64, 32, 3, 3, generator=generator)
+    assert xavier.abs().max().item() == pytest.approx((6 / (9 * (64 + 32))) ** 0.5, rel=0.01)
     default = conv.init(64, 128, (3, 3), bias=True, generator=generator)
     assert default["weight"].abs().max().item() == pytest.approx((64 * 9) ** -0.5, rel=0.01)
 
@@ -308,3 +310,68 @@ def test_batch_norm_gradient_is_the_derivative_of_its_forward(generator):
     _, theirs = grads(exact, *wide)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
+
+
+def bilinear(image, x, y):
+    """image [d H W] at pixel position x, y, zero outside: a sum over all pixels of tent functions."""
+    H, W = image.shape[1:]
+    rows = (1 - (torch.arange(H) - y).abs()).clamp(min=0)
+    columns = (1 - (torch.arange(W) - x).abs()).clamp(min=0)
+    return (image * rows[:, None] * columns).sum((1, 2))
+
+
+def test_deformable_attention_is_the_mean_over_the_images_that_see_a_query(generator):
+    B, N, Q, C, P, heads, H, W = 2, 3, 4, 8, 2, 2, 3, 5
+    params = deform_attn.init(C, heads=heads, points=P, generator=generator)
+    params = tree.map(lambda leaf: torch.randn(leaf.shape, generator=generator) / 2, params)
+    query, maps = torch.randn(B, Q, C, generator=generator), torch.randn(B * N, C, H, W, generator=generator)
+    reference = torch.rand(B * N, Q, P, 2, generator=generator) * 1.4 - 0.2
+    seen = torch.rand(B * N, Q, generator=generator) < 0.5
+    seen.view(B, N, Q)[0, :, 0] = False  # a query that no image sees
+    ours = deform_attn.apply(params, query, maps, reference, seen, heads=heads)
+
+    value = linear.apply(params["value"], maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    offset = linear.apply(params["offsets"], query).view(B, Q, heads, P, 2)
+    weight = linear.apply(params["weights"], query).view(B, Q, heads, P).softmax(-1)
+    expected = torch.zeros(B, Q, C)
+    for b in range(B):
+        for q in range(Q):
+            images = [b * N + n for n in range(N) if seen[b * N + n, q]]
+            for m in images:
+                for h in range(heads):
+                    part = slice(h * C // heads, (h + 1) * C // heads)
+                    for p in range(P):
+                        x, y = reference[m, q, p] * torch.tensor([W, H]) + offset[b, q, h, p] - 0.5
+                        read = bilinear(value[m, part], x, y)
+                        expected[b, q, part] += weight[b, q, h, p] * read / len(images)
+    torch.testing.assert_close(ours, linear.apply(params["out"], expected), atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours[0, 0], params["out"]["bias"])
+
+
+def test_deformable_attention_starts_with_every_head_looking_its_own_way(generator):
+    params = deform_attn.init(16, heads=8, points=4, generator=generator)
+    offset = params["offsets"]["bias"].view(8, 4, 2)
+    expected = torch.tensor([[1.0, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]])
+    for p, steps in enumerate((1, 1, 2, 2)):
+        torch.testing.assert_close(offset[:, p], steps * expected, atol=1e-5, rtol=0)
+    assert not any(params[name]["weight"].any() for name in ("offsets", "weights"))
+    assert params["value"]["weight"].abs().max().item() == pytest.approx((6 / 32) ** 0.5, rel=0.02)
+    with pytest.raises(ValueError, match="3 heads must divide 16 channels"):
+        deform_attn.init(16, heads=3, points=4, generator=generator)
+    with pytest.raises(ValueError, match="points 3 must be even"):
+        deform_attn.init(16, heads=2, points=3, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_deformable_attention_places_its_samples_in_float32(generator, dtype):
+    """Far to the right of a wide map a half-precision place would be off by pixels."""
+    C, W = 4, 4096
+    params = deform_attn.init(C, heads=2, points=2, generator=generator)
+    maps = torch.arange(W).remainder(64).float().expand(1, C, 1, W) / 64
+    reference = ((torch.arange(W - 40, W - 36) + 0.5) / W).view(1, 4, 1, 1).expand(1, 4, 2, 2).contiguous()
+    reference[..., 1] = 0.5
+    args = torch.zeros(1, 4, C), maps, reference, torch.ones(1, 4, dtype=torch.bool)
+    exact = deform_attn.apply(params, *args, heads=2)
+    half = deform_attn.apply(params, args[0].to(dtype), maps.to(dtype), *args[2:], heads=2)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), exact, atol=2e-2, rtol=2e-2)

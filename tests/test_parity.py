@@ -93,6 +93,8 @@ def test_a_case_of_an_unknown_model_is_refused(tmp_path):
         ("bevfusion_lidar_cam", "bevfusion-lidar-camera"),
         ("bevdepth_r50_2key", "bevdepth-2key"),
         ("matrixvt_r50", "matrixvt"),
+        ("bevnext_stage1", "bevnext-stage1"),
+        ("bevnext_stage2", "bevnext-stage2"),
     ],
 )
 def test_a_case_is_known_by_its_tensors_and_not_by_a_class_name(name, model):
@@ -106,8 +108,6 @@ def test_a_case_is_known_by_its_tensors_and_not_by_a_class_name(name, model):
     [
         ("awml_bevfusion_l_offline", r"an AWML BEVFusion-L detector \(LiDAR, T4 dataset\)"),
         ("awml_bevfusion_cl", r"an AWML BEVFusion-CL detector \(camera \+ LiDAR, T4 dataset\)"),
-        ("bevnext_stage1", r"a BEVNeXt detector of stage 1 \(one frame\)"),
-        ("bevnext_stage2", r"a BEVNeXt detector of stage 2 \(frames fused\)"),
     ],
 )
 def test_a_case_of_a_model_to_come_is_told_by_its_tensors(name, what):
@@ -134,6 +134,28 @@ def test_detections_are_matched_without_order_and_a_missing_one_fails():
     assert table.lines[-1].name == "eval/count" and not table.ok
 
 
+def test_a_norm_that_is_rounding_by_the_cases_whole_is_compared_with_that():
+    case = golden.Case(Path(), {}, {"train/grad_norm": {"a": 1.0, "b": 1e-9}, "train/total_grad_norm": 1.0}, {}, {})
+    assert case.gradients().floor == 1e-6
+    for other, ok in ((2e-9, True), (2e-8, False)):
+        table = compare.Table("made up")
+        compare.gradients(case, table, {"a": torch.ones(1), "b": torch.full((1,), other)})
+        assert table.lines[0].ok == ok
+
+
+def test_slices_shapes_and_noise_are_read_from_every_form_of_statistics():
+    stats = {
+        "tensors": {"eval/x": {"shape": [1, 8], "slice": "[:, ::2]"}},
+        "noise": {"noise_eval": {"eval/x": 1e-3}, "noise_train": {"train/loss/total": 1e-4}},
+    }
+    case = golden.Case(Path(), {}, stats, {}, {"eval/x": torch.arange(8.0)[None, ::2]})
+    assert case.shape("eval/x") == (1, 8) and case.slicing("eval/x") == "[:, ::2]"
+    assert case.noise("eval", "x") == 1e-3 and case.loss_noise("total") == 1e-4 and case.noise("train", "x") == 0
+    table = compare.Table("made up")
+    compare.boundary(case, table, "eval/x", torch.arange(8.0), 0.0)
+    assert table.ok
+
+
 def test_gradients_that_are_zero_in_exact_arithmetic_are_left_out_and_missing_ones_named():
     norms = {"a": 1.0, "b": 2.0, "shift": 1e-9}
     case = golden.Case(Path(), {}, {"train/grad_norm": norms}, {}, {})
@@ -154,8 +176,18 @@ def test_a_changed_weight_fails_parity(tmp_path):
     assert parity(folder, only="eval") == 1
 
 
+CASES = (
+    "bevfusion_lidar",
+    "bevfusion_lidar_cam",
+    "bevdepth_r50_2key",
+    "matrixvt_r50",
+    "bevnext_stage1",
+    "bevnext_stage2",
+)
+
+
 @pytest.mark.slow
 @needs_goldens
-@pytest.mark.parametrize("name", ["bevfusion_lidar", "bevfusion_lidar_cam", "bevdepth_r50_2key", "matrixvt_r50"])
+@pytest.mark.parametrize("name", CASES)
 def test_full_golden_case(name):
     assert parity(GOLDENS / name) == 0

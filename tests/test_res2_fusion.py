@@ -72,7 +72,9 @@ def test_every_frame_counts_and_only_older_ones_meet_a_frames_3x3(weights):
         changed = x.clone()
         changed[:, 16 * t, 4, 4] += 10.0
         moved = (reduced(changed) - reduced(x)).abs().sum(1)[0] > 1e-6
-        reach = {0: 1, 1: 1, 2: 3, 3: 3, 4: 5, 5: 5}[t]  # pixels across: no 3x3 for the newest group, two for the oldest
+        reach = {0: 1, 1: 1, 2: 3, 3: 3, 4: 5, 5: 5}[
+            t
+        ]  # pixels across: no 3x3 for the newest group, two for the oldest
         assert moved[4, 4] and int(moved.any(0).sum()) <= reach, t
 
 

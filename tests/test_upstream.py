@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bevfn import catalogue, tree, upstream
 from bevfn.commands import checkpoint
-from bevfn.models import bevdepth
+from bevfn.models import bevdepth, bevnext
 from bevfn.parity import golden
 from bevfn.training import run
 from bevfn.upstream import checkpoints, recognise, storage
@@ -47,10 +47,11 @@ def case(name: str) -> Path:
 def test_export_inverts_import_bit_for_bit(model):
     source = upstream_state(model)
     params, state, report = upstream.import_state(source, model, config=small(model))
-    back = upstream.export_state(params, state, model, report.carried, config=small(model))
+    back = upstream.export_state(params, state, model, report.carried, config=small(model), prefix=report.prefix)
     assert list(back) == list(source)  # upstream's order too
     assert_same(back, source)
-    assert set(report.used) | set(report.unused) == set(source) and not set(report.used) & set(report.unused)
+    keys = {key.removeprefix(report.prefix) for key in source}
+    assert set(report.used) | set(report.unused) == keys and not set(report.used) & set(report.unused)
     assert not (report.missing or report.initial or report.mismatched or report.unknown or report.warnings)
 
 
@@ -82,6 +83,46 @@ def test_lightning_manifests_of_bevdepth_are_accounted_for_and_round_trip(folder
     assert set(report.used) | set(report.unused) == {key.removeprefix("model.") for key in source}
     back = upstream.export_state(params, state, model, report.carried, prefix=report.prefix)
     assert_same(back, source)
+
+
+@pytest.mark.parametrize(("folder", "leaves", "counts"), [("bevnext_stage1", 770, 127), ("bevnext_stage2", 889, 152)])
+def test_manifests_of_bevnext_are_accounted_for_and_round_trip(folder, leaves, counts):
+    source = golden.fill_case(case(folder))
+    params, state, report = upstream.import_state(source, folder.replace("_", "-"))
+    assert not report.warnings and (len(report.used), len(report.unused)) == (leaves, counts)
+    back = upstream.export_state(params, state, folder.replace("_", "-"), report.carried)
+    assert list(back) == list(source)
+    assert_same(back, source)
+
+
+def test_a_detectors_resnet_starts_bevnext():
+    """As FCOS3D's and the nuImages detectors' files have it: below `backbone.`, beside a neck and heads."""
+    source = upstream_state("resnet50-detector") | {"neck.fpn_convs.0.conv.weight": torch.zeros(4)}
+    found = recognise.recognise(source)
+    assert (found.model, found.prefix) == ("resnet50-detector", "backbone.")
+    params, state, report = upstream.import_state(source, found.model, config=small(found.model))
+    assert report.unused["neck.fpn_convs.0.conv.weight"] == "outside 'backbone.', where the model is"
+    initial = bevnext.init(small(found.model), seed=0)
+    rest = ("image.neck", "view", "bev", "head")
+    merged, statistics, _ = upstream.load_into(*initial, {"fcos3d.pth": (params, state)}, allow_missing=rest)
+    stem = merged["image"]["backbone"]["stem"]
+    assert torch.equal(stem["conv"]["weight"], source["backbone.conv1.weight"])
+    seen = statistics["image"]["backbone"]["stages"][3][2]["layers"][2]["norm"]["var"]
+    assert torch.equal(seen, source["backbone.layer4.2.bn3.running_var"])
+
+
+def test_the_ema_file_of_a_bevnext_is_read(tmp_path):
+    source = upstream_state("bevnext-stage1")
+    path = tmp_path / "epoch_2_ema.pth"
+    torch.save({"epoch": 2, "state_dict": source, "updates": 14420}, path)
+    params, _, report = upstream.import_state(
+        upstream.read_state_dict(path), "bevnext-stage1", config=small("bevnext-stage1")
+    )
+    assert not report.missing
+    assert torch.equal(params["view"]["crf"]["strength"], source["img_view_transformer.crf.ws.0"])
+    assert torch.equal(
+        params["head"]["refine"]["rows"], source["transformer_neck.positional_encoding.row_embed.weight"]
+    )
 
 
 @pytest.mark.parametrize("model", [name for name, spec in upstream.CHECKPOINTS.items() if spec.family is bevdepth])
@@ -224,6 +265,13 @@ def test_sparse_kernels_of_two_layouts_are_refused():
         ("bevdepth-2key", "matrixvt", "BEVDepth detector of 2 key frames.*use --model bevdepth-2key[.]"),
         ("bevdepth-2key-da", "bevdepth-2key", "with depth aggregation.*use --model bevdepth-2key-da[.]"),
         ("resnet50", "bevdepth-2key", "looks like an ImageNet ResNet-50.*use --model resnet50[.]"),
+        (
+            "bevnext-stage1",
+            "bevnext-stage2",
+            r"BEVNeXt detector of stage 1 \(one frame\).*use --model bevnext-stage1[.]",
+        ),
+        ("bevnext-stage2", "bevnext-stage1", r"stage 2 \(frames fused\).*use --model bevnext-stage2[.]"),
+        ("resnet50-detector", "resnet50", "a detector of mmdetection on a ResNet-50.*use --model resnet50-detector[.]"),
         (["pts_bbox_head.task_heads.0.x"], "bevfusion-lidar", "CenterPoint or BEVDet family"),
         (["layer1.0.conv1.weight", "fc.weight"], "swin-nuimages", "looks like a ResNet"),
         (["stem.weight", "tail.bias"], "swin-nuimages", "a model with the parts stem, tail"),

@@ -41,7 +41,9 @@ class Config:
         if self.frames % self.groups or self.groups < 2:
             raise ValueError(f"{self.groups} groups must be at least 2 and divide the {self.frames} frames")
         if any(channels % self.width_divisor for channels in self.stage_channels):
-            raise ValueError(f"width_divisor {self.width_divisor} must divide the stages' channels {self.stage_channels}")
+            raise ValueError(
+                f"width_divisor {self.width_divisor} must divide the stages' channels {self.stage_channels}"
+            )
 
     @property
     def stage_channels(self) -> tuple[int, ...]:

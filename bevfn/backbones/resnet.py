@@ -96,9 +96,7 @@ def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train)
     frozen, new_state = config.frozen_stages, {}
     if config.stem:
         stem = _detached(params["stem"]) if frozen >= 0 else params["stem"]
-        x, new_state["stem"] = conv_norm.apply(
-            stem, state["stem"], x, train=train if frozen < 0 else False, stride=2
-        )
+        x, new_state["stem"] = conv_norm.apply(stem, state["stem"], x, train=train if frozen < 0 else False, stride=2)
     maps, states = [F.max_pool2d(x, 3, 2, 1) if config.pool else x], []
     for s, (blocks, old) in enumerate(zip(params["stages"], state["stages"])):
         y, new = maps[-1], []

@@ -1,4 +1,4 @@
-"""BEVNeXt's perspective refinement (Li et al. 2024, arXiv 2312.01696, section 3.4): every cell of the BEV map looks up
+"""BEVNeXt's perspective refinement (Li et al. 2024, arXiv 2312.01696): every cell of the BEV map looks up
 the key frame's camera features where the points above its centre appear in the images.
 
 BEV maps are [B C Y X]: rows = y, columns = x; query q is the cell of row q // X and column q % X.
@@ -104,39 +104,40 @@ def apply(
         raise ValueError(f"BEV map is {tuple(bev.shape[2:])} cells, x_m and y_m of the refinement hold {config.cells}")
     shared, shared_state = conv_norm.apply(params["shared"], state["shared"], bev, train=train)
     query = params["embedding"].to(shared.dtype) + shared.flatten(2).transpose(1, 2)  # B Q C
-    position = _position(params).to(query.dtype)
+    places = position(params).to(query.dtype)
     reference, mask = anchors(batch, config, image_size)
     seen = mask.float().sum(-1) > 0  # B N Q; sums, since Ascend reduces no booleans
     looked_up = deform_attn.apply(
         params["attention"],
-        query + position,
+        query + places,
         features,
         reference.flatten(0, 1),
         seen.flatten(0, 1),
         heads=config.heads,
     )
-    attention = query + looked_up
-    norm0 = layer_norm.apply(params["norms"][0], attention)
-    ffn = norm0 + linear.apply(params["ffn"]["fc2"], torch.relu(linear.apply(params["ffn"]["fc1"], norm0)))
-    out = layer_norm.apply(params["norms"][1], ffn)
+    settled = settle(params, query + looked_up)
     outputs = {
         "features": features,
         "shared": shared,
         "query": query,
-        "position": position,
+        "position": places,
         "reference": reference,
         "mask": mask,
-        "attention": attention,
-        "norm0": norm0,
-        "ffn": ffn,
-        "out": out,
-        "map": out.transpose(1, 2).reshape(shared.shape),
+        **settled,
+        "map": settled["out"].transpose(1, 2).reshape(shared.shape),
     }
     return outputs, {"shared": shared_state}
 
 
-def _position(params: dict) -> Tensor:
-    """[1 Q C]: the column's embedding, then the row's."""
+def settle(params: dict, attention: Tensor) -> dict[str, Tensor]:
+    """The decoder layer behind its attention, which has the query in it: {"attention", "norm0", "ffn", "out"} [B Q C]."""
+    norm0 = layer_norm.apply(params["norms"][0], attention)
+    ffn = norm0 + linear.apply(params["ffn"]["fc2"], torch.relu(linear.apply(params["ffn"]["fc1"], norm0)))
+    return {"attention": attention, "norm0": norm0, "ffn": ffn, "out": layer_norm.apply(params["norms"][1], ffn)}
+
+
+def position(params: dict) -> Tensor:
+    """What tells the cells apart, [1 Q C]: the column's embedding, then the row's."""
     rows, columns = params["rows"], params["columns"]
     Y, X = len(rows), len(columns)
     both = [columns[None].expand(Y, -1, -1), rows[:, None].expand(-1, X, -1)]

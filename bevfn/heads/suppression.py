@@ -1,7 +1,7 @@
 """Non-maximum suppression with static shapes: greedy, by score, within each task.
 
 Source: mmdetection3d circle_nms and box3d_multiclass_nms, BEVStereo's size-aware circle NMS, BEVDet's scaled NMS (Huang
-et al. 2021, arXiv 2112.11790, section 3.3), behaviour only; golden cases bevdepth_r50_2key and bevnext_stage1.
+et al. 2021, arXiv 2112.11790), behaviour only; golden cases bevdepth_r50_2key and bevnext_stage1.
 """
 
 from typing import Literal

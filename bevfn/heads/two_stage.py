@@ -1,4 +1,4 @@
-"""BEVNeXt's two-stage head (Li et al. 2024, arXiv 2312.01696, section 3.4): class heatmaps from the BEV map, box codes from
+"""BEVNeXt's two-stage head (Li et al. 2024, arXiv 2312.01696): class heatmaps from the BEV map, box codes from
 the map that camera features refine (`perspective.py`).
 
 Both stages are CenterPoint heads that lack the other's branches; their tasks are merged for the losses and for decoding.

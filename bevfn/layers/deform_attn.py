@@ -8,9 +8,9 @@ shared by its images.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bevfn.kernels.deform_attn import deform_attn
 from bevfn.layers import linear
 
 
@@ -76,17 +76,3 @@ def apply(params: dict, query: Tensor, maps: Tensor, reference: Tensor, seen: Te
     images = seen.view(*each, Q).float().sum(1).clamp(min=1.0)  # B Q
     mean = read.view(*each, Q, C).float().sum(1) / images[..., None]
     return linear.apply(params["out"], mean.to(query.dtype))
-
-
-def deform_attn(
-    value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor, *, sizes: tuple[tuple[int, int], ...]
-) -> Tensor:
-    """Stands in for bevfn.kernels.deform_attn until it is merged."""
-    ((H, W),) = sizes
-    B, _, h, d = value.shape
-    images = value.permute(0, 2, 3, 1).reshape(B * h, d, H, W)
-    places = locations[:, :, :, 0].transpose(1, 2).flatten(0, 1) * 2 - 1  # B*h Q P 2
-    found = F.grid_sample(images, places.to(images.dtype), align_corners=False)  # B*h d Q P
-    read = (found * weights[:, :, :, 0].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)  # B*h d Q
-    read = read.view(B, h, d, -1).permute(0, 3, 1, 2).flatten(2)
-    return torch.where(mask[..., None], read, 0.0).to(value.dtype)

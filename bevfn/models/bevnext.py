@@ -52,13 +52,14 @@ class Config:
     )
     depth_loss_weight: float = 3.0
     frames_at_once: bool = True
-    """run all earlier frames in one call, which in training normalises each by its own statistics; no: one after another"""
+    """run all earlier frames in one call, in evaluation with the key frame, in training each normalised by its own
+    statistics; no: one after another"""
     recomputed_statistics: bool = True
     """in training the key frame updates the running statistics of the residual blocks and of the depth branch a second time,
     after the earlier frames: what upstream's activation checkpointing does when it runs them again for the gradient"""
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.frames > 1 and self.frames % 3:
+        if self.frames < 1 or (self.frames > 1 and self.frames % 3):
             raise ValueError(f"frames {self.frames} must be 1, the current key frame, or a multiple of 3")
         if self.grid.depth_bins != self.depth.depth_bins:
             raise ValueError(
@@ -130,7 +131,14 @@ def mini(config: Config) -> Config:
     at most 2 earlier frames."""
     span, C, bins = (-51.2, 51.2, 1.6), 32, 58
     depth = replace(
-        config.depth, channels_in=64, channels=64, context=C, depth_bins=bins, blocks=1, dilations=(1, 2, 3), dropout=0.1
+        config.depth,
+        channels_in=64,
+        channels=64,
+        context=C,
+        depth_bins=bins,
+        blocks=1,
+        dilations=(1, 2, 3),
+        dropout=0.1,
     )
     head = replace(config.head.head, channels_in=64, channels=24, cell=(1.6, 1.6), cells=(64, 64))
     return replace(
@@ -197,7 +205,7 @@ def apply(
 
     Returns:
         outputs naming every boundary ("colours", "likeness"; "frames": per frame "image": "backbone", "neck"; "view":
-        "depth_net", "crf", "depth", "place", "bev", "map"; then "bev": "map", "backbone", "neck"; "head"), and the new
+        "depth_net", "crf", "depth", "bev", "map"; then "bev": "map", "backbone", "neck"; "head"), and the new
         state.
 
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
@@ -213,9 +221,7 @@ def apply(
     backbone = config.bev_backbone
     weights, statistics = params["bev"], state["bev"]
     if isinstance(backbone, resnet.Config):
-        stages, trunk = resnet.apply(
-            weights["backbone"], statistics["backbone"], bev, config=backbone, train=train
-        )
+        stages, trunk = resnet.apply(weights["backbone"], statistics["backbone"], bev, config=backbone, train=train)
     else:
         stages, trunk = res2_fusion.apply(
             weights["backbone"], statistics["backbone"], bev, config=backbone, train=train
@@ -259,19 +265,27 @@ def _frames(
         return _lift(params, state, batch, alike, frames, config=config, train=groups, policy=policy, key=site)
 
     weights, before = ({part: made[part] for part in ("image", "view")} for made in (params, state))
+    count = config.frames if config.with_prev else 1
+    if config.frames_at_once and not train:
+        together, now = run(weights, before, tuple(range(count)), train)
+        first, *rest = cameras.per_frame(together, count)
+        return [first, *tree.map(lambda leaf: leaf.detach(), rest)], now
     first, after = run(weights, before, (0,), train)
-    outputs, now = [first], after
-    earlier = range(1, config.frames if config.with_prev else 1)
+    outputs, now, earlier = [first], after, range(1, count)
     if config.frames_at_once and len(earlier):
         held = tree.map(lambda leaf: leaf.detach(), weights)
-        found, now = run(held, now, tuple(earlier), train)
-        outputs += cameras.per_frame(found, len(earlier))
+        together, now = run(held, now, tuple(earlier), train)
+        outputs += cameras.per_frame(together, len(earlier))
     else:
-        found, now = cameras.over_frames(
+        in_turn, now = cameras.over_frames(
             lambda params, state, t, train: run(params, state, (t,), train),
-            weights, now, order=earlier, learning=(), train=train,
+            weights,
+            now,
+            order=earlier,
+            learning=(),
+            train=train,
         )
-        outputs += found
+        outputs += in_turn
     if train and config.recomputed_statistics:
         now = _again(before, after, now)
     return outputs, now
@@ -307,9 +321,7 @@ def _lift(
     known = depth_net.camera_vectors(batch).repeat(len(frames), 1)
     x = cameras.normalise(needed(moment.images, "images")[:, 0], order="bgr").to(policy.compute)  # T*B*N 3 H W
     image, weights, seen = params["image"], params["view"], state["view"]
-    maps, backbone = resnet.apply(
-        image["backbone"], state["image"]["backbone"], x, config=config.backbone, train=train
-    )
+    maps, backbone = resnet.apply(image["backbone"], state["image"]["backbone"], x, config=config.backbone, train=train)
     x = fpn.apply(image["neck"], maps[2:])
     net, net_state = depth_net.apply(
         weights["depth_net"], seen["depth_net"], x, known, config=config.depth, train=train, key=key
@@ -320,7 +332,7 @@ def _lift(
     stages, pre_process = resnet.apply(
         weights["pre_process"], seen["pre_process"], bev.to(policy.compute), config=config.pre_process, train=train
     )
-    view = {"depth_net": net, "crf": field, "depth": field["depth"], "place": place, "bev": bev, "map": stages[1]}
+    view = {"depth_net": net, "crf": field, "depth": field["depth"], "bev": bev, "map": stages[1]}
     new = {"image": {"backbone": backbone}, "view": {"depth_net": net_state, "pre_process": pre_process}}
     return {"image": {"backbone": maps, "neck": x}, "view": view}, new
 

@@ -86,4 +86,7 @@ def as_groups(train: Train, frames: int) -> Train:
 
 def per_frame(outputs: Any, frames: int) -> list[Any]:
     """Outputs of so many frames in one call [frames*M ...], frame after frame, as those of each."""
-    return [tree.map(lambda x, i=i: x[i * (len(x) // frames) : (i + 1) * (len(x) // frames)], outputs) for i in range(frames)]
+    return [
+        tree.map(lambda x, i=i: x[i * (len(x) // frames) : (i + 1) * (len(x) // frames)], outputs)
+        for i in range(frames)
+    ]

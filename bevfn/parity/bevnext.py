@@ -24,7 +24,7 @@ SHIFT = 4  # pixels by which the image of the frame k back is rolled to the righ
 CAMERAS = 6
 VISIBLE = 10.0  # image widths and heights within which an anchor's place is compared (README: of order 1)
 # README of stage 1: biases right before a batch norm, and a bias whose L1 loss has as many signs of either kind.
-ZERO_GRADIENT = (
+ZERO_GRADIENT: tuple[str, ...] = (
     "img_view_transformer.depth_net.reduce_conv.0.bias",
     "depth_emb.0.bias",
     "pts_bbox_head.task_heads.0.vel.1.bias",
@@ -67,9 +67,7 @@ PATHS = {  # stored name: path in outputs
     "perspective/cross_attn": "head.refine.attention",
     **{f"perspective/{name}": f"head.refine.{name}" for name in ("norm0", "ffn", "out")},
     "bbox_head/shared_conv": "head.bbox.shared",
-    **{
-        f"bbox_head/task{t}/{name}": f"head.bbox.tasks.{t}.{name}" for t in range(6) for name in centerpoint.OUTPUTS
-    },
+    **{f"bbox_head/task{t}/{name}": f"head.bbox.tasks.{t}.{name}" for t in range(6) for name in centerpoint.OUTPUTS},
 }
 FRAME = {  # the same of every frame
     "depth_net/depth_logits": "depth_net.logits",
@@ -205,9 +203,7 @@ def evaluated(case: Case, table: Table, outputs: dict, batch: Batch, config: bev
     _detections(case, table, "eval/result", found, ("boxes_3d", "scores_3d", "labels_3d"))
 
 
-def _detections(
-    case: Case, table: Table, name: str, found: dict[str, Tensor], called: tuple[str, str, str]
-) -> None:
+def _detections(case: Case, table: Table, name: str, found: dict[str, Tensor], called: tuple[str, str, str]) -> None:
     made = {k: found[k][0][found["valid"][0]].cpu() for k in ("boxes", "scores", "labels")}
     noise = tuple(case.noise("eval", f"{name.removeprefix('eval/')}/{k}") for k in called[:2])
     stored = len(case.outputs[f"{name}/{called[0]}"])

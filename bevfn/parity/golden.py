@@ -19,7 +19,6 @@ from torch import Tensor
 from bevfn.files import read_json
 from bevfn.upstream import checkpoints, recognise
 
-
 ROUNDING = 1e-6  # share of the whole gradient's norm below which a float32 step knows no parameter's
 
 

@@ -6,6 +6,7 @@ Source: ../shared/goldens/bevnext_stage1 and bevnext_stage2, README.md and manif
 from bevfn.upstream.entries import Named, Names, conv_norm
 from bevfn.upstream.names_bevdepth import branch, depth_net, residual_block, resnet_below
 
+
 def detector(params: dict) -> Names:
     """Either stage, in upstream's order."""
     image, view, bev, head = (params[part] for part in ("image", "view", "bev", "head"))

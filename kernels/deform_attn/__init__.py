@@ -62,7 +62,12 @@ def _check(
         )
     if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
         raise ValueError(f"deform_attn: sizes {sizes} must be (H, W) of each level, at least one level and one pixel.")
-    (B, S, h, _), (_, Q, _, _, P, _), L = value.shape, locations.shape, len(sizes)
+    (B, S, h, d), (_, Q, _, _, P, _), L = value.shape, locations.shape, len(sizes)
+    if min(h, d, P) < 1:
+        raise ValueError(
+            f"deform_attn needs at least one head, channel and point, got value {list(value.shape)} and locations "
+            f"{list(locations.shape)}."
+        )
     if S != sum(height * width for height, width in sizes):
         raise ValueError(
             f"deform_attn: value {list(value.shape)} must be [B S h d] with S = "

@@ -46,6 +46,10 @@ template <class T>
 using Lines = std::unique_ptr<Line<T>[]>;
 
 template <class T>
+inline Vector<T> all(T x) {
+  return x - Vector<T>{};
+}
+template <class T>
 inline void store(T* to, Vector<T> x) {
   *reinterpret_cast<typename Lanes<T>::Unaligned*>(to) = x;
 }
@@ -122,47 +126,54 @@ struct Size {  // as cpu.py passes it
 // The samples of one query and head.
 template <class T>
 struct Taps {
-  std::vector<int64_t> place;  // in a plane, of the pixel above and to the left
+  std::vector<int32_t> place;  // in a plane, of the pixel above and to the left
   std::vector<T> y, x;         // how far the sample is from it
   std::vector<T> share[4];     // (y0 x0), (y0 x1), (y1 x0), (y1 x1): bilinear weight times the sample's own
-  std::vector<char> inside;
 
-  explicit Taps(const Size& s) : place(s.taps()), y(s.taps()), x(s.taps()), inside(s.taps()) {
+  explicit Taps(const Size& s) : place(s.taps()), y(s.taps()), x(s.taps()) {
     for (auto& part : share) part.resize(s.taps());
   }
 
   // False if all of them are outside.
   bool read(const Size& s, const T* locations, const T* weights) {
-    char any = 0;
-    for (size_t l = 0; l < s.levels.size(); ++l) any |= read_level(s.levels[l], s.nowhere, l * s.P, (l + 1) * s.P, locations, weights);
+    int32_t any = 0;
+    for (size_t l = 0; l < s.levels.size(); ++l)
+      any |= read_level(s.levels[l], int32_t(s.nowhere), s.P, l * s.P, locations + 2 * l * s.P, weights + l * s.P);
     return any;
   }
 
  private:
-  char read_level(const Level& level, int64_t nowhere, int64_t begin, int64_t end, const T* locations, const T* weights) {
-    char any = 0;
+  // Two loops without a branch, so that the compiler makes vectors of them.
+  int32_t read_level(const Level& level, int32_t nowhere, int64_t P, int64_t first, const T* locations, const T* weights) {
+    int32_t *to_place = place.data() + first, any = 0;
+    T *to_y = y.data() + first, *to_x = x.data() + first;
+    T *a = share[0].data() + first, *b = share[1].data() + first;
+    T *c = share[2].data() + first, *e = share[3].data() + first;
     const T height = T(level.height), width = T(level.width);
-    for (int64_t t = begin; t < end; ++t) {
-      T px = locations[2 * t] * width - T(0.5), py = locations[2 * t + 1] * height - T(0.5);
-      px = px > -1 ? px : T(-1);  // of NaN too; so that an integer holds it
-      py = py > -1 ? py : T(-1);
-      px = px < width ? px : width;
-      py = py < height ? py : height;
-      const char here = (px > -1) & (px < width) & (py > -1) & (py < height);
-      int32_t column = int32_t(px), row = int32_t(py);
-      column -= T(column) > px;
-      row -= T(row) > py;
-      const T fx = px - T(column), fy = py - T(row), weight = here ? weights[t] : T(0);
-      const int64_t at = level.place + int64_t(row + 1) * level.row() + column + 1;
-      place[t] = here ? at : nowhere;
-      y[t] = fy;
-      x[t] = fx;
-      share[0][t] = (1 - fy) * (1 - fx) * weight;
-      share[1][t] = (1 - fy) * fx * weight;
-      share[2][t] = fy * (1 - fx) * weight;
-      share[3][t] = fy * fx * weight;
-      inside[t] = here;
+    const int32_t row_step = int32_t(level.row()), origin = int32_t(level.place) + row_step + 1;
+#pragma GCC ivdep
+    for (int64_t t = 0; t < P; ++t) {
+      const T px = locations[2 * t] * width - T(0.5), py = locations[2 * t + 1] * height - T(0.5);
+      const int32_t here = (px > -1) & (px < width) & (py > -1) & (py < height);  // 0 for NaN
+      to_x[t] = here ? px : T(0);  // an integer can hold it
+      to_y[t] = here ? py : T(0);
+      to_place[t] = here;
       any |= here;
+    }
+#pragma GCC ivdep
+    for (int64_t t = 0; t < P; ++t) {
+      int32_t column = int32_t(to_x[t]), row = int32_t(to_y[t]);
+      column -= T(column) > to_x[t];
+      row -= T(row) > to_y[t];
+      const T x = to_x[t] - T(column), y = to_y[t] - T(row), own = weights[t];
+      const int32_t at = origin + row * row_step + column;
+      to_place[t] = to_place[t] ? at : nowhere;
+      to_x[t] = x;
+      to_y[t] = y;
+      a[t] = (1 - y) * (1 - x) * own;
+      b[t] = (1 - y) * x * own;
+      c[t] = y * (1 - x) * own;
+      e[t] = y * x * own;
     }
     return any;
   }
@@ -203,18 +214,19 @@ template <class T, int NV>
 void sum_samples(const Size& s, const Line<T>* plane, const Taps<T>& taps, int64_t first, T* out) {
   const int64_t vectors = s.vectors<T>();
   Vector<T> upper[NV] = {}, lower[NV] = {};
-  for (size_t l = 0; l < s.levels.size(); ++l)
-    for (int64_t t = l * s.P; t < int64_t(l + 1) * s.P; ++t) {
+  for (size_t l = 0; l < s.levels.size(); ++l) {
+    const int64_t below = s.levels[l].row() * vectors, end = int64_t(l + 1) * s.P;
+    for (int64_t t = end - s.P; t < end; ++t) {
       const Line<T>* a = plane + taps.place[t] * vectors + first;
-      const Line<T>*b = a + vectors, *c = a + s.levels[l].row() * vectors, *e = c + vectors;
-      const Vector<T> zero = {};
-      const Vector<T> wa = zero + taps.share[0][t], wb = zero + taps.share[1][t];
-      const Vector<T> wc = zero + taps.share[2][t], we = zero + taps.share[3][t];
+      const Line<T>*b = a + vectors, *c = a + below, *e = c + vectors;
+      const Vector<T> wa = all(taps.share[0][t]), wb = all(taps.share[1][t]);
+      const Vector<T> wc = all(taps.share[2][t]), we = all(taps.share[3][t]);
       for (int v = 0; v < NV; ++v) {
         upper[v] = fused<T>(wb, b[v].v, fused<T>(wa, a[v].v, upper[v]));
         lower[v] = fused<T>(we, e[v].v, fused<T>(wc, c[v].v, lower[v]));
       }
     }
+  }
   for (int v = 0; v < NV; ++v) store<T>(out + v * Lanes<T>::n, upper[v] + lower[v]);
 }
 
@@ -228,35 +240,39 @@ void spread_samples(const Size& s, const Line<T>* plane, const Taps<T>& taps, in
   const int64_t vectors = s.vectors<T>();
   Vector<T> g[NV];
   for (int v = 0; v < NV; ++v) g[v] = grad[first + v].v;
-  for (size_t l = 0; l < s.levels.size(); ++l)
-    for (int64_t t = l * s.P; t < int64_t(l + 1) * s.P; ++t) {
-      const int64_t below = s.levels[l].row() * vectors, corner[4] = {0, vectors, below, below + vectors};
+  for (size_t l = 0; l < s.levels.size(); ++l) {
+    const int64_t below = s.levels[l].row() * vectors, corner[4] = {0, vectors, below, below + vectors};
+    const int64_t end = int64_t(l + 1) * s.P;
+    for (int64_t t = end - s.P; t < end; ++t) {
       const int64_t at = taps.place[t] * vectors + first;
       Vector<T> product[4];
       for (int i = 0; i < 4; ++i) {
         const Line<T>* from = plane + at + corner[i];
         Line<T>* to = grad_plane + at + corner[i];
-        const Vector<T> share = Vector<T>{} + taps.share[i][t];
+        const Vector<T> share = all(taps.share[i][t]);
         product[i] = g[0] * from[0].v;
         for (int v = 1; v < NV; ++v) product[i] = fused<T>(g[v], from[v].v, product[i]);
         for (int v = 0; v < NV; ++v) to[v].v = fused<T>(share, g[v], to[v].v);
       }
       add_sums<T>(product, dots + 4 * t);
     }
+  }
 }
 
 // dots [taps][4] -> gradients of the locations [taps][2] and weights [taps].
 template <class T>
-void finish(const Size& s, const Taps<T>& taps, const T* dots, const T* weights, T* grad_locations, T* grad_weights) {
+void finish(const Size& s, const Taps<T>& taps, const T* dots, const T* weights, T* __restrict grad_locations,
+            T* __restrict grad_weights) {
   for (size_t l = 0; l < s.levels.size(); ++l) {
     const T height = T(s.levels[l].height), width = T(s.levels[l].width);
-    for (int64_t t = l * s.P; t < int64_t(l + 1) * s.P; ++t) {
-      const T *dot = dots + 4 * t, y = taps.y[t], x = taps.x[t];
-      const T upper = dot[0] * (1 - x) + dot[1] * x, lower = dot[2] * (1 - x) + dot[3] * x;
-      const T right = (dot[1] - dot[0]) * (1 - y) + (dot[3] - dot[2]) * y;
-      grad_weights[t] = taps.inside[t] ? upper * (1 - y) + lower * y : T(0);
-      grad_locations[2 * t] = taps.inside[t] ? right * weights[t] * width : T(0);
-      grad_locations[2 * t + 1] = taps.inside[t] ? (lower - upper) * weights[t] * height : T(0);
+    const int64_t end = int64_t(l + 1) * s.P;
+    const T *ys = taps.y.data(), *xs = taps.x.data();
+    for (int64_t t = end - s.P; t < end; ++t) {
+      const T a = dots[4 * t], b = dots[4 * t + 1], c = dots[4 * t + 2], e = dots[4 * t + 3], y = ys[t], x = xs[t];
+      const T upper = a * (1 - x) + b * x, lower = c * (1 - x) + e * x, right = (b - a) * (1 - y) + (e - c) * y;
+      grad_weights[t] = upper * (1 - y) + lower * y;
+      grad_locations[2 * t] = right * weights[t] * width;
+      grad_locations[2 * t + 1] = (lower - upper) * weights[t] * height;
     }
   }
 }
