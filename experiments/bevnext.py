@@ -230,9 +230,7 @@ def unready(config: Config) -> str:
     )
 
 
-def begin(
-    params: dict, state: dict, loaded: upstream.Loaded, *, config: Config
-) -> tuple[dict, dict, upstream.Merge]:
+def begin(params: dict, state: dict, loaded: upstream.Loaded, *, config: Config) -> tuple[dict, dict, upstream.Merge]:
     """The trees with what the files of --pretrained have: stage 2's with stage 1's leaves of the same shape, and in both
     stages parts such as an image backbone, which must fit as a whole.
 
