@@ -14,7 +14,7 @@ from bevfn import catalogue
 from bevfn.commands import graph as command
 from bevfn.commands.graph import graph
 from bevfn.kernels.voxel_pool import voxel_pool
-from bevfn.models import bevdepth
+from bevfn.models import bevdepth, bevnext
 
 ge_graphs.need_torchair()
 EXPERIMENTS = catalogue.EXPERIMENTS
@@ -42,6 +42,11 @@ LIMITS = {
     "published": {"loss/total": 1e-3, "grad_norm": 1e-2, "leaves": 5e-2},
 }
 
+# BEVNeXt's deformable convolution starts with offsets of 0, where the slope of bilinear sampling jumps: behind the first,
+# tiny update rounding chooses the side. Measured: that weight 0.21, all gradients together 1.1e-2, where parameters moved
+# by 1e-7 change eager's own by 2e-3 to 5e-3 (most cells of its map are empty, and batch norms cancel what they share).
+KINKS = {"bevnext": {"leaves": 0.4}}
+
 
 STEPS = 2
 
@@ -50,22 +55,35 @@ STEPS = 2
 def few_pixels(monkeypatch):
     """The camera models' mini size with a quarter of its pixels and cells and one block a stage: the graph's operators are the
     same, and half of the suite's time went into executing them, fp16 convolutions above all."""
-    mini = bevdepth.mini
+    cells = {"cell": (3.2, 3.2), "cells": (32, 32)}
 
-    def smaller(config):
-        made = mini(config)
+    def smaller(made):
         grid = replace(made.grid, image_size=(64, 192), x_m=(-51.2, 51.2, 3.2), y_m=(-51.2, 51.2, 3.2))
-        backbone = replace(made.backbone, blocks=(1, 1, 1, 1))
-        return replace(made, backbone=backbone, grid=grid, head=replace(made.head, cell=(3.2, 3.2), cells=(32, 32)))
+        return {"backbone": replace(made.backbone, blocks=(1, 1, 1, 1)), "grid": grid}
 
-    monkeypatch.setattr(bevdepth, "mini", smaller)
+    def small_bevdepth(config, mini=bevdepth.mini):
+        made = mini(config)
+        return replace(made, head=replace(made.head, **cells), **smaller(made))
+
+    def small_bevnext(config, mini=bevnext.mini):
+        made = mini(config)
+        head = replace(made.head, head=replace(made.head.head, **cells))
+        return replace(made, head=head, random_field=replace(made.random_field, iterations=2), **smaller(made))
+
+    monkeypatch.setattr(bevdepth, "mini", small_bevdepth)
+    monkeypatch.setattr(bevnext, "mini", small_bevnext)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_is_one_static_graph_that_trains_like_eager(experiment, precision, few_pixels, tmp_path, capsys):
+STEPS_OF = [(experiment, None, precision) for experiment in EXPERIMENTS for precision in ("fp32", "fp16")]
+STEPS_OF += [("bevnext", "bevnext-stage2", "fp16")]  # with earlier frames, in one call
+
+
+@pytest.mark.parametrize(("experiment", "model", "precision"), STEPS_OF)
+def test_an_experiment_is_one_static_graph_that_trains_like_eager(
+    experiment, model, precision, few_pixels, tmp_path, capsys
+):
     code = graph(
-        experiment, scale="mini", precision=precision, execute=STEPS, json_file=tmp_path / "g.json",
+        experiment, model=model, scale="mini", precision=precision, execute=STEPS, json_file=tmp_path / "g.json",
         out=tmp_path / "o",
     )  # fmt: skip
     printed = capsys.readouterr().out
@@ -77,16 +95,18 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(experiment, pr
         assert made["nodes"] == sum(made["types"].values())
         assert made["families"]["matrix products"]["gflop"] > 0 and made["bytes"]["activations"] > 0
     files = sorted(path.name for path in (tmp_path / "o").iterdir())
-    assert files == [f"{experiment}_mini_{precision}_{s}.{e}" for s in ("inference", "train") for e in ("air", "pbtxt")]
+    assert files == [
+        f"{model or experiment}_mini_{precision}_{s}.{e}" for s in ("inference", "train") for e in ("air", "pbtxt")
+    ]
     compared = figures["steps"]["train"]["execute"]
     assert compared["steps"] == STEPS
-    check(compared, precision)
+    check(compared, precision, experiment)
 
 
-def check(compared, case):
+def check(compared, case, experiment):
     assert compared["skipped"] == 0
     errors = {**compared["metrics"], "leaves": compared["worst"]["leaves"][1]}
-    for what, limit in LIMITS[case].items():
+    for what, limit in {**LIMITS[case], **KINKS.get(experiment, {})}.items():
         assert errors[what] <= limit, (what, errors[what])
 
 
@@ -95,7 +115,7 @@ def check(compared, case):
 def test_the_published_size_trains_like_eager(experiment, tmp_path):
     assert graph(experiment, execute=1, batch_size=1, json_file=tmp_path / "g.json") == 0
     figures = json.loads((tmp_path / "g.json").read_text())
-    check(figures["steps"]["train"]["execute"], "published")
+    check(figures["steps"]["train"]["execute"], "published", experiment)
 
 
 @pytest.mark.parametrize("ops, kind", [("stock", "InplaceIndexAdd"), ("drivingsdk", "BEVPoolV3")])
