@@ -108,6 +108,10 @@ class Config(run.Config):
         super().__post_init__()
         if self.model in NETWORKS and not self.model.endswith(f"stage{self.stage}"):
             raise ValueError(f"--stage {self.stage} is not the stage of --model {self.model}; leave one of them out")
+        if self.norm_momentum is not None:
+            raise ValueError(
+                "--norm-momentum is of batch norms published with 0.01, and BEVNeXt has none; leave it out"
+            )
 
 
 STAGE_1 = Config()
@@ -180,11 +184,9 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 
 
 def sized(config: Config, model: bevnext.Config) -> bevnext.Config:
-    """The network at the config's scale, with the config's depth loss and batch norms."""
+    """The network at the config's scale, with the config's depth loss."""
     if config.scale == "mini":
         model = bevnext.mini(model)
-    if config.norm_momentum is not None:
-        model = bevnext.with_norm_momentum(model, config.norm_momentum)
     return replace(model, depth_loss_weight=config.depth_loss)
 
 

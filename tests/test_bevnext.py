@@ -323,7 +323,7 @@ def test_published_stages_and_their_mini_sizes_are_consistent(make):
     assert outputs["bev"]["map"].shape == (1, config.frames * config.depth.context, *config.grid.cells)
     assert make().head.head.code_weights[-1] == (0.2 if make().frames == 1 else 1.0)
     assert bevnext.needs(make()).frames == make().frames
-    assert bevnext.with_norm_momentum(config, 0.1) == config and config.frozen == ()
+    assert config.frozen == ()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():

@@ -119,13 +119,20 @@ def test_the_stage_chooses_the_model_and_its_defaults():
     assert run.parse(bevnext.DEFAULTS, ["--stage", "2"]).scale == "mini"  # the synthetic world's
 
 
-@pytest.mark.parametrize("words", [("--stage", "2", "--model", ONE), ("--model=bevnext-pers-stage2", "--stage=1")])
-def test_a_stage_that_is_not_the_models_is_one_sentence(words, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words, what",
+    [
+        (("--stage", "2", "--model", ONE), "is not the stage of --model bevnext-"),
+        (("--model=bevnext-pers-stage2", "--stage=1"), "is not the stage of --model bevnext-"),
+        (("--norm-momentum", "0.1"), "BEVNeXt has none; leave it out"),
+    ],
+)
+def test_flags_that_contradict_the_model_are_one_sentence(words, what, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bevnext", *words])
     with pytest.raises(SystemExit) as stop:
         run.cli(bevnext.DEFAULTS, bevnext.task, bevnext.__doc__)
     said = " ".join("".join(capsys.readouterr()).replace("│", " ").split())
-    assert stop.value.code == 2 and "is not the stage of --model bevnext-" in said and "Traceback" not in said
+    assert stop.value.code == 2 and what in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("words", [("--stage", "3"), ("--model", "bevnext-stage3")])

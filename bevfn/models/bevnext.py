@@ -153,11 +153,6 @@ def mini(config: Config) -> Config:
     )
 
 
-def with_norm_momentum(config: Config, momentum: float) -> Config:
-    """The config as it is: no batch norm of BEVNeXt is published with a momentum of 0.01, all have 0.1."""
-    return config
-
-
 def init(config: Config, seed: int) -> tuple[dict, dict]:
     """(params, state): the pytrees of float32 parameters and batch-norm statistics; same seed, same bytes."""
     generator = torch.Generator().manual_seed(seed)
