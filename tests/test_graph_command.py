@@ -44,8 +44,9 @@ LIMITS = {
 
 # BEVNeXt's deformable convolution starts with offsets of 0, where the slope of bilinear sampling jumps: behind the first,
 # tiny update rounding chooses the side. Measured: that weight 0.21, all gradients together 1.1e-2, where parameters moved
-# by 1e-7 change eager's own by 2e-3 to 5e-3 (most cells of its map are empty, and batch norms cancel what they share).
-KINKS = {"bevnext": {"leaves": 0.4}}
+# by 1e-7 change eager's own by 2e-3 to 5e-3 (most cells of its map are empty, and batch norms cancel what they share);
+# gradient norm 1.4e-3 in stage 2, and 6.5e-2 in fp16.
+KINKS = {"bevnext": {"fp32": {"grad_norm": 5e-3, "leaves": 0.4}, "fp16": {"grad_norm": 0.2, "leaves": 0.6}}}
 
 
 STEPS = 2
@@ -74,8 +75,14 @@ def few_pixels(monkeypatch):
     monkeypatch.setattr(bevnext, "mini", small_bevnext)
 
 
-STEPS_OF = [(experiment, None, precision) for experiment in EXPERIMENTS for precision in ("fp32", "fp16")]
-STEPS_OF += [("bevnext", "bevnext-stage2", "fp16")]  # with earlier frames, in one call
+STEPS_OF = [
+    pytest.param(
+        experiment, None, precision, marks=pytest.mark.slow if (experiment, precision) == ("bevnext", "fp32") else ()
+    )
+    for experiment in EXPERIMENTS
+    for precision in ("fp32", "fp16")
+]
+STEPS_OF += [("bevnext", "bevnext-stage2", "fp32")]  # with earlier frames, in one call
 
 
 @pytest.mark.parametrize(("experiment", "model", "precision"), STEPS_OF)
@@ -106,7 +113,7 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(
 def check(compared, case, experiment):
     assert compared["skipped"] == 0
     errors = {**compared["metrics"], "leaves": compared["worst"]["leaves"][1]}
-    for what, limit in {**LIMITS[case], **KINKS.get(experiment, {})}.items():
+    for what, limit in {**LIMITS[case], **KINKS.get(experiment, {}).get(case, {})}.items():
         assert errors[what] <= limit, (what, errors[what])
 
 
