@@ -393,6 +393,17 @@ def test_recordings_that_are_not_valid_are_missing(world):
     assert "CAM_BACK_WIDE" not in first.cameras and first.sweeps == () and len(second.sweeps) == 1
 
 
+def test_rows_that_are_not_valid_in_a_circle_are_one_sentence(world):
+    def circle(content: list[dict]) -> None:
+        first, second = (row for row in content if "LIDAR" in row["filename"] and not row["filename"].endswith("2.pcd.bin"))
+        for row, other in ((first, second), (second, first)):
+            row.update(is_valid=False, prev=other["token"])
+
+    change(world, "sample_data", circle)
+    with pytest.raises(ValueError, match=r"id-one/0: row .* of sample_data.json has its `prev` in another sensor or time\."):
+        of(world)
+
+
 def test_unknown_categories_are_left_out_and_refused_where_there_is_no_other(world):
     change(world, "category", lambda content: content[0].update(name="hover.board"))
     with pytest.warns(

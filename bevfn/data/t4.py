@@ -235,16 +235,18 @@ class Tables:
         return self.get("category", self.get("instance", annotation["instance_token"])["category_token"])["name"]
 
     def previous(self, scan: Row) -> Row | None:
-        """The valid scan before, of the same sensor."""
-        before = scan
-        while before.get("prev"):
-            before = self.get("sample_data", before["prev"])
-            if self.channel(before) != self.channel(scan) or before["timestamp"] >= scan["timestamp"]:
+        """The valid scan before, of the same sensor. Raises Impossible."""
+        after = scan
+        while after.get("prev"):
+            before = self.get("sample_data", after["prev"])
+            # ever earlier, also where rows are passed over: rows in a circle end here
+            if self.channel(before) != self.channel(after) or before["timestamp"] >= after["timestamp"]:
                 raise Impossible(
-                    f"row {printable(scan['token'])} of sample_data.json has its `prev` in another sensor or time"
+                    f"row {printable(after['token'])} of sample_data.json has its `prev` in another sensor or time"
                 )
             if before.get("is_valid") is not False:
                 return before
+            after = before
         return None
 
 
