@@ -1,6 +1,8 @@
 """T4 data sets: the reader's own sample, and sets of another's writer, come out as they were put in; what is wrong is named."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from bevfn.data import batch, depth, points, scene, source, sweeps, t4, t4_folders
+from bevfn.data import batch, depth, points, scene, source, sweeps, t4, t4_check, t4_folders
 from bevfn.data.index import Index, join, pack
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.data.t4_classes import CLASSES, Rules
@@ -395,12 +397,16 @@ def test_recordings_that_are_not_valid_are_missing(world):
 
 def test_rows_that_are_not_valid_in_a_circle_are_one_sentence(world):
     def circle(content: list[dict]) -> None:
-        first, second = (row for row in content if "LIDAR" in row["filename"] and not row["filename"].endswith("2.pcd.bin"))
+        first, second = (
+            row for row in content if "LIDAR" in row["filename"] and not row["filename"].endswith("2.pcd.bin")
+        )
         for row, other in ((first, second), (second, first)):
             row.update(is_valid=False, prev=other["token"])
 
     change(world, "sample_data", circle)
-    with pytest.raises(ValueError, match=r"id-one/0: row .* of sample_data.json has its `prev` in another sensor or time\."):
+    with pytest.raises(
+        ValueError, match=r"id-one/0: row .* of sample_data.json has its `prev` in another sensor or time\."
+    ):
         of(world)
 
 
@@ -472,6 +478,31 @@ def test_clouds_of_other_fields_are_refused(world):
     path.write_bytes(cloud.astype("<f4").tobytes())
     with pytest.raises(ValueError, match=r"00000.pcd.bin: .* which fits four float32 a point; write"):
         scene.load(index, 0, Reading(points=Points(sweeps=0), class_names=CLASSES))
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("/dev/zero", r"/dev/zero, an info_filename of sample_data.json, is not below the scene's folder\."),
+        ("../../../../etc/passwd", r"passwd, an info_filename of sample_data.json, is not below the scene's folder\."),
+        (7, r"7, an info_filename of sample_data.json, is not below"),
+        ("data/pipe", r"data/pipe, which describes a point file, cannot be read \(there is no such file\)\."),
+        ("data", r"data, which describes a point file, cannot be read \(there is no such file\)\."),
+        ("data/list.json", r"cannot be read \(it holds a list, not a dict\)\."),
+        ("data/large.json", r"cannot be read \(1,048,577 bytes, more than 1,048,576\)\."),
+    ],
+)
+def test_descriptions_of_clouds_are_files_of_the_scene(world, name, says):
+    folder = world / "db_a_v1/id-one/0/data"
+    os.mkfifo(folder / "pipe")
+    (folder / "list.json").write_text("[]")
+    (folder / "large.json").write_text(" " * (2**20 + 1))
+    change(world, "sample_data", lambda rows: [row.update(info_filename=name) for row in rows])
+    with pytest.raises(ValueError, match=says) as error:
+        of(world)
+    assert "\n" not in str(error.value)
+    refused = [finding for finding in t4_check.check(world, deep=True).findings if finding.kind == "refused"]
+    assert len(refused) == 1 and re.search(says.removesuffix("\\."), refused[0].what)
 
 
 def test_intensities_of_simulators_pass(made, tmp_path):

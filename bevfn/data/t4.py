@@ -26,12 +26,13 @@ from bevfn.data.rows import Impossible, Row
 from bevfn.data.t4_classes import Objects, Rules
 from bevfn.data.t4_folders import LIDARS, TABLES, Scene
 from bevfn.files import read_json
-from bevfn.names import printable
+from bevfn.names import leaves, printable
 
 VERSION = "T4"  # of an Index
 ANNOTATIONS = "sample_annotation"
 APART = 1.5  # s, at most, between two annotations that a velocity is measured from; twice that over both neighbours
 LEVELS = {"v80-100": "full", "v60-80": "most", "v40-60": "partial", "v0-40": "none"}  # other names of visibilities
+DESCRIBED = 2**20  # bytes of a point cloud's description, at most; it has a few LiDARs
 FORMAT = 1  # of the cache file
 NO_FRAMES = pack(())
 SCHEMA = tables.Schema(
@@ -338,12 +339,27 @@ def _check_clouds(own: Tables, folder: Path) -> None:
     described = next((row["info_filename"] for row in scans if row.get("info_filename")), None)
     if described is None:
         return
-    try:
-        told = read_json((folder / str(described)).read_bytes())
-        columns = told.get("num_pts_feats", points.COLUMNS)
-    except (OSError, ValueError, AttributeError) as error:
-        raise Impossible(f"{printable(described)}, which describes a point file, cannot be read ({error})") from None
+    columns = description(folder, described).get("num_pts_feats", points.COLUMNS)
     if columns != points.COLUMNS:
         raise Impossible(
             f"{printable(described)} says that points have {columns} numbers; write {points.COLUMNS} (x, y, z, intensity, ring)"
         )
+
+
+def description(folder: Path, name: object) -> dict[str, Any]:
+    """What a scan's `info_filename` holds: of how many numbers a point is, and which LiDAR's points lie where. Raises Impossible
+    for a name that is not of a file of the scene's folder, or of one that is no such description."""
+    if not isinstance(name, str) or leaves(name):
+        raise Impossible(f"{printable(name)}, an info_filename of sample_data.json, is not below the scene's folder")
+    path, what = folder / name, f"{printable(name)}, which describes a point file, cannot be read"
+    if not tables.is_file(path):  # a pipe or device would never end
+        raise Impossible(f"{what} (there is no such file)")
+    if (size := path.stat().st_size) > DESCRIBED:
+        raise Impossible(f"{what} ({size:,} bytes, more than {DESCRIBED:,})")
+    try:
+        told = read_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Impossible(f"{what} ({error})") from None
+    if not isinstance(told, dict):
+        raise Impossible(f"{what} (it holds a {type(told).__name__}, not a dict)")
+    return told

@@ -18,7 +18,6 @@ from bevfn.data.check import OUTSIDE, Inspection, Part, Problem
 from bevfn.data.index import Index, Packed
 from bevfn.data.t4_folders import Scene
 from bevfn.data.values import Finding, some
-from bevfn.files import read_json
 from bevfn.names import leaves, printable, sentence
 
 DROPS = values.Drops(reach=122.4, sensors="LiDAR")  # of AWML's recipes
@@ -305,7 +304,7 @@ def _bends(distortion: object) -> bool:
 def _is_untiled(base: Path, scene: Scene, row: dict) -> bool:
     """Whether the description of a concatenated cloud does not tell, LiDAR by LiDAR, of all its points."""
     try:
-        told = read_json((base / scene.path(row["info_filename"])).read_bytes())
+        told = t4.description(base / scene.folder, row["info_filename"])
         spans = sorted((int(s["idx_begin"]), int(s["length"])) for s in told["sources"])
         size = (base / scene.path(row["filename"])).stat().st_size // points.BYTES
     except (OSError, ValueError, KeyError, TypeError):
