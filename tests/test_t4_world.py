@@ -245,13 +245,15 @@ def test_what_is_odd_is_said_with_what_follows(root, name):
         assert not report.good and "problem" in text
 
 
-def test_splits_that_share_scenes_are_found(root):
+def test_splits_that_share_scenes_are_found(root, capsys):
     name = Path(written.home(0, 0)).parent.name
     (root / "splits.json").write_text(json.dumps({"mine": [name], "other": [name]}))
     assert t4_check.check(root).good
     report = t4_check.check(root, training="mine", evaluation="other")
     (found,) = report.findings
     assert found.kind == "refused" and f"mine and other share 1 scenes, such as db_bevfn_v1/{name}" in found.what
+    assert data.check(root, train_split="mine", eval_split="other") == 1 and found.what in capsys.readouterr().out
+    assert data.check(root, train_split="mine", eval_split="mine") == 0
     assert not [f for f in t4_check.check(root, training="mine", evaluation="mine").findings if f.kind == "refused"]
 
 
