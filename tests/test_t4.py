@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from bevfn.data import batch, depth, points, scene, source, sweeps, t4, t4_check, t4_folders
+from bevfn.data import batch, cameras, depth, points, scene, source, sweeps, t4, t4_check, t4_folders
 from bevfn.data.index import Index, join, pack
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.data.t4_classes import CLASSES, Rules
@@ -173,6 +173,25 @@ def test_a_batch_of_any_cameras_is_read_and_depth_is_prepared_by_path(made, tmp_
     assert len(list(files.rglob("00000.jpg.bin"))) == 6  # two scenes, three cameras
     for place, read in enumerate(samples):
         np.testing.assert_array_equal(scene.load(index, place, reading).depth, read.depth)
+
+
+def test_scenes_of_one_name_stay_apart_in_time(made, tmp_path):
+    """Two cars that drive at the same time: history is of the car's own scene."""
+    import small_t4
+
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        small_t4.write(root / "db" / name / "0", seed=9, name=name, frames=2)
+        change(root, "scene", lambda rows: rows[0].update(name="tour"), name)
+    index = t4.index(root)
+    assert [frame.scene for frame in index] == ["db/a", "db/a", "db/b", "db/b"]
+    for place, frame in enumerate(index):
+        seen = cameras.key_frames(index, place, 3, "time")
+        assert {one.scene for one in seen} == {frame.scene}
+    (note,) = [one for one in t4_check.check(root).findings if "scene.json" in one.what]
+    assert (
+        note.what == "2 scenes have names of others in scene.json, such as 'tour' of db/a, db/b" and note.kind == "note"
+    )
 
 
 # --- velocities ---

@@ -81,7 +81,7 @@ class Frame:
     token: str
     """The sample's token."""
     scene: str
-    """The scene's name; "" where the source does not say."""
+    """The scene's name, of T4 its folder without the revision; "" where the source does not say. No two scenes share one."""
     previous: str
     """Token of the previous key frame of the scene; "" for the first one."""
     timestamp: float

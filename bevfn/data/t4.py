@@ -33,7 +33,7 @@ ANNOTATIONS = "sample_annotation"
 APART = 1.5  # s, at most, between two annotations that a velocity is measured from; twice that over both neighbours
 LEVELS = {"v80-100": "full", "v60-80": "most", "v40-60": "partial", "v0-40": "none"}  # other names of visibilities
 DESCRIBED = 2**20  # bytes of a point cloud's description, at most; it has a few LiDARs
-FORMAT = 1  # of the cache file
+FORMAT = 2  # of the cache file
 NO_FRAMES = pack(())
 SCHEMA = tables.Schema(
     ends=(*tables.ENDS, "sample_data.sample_token"),  # which only key frames have
@@ -268,7 +268,7 @@ def _frame(own: Tables, scene: Scene, sample: Row, rules: Rules) -> Frame | None
     swept = rows.sweeps(own.get, lidar, lidar_from_global, own.previous)
     return Frame(
         token=sample["token"],
-        scene=own.get("scene", sample["scene_token"])["name"] or scene.name,
+        scene=scene.name,  # names of scene.json may be those of other scenes
         previous=sample.get("prev") or "",
         timestamp=1e-6 * lidar["timestamp"],
         lidar_path=scene.path(lidar["filename"]),

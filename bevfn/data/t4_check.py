@@ -50,6 +50,8 @@ class _Look:
     broken: tuple[Problem, ...]
     lost_maps: tuple[Problem, ...]
     maps: int
+    title: str
+    """the scene's name in scene.json"""
     samples: int
     classes: Counter[str]
     """annotations by what AWML's rules make of them"""
@@ -94,7 +96,7 @@ def check(
         parts += more
         problems += bad
         facts.append(_annotations(looks.values()))
-        findings += [*_scenes(looks), *_categories(looks.values())]
+        findings += [*_scenes(looks), *_titles(looks), *_categories(looks.values())]
         for name, frames in packed.items():
             damaged = {problem.path for problem in bad}
             index = Index(base, t4.VERSION, name, frames)
@@ -176,6 +178,7 @@ def _look(base: Path, scene: Scene, deep: bool) -> _Look:
         broken=tuple(broken),
         lost_maps=tuple(lost),
         maps=len(paths),
+        title="" if wrong else str(found["scene"][0]["name"]),
         samples=len(found.get("sample", [])),
         classes=Counter() if own is None else _classes(own, found),
         categories=Counter() if own is None else Counter(own.category(row) for row in found[t4.ANNOTATIONS]),
@@ -281,6 +284,19 @@ def _scenes(looks: dict[Scene, _Look]) -> Iterator[Finding]:
         if having:
             which = f"{len(having):,} of {len(looks):,} scenes (the first is {printable(next(iter(having)).name)})"
             yield Finding(f"{sum(having.values()):,} {what} in {which}", then, weight)
+
+
+def _titles(looks: dict[Scene, _Look]) -> Iterator[Finding]:
+    """Names that scenes share."""
+    named: dict[str, set[str]] = {}
+    for scene, look in looks.items():
+        named.setdefault(look.title, set()).add(scene.name)
+    shared = {title: sorted(names) for title, names in named.items() if title and len(names) > 1}
+    if shared:
+        title, names = next(iter(shared.items()))
+        such = f"such as '{printable(title)}' of {some(names)}"
+        what = f"{sum(map(len, shared.values())):,} scenes have names of others in scene.json, {such}"
+        yield Finding(what, "it tells them apart by their folders", "note")
 
 
 def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> dict[str, int]:
