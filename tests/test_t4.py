@@ -332,6 +332,22 @@ def test_lists_that_cannot_be_meant_are_refused(world, name, content, says):
         t4.index(world, "train")
 
 
+def test_two_revisions_of_a_scene_are_not_trained_on_and_scored(world):
+    """Converted again, the same drive has other tokens."""
+    one = world / "db_a_v1" / "id-one"
+    shutil.copytree(one / "0", one / "1")
+    tokens = [row["token"] for row in json.loads((one / "1/annotation/sample.json").read_text())]
+    for path in (one / "1/annotation").glob("*.json"):
+        path.write_text(re.sub("|".join(tokens), lambda token: token[0][::-1], path.read_text()))
+    (world / "db_a_v1.yaml").write_text("train:\n  - id-one/0\nval:\n  - id-one/1\n  - id-two/0\n")
+    with pytest.raises(
+        ValueError, match=r"1 of the 2 scenes of the evaluation split 'val', such as db_a_v1/id-one, are in th"
+    ):
+        source.open(world)
+    (refused,) = [one for one in t4_check.check(world).findings if one.kind == "refused"]
+    assert "the splits train and val share 1 scenes, such as db_a_v1/id-one" in refused.what
+
+
 def test_other_roots_are_no_t4(root, tmp_path):
     assert source.kind(root) == "nuscenes" and source.kind(tmp_path) == "nuscenes" and source.kind(None) == "synthetic"
     with pytest.raises(ValueError, match=r"has no T4 scene: no folder annotation/ in it, or in folders below it"):

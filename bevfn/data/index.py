@@ -414,6 +414,14 @@ class Index:
         return {token: i for i, token in enumerate(tokens)}
 
     @cached_property
+    def scenes(self) -> frozenset[str]:
+        """Names of its key frames' scenes, as far as they are known."""
+        if not isinstance(self.frames, Packed):
+            return frozenset(frame.scene for frame in self if frame.scene)
+        column = self.frames.columns
+        return frozenset(column["scene_words"][code].decode() for code in np.unique(column["scene"])) - {""}
+
+    @cached_property
     def by_time(self) -> np.ndarray:
         """[n] int64: the places of its key frames in order of time, of equal times in their own order."""
         packed = self.frames.columns["timestamp"] if isinstance(self.frames, Packed) else None

@@ -41,7 +41,7 @@ class Source:
             self._check_apart()
 
     def _check_apart(self) -> None:
-        """Raises ValueError where key frames of one split are in the other: scores would be of what was trained on."""
+        """Raises ValueError where key frames or scenes of one split are in the other: scores would be of what was trained on."""
         theirs = self.evaluation.positions
         if shared := [place for token, place in theirs.items() if token in self.training.positions]:
             scene = self.evaluation[shared[0]].scene
@@ -51,6 +51,14 @@ class Source:
                 f"evaluation split '{printable(self.evaluation.split)}' are in the training split "
                 f"'{printable(self.training.split)}' too{such}, so that it would be scored by what it learned; take them out of "
                 "one of the two (splits.json), or name others with --train-split and --eval-split"
+            )
+        if both := sorted(self.evaluation.scenes & self.training.scenes):  # in two revisions, say
+            raise ValueError(
+                f"{self.training.root} ({self.training.version}): {len(both):,} of the {len(self.evaluation.scenes):,} scenes of "
+                f"the evaluation split '{printable(self.evaluation.split)}', such as {printable(both[0])}, are in the training "
+                f"split '{printable(self.training.split)}' too, with other key frames (of another revision?), so that it would be "
+                "scored by what it learned; take them out of one of the two lists, or name others with --train-split and "
+                "--eval-split"
             )
 
 
