@@ -348,6 +348,18 @@ def test_two_revisions_of_a_scene_are_not_trained_on_and_scored(world):
     assert "the splits train and val share 1 scenes, such as db_a_v1/id-one" in refused.what
 
 
+def test_scenes_that_were_trained_on_are_told(world):
+    lists = world / "db_a_v1.yaml"
+    lists.write_text("train:\n  - id-one/0\nval:\n  - id-two/0\nmine:\n  - id-one/0\n  - id-two/0\n")
+    for root in (world, lists):
+        told = [source.trained_on(root, source.VERSION, None, split) for split in ("train", "val", "mine", "all")]
+        assert [" ".join(sentence.split()[:4]) for sentence in told] == ["1 of the 1", "", "1 of the 2", "1 of the 2"]
+    assert source.trained_on(world, source.VERSION, "val", "mine").startswith(
+        "1 of the 2 scenes of split 'mine' were trained"
+    )
+    assert source.trained_on(world / "db_a_v1/id-one", source.VERSION, None, "all").startswith("1 of the 1 scenes")
+
+
 def test_other_roots_are_no_t4(root, tmp_path):
     assert source.kind(root) == "nuscenes" and source.kind(tmp_path) == "nuscenes" and source.kind(None) == "synthetic"
     with pytest.raises(ValueError, match=r"has no T4 scene: no folder annotation/ in it, or in folders below it"):

@@ -159,12 +159,17 @@ def trained_on(root: Path | None, version: str, training: str | None, split: str
     """A sentence about the scenes of a split that a run on the split `training` (None: the default) was trained on; empty
     where there are none, or no splits. Raises ValueError for a wrong root or version."""
     root = WORLD if root is None else root
-    if root.is_file() or kind(root) == "frame":
+    found, present = kind(root), dict[str, list[str]]()
+    if found == "t4":
+        listed, defaults = t4_folders.splits(root, t4_folders.revision_of(version)), t4_folders.default_splits(root)
+        present |= {name: [scene.name for scene in members] for name, members in listed.items()}
+    elif root.is_file() or found == "frame":
         return ""
-    tables.check_root(root, version)
-    present, defaults = tables.splits(root, version), tables.default_splits(root, version) or ("", "")
-    scenes = present.get(split, [])
-    if not (seen := set(scenes) & set(present.get(training or defaults[0], ()))):
+    else:
+        tables.check_root(root, version)
+        present, defaults = tables.splits(root, version), tables.default_splits(root, version)
+    scenes, learned = set(present.get(split, [])), training or (defaults or ("",))[0]
+    if not (seen := scenes & set(present.get(learned, []))):
         return ""
     what = f"{len(seen):,} of the {len(scenes):,} scenes of split '{printable(split)}' were trained on"
     return f"{what}, so these scores say little about other data"
