@@ -320,6 +320,14 @@ def test_splits_are_awmls_lists_or_splits_json_or_all(world):
             "train:\n  - id-one/4\n",
             r"train names revision 4 of the scene 'id-one', which .*id-one has not; fetch",
         ),
+        (
+            "a.yaml",
+            "train:\n  - id-one/latest\n",
+            r"names revision latest of the scene 'id-one', which .*id-one has not",
+        ),
+        ("a.yaml", "train:\n  - id-one/0x/tokyo/taxi\n", r"names revision 0x of the scene"),
+        ("a.yaml", "train:\n  - id-one/../../x\n", r"names the scene 'id-one/../../x', which is not below it"),
+        ("a.yaml", "train:\n  - db_a_v1/id-one/3\n", r"names revision 3 of the scene 'db_a_v1/id-one'"),
         ("a.yaml", "docs: none\n", r"a.yaml has no lists of scenes, such as `train:` with a line"),
         ("a.yml", "a b:\n  - id-one/0\n", r"'a b' cannot name a split"),
         ("splits.json", '{"train": "id-one"}', r"splits.json: train must be a list of scenes"),
@@ -358,6 +366,21 @@ def test_scenes_that_were_trained_on_are_told(world):
         "1 of the 2 scenes of split 'mine' were trained"
     )
     assert source.trained_on(world / "db_a_v1/id-one", source.VERSION, None, "all").startswith("1 of the 1 scenes")
+
+
+def test_lists_name_any_revision_by_folder_but_none_where_there_are_none(world):
+    one = world / "db_a_v1" / "id-one"
+    shutil.copytree(one / "0", one / "3")
+    shutil.copytree(one / "0", world / "old")
+    lists = world / "splits.json"
+    for entry, folder in (("db_a_v1/id-one/0", "db_a_v1/id-one/0"), ("id-one/3", "db_a_v1/id-one/3"), ("old", "old")):
+        lists.write_text(json.dumps({"mine": [entry]}))
+        assert [scene.folder for scene in t4_folders.chosen(world, "mine")] == [folder]
+    lists.write_text(json.dumps({"mine": ["old/7"]}))
+    with pytest.raises(
+        ValueError, match=r"mine names revision 7 of the scene 'old', which .*/old has not; fetch it, or"
+    ):
+        t4_folders.chosen(world, "mine")
 
 
 def test_other_roots_are_no_t4(root, tmp_path):
