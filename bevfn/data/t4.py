@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from bevfn.data import building, faults, points, rows, stored, t4_classes, t4_folders, tables
+from bevfn.data import building, faults, points, possible, rows, stored, t4_classes, t4_folders, tables
 from bevfn.data.index import CAMERAS, Frame, Index, Packed, inverse, join, pack
 from bevfn.data.rows import Impossible, Row
 from bevfn.data.t4_classes import Objects, Rules
@@ -179,6 +179,16 @@ def read_tables(folder: Path) -> tuple[dict[str, list[dict]], dict[str, str]]:
             "scene",
             f"{folder / TABLES}/scene.json has {len(found['scene'])} rows, where T4 has one scene a folder; {SCHEMA.mend}.",
         )
+    valid = (
+        f"{printable(row['token'])}, {printable(row['is_valid'])}"
+        for row in found.get("sample_data", ())
+        if not isinstance(row.get("is_valid", True), bool)
+    )
+    if (odd := next(valid, None)) is not None:
+        where = f"{folder / TABLES}/sample_data.json"
+        problems.setdefault(
+            "sample_data", f"{where}: is_valid of a row is no true or false (the first is of {odd}); {SCHEMA.mend}."
+        )
     return found, problems
 
 
@@ -320,7 +330,13 @@ def velocity(get: rows.Get, row: Row) -> np.ndarray:
     """[3] m/s, global, of an annotation: its own, else measured between its neighbours (itself, at an end); NaN where it is the
     only one, or they are too far apart. Raises Impossible."""
     if row.get("velocity") is not None:
-        return rows.numbers(ANNOTATIONS, [row], "velocity", (3,))[0]
+        own = rows.numbers(ANNOTATIONS, [row], "velocity", (3,))[0]
+        if possible.VELOCITY.impossible(own).any():
+            told = " ".join(f"{value:g}" for value in own)
+            raise Impossible(
+                f"annotation {printable(row['token'])} has the velocity {told}, which must be {possible.VELOCITY}"
+            )
+        return own
     neighbours = [get(ANNOTATIONS, row[name]) if row.get(name) else row for name in ("prev", "next")]
     first, last = neighbours
     if first is last:
