@@ -287,6 +287,22 @@ def test_scenes_are_found_at_any_depth_and_the_highest_revision_counts(world):
     assert len(source.open(world / "db_a_v1" / "id-one", "v1.0-trainval").training) == 3
 
 
+@pytest.mark.parametrize("version", ["1.0", "-1", "²", "٣", "latest", "v2", "T4"])
+def test_versions_that_are_no_revisions_are_refused(made, version):
+    root = made[0]
+    for look in (
+        lambda: source.open(root, version, "all", "all"),
+        lambda: source.training(root, version, "all"),
+        lambda: source.trained_on(root, version, "all", "all"),
+        lambda: t4_check.check(root, version),
+    ):
+        with pytest.raises(
+            ValueError, match=f"--version {version} is no revision of a T4 scene, a number such as 2; leave it"
+        ):
+            look()
+    assert t4_folders.revision_of("v1.0-mini") is None and t4_folders.revision_of("01") == "01"
+
+
 def test_splits_are_awmls_lists_or_splits_json_or_all(world):
     with pytest.raises(
         ValueError, match=r"--train-split and --eval-split what to take of all \(all: every scene, also for"

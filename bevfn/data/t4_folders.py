@@ -108,8 +108,14 @@ def default_splits(root: Path) -> tuple[str, str] | None:
 
 
 def revision_of(version: str | None) -> str | None:
-    """The revision that a version asks for; nuScenes' names ask for none."""
-    return version if version is not None and _is_number(version) else None
+    """The revision that a version asks for, a number; none and nuScenes' names ask for none. Raises ValueError for others."""
+    if not version or re.fullmatch(r"v[0-9]+\.[0-9]+-.+", version):
+        return None
+    if not _is_number(version):
+        raise ValueError(
+            f"--version {printable(version)} is no revision of a T4 scene, a number such as 2; leave it out for the highest."
+        )
+    return version
 
 
 def _is_number(name: str) -> bool:
