@@ -60,6 +60,8 @@ TABLES: dict[str, tuple[str, str, dict, str]] = {
     "size NaN": ("sample_annotation", BOX, {"size": [2, 4, float("nan")]}, BOX_SAYS + "sizes 4 2 nan"),
     "size infinite": ("sample_annotation", BOX, {"size": [2, 4, float("inf")]}, BOX_SAYS + "sizes 4 2 inf"),
     "size 1e30": ("sample_annotation", BOX, {"size": [1e30, 4, 1]}, BOX_SAYS + "sizes 4 1e.30 1"),
+    "size of text": ("sample_annotation", BOX, {"size": ["1", "4", "1"]}, f"sample_annotation {BOX} has no size of 3 numbers"),
+    "size of true": ("sample_annotation", BOX, {"size": [True] * 3}, f"sample_annotation {BOX} has no size of 3 numbers"),
     "size of two": ("sample_annotation", BOX, {"size": [1, 4]}, f"sample_annotation {BOX} has no size of 3 numbers"),
     "size of words": ("sample_annotation", BOX, {"size": ["a", 1, 2]}, f"sample_annotation {BOX} has no size of 3"),
     "size 10^400": ("sample_annotation", BOX, {"size": [HUGE, 1, 2]}, f"sample_annotation {BOX} has no size of 3"),

@@ -1,6 +1,8 @@
 """T4 data sets: the reader's own sample, and sets of another's writer, come out as they were put in; what is wrong is named."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from bevfn.data import batch, depth, points, scene, source, sweeps, t4, t4_folders
+from bevfn.data import batch, cameras, depth, points, scene, source, sweeps, t4, t4_check, t4_folders
 from bevfn.data.index import Index, join, pack
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.data.t4_classes import CLASSES, Rules
@@ -173,6 +175,25 @@ def test_a_batch_of_any_cameras_is_read_and_depth_is_prepared_by_path(made, tmp_
         np.testing.assert_array_equal(scene.load(index, place, reading).depth, read.depth)
 
 
+def test_scenes_of_one_name_stay_apart_in_time(made, tmp_path):
+    """Two cars that drive at the same time: history is of the car's own scene."""
+    import small_t4
+
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        small_t4.write(root / "db" / name / "0", seed=9, name=name, frames=2)
+        change(root, "scene", lambda rows: rows[0].update(name="tour"), name)
+    index = t4.index(root)
+    assert [frame.scene for frame in index] == ["db/a", "db/a", "db/b", "db/b"]
+    for place, frame in enumerate(index):
+        seen = cameras.key_frames(index, place, 3, "time")
+        assert {one.scene for one in seen} == {frame.scene}
+    (note,) = [one for one in t4_check.check(root).findings if "scene.json" in one.what]
+    assert (
+        note.what == "2 scenes have names of others in scene.json, such as 'tour' of db/a, db/b" and note.kind == "note"
+    )
+
+
 # --- velocities ---
 
 
@@ -266,6 +287,22 @@ def test_scenes_are_found_at_any_depth_and_the_highest_revision_counts(world):
     assert len(source.open(world / "db_a_v1" / "id-one", "v1.0-trainval").training) == 3
 
 
+@pytest.mark.parametrize("version", ["1.0", "-1", "²", "٣", "latest", "v2", "T4"])
+def test_versions_that_are_no_revisions_are_refused(made, version):
+    root = made[0]
+    for look in (
+        lambda: source.open(root, version, "all", "all"),
+        lambda: source.training(root, version, "all"),
+        lambda: source.trained_on(root, version, "all", "all"),
+        lambda: t4_check.check(root, version),
+    ):
+        with pytest.raises(
+            ValueError, match=f"--version {version} is no revision of a T4 scene, a number such as 2; leave it"
+        ):
+            look()
+    assert t4_folders.revision_of("v1.0-mini") is None and t4_folders.revision_of("01") == "01"
+
+
 def test_splits_are_awmls_lists_or_splits_json_or_all(world):
     with pytest.raises(
         ValueError, match=r"--train-split and --eval-split what to take of all \(all: every scene, also for"
@@ -299,6 +336,14 @@ def test_splits_are_awmls_lists_or_splits_json_or_all(world):
             "train:\n  - id-one/4\n",
             r"train names revision 4 of the scene 'id-one', which .*id-one has not; fetch",
         ),
+        (
+            "a.yaml",
+            "train:\n  - id-one/latest\n",
+            r"names revision latest of the scene 'id-one', which .*id-one has not",
+        ),
+        ("a.yaml", "train:\n  - id-one/0x/tokyo/taxi\n", r"names revision 0x of the scene"),
+        ("a.yaml", "train:\n  - id-one/../../x\n", r"names the scene 'id-one/../../x', which is not below it"),
+        ("a.yaml", "train:\n  - db_a_v1/id-one/3\n", r"names revision 3 of the scene 'db_a_v1/id-one'"),
         ("a.yaml", "docs: none\n", r"a.yaml has no lists of scenes, such as `train:` with a line"),
         ("a.yml", "a b:\n  - id-one/0\n", r"'a b' cannot name a split"),
         ("splits.json", '{"train": "id-one"}', r"splits.json: train must be a list of scenes"),
@@ -309,6 +354,49 @@ def test_lists_that_cannot_be_meant_are_refused(world, name, content, says):
     (world / name).write_text(content)
     with pytest.raises(ValueError, match=says):
         t4.index(world, "train")
+
+
+def test_two_revisions_of_a_scene_are_not_trained_on_and_scored(world):
+    """Converted again, the same drive has other tokens."""
+    one = world / "db_a_v1" / "id-one"
+    shutil.copytree(one / "0", one / "1")
+    tokens = [row["token"] for row in json.loads((one / "1/annotation/sample.json").read_text())]
+    for path in (one / "1/annotation").glob("*.json"):
+        path.write_text(re.sub("|".join(tokens), lambda token: token[0][::-1], path.read_text()))
+    (world / "db_a_v1.yaml").write_text("train:\n  - id-one/0\nval:\n  - id-one/1\n  - id-two/0\n")
+    with pytest.raises(
+        ValueError, match=r"1 of the 2 scenes of the evaluation split 'val', such as db_a_v1/id-one, are in th"
+    ):
+        source.open(world)
+    (refused,) = [one for one in t4_check.check(world).findings if one.kind == "refused"]
+    assert "the splits train and val share 1 scenes, such as db_a_v1/id-one" in refused.what
+
+
+def test_scenes_that_were_trained_on_are_told(world):
+    lists = world / "db_a_v1.yaml"
+    lists.write_text("train:\n  - id-one/0\nval:\n  - id-two/0\nmine:\n  - id-one/0\n  - id-two/0\n")
+    for root in (world, lists):
+        told = [source.trained_on(root, source.VERSION, None, split) for split in ("train", "val", "mine", "all")]
+        assert [" ".join(sentence.split()[:4]) for sentence in told] == ["1 of the 1", "", "1 of the 2", "1 of the 2"]
+    assert source.trained_on(world, source.VERSION, "val", "mine").startswith(
+        "1 of the 2 scenes of split 'mine' were trained"
+    )
+    assert source.trained_on(world / "db_a_v1/id-one", source.VERSION, None, "all").startswith("1 of the 1 scenes")
+
+
+def test_lists_name_any_revision_by_folder_but_none_where_there_are_none(world):
+    one = world / "db_a_v1" / "id-one"
+    shutil.copytree(one / "0", one / "3")
+    shutil.copytree(one / "0", world / "old")
+    lists = world / "splits.json"
+    for entry, folder in (("db_a_v1/id-one/0", "db_a_v1/id-one/0"), ("id-one/3", "db_a_v1/id-one/3"), ("old", "old")):
+        lists.write_text(json.dumps({"mine": [entry]}))
+        assert [scene.folder for scene in t4_folders.chosen(world, "mine")] == [folder]
+    lists.write_text(json.dumps({"mine": ["old/7"]}))
+    with pytest.raises(
+        ValueError, match=r"mine names revision 7 of the scene 'old', which .*/old has not; fetch it, or"
+    ):
+        t4_folders.chosen(world, "mine")
 
 
 def test_other_roots_are_no_t4(root, tmp_path):
@@ -393,6 +481,21 @@ def test_recordings_that_are_not_valid_are_missing(world):
     assert "CAM_BACK_WIDE" not in first.cameras and first.sweeps == () and len(second.sweeps) == 1
 
 
+def test_rows_that_are_not_valid_in_a_circle_are_one_sentence(world):
+    def circle(content: list[dict]) -> None:
+        first, second = (
+            row for row in content if "LIDAR" in row["filename"] and not row["filename"].endswith("2.pcd.bin")
+        )
+        for row, other in ((first, second), (second, first)):
+            row.update(is_valid=False, prev=other["token"])
+
+    change(world, "sample_data", circle)
+    with pytest.raises(
+        ValueError, match=r"id-one/0: row .* of sample_data.json has its `prev` in another sensor or time\."
+    ):
+        of(world)
+
+
 def test_unknown_categories_are_left_out_and_refused_where_there_is_no_other(world):
     change(world, "category", lambda content: content[0].update(name="hover.board"))
     with pytest.warns(
@@ -420,6 +523,12 @@ def forget(field: str) -> Callable[[list[dict]], object]:
         ("sample_annotation", forget("rotation"), r"id-one/0: sample_annotation .* has no rotation of 4 numbers\."),
         ("sample_annotation", forget("num_lidar_pts"), r"has no num_lidar_pts of number"),
         ("sample_annotation", lambda c: c[3].update(velocity=[1.0, 2.0]), r"has no velocity of 3 numbers"),
+        ("sample_annotation", lambda c: c[3].update(velocity=["1", "2", "3"]), r"sample_annotation .* has no velocity of 3 numbers"),
+        ("sample_annotation", lambda c: c[3].update(velocity=[None] * 3), r"sample_annotation .* has no velocity of 3 numbers"),
+        ("sample_annotation", lambda c: c[3].update(velocity=[1e30, 0, 0]), r"annotation .* has the velocity 1e\+30 0 0, which must"),
+        ("sample_data", lambda c: c[3].update(is_valid="false"), r"is_valid of a row is no true or false \(the first is of .*, false"),
+        ("sample_data", lambda c: c[3].update(is_valid=0), r"is_valid of a row is no true or false \(the first is of .*, 0\); the"),
+        ("ego_pose", lambda c: c[1].update(translation=["1", "2", "3"]), r"has no translation of 3 numbers"),
         ("sample_annotation", lambda c: c[3].update(prev=c[3]["token"]), r"has a `prev` that is itself"),
         ("sample_annotation", lambda c: c[3].update(size=[0.0, 4.0, 1.5]), r"box 3 \(annotation .*\), has sizes 4 0 1.5, which"),
         ("scene", lambda c: c.append(c[0] | {"token": "two"}), r"scene.json has 2 rows, where T4 has one scene a folder"),
@@ -461,6 +570,31 @@ def test_clouds_of_other_fields_are_refused(world):
     path.write_bytes(cloud.astype("<f4").tobytes())
     with pytest.raises(ValueError, match=r"00000.pcd.bin: .* which fits four float32 a point; write"):
         scene.load(index, 0, Reading(points=Points(sweeps=0), class_names=CLASSES))
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("/dev/zero", r"/dev/zero, an info_filename of sample_data.json, is not below the scene's folder\."),
+        ("../../../../etc/passwd", r"passwd, an info_filename of sample_data.json, is not below the scene's folder\."),
+        (7, r"7, an info_filename of sample_data.json, is not below"),
+        ("data/pipe", r"data/pipe, which describes a point file, cannot be read \(there is no such file\)\."),
+        ("data", r"data, which describes a point file, cannot be read \(there is no such file\)\."),
+        ("data/list.json", r"cannot be read \(it holds a list, not a dict\)\."),
+        ("data/large.json", r"cannot be read \(1,048,577 bytes, more than 1,048,576\)\."),
+    ],
+)
+def test_descriptions_of_clouds_are_files_of_the_scene(world, name, says):
+    folder = world / "db_a_v1/id-one/0/data"
+    os.mkfifo(folder / "pipe")
+    (folder / "list.json").write_text("[]")
+    (folder / "large.json").write_text(" " * (2**20 + 1))
+    change(world, "sample_data", lambda rows: [row.update(info_filename=name) for row in rows])
+    with pytest.raises(ValueError, match=says) as error:
+        of(world)
+    assert "\n" not in str(error.value)
+    refused = [finding for finding in t4_check.check(world, deep=True).findings if finding.kind == "refused"]
+    assert len(refused) == 1 and re.search(says.removesuffix("\\."), refused[0].what)
 
 
 def test_intensities_of_simulators_pass(made, tmp_path):

@@ -210,6 +210,14 @@ def no_lists(root: Path) -> None:
     (root / "db_bevfn_v1.yaml").unlink()
 
 
+def one_scan(root: Path) -> None:
+    def share(rows: list[dict]) -> None:
+        first, second, *_ = (row for row in rows if "LIDAR_CONCAT" in row["filename"])
+        second["filename"] = first["filename"]
+
+    change(root, "sample_data", share)
+
+
 # change, problems, finding, what follows
 ODD: dict[str, tuple[Callable[[Path], None], int, str, str]] = {
     "a lost image": (without("data/CAM_BACK/00001.jpg"), 1, "", ""),
@@ -223,6 +231,7 @@ ODD: dict[str, tuple[Callable[[Path], None], int, str, str]] = {
     "a camera that lacks": (lose_a_camera, 0, "left out: train: 1 of 3 key frames have no CAM_BACK", "a camera model stops there"),
     "an invalid one": (lose_a_camera, 0, "note: 1 recordings that are marked as invalid", "takes them for missing"),
     "no lists": (no_lists, 0, "note: there are no lists of splits train and val; its splits are all", "--train-split"),
+    "one scan": (one_scan, 0, "note: train: 2 key frames have the LiDAR scan of another, such as .*00000.pcd.bin", "it reads the same"),
     "lenses": (every("calibrated_sensor", camera_distortion=[0.1] * 5), 0, "note: 7 cameras whose lenses distort", "undistorted"),
     "other fields": (four_columns, 0, "refused: train: .* which fits four float32 a point", "training stops there"),
     "sizes": (every("sample_annotation", size=[0, 1, 1]), 0, "refused: train: .* has sizes 1 0 1", "refuses the data set"),
@@ -245,13 +254,15 @@ def test_what_is_odd_is_said_with_what_follows(root, name):
         assert not report.good and "problem" in text
 
 
-def test_splits_that_share_scenes_are_found(root):
+def test_splits_that_share_scenes_are_found(root, capsys):
     name = Path(written.home(0, 0)).parent.name
     (root / "splits.json").write_text(json.dumps({"mine": [name], "other": [name]}))
     assert t4_check.check(root).good
     report = t4_check.check(root, training="mine", evaluation="other")
     (found,) = report.findings
     assert found.kind == "refused" and f"mine and other share 1 scenes, such as db_bevfn_v1/{name}" in found.what
+    assert data.check(root, train_split="mine", eval_split="other") == 1 and found.what in capsys.readouterr().out
+    assert data.check(root, train_split="mine", eval_split="mine") == 0
     assert not [f for f in t4_check.check(root, training="mine", evaluation="mine").findings if f.kind == "refused"]
 
 

@@ -97,6 +97,11 @@ def without_a_camera(rows: list[dict]) -> None:
             row[link] = "" if row[link] == "scene-0061 CAM_BACK 4" else row[link]
 
 
+def one_scan(rows: list[dict]) -> None:
+    first, second, *_ = (row for row in rows if row["is_key_frame"] and "LIDAR_TOP" in row["filename"])
+    second["filename"] = first["filename"]
+
+
 WORLDS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "four columns": (clouds(4, 50), "refused", "which fits four float32 a point", "training stops there"),
     "six columns": (clouds(6, 50), "refused", "which fits six float32 a point", "training stops there"),
@@ -151,6 +156,10 @@ WORLDS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "a link to itself": (
         edited("sample_data", lambda rows: rows[5].update(prev=rows[5]["token"])), "refused",
         "links of sample_data.json lead to the row itself", "refuses those that it follows",
+    ),
+    "one scan of two key frames": (
+        edited("sample_data", one_scan), "note",
+        "2 key frames have the LiDAR scan of another, such as samples/LIDAR_TOP/.*pcd.bin", "it reads the same points for each",
     ),
     "milliseconds": (
         lambda root: [

@@ -74,11 +74,8 @@ def check(
     from bevfn.data import check, source, t4_check
 
     check_json(json_file)
-    if source.kind(root) == "t4":
-        report = t4_check.check(root, version, split, deep=deep, workers=workers)
-    else:
-        pair = {"training": train_split, "evaluation": eval_split}
-        report = check.check(root, version, split, **pair, deep=deep, workers=workers)
+    look = t4_check.check if source.kind(root) == "t4" else check.check
+    report = look(root, version, split, training=train_split, evaluation=eval_split, deep=deep, workers=workers)
     print(report.text(show))
     if json_file is not None:
         write_atomically(json_file, report.json())

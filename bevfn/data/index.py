@@ -81,7 +81,7 @@ class Frame:
     token: str
     """The sample's token."""
     scene: str
-    """The scene's name; "" where the source does not say."""
+    """The scene's name, of T4 its folder without the revision; "" where the source does not say. No two scenes share one."""
     previous: str
     """Token of the previous key frame of the scene; "" for the first one."""
     timestamp: float
@@ -412,6 +412,14 @@ class Index:
         packed = self.frames.columns["token"] if isinstance(self.frames, Packed) else None
         tokens = [frame.token for frame in self] if packed is None else [token.decode() for token in packed]
         return {token: i for i, token in enumerate(tokens)}
+
+    @cached_property
+    def scenes(self) -> frozenset[str]:
+        """Names of its key frames' scenes, as far as they are known."""
+        if not isinstance(self.frames, Packed):
+            return frozenset(frame.scene for frame in self if frame.scene)
+        column = self.frames.columns
+        return frozenset(column["scene_words"][code].decode() for code in np.unique(column["scene"])) - {""}
 
     @cached_property
     def by_time(self) -> np.ndarray:

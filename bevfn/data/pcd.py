@@ -11,15 +11,18 @@ import numpy as np
 NEEDED = ("x", "y", "z", "intensity")
 RINGS = ("ring", "channel")  # of which a file may have one
 HEAD = 4096  # bytes, which a header never reaches
-LARGEST = 2**30  # bytes of all points
+LARGEST = 200_000_000  # bytes of all points, as of a file without header (`points.MOST`)
+PAGE = 2**16  # bytes of zeros, less than a page of memory, that older PCL writers leave at the end
+IDENTITY = ("0", "0", "0", "1", "0", "0", "0")  # VIEWPOINT: a translation, and a quaternion w x y z
 KINDS = {"F": "f", "I": "i", "U": "u"}
 
 
 def read(path: Path, most: int) -> np.ndarray:
     """[P,5] float32 x, y, z [m], intensity, ring (-1 where the file has none), in file order.
 
-    Raises ValueError, one sentence, for a file without header, with more than `most` points, without one of the fields x, y, z,
-    intensity, or of another length than its header says.
+    Raises ValueError, one sentence, for a file without header, without points or with more than `most`, without one of the
+    fields x, y, z, intensity, of another length than its header says, with a VIEWPOINT to move points by, or with a text that
+    is no number of its field's type.
     """
     content = path.read_bytes()
     header, data = _header(content, path)
@@ -29,8 +32,13 @@ def read(path: Path, most: int) -> np.ndarray:
             f"{path}: the point file has no field {', '.join(missing)}; it has {', '.join(fields)}: write x, y, z [m] and "
             "intensity 0..255 of each point."
         )
-    if not 0 <= count <= most or count * dtype.itemsize > LARGEST:
-        raise ValueError(f"{path}: the point file's header says {count:,} points, not 0 to {most:,}; copy it again.")
+    if not count:
+        raise ValueError(f"{path}: the point file is empty (0 points); copy it again.")
+    if not 0 < count <= most or count * dtype.itemsize > LARGEST:
+        raise ValueError(
+            f"{path}: the point file's header says {count:,} points of {dtype.itemsize:,} bytes, not 1 to {most:,} of at most "
+            f"{LARGEST:,} bytes together; copy it again, or write fewer fields."
+        )
     rows = _rows(header["DATA"][0], data, dtype, count, path)
     ring = next((rows[name][:, 0] for name in RINGS if name in fields), np.full(count, -1.0))
     return np.column_stack([*(rows[name][:, 0] for name in NEEDED), ring]).astype("<f4")
@@ -58,7 +66,8 @@ def _layout(header: dict[str, list[str]], path: Path) -> tuple[list[str], np.dty
     try:
         names = header["FIELDS"]
         sizes, counts = ([int(word) for word in header.get(key, ["1"] * len(names))] for key in ("SIZE", "COUNT"))
-        count = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
+        grid = int(header["WIDTH"][0]) * int(header["HEIGHT"][0]) if "WIDTH" in header else None
+        count = int(header["POINTS"][0]) if "POINTS" in header or grid is None else grid
         if not len(names) == len(sizes) == len(counts) == len(header["TYPE"]) or not header["DATA"] or min(counts) < 1:
             raise ValueError
         rows = zip(names, header["TYPE"], sizes, counts)
@@ -67,12 +76,25 @@ def _layout(header: dict[str, list[str]], path: Path) -> tuple[list[str], np.dty
             (f"{i} {name}" if name == "_" else name, f"<{KINDS[kind]}{size}", (n,))
             for i, (name, kind, size, n) in enumerate(rows)
         ]
-        return names, np.dtype(parts), count
+        dtype, view = np.dtype(parts), [float(word) for word in header.get("VIEWPOINT", IDENTITY)]
+        if len(view) != len(IDENTITY):
+            raise ValueError
     except (KeyError, IndexError, TypeError, ValueError):
         raise ValueError(
             f"{path}: the point file's PCD header does not say FIELDS, SIZE, TYPE, COUNT, POINTS and DATA of its points; it is "
             "damaged, copy it again."
         ) from None
+    if grid is not None and grid != count:
+        raise ValueError(
+            f"{path}: the point file's header says {count:,} POINTS, but WIDTH times HEIGHT is {grid:,}; it is damaged, copy it "
+            "again."
+        )
+    if any(view[:3]) or any(view[4:]):  # which PCL keeps beside the points, without moving them
+        raise ValueError(
+            f"{path}: the point file's VIEWPOINT is {' '.join(header['VIEWPOINT'])}, not {' '.join(IDENTITY)}, so it is not "
+            "certain in which frame its points are; write them in the LiDAR's frame, with that VIEWPOINT."
+        )
+    return names, dtype, count
 
 
 def _rows(encoding: str, data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
@@ -83,8 +105,7 @@ def _rows(encoding: str, data: bytes, dtype: np.dtype, count: int, path: Path) -
         return _compressed(data, dtype, count, path)
     if encoding != "binary":
         raise ValueError(f"{path}: the point file's DATA is {encoding!r}; write ascii, binary or binary_compressed.")
-    if len(data) < count * dtype.itemsize:
-        raise _truncated(path, len(data), count * dtype.itemsize)
+    _check_length(data, count * dtype.itemsize, path)
     return np.frombuffer(data, dtype, count)
 
 
@@ -92,8 +113,7 @@ def _ascii(data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
     assert dtype.names is not None
     wide = sum(dtype[name].shape[0] for name in dtype.names)
     try:
-        values = np.array(data.split(), dtype=np.float64)  # reads nan too
-        values = values[: count * wide].reshape(count, wide)
+        values = np.array(data.split(), dtype=np.float64).reshape(count, wide)  # reads nan too
     except ValueError:
         raise ValueError(
             f"{path}: the point file is not {count:,} lines of {wide} numbers, as its header says; it is damaged, copy it again."
@@ -102,18 +122,35 @@ def _ascii(data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
     place = 0
     for name in dtype.names:
         size = dtype[name].shape[0]
-        with np.errstate(invalid="ignore"):
-            rows[name] = values[:, place : place + size]
+        told = values[:, place : place + size]
+        if (odd := ~_fits(told, dtype[name].base)).any():
+            raise ValueError(
+                f"{path}: {name} of a point is {told[odd][0]:g}, which the field's type in the header, {dtype[name].base.name}, "
+                "cannot hold; write another TYPE and SIZE."
+            )
+        rows[name] = told
         place += size
     return rows
+
+
+def _fits(values: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Which of some float64 numbers a type holds without wrapping or cutting them; bool of their shape."""
+    if kind.kind == "f":
+        return ~(np.isfinite(values) & (np.abs(values) > np.finfo(kind).max))
+    limits = np.iinfo(kind)
+    return (values >= float(limits.min)) & (values < float(limits.max + 1)) & (values == np.floor(values))
 
 
 def _compressed(data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
     """Field after field instead of point after point, in LZF."""
     assert dtype.names is not None
     packed, whole = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4))
-    if len(data) < 8 + packed or whole != count * dtype.itemsize:
-        raise _truncated(path, len(data), 8 + packed)
+    _check_length(data, 8 + packed, path)
+    if whole != count * dtype.itemsize:
+        raise ValueError(
+            f"{path}: the point file's points have {whole:,} bytes uncompressed, but its header says {count:,} of "
+            f"{dtype.itemsize:,}; it is damaged, copy it again."
+        )
     try:
         raw = _unpacked(data[8 : 8 + packed], whole)
     except IndexError:
@@ -140,12 +177,12 @@ def _unpacked(data: bytes, size: int) -> bytes:
         if length == 7:
             length += data[place]
             place += 1
-        start = len(made) - ((control & 31) << 8) - data[place] - 1
+        back, length = ((control & 31) << 8) + data[place] + 1, length + 2
         place += 1
-        if start < 0:
+        if back > len(made):
             raise IndexError
-        for i in range(start, start + length + 2):  # it may copy what it just wrote
-            made.append(made[i])
+        copied = made[-back:][:length]
+        made += (copied * -(-length // back))[:length]  # it may copy what it just wrote
         if len(made) > size:
             raise IndexError
     if len(made) != size:
@@ -153,7 +190,10 @@ def _unpacked(data: bytes, size: int) -> bytes:
     return bytes(made)
 
 
-def _truncated(path: Path, there: int, wanted: int) -> ValueError:
-    return ValueError(
-        f"{path}: the point file has {there:,} bytes behind its header, which says {wanted:,}; it is truncated, copy it again."
-    )
+def _check_length(data: bytes, wanted: int, path: Path) -> None:
+    """Raises ValueError unless data are as many bytes; zeros behind them are PCL's."""
+    if len(data) < wanted or len(data) - wanted > PAGE or any(data[wanted:]):
+        what = "truncated" if len(data) < wanted else "damaged"
+        raise ValueError(
+            f"{path}: the point file has {len(data):,} bytes behind its header, which says {wanted:,}; it is {what}, copy it again."
+        )

@@ -2,7 +2,8 @@
 link is named by its row."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,26 @@ class Impossible(ValueError):
 
 
 def numbers(table: str, rows: list[dict], field: str, shape: tuple[int, ...]) -> np.ndarray:
-    """That field of the rows, [n, *shape] float64. Raises Impossible for a row that has no such numbers."""
+    """That field of the rows, [n, *shape] float64. Raises Impossible for a row that has no such numbers; text, true and null,
+    which NumPy would take for some, are none."""
     try:
-        values = np.array([row[field] for row in rows], dtype=np.float64).reshape(len(rows), *shape)
+        told = [row[field] for row in rows]
+        if not _are_numbers(told, len(shape)):
+            raise TypeError
+        values = np.array(told, dtype=np.float64).reshape(len(rows), *shape)
     except (KeyError, TypeError, ValueError, OverflowError):
         for row in rows if len(rows) > 1 else ():
             numbers(table, [row], field, shape)
         what = "number" if not shape else f"{' x '.join(map(str, shape))} numbers"
         raise Impossible(f"{table} {printable(rows[0]['token'])} has no {field} of {what}") from None
     return values
+
+
+def _are_numbers(told: Iterable, deep: int) -> bool:
+    """Whether lists of that many levels hold JSON's numbers alone. Raises TypeError for fewer levels."""
+    for _ in range(deep):
+        told = chain.from_iterable(told)
+    return {*map(type, told)} <= {int, float}
 
 
 def quaternions(table: str, rows: list[dict]) -> np.ndarray:
@@ -156,6 +168,8 @@ def _is_pose(row: dict) -> bool:
     """Cheap, as every sweep asks for it twice."""
     try:
         turn, moved = row["rotation"], row["translation"]
+        if not _are_numbers((turn, moved), 1):
+            return False
         return len(turn) == 4 and len(moved) == 3 and abs(math.hypot(*turn) - 1) <= possible.QUATERNION
     except (KeyError, TypeError, OverflowError):
         return False

@@ -41,7 +41,7 @@ class Source:
             self._check_apart()
 
     def _check_apart(self) -> None:
-        """Raises ValueError where key frames of one split are in the other: scores would be of what was trained on."""
+        """Raises ValueError where key frames or scenes of one split are in the other: scores would be of what was trained on."""
         theirs = self.evaluation.positions
         if shared := [place for token, place in theirs.items() if token in self.training.positions]:
             scene = self.evaluation[shared[0]].scene
@@ -51,6 +51,14 @@ class Source:
                 f"evaluation split '{printable(self.evaluation.split)}' are in the training split "
                 f"'{printable(self.training.split)}' too{such}, so that it would be scored by what it learned; take them out of "
                 "one of the two (splits.json), or name others with --train-split and --eval-split"
+            )
+        if both := sorted(self.evaluation.scenes & self.training.scenes):  # in two revisions, say
+            raise ValueError(
+                f"{self.training.root} ({self.training.version}): {len(both):,} of the {len(self.evaluation.scenes):,} scenes of "
+                f"the evaluation split '{printable(self.evaluation.split)}', such as {printable(both[0])}, are in the training "
+                f"split '{printable(self.training.split)}' too, with other key frames (of another revision?), so that it would be "
+                "scored by what it learned; take them out of one of the two lists, or name others with --train-split and "
+                "--eval-split"
             )
 
 
@@ -151,12 +159,17 @@ def trained_on(root: Path | None, version: str, training: str | None, split: str
     """A sentence about the scenes of a split that a run on the split `training` (None: the default) was trained on; empty
     where there are none, or no splits. Raises ValueError for a wrong root or version."""
     root = WORLD if root is None else root
-    if root.is_file() or kind(root) == "frame":
+    found, present = kind(root), dict[str, list[str]]()
+    if found == "t4":
+        listed, defaults = t4_folders.splits(root, t4_folders.revision_of(version)), t4_folders.default_splits(root)
+        present |= {name: [scene.name for scene in members] for name, members in listed.items()}
+    elif root.is_file() or found == "frame":
         return ""
-    tables.check_root(root, version)
-    present, defaults = tables.splits(root, version), tables.default_splits(root, version) or ("", "")
-    scenes = present.get(split, [])
-    if not (seen := set(scenes) & set(present.get(training or defaults[0], ()))):
+    else:
+        tables.check_root(root, version)
+        present, defaults = tables.splits(root, version), tables.default_splits(root, version)
+    scenes, learned = set(present.get(split, [])), training or (defaults or ("",))[0]
+    if not (seen := scenes & set(present.get(learned, []))):
         return ""
     what = f"{len(seen):,} of the {len(scenes):,} scenes of split '{printable(split)}' were trained on"
     return f"{what}, so these scores say little about other data"

@@ -20,19 +20,20 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from bevfn.data import building, faults, points, rows, stored, t4_classes, t4_folders, tables
+from bevfn.data import building, faults, points, possible, rows, stored, t4_classes, t4_folders, tables
 from bevfn.data.index import CAMERAS, Frame, Index, Packed, inverse, join, pack
 from bevfn.data.rows import Impossible, Row
 from bevfn.data.t4_classes import Objects, Rules
 from bevfn.data.t4_folders import LIDARS, TABLES, Scene
 from bevfn.files import read_json
-from bevfn.names import printable
+from bevfn.names import leaves, printable
 
 VERSION = "T4"  # of an Index
 ANNOTATIONS = "sample_annotation"
 APART = 1.5  # s, at most, between two annotations that a velocity is measured from; twice that over both neighbours
 LEVELS = {"v80-100": "full", "v60-80": "most", "v40-60": "partial", "v0-40": "none"}  # other names of visibilities
-FORMAT = 1  # of the cache file
+DESCRIBED = 2**20  # bytes of a point cloud's description, at most; it has a few LiDARs
+FORMAT = 2  # of the cache file
 NO_FRAMES = pack(())
 SCHEMA = tables.Schema(
     ends=(*tables.ENDS, "sample_data.sample_token"),  # which only key frames have
@@ -178,6 +179,16 @@ def read_tables(folder: Path) -> tuple[dict[str, list[dict]], dict[str, str]]:
             "scene",
             f"{folder / TABLES}/scene.json has {len(found['scene'])} rows, where T4 has one scene a folder; {SCHEMA.mend}.",
         )
+    valid = (
+        f"{printable(row['token'])}, {printable(row['is_valid'])}"
+        for row in found.get("sample_data", ())
+        if not isinstance(row.get("is_valid", True), bool)
+    )
+    if (odd := next(valid, None)) is not None:
+        where = f"{folder / TABLES}/sample_data.json"
+        problems.setdefault(
+            "sample_data", f"{where}: is_valid of a row is no true or false (the first is of {odd}); {SCHEMA.mend}."
+        )
     return found, problems
 
 
@@ -235,16 +246,18 @@ class Tables:
         return self.get("category", self.get("instance", annotation["instance_token"])["category_token"])["name"]
 
     def previous(self, scan: Row) -> Row | None:
-        """The valid scan before, of the same sensor."""
-        before = scan
-        while before.get("prev"):
-            before = self.get("sample_data", before["prev"])
-            if self.channel(before) != self.channel(scan) or before["timestamp"] >= scan["timestamp"]:
+        """The valid scan before, of the same sensor. Raises Impossible."""
+        after = scan
+        while after.get("prev"):
+            before = self.get("sample_data", after["prev"])
+            # ever earlier, also where rows are passed over: rows in a circle end here
+            if self.channel(before) != self.channel(after) or before["timestamp"] >= after["timestamp"]:
                 raise Impossible(
-                    f"row {printable(scan['token'])} of sample_data.json has its `prev` in another sensor or time"
+                    f"row {printable(after['token'])} of sample_data.json has its `prev` in another sensor or time"
                 )
             if before.get("is_valid") is not False:
                 return before
+            after = before
         return None
 
 
@@ -265,7 +278,7 @@ def _frame(own: Tables, scene: Scene, sample: Row, rules: Rules) -> Frame | None
     swept = rows.sweeps(own.get, lidar, lidar_from_global, own.previous)
     return Frame(
         token=sample["token"],
-        scene=own.get("scene", sample["scene_token"])["name"] or scene.name,
+        scene=scene.name,  # names of scene.json may be those of other scenes
         previous=sample.get("prev") or "",
         timestamp=1e-6 * lidar["timestamp"],
         lidar_path=scene.path(lidar["filename"]),
@@ -317,7 +330,13 @@ def velocity(get: rows.Get, row: Row) -> np.ndarray:
     """[3] m/s, global, of an annotation: its own, else measured between its neighbours (itself, at an end); NaN where it is the
     only one, or they are too far apart. Raises Impossible."""
     if row.get("velocity") is not None:
-        return rows.numbers(ANNOTATIONS, [row], "velocity", (3,))[0]
+        own = rows.numbers(ANNOTATIONS, [row], "velocity", (3,))[0]
+        if possible.VELOCITY.impossible(own).any():
+            told = " ".join(f"{value:g}" for value in own)
+            raise Impossible(
+                f"annotation {printable(row['token'])} has the velocity {told}, which must be {possible.VELOCITY}"
+            )
+        return own
     neighbours = [get(ANNOTATIONS, row[name]) if row.get(name) else row for name in ("prev", "next")]
     first, last = neighbours
     if first is last:
@@ -336,12 +355,27 @@ def _check_clouds(own: Tables, folder: Path) -> None:
     described = next((row["info_filename"] for row in scans if row.get("info_filename")), None)
     if described is None:
         return
-    try:
-        told = read_json((folder / str(described)).read_bytes())
-        columns = told.get("num_pts_feats", points.COLUMNS)
-    except (OSError, ValueError, AttributeError) as error:
-        raise Impossible(f"{printable(described)}, which describes a point file, cannot be read ({error})") from None
+    columns = description(folder, described).get("num_pts_feats", points.COLUMNS)
     if columns != points.COLUMNS:
         raise Impossible(
             f"{printable(described)} says that points have {columns} numbers; write {points.COLUMNS} (x, y, z, intensity, ring)"
         )
+
+
+def description(folder: Path, name: object) -> dict[str, Any]:
+    """What a scan's `info_filename` holds: of how many numbers a point is, and which LiDAR's points lie where. Raises Impossible
+    for a name that is not of a file of the scene's folder, or of one that is no such description."""
+    if not isinstance(name, str) or leaves(name):
+        raise Impossible(f"{printable(name)}, an info_filename of sample_data.json, is not below the scene's folder")
+    path, what = folder / name, f"{printable(name)}, which describes a point file, cannot be read"
+    if not tables.is_file(path):  # a pipe or device would never end
+        raise Impossible(f"{what} (there is no such file)")
+    if (size := path.stat().st_size) > DESCRIBED:
+        raise Impossible(f"{what} ({size:,} bytes, more than {DESCRIBED:,})")
+    try:
+        told = read_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Impossible(f"{what} ({error})") from None
+    if not isinstance(told, dict):
+        raise Impossible(f"{what} (it holds a {type(told).__name__}, not a dict)")
+    return told

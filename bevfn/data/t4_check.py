@@ -18,7 +18,6 @@ from bevfn.data.check import OUTSIDE, Inspection, Part, Problem
 from bevfn.data.index import Index, Packed
 from bevfn.data.t4_folders import Scene
 from bevfn.data.values import Finding, some
-from bevfn.files import read_json
 from bevfn.names import leaves, printable, sentence
 
 DROPS = values.Drops(reach=122.4, sensors="LiDAR")  # of AWML's recipes
@@ -51,6 +50,8 @@ class _Look:
     broken: tuple[Problem, ...]
     lost_maps: tuple[Problem, ...]
     maps: int
+    title: str
+    """the scene's name in scene.json"""
     samples: int
     classes: Counter[str]
     """annotations by what AWML's rules make of them"""
@@ -95,7 +96,7 @@ def check(
         parts += more
         problems += bad
         facts.append(_annotations(looks.values()))
-        findings += [*_scenes(looks), *_categories(looks.values())]
+        findings += [*_scenes(looks), *_titles(looks), *_categories(looks.values())]
         for name, frames in packed.items():
             damaged = {problem.path for problem in bad}
             index = Index(base, t4.VERSION, name, frames)
@@ -177,6 +178,7 @@ def _look(base: Path, scene: Scene, deep: bool) -> _Look:
         broken=tuple(broken),
         lost_maps=tuple(lost),
         maps=len(paths),
+        title="" if wrong else str(found["scene"][0]["name"]),
         samples=len(found.get("sample", [])),
         classes=Counter() if own is None else _classes(own, found),
         categories=Counter() if own is None else Counter(own.category(row) for row in found[t4.ANNOTATIONS]),
@@ -284,6 +286,19 @@ def _scenes(looks: dict[Scene, _Look]) -> Iterator[Finding]:
             yield Finding(f"{sum(having.values()):,} {what} in {which}", then, weight)
 
 
+def _titles(looks: dict[Scene, _Look]) -> Iterator[Finding]:
+    """Names that scenes share."""
+    named: dict[str, set[str]] = {}
+    for scene, look in looks.items():
+        named.setdefault(look.title, set()).add(scene.name)
+    shared = {title: sorted(names) for title, names in named.items() if title and len(names) > 1}
+    if shared:
+        title, names = next(iter(shared.items()))
+        such = f"such as '{printable(title)}' of {some(names)}"
+        what = f"{sum(map(len, shared.values())):,} scenes have names of others in scene.json, {such}"
+        yield Finding(what, "it tells them apart by their folders", "note")
+
+
 def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> dict[str, int]:
     """Kind of ODD: how often it is there."""
     scans = [r for recorded in own.recorded.values() for channel in t4_folders.LIDARS if (r := recorded.get(channel))]
@@ -305,7 +320,7 @@ def _bends(distortion: object) -> bool:
 def _is_untiled(base: Path, scene: Scene, row: dict) -> bool:
     """Whether the description of a concatenated cloud does not tell, LiDAR by LiDAR, of all its points."""
     try:
-        told = read_json((base / scene.path(row["info_filename"])).read_bytes())
+        told = t4.description(base / scene.folder, row["info_filename"])
         spans = sorted((int(s["idx_begin"]), int(s["length"])) for s in told["sources"])
         size = (base / scene.path(row["filename"])).stat().st_size // points.BYTES
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,6 +9,7 @@ Source: tier4/t4-devkit v0.8.0, tier4/AWML autoware_ml/configs/t4dataset (fact s
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,8 +108,14 @@ def default_splits(root: Path) -> tuple[str, str] | None:
 
 
 def revision_of(version: str | None) -> str | None:
-    """The revision that a version asks for; nuScenes' names ask for none."""
-    return version if version is not None and _is_number(version) else None
+    """The revision that a version asks for, a number; none and nuScenes' names ask for none. Raises ValueError for others."""
+    if not version or re.fullmatch(r"v[0-9]+\.[0-9]+-.+", version):
+        return None
+    if not _is_number(version):
+        raise ValueError(
+            f"--version {printable(version)} is no revision of a T4 scene, a number such as 2; leave it out for the highest."
+        )
+    return version
 
 
 def _is_number(name: str) -> bool:
@@ -168,33 +175,45 @@ class _Known:
 
     def __init__(self, root: Path, every: list[Scene]) -> None:
         self.root = root
-        self.whole = {scene.folder: scene for scene in every} | {scene.name: scene for scene in every}
+        self.named = {scene.name: scene for scene in every}
         self.by_id: dict[str, list[Scene]] = {}
         for scene in every:
             self.by_id.setdefault(scene.name.rpartition("/")[2], []).append(scene)
 
     def resolved(self, path: Path, split: str, entry: str) -> Scene:
-        """The scene that an entry names: `<id>[/<revision>[/<city>/<vehicle>]]`, or its folder relative to the root. An id is
-        looked for below the folder that is named as the list first. Raises ValueError."""
-        name, *rest = entry.strip("/").split("/")
-        own = (self.whole.get(key) for key in (entry.strip("/"), f"{path.stem}/{name}", name))
-        matching = self.by_id.get(name, [])
-        found = next((scene for scene in own if scene is not None), matching[0] if len(matching) == 1 else None)
+        """The scene that an entry names: `<id>[/<revision>[/<city>/<vehicle>]]`, the id with or without the folders above it. An
+        id is looked for below the folder that is named as the list first. Raises ValueError."""
+        words = entry.strip("/").split("/")
+        found, rest = next(self._matches(words, path.stem), (None, []))
         if found is None:
-            what = f"is in {len(matching)} folders of it" if matching else "is not below it"
+            matching = self.by_id.get(words[0], [])
+            what = f"is in {len(matching)} folders of it" if len(matching) > 1 else "is not below it"
             raise ValueError(
                 f"{path}: {split} names the scene '{printable(entry)}', which {what} ({self.root}); correct one of them."
             )
-        number = next((part for part in rest[:1] if _is_number(part)), None)
-        if number is None or found.folder == found.name or found.folder.rpartition("/")[2] == number:
+        if not rest:
             return found
+        number, has_any = rest[0], found.folder not in ("", found.name)
         inside = f"{found.name}/{number}" if "/" in found.folder else number
-        if not (self.root / inside / TABLES).is_dir():
+        if not has_any or not _is_number(number) or not (self.root / inside / TABLES).is_dir():
+            folder, name = self.root / found.folder, "/".join(words[: -len(rest)])
             raise ValueError(
-                f"{path}: {split} names revision {number} of the scene '{printable(name)}', which {self.root / found.name} has "
-                "not; fetch it, or correct the list."
+                f"{path}: {split} names revision {printable(number)} of the scene '{printable(name)}', which "
+                f"{folder.parent if has_any else folder} has not; fetch it, or correct the list."
             )
         return Scene(found.name, inside)
+
+    def _matches(self, words: list[str], stem: str) -> Iterator[tuple[Scene, list[str]]]:
+        """(a scene that the first words of an entry name, the other words), the most words first; of no way up."""
+        if {"", ".", ".."} & {*words}:
+            return
+        for many in range(len(words), 0, -1):
+            head, rest = "/".join(words[:many]), words[many:]
+            matching = self.by_id.get(head, [])
+            own = [self.named.get(key) for key in (f"{stem}/{head}", head)]
+            yield from (
+                (scene, rest) for scene in (*own, *(matching if len(matching) == 1 else ())) if scene is not None
+            )
 
 
 def _read_lists(path: Path) -> dict[str, list[str]]:

@@ -95,7 +95,7 @@ def of_frames(index: Index, damaged: set[str], drops: Drops = DROPS) -> tuple[li
     ]
     told, odd = _files(root, packed, damaged)
     facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed, drops), _camera_fact(packed), *told]
-    found += [*_sweeps(packed), *_boxes(packed, drops), *_cameras(packed), *odd, *_made(index)]
+    found += [*_sweeps(packed), *_scans(packed), *_boxes(packed, drops), *_cameras(packed), *odd, *_made(index)]
     return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
 
 
@@ -201,6 +201,14 @@ def _sweeps(packed: Packed) -> Iterator[Finding]:
             "it learns lags and velocities in a wrong unit",
             "refused",
         )
+
+
+def _scans(packed: Packed) -> Iterator[Finding]:
+    """Point files that several key frames have for their own."""
+    files, counts = np.unique(packed.columns["lidar_path"], return_counts=True)
+    if len(again := np.flatnonzero((counts > 1) & (files != b""))):
+        what = f"{counts[again].sum():,} key frames have the LiDAR scan of another, such as {printable(files[again[0]].decode())}"
+        yield Finding(what, "it reads the same points for each, whatever their boxes and images are", "note")
 
 
 def _box_fact(packed: Packed) -> str:
