@@ -6,7 +6,7 @@ training would read, with the rules of `possible`; of files, a few of each kind 
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -72,9 +72,11 @@ def of_pairs(shared: dict[tuple[str, str], list[str]]) -> Iterator[Finding]:
         yield Finding(what, "it refuses to train on one and evaluate on the other", "refused")
 
 
-def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[list[str], list[Finding]]:
+def of_split(
+    root: Path, version: str, split: str, damaged: set[str], deep: bool = False
+) -> tuple[list[str], list[Finding]]:
     """(facts, findings) of a split's key frames, from its index, or read of the tables where there is none; nothing is
-    written. damaged: files, relative to the root, that are known to be."""
+    written. damaged: files, relative to the root, that are known to be; deep: what was made of the split is read."""
     try:
         with warnings.catch_warnings():  # of what is a finding here
             warnings.simplefilter("ignore")
@@ -82,11 +84,13 @@ def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[l
     except ValueError as error:
         what = f"{printable(split)}: {sentence(error).rstrip('.')}"
         return [], [Finding(what, "training refuses the data set", "refused")]
-    return of_frames(Index(root, version, split, packed), damaged)
+    return of_frames(Index(root, version, split, packed), damaged, deep=deep)
 
 
-def of_frames(index: Index, damaged: set[str], drops: Drops = DROPS) -> tuple[list[str], list[Finding]]:
-    """(facts, findings) of a split's packed key frames. damaged: see `of_split`."""
+def of_frames(
+    index: Index, damaged: set[str], drops: Drops = DROPS, *, deep: bool = False
+) -> tuple[list[str], list[Finding]]:
+    """(facts, findings) of a split's packed key frames. damaged, deep: see `of_split`."""
     packed, root, split = index.frames, index.root, index.split
     assert isinstance(packed, Packed)
     found = [
@@ -95,7 +99,7 @@ def of_frames(index: Index, damaged: set[str], drops: Drops = DROPS) -> tuple[li
     ]
     told, odd = _files(root, packed, damaged)
     facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed, drops), _camera_fact(packed), *told]
-    found += [*_sweeps(packed), *_boxes(packed, drops), *_cameras(packed), *odd, *_made(index)]
+    found += [*_sweeps(packed), *_boxes(packed, drops), *_cameras(packed), *odd, *_made(index, deep)]
     return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
 
 
@@ -283,16 +287,33 @@ def _centres(packed: Packed) -> Iterator[Finding]:
             )
 
 
-def _made(index: Index) -> Iterator[Finding]:
-    """What `bevfn data prepare` made, of something else."""
-    reads: list[Callable[[], object]] = [lambda: depth.prepared(index)]
-    if (paste.folder(index) / paste.OBJECTS).is_file():
-        reads.append(lambda: paste.read(paste.folder(index), index=index))
-    for read in reads:
+def _made(index: Index, deep: bool) -> Iterator[Finding]:
+    """What `bevfn data prepare` made, of something else, or that was damaged since."""
+    for problems in (_depths, _database):
         try:
-            read()
+            found = list(problems(index, deep))
         except ValueError as error:
-            yield Finding(sentence(error).rstrip("."), "it refuses to train models that read it", "refused")
+            found = [sentence(error).rstrip(".")]
+        for what in found:
+            yield Finding(
+                what, "it refuses to train models that read it; `bevfn data prepare` makes it again", "refused"
+            )
+
+
+def _depths(index: Index, deep: bool) -> Iterator[str]:
+    if bad := depth.damaged(index, deep=deep):
+        name, what = next(iter(bad.items()))
+        yield (
+            f"{len(bad):,} files of depth ground truth in {depth.folder(index)} are absent or damaged: that of "
+            f"{printable(name)} {what}"
+        )
+
+
+def _database(index: Index, deep: bool) -> Iterator[str]:
+    if (paste.folder(index) / paste.OBJECTS).is_file():
+        database = paste.read(paste.folder(index), index=index)
+        if deep and (what := paste.damaged(database)):
+            yield what.rstrip(".")
 
 
 # --- files ---
