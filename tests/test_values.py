@@ -152,6 +152,17 @@ WORLDS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         edited("sample_data", lambda rows: rows[5].update(prev=rows[5]["token"])), "refused",
         "links of sample_data.json lead to the row itself", "refuses those that it follows",
     ),
+    "a link that does not lead back": (
+        edited("sample_data", lambda rows: next(row for row in rows if row["prev"]).update(prev="")), "note",
+        "1 links of sample_data.json lead to a row that does not lead back", "follows them as they are",
+    ),
+    "an object twice": (
+        edited("sample_annotation", lambda rows: rows.append(rows[3] | {"token": "again"})), "refused",
+        "annotations scene-0061 object .* and again are of one object in one key frame", "refuses the data set",
+    ),
+    "no annotation": (
+        edited("sample_annotation", lambda rows: rows.clear()), "refused", "no key frame is annotated", "refuses to train on",
+    ),
     "milliseconds": (
         lambda root: [
             edited(name, lambda rows: [row.update(timestamp=row["timestamp"] // 1000) for row in rows])(root)

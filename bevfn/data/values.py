@@ -21,6 +21,7 @@ from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 SHORTEST_LAG = 1e-3  # s: no LiDAR turns a thousand times a second
 OPENED = 5  # files of a kind
+UNANNOTATED = ("test",)  # splits that are published so
 SENSORS = ("LIDAR_TOP", *CAMERAS)
 
 
@@ -99,7 +100,7 @@ def of_frames(
     ]
     told, odd = _files(root, packed, damaged)
     facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed, drops), _camera_fact(packed), *told]
-    found += [*_sweeps(packed), *_boxes(packed, drops), *_cameras(packed), *odd, *_made(index, deep)]
+    found += [*_sweeps(packed), *_boxes(packed, drops, split), *_cameras(packed), *odd, *_made(index, deep)]
     return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
 
 
@@ -139,7 +140,7 @@ def _categories(tables: dict[str, list[dict]]) -> Iterator[Finding]:
 
 
 def _links(tables: dict[str, list[dict]]) -> Iterator[Finding]:
-    """Chains of rows, each of which must be followed both ways and stay with its scene, sensor or object."""
+    """Chains of rows, each of which should stay with its scene, sensor or object, and be followed both ways."""
     scenes = {row["token"]: row["scene_token"] for row in tables["sample"]}
     sensors = {row["token"]: row["sensor_token"] for row in tables["calibrated_sensor"]}
     owners = {
@@ -149,22 +150,25 @@ def _links(tables: dict[str, list[dict]]) -> Iterator[Finding]:
     }
     for name, owner in owners.items():
         rows = {row["token"]: row for row in tables[name]}
-        broken = []
+        broken, one_way = [], []
         for row in tables[name]:
             for way, back in (("prev", "next"), ("next", "prev")):
                 other = rows.get(row.get(way, ""))
-                if other is not None and (
-                    other is row or other.get(back) != row["token"] or owner(other) != owner(row)
-                ):
+                if other is not None and (other is row or owner(other) != owner(row)):
                     broken.append((row["token"], way))
+                elif other is not None and other.get(back) != row["token"]:
+                    one_way.append((row["token"], way))
         if broken:
-            token, way = broken[0]
-            yield Finding(
-                f"{len(broken):,} links of {name}.json lead to the row itself, out of its scene, sensor or object, or not "
-                f"back (the first is {way} of {printable(token)})",
-                "it refuses those that it follows",
-                "refused",
-            )
+            what = f"lead to the row itself, or out of its scene, sensor or object {_first_link(broken)}"
+            yield Finding(f"{len(broken):,} links of {name}.json {what}", "it refuses those that it follows", "refused")
+        if one_way:
+            what = f"lead to a row that does not lead back {_first_link(one_way)}"
+            yield Finding(f"{len(one_way):,} links of {name}.json {what}", "it follows them as they are", "note")
+
+
+def _first_link(links: list[tuple[str, str]]) -> str:
+    token, way = links[0]
+    return f"(the first is {way} of {printable(token)})"
 
 
 def _splits(root: Path, version: str, tables: dict[str, list[dict]], chosen: dict[str, list[str]]) -> Iterator[Finding]:
@@ -235,9 +239,11 @@ def _dropped_fact(packed: Packed, drops: Drops) -> str:
     return f"boxes dropped: {', '.join(f'{mask.sum():,} {rule}' for rule, mask in dropped.items())}; {kept.sum():,} are learned"
 
 
-def _boxes(packed: Packed, drops: Drops) -> Iterator[Finding]:
+def _boxes(packed: Packed, drops: Drops, split: str) -> Iterator[Finding]:
     boxes = packed.columns["boxes"]
     if not len(boxes):
+        kind: Literal["refused", "note"] = "note" if split in UNANNOTATED else "refused"
+        yield Finding("no key frame is annotated", "it refuses to train on the split, or to be scored on it", kind)
         return
     dropped = _rules(packed, drops)
     for rule, mask in dropped.items():
