@@ -238,8 +238,9 @@ def test_what_a_checkpoint_was_made_with_is_in_it_and_compared(whole, root, tmp_
     run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
     latest = checkpoint.latest(run_dir / "checkpoints")
     facts = checkpoint.read_meta(latest)["run"]
-    assert facts | {"data": "", "code": ""} == {
-        "processes": 1, "accumulate": 1, "microbatches": 1, "samples_per_epoch": 3, "total_steps": 6, "data": "", "code": "",
+    assert facts | {"data": "", "evaluation_data": "", "code": ""} == {
+        "processes": 1, "accumulate": 1, "microbatches": 1, "samples_per_epoch": 3, "total_steps": 6, "data": "",
+        "evaluation_data": "", "code": "",
     }  # fmt: skip
     training = small_world.training()
     assert facts["data"] == origin.data(training, np.arange(3)) != origin.data(training, np.arange(2))
@@ -250,6 +251,17 @@ def test_what_a_checkpoint_was_made_with_is_in_it_and_compared(whole, root, tmp_
     )
     with pytest.raises(ValueError, match=r"begun with another config \(data: \"[0-9a-f]{16}\" -> \"[0-9a-f]{16}\"\)"):
         run.main(task, config(root, run_dir, checkpoint_every=1, resume=True))
+
+
+def test_a_resumed_run_whose_evaluation_boxes_moved_is_refused(whole, root, tmp_path):
+    """Its best would compare scores of different data."""
+    run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    moved = [replace(frame, boxes=frame.boxes + 1e-3) for frame in small_world.index()]
+    other = replace(small_world.index(), frames=tuple(moved))
+    task = lambda config: replace(tiny.task(config), data=replace(tiny.task(config).data, evaluation=other))  # noqa: E731
+    with pytest.raises(ValueError, match=r'another config \(evaluation_data: "[0-9a-f]{16}" -> "[0-9a-f]{16}"\); give'):
+        run.main(task, config(root, run_dir, checkpoint_every=1, resume=True))
+    run.main(task, config(root, run_dir, checkpoint_every=1, resume=True, force=True))
 
 
 def test_a_resumed_run_on_another_database_is_refused(whole, root, tmp_path):

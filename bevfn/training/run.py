@@ -687,6 +687,7 @@ def facts(run: Run) -> dict:
         "samples_per_epoch": len(data.items),
         "total_steps": plan.total_steps,
         "data": origin.data(data.training, data.items),
+        "evaluation_data": origin.data(data.evaluation, np.arange(len(data.evaluation))),  # the best is of one's scores
         "code": origin.code(),
     } | ({} if data.database is None else {"database": data.database.key})
 
