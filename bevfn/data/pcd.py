@@ -30,7 +30,8 @@ def read(path: Path, most: int) -> np.ndarray:
             "intensity 0..255 of each point."
         )
     if not 0 <= count <= most or count * dtype.itemsize > LARGEST:
-        raise ValueError(f"{path}: the point file's header says {count:,} points, not 0 to {most:,}; copy it again.")
+        said = f"{count:,}" if abs(count) < 10**18 else f"{str(count)[:9]}..."
+        raise ValueError(f"{path}: the point file's header says {said} points, not 0 to {most:,}; copy it again.")
     rows = _rows(header["DATA"][0], data, dtype, count, path)
     ring = next((rows[name][:, 0] for name in RINGS if name in fields), np.full(count, -1.0))
     return np.column_stack([*(rows[name][:, 0] for name in NEEDED), ring]).astype("<f4")
@@ -82,7 +83,9 @@ def _rows(encoding: str, data: bytes, dtype: np.dtype, count: int, path: Path) -
     if encoding == "binary_compressed":
         return _compressed(data, dtype, count, path)
     if encoding != "binary":
-        raise ValueError(f"{path}: the point file's DATA is {encoding!r}; write ascii, binary or binary_compressed.")
+        raise ValueError(
+            f"{path}: the point file's DATA is {encoding[:40]!r}; write ascii, binary or binary_compressed."
+        )
     if len(data) < count * dtype.itemsize:
         raise _truncated(path, len(data), count * dtype.itemsize)
     return np.frombuffer(data, dtype, count)
