@@ -1,13 +1,16 @@
 """The console command `bevfn`: one subcommand per job, each a plain function in `bevfn/commands/`."""
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from bevfn import exits
 from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity
+from bevfn.training import limits
 
 # Name: (what the group is for, its subcommands).
 GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
@@ -57,7 +60,19 @@ COMMANDS: dict[str, Callable] = {
 }
 
 
+def _checked(command: Callable) -> Callable:
+    """The command, whose numbers are held against `limits` first."""
+
+    @functools.wraps(command)
+    def run(*positional: Any, **named: Any) -> Any:
+        limits.check(inspect.signature(command).bind(*positional, **named).arguments)
+        return command(*positional, **named)
+
+    return run
+
+
 def _run(commands: dict[str, Callable], arguments: list[str], prog: str, description: str) -> int:
+    commands = {name: _checked(command) for name, command in commands.items()}
     code = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, description=description)
     return code if isinstance(code, int) else 0
 

@@ -13,6 +13,8 @@ from bevfn import tree
 from bevfn.distributed import Replicas
 from bevfn.heads import centerpoint, centerpoint_loss
 from bevfn.heads.transfusion_loss import gaussian_radius
+from bevfn.precision import Policy
+from bevfn.training import optim, train
 
 CONFIG = centerpoint.Config(
     channels_in=8, channels=4, tasks=(1, 2), lower=(-12.0, -8.0), cell=(1.0, 0.5), cells=(32, 24), queries=20,
@@ -230,3 +232,34 @@ def test_normalisers_are_averaged_over_replicas():
         for name in ("heatmap", "bbox"):
             ratio = float(alone[f"task{t}/{name}"] / shared[f"task{t}/{name}"])
             assert ratio == pytest.approx((own + 5.0) / 2 / own, rel=1e-5)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "name, term, value",
+    [
+        ("heatmap", "task1/heatmap", NAN),
+        *((name, "task1/bbox", x) for name in ("reg", "dim", "vel") for x in (NAN, INF)),
+    ],
+)
+def test_outputs_that_are_not_finite_make_their_term_and_the_loss_so_and_no_update(name, term, value):
+    """No mask hides them, so that the step is skipped and the term named. (An infinite heatmap is clamped, as published.)"""
+    boxes, labels = far_apart(CONFIG)
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    tasks = maps_of(centerpoint_loss.targets(boxes, labels, valid, CONFIG), CONFIG)
+    tasks[1][name] = torch.full_like(tasks[1][name], value)
+
+    def loss(params, state, batch, key):
+        total, terms = centerpoint_loss.loss(tree.map(lambda x: x + params["bias"], tasks), *batch, config=CONFIG)
+        metrics = {f"loss/{name}": x for name, x in terms.items() if name.startswith("task")} | {"loss/total": total}
+        return total, (state, metrics)
+
+    optimizer = optim.Config(optim.Schedule(1e-3))
+    before = train.init({"bias": torch.zeros(())}, {}, optimizer, precision=Policy.of("fp32"))
+    batch = (boxes, labels, valid)
+    after, metrics = train.make_step(loss, optimizer)(before, batch)
+    assert float(metrics["skipped"]) == 1 and float(after.params["bias"]) == 0
+    bad = {name for name, value in metrics.items() if name.startswith("loss/") and not torch.isfinite(value)}
+    assert bad == {f"loss/{term}", "loss/total"}

@@ -60,7 +60,7 @@ def test_every_file_that_the_index_needs_is_looked_at(root):
         ("sweeps/LIDAR_TOP/scene-0061__LIDAR_TOP__1.pcd.bin",
          lambda p: p.write_bytes(p.read_bytes()[:80] + bytes(100) + p.read_bytes()[:20]), True, "damaged", "5 of 10 points are at 0", 2),
         ("sweeps/LIDAR_TOP/scene-0061__LIDAR_TOP__1.pcd.bin",
-         lambda p: p.write_bytes(np.full(50, np.nan, "<f4").tobytes()), True, "damaged", "only NaN: 10 points", 2),
+         lambda p: p.write_bytes(np.full(50, np.nan, "<f4").tobytes()), True, "damaged", "10 of 10 points are NaN, so that there is no cloud", 2),
     ],
 )  # fmt: skip
 def test_damage_is_found_and_counted(root, file, damage, deep, kind, what, samples):

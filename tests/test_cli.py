@@ -1,13 +1,17 @@
 """The console commands: help, and one sentence for a user's mistake."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import small_root
 
 from bevfn import cli
+from bevfn.training import limits
 
 
 def run(*arguments):
@@ -47,6 +51,37 @@ def test_unknown_command_of_a_group_is_named(monkeypatch, capfd):
 def test_unknown_flag_is_named():
     code, text = run("bevfn.experiments.bevfusion", "--precison", "fp16")
     assert code == 2 and "--precison" in text and "--precision" in text  # and what was probably meant
+
+
+def commands() -> dict[str, Callable]:
+    inside = {f"{group} {name}": made for group, (_, found) in cli.GROUPS.items() for name, made in found.items()}
+    return inside | {name: made for name, made in cli.COMMANDS.items() if name not in cli.GROUPS}
+
+
+def test_every_number_of_every_command_has_its_limit():
+    for name, command in commands().items():
+        for flag in inspect.signature(command).parameters.values():
+            if re.search(r"\b(int|float)\b", str(flag.annotation)):
+                assert flag.name in limits.LIMITS, f"bevfn {name}: {flag.name}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval bevfusion_lidar --checkpoint x --batch-size 0",
+        "eval bevfusion_lidar --checkpoint x --site-capacity 5 0",
+        "bench step --repeats 0",
+        "bench views --threads -1",
+        "graph bevdepth --batch-size 0",
+        "data synth OUT --image-size 0 160",
+        "data check . --workers -1",
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_refused_by_its_flag(monkeypatch, capfd, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    code, text = call(monkeypatch, capfd, *words.split())
+    assert code == 2 and re.fullmatch(r"bevfn: --[a-z-]+ (0|-1) must be at least [01]\n", text)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_case_is_one_sentence():

@@ -273,6 +273,54 @@ def test_data_check_finds_what_was_made_of_something_else(root):
     assert all("was made of other calibrations, poses or boxes (4 key" in f.what for f in found)
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("harm", ["deleted", "cut", "points", "bit"])
+def test_data_check_finds_a_damaged_file_and_prepare_makes_it_again(root, harm, sealed):
+    from bevfn.commands import data
+
+    def prepare() -> None:
+        data.prepare(root, version=small_root.VERSION, paste=False, workers=1)
+
+    def refused(deep: bool) -> list[str]:
+        return [f.what for f in check.check(root, split="mini_train", deep=deep).findings if f.kind == "refused"]
+
+    prepare()
+    made = root / "bevfn_depth" / "mini_train"
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file() and path.name != ".lock"}
+    path = max(made.rglob("*.bin"), key=lambda path: path.stat().st_size)
+    if not sealed:  # as builds of before
+        (made / depth.SEALS).unlink()
+    content = bytearray(before[path])
+    content[1] ^= 1
+    harmed = {"cut": before[path][:-12], "points": np.full(3, np.nan, "<f4").tobytes(), "bit": bytes(content)}
+    path.unlink() if harm == "deleted" else path.write_bytes(harmed[harm])
+    unseen = not sealed and harm in ("cut", "bit")  # which are points that a camera may see
+    found = refused(deep=True)
+    assert len(found) == (not unseen) and all("1 files of depth ground truth" in what for what in found)
+    assert bool(refused(deep=False)) == (harm == "deleted" or (sealed and harm != "bit"))
+    others = {file: file.stat().st_mtime_ns for file in before if file.suffix == ".bin" and file != path}
+    prepare()
+    assert not refused(deep=True)
+    if not unseen:
+        assert {file: file.read_bytes() for file in before} == before
+        assert sum(file.stat().st_mtime_ns != when for file, when in others.items()) < 6  # of its key frame
+
+
+def test_data_check_finds_a_damaged_database_and_prepare_makes_it_again(index, tmp_path):
+    from bevfn.commands import data
+
+    root = Path(shutil.copytree(small_world.training().root, tmp_path / "world"))
+    data.prepare(root, depth=False, workers=1)
+    (path,) = (root / "bevfn_gt_database").rglob("points-*.bin")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20] + np.full(5, np.nan, "<f4").tobytes())
+    refused = [f.what for f in check.check(root, split="train", deep=True).findings if f.kind == "refused"]
+    assert len(refused) == 1 and "is damaged: its CRC is not that of what was written" in refused[0]
+    assert not [f for f in check.check(root, split="train").findings if f.kind == "refused"]
+    data.prepare(root, depth=False, workers=1)
+    assert path.read_bytes() == whole
+
+
 def test_a_build_that_cannot_be_written_is_one_sentence(index, small_disk):
     with pytest.raises(OSError, match=r"^/proc/depth could not be written \(.*\); make room there or choose another"):
         depth.build(index, Path("/proc/depth"), progress=False)

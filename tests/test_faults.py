@@ -72,6 +72,10 @@ TABLES: dict[str, tuple[str, str, dict, str]] = {
     "points below 0": ("sample_annotation", BOX, {"num_lidar_pts": -5}, f"annotation {BOX} has num_lidar_pts -5, which"),
     "no points": ("sample_annotation", BOX, {"num_radar_pts": None}, f"{BOX} has num_radar_pts nan|no num_radar_pts of"),
     "box before itself": ("sample_annotation", BOX, {"prev": BOX}, f"annotation {BOX} has a `prev` that is itself"),
+    "object twice": (
+        "sample_annotation", BOX, {"sample_token": "scene-0061 0", "prev": "", "next": ""},
+        "annotations .* and .* are of one object in one key frame",
+    ),
     "box of another": (
         "sample_annotation", BOX, {"next": "scene-0061 object 3 2"}, f"{BOX} has a `next` that is of another object",
     ),

@@ -67,13 +67,13 @@ def zeroed(**options) -> bytes:
 
 WRONG = {
     "turned": (turned(6), "its EXIF tag says that it is to be turned"),
-    "gif": (encoded("GIF"), "cannot be decoded"),
+    "gif": (encoded("GIF"), "cannot be decoded (none of these formats)"),
     "16 bits": (sixteen_bits(), "its pixels are of the kind I;16, of more than 8 bits a channel; convert it to RGB"),
     "middle zeroed": (zeroed(), "the JPEG has zeros in its middle"),
     "many scans": (encoded() + b"\xff\xda" * 101, "the JPEG has 10"),
     "half": (encoded()[:2000], "cannot be decoded"),
     "another size": (of_size(91, 160), "the image is 160x91 but the calibration is for 160x90"),
-    "nothing": (b"", "cannot be decoded"),
+    "nothing": (b"", "cannot be decoded (none of these formats); copy it again, or convert it to JPEG or PNG"),
 }
 
 

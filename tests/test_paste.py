@@ -220,6 +220,8 @@ def test_stored_points_that_cannot_be_are_refused(index, tmp_path, column, value
     points.tofile(database.points_path)
     with pytest.raises(ValueError, match=rf"points-.*.bin is damaged: object {i} has impossible points; build"):
         database.points(i)
+    assert "its CRC is not" in paste.damaged(database)
+    assert f"object {i} has impossible points" in paste.damaged(dataclasses.replace(database, crc=None))  # of before
 
 
 def test_damaged_databases_are_named_and_built_again(index, tmp_path):

@@ -28,6 +28,13 @@ def with_intensity(value) -> np.ndarray:
     return made
 
 
+def missing(count: int, columns: int = 3) -> bytes:
+    """A cloud whose first points have no number in as many columns."""
+    made = cloud()
+    made[:count, :columns] = np.nan
+    return made.tobytes()
+
+
 PCD = b"# .PCD v0.7 - Point Cloud Data file format\nVERSION 0.7\nFIELDS x y z intensity ring\nDATA binary\n"
 WRONG = {
     "four columns": (cloud()[:, :4].tobytes(), "which fits four float32 a point"),
@@ -54,6 +61,14 @@ WRONG = {
         (cloud() * [1000, 1000, 1000, 1, 1]).astype("<f4").tobytes(),
         "have coordinates or an intensity that must be",
     ),
+    "int32 in mm": ((cloud() * 1000).astype("<i4").tobytes(), "points have coordinates below 1e-38, as integers"),
+    "uint32 in mm": (
+        (np.abs(cloud()) * 1000).astype("<u4").tobytes(),
+        "of 3,000 points have coordinates below 1e-38, as integers",
+    ),
+    "nothing but NaN": (np.full((3000, 5), np.nan, "<f4").tobytes(), "3,000 of 3,000 points are NaN, so that there is"),
+    "NaN and 29 points": (missing(2971), "2,971 of 3,000 points are NaN, so that there is no cloud"),
+    "NaN in x alone": (missing(301, 1), "301 of 3,000 points have NaN in some of their numbers alone"),
     "part of a point": (cloud().tobytes()[:-4], "not a whole number of points"),
 }
 
@@ -76,6 +91,14 @@ def test_a_few_points_that_cannot_be_are_dropped_and_counted(tmp_path, column, v
     kept, bad = points.read(tmp_path / "a.pcd.bin")
     assert bad == 2
     np.testing.assert_array_equal(kept, np.delete(cloud(), [3, 70], axis=0))
+
+
+@pytest.mark.parametrize("columns", [3, 5])
+def test_missing_returns_of_a_driver_are_dropped_and_counted_however_many(tmp_path, columns):
+    (tmp_path / "a.pcd.bin").write_bytes(missing(2900, columns))
+    kept, bad = points.read(tmp_path / "a.pcd.bin")
+    assert bad == 2900
+    np.testing.assert_array_equal(kept, cloud()[2900:])
 
 
 def test_a_point_at_the_origin_stays(tmp_path):

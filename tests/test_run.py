@@ -1,5 +1,6 @@
 """Whole runs of a tiny experiment: what they leave, and that killing, stopping and splitting them changes no number."""
 
+import dataclasses
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from bevfn.distributed import Replicas
 from bevfn.files import read_json
 from bevfn.kernels import native
 from bevfn.metrics import METRICS_FILE, read_metrics
-from bevfn.training import checkpoint, origin, reporter, run
+from bevfn.training import checkpoint, optim, origin, reporter, run
 
 HERE = Path(__file__).parent
 STEPS = 6  # 3 epochs of 2
@@ -237,8 +238,9 @@ def test_what_a_checkpoint_was_made_with_is_in_it_and_compared(whole, root, tmp_
     run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
     latest = checkpoint.latest(run_dir / "checkpoints")
     facts = checkpoint.read_meta(latest)["run"]
-    assert facts | {"data": "", "code": ""} == {
-        "processes": 1, "accumulate": 1, "microbatches": 1, "samples_per_epoch": 3, "total_steps": 6, "data": "", "code": "",
+    assert facts | {"data": "", "evaluation_data": "", "code": ""} == {
+        "processes": 1, "accumulate": 1, "microbatches": 1, "samples_per_epoch": 3, "total_steps": 6, "data": "",
+        "evaluation_data": "", "code": "",
     }  # fmt: skip
     training = small_world.training()
     assert facts["data"] == origin.data(training, np.arange(3)) != origin.data(training, np.arange(2))
@@ -249,6 +251,17 @@ def test_what_a_checkpoint_was_made_with_is_in_it_and_compared(whole, root, tmp_
     )
     with pytest.raises(ValueError, match=r"begun with another config \(data: \"[0-9a-f]{16}\" -> \"[0-9a-f]{16}\"\)"):
         run.main(task, config(root, run_dir, checkpoint_every=1, resume=True))
+
+
+def test_a_resumed_run_whose_evaluation_boxes_moved_is_refused(whole, root, tmp_path):
+    """Its best would compare scores of different data."""
+    run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    moved = [replace(frame, boxes=frame.boxes + 1e-3) for frame in small_world.index()]
+    other = replace(small_world.index(), frames=tuple(moved))
+    task = lambda config: replace(tiny.task(config), data=replace(tiny.task(config).data, evaluation=other))  # noqa: E731
+    with pytest.raises(ValueError, match=r'another config \(evaluation_data: "[0-9a-f]{16}" -> "[0-9a-f]{16}"\); give'):
+        run.main(task, config(root, run_dir, checkpoint_every=1, resume=True))
+    run.main(task, config(root, run_dir, checkpoint_every=1, resume=True, force=True))
 
 
 def test_a_resumed_run_on_another_database_is_refused(whole, root, tmp_path):
@@ -658,3 +671,51 @@ def test_what_lies_at_the_data_root_decides_on_the_defaults(root, tmp_path):
 def test_a_number_below_one_is_refused_by_its_flag(name):
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0 must be at least 1"):
         tiny.Config(**{name: 0})
+
+
+IMPOSSIBLE = {
+    **{name: (float("nan"), float("inf"), -1.0, 0.0) for name in ("lr", "recipe_lr", "clip_norm")},
+    "weight_decay": (float("nan"), float("inf"), -1e-3),
+    "ema": (float("nan"), -0.1, 1.0, 2.0),
+    "norm_momentum": (float("nan"), 0.0, 5.0),
+    **dict.fromkeys(("checkpoint_every", "eval_every", "warm_up", "workers", "sync_after", "seed"), (-1, 2**40)),
+    **dict.fromkeys(("box_capacity", "keep", "recipe_batch"), (0, -1, 2**40)),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_number_that_cannot_be_meant_is_refused_by_its_flag(name):
+    for value in IMPOSSIBLE[name]:
+        with pytest.raises(
+            ValueError, match=rf"^--{name.replace('_', '-')} \S+ must be (at least|above) [\d.]+[^\n]*$"
+        ):
+            tiny.Config(**{name: value})
+
+
+def test_every_number_of_every_recipe_has_its_limit_and_keeps_it():
+    from bevfn import recipes
+    from bevfn.training import limits
+
+    for experiment in ("bevfusion", "bevfusion_lidar", "bevdepth", "matrixvt", "bevnext"):
+        config = recipes.defaults(experiment, None)["nuscenes"]
+        for field in dataclasses.fields(config):
+            if re.search(r"\b(int|float)\b", str(field.type)):
+                assert field.name in limits.LIMITS, f"{experiment}: {field.name}"
+                wrong = float("nan") if "float" in str(field.type) else -7
+                with pytest.raises(ValueError, match=f"--{field.name.replace('_', '-')} "):
+                    replace(config, **{field.name: (wrong,) if "tuple" in str(field.type) else wrong})
+
+
+def test_parameters_that_an_update_made_not_finite_are_neither_saved_nor_evaluated(root, tmp_path):
+    """Loss and gradient of every step are finite: only what the last one made is not."""
+
+    def task(config: tiny.Config) -> run.Task:
+        schedule = optim.Schedule(1e-3, drops=(2,), drop=1e42)
+        return replace(tiny.task(config), optimizer=lambda plan: optim.Config(lr=schedule))
+
+    with pytest.raises(
+        ValueError, match=r"^step 3: its update made params\.\S+ NaN or infinite, so that it is neither"
+    ):
+        run.main(task, config(root, tmp_path / "run", steps=3, checkpoint_every=1))
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step_00000002"
+    assert not (tmp_path / "run" / "evaluations").exists()

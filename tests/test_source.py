@@ -98,6 +98,7 @@ def test_a_source_without_a_needed_part_is_named_with_what_needs_it(index):
         index,
         lambda f: replace(f, cameras={name: replace(c, global_from_ego=lost) for name, c in f.cameras.items()}),
     )
+    bare = changed(index, lambda frame: replace(frame, names=("",) * len(frame.names)))
     other = replace(index, class_names=("car", "bus"))
     cases = [
         (
@@ -110,6 +111,11 @@ def test_a_source_without_a_needed_part_is_named_with_what_needs_it(index):
         (none, bevfusion.TRAIN, r"has no camera CAM_FRONT, .*; it has none: choose a LiDAR model"),
         (adrift, bevdepth.TRAIN, r"has no ego poses, but the model's base frame is the ego at the cameras' exposures"),
         (still, bevdepth.TRAIN, r"has no velocities of objects, but the model learns them"),
+        (
+            bare,
+            bevfusion_lidar.TRAIN,
+            r"has no annotations of the classes car, .*, so nothing can be learned there; train on",
+        ),
         (other, bevdepth.TRAIN, r"does not annotate truck, .*, which the model detects; it annotates car, bus"),
     ]
     for there, reading, message in cases:
@@ -121,6 +127,7 @@ def test_a_source_without_a_needed_part_is_named_with_what_needs_it(index):
     with pytest.raises(ValueError, match=r"samples/CAM_FRONT/.*, CAM_FRONT: resize .* smaller than image_size 704x256"):
         source.check(index, small, train=False)
     source.check(still, bevdepth.EVAL, train=False)
+    source.check(bare, bevdepth.EVAL, train=False)
     source.check(none, bevfusion_lidar.TRAIN, train=True)
 
 

@@ -244,10 +244,13 @@ def test_a_whole_file_in_a_form_that_is_not_read_is_not_called_incomplete(tmp_pa
     assert "complete" not in str(error.value)
 
 
-def test_an_operation_of_another_protocol_is_named(tmp_path):
-    torch.save({"w": torch.zeros(2)}, tmp_path / "a.pth", pickle_protocol=0)
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_an_operation_of_another_protocol_is_named(tmp_path, protocol, zipped):
+    saved = {"w": torch.zeros(2)}
+    torch.save(saved, tmp_path / "a.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        ValueError, match=r"a.pth has the operation \w+ in its pickle, which torch.save does not write; save its"
+        ValueError, match=r"a.pth has the operation \w+ in its pickle, of protocol 0 or 1, which is not read; save its"
     ):
         upstream.read_state_dict(tmp_path / "a.pth")
 

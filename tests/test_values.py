@@ -161,6 +161,17 @@ WORLDS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         edited("sample_data", one_scan), "note",
         "2 key frames have the LiDAR scan of another, such as samples/LIDAR_TOP/.*pcd.bin", "it reads the same points for each",
     ),
+    "a link that does not lead back": (
+        edited("sample_data", lambda rows: next(row for row in rows if row["prev"]).update(prev="")), "note",
+        "1 links of sample_data.json lead to a row that does not lead back", "follows them as they are",
+    ),
+    "an object twice": (
+        edited("sample_annotation", lambda rows: rows.append(rows[3] | {"token": "again"})), "refused",
+        "annotations scene-0061 object .* and again are of one object in one key frame", "refuses the data set",
+    ),
+    "no annotation": (
+        edited("sample_annotation", lambda rows: rows.clear()), "refused", "no key frame is annotated", "refuses to train on",
+    ),
     "milliseconds": (
         lambda root: [
             edited(name, lambda rows: [row.update(timestamp=row["timestamp"] // 1000) for row in rows])(root)

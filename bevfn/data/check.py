@@ -159,7 +159,7 @@ def check(
         if not lost:  # with a map missing, the devkit does not start
             findings += values.of_tables(root, version, tables, chosen)
             findings += values.of_pairs(tables_of.shared_scenes(root, version, training, evaluation))
-            told = [values.of_split(root, version, name, set(found)) for name in chosen]
+            told = [values.of_split(root, version, name, set(found), deep) for name in chosen]
             facts += [fact for facts_of_one, _ in told for fact in facts_of_one]
             findings += [finding for _, of_one in told for finding in of_one]
     # Without a table nothing can be read, without a map the devkit does not start.

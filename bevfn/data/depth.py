@@ -23,13 +23,15 @@ from bevfn.data import building, image, points
 from bevfn.data.index import Camera, Frame, Index
 from bevfn.data.possible import DISTANCE, SIDE
 from bevfn.data.reading import Depths
-from bevfn.files import read_json, to_json, write_atomically
+from bevfn.files import checksum, read_json, to_json, write_atomically
 from bevfn.names import leaves, printable
 
 MARGIN = 1  # px at the image's border in which points are dropped
 NEAR, FAR = 1.0, 60.0  # m, of BEVNeXt's points
 DEPTH = "depth.json"
+SEALS = "seals.json"  # size and CRC-32 of each file
 FRAMES = 32  # of one job
+FILES = 256  # of one job that looks at them
 FORMAT = 2  # raise it when the files' meaning changes
 COLUMNS = 3
 BYTES = 4 * COLUMNS
@@ -176,12 +178,20 @@ def stored(index: Index, rule: Depths) -> Path | None:
     return prepared(index) if rule == "last" else None
 
 
+def damaged(index: Index, *, deep: bool) -> dict[str, str]:
+    """Image: what is wrong with its file, of a split's `prepared` ones; `deep` reads them, else their sizes count. Raises
+    ValueError where they were made of something else."""
+    files = prepared(index)
+    return {} if files is None else _damaged(_images(index), files, _seals(files), deep)
+
+
 def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -> Path:
-    """Makes the files of all images of `index`, or finds them made already; returns their folder, in `out`.
+    """Makes the files of all images of `index`, or those that are not there or are damaged; returns their folder, in `out`.
 
     About 270 kB a key frame on nuScenes. A stopped or killed build goes on where it was. `depth.json`, which names the folder
-    and what it was made of, is written last: there are all files or none, or those of the previous build. The bytes do not
-    depend on the number of workers (processes).
+    and what it was made of, is written last: there are all files or none, or those of the previous build. `seals.json` has
+    their checksums, by which a later build finds what was damaged since. The bytes do not depend on the number of workers
+    (processes).
 
     Raises ValueError if a file is missing or damaged, if there is no image, or if another build writes to `out`.
     """
@@ -193,31 +203,79 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
     with building.only_writer(out):
         origin = made_of(index)
         files = out / f"files-{FORMAT}-{origin.files}-{origin.numbers}"
-        if _is_built(out, files):
-            return files
-        files.mkdir(exist_ok=True)
-        there = set()
-        for path in files.rglob("*"):
-            if path.name.startswith("."):  # of a killed build
+        names = _images(index)
+        if files.is_dir():
+            for path in filter(Path.is_file, files.rglob(".*")):  # of a killed build
                 path.unlink()
-            elif path.suffix == ".bin":
-                there.add(str(path.relative_to(files)).removesuffix(".bin"))
-        todo = [i for i, frame in enumerate(index) if not {c.path for c in frame.cameras.values()} <= there]
+            seals = _seals(files)
+            jobs = ((part, files, {n: seals[n] for n in part if n in seals}, True) for part in _parts(names))
+            bad = {name for found in building.unordered(_damaged, jobs, workers) for name in found}
+        else:
+            files.mkdir()
+            bad = set(names)
+        todo = [i for i, frame in enumerate(index) if not bad.isdisjoint(_images_of(frame))]
         with Progress(disable=not progress) as bar:
             task = bar.add_task("depth ground truth", total=len(index), completed=len(index) - len(todo))
             for frames in building.unordered(_make, _jobs(index, files, todo), workers):
                 bar.advance(task, frames)
+        _seal(files, names, {name for i in todo for name in _images_of(index[i])}, workers)
         write_atomically(out / DEPTH, to_json({"files": files.name, "made_of": asdict(origin)}))
         for stale in set(out.glob("files-*")) - {files}:
             shutil.rmtree(stale, ignore_errors=True)
     return files
 
 
-def _is_built(out: Path, files: Path) -> bool:
+def _images_of(frame: Frame) -> Iterator[str]:
+    return (camera.path for camera in frame.cameras.values())
+
+
+def _images(index: Index) -> list[str]:
+    return list(dict.fromkeys(name for frame in index for name in _images_of(frame)))
+
+
+def _parts(names: list[str]) -> Iterator[list[str]]:
+    return (names[start : start + FILES] for start in range(0, len(names), FILES))
+
+
+def _damaged(names: list[str], files: Path, seals: dict[str, tuple[int, int]], deep: bool) -> dict[str, str]:
+    """Image: what is wrong with its file, by its seal, or without one by what it holds."""
+    found = {}
+    for name in names:
+        path, seal = _file(files, name), seals.get(name)
+        if not path.is_file():
+            found[name] = "does not exist"
+        elif seal is not None and (checksum(path) if deep else (path.stat().st_size,)) != seal[: 1 + deep]:
+            found[name] = "is not what was written"
+        elif seal is None and deep:
+            try:
+                read(files, name)
+            except ValueError:
+                found[name] = "has no points that a camera sees"
+    return found
+
+
+def _seals(files: Path) -> dict[str, tuple[int, int]]:
+    """Image: size and CRC-32 of its file, as far as they were noted; none where that is damaged."""
     try:
-        return folder_of_files(out) == files and files.is_dir()
-    except ValueError:
-        return False
+        content = read_json((files.parent / SEALS).read_bytes())
+        return {str(name): (int(size), int(crc)) for name, (size, crc) in content[files.name].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return {}
+
+
+def _seal(files: Path, names: list[str], changed: set[str], workers: int) -> None:
+    """Notes the checksums of the files that have none yet, or were `changed`."""
+    known = _seals(files)
+    new = [name for name in names if name in changed or name not in known]
+    if new or set(known) != set(names):
+        jobs = ((part, files) for part in _parts(new))
+        found = {name: seal for seals in building.unordered(_checksums, jobs, workers) for name, seal in seals.items()}
+        merged = known | found
+        write_atomically(files.parent / SEALS, to_json({files.name: {name: merged[name] for name in names}}))
+
+
+def _checksums(names: list[str], files: Path) -> dict[str, tuple[int, int]]:
+    return {name: checksum(_file(files, name)) for name in names}
 
 
 def _jobs(index: Index, files: Path, todo: list[int]) -> Iterator[tuple]:

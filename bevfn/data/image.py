@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel at most; they become RGB
@@ -87,8 +87,9 @@ def _opened(path: Path, *, whole: bool) -> Iterator[tuple[Image.Image, io.BytesI
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: the image says that it has more than {LARGEST:,} pixels; copy it again.") from None
     except Exception as error:  # of a damaged file: nearly any
+        what = "none of these formats" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"{path}: the image cannot be decoded ({error}); copy it again, or convert it to {' or '.join(FORMATS[:2])}."
+            f"{path}: the image cannot be decoded ({what}); copy it again, or convert it to {' or '.join(FORMATS[:2])}."
         ) from error
 
 

@@ -24,8 +24,8 @@ from rich.progress import Progress
 from bevfn import boxes as overlap
 from bevfn.data import annotations, building, points, possible, sweeps
 from bevfn.data.index import Frame, Index
-from bevfn.files import write_atomically, writing
-from bevfn.names import file_name
+from bevfn.files import checksum, write_atomically, writing
+from bevfn.names import file_name, sentence
 
 OBJECTS = "objects.npz"
 SWEEPS = 10  # besides the key frame
@@ -103,6 +103,8 @@ class Database:
     """What is pasted has as many points."""
     usable: dict[str, np.ndarray]
     """Class name to the objects that may be pasted: enough points, difficulty not -1."""
+    crc: int | None = None
+    """CRC-32 of the points' file; None of a database of an older bevfn."""
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -148,6 +150,7 @@ def read(folder: Path, *, min_points: int = 5, making: Making | None = None, ind
         origin = building.Origin(**json.loads(str(arrays["made_of"])))
         difficulty, tokens = arrays["difficulty"], arrays["tokens"]
         class_names = tuple(arrays["class_names"].tolist())
+        crc = int(arrays["crc"]) if "crc" in arrays else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a GT-paste database ({error}); delete it and build it again.") from error
     size = points_path.stat().st_size if points_path.is_file() else -1
@@ -160,8 +163,22 @@ def read(folder: Path, *, min_points: int = 5, making: Making | None = None, ind
     good = (np.diff(starts) >= min_points) & (difficulty != -1)
     usable = {name: np.flatnonzero(good & (labels == label)) for label, name in enumerate(class_names)}
     return Database(
-        points_path, boxes, labels, starts, scans, difficulty, tokens, class_names, made, key, min_points, usable
+        points_path, boxes, labels, starts, scans, difficulty, tokens, class_names, made, key, min_points, usable, crc
     )
+
+
+def damaged(database: Database) -> str:
+    """What is wrong with the points of a database that was read, by their checksum, or without one object by object; empty if
+    nothing."""
+    if database.crc is not None:
+        same = checksum(database.points_path)[1] == database.crc
+        return "" if same else f"{database.points_path} is damaged: its CRC is not that of what was written"
+    for i in range(len(database)):
+        try:
+            database.points(i)
+        except ValueError as error:
+            return sentence(error)
+    return ""
 
 
 def _check_making(folder: Path, made: Making, wanted: Making) -> None:
@@ -357,6 +374,7 @@ def _merge(
     arrays = {name: np.concatenate(values) for name, values in columns.items()}
     arrays["starts"] = np.concatenate([[0], np.cumsum(arrays["scans"][:, -1], dtype=np.int64)])
     arrays["difficulty"] = np.zeros(len(arrays["boxes"]), dtype=np.int32)
+    arrays["crc"] = np.uint32(checksum(points_path)[1])
     arrays |= {"points_file": np.str_(points_path.name), "class_names": np.array(class_names), "key": np.str_(key)}
     arrays |= {name: np.str_(json.dumps(asdict(how))) for name, how in (("making", making), ("made_of", origin))}
     write_atomically(out / OBJECTS, _npz(arrays))
@@ -366,7 +384,8 @@ def _is_built(out: Path, key: str) -> bool:
     if not (out / OBJECTS).is_file():
         return False
     try:
-        return read(out).key == key
+        made = read(out)
+        return made.key == key and not damaged(made)
     except ValueError:  # damaged: build it again
         return False
 

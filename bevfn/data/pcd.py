@@ -35,8 +35,9 @@ def read(path: Path, most: int) -> np.ndarray:
     if not count:
         raise ValueError(f"{path}: the point file is empty (0 points); copy it again.")
     if not 0 < count <= most or count * dtype.itemsize > LARGEST:
+        said = f"{count:,}" if abs(count) < 10**18 else f"{str(count)[:9]}..."
         raise ValueError(
-            f"{path}: the point file's header says {count:,} points of {dtype.itemsize:,} bytes, not 1 to {most:,} of at most "
+            f"{path}: the point file's header says {said} points of {dtype.itemsize:,} bytes, not 1 to {most:,} of at most "
             f"{LARGEST:,} bytes together; copy it again, or write fewer fields."
         )
     rows = _rows(header["DATA"][0], data, dtype, count, path)
@@ -104,7 +105,9 @@ def _rows(encoding: str, data: bytes, dtype: np.dtype, count: int, path: Path) -
     if encoding == "binary_compressed":
         return _compressed(data, dtype, count, path)
     if encoding != "binary":
-        raise ValueError(f"{path}: the point file's DATA is {encoding!r}; write ascii, binary or binary_compressed.")
+        raise ValueError(
+            f"{path}: the point file's DATA is {encoding[:40]!r}; write ascii, binary or binary_compressed."
+        )
     _check_length(data, count * dtype.itemsize, path)
     return np.frombuffer(data, dtype, count)
 

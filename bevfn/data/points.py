@@ -15,6 +15,8 @@ Range = tuple[float, float, float, float, float, float]  # lower x, y, z, upper 
 MOST = 10_000_000  # points of a file: 200 MB, where a scan has some 100,000
 BLANK = 64  # points at a file's end
 FEW = 0.01  # share of a file's points, or two, that may be impossible; with more the file is not of such points
+MIXED = 0.1  # share of a file's points that may have NaN in some of their numbers
+TINY = float(np.finfo(np.float32).tiny)  # of a normal number; integers up to 8 million look smaller
 HEADS = {
     b"\x93NUMPY": "has the header of an .npy file",
     b"# .PCD": "has the header of a PCD file",
@@ -36,11 +38,12 @@ WANTED = "little-endian float32 x, y, z [m], intensity 0..255, ring"
 def read(path: Path) -> tuple[np.ndarray, int]:
     """(points [P,5] float32 in file order, number of points dropped because one of their numbers cannot be).
 
-    A lidar driver marks a missing return with NaN, so such points are no error of the file: they are dropped and
-    counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or intensity.
+    A lidar driver marks a missing return with NaN in x, y and z, so such points are no error of the file: they are dropped
+    and counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or
+    intensity, or with NaN in some of their numbers alone.
 
     Raises ValueError if the file is missing, empty, huge or not a whole number of points, or holds something else than such
-    points: a header, numbers of another kind or number, zeros where an interrupted copy wrote nothing.
+    points: a header, numbers of another kind or number, zeros where an interrupted copy wrote nothing, next to nothing but NaN.
     """
     path = Path(path)
     if not path.is_file():
@@ -106,18 +109,30 @@ def ends_in_zeros(path: Path) -> bool:
 def _wrong(values: np.ndarray | None, points: np.ndarray, kept: np.ndarray) -> str:
     """What else the bytes of a file (None where a header says what they are) seem to be than the points [P,5], of which some
     are kept; empty if nothing."""
+    xyz = np.abs(points[:, :3])
+    if (integers := int(((xyz > 0) & (xyz < TINY)).any(axis=1).sum())) > len(points) // 4:
+        return f"{integers:,} of {len(points):,} points have coordinates below 1e-38, as integers look in a file of float32"
     zeros = int(_at_sensor(points).sum())
     if zeros > max(2, FEW * len(points)):
         return (
             f"{zeros:,} of {len(points):,} points are at 0 0 0, as where an interrupted copy wrote nothing; copy it again, or "
             "mark missing returns with NaN"
         )
-    bad = int(np.isfinite(points).all(axis=1).sum()) - len(kept) if len(kept) < len(points) else 0
+    if len(kept) == len(points):
+        return ""
+    finite = np.isfinite(points)
+    missing = int((~finite[:, :3]).all(axis=1).sum())
+    bad = int(finite.all(axis=1).sum()) - len(kept)
+    mixed = len(points) - len(kept) - bad - missing
+    if mixed > max(2, MIXED * len(points)):
+        return f"{mixed:,} of {len(points):,} points have NaN in some of their numbers alone, so that these are of another kind"
     if bad > max(2, FEW * len(points)):
         return (
             f"{bad:,} of {len(points):,} points have coordinates or an intensity that must be {possible.POINT}, "
             f"{possible.INTENSITY}{'' if values is None else _fitting(values)}"
         )
+    if len(kept) <= FEW * len(points):
+        return f"{missing:,} of {len(points):,} points are NaN, so that there is no cloud; copy it again"
     return ""
 
 

@@ -82,9 +82,15 @@ def boxes_of(table: str, rows: list[dict], velocities: np.ndarray, lidar_from_gl
 
 
 def check_links(get: Get, table: str, rows: list[dict]) -> None:
-    """Raises Impossible unless annotations' prev and next, between which velocities are measured, are others of the same
-    object."""
+    """Raises Impossible unless a key frame's annotations are of an object each, and their prev and next, between which
+    velocities are measured, are others of the same object."""
+    objects: dict[str, str] = {}
     for row in rows:
+        token = objects.setdefault(row["instance_token"], row["token"])
+        if token != row["token"]:
+            raise Impossible(
+                f"annotations {printable(token)} and {printable(row['token'])} are of one object in one key frame"
+            )
         for name in ("prev", "next"):
             if not row.get(name):
                 continue

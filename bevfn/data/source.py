@@ -215,6 +215,11 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
             f"{name} does not annotate {', '.join(missing)}, which the model detects; it annotates "
             f"{_listed(index.class_names)}"
         )
+    if train and not index.annotated:
+        raise ValueError(
+            f"{name} has no annotations of the classes {_listed(index.class_names)}, so nothing can be learned there; train on "
+            "another split (--train-split)"
+        )
     if train and not index.has("velocity"):
         raise ValueError(f"{name} has no velocities of objects, but the model learns them; train on another root")
 

@@ -100,7 +100,7 @@ def check(
         for name, frames in packed.items():
             damaged = {problem.path for problem in bad}
             index = Index(base, t4.VERSION, name, frames)
-            told, odd = values.of_frames(index, damaged, DROPS) if len(frames) else ([], [])
+            told, odd = values.of_frames(index, damaged, DROPS, deep=deep) if len(frames) else ([], [])
             facts += told
             findings += odd
     return Inspection(

@@ -6,7 +6,7 @@ training would read, with the rules of `possible`; of files, a few of each kind 
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 SHORTEST_LAG = 1e-3  # s: no LiDAR turns a thousand times a second
 OPENED = 5  # files of a kind
+UNANNOTATED = ("test",)  # splits that are published so
 SENSORS = ("LIDAR_TOP", *CAMERAS)
 
 
@@ -72,9 +73,11 @@ def of_pairs(shared: dict[tuple[str, str], list[str]]) -> Iterator[Finding]:
         yield Finding(what, "it refuses to train on one and evaluate on the other", "refused")
 
 
-def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[list[str], list[Finding]]:
+def of_split(
+    root: Path, version: str, split: str, damaged: set[str], deep: bool = False
+) -> tuple[list[str], list[Finding]]:
     """(facts, findings) of a split's key frames, from its index, or read of the tables where there is none; nothing is
-    written. damaged: files, relative to the root, that are known to be."""
+    written. damaged: files, relative to the root, that are known to be; deep: what was made of the split is read."""
     try:
         with warnings.catch_warnings():  # of what is a finding here
             warnings.simplefilter("ignore")
@@ -82,11 +85,13 @@ def of_split(root: Path, version: str, split: str, damaged: set[str]) -> tuple[l
     except ValueError as error:
         what = f"{printable(split)}: {sentence(error).rstrip('.')}"
         return [], [Finding(what, "training refuses the data set", "refused")]
-    return of_frames(Index(root, version, split, packed), damaged)
+    return of_frames(Index(root, version, split, packed), damaged, deep=deep)
 
 
-def of_frames(index: Index, damaged: set[str], drops: Drops = DROPS) -> tuple[list[str], list[Finding]]:
-    """(facts, findings) of a split's packed key frames. damaged: see `of_split`."""
+def of_frames(
+    index: Index, damaged: set[str], drops: Drops = DROPS, *, deep: bool = False
+) -> tuple[list[str], list[Finding]]:
+    """(facts, findings) of a split's packed key frames. damaged, deep: see `of_split`."""
     packed, root, split = index.frames, index.root, index.split
     assert isinstance(packed, Packed)
     found = [
@@ -95,7 +100,8 @@ def of_frames(index: Index, damaged: set[str], drops: Drops = DROPS) -> tuple[li
     ]
     told, odd = _files(root, packed, damaged)
     facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed, drops), _camera_fact(packed), *told]
-    found += [*_sweeps(packed), *_scans(packed), *_boxes(packed, drops), *_cameras(packed), *odd, *_made(index)]
+    found += [*_sweeps(packed), *_scans(packed), *_boxes(packed, drops, split), *_cameras(packed), *odd]
+    found += _made(index, deep)
     return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
 
 
@@ -135,7 +141,7 @@ def _categories(tables: dict[str, list[dict]]) -> Iterator[Finding]:
 
 
 def _links(tables: dict[str, list[dict]]) -> Iterator[Finding]:
-    """Chains of rows, each of which must be followed both ways and stay with its scene, sensor or object."""
+    """Chains of rows, each of which should stay with its scene, sensor or object, and be followed both ways."""
     scenes = {row["token"]: row["scene_token"] for row in tables["sample"]}
     sensors = {row["token"]: row["sensor_token"] for row in tables["calibrated_sensor"]}
     owners = {
@@ -145,22 +151,25 @@ def _links(tables: dict[str, list[dict]]) -> Iterator[Finding]:
     }
     for name, owner in owners.items():
         rows = {row["token"]: row for row in tables[name]}
-        broken = []
+        broken, one_way = [], []
         for row in tables[name]:
             for way, back in (("prev", "next"), ("next", "prev")):
                 other = rows.get(row.get(way, ""))
-                if other is not None and (
-                    other is row or other.get(back) != row["token"] or owner(other) != owner(row)
-                ):
+                if other is not None and (other is row or owner(other) != owner(row)):
                     broken.append((row["token"], way))
+                elif other is not None and other.get(back) != row["token"]:
+                    one_way.append((row["token"], way))
         if broken:
-            token, way = broken[0]
-            yield Finding(
-                f"{len(broken):,} links of {name}.json lead to the row itself, out of its scene, sensor or object, or not "
-                f"back (the first is {way} of {printable(token)})",
-                "it refuses those that it follows",
-                "refused",
-            )
+            what = f"lead to the row itself, or out of its scene, sensor or object {_first_link(broken)}"
+            yield Finding(f"{len(broken):,} links of {name}.json {what}", "it refuses those that it follows", "refused")
+        if one_way:
+            what = f"lead to a row that does not lead back {_first_link(one_way)}"
+            yield Finding(f"{len(one_way):,} links of {name}.json {what}", "it follows them as they are", "note")
+
+
+def _first_link(links: list[tuple[str, str]]) -> str:
+    token, way = links[0]
+    return f"(the first is {way} of {printable(token)})"
 
 
 def _splits(root: Path, version: str, tables: dict[str, list[dict]], chosen: dict[str, list[str]]) -> Iterator[Finding]:
@@ -239,9 +248,11 @@ def _dropped_fact(packed: Packed, drops: Drops) -> str:
     return f"boxes dropped: {', '.join(f'{mask.sum():,} {rule}' for rule, mask in dropped.items())}; {kept.sum():,} are learned"
 
 
-def _boxes(packed: Packed, drops: Drops) -> Iterator[Finding]:
+def _boxes(packed: Packed, drops: Drops, split: str) -> Iterator[Finding]:
     boxes = packed.columns["boxes"]
     if not len(boxes):
+        kind: Literal["refused", "note"] = "note" if split in UNANNOTATED else "refused"
+        yield Finding("no key frame is annotated", "it refuses to train on the split, or to be scored on it", kind)
         return
     dropped = _rules(packed, drops)
     for rule, mask in dropped.items():
@@ -291,16 +302,33 @@ def _centres(packed: Packed) -> Iterator[Finding]:
             )
 
 
-def _made(index: Index) -> Iterator[Finding]:
-    """What `bevfn data prepare` made, of something else."""
-    reads: list[Callable[[], object]] = [lambda: depth.prepared(index)]
-    if (paste.folder(index) / paste.OBJECTS).is_file():
-        reads.append(lambda: paste.read(paste.folder(index), index=index))
-    for read in reads:
+def _made(index: Index, deep: bool) -> Iterator[Finding]:
+    """What `bevfn data prepare` made, of something else, or that was damaged since."""
+    for problems in (_depths, _database):
         try:
-            read()
+            found = list(problems(index, deep))
         except ValueError as error:
-            yield Finding(sentence(error).rstrip("."), "it refuses to train models that read it", "refused")
+            found = [sentence(error).rstrip(".")]
+        for what in found:
+            yield Finding(
+                what, "it refuses to train models that read it; `bevfn data prepare` makes it again", "refused"
+            )
+
+
+def _depths(index: Index, deep: bool) -> Iterator[str]:
+    if bad := depth.damaged(index, deep=deep):
+        name, what = next(iter(bad.items()))
+        yield (
+            f"{len(bad):,} files of depth ground truth in {depth.folder(index)} are absent or damaged: that of "
+            f"{printable(name)} {what}"
+        )
+
+
+def _database(index: Index, deep: bool) -> Iterator[str]:
+    if (paste.folder(index) / paste.OBJECTS).is_file():
+        database = paste.read(paste.folder(index), index=index)
+        if deep and (what := paste.damaged(database)):
+            yield what.rstrip(".")
 
 
 # --- files ---

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.files import read_json, to_json, write_atomically
+from bevfn.files import checksum, read_json, to_json, write_atomically
 
 TENSORS, META, BEST = "train_state.safetensors", "meta.json", "best.json"
 # "step_00000060+" was on its way to replace another of the same step. Other names beside them are the user's.
@@ -34,7 +34,6 @@ NAME = re.compile(r"step_(\d+)\+?")
 LEFTOVER = re.compile(rf"\.step_\d+\+?\.\d+\.(new|old)|\.{re.escape(BEST)}\..*\d")
 FORMAT = 2  # of meta.json: sealed; before it had no format and no seal
 OVERHEAD = 2**20  # bytes on disk besides the tensors' own: names, JSON, the file system's blocks
-CHUNK = 2**22  # bytes
 UNREADABLE = -1  # serial of a checkpoint whose meta.json is damaged
 
 
@@ -190,7 +189,7 @@ def sweep(checkpoints: Path) -> None:
 
 def _described(made: Path, checkpoints: Path) -> dict[str, int]:
     """What `latest` orders by and checks: one more than any checkpoint there, size and CRC of the tensors."""
-    size, crc = _crc(made / TENSORS)
+    size, crc = checksum(made / TENSORS)
     return {"serial": 1 + max(map(_serial, steps(checkpoints)), default=0), "bytes": size, "crc32": crc}
 
 
@@ -250,7 +249,7 @@ def check(folder: Path) -> None:
     path, described = folder / TENSORS, meta.get("checkpoint")
     if not path.is_file():
         raise ValueError(f"{folder} is incomplete: it has no {TENSORS}; use an older checkpoint")
-    if described is not None and _crc(path) != (described.get("bytes"), described.get("crc32")):
+    if described is not None and checksum(path) != (described.get("bytes"), described.get("crc32")):
         raise ValueError(f"{path} is damaged: its size or CRC is not what {META} says; use an older checkpoint")
     step = _step_of_tensors(path)
     if step is not None and meta.get("step", step) != step:
@@ -281,15 +280,6 @@ def _free_name(folder: Path) -> Path:
     """Beside `folder`, and no checkpoint's."""
     names = (folder.with_name(f"{folder.name}.replaced{number or ''}") for number in itertools.count())
     return next(name for name in names if not name.exists())
-
-
-def _crc(path: Path) -> tuple[int, int]:
-    """(bytes, CRC-32); 2.4 GB/s, which the checkpoint's disk is not."""
-    size = crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return size, crc
 
 
 def _read_best(checkpoints: Path) -> dict | None:

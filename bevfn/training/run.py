@@ -37,7 +37,7 @@ from bevfn.layers import remat
 from bevfn.metrics import added
 from bevfn.names import lines, sentence
 from bevfn.precision import LOWEST_SCALE, Policy, Precision
-from bevfn.training import checkpoint, optim, origin, run_folder, signals, train
+from bevfn.training import checkpoint, limits, optim, origin, run_folder, signals, train
 from bevfn.training.reporter import Reporter, peak_memory
 
 RUNS = Path("runs")
@@ -147,13 +147,7 @@ class Config:
     """of parameters, augmentation, data order and dropout"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "recipe_batch", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"--steps {self.steps} must be at least 1")
-        if self.sync_after < 0:
-            raise ValueError(f"--sync-after {self.sync_after} must be at least 0")
+        limits.check({known: getattr(self, known) for known in limits.LIMITS if hasattr(self, known)})
 
     def plain(self) -> Self:
         """Without what only training needs: frames as they come, nothing moved or pasted in."""
@@ -595,7 +589,8 @@ def saved_when_others_end(run: Run, train_state: train.TrainState) -> Iterator[N
     except distributed.Lost as lost:
         assert run.replicas is not None
         done = int(train_state.step)
-        if run.replicas.rank == min(set(range(run.replicas.count)) - lost.gone) and done and run.config.mode == "full":
+        leads = run.replicas.rank == min(set(range(run.replicas.count)) - lost.gone)
+        if leads and done and run.config.mode == "full" and not train.first_nonfinite(train_state):
             folder = run.config.run_dir / run_folder.CHECKPOINTS / step_name(done)
             with contextlib.nullcontext() if run.leads else run_folder.locked(run.config.run_dir):
                 if not folder.is_dir():
@@ -692,6 +687,7 @@ def facts(run: Run) -> dict:
         "samples_per_epoch": len(data.items),
         "total_steps": plan.total_steps,
         "data": origin.data(data.training, data.items),
+        "evaluation_data": origin.data(data.evaluation, np.arange(len(data.evaluation))),  # the best is of one's scores
         "code": origin.code(),
     } | ({} if data.database is None else {"database": data.database.key})
 
@@ -790,6 +786,16 @@ def check_finite(
     )
 
 
+def check_state(train_state: train.TrainState, done: int) -> None:
+    """Raises ValueError naming the first leaf that is not finite: losses and gradients are looked at before a step's update,
+    and of the last one nothing else would look at what it made."""
+    if bad := train.first_nonfinite(train_state):
+        raise ValueError(
+            f"step {done}: its update made {bad} NaN or infinite, so that it is neither saved nor evaluated; lower --lr, and go "
+            "on from an older checkpoint with --resume --force"
+        )
+
+
 def tell_of_fp16(run: Run, values: dict, done: int, bad_terms: list[str], tokens: list[str]) -> None:
     """Says what a skipped step of fp16 may mean, where it is more than a loss scale that was too high."""
     if bad_terms:
@@ -808,7 +814,8 @@ def checkpoint_due(run: Run, done: int) -> bool:
 
 
 def save(run: Run, train_state: train.TrainState, done: int) -> None:
-    """A checkpoint; every process has the same state, one writes."""
+    """A checkpoint; every process has the same state, one writes. Raises ValueError where it is of no use."""
+    check_state(train_state, done)
     if run.leads:
         write(run, train_state, done)
 
@@ -827,6 +834,7 @@ def evaluation_due(run: Run, done: int) -> bool:
 
 def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, float]:
     """Scores of the evaluation split after `done` steps, by name; files in evaluations/step_..."""
+    check_state(train_state, done)
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
     found, counts = detect(

@@ -200,6 +200,7 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
+    said = False  # protocol 2 and later ones say so first
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if count == MOST_OPERATIONS:
             raise ValueError(f"its pickle has more than {MOST_OPERATIONS} operations")
@@ -246,9 +247,10 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
             case "BUILD":
                 stack.pop()  # attributes, such as the versions of modules
             case "PROTO" | "FRAME":
-                pass
+                said = True
             case name:
-                raise Unread(f"has the operation {name} in its pickle, which torch.save does not write; {AGAIN}")
+                whose = "which torch.save does not write" if said else "of protocol 0 or 1, which is not read"
+                raise Unread(f"has the operation {name} in its pickle, {whose}; {AGAIN}")
     raise ValueError("its pickle has no end")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from bevfn import catalogue, recipes, tree
 from bevfn.commands import evaluate
 from bevfn.evaluation.score import METRICS
-from bevfn.files import write_atomically
+from bevfn.files import checksum, write_atomically
 from bevfn.metrics import read_metrics
 from bevfn.training import checkpoint, run, run_folder
 from fuzz import mutate
@@ -134,7 +134,7 @@ def _resume_odd(folder: Path) -> None:
     """The same of tensors whose CRC is right; those that are no train state are another run's."""
     made = folder / "run" / "checkpoints" / run.step_name(STEPS[-1])
     meta = json.loads((made / checkpoint.META).read_text())
-    size, crc = checkpoint._crc(made / checkpoint.TENSORS)
+    size, crc = checksum(made / checkpoint.TENSORS)
     changed = {name: value for name, value in meta.items() if name != "seal"}
     changed["checkpoint"] |= {"bytes": size, "crc32": crc}
     right = (made / checkpoint.META).read_bytes()

@@ -1,0 +1,67 @@
+"""What numbers the flags can have: one table for every recipe and command, held against a config as soon as it is made."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Finite numbers from `least` on, or above it (`open`), to `most`, or below it."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    open: tuple[bool, bool] = (False, False)
+
+    def fits(self, value: float) -> bool:
+        above = value > self.least if self.open[0] else value >= self.least
+        below = value < self.most if self.open[1] else value <= self.most
+        return above and below and abs(value) < math.inf  # no NaN is above anything
+
+    def __str__(self) -> str:
+        least = f"{'above' if self.open[0] else 'at least'} {self.least:g}"
+        if self.most in (math.inf, MOST):
+            return least
+        return f"{least} and {'below' if self.open[1] else 'at most'} {self.most:.10g}"
+
+
+SIZE = Limit(1, MOST)
+COUNT = Limit(0, MOST)
+SEED = Limit(0, 2**32 - 1)  # what numpy's older generator takes
+POSITIVE = Limit(0, open=(True, False))
+WEIGHT = Limit(0)
+SHARE = Limit(0, 1)
+WITHIN = Limit(0, 1, open=(True, True))
+
+LIMITS: dict[str, Limit] = {
+    **dict.fromkeys(("epochs", "steps", "batch_size", "accumulate", "recipe_batch", "keep", "box_capacity"), SIZE),
+    **dict.fromkeys(("point_capacity", "voxel_capacity", "site_capacity"), SIZE),
+    **dict.fromkeys(("warm_up", "warmup_steps", "sync_after", "workers", "checkpoint_every", "eval_every"), COUNT),
+    **dict.fromkeys(("sweeps", "paste_off", "ema_updates"), COUNT),
+    **dict.fromkeys(("lr", "recipe_lr", "clip_norm", "ema_ramp"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "image_backbone_lr", "depth_loss"), WEIGHT),
+    **dict.fromkeys(("warmup_factor", "start_lr", "final_lr"), SHARE),
+    **dict.fromkeys(("lr_turn", "beta1_turn"), WITHIN),
+    "milestones": SIZE,
+    "ema": Limit(0, 1, open=(False, True)),
+    "norm_momentum": Limit(0, 1, open=(True, False)),
+    "seed": SEED,
+    # of the commands
+    **dict.fromkeys(("repeats", "samples", "scenes", "frames", "image_size"), SIZE),
+    **dict.fromkeys(("threads", "execute", "show"), COUNT),
+}
+
+
+def check(flags: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the flag and what it must be, for a number, or one of several, that it cannot mean.
+
+    flags: by the names of their fields; values that are no numbers (None, a path, a yes or no) are not looked at.
+    """
+    for name, given in flags.items():
+        for value in given if isinstance(given, tuple) else (given,):
+            if type(value) in (int, float) and not LIMITS[name].fits(value):
+                shown = f"{value:g}" if type(value) is float else str(value)[:40]
+                raise ValueError(f"--{name.replace('_', '-')} {shown} must be {LIMITS[name]}")
