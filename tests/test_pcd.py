@@ -88,9 +88,7 @@ def test_every_encoding_gives_the_points(tmp_path, encoding, count):
 def test_a_number_of_500_digits_is_not_printed_whole(tmp_path, sign):
     content = write(tmp_path / "a.pcd", cloud(5, AUTOWARE)).read_bytes()
     (tmp_path / "a.pcd").write_bytes(content.replace(b"POINTS 5", f"POINTS {sign}{'7' * 500}".encode()))
-    with pytest.raises(
-        ValueError, match=rf"a.pcd: the point file's header says {sign}7+\.\.\. points, not 0 to"
-    ) as error:
+    with pytest.raises(ValueError, match=rf"a.pcd: the point file's header says {sign}7+\.\.\. POINTS, but") as error:
         points.read(tmp_path / "a.pcd")
     assert len(str(error.value)) < 250
 

@@ -35,9 +35,8 @@ def read(path: Path, most: int) -> np.ndarray:
     if not count:
         raise ValueError(f"{path}: the point file is empty (0 points); copy it again.")
     if not 0 < count <= most or count * dtype.itemsize > LARGEST:
-        said = f"{count:,}" if abs(count) < 10**18 else f"{str(count)[:9]}..."
         raise ValueError(
-            f"{path}: the point file's header says {said} points of {dtype.itemsize:,} bytes, not 1 to {most:,} of at most "
+            f"{path}: the point file's header says {_said(count)} points of {dtype.itemsize:,} bytes, not 1 to {most:,} of at most "
             f"{LARGEST:,} bytes together; copy it again, or write fewer fields."
         )
     rows = _rows(header["DATA"][0], data, dtype, count, path)
@@ -87,7 +86,7 @@ def _layout(header: dict[str, list[str]], path: Path) -> tuple[list[str], np.dty
         ) from None
     if grid is not None and grid != count:
         raise ValueError(
-            f"{path}: the point file's header says {count:,} POINTS, but WIDTH times HEIGHT is {grid:,}; it is damaged, copy it "
+            f"{path}: the point file's header says {_said(count)} POINTS, but WIDTH times HEIGHT is {_said(grid)}; it is damaged, copy it "
             "again."
         )
     if any(view[:3]) or any(view[4:]):  # which PCL keeps beside the points, without moving them
@@ -96,6 +95,11 @@ def _layout(header: dict[str, list[str]], path: Path) -> tuple[list[str], np.dty
             "certain in which frame its points are; write them in the LiDAR's frame, with that VIEWPOINT."
         )
     return names, dtype, count
+
+
+def _said(count: int) -> str:
+    """A number of a header, for a sentence."""
+    return f"{count:,}" if abs(count) < 10**18 else f"{str(count)[:9]}..."
 
 
 def _rows(encoding: str, data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
