@@ -10,6 +10,7 @@ Source: BEVNeXt mmdet3d/models/backbones/resnet.py (Res2Fusion, behaviour); gold
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.distributed import Train
-from bevfn.layers import conv_norm
+from bevfn.layers import conv_norm, remat
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Config:
     scales: int = 4
     width_divisor: int = 8
     """output channels of a block per channel of a scale"""
+    recompute: bool = False
+    """every block once more for the gradient, see `layers.remat`"""
 
     def __post_init__(self) -> None:
         if self.frames % self.groups or self.groups < 2:
@@ -86,12 +89,13 @@ def _init_block(c_in: int, c_out: int, first: bool, config: Config, generator: t
 
 def apply(params: dict, state: dict, x: Tensor, *, config: Config, train: Train) -> tuple[list[Tensor], dict]:
     """Frames side by side [B frames*C Y X], newest first -> (the fused map [B C Y X] and every stage's, new state)."""
-    fused, fusion = _fuse(params["fusion"], state["fusion"], x, config=config, train=train)
+    fuse, through = partial(_fuse, config=config, train=train), partial(_block, train=train)
+    fused, fusion = remat.apply(fuse, params["fusion"], state["fusion"], x, recompute=config.recompute)
     maps, stages = [fused], []
     for blocks, old in zip(params["stages"], state["stages"]):
         y, new = maps[-1], []
         for block, statistics in zip(blocks, old):
-            y, seen = _block(block, statistics, y, train=train)
+            y, seen = remat.apply(through, block, statistics, y, recompute=config.recompute)
             new.append(seen)
         maps.append(y)
         stages.append(new)

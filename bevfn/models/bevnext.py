@@ -77,15 +77,31 @@ class Config:
     @property
     def pre_process(self) -> resnet.Config:
         """Two residual blocks on every frame's map."""
-        return _on_maps(self.depth.context, self.depth.context, blocks=(2,), strides=(1,))
+        return self._on_maps(self.depth.context, blocks=(2,), strides=(1,))
 
     @property
     def bev_backbone(self) -> resnet.Config | res2_fusion.Config:
         """Three stages on the frames' maps side by side, which are fused first where there are several."""
         C = self.depth.context
         if self.frames == 1:
-            return _on_maps(C, 2 * C, blocks=(2, 2, 2), strides=(2, 2, 2))
-        return res2_fusion.Config(frames=self.frames, context=C, group_width=3 * C // 8)
+            return self._on_maps(2 * C, blocks=(2, 2, 2), strides=(2, 2, 2))
+        return res2_fusion.Config(
+            frames=self.frames, context=C, group_width=3 * C // 8, recompute=self.backbone.recompute
+        )
+
+    def _on_maps(self, channels: int, blocks: tuple[int, ...], strides: tuple[int, ...]) -> resnet.Config:
+        return resnet.Config(
+            channels_in=self.depth.context,
+            channels=channels,
+            blocks=blocks,
+            strides=strides,
+            bottleneck=False,
+            pool=False,
+            stem=False,
+            shortcut="convolution",
+            torch_init=True,
+            recompute=self.backbone.recompute,
+        )
 
     @property
     def bev_neck(self) -> fpn_lss.Config:
@@ -97,20 +113,6 @@ class Config:
     def frozen(self) -> tuple[str, ...]:
         """Path patterns of the leaves that are not trained, for `optim.Group`: none as published."""
         return tuple(f"image.backbone.{path}" for path in self.backbone.frozen)
-
-
-def _on_maps(channels_in: int, channels: int, blocks: tuple[int, ...], strides: tuple[int, ...]) -> resnet.Config:
-    return resnet.Config(
-        channels_in=channels_in,
-        channels=channels,
-        blocks=blocks,
-        strides=strides,
-        bottleneck=False,
-        pool=False,
-        stem=False,
-        shortcut="convolution",
-        torch_init=True,
-    )
 
 
 def stage_one() -> Config:
