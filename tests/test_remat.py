@@ -8,6 +8,7 @@ import pytest
 import small_cameras
 import test_bevdepth
 import test_bevfusion
+import test_bevnext
 import torch
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.func import grad, hessian, jvp, vmap
@@ -18,7 +19,7 @@ from bevfn.ascend.trace import trace
 from bevfn.backbones import resnet
 from bevfn.kernels.wait_for import wait_for
 from bevfn.layers import batch_norm, conv_norm, linear, remat
-from bevfn.models import bevdepth, bevfusion
+from bevfn.models import bevdepth, bevfusion, bevnext
 from bevfn.precision import Policy
 from bevfn.synth import key_frame
 from bevfn.training import optim, run, train
@@ -66,11 +67,13 @@ def model_and_batch(name, folder):
     if name == "bevfusion":
         model = test_bevfusion.tiny("lidar-camera")
         return bevfusion, model, test_bevfusion.make_batch(folder, model)
+    if name == "bevnext":
+        return bevnext, test_bevnext.tiny(3), test_bevnext.batch(3, seed=1)
     return bevdepth, test_bevdepth.tiny(name), small_cameras.make(classes=3, seed=1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["two", "aggregated", "bevfusion"])
+@pytest.mark.parametrize("name", ["two", "aggregated", "bevfusion", "bevnext"])
 def test_a_step_has_the_same_bits_with_and_without(name, precision, folder):
     family, model, batch = model_and_batch(name, folder)
     ours = after_steps(family, remat.switched_on(model), batch, precision)
