@@ -274,8 +274,8 @@ class Annotations:
     """sample_annotation of the golden's key frame, as `nuscenes.index` asks the devkit for it."""
 
     def __init__(self, rows: list[dict]) -> None:
-        blank = {"prev": "", "next": "", "attribute_tokens": [], "instance_token": ""}
-        self.rows = [row | blank | {"token": str(i)} for i, row in enumerate(rows)]
+        blank = {"prev": "", "next": "", "attribute_tokens": []}
+        self.rows = [row | blank | {"token": str(i), "instance_token": str(i)} for i, row in enumerate(rows)]
 
     def get(self, table: str, token: str) -> dict:
         return self.rows[int(token)]
