@@ -342,10 +342,8 @@ def loss(
 
 def depth_loss(outputs: dict, batch: Batch, config: Config, replicas: Replicas | None = None) -> Tensor:
     """Weighted depth loss of the current key frame, 0-d; raises ValueError if the batch has no depth."""
-    depth = needed(batch.depth, "depth maps")
-    labels = depth_net.depth_labels(depth.flatten(0, 1), config.grid.depth_m, config.grid.stride)
     p = outputs["frames"][0]["view"]["depth"]
-    return depth_net.depth_loss(p, labels, weight=config.depth_loss_weight, replicas=replicas)
+    return cameras.depth_loss(p, batch, config.grid, weight=config.depth_loss_weight, replicas=replicas)
 
 
 def decode(outputs: dict, config: Config) -> dict[str, Tensor]:

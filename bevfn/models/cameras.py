@@ -9,6 +9,7 @@ from torch import Tensor
 from bevfn import tree
 from bevfn.data.batch import CAMERA_FIELDS, Batch, needed
 from bevfn.distributed import Groups, Replicas, Train
+from bevfn.views import camera_grid, depth_net
 
 # ImageNet's, of R, G, B in 0..255.
 IMAGE_MEAN = (123.675, 116.28, 103.53)
@@ -90,3 +91,13 @@ def per_frame(outputs: Any, frames: int) -> list[Any]:
         tree.map(lambda x, i=i: x[i * (len(x) // frames) : (i + 1) * (len(x) // frames)], outputs)
         for i in range(frames)
     ]
+
+
+def depth_loss(
+    p: Tensor, batch: Batch, grid: camera_grid.Config, *, weight: float, replicas: Replicas | None = None
+) -> Tensor:
+    """Weighted depth loss of the current key frame's distributions p [B*N D H W], 0-d; raises ValueError if the batch has no
+    depth."""
+    depth = needed(batch.depth, "depth maps")
+    labels = depth_net.depth_labels(depth.flatten(0, 1), grid.depth_m, grid.stride)
+    return depth_net.depth_loss(p, labels, weight=weight, replicas=replicas)
