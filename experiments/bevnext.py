@@ -72,6 +72,8 @@ class Config(run.Config):
     """network and recipe; the other flags' defaults are its published numbers"""
     stage: Literal[1, 2] = 1
     """1: the key frame alone; 2: the eight before it too. Without --model it chooses bevnext-stage1 or bevnext-stage2"""
+    past_frames: Literal[0, 2, 5, 8] | None = None
+    """earlier key frames that stage 2 looks at (none: 8 as published, 2 of --scale mini); 0: their maps are zeros"""
     from_scratch: bool = False
     """stage 2 may start without a checkpoint of stage 1"""
     epochs: int = 2
@@ -108,6 +110,8 @@ class Config(run.Config):
         super().__post_init__()
         if self.model in NETWORKS and not self.model.endswith(f"stage{self.stage}"):
             raise ValueError(f"--stage {self.stage} is not the stage of --model {self.model}; leave one of them out")
+        if self.stage == 1 and self.past_frames:
+            raise ValueError(f"--past-frames {self.past_frames} is of stage 2, stage 1 has none; add --stage 2")
         if self.norm_momentum is not None:
             raise ValueError(
                 "--norm-momentum is of batch norms published with 0.01, and BEVNeXt has none; leave it out"
@@ -184,9 +188,13 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 
 
 def sized(config: Config, model: bevnext.Config) -> bevnext.Config:
-    """The network at the config's scale, with the config's depth loss."""
+    """The network at the config's scale, with the config's earlier frames and depth loss."""
     if config.scale == "mini":
         model = bevnext.mini(model)
+    if config.past_frames == 0:
+        model = replace(model, with_prev=False)
+    elif config.past_frames is not None and model.frames > 1:
+        model = replace(model, frames=1 + config.past_frames)
     return replace(model, depth_loss_weight=config.depth_loss)
 
 

@@ -84,6 +84,17 @@ def test_every_model_and_scale_reads_what_it_takes(model):
     assert plain.cameras.augmentation is None and plain.redraw and plain.depths == "nearest"
 
 
+@pytest.mark.parametrize("past, frames", [(None, 3), (0, 3), (2, 3), (5, 6), (8, 9)])
+def test_the_number_of_past_frames_is_a_flag(past, frames):
+    config = small(TWO, scale="mini", past_frames=past, from_scratch=True)
+    task = bevnext.task(config)
+    network = task.predict.keywords["config"]
+    assert (network.frames, network.with_prev) == (frames, past != 0)
+    assert task.data.reading(0).cameras.frames == frames
+    run.check(task)
+    assert bevnext.other_stage(config)  # stage 1's has one frame, whatever the flag
+
+
 def test_quirks_have_their_switches(monkeypatch):
     drawn = []
     monkeypatch.setattr(sampling, "cbgs", lambda *_: drawn.append("ours") or np.arange(2))
@@ -125,6 +136,8 @@ def test_the_stage_chooses_the_model_and_its_defaults():
         (("--stage", "2", "--model", ONE), "is not the stage of --model bevnext-"),
         (("--model=bevnext-pers-stage2", "--stage=1"), "is not the stage of --model bevnext-"),
         (("--norm-momentum", "0.1"), "BEVNeXt has none; leave it out"),
+        (("--stage", "1", "--past-frames", "5"), "stage 1 has none; add --stage 2"),
+        (("--stage", "2", "--past-frames", "3"), "past-frames"),
     ],
 )
 def test_flags_that_contradict_the_model_are_one_sentence(words, what, monkeypatch, capsys):

@@ -30,6 +30,7 @@ def graph(
     experiment: tyro.conf.Positional[recipes.Experiment],
     *,
     model: Annotated[str | None, one_of(catalogue.MODELS)] = None,
+    stage: Literal[1, 2] | None = None,
     precision: Precision = "fp32",
     scale: run.Scale = "published",
     batch_size: int | None = None,
@@ -47,6 +48,7 @@ def graph(
     Args:
         experiment: the recipe
         model: of the experiment; by default its first
+        stage: of bevnext, short for --model bevnext-stage1 or bevnext-stage2
         precision: of the step
         scale: published sizes, or the mini ones of demos and CI
         batch_size: samples per device; by default the recipe's (4, or 8 of BEVDepth), and 1 at mini scale
@@ -65,6 +67,8 @@ def graph(
     check_json(json_file)
     if out is not None:
         check_writable(out)
+    if stage is not None:
+        model = _of_stage(experiment, model, stage)
     config = recipes.defaults(experiment, model)["nuscenes" if scale == "published" else "synthetic"].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
@@ -88,6 +92,14 @@ def graph(
         what = {"experiment": experiment, "model": config.model, "scale": scale, "precision": precision, **changes}
         provenance.write(json_file, {**what, "ops": ops, "steps": made})
     return 0 if complete else 1
+
+
+def _of_stage(experiment: str, model: str | None, stage: int) -> str:
+    """The experiment's model that --stage is short for."""
+    named = f"{experiment}-stage{stage}"
+    if named not in catalogue.MODELS or model not in (None, named):
+        raise ValueError(f"--stage {stage} is short for --model bevnext-stage{stage} of bevnext; leave it out")
+    return named
 
 
 def steps(experiment: str, config: run.Config, *, comparable: bool = False) -> dict[str, tuple[Callable, tuple]]:

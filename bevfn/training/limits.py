@@ -49,6 +49,7 @@ LIMITS: dict[str, Limit] = {
     "ema": Limit(0, 1, open=(False, True)),
     "norm_momentum": Limit(0, 1, open=(True, False)),
     "seed": SEED,
+    "stage": Limit(1, 2),
     # of the commands
     **dict.fromkeys(("repeats", "samples", "scenes", "frames", "image_size"), SIZE),
     **dict.fromkeys(("threads", "execute", "show"), COUNT),
