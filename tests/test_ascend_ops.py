@@ -152,9 +152,16 @@ def test_sparse_conv_is_the_op_over_strided_tables(dtype, tolerance, channels, c
     shape=st.tuples(*[st.integers(1, 6)] * 4), channels=st.sampled_from([1, 8, 13, 80]), num_cells=st.integers(1, 30),
     ops=st.sampled_from(["stock", "drivingsdk"]), seed=st.integers(0, 999),
     case=st.sampled_from([(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.float64, 1e-12)]),
+    product=st.sampled_from([voxel_pool_ascend.PRODUCT, 10_000, 1]),
 )  # fmt: skip
-def test_voxel_pool_is_the_op(shape, channels, num_cells, ops, seed, case):
-    dtype, tolerance = case
+def test_voxel_pool_is_the_op(shape, channels, num_cells, ops, seed, case, product):
+    """At once, and a few images at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(voxel_pool_ascend, "PRODUCT", product)
+        check_voxel_pool(shape, channels, num_cells, ops, seed, *case)
+
+
+def check_voxel_pool(shape, channels, num_cells, ops, seed, dtype, tolerance):
     depth, context, cell = problem(*shape, channels, num_cells, seed=seed, dtype=dtype)
     cell = torch.where(cell == 0, num_cells + 3, cell)  # outside above as well as below
     ours = lowered(OPS.voxel_pool.default, depth, context, cell, num_cells, ops=ops)

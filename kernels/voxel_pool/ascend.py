@@ -1,7 +1,8 @@
 """`voxel_pool` for Ascend: the outer product, added by index; its gradient gathers and multiplies per pixel.
 
 `stock`: depth x context is stored (630 MB per nuScenes sample), since no stock type adds what it multiplies; the sum by
-index is atomic float32 addition. Sorted cells and a running sum would need no atomics, and cancel in float32.
+index is atomic float32 addition. Sorted cells and a running sum would need no atomics, and cancel in float32. At most
+`PRODUCT` bytes of it are alive at once: images are pooled a few at a time, as BEVNeXt's 432 of a batch of 8 would take 175 GB.
 `drivingsdk`: BEVPoolV3 multiplies and adds in one pass, forward only: its gradient type has no shape inference.
 """
 
@@ -16,12 +17,16 @@ _library.define(
     "bev_pool_v3(Tensor depth, Tensor feat, Tensor ranks_depth, Tensor ranks_feat, Tensor ranks_bev, int rows) -> Tensor"
 )
 
+PRODUCT = 2**31
+
 
 def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
     """depth [M D H W], context [M H W C], cell [M D H W] int32 -> [num_cells C], dtype of depth."""
     C, rows = context.shape[-1], _rows(cell, num_cells)
-    product = _wide(depth)[..., None] * _wide(context)[:, None]  # M D H W C
-    sums = product.new_zeros(num_cells + depth.shape[-1], C).index_add(0, rows.reshape(-1), product.reshape(-1, C))
+    sums = _wide(context).new_zeros(num_cells + depth.shape[-1], C)
+    for weights, features, row in _parts(depth, context, rows):
+        product = _wide(weights)[..., None] * _wide(features)[:, None]  # m D H W C
+        sums = sums.index_add(0, row.reshape(-1), product.reshape(-1, C))
     return sums[:num_cells].to(depth.dtype)
 
 
@@ -31,8 +36,16 @@ def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tupl
     Per pixel [D C] rows of `grad` times context, and depth times the rows: as batched products they are read twice and
     nothing is written between; as products and sums of vectors they would be written twice more.
     """
-    (M, D, H, W), (num_cells, C) = depth.shape, grad.shape
+    num_cells, C = grad.shape
     padded = torch.cat([_wide(grad), _wide(grad).new_zeros(1, C)])
+    found = [_backward(padded, *part, num_cells) for part in _parts(depth, context, cell)]
+    grad_depth, grad_context = (torch.cat(part) if len(found) > 1 else part[0] for part in zip(*found))
+    return grad_depth, grad_context
+
+
+def _backward(padded: Tensor, depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    """`backward` of a few images; padded: the gradient's rows and one of zeros, for points outside."""
+    (M, D, H, W), C = depth.shape, context.shape[-1]
     outside = (cell < 0) | (cell >= num_cells)
     index = torch.where(outside, torch.full_like(cell, num_cells), cell).permute(0, 2, 3, 1)  # M H W D
     rows = padded.index_select(0, index.reshape(-1)).reshape(M * H * W, D, C)
@@ -57,6 +70,13 @@ def forward_drivingsdk(depth: Tensor, context: Tensor, cell: Tensor, num_cells: 
         _wide(depth), _wide(context), *(rank.reshape(-1) for rank in ranks), num_cells + W
     )
     return out[:num_cells].to(depth.dtype)
+
+
+def _parts(depth: Tensor, context: Tensor, cell: Tensor) -> list[tuple[Tensor, ...]]:
+    """The operands of so many images at a time as `PRODUCT` holds the products of."""
+    few = max(1, PRODUCT // (depth[0].numel() * context.shape[-1] * _wide(depth).element_size()))
+    operands = (depth, context, cell)
+    return [operands] if few >= len(depth) else list(zip(*(operand.split(few) for operand in operands)))
 
 
 def _rows(cell: Tensor, num_cells: int) -> Tensor:
