@@ -1,5 +1,6 @@
 """kernels/*/ascend.py: the lowered ops are the ops, and what they leave in the graph fits the device."""
 
+import contextlib
 import ctypes
 import importlib.util
 import itertools
@@ -26,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bevfn.bench import sparse
 from bevfn.kernels import ascend, neighbours
+from bevfn.kernels import parts as in_parts
 from bevfn.kernels.deform_attn import ascend as deform_attn_ascend
 from bevfn.kernels.deform_conv import ascend as deform_conv_ascend
 from bevfn.kernels.linear_assignment import ascend as linear_assignment
@@ -45,6 +47,15 @@ CANN = Path(linear_assignment.__file__).parent / "cann"
 OPS = torch.ops.bevfn
 KERNEL, GRID, BATCH = [3, 3, 3], [6, 5, 7], 2
 VOXELS = ([-1.0, 0.0, 0.0], [1.0, 2.0, 2.5], [9, 5, 4], 3)  # lower, size, grid, points per voxel
+AT_ONCE = st.sampled_from([in_parts.BYTES, 10_000, 1])  # everything, or a few images at a time, or one
+
+
+@contextlib.contextmanager
+def storing(stored):
+    """Lowerings that store so many bytes at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_parts, "BYTES", stored)
+        yield
 
 
 def lowered(overload, *arguments, ops="stock"):
@@ -152,36 +163,34 @@ def test_sparse_conv_is_the_op_over_strided_tables(dtype, tolerance, channels, c
     shape=st.tuples(*[st.integers(1, 6)] * 4), channels=st.sampled_from([1, 8, 13, 80]), num_cells=st.integers(1, 30),
     ops=st.sampled_from(["stock", "drivingsdk"]), seed=st.integers(0, 999),
     case=st.sampled_from([(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.float64, 1e-12)]),
-    product=st.sampled_from([voxel_pool_ascend.PRODUCT, 10_000, 1]),
+    stored=AT_ONCE,
 )  # fmt: skip
-def test_voxel_pool_is_the_op(shape, channels, num_cells, ops, seed, case, product):
-    """At once, and a few images at a time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(voxel_pool_ascend, "PRODUCT", product)
-        check_voxel_pool(shape, channels, num_cells, ops, seed, *case)
-
-
-def check_voxel_pool(shape, channels, num_cells, ops, seed, dtype, tolerance):
+def test_voxel_pool_is_the_op(shape, channels, num_cells, ops, seed, case, stored):
+    dtype, tolerance = case
     depth, context, cell = problem(*shape, channels, num_cells, seed=seed, dtype=dtype)
     cell = torch.where(cell == 0, num_cells + 3, cell)  # outside above as well as below
-    ours = lowered(OPS.voxel_pool.default, depth, context, cell, num_cells, ops=ops)
+    with storing(stored):
+        ours = lowered(OPS.voxel_pool.default, depth, context, cell, num_cells, ops=ops)
     assert ours.dtype == dtype and ours.shape == (num_cells, channels)
     assert_close(ours, OPS.voxel_pool(depth, context, cell, num_cells), tolerance)
     grad = torch.randn(num_cells, channels, generator=torch.Generator().manual_seed(seed)).to(dtype)
     expected = OPS.voxel_pool_backward(grad, depth, context, cell)
-    for a, b in zip(lowered(OPS.voxel_pool_backward.default, grad, depth, context, cell, ops=ops), expected):
+    with storing(stored):
+        ours = lowered(OPS.voxel_pool_backward.default, grad, depth, context, cell, ops=ops)
+    for a, b in zip(ours, expected):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert_close(a, b, tolerance)
 
 
 @settings(max_examples=40, deadline=None)
-@given(problem=deformables())
-def test_deform_conv_is_the_op(problem):
+@given(problem=deformables(), stored=AT_ONCE)
+def test_deform_conv_is_the_op(problem, stored):
     operands, grad = problem
     close = {"rtol": 1e-11, "atol": 1e-11}
-    torch.testing.assert_close(lowered(OPS.deform_conv.default, *operands), OPS.deform_conv(*operands), **close)
-    expected = OPS.deform_conv_backward(grad, *operands)
-    for a, b in zip(lowered(OPS.deform_conv_backward.default, grad, *operands), expected, strict=True):
+    with storing(stored):
+        ours = lowered(OPS.deform_conv.default, *operands), *lowered(OPS.deform_conv_backward.default, grad, *operands)
+    expected = OPS.deform_conv(*operands), *OPS.deform_conv_backward(grad, *operands)
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, **close)
 
 
@@ -201,13 +210,14 @@ def test_deform_conv_sums_half_precision_in_float32_and_an_image_beyond_int32_is
 
 
 @settings(max_examples=40, deadline=None)
-@given(problem=attentions())
-def test_deform_attn_is_the_op(problem):
+@given(problem=attentions(), stored=AT_ONCE)
+def test_deform_attn_is_the_op(problem, stored):
     operands, grad = problem
     close = {"rtol": 1e-11, "atol": 1e-11}
-    torch.testing.assert_close(lowered(OPS.deform_attn.default, *operands), OPS.deform_attn(*operands), **close)
-    expected = OPS.deform_attn_backward(grad, *operands)
-    for a, b in zip(lowered(OPS.deform_attn_backward.default, grad, *operands), expected, strict=True):
+    with storing(stored):
+        ours = lowered(OPS.deform_attn.default, *operands), *lowered(OPS.deform_attn_backward.default, grad, *operands)
+    expected = OPS.deform_attn(*operands), *OPS.deform_attn_backward(grad, *operands)
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, **close)
 
 

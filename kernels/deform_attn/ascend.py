@@ -2,7 +2,7 @@
 
 A table holds, for every place that the pixel above and to the left of a sample can have, all four pixels around it:
 four times the image, which is small, for a quarter of the gathered rows and indices, each four times as long (160
-bytes in BEVNeXt). The gathered quads are stored (1.0 GB per BEVNeXt sample in float32). `mask` skips nothing here: rows
+bytes in BEVNeXt). The gathered quads are stored (1.0 GB per BEVNeXt sample in float32), of a few images at a time (`kernels.parts`). `mask` skips nothing here: rows
 where it is False read zeros.
 
 Axes as in `reference`: B images, h heads of d channels, Q queries, L levels, P points, N = B Q h; F places of a table.
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bevfn.kernels.deform_attn import reference
+from bevfn.kernels.parts import joined, parts
 
 INDEX = 1 << 31  # what an int32 index reaches
 
@@ -32,6 +33,11 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | No
     """As `reference.forward`."""
     if not _fits(value, weights, sizes):
         return reference.forward(value, locations, weights, mask, tuple(sizes))
+    few = parts(_stored(value, weights), value, locations, weights, mask)
+    return joined(_forward(*operands, sizes=sizes) for operands in few)
+
+
+def _forward(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, sizes: list[int]) -> Tensor:
     (B, Q, h, _, _), d, order = weights.shape, value.shape[3], (0, 1)
     samples = _samples(value, locations, mask, sizes)
     quads = _table(value, weights, sizes, order).index_select(0, samples.row.reshape(-1))
@@ -46,6 +52,16 @@ def backward(
     """As `reference.backward`: gradients of value, locations and weights."""
     if not _fits(value, weights, sizes):
         return reference.backward(grad, value, locations, weights, mask, tuple(sizes))
+    few = parts(_stored(value, weights), grad, value, locations, weights, mask)
+    grad_value, grad_locations, grad_weights = map(
+        joined, zip(*(_backward(*operands, sizes=sizes) for operands in few))
+    )
+    return grad_value, grad_locations, grad_weights
+
+
+def _backward(
+    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, sizes: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     # The corners in another order than forward: GE merges equal gathers, and a merged one would stay in memory.
     (B, Q, h, L, P), d, order = weights.shape, value.shape[3], (1, 0)
     N, samples, table = B * Q * h, _samples(value, locations, mask, sizes), _table(value, weights, sizes, order)
@@ -64,6 +80,11 @@ def backward(
         reference.to_locations((lower - upper) * own, (right - left) * own, tuple(sizes)).to(locations.dtype),
         (upper + y * (lower - upper)).to(weights.dtype),
     )
+
+
+def _stored(value: Tensor, weights: Tensor) -> int:
+    """Bytes of one image's gathered quads."""
+    return weights.shape[1:].numel() * 4 * value.shape[3] * reference.wide(value).itemsize
 
 
 def _corners(order: tuple[int, int]) -> list[tuple[int, int]]:

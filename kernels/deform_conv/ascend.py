@@ -1,7 +1,7 @@
 """`deform_conv` for Ascend: one gather of all samples' four pixels, weighted and summed by a batched product.
 
-The gathered pixels are stored, four times the samples (311 MB per BEVDepth sample in float32). A batched product reads
-them once and writes the samples; as products and sums they would be written and read again. No type of DrivingSDK can
+The gathered pixels are stored, four times the samples (311 MB per BEVDepth sample in float32), of a few images at a time
+(`kernels.parts`). A batched product reads them once and writes the samples; as products and sums they would be written and read again. No type of DrivingSDK can
 stand in a graph as it is published, and the kernel of CANN's DeformableOffsets for Atlas A2 is not: docs/ascend.md.
 
 Axes as in `reference`: B images, D deformable groups of c channels, K taps, P positions, G groups of I input channels.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bevfn.kernels.deform_conv import reference
+from bevfn.kernels.parts import joined, parts, summed
 
 INDEX = 1 << 31  # what an int32 index reaches
 
@@ -31,6 +32,11 @@ def forward(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *ste
     """As `reference.forward`: -> [B O H' W']."""
     if not 0 < x.numel() < INDEX:
         return reference.forward(x, offset, mask, weight, *step)
+    few = parts(_stored(x, offset, weight), x, offset, mask)
+    return joined(_forward(images, offsets, masks, weight, *step) for images, offsets, masks in few)
+
+
+def _forward(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int) -> Tensor:
     (B, C), (O, I), size = x.shape[:2], weight.shape[:2], offset.shape[2:]
     corners = _corners(x, offset, weight, *step, order=(0, 1))
     columns = _columns(_pixels(x, corners), corners.share, mask, C, C // I)
@@ -47,6 +53,16 @@ def backward(
     """
     if not 0 < x.numel() < INDEX:
         return reference.backward(grad, x, offset, mask, weight, *step)
+    few = parts(_stored(x, offset, weight), grad, x, offset, mask)
+    found = [_backward(grads, images, offsets, masks, weight, *step) for grads, images, offsets, masks in few]
+    grad_x, grad_offset, grad_mask = (joined(part) for part in list(zip(*found))[:3])
+    return grad_x, grad_offset, grad_mask, summed(part[3] for part in found).to(weight.dtype).contiguous()
+
+
+def _backward(
+    grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward` of a few images; the gradient of weight in the wide dtype."""
     (B, C, H, W), (O, I, kh, kw) = x.shape, weight.shape
     G, wide = C // I, reference._wide(x)
     # The corners in another order than forward: GE merges equal gathers, and a merged one would stay in memory.
@@ -71,8 +87,14 @@ def backward(
         rows.reshape(B, H, W, C).permute(0, 3, 1, 2).to(x.dtype).contiguous(),
         grad_place.permute(0, 3, 2, 4, 1).reshape(offset.shape).to(offset.dtype),
         offset.new_zeros(0) if mask is None else grad_mask.permute(0, 3, 2, 1).reshape(mask.shape).to(mask.dtype),
-        grad_weight.to(weight.dtype).contiguous(),
+        grad_weight,
     )
+
+
+def _stored(x: Tensor, offset: Tensor, weight: Tensor) -> int:
+    """Bytes of one image's gathered pixels."""
+    samples = offset.shape[2] * offset.shape[3] * weight.shape[2] * weight.shape[3]
+    return samples * 4 * x.shape[1] * (8 if x.dtype == torch.float64 else 4)
 
 
 def _corners(x: Tensor, offset: Tensor, weight: Tensor, *step: int, order: tuple[int, int]) -> Corners:

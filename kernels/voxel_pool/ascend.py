@@ -1,8 +1,8 @@
 """`voxel_pool` for Ascend: the outer product, added by index; its gradient gathers and multiplies per pixel.
 
 `stock`: depth x context is stored (630 MB per nuScenes sample), since no stock type adds what it multiplies; the sum by
-index is atomic float32 addition. Sorted cells and a running sum would need no atomics, and cancel in float32. At most
-`PRODUCT` bytes of it are alive at once: images are pooled a few at a time, as BEVNeXt's 432 of a batch of 8 would take 175 GB.
+index is atomic float32 addition. Sorted cells and a running sum would need no atomics, and cancel in float32. Images are
+pooled a few at a time (`kernels.parts`).
 `drivingsdk`: BEVPoolV3 multiplies and adds in one pass, forward only: its gradient type has no shape inference.
 """
 
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bevfn.kernels.parts import joined, parts
+
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define(
     "bev_pool_v3(Tensor depth, Tensor feat, Tensor ranks_depth, Tensor ranks_feat, Tensor ranks_bev, int rows) -> Tensor"
 )
-
-PRODUCT = 2**31
 
 
 def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
     """depth [M D H W], context [M H W C], cell [M D H W] int32 -> [num_cells C], dtype of depth."""
     C, rows = context.shape[-1], _rows(cell, num_cells)
     sums = _wide(context).new_zeros(num_cells + depth.shape[-1], C)
-    for weights, features, row in _parts(depth, context, rows):
+    for weights, features, row in parts(_stored(depth, context), depth, context, rows):
         product = _wide(weights)[..., None] * _wide(features)[:, None]  # m D H W C
         sums = sums.index_add(0, row.reshape(-1), product.reshape(-1, C))
     return sums[:num_cells].to(depth.dtype)
@@ -38,8 +38,10 @@ def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tupl
     """
     num_cells, C = grad.shape
     padded = torch.cat([_wide(grad), _wide(grad).new_zeros(1, C)])
-    found = [_backward(padded, *part, num_cells) for part in _parts(depth, context, cell)]
-    grad_depth, grad_context = (torch.cat(part) if len(found) > 1 else part[0] for part in zip(*found))
+    found = [
+        _backward(padded, *part, num_cells=num_cells) for part in parts(_stored(depth, context), depth, context, cell)
+    ]
+    grad_depth, grad_context = map(joined, zip(*found))
     return grad_depth, grad_context
 
 
@@ -72,11 +74,9 @@ def forward_drivingsdk(depth: Tensor, context: Tensor, cell: Tensor, num_cells: 
     return out[:num_cells].to(depth.dtype)
 
 
-def _parts(depth: Tensor, context: Tensor, cell: Tensor) -> list[tuple[Tensor, ...]]:
-    """The operands of so many images at a time as `PRODUCT` holds the products of."""
-    few = max(1, PRODUCT // (depth[0].numel() * context.shape[-1] * _wide(depth).element_size()))
-    operands = (depth, context, cell)
-    return [operands] if few >= len(depth) else list(zip(*(operand.split(few) for operand in operands)))
+def _stored(depth: Tensor, context: Tensor) -> int:
+    """Bytes of one image's product [D H W C]."""
+    return depth.shape[1:].numel() * context.shape[-1] * _wide(depth).element_size()
 
 
 def _rows(cell: Tensor, num_cells: int) -> Tensor:
