@@ -34,7 +34,7 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | No
     if not _fits(value, weights, sizes):
         return reference.forward(value, locations, weights, mask, tuple(sizes))
     few = parts(_stored(value, weights), value, locations, weights, mask)
-    return joined(_forward(*operands, sizes=sizes) for operands in few)
+    return joined(_forward(v, places, w, m, sizes) for v, places, w, m in few)
 
 
 def _forward(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, sizes: list[int]) -> Tensor:
@@ -53,9 +53,8 @@ def backward(
     if not _fits(value, weights, sizes):
         return reference.backward(grad, value, locations, weights, mask, tuple(sizes))
     few = parts(_stored(value, weights), grad, value, locations, weights, mask)
-    grad_value, grad_locations, grad_weights = map(
-        joined, zip(*(_backward(*operands, sizes=sizes) for operands in few))
-    )
+    found = [_backward(g, v, places, w, m, sizes) for g, v, places, w, m in few]
+    grad_value, grad_locations, grad_weights = map(joined, zip(*found))
     return grad_value, grad_locations, grad_weights
 
 

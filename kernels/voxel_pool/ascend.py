@@ -38,9 +38,8 @@ def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tupl
     """
     num_cells, C = grad.shape
     padded = torch.cat([_wide(grad), _wide(grad).new_zeros(1, C)])
-    found = [
-        _backward(padded, *part, num_cells=num_cells) for part in parts(_stored(depth, context), depth, context, cell)
-    ]
+    few = parts(_stored(depth, context), depth, context, cell)
+    found = [_backward(padded, weights, features, place, num_cells) for weights, features, place in few]
     grad_depth, grad_context = map(joined, zip(*found))
     return grad_depth, grad_context
 
