@@ -28,7 +28,8 @@ _MEANINGS = {
     "empty/depth": "images have no LiDAR point and teach no depth; check the calibration if there are many",
     "missing/": "items are not in the data; check it with `bevfn data check`",
     "missing/key_frames": "key frames of the split lack files and were left out, so these scores are not the split's",
-    "missing/frames": "earlier key frames do not exist, as at a scene's start, and the current one stands for them",
+    "missing/frames": "earlier key frames do not exist, as at a scene's start, and one that does (the current one, or the scene's "
+    "first) stands for each",
 }
 # Counts over the whole batch, which are added up over replicas and microbatches; of all other metrics the mean is taken.
 SUMMED = (*COUNTERS, "num_pos")

@@ -1,12 +1,12 @@
 """BEVNeXt (Li et al. 2024, arXiv 2312.01696), R50, 256 x 704 images, 128 x 128 cells of 0.8 m, nuScenes, in two stages.
 
-Published (nuScenes val, BEVNeXt at 9b0e4ad; 8 devices x 8 samples, fp32, CBGS, EMA):
+Published (nuScenes val, BEVNeXt at 9b0e4ad; fp32, CBGS, EMA; 8 devices x 8 samples, stage 2 of 8 or 16 devices):
 
-    --model              key frames  epochs  starts from                                       mAP   NDS
-    bevnext-stage1       1           2       an ImageNet ResNet-50                             not published
-    bevnext-stage2       9           12      bevnext-stage1                                    43.7  54.8
-    bevnext-pers-stage1  1           2       the image backbone of a detector (FCOS3D, nuImages)  not published
-    bevnext-pers-stage2  9           12      bevnext-pers-stage1                               45.6  56.0
+    --model              key frames  epochs  starts from                           mAP   NDS
+    bevnext-stage1       1           2       an ImageNet ResNet-50                 not published
+    bevnext-stage2       9           12      bevnext-stage1                        43.7  54.8
+    bevnext-pers-stage1  1           2       the image backbone of a 2D detector   not published
+    bevnext-pers-stage2  9           12      bevnext-pers-stage1                   45.6  56.0
 
 On eight Ascend NPUs (DrivingSDK) stage 2 reaches 43.16 mAP. `--stage 1` and `--stage 2` are short for the first two models.
 Stage 2 starts from stage 1's averages and takes what has the same shape there; the run says what is left out.
@@ -17,7 +17,7 @@ Stage 2 starts from stage 1's averages and takes what has the same shape there; 
     torchrun --nproc-per-node 8 -m bevfn.experiments.bevnext --stage 2 --precision fp16 --data-root /data/nuscenes \\
         --pretrained runs/bevnext_stage1/checkpoints/step_00003862
     python -m bevfn.experiments.bevnext --data-root FRAME_FOLDER                               # one key frame
-    python -m bevfn.experiments.bevnext --stage 2                          # a synthetic world, minutes on a laptop
+    python -m bevfn.experiments.bevnext --stage 2 --from-scratch           # a synthetic world, minutes on a laptop
 
 The flags' defaults are the published recipe of --model on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC`) elsewhere.
 """
@@ -75,7 +75,7 @@ class Config(run.Config):
     past_frames: Literal[0, 2, 5, 8] | None = None
     """earlier key frames that stage 2 looks at (none: 8 as published, 2 of --scale mini); 0: their maps are zeros"""
     from_scratch: bool = False
-    """stage 2 may start without a checkpoint of stage 1"""
+    """stage 2 may start without a checkpoint of stage 1: from the seed, or from one of stage 2"""
     epochs: int = 2
     batch_size: int = 8
     recipe_batch: int = 64
@@ -131,7 +131,6 @@ SANE: dict[str, Any] = {
     "published_draw": False,
     "published_history": False,
     "published_z": False,
-    "from_scratch": True,
     "class_balanced": False,
     "ema": None,
     "augment": False,
@@ -200,7 +199,7 @@ def sized(config: Config, model: bevnext.Config) -> bevnext.Config:
 
 def data(config: Config, splits: source.Source | None, model: bevnext.Config) -> run.Data:
     """Training and evaluation splits and how they are read."""
-    reading, eval_reading = (historic(config, fitted(config, model, way)) for way in (TRAIN, EVAL))
+    reading, eval_reading = (historic(config, model, fitted(config, model, way)) for way in (TRAIN, EVAL))
     if not config.augment:
         reading = replace(eval_reading, depths=reading.depths)
     reading = replace(reading, depth=config.depth_loss > 0, redraw=config.redraw)
@@ -208,11 +207,12 @@ def data(config: Config, splits: source.Source | None, model: bevnext.Config) ->
     return run.make_data(config, splits, reading, eval_reading, balanced)
 
 
-def historic(config: Config, reading: Reading) -> Reading:
-    """The reading with the config's choice of earlier key frames, where it has any."""
+def historic(config: Config, model: bevnext.Config, reading: Reading) -> Reading:
+    """The reading with the config's choice of earlier key frames, where the model looks at any."""
     assert reading.cameras is not None
-    by_time = config.published_history and reading.cameras.frames > 1
-    return replace(reading, cameras=replace(reading.cameras, history="time" if by_time else "scene"))
+    by_time = config.published_history and model.seen > 1
+    cameras = replace(reading.cameras, frames=model.seen, history="time" if by_time else "scene")
+    return replace(reading, cameras=cameras)
 
 
 def optimizer(config: Config, plan: run.Plan) -> optim.Config:
@@ -246,29 +246,34 @@ def begin(params: dict, state: dict, loaded: upstream.Loaded, *, config: Config)
 
     Raises ValueError, one sentence, for a checkpoint of the other stage than is expected, or of another model.
     """
+    stages = {name: stage_of(trees) for name, trees in loaded.items()}
+    second = [name for name, stage in stages.items() if stage == 2]
+    if config.stage == 1 and second:
+        raise ValueError(
+            f"{second[0]} is a checkpoint of BEVNeXt's stage 2, and stage 1 comes before it; give the image backbone that it "
+            "starts from, or --stage 2"
+        )
+    if config.stage == 2 and second and not config.from_scratch:
+        raise ValueError(
+            f"{second[0]} is a checkpoint of BEVNeXt's stage 2, which starts from one of stage 1; give that, go on with stage 2's "
+            "own run by --resume, or add --from-scratch to train these weights further"
+        )
     ours, other = shapes(params, state), shapes(*other_stage(config))
-    relatives = [name for name, trees in loaded.items() if not _fits(trees, ours) and _fits(trees, other)]
-    if config.stage == 1:
-        if relatives:
-            raise ValueError(
-                f"{relatives[0]} is a checkpoint of BEVNeXt's stage 2, and stage 1 comes before it; give the image backbone "
-                "that it starts from, or --stage 2"
-            )
-        return run.parts(params, state, loaded)
-    for name, trees in loaded.items():
-        if shapes(*trees) == ours:
-            raise ValueError(
-                f"{name} is a checkpoint of BEVNeXt's stage 2, which starts from one of stage 1; give that, or go on with "
-                "stage 2's own run by --resume"
-            )
-    if any(not _fits(trees, ours) and not _fits(trees, other) for trees in loaded.values()):
+    strange = any(not _fits(trees, ours) and not _fits(trees, other) for trees in loaded.values())
+    if config.stage == 1 or second or strange:
         return run.parts(params, state, loaded)  # which says what does not fit
-    if not relatives and not config.from_scratch:
+    if 1 not in stages.values() and not config.from_scratch:
         raise ValueError(
             f"none of {', '.join(loaded)} is a checkpoint of BEVNeXt's stage 1, from which stage 2 starts; add one, or "
             "--from-scratch"
         )
     return upstream.load_into(params, state, loaded, allow_missing=tuple(params), fitting_only=True)
+
+
+def stage_of(trees: tuple[dict, dict]) -> int:
+    """1 or 2 of a whole detector, whatever its number of frames, 0 of a part such as an image backbone."""
+    backbone = trees[0].get("bev", {}).get("backbone", {})
+    return 2 if "fusion" in backbone else int(bool(backbone))
 
 
 def other_stage(config: Config) -> tuple[dict, dict]:

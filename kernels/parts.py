@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BYTES = 1 << 31  # of what is stored at once
+BYTES = 1 << 32  # of what is stored at once; float32 elements stay within int32
 
 
 def parts(bytes_of_one: int, *operands: Tensor | None) -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""BEV backbone that fuses frames (BEVNeXt, Li et al. 2023, arXiv 2312.01696, section 3.3): blocks of Res2Net (Gao et al.
+"""BEV backbone that fuses frames (BEVNeXt, Li et al. 2024, arXiv 2312.01696): blocks of Res2Net (Gao et al.
 2019, arXiv 1904.01169) whose first one takes the frames' maps side by side, newest first.
 
 The fusion block halves nothing. Its 1x1 gathers neighbouring frames in `groups`; from the oldest group on, each one's 3x3
@@ -6,7 +6,7 @@ sees the result of the one before, and the newest goes on as it is. The stages' 
 in a stage's first block each scale has its own strided 3x3, in the others each takes in the one before; the last scale
 only passes, pooled where the others stride. No convolution has a bias.
 
-Source: BEVNeXt mmdet3d/models/backbones/resnet.py (Res2Fusion, behaviour); golden case bevnext_stage2, `bev_fusion`.
+Source: BEVNeXt mmdet3d/models/backbones/res2fusion.py (behaviour); golden case bevnext_stage2, `bev_fusion`.
 """
 
 from dataclasses import dataclass

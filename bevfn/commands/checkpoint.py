@@ -50,6 +50,7 @@ def export(
         output: .pth (as mmengine stores a model) or .safetensors.
         sparse: layout of the sparse kernels: [out kx ky kz in] (spconv2) or [kx ky kz in out] (mmcv).
     """
+    check_file(source)
     if Path(output).suffix not in (".pth", ".safetensors"):
         raise ValueError(f"output {output}: the name must end in .pth or .safetensors.")
     read = upstream.read_imported(source)
@@ -71,6 +72,7 @@ def show(source: Positional[Path], *, every_key: bool = False) -> None:
         every_key: list every tensor with its type and shape, else totals per part of the model.
     """
     source = Path(source)
+    check_file(source)
     try:
         read = upstream.read_imported(source)
     except upstream.NotImported:
@@ -85,6 +87,15 @@ def show(source: Positional[Path], *, every_key: bool = False) -> None:
     print(_table(tensors, every_key, depth=3))
     if read.carried:
         print(f"  and {len(read.carried)} upstream tensors kept for export")
+
+
+def check_file(source: Path) -> None:
+    """Raises ValueError for a folder, such as a training run's checkpoint."""
+    if Path(source).is_dir():
+        raise ValueError(
+            f"{source} is a folder, and these commands are of published files and of files that `bevfn checkpoint import` wrote; "
+            "a run's checkpoint is taken as it is by `bevfn eval` and --pretrained"
+        )
 
 
 def _table(tensors: dict[str, Tensor], every_key: bool, *, depth: int) -> str:

@@ -10,7 +10,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bevfn import catalogue, provenance, recipes
+from bevfn import catalogue, provenance, recipes, tree
 from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.data.batch import needed
@@ -51,7 +51,7 @@ def graph(
         stage: of bevnext, short for --model bevnext-stage1 or bevnext-stage2
         precision: of the step
         scale: published sizes, or the mini ones of demos and CI
-        batch_size: samples per device; by default the recipe's (4, or 8 of BEVDepth), and 1 at mini scale
+        batch_size: samples per device; by default the recipe's (4, or 8 of the camera-only ones), and 1 at mini scale
         ops: what bevfn's own operators become: GE types that CANN has, or DrivingSDK's where docs/ascend.md says so
         execute: steps to run in the interpreter, from the same state as the eager step, on a generated frame (with an
             AdamW eps of 1 and a loss scale of 64: see `steps`)
@@ -107,11 +107,12 @@ def steps(experiment: str, config: run.Config, *, comparable: bool = False) -> d
 
     The batch has the capacities of the recipe on nuScenes (published), or on the synthetic world (mini).
 
-    comparable: three things are changed, so that several steps of two implementations can be compared. With AdamW's eps
+    comparable: four things are changed, so that several steps of two implementations can be compared. With AdamW's eps
     of 1e-8 the first updates are lr x sign(gradient), and parameters whose gradient is rounding only walk at random; 1
     makes the update proportional to the gradient. A loss scale of 2^16 overflows, and skipped steps compare nothing; it
     starts at 64. One annotated box per class stays: before training, the matching of several boxes of a class is
-    degenerate (pairs can be exchanged at equal cost), and rounding decides.
+    degenerate (pairs can be exchanged at equal cost), and rounding decides. And deformable convolutions start off their
+    offsets of 0, where the slope of bilinear sampling jumps and rounding decides again.
     """
     image_size = rig.CALIBRATED_SIZE if config.scale == "published" else source.WORLD_IMAGE
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
@@ -127,8 +128,12 @@ def steps(experiment: str, config: run.Config, *, comparable: bool = False) -> d
         valid, labels = needed(batch.boxes_valid, "boxes_valid"), needed(batch.labels, "labels")
         batch = replace(batch, boxes_valid=valid & _first_of_its_class(labels))
     train_state = run.initial_state(made)
-    if comparable and train_state.loss_scale is not None:
-        train_state.loss_scale.scale.fill_(64.0)
+    if comparable:
+        for path, leaf in tree.flatten(train_state.params).items():
+            if path.endswith("offset.bias"):
+                leaf.fill_(0.3)
+        if train_state.loss_scale is not None:
+            train_state.loss_scale.scale.fill_(64.0)
     return {
         "train": (run.pure_step(made), (train_state, batch)),
         "inference": (task.predict, (train_state.params, train_state.state, batch)),

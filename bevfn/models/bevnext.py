@@ -1,4 +1,4 @@
-"""BEVNeXt (Li et al. 2023, arXiv 2312.01696): camera-only detection in bird's-eye view from many key frames.
+"""BEVNeXt (Li et al. 2024, arXiv 2312.01696): camera-only detection in bird's-eye view from many key frames.
 
 BEVDepth's way of lifting images, with a random field over the depth (`views.crf`), and two new ends: a BEV backbone that
 fuses the frames (`backbones.res2_fusion`) and a head whose boxes come from a BEV map refined by the images
@@ -61,6 +61,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.frames < 1 or (self.frames > 1 and self.frames % 3):
             raise ValueError(f"frames {self.frames} must be 1, the current key frame, or a multiple of 3")
+        if any(size % 32 for size in self.grid.image_size):
+            raise ValueError(
+                f"grid.image_size {self.grid.image_size} must be multiples of 32 pixels, the stride of the backbone's last stage"
+            )
         if self.grid.depth_bins != self.depth.depth_bins:
             raise ValueError(
                 f"grid.depth_m {self.grid.depth_m} has {self.grid.depth_bins} bins, depth.depth_bins is "
@@ -73,6 +77,11 @@ class Config:
             )
         if self.head.head.cells != self.grid.cells:
             raise ValueError(f"the grid has {self.grid.cells} cells, head.head.cells is {self.head.head.cells}")
+
+    @property
+    def seen(self) -> int:
+        """Key frames that are looked at."""
+        return self.frames if self.with_prev else 1
 
     @property
     def pre_process(self) -> resnet.Config:
@@ -196,7 +205,7 @@ def apply(
     updates the running ones, after the key frame's.
 
     Args:
-        batch: see `data.batch.Batch`; at least `config.frames` frames.
+        batch: see `data.batch.Batch`; at least `config.seen` frames.
         train: batch statistics (of all replicas with `Replicas`).
         key: dropout; None switches it off.
 
@@ -208,7 +217,7 @@ def apply(
     Raises ValueError if the batch has fewer frames or images of another size than the configuration.
     """
     check_base(batch, Base.EGO_AT_FRONT, "BEVNeXt")
-    images = cameras.images(batch, config.frames, config.grid.image_size)
+    images = cameras.images(batch, config.seen, config.grid.image_size)
     colours = crf.colours(images[:, 0], config.grid.stride)
     alike = crf.likeness(colours, config.random_field)
     frames, sides = _frames(params, state, batch, alike, config=config, train=train, policy=policy, key=key)
@@ -262,7 +271,7 @@ def _frames(
         return _lift(params, state, batch, alike, frames, config=config, train=groups, policy=policy, key=site)
 
     weights, before = ({part: made[part] for part in ("image", "view")} for made in (params, state))
-    count = config.frames if config.with_prev else 1
+    count = config.seen
     if config.frames_at_once and not train:
         together, now = run(weights, before, tuple(range(count)), train)
         first, *rest = cameras.per_frame(together, count)
@@ -341,7 +350,7 @@ def needs(config: Config) -> Needs:
         base=Base.EGO_AT_FRONT,
         classes=config.head.head.classes,
         image_size=config.grid.image_size,
-        frames=config.frames,
+        frames=config.seen,
         depth=config.depth_loss_weight > 0,
     )
 

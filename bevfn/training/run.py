@@ -148,6 +148,11 @@ class Config:
 
     def __post_init__(self) -> None:
         limits.check({known: getattr(self, known) for known in limits.LIMITS if hasattr(self, known)})
+        if self.sync_after and not self.sync_statistics:
+            raise ValueError(
+                f"--sync-after {self.sync_after} is of --sync-statistics; add that, or --sync-after 0 if batch norm is to be of "
+                "each device"
+            )
 
     def plain(self) -> Self:
         """Without what only training needs: frames as they come, nothing moved or pasted in."""
@@ -315,10 +320,13 @@ def plan(config: Config, items: np.ndarray, replicas: Replicas | None = None) ->
 # -------------------------------------------------------------------------------------------------------- the parts
 
 
-def initial(run: Run) -> tuple[dict, dict]:
-    """Parameters and statistics from the seed, then from the pretrained files, on the device."""
+def initial(run: Run, *, resumed: bool = False) -> tuple[dict, dict]:
+    """Parameters and statistics from the seed, then from the pretrained files, on the device.
+
+    resumed: a checkpoint replaces every one of them, and the pretrained files are not looked at: they may be gone.
+    """
     params, state = run.task.init()
-    if run.config.pretrained:
+    if run.config.pretrained and not resumed:
         start = run.task.start
         loaded = {str(path): read_weights(path, ema=start.averages) for path in run.config.pretrained}
         params, state, merged = start.merge(params, state, loaded)
@@ -350,10 +358,10 @@ def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
     return tree.map(torch.clone, params), tree.map(torch.clone, state)
 
 
-def initial_state(run: Run) -> train.TrainState:
-    """The train state before the first step, on the device."""
+def initial_state(run: Run, *, resumed: bool = False) -> train.TrainState:
+    """The train state before the first step, on the device; `resumed`: see `initial`."""
     optimizer = run.task.optimizer(run.plan)
-    params, state = initial(run)
+    params, state = initial(run, resumed=resumed)
     made = train.init(params, state, optimizer, precision=run.policy, ema=run.task.ema, seed=run.config.seed)
     return tree.to(made, run.config.device)
 
@@ -364,11 +372,13 @@ def pure_step(run: Run) -> Callable[[train.TrainState, Batch], tuple[train.Train
     return train.make_step(loss, run.task.optimizer(run.plan), ema=run.task.ema)
 
 
-def build(run: Run) -> tuple[train.TrainState, Callable]:
-    """(train state, compiled step(train state, microbatches) -> (train state, metrics)), old buffers donated."""
+def build(run: Run, *, resumed: bool = False) -> tuple[train.TrainState, Callable]:
+    """(train state, compiled step(train state, microbatches) -> (train state, metrics)), old buffers donated; `resumed`: see
+    `initial`."""
+    made = initial_state(run, resumed=resumed)
     if run.replicas is None or not run.config.sync_statistics:  # alone, batch norm over all devices is batch norm
-        return initial_state(run), compiled_step(run, synchronised=False)
-    return initial_state(run), synchronising_step(run)
+        return made, compiled_step(run, synchronised=False)
+    return made, synchronising_step(run)
 
 
 def compiled_step(run: Run, *, synchronised: bool) -> Callable:
@@ -521,7 +531,7 @@ def _train(run: Run, latest: Path | None) -> dict:
     started, config = time.perf_counter(), run.config
     if latest is not None and (summary := finished(run, latest)) is not None:
         return summary
-    train_state, step = build(run)
+    train_state, step = build(run, resumed=latest is not None)
     if latest is not None:
         train_state, _ = checkpoint.load_step(latest, train_state)
     start = int(train_state.step)

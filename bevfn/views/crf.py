@@ -1,5 +1,5 @@
-"""Depth of pixels that look alike pulled together: a conditional random field over the image (BEVNeXt, Li et al. 2023,
-arXiv 2312.01696, section 3.2), solved by mean field (Krähenbühl & Koltun 2011) in a fixed number of steps.
+"""Depth of pixels that look alike pulled together: a conditional random field over the image (BEVNeXt, Li et al. 2024,
+arXiv 2312.01696), solved by mean field (Krähenbühl & Koltun 2011) in a fixed number of steps.
 
 With q the distribution over depth bins, u the logits, k the likeness of two neighbouring pixels' colours:
 
@@ -8,7 +8,7 @@ With q the distribution over depth bins, u the logits, k the likeness of two nei
 The likeness is the same for all bins, so that a step is two products of matrices and a softmax: three rows of pixels
 times a banded matrix of their likenesses, then the bins times M. 20 steps are 255 nodes, with their gradient 710.
 
-Source: BEVNeXt mmdet3d/models/necks/view_transformer.py (behaviour); golden cases bevnext_stage1 and _stage2, `crf/*`.
+Source: BEVNeXt mmdet3d/models/necks/view_transformer_bevnext.py (behaviour); golden cases bevnext_stage1 and _stage2, `crf/*`.
 """
 
 from dataclasses import dataclass

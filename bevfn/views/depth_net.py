@@ -7,7 +7,7 @@ context vector per pixel, both gated by what is known about the camera, the dept
 BEVNeXt has the deformable convolution, with norm and ReLU, before the context's 1x1 instead.
 
 Sources: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py, exps/nuscenes/base_exp.py; BEVNeXt
-mmdet3d/models/necks/view_transformer.py (behaviour); golden cases bevdepth_r50_2key, bevnext_stage1.
+mmdet3d/models/necks/depthnet.py and view_transformer.py (behaviour); golden cases bevdepth_r50_2key, bevnext_stage1.
 """
 
 from dataclasses import dataclass
