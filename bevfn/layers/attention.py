@@ -48,7 +48,7 @@ def apply(
         for w, b, x in zip(weights, biases, (query, key, value))
     )  # B*h Q d, B*h S d
     q = q * (q.shape[-1] ** -0.5)
-    matrices, rows, columns = *q.shape[:2], k.shape[1]
+    matrices, rows, columns = q.shape[0], q.shape[1], k.shape[1]
     if matrices * rows * columns <= whole:
         y, _ = _attend({}, {}, q, k, v, random, dropout=dropout)
     else:
