@@ -1,14 +1,16 @@
 """Parity map of TIER IV's BEVFusion: what `goldens/awml_*` store, boundary by boundary.
 
-The network is BEVFusion's, and so are its loss and what has no order; the stored names and parts are others.
+The network is BEVFusion's; the stored names and parts are others, and in training all boxes of the frame are matched.
 """
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bevfn import tree
 from bevfn.data.batch import Base, Batch, make
-from bevfn.heads import transfusion
+from bevfn.heads import transfusion, transfusion_loss
+from bevfn.kernels.linear_assignment import linear_assignment
 from bevfn.models import bevfusion as model
 from bevfn.parity import bevfusion, compare
 from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
@@ -81,8 +83,26 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
     return PATHS | {name: PATHS[other] for name, other in IN_TRAINING.items()}
 
 
-loss = bevfusion.loss
 places = bevfusion.places
+
+
+def loss(case: Case, outputs: dict, batch: Batch, config: model.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
+    """With the stored match: queries to one side of two boxes of a class match either, at the same cost (see `_matched`)."""
+    boxes, labels, valid = bevfusion.annotations(batch)
+    match = _stored_match(case, outputs["head"], boxes, config).to(boxes.device)
+    total, terms = transfusion_loss.loss(outputs["head"], boxes, labels, valid, config=config.head, match=match)
+    return total, bevfusion.named(terms), terms["targets"]
+
+
+def _stored_match(case: Case, head: dict, boxes: Tensor, config: model.Config) -> Tensor:
+    """[1 G]: of every box, the query that has its code among the stored targets."""
+    query = torch.nonzero(case.outputs["train/target/bbox_weights"][0].sum(-1))[:, 0]
+    wanted = case.outputs["train/target/bbox_targets"][0][query].double()
+    code = transfusion_loss.encode_boxes(boxes, config.head)[0].cpu().double()
+    which, box = (torch.from_numpy(i) for i in linear_sum_assignment(torch.cdist(wanted, code).numpy()))
+    match = torch.full((len(code),), -1)
+    match[box] = _order(case, "train", head)[query[which]]
+    return match[None]
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -172,6 +192,7 @@ def trained(case: Case, table: Table, outputs: dict, targets: dict, batch: Batch
     head = tree.map(lambda x: x.detach(), outputs["head"])
     _queries(case, table, "train", head, TRAIN_TOLERANCE)
     order = _order(case, "train", head)
+    _matched(table, targets, bevfusion.annotations(batch)[2])
     ours = {k: targets[k][0].cpu() for k in ("heatmap", "labels", "code", "ious", "positive")}
     compare.nonzero(case, table, "train/target/heatmap", ours["heatmap"].flatten(), TRAIN_TOLERANCE)
     stored = {k: case.outputs[f"train/target/{k}"][0] for k in ("labels", "bbox_weights", "bbox_targets", "ious")}
@@ -182,3 +203,15 @@ def trained(case: Case, table: Table, outputs: dict, targets: dict, batch: Batch
     table.add("train/target/bbox_targets", error, TRAIN_TOLERANCE)
     error = float((ours["ious"][order] - stored["ious"]).abs().max())
     table.add("train/target/ious", error, 1e-4, "absolute")
+
+
+def _matched(table: Table, targets: dict[str, Tensor], valid: Tensor) -> None:
+    """The stored match costs what the cheapest does: of two queries beyond two boxes of a class, seen along both axes, either
+    matches either, as the cost of distance is |x| + |y|."""
+    cost, stored = (targets[k].detach().cpu() for k in ("cost", "match"))
+    cheapest = linear_assignment(cost, valid.cpu())
+    totals = [float(cost[0].double().T[torch.arange(cost.shape[2]), match[0]].sum()) for match in (stored, cheapest)]
+    # A sum of terms of both signs: relative to the terms, not to what is left of them.
+    error = abs(totals[0] - totals[1]) / float(cost.abs().mean() * cost.shape[2])
+    other = int((stored != cheapest).sum())
+    table.add("train/match_cost", error, TRAIN_TOLERANCE, f"of the stored match; {other} boxes matched otherwise here")

@@ -104,18 +104,19 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
     return PATHS
 
 
-def loss(outputs: dict, batch: Batch, config: bevfusion.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
-    boxes, labels, valid = _annotations(batch)
+def loss(case: Case, outputs: dict, batch: Batch, config: bevfusion.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
+    boxes, labels, valid = annotations(batch)
     total, terms = transfusion_loss.loss(outputs["head"], boxes, labels, valid, config=config.head)
-    return total, _terms(terms), terms["targets"]
+    return total, named(terms), terms["targets"]
 
 
-def _annotations(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def annotations(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
     return batch.boxes, batch.labels, batch.boxes_valid
 
 
-def _terms(terms: dict) -> dict[str, Tensor]:
+def named(terms: dict) -> dict[str, Tensor]:
+    """The loss terms by their stored names."""
     names = {"heatmap": "loss_heatmap", "cls": "layer_-1_loss_cls", "bbox": "layer_-1_loss_bbox"}
     return {theirs: terms[ours] for ours, theirs in (names | {"matched_iou": "matched_ious"}).items()}
 
@@ -241,7 +242,7 @@ def _all_boxes(case: Case, table: Table, head: dict, config: bevfusion.Config) -
     """The same forward with every box. Its matching is degenerate (README): the match is compared by total cost, and
     the box loss with the stored match injected."""
     batch = batch_of(case, str(head["pred"][-1]["center"].device), train=False)
-    _, terms, targets = loss({"head": head}, batch, config)
+    _, terms, targets = loss(case, {"head": head}, batch, config)
     for key in ("loss_heatmap", "layer_-1_loss_cls"):
         error = compare.relative(float(terms[key]), float(case.outputs[f"train_all/loss/{key}"]))
         table.add(f"train_all/loss/{key}", error, TRAIN_TOLERANCE)
@@ -254,7 +255,7 @@ def _all_boxes(case: Case, table: Table, head: dict, config: bevfusion.Config) -
     query, box = case.outputs["train_all/match"].long().T
     chosen = _order(case, "train/head", head)[query]
     pred = torch.cat([head["pred"][-1][k] for k in BOX], -1)[0].cpu()[chosen]
-    code = transfusion_loss.encode_boxes(_annotations(batch)[0], config.head)[0].cpu()[box]
+    code = transfusion_loss.encode_boxes(annotations(batch)[0], config.head)[0].cpu()[box]
     weights = torch.tensor(config.head.code_weights)
     injected = config.head.bbox_weight * float(((pred - code).abs() * weights).sum()) / len(box)
     error = compare.relative(injected, float(case.outputs["train_all/loss/layer_-1_loss_bbox"]))
@@ -274,14 +275,14 @@ def _unit(case: Case, table: Table, config: bevfusion.Config, device: str) -> No
 
     def total_loss(values: dict) -> tuple[Tensor, tuple]:
         head = {"dense_heatmap": values["dense_heatmap"], "pred": [{k: values[k] for k in (*BOX, "heatmap")}]}
-        total, *rest = loss({"head": head}, batch, config)
+        total, *rest = loss(case, {"head": head}, batch, config)
         return total, tuple(rest)
 
     gradients, (total, (terms, targets)) = torch.func.grad_and_value(total_loss, has_aux=True)(inputs)
     compare.boundary(case, table, "unit/cost", targets["cost"][0], TRAIN_TOLERANCE)
     compare.losses(case, table, "unit", {"total": total, **terms}, ABSOLUTE)
     _targets(case, table, "unit", torch.arange(targets["cost"].shape[1]), targets)
-    match = linear_assignment(case.outputs["unit/cost"][None], _annotations(batch)[2].cpu())[0]
+    match = linear_assignment(case.outputs["unit/cost"][None], annotations(batch)[2].cpu())[0]
     paired = float(case.outputs["unit/cost"].double()[match, torch.arange(len(match))].sum())
     table.add("unit/match_cost", compare.relative(paired, case.stats["unit/match_cost"]), 1e-6, "of the stored costs")
     for key, gradient in gradients.items():

@@ -34,7 +34,7 @@ class Map(Protocol):
     def paths(self, case: Case, *, train: bool) -> dict[str, str]:
         """{stored name without its phase: path in outputs} of all that has a place and an order."""
 
-    def loss(self, outputs: dict, batch: Batch, config: Any) -> tuple[Tensor, dict[str, Tensor], dict]:
+    def loss(self, case: Case, outputs: dict, batch: Batch, config: Any) -> tuple[Tensor, dict[str, Tensor], dict]:
         """(total, {stored name: term}, assigned targets)."""
 
     def evaluated(self, case: Case, table: Table, outputs: dict, batch: Batch, config: Any) -> None:
@@ -88,7 +88,7 @@ def replay(case: Case, table: Table, *, only: str | None, device: str) -> None:
 
         def total_loss(params: dict) -> tuple[Tensor, tuple]:
             outputs, new = family.apply(params, state, batch, config=config, train=True, **extra)
-            total, terms, targets = maps.loss(outputs, batch, config)
+            total, terms, targets = maps.loss(case, outputs, batch, config)
             return total, (outputs, new, terms, targets)
 
         gradients, total, (outputs, new, terms, targets) = _gradients(total_loss, params)
