@@ -96,7 +96,7 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = No
         if leaf is not None:
             flat[entry.tree][entry.path] = leaf
     report.carried.update(flat["upstream"])
-    _account_for_the_rest(inside, entries, checkpoints.buffers(model, source.naming, config=config), report)
+    _account_for_the_rest(inside, entries, checkpoints.buffers(model, source.naming, config=release), report)
     for key in upstream:
         if not key.startswith(source.prefix):
             report.unused[key] = f"outside {source.prefix!r}, where the model is"
@@ -206,7 +206,7 @@ def export_state(
             raise ValueError(f"{entry.name} is missing: {model} cannot be exported without it.")
     found |= {
         key: carried.get(key, buffer).clone()
-        for key, buffer in checkpoints.buffers(model, naming, config=config).items()
+        for key, buffer in checkpoints.buffers(model, naming, config=release).items()
     }
     found |= {key: kept.clone() for key, kept in carried.items() if key not in found}
     return {prefix + key: leaf for key, leaf in found.items()}
