@@ -220,13 +220,14 @@ def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, 
     return run.make_data(config, splits, reading if config.augment else eval_reading, eval_reading)
 
 
-def fitted(config: Shared, model: bevfusion.Config, reading: Reading) -> Reading:
-    """A published way of reading, for the config's sweeps and the model's sensors and image size."""
+def fitted(config: Shared, model: bevfusion.Config, reading: Reading, scan_points: int = SCAN_POINTS) -> Reading:
+    """A published way of reading, for the config's sweeps, each of so many points at most, and the model's sensors and image
+    size."""
     points, cameras = reading.points, reading.cameras
     assert points is not None
     points = replace(points, published_sweeps=config.published_sweeps)
     if config.sweeps != points.sweeps:
-        room = replace(reading.capacities, points=SCAN_POINTS * (1 + config.sweeps))
+        room = replace(reading.capacities, points=scan_points * (1 + config.sweeps))
         points = replace(points, sweeps=config.sweeps, sweep_choice="newest", pad_empty_sweeps=False)
         reading = replace(reading, capacities=room)
     room = reading.capacities.changed(config.point_capacity, config.box_capacity)
