@@ -40,7 +40,7 @@ from bevfn.models import awml
 from bevfn.models import bevfusion as family
 from bevfn.training import optim, run
 
-NETWORKS: dict[str, Callable[..., family.Config]] = {
+NETWORKS: dict[str, Callable[[], family.Config]] = {
     "awml-lidar": awml.lidar,
     "awml-lidar-offline": awml.lidar_offline,
     "awml-camera-lidar": awml.camera_lidar,
@@ -161,7 +161,7 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
     if config.model == NUSCENES:
         made = bevfusion.assemble(config, splits, NETWORKS[config.model](), bevfusion_lidar.TRAIN)
         return replace(made, data=bevfusion_lidar.with_paste(config, made.data))
-    model = sized(config, NETWORKS[config.model](**({"intensity": True} if config.intensity else {})))
+    model = sized(config, network(config))
     made = run.make_task(
         config,
         family,
@@ -172,6 +172,11 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
         start=run.Start(begin),
     )
     return replace(made, loss=partial(made.loss, own_normalisers=True))
+
+
+def network(config: Config) -> family.Config:
+    """The published network of config.model."""
+    return awml.lidar(intensity=True) if config.intensity else NETWORKS[config.model]()
 
 
 def sized(config: Config, model: family.Config) -> family.Config:

@@ -1,6 +1,7 @@
 """`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, T4 data's by the T4 metric, or a submission for the
 test split."""
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.evaluation import results, tables
 from bevfn.evaluation.detect import detect
-from bevfn.evaluation.judge import forget, judge, submission
+from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, submission
 from bevfn.files import check_writable
 from bevfn.precision import Precision
 from bevfn.training import run, run_folder
@@ -169,14 +170,18 @@ def _folder(checkpoint: Path, split: str | None) -> Path:
 
 
 def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) -> int:
-    """The test split's results and what the server takes."""
-    document = submission(task.data.evaluation, found, task.data.eval_reading, bottom=task.bottom)
+    """The results of a split without annotations, and of nuScenes' test split what the server takes."""
+    index, reading = task.data.evaluation, task.data.eval_reading
+    t4 = index.judge == "t4"
+    ranges = dict.fromkeys(reading.class_names, math.inf) if t4 else results.RANGES
+    document = submission(index, found, reading, ranges, bottom=task.bottom)
     forget(out)
-    for name in ("results_nusc.json", "submission.zip"):
-        results.write(out / name, document)
-    print(
-        f"{len(found)} key frames; submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
-    )
+    for name in (RESULTS_T4,) if t4 else (RESULTS, "submission.zip"):
+        results.write(out / name, document, reading.class_names)
+    told = f"submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
+    if t4:
+        told = f"{index.root} has no annotations there, so they are not scored; detections are in {out / RESULTS_T4}"
+    print(f"{len(found)} key frames; {told}")
     for line in tables.counted(counts):
         print(line)
     return 0
