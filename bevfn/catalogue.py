@@ -20,9 +20,9 @@ class Published:
     t4: bool = False
 
     def __str__(self) -> str:
-        names = ("mAP on T4 data", "mAPH") if self.t4 else ("", "")
-        numbers = [f"{x:g} {name}".strip() for x, name in zip((self.mean_ap, self.other), names) if x is not None]
-        return f"{', '.join(numbers)} ({self.source})"
+        names = (" mAP", " mAPH") if self.t4 else ("", "")
+        numbers = [f"{x:g}{name}" for x, name in zip((self.mean_ap, self.other), names) if x is not None]
+        return f"{', '.join(numbers)}{' on T4 data' if self.t4 else ''} ({self.source})"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ MODELS: dict[str, Model] = {
         published=Published(80.08, None, "AWML j6gen2/2.0.1, fuser of 3 x 3", t4=True),
         case="awml_bevfusion_cl",
     ),
-    "awml-camera": replace(AWML, parameters=31.3, checkpoints=("swin-nuimages",)),
+    "awml-camera": replace(AWML, parameters=31.3, checkpoints=("awml-camera", "swin-nuimages")),
     "awml-nuscenes-lidar": replace(AWML, checkpoints=("bevfusion-lidar",)),
 }
 FORMER = {

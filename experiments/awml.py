@@ -6,7 +6,7 @@ Published by AWML, on its own data (percent; mAP over 0.5, 1, 2 and 4 m, all cla
     awml-lidar            50      5        base/2.7.0          77.77  74.2   this one
     awml-lidar            30      5        j6gen2_base/2.7.1   79.9   74.87  this one with --intensity
     awml-lidar-offline    30      5        base/0.2            72.2   none   an older one, without intensity
-    awml-camera-lidar     20      5        j6gen2/2.0.1        80.08  none   an older one, with a fuser of 3 x 3
+    awml-camera-lidar     20      5        j6gen2/2.0.1        80.08  none   an older one, with --fuser-kernel 3
     awml-camera           30      5        none
     awml-nuscenes-lidar   20      10       none (mmdetection3d's: bevfn.experiments.bevfusion_lidar)
 
@@ -27,7 +27,7 @@ The flags' defaults are the published recipe on T4 data sets (of awml-nuscenes-l
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from bevfn import upstream
 from bevfn.choices import one_of
@@ -80,6 +80,8 @@ class Config(bevfusion_lidar.Config):
     intensity: bool = False
     """awml-lidar reads the points' intensity too, as published for j6gen2_base and jpntaxi_base (30 epochs); the other models
     always do"""
+    fuser_kernel: Literal[3, 5] = 5
+    """cells per side of awml-camera-lidar's fuser; 3: of AWML's releases up to 2.0"""
     epochs: int = 50
     batch_size: int = 8
     recipe_batch: int = 64
@@ -105,6 +107,8 @@ class Config(bevfusion_lidar.Config):
             raise ValueError(f"--paste is of {NUSCENES}: AWML pastes nothing on T4 data sets; leave it out")
         if self.intensity and self.model != "awml-lidar":
             raise ValueError(f"--intensity is of awml-lidar, and what {self.model} reads is fixed; leave it out")
+        if self.fuser_kernel != 5 and self.model != "awml-camera-lidar":
+            raise ValueError(f"--fuser-kernel is of awml-camera-lidar, and {self.model} has no fuser; leave it out")
 
     @property
     def world(self) -> source.World:
@@ -176,7 +180,10 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 
 def network(config: Config) -> family.Config:
     """The published network of config.model."""
-    return awml.lidar(intensity=True) if config.intensity else NETWORKS[config.model]()
+    if config.intensity:
+        return awml.lidar(intensity=True)
+    made = NETWORKS[config.model]()
+    return replace(made, fuser_kernel=config.fuser_kernel) if config.model == "awml-camera-lidar" else made
 
 
 def sized(config: Config, model: family.Config) -> family.Config:

@@ -283,6 +283,7 @@ def test_evaluation_takes_the_runs_own_model_and_refuses_the_other_data(first, m
             {"model": "awml-camera-lidar", "intensity": True},
             "--intensity is of awml-lidar, and what awml-camera-lidar reads",
         ),
+        ({"fuser_kernel": 3}, "--fuser-kernel is of awml-camera-lidar, and awml-lidar has no fuser"),
         ({"eval_last": -1}, "--eval-last -1 must be at least 0"),
     ],
 )

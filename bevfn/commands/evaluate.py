@@ -33,6 +33,8 @@ def evaluate(
     out: Path | None = None,
     precision: Precision | None = None,
     published_sweeps: bool | None = None,
+    intensity: bool | None = None,
+    fuser_kernel: Literal[3, 5] | None = None,
     backend: compilation.Backend = "inductor",
     device: str = "cpu",
     batch_size: int = 1,
@@ -58,6 +60,8 @@ def evaluate(
         precision: by default the run's
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
             that were trained so; by default the run's, or as published
+        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file False
+        fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default the run's, of an imported file 5
         backend: what compiles the forward pass
         device: torch device
         batch_size: key frames at a time
@@ -70,7 +74,8 @@ def evaluate(
     distributed.check_device(device)
     flags = {"model": model, "data_root": data_root, "version": version, "split": split, "precision": precision}
     room = {"point_capacity": point_capacity, "voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
-    config = _config(experiment, checkpoint, device, flags | room | {"published_sweeps": published_sweeps})
+    network = {"published_sweeps": published_sweeps, "intensity": intensity, "fuser_kernel": fuser_kernel}
+    config = _config(experiment, checkpoint, device, flags | room | network)
     task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
     out = out if out is not None else _folder(checkpoint, split)
     _check(task, out)
@@ -100,7 +105,8 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
             print(f"warning: {what}")
         given |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
     if foreign := [name for name in given if not hasattr(config, name)]:
-        raise ValueError(f"{experiment} reads no LiDAR points or sweeps; leave out --{foreign[0].replace('_', '-')}")
+        what = "is not AWML's" if foreign[0] in ("intensity", "fuser_kernel") else "reads no LiDAR points or sweeps"
+        raise ValueError(f"{experiment} {what}; leave out --{foreign[0].replace('_', '-')}")
     config = replace(config, **given, device=device, resume=False)
     recipes.defaults(experiment, config.model)  # or it is of another experiment
     return config
