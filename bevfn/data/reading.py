@@ -105,6 +105,9 @@ class Reading:
     range: Range | None = None
     """Lower x, y, z, upper x, y, z [m, augmented base]; points must lie strictly inside, box centres only in x and y.
     None: all stay."""
+    class_reach: tuple[float, ...] = ()
+    """[m] of each class, in x and y from the base frame's origin: boxes that are farther are no targets, and T4 scores leave
+    them and detections out. (): `range` alone."""
     augmentation: augment.Global | None = None
     """Of the base frame; None: base_aug is the identity."""
     paste: pasting.Config | None = None
@@ -120,6 +123,10 @@ class Reading:
             raise ValueError(f"a reading without cameras has no {what}; give Reading.cameras")
         if self.base is not Base.LIDAR and self.points is not None:
             raise ValueError(f"points are read in the LiDAR's frame, not in that of the {self.base.value}")
+        if self.class_reach and len(self.class_reach) != len(self.class_names):
+            raise ValueError(
+                f"class_reach has {len(self.class_reach)} numbers; give one for each of {', '.join(self.class_names)}"
+            )
         if self.paste is not None and self.points is None:
             raise ValueError("GT paste adds points and boxes; give Reading.points or set paste to None")
 

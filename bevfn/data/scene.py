@@ -80,7 +80,7 @@ def _load(
     # Boxes in ego have their angles from this, drawn or not; those in the LiDAR's frame keep what the data set says.
     if reading.augmentation is not None or reading.base is not Base.LIDAR:
         boxes = augment.move_boxes(boxes, base_aug)
-    boxes, labels = annotations.in_range(boxes, labels, reading.range)
+    boxes, labels = annotations.in_range(boxes, labels, reading.range, reading.class_reach)
     counts["empty/boxes"] = int(len(boxes) == 0)
     if cloud is not None:
         parts["points"] = cloud = _filtered(cloud, base_aug, reading, rng)
