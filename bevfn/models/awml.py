@@ -2,7 +2,7 @@
 
 On T4 data the range is 122.4 m to every side of the rear axle, z -3 to 5 m, and five classes are detected. The online models
 have voxels of 0.17 m, L-offline those of nuScenes. What differs from mmdetection3d's BEVFusion beside sizes: LiDAR-only
-models read Fourier features, the fuser is 5 x 5, the depth net's convolutions have no bias, one class is not suppressed, and the
+models read Fourier features, the fuser is 5 x 5, the depth net is wider and without biases, one class is not suppressed, and the
 camera-only model has no layers between its view transform and its head.
 
 Source: AWML commit 7a6ec07 (behaviour); ../shared/goldens/awml_*/README.md, recipe_bevnext_awml/awml_configs.json,
@@ -88,4 +88,4 @@ def _camera() -> bevfusion.Camera:
         z_m=(-10.0, 10.0, 20.0),
         rows="x",
     )
-    return bevfusion.Camera(view=lift_splat.Config(grid=grid, bias=False))
+    return bevfusion.Camera(view=lift_splat.Config(grid=grid, bias=False, wide_depth_net=True))

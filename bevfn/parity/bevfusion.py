@@ -82,17 +82,22 @@ def batch_of(case: Case, device: str, *, train: bool, prefix: str = "") -> Batch
         "labels": inputs["gt_labels"][chosen][None],
         "boxes_valid": torch.ones(1, len(chosen), dtype=torch.bool),
     }
-    if "imgs" in inputs:  # with one frame, T = 1
-        names = {
-            "images": "imgs",
-            "intrinsics": "cam2img",
-            "image_aug": f"{prefix}img_aug_matrix",
-            "base_from_camera": "cam2lidar",
-            "image_from_base": "lidar2img",
-        }
-        fields |= {ours: inputs[theirs][None, None] for ours, theirs in names.items()}
+    if "imgs" in inputs:
+        fields |= cameras_of(inputs, f"{prefix}img_aug_matrix")
     base_aug = inputs.get(f"{prefix}lidar_aug_matrix", torch.eye(4))[None]
     return make(base=Base.LIDAR, base_aug=base_aug, **fields).to(device)
+
+
+def cameras_of(inputs: dict[str, Tensor], image_aug: str) -> dict[str, Tensor]:
+    """A batch's fields of the stored cameras [N ...], with B and T = 1."""
+    names = {
+        "images": "imgs",
+        "intrinsics": "cam2img",
+        "image_aug": image_aug,
+        "base_from_camera": "cam2lidar",
+        "image_from_base": "lidar2img",
+    }
+    return {ours: inputs[theirs][None, None] for ours, theirs in names.items()}
 
 
 def paths(case: Case, *, train: bool) -> dict[str, str]:
@@ -126,7 +131,7 @@ def evaluated(case: Case, table: Table, outputs: dict, batch: Batch, config: bev
     outputs = tree.map(lambda x: x.cpu(), outputs)
     for name, path in SITES.items():
         if f"eval/{name}/coords" in case.outputs:
-            _sites(case, table, f"eval/{name}", _at(outputs, path))
+            _sites(case, table, f"eval/{name}", at(outputs, path))
     if config.camera is not None:
         _depth_map(case, table, "eval/vt", outputs["camera"]["view"]["depth_map"])
         _augmented_geometry(case, table, config, str(batch.base_aug.device))
@@ -137,7 +142,7 @@ def evaluated(case: Case, table: Table, outputs: dict, batch: Batch, config: bev
     compare.detections(case, table, "eval/det", made, noise)
 
 
-def _at(outputs: dict, path: str) -> dict[str, Tensor]:
+def at(outputs: dict, path: str) -> dict[str, Tensor]:
     """The outputs below a path, by what follows it."""
     return {k.removeprefix(f"{path}."): x for k, x in tree.flatten(outputs).items() if k.startswith(f"{path}.")}
 
@@ -178,10 +183,11 @@ def _augmented_geometry(case: Case, table: Table, config: bevfusion.Config, devi
 
 def _order(case: Case, name: str, head: dict) -> Tensor:
     """For each stored query, keyed by (class, cell), the index of ours."""
-    return compare.order_like(_keys(head), _stored_keys(case, name))
+    return compare.order_like(keys(head), _stored_keys(case, name))
 
 
-def _keys(head: dict) -> Tensor:
+def keys(head: dict) -> Tensor:
+    """[Q 2] class and cell of every query."""
     return torch.stack([head["query_labels"][0], head["query_index"][0]], 1).cpu()
 
 
@@ -191,7 +197,7 @@ def _stored_keys(case: Case, name: str) -> Tensor:
 
 def _queries(case: Case, table: Table, name: str, head: dict, floor: float) -> None:
     """Queries as a set; then everything that belongs to a query in the stored order."""
-    error, note = compare.set_difference(_keys(head), _stored_keys(case, name))
+    error, note = compare.set_difference(keys(head), _stored_keys(case, name))
     table.add(f"{name}/queries", error, 0.0, note)
     order, flat = _order(case, name, head), tree.flatten(head)
     for key, path in PER_QUERY.items():

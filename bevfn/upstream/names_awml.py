@@ -1,7 +1,7 @@
 """Foreign names of TIER IV's BEVFusion: mmdetection3d's, with `.net` in the view transform's parts since December 2025, and
 what its releases differ in.
 
-Source: ../shared/goldens/awml_*/README.md and manifest.json (keys and shapes), AWML's history of depth_lss.py.
+Source: ../shared/goldens/awml_*/README.md and manifest.json (keys and shapes), the history of AWML's depth_lss.py.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,8 @@ def detector_buffers(config: bevfusion.Config) -> dict[str, Tensor]:
 def fitted(config: bevfusion.Config, leaves: Mapping[str, Tensor]) -> bevfusion.Config:
     """The configuration of the release that a file is of, told by its shapes.
 
-    Releases differ in the point features (intensity, Fourier), the fuser's kernel, the depth bins, and biases of the depth net.
+    Releases differ in the point features (intensity, Fourier), the fuser's kernel, the depth bins, and the depth net's width and
+    biases.
     `leaves` by upstream's names, or by ours: `params.<path>`.
     """
 
@@ -58,8 +59,12 @@ def fitted(config: bevfusion.Config, leaves: Mapping[str, Tensor]) -> bevfusion.
     last = found("camera.view.depth_net.2.conv.weight", f"{part}.6.weight", f"{part}.net.6.weight")
     if config.camera is None or last is None:
         return config
-    bias = found("camera.view.depth_net.0.conv.bias", f"{part}.0.bias", f"{part}.net.0.bias")
-    view = replace(config.camera.view, bias=bias is not None)
+    first, bias = (
+        found(f"camera.view.depth_net.0.conv.{leaf}", f"{part}.0.{leaf}", f"{part}.net.0.{leaf}")
+        for leaf in ("weight", "bias")
+    )
+    wide = first is not None and first.shape[0] == first.shape[1]
+    view = replace(config.camera.view, bias=bias is not None, wide_depth_net=wide)
     depth = _DEPTHS.get(last.shape[0] - view.channels_out)
     if depth is not None and view.grid.depth_bins in _DEPTHS:
         view = replace(view, grid=replace(view.grid, depth_m=depth))
