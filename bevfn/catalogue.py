@@ -114,12 +114,12 @@ MODELS: dict[str, Model] = {
     ),
     "awml-camera-lidar": replace(
         AWML,
-        parameters=41.2,
+        parameters=41.7,
         checkpoints=("awml-camera-lidar", "awml-lidar", "swin-nuimages"),
         published=Published(80.08, None, "AWML j6gen2/2.0.1, fuser of 3 x 3", t4=True),
         case="awml_bevfusion_cl",
     ),
-    "awml-camera": replace(AWML, parameters=31.3, checkpoints=("awml-camera", "swin-nuimages")),
+    "awml-camera": replace(AWML, parameters=31.8, checkpoints=("awml-camera", "swin-nuimages")),
     "awml-nuscenes-lidar": replace(AWML, checkpoints=("bevfusion-lidar",)),
 }
 FORMER = {
