@@ -39,7 +39,7 @@ SITES = {  # active sites of a stage
     **{f"encoder_layer{i + 1}": f"lidar.stages.{i}" for i in range(4)},
     "conv_out": "lidar.conv_out",
 }
-PER_QUERY = {"head/query_feat": "query_feat_in"} | {
+PER_QUERY = {"head/query_feat": "decoder_out"} | {
     f"pred/{k}": f"pred.0.{k}" for k in (*bevfusion.BOX, "heatmap", "query_heatmap_score")
 }
 ABSOLUTE = bevfusion.ABSOLUTE
@@ -71,7 +71,8 @@ def batch_of(case: Case, device: str, *, train: bool) -> Batch:
         "boxes_valid": torch.ones(boxes.shape[:2], dtype=torch.bool),
     }
     if "imgs" in inputs:
-        fields |= bevfusion.cameras_of(inputs, "img_aug_matrix")
+        rows_first = inputs | {"imgs": inputs["imgs"].permute(0, 2, 3, 1)}  # N 3 H W stored
+        fields |= bevfusion.cameras_of(rows_first, "img_aug_matrix")
     base_aug = inputs["train_lidar_aug_matrix"] if train else torch.eye(4)
     return make(base=Base.LIDAR, base_aug=base_aug[None], **fields).to(device)
 
