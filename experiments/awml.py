@@ -98,6 +98,8 @@ class Config(bevfusion_lidar.Config):
     published_resize: bool = True
     """images are resized by AWML's factors whatever their size, and those of several sizes lie in the upper left of the
     largest, on black; no: each by its own factor, of which the smallest just covers the model's image"""
+    range_m: float | None = None
+    """m from the vehicle to each side that the network looks at: its cells grow or shrink with it; none: 122.4, as published"""
     class_reach: tuple[float, ...] = ()
     """m from the vehicle of car, truck, bus, bicycle and pedestrian: boxes that are farther are neither learned nor scored;
     none (published): all within 122.4 m are learned, to 121 m scored"""
@@ -110,6 +112,8 @@ class Config(bevfusion_lidar.Config):
             raise ValueError(f"--paste is of {NUSCENES}: AWML pastes nothing on T4 data sets; leave it out")
         if self.intensity and self.model != "awml-lidar":
             raise ValueError(f"--intensity is of awml-lidar, and what {self.model} reads is fixed; leave it out")
+        if self.range_m is not None and self.model == NUSCENES:
+            raise ValueError(f"--range-m is of the models of T4 data sets; {self.model} sees 54 m, leave it out")
         if self.class_reach and (self.model == NUSCENES or len(self.class_reach) != len(CLASSES)):
             raise ValueError(
                 f"--class-reach is of the models of T4 data sets, {len(CLASSES)} numbers ({', '.join(CLASSES)}); correct it"
@@ -149,7 +153,9 @@ FRAME: dict[str, Any] = bevfusion.FRAME | {
     "voxel_capacity": 25_600,
     "site_capacity": (45_056, 32_768, 16_384, 13_312),
 }
-# The synthetic world on two CPU cores, from scratch, with what one would choose instead of the quirks.
+# The synthetic world, whose objects are within 75 m, on two CPU cores, from scratch, with what one would choose instead of the
+# quirks.
+WORLD_RANGE = 76.8
 SYNTHETIC: dict[str, Any] = bevfusion.SYNTHETIC | {
     "lr_turn": 0.4,
     "beta1_turn": 0.4,
@@ -166,7 +172,8 @@ def defaults(recipe: Config) -> dict[source.Kind, run.Config]:
     name, made = recipe.model.replace("-", "_"), dict[source.Kind, run.Config]()
     made["nuscenes" if recipe.model == NUSCENES else "t4"] = replace(recipe, run_dir=run.RUNS / name)
     made["frame"] = replace(recipe, run_dir=run.RUNS / f"{name}_frame", **FRAME)
-    made["synthetic"] = replace(recipe, run_dir=run.RUNS / f"{name}_synthetic", **SYNTHETIC)
+    own: dict[str, Any] = {"sweeps": 4} if recipe.model == NUSCENES else {"range_m": WORLD_RANGE}
+    made["synthetic"] = replace(recipe, run_dir=run.RUNS / f"{name}_synthetic", **SYNTHETIC | own)
     return made
 
 
@@ -201,8 +208,31 @@ def network(config: Config) -> family.Config:
     return replace(made, fuser_kernel=config.fuser_kernel) if config.model == "awml-camera-lidar" else made
 
 
+def ranged(model: family.Config, half: float) -> family.Config:
+    """The network over so many metres to each side, with as many cells."""
+    factor = half / model.voxels.upper[0]
+
+    def wide(numbers: tuple[float, ...], axes: int = 2) -> Any:
+        return tuple(number * factor if i < axes else number for i, number in enumerate(numbers))
+
+    voxels = replace(
+        model.voxels, lower=wide(model.voxels.lower), upper=wide(model.voxels.upper), size=wide(model.voxels.size)
+    )
+    lidar, camera = model.lidar, model.camera
+    if lidar is not None and lidar.fourier is not None:
+        waves = replace(lidar.fourier, lower=wide(lidar.fourier.lower), upper=wide(lidar.fourier.upper))
+        lidar = replace(lidar, fourier=waves)
+    if camera is not None:
+        grid = replace(camera.view.grid, x_m=wide(camera.view.grid.x_m, 3), y_m=wide(camera.view.grid.y_m, 3))
+        camera = replace(camera, view=replace(camera.view, grid=grid))
+    head = replace(model.head, lower=wide(model.head.lower), voxel=wide(model.head.voxel))
+    return replace(model, voxels=voxels, lidar=lidar, camera=camera, head=head)
+
+
 def sized(config: Config, model: family.Config) -> family.Config:
-    """The model at the config's scale, with the static capacities of what it reads."""
+    """The model at the config's range and scale, with the static capacities of what it reads."""
+    if config.range_m is not None:
+        model = ranged(model, config.range_m)
     if config.scale == "mini":
         model = family.with_capacities(family.mini(model), bevfusion.MINI_VOXELS, bevfusion.MINI_SITES)
     if model.lidar is not None:
@@ -219,7 +249,11 @@ def data(config: Config, splits: source.Source | None, model: family.Config) -> 
 
 def fitted(config: Config, model: family.Config, reading: Reading) -> Reading:
     """A published way of reading, for the config's sweeps and the model's sensors and image size."""
-    made = replace(bevfusion.fitted(config, model, reading, SCAN_POINTS), class_reach=config.class_reach)
+    made = replace(
+        bevfusion.fitted(config, model, reading, SCAN_POINTS),
+        range=(*model.voxels.lower, *model.voxels.upper),
+        class_reach=config.class_reach,
+    )
     # AWML's factors are for its own images: a single frame is one of nuScenes.
     if made.cameras is None or (config.published_resize and source.kind(config.data_root) == "t4"):
         return made

@@ -6,15 +6,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_t4_world
 import small_world
 import torch
 
 from bevfn import cli, synth, tree, upstream
-from bevfn.data import source
+from bevfn.data import scene, source
+from bevfn.data.index import Frame
 from bevfn.distributed import Replicas
-from bevfn.evaluation import page, results
+from bevfn.evaluation import judge, page, results, t4_report
 from bevfn.experiments import awml, bevfusion, bevfusion_lidar
 from bevfn.metrics import read_metrics
 from bevfn.models import bevfusion as family
@@ -79,6 +81,53 @@ def test_more_sweeps_are_the_newest_with_room_for_their_points():
     for reading in (data.reading(0), data.eval_reading):
         assert (reading.points.sweeps, reading.points.sweep_choice) == (3, "newest")
         assert reading.capacities.points == 4 * awml.SCAN_POINTS
+
+
+@pytest.mark.parametrize("model", T4)
+def test_another_range_has_the_same_cells_and_weights_and_is_read(model):
+    wide = awml.network(awml.VARIANTS[model])
+    narrow = awml.ranged(wide, 61.2)
+    for each in (awml.ranged(narrow, 122.4), wide):
+        assert each.voxels.grid == narrow.voxels.grid and each.head.cells == narrow.head.cells
+        np.testing.assert_allclose(each.voxels.size, [2 * x for x in narrow.voxels.size[:2]] + [0.2])
+    with torch.device("meta"):
+        shapes = [{k: v.shape for k, v in tree.flatten(family.init(each, 0)[0]).items()} for each in (wide, narrow)]
+    assert shapes[0] == shapes[1]
+    task = awml.task(small(model, range_m=61.2))
+    half = task.predict.keywords["config"].head.cells[0] * task.predict.keywords["config"].head.stride / 2
+    assert half * task.predict.keywords["config"].head.voxel[0] == pytest.approx(61.2)
+    for reading in (task.data.reading(0), task.data.eval_reading):
+        np.testing.assert_allclose(reading.range, (-61.2, -61.2, -3.0, 61.2, 61.2, 5.0))
+
+
+def test_boxes_beyond_a_classs_reach_are_neither_learned_nor_scored(bare, monkeypatch, tmp_path):
+    reach = (30.0, 120.0, 120.0, 120.0, 10.0)
+    data = awml.task(small("awml-lidar", class_reach=reach)).data
+    every = awml.task(small("awml-lidar")).data
+    kept, whole = ([scene.load(d.training, k, d.reading(0)) for k in range(4)] for d in (data, every))
+    for less, more in zip(kept, whole):
+        far = np.hypot(more.boxes[:, 0], more.boxes[:, 1]) >= np.array(reach)[more.labels]
+        np.testing.assert_array_equal(less.boxes, more.boxes[~far])
+    assert sum(len(s.boxes) for s in kept) < sum(len(s.boxes) for s in whole)
+    found = {frame.token: annotated(frame) for frame in every.evaluation}
+    counts, extra = {}, t4_report.extra
+    monkeypatch.setattr(
+        t4_report, "extra", lambda evaluated: counts.setdefault(len(counts), evaluated) and extra(evaluated)
+    )
+    for d in (data, every):
+        judgement = judge.judge(d.evaluation, found, d.eval_reading, tmp_path)
+        assert judgement.numbers["T4 mAP"] == pytest.approx(1.0)
+    less, more = ({label.name: label.num_gt for label in one.headline.labels} for one in counts.values())
+    assert 0 < sum(less.values()) < sum(more.values()) and less["truck"] == more["truck"]
+
+
+def annotated(frame: Frame) -> results.Detections:
+    """What a perfect detector finds."""
+    keep = [i for i, name in enumerate(frame.names) if name and frame.valid[i]]
+    boxes = np.nan_to_num(frame.boxes[keep])
+    boxes[:, 2] -= boxes[:, 5] / 2
+    labels = np.array([awml.EVAL.class_names.index(frame.names[i]) for i in keep])
+    return results.Detections(boxes, np.linspace(0.9, 0.5, len(keep)), labels)
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -307,6 +356,8 @@ def test_evaluation_takes_the_runs_own_model_and_refuses_the_other_data(first, m
             "--intensity is of awml-lidar, and what awml-camera-lidar reads",
         ),
         ({"fuser_kernel": 3}, "--fuser-kernel is of awml-camera-lidar, and awml-lidar has no fuser"),
+        ({"class_reach": (50.0,)}, r"--class-reach is of the models of T4 data sets, 5 numbers \(car, truck, bus, bic"),
+        ({"model": awml.NUSCENES, "range_m": 60.0}, "--range-m is of the models of T4 data sets"),
         ({"eval_last": -1}, "--eval-last -1 must be at least 0"),
     ],
 )
