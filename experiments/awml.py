@@ -128,21 +128,39 @@ class Config(bevfusion_lidar.Config):
 
 LIDAR = Config()
 FUSION = replace(
-    LIDAR, model="awml-camera-lidar", schedule="stairs", epochs=20, recipe_lr=1e-4, final_lr=1e-4, clip_norm=0.1, eval_every=1,
-    eval_last=0, lr_turn=6 / 20, beta1_turn=6 / 20,
-)  # fmt: skip
+    LIDAR,
+    model="awml-camera-lidar",
+    schedule="stairs",
+    epochs=20,
+    recipe_lr=1e-4,
+    final_lr=1e-4,
+    clip_norm=0.1,
+    eval_every=1,
+    eval_last=0,
+    lr_turn=6 / 20,
+    beta1_turn=6 / 20,
+)
 VARIANTS: dict[str, Config] = {
     "awml-lidar": LIDAR,
-    "awml-lidar-offline": replace(
-        LIDAR, model="awml-lidar-offline", epochs=30, lr_turn=8 / 30, beta1_turn=8 / 30
-    ),
+    "awml-lidar-offline": replace(LIDAR, model="awml-lidar-offline", epochs=30, lr_turn=8 / 30, beta1_turn=8 / 30),
     "awml-camera-lidar": FUSION,
     "awml-camera": replace(FUSION, model="awml-camera", epochs=30, lr_turn=8 / 30, beta1_turn=8 / 30),
     NUSCENES: replace(
-        LIDAR, model=NUSCENES, epochs=20, batch_size=4, recipe_batch=32, recipe_lr=1e-3, lr_turn=0.4, beta1_turn=0.4,
-        eval_last=0, sync_statistics=False, class_balanced=True, sweeps=9, paste=True,
+        LIDAR,
+        model=NUSCENES,
+        epochs=20,
+        batch_size=4,
+        recipe_batch=32,
+        recipe_lr=1e-3,
+        lr_turn=0.4,
+        beta1_turn=0.4,
+        eval_last=0,
+        sync_statistics=False,
+        class_balanced=True,
+        sweeps=9,
+        paste=True,
     ),
-}  # fmt: skip
+}
 # One key frame of nuScenes over and over, nothing augmented: for a first look at a laptop. T4's classes by their names.
 # Of the golden frame's two sweeps L-offline has 25,840 voxels and at most 42,756 active sites a level.
 FRAME: dict[str, Any] = bevfusion.FRAME | {
