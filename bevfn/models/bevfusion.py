@@ -367,11 +367,13 @@ def loss(
     config: Config,
     policy: Policy = Policy(),  # noqa: B008
     train: Train = True,
+    own_normalisers: bool = False,
 ) -> tuple[Tensor, tuple[dict, dict]]:
     """Training loss, in the form that `train.make_step` takes once config, policy and train are bound.
 
     train: True, or `Replicas` for batch statistics and loss normalisers over all replicas: their mean loss is then the
-    loss of their one big batch. (The published recipe has True on every replica.)
+    loss of their one big batch. (The published recipe has True on every replica.) own_normalisers: with `Replicas` statistics
+    alone are of all, as in AWML's recipes.
 
     Returns:
         total (0-d float32) and (new state, metrics: loss terms "loss/*", "matched_iou", "num_pos", "overflow/*",
@@ -384,7 +386,7 @@ def loss(
         needed(batch.labels, "labels"),
         needed(batch.boxes_valid, "boxes_valid"),
         config=config.head,
-        train=train,
+        train=True if own_normalisers else train,
     )
     metrics = {"loss/total": total.detach(), "matched_iou": terms["matched_iou"], "num_pos": terms["num_pos"]}
     metrics |= {f"loss/{k}": v.detach() for k, v in terms.items() if k.split("/")[-1] in ("heatmap", "cls", "bbox")}
