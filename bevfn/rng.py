@@ -33,31 +33,35 @@ def fold(key: Tensor, site: int | Tensor) -> Tensor:
     return torch.stack([folded, folded])[0]  # stored, see _mix
 
 
-def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+def uniform(key: Tensor, shape: tuple[int, ...], *, first_row: int = 0) -> Tensor:
     """float32 of `shape`, uniform in [0, 1) in steps of 2^-24; at most 2^32 rows and columns.
 
+    first_row: where `shape` is a piece of a larger draw, the rows (of the last axis) before it, whose numbers it has.
     A number is a hash of its row's key and its column's: half the work of a hash of its index under the key, and nothing
     of the mask's size but the result of it is a constant, which a compiler would store.
     """
     columns = shape[-1] if shape else 1
     rows = math.prod(shape) // max(columns, 1)
-    row = _mix(_mix(torch.arange(rows, device=key.device)) ^ key)
+    row = _mix(_mix(torch.arange(first_row, first_row + rows, device=key.device)) ^ key)
     column = _mix(torch.arange(columns, device=key.device) ^ 0x2545F491)
     row, column = torch.cat([row, column]).split([rows, columns])  # stored, see _mix
     # The upper 24 bits: exact in float32, as 0xFFFFFF00 clears the others.
     return ((_mix(row[:, None] ^ column) & 0xFFFFFF00).float() * 2.0**-32).view(shape)
 
 
-def dropout(x: Tensor, rate: float, key: Tensor | None, *, shape: tuple[int, ...] | None = None) -> Tensor:
+def dropout(
+    x: Tensor, rate: float, key: Tensor | None, *, shape: tuple[int, ...] | None = None, first_row: int = 0
+) -> Tensor:
     """x with elements zeroed with probability `rate` and the others scaled by 1 / (1 - rate); x itself without a key.
 
-    `shape` is the shape of the mask, broadcast against x: (B, 1, 1) drops whole samples (stochastic depth).
+    `shape` is the shape of the mask, broadcast against x: (B, 1, 1) drops whole samples (stochastic depth); `first_row`: see
+    `uniform`.
     """
     if key is None or rate == 0.0:
         return x
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout rate {rate} is outside [0, 1)")
-    keep = uniform(key, tuple(x.shape) if shape is None else shape) >= rate
+    keep = uniform(key, tuple(x.shape) if shape is None else shape, first_row=first_row) >= rate
     return torch.where(keep, x * (1.0 / (1.0 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
 
 

@@ -35,8 +35,8 @@ class Config(bevfusion.Shared):
     epochs: int = 20
     eval_every: int = 5
     recipe_lr: float = 1e-3
-    schedule: Literal["cosine", "cycle"] = "cycle"
-    """up by a cosine, then down by one"""
+    schedule: Literal["cosine", "cycle", "stairs"] = "cycle"
+    """cycle: up by a cosine, then down by one; cosine: warm-up, then down; stairs: up a stair an epoch, then down as a cosine"""
     final_lr: float = 1e-5
     """the end, as a share of the peak"""
     paste: bool = True

@@ -22,11 +22,14 @@ def small(model: str) -> Any:
     return config
 
 
-def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2") -> dict[str, Tensor]:
-    """Random tensors under every upstream key of a small model, with its derived buffers."""
+def upstream_state(
+    model: str, naming: Naming = "mmdet", sparse: str = "spconv2", config: Any = None
+) -> dict[str, Tensor]:
+    """Random tensors under every upstream key of a small model (or of another configuration), with its derived buffers."""
+    config = small(model) if config is None else config
     generator = torch.Generator().manual_seed(0)
     found = {}
-    for entry in checkpoints.entries(model, naming, config=small(model)):
+    for entry in checkpoints.entries(model, naming, config=config):
         shape = entry.shape
         if entry.layout == "sparse" and sparse == "spconv2":
             shape = (shape[4], *shape[:4])
@@ -42,9 +45,7 @@ def upstream_state(model: str, naming: Naming = "mmdet", sparse: str = "spconv2"
             counter if entry.tree == "upstream" else drawn.abs() if entry.path.endswith(".var") else drawn
         )
     prefix = upstream.CHECKPOINTS[model].looks[0].prefix or ""
-    return {
-        prefix + key: leaf for key, leaf in (found | checkpoints.buffers(model, naming, config=small(model))).items()
-    }
+    return {prefix + key: leaf for key, leaf in (found | checkpoints.buffers(model, naming, config=config)).items()}
 
 
 def shrunk(model: str) -> checkpoints.Checkpoint:

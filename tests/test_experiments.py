@@ -207,7 +207,7 @@ def test_a_later_backend_is_refused_before_anything_is_read(frame_run):
 
 @pytest.mark.parametrize("experiment", catalogue.EXPERIMENTS)
 def test_every_flag_has_a_help_text(experiment):
-    config = type(recipes.defaults(experiment)["nuscenes"])
+    config = type(recipes.published(experiment))
     text = helped(config)
     for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')}" in text or f"--no-{field.name.replace('_', '-')}" in text

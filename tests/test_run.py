@@ -693,11 +693,11 @@ def test_a_number_that_cannot_be_meant_is_refused_by_its_flag(name):
 
 
 def test_every_number_of_every_recipe_has_its_limit_and_keeps_it():
-    from bevfn import recipes
+    from bevfn import catalogue, recipes
     from bevfn.training import limits
 
-    for experiment in ("bevfusion", "bevfusion_lidar", "bevdepth", "matrixvt", "bevnext"):
-        config = recipes.defaults(experiment, None)["nuscenes"]
+    for experiment in catalogue.EXPERIMENTS:
+        config = recipes.published(experiment)
         for field in dataclasses.fields(config):
             if re.search(r"\b(int|float)\b", str(field.type)):
                 assert field.name in limits.LIMITS, f"{experiment}: {field.name}"

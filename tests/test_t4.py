@@ -406,7 +406,14 @@ def test_other_roots_are_no_t4(root, tmp_path):
     (tmp_path / "old" / "data" / "LIDAR_CONCAT").mkdir(parents=True)  # tables of another version's name
     with pytest.raises(ValueError, match=r"old has no T4 scene: no folder annotation/ in it"):
         source.open(tmp_path / "old", "v1.0-trainval")
-    assert source.of_kind({"nuscenes": 1, "frame": 2}, tmp_path) == 1
+    with pytest.raises(
+        ValueError, match=r"is a T4 data set, but this recipe is trained on nuScenes roots; T4 data sets"
+    ):
+        source.of_kind({"nuscenes": 1, "frame": 2}, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is no T4 data set: neither it nor .* but this recipe is trained on T4 data sets"
+    ):
+        source.of_kind({"t4": 1}, root)
 
 
 # --- the stored index ---

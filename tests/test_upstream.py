@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bevfn import catalogue, tree, upstream
 from bevfn.commands import checkpoint
-from bevfn.models import bevdepth, bevnext
+from bevfn.models import awml, bevdepth, bevfusion, bevnext
 from bevfn.parity import golden
 from bevfn.training import run
-from bevfn.upstream import checkpoints, recognise, storage
+from bevfn.upstream import checkpoints, names_awml, recognise, storage
 from bevfn.upstream.entries import Naming
 
 CASES = Path(__file__).parents[1].parent / "shared" / "goldens"
@@ -168,6 +168,95 @@ def test_torchvisions_resnet_starts_a_detector():
     assert {name for name in listed if name.startswith("params.")} == ours
 
 
+# --- AWML's releases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "model", "derived"),
+    [("awml_bevfusion_l_offline", "awml-lidar-offline", 0), ("awml_bevfusion_cl", "awml-camera-lidar", 16)],
+)
+def test_manifests_of_awml_are_accounted_for_and_round_trip(folder, model, derived):
+    source = golden.fill_case(case(folder))
+    params, state, report = upstream.import_state(source, model)
+    assert set(report.used) | set(report.unused) == set(source) and not report.warnings
+    empty = {key for key, leaf in source.items() if leaf.shape == (0,)}
+    assert {key.rpartition(".")[2] for key in empty} == {"aug_features_min_values", "aug_features_max_values"}
+    assert sum("derived" in reason for reason in report.unused.values()) == derived
+    back = upstream.export_state(params, state, model, report.carried, naming=report.naming)
+    assert_same(back, source)
+
+
+def older(config):
+    """A small CL as AWML released it up to 2.0: without intensity, a fuser of 3 x 3, mmdetection3d's depth net."""
+    lidar, view = config.lidar, config.camera.view
+    lidar = bevfusion.Lidar(replace(lidar.encoder, channels_in=4), features=(0, 1, 2, 4))
+    camera = replace(config.camera, view=replace(view, bias=True, wide_depth_net=False))
+    return replace(config, lidar=lidar, camera=camera, fuser_kernel=3)
+
+
+@pytest.mark.parametrize("release", [older, lambda config: config])
+@pytest.mark.parametrize("naming", ["mmdet", "net"])
+@pytest.mark.parametrize("sparse", ["spconv2", "mmcv"])
+def test_a_fusion_model_of_every_release_naming_and_layout_round_trips(release, naming, sparse, monkeypatch):
+    model = "awml-camera-lidar"
+    source = upstream_state(model, naming, sparse, release(small(model)))
+    monkeypatch.setitem(checkpoints.CHECKPOINTS, model, shrunk(model))
+    source |= {f"pts_middle_encoder.aug_features_{end}_values": torch.zeros(0) for end in ("min", "max")}
+    assert any("depthnet.net." in key for key in source) == (naming == "net")
+    params, state, report = upstream.import_state(source, model)
+    assert (report.naming, report.sparse) == (naming, sparse)
+    assert set(report.used) | set(report.unused) == set(source)
+    assert bool(report.warnings) == (release is older)
+    assert all("of another release than the published" in line for line in report.warnings)
+    back = upstream.export_state(params, state, model, report.carried, naming=naming, sparse=sparse)
+    assert_same(back, source)
+
+
+def test_a_lidar_model_from_before_fourier_features_is_the_online_or_the_offline_one(monkeypatch):
+    source = upstream_state("awml-lidar-offline")
+    for model in ("awml-lidar", "awml-lidar-offline"):
+        monkeypatch.setitem(checkpoints.CHECKPOINTS, model, shrunk(model))
+    assert recognise.recognise(source).alike == ("awml-lidar",)
+    for model in ("awml-lidar", "awml-lidar-offline"):
+        params, state, report = upstream.import_state(source, model)
+        assert report.model == model and params["lidar"]["conv_input"]["conv"]["weight"].shape[3] == 5
+        assert bool(report.warnings) == (model == "awml-lidar")
+        assert_same(upstream.export_state(params, state, model, report.carried), source)
+
+
+def test_bounds_of_fourier_features_are_the_configurations(monkeypatch):
+    source = upstream_state("awml-lidar")
+    monkeypatch.setitem(checkpoints.CHECKPOINTS, "awml-lidar", shrunk("awml-lidar"))
+    assert source["pts_middle_encoder.exponents"].tolist() == [1.0, 2.0, 4.0, 8.0]
+    source["pts_middle_encoder.aug_features_max_values"][0] = 100.0
+    params, state, report = upstream.import_state(source, "awml-lidar")
+    assert (
+        len(report.warnings) == 1 and "aug_features_max_values differs from the configuration's" in report.warnings[0]
+    )
+    assert_same(upstream.export_state(params, state, "awml-lidar", report.carried), source)
+
+
+def test_a_release_with_intensity_and_one_with_other_depths_are_told_by_their_widths():
+    entry = {"pts_middle_encoder.conv_input.0.weight": torch.empty(16, 3, 3, 3, 50)}
+    assert names_awml.fitted(awml.lidar(), entry) == awml.lidar(intensity=True)
+    for bins, depth in ((95, (1.0, 134.0, 1.4)), (118, (1.0, 166.2, 1.4))):
+        last = {"view_transform.depthnet.6.weight": torch.empty(bins + 80, 256, 1, 1)}
+        grid = names_awml.fitted(awml.camera_lidar(), last).camera.view.grid
+        assert (grid.depth_m, grid.depth_bins) == (depth, bins)
+    assert names_awml.fitted(awml.camera(), {}) == awml.camera()
+
+
+def test_awmls_lidar_model_on_nuscenes_is_mmdetection3ds():
+    empty = {f"pts_middle_encoder.aug_features_{end}_values": torch.zeros(0) for end in ("min", "max")}
+    source = upstream_state("bevfusion-lidar") | empty
+    params, state, report = upstream.import_state(source, "bevfusion-lidar", config=small("bevfusion-lidar"))
+    assert {report.unused[key] for key in empty} == {"bounds of Fourier features, which this model has none of"}
+    back = upstream.export_state(
+        params, state, "bevfusion-lidar", report.carried, config=small("bevfusion-lidar")
+    )  # fmt: skip
+    assert_same(back, source)
+
+
 def test_leaves_land_where_the_contract_says():
     source = upstream_state("bevfusion-lidar-camera")
     params, state, _ = upstream.import_state(source, "bevfusion-lidar-camera", config=small("bevfusion-lidar-camera"))
@@ -189,7 +278,7 @@ def test_leaves_land_where_the_contract_says():
     assert torch.equal(depth_net[2]["conv"]["bias"], source["view_transform.depthnet.6.bias"])
 
 
-@pytest.mark.parametrize("model", [name for name in upstream.CHECKPOINTS if name.startswith(("bev", "matrix"))])
+@pytest.mark.parametrize("model", [name for name in upstream.CHECKPOINTS if name.startswith(("awml", "bev", "matrix"))])
 def test_every_leaf_of_the_model_has_an_upstream_key(model):
     spec = upstream.CHECKPOINTS[model]
     params, state = spec.family.init(spec.config(), seed=0)
@@ -262,6 +351,14 @@ def test_sparse_kernels_of_two_layouts_are_refused():
             "bevdepth-1key",
             "looks like a MatrixVT detector, not like bevdepth-1key: use --model matrixvt[.]",
         ),
+        (
+            "awml-lidar",
+            "bevfusion-lidar",
+            "looks like an AWML BEVFusion-L detector, not like .*use --model awml-lidar[.]",
+        ),
+        ("awml-camera-lidar", "awml-camera", "an AWML BEVFusion-CL detector.*use --model awml-camera-lidar[.]"),
+        ("awml-camera", "awml-camera-lidar", "an AWML BEVFusion-C detector.*use --model awml-camera[.]"),
+        ("awml-lidar", "awml-lidar-offline", "an AWML BEVFusion-L detector, not like.*use --model awml-lidar[.]"),
         ("bevdepth-2key", "matrixvt", "BEVDepth detector of 2 key frames.*use --model bevdepth-2key[.]"),
         ("bevdepth-2key-da", "bevdepth-2key", "with depth aggregation.*use --model bevdepth-2key-da[.]"),
         ("resnet50", "bevdepth-2key", "looks like an ImageNet ResNet-50.*use --model resnet50[.]"),

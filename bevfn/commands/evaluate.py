@@ -1,6 +1,7 @@
 """`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, T4 data's by the T4 metric, or a submission for the
 test split."""
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.evaluation import results, tables
 from bevfn.evaluation.detect import detect
-from bevfn.evaluation.judge import forget, judge, submission
+from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, submission
 from bevfn.files import check_writable
 from bevfn.precision import Precision
 from bevfn.training import run, run_folder
@@ -32,6 +33,8 @@ def evaluate(
     out: Path | None = None,
     precision: Precision | None = None,
     published_sweeps: bool | None = None,
+    intensity: bool | None = None,
+    fuser_kernel: Literal[3, 5] | None = None,
     backend: compilation.Backend = "inductor",
     device: str = "cpu",
     batch_size: int = 1,
@@ -57,6 +60,8 @@ def evaluate(
         precision: by default the run's
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
             that were trained so; by default the run's, or as published
+        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file False
+        fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default the run's, of an imported file 5
         backend: what compiles the forward pass
         device: torch device
         batch_size: key frames at a time
@@ -69,7 +74,8 @@ def evaluate(
     distributed.check_device(device)
     flags = {"model": model, "data_root": data_root, "version": version, "split": split, "precision": precision}
     room = {"point_capacity": point_capacity, "voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
-    config = _config(experiment, checkpoint, device, flags | room | {"published_sweeps": published_sweeps})
+    network = {"published_sweeps": published_sweeps, "intensity": intensity, "fuser_kernel": fuser_kernel}
+    config = _config(experiment, checkpoint, device, flags | room | network)
     task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
     out = out if out is not None else _folder(checkpoint, split)
     _check(task, out)
@@ -95,11 +101,12 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
     config = run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
     if (split := given.pop("split", None)) is not None:
         root, version = given.get("data_root", config.data_root), given.get("version", config.version)
-        if what := source.trained_on(root, version, config.train_split, split):
+        if what := source.trained_on(root, version, config.train_split, split, config.world):
             print(f"warning: {what}")
         given |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
     if foreign := [name for name in given if not hasattr(config, name)]:
-        raise ValueError(f"{experiment} reads no LiDAR points or sweeps; leave out --{foreign[0].replace('_', '-')}")
+        what = "is not AWML's" if foreign[0] in ("intensity", "fuser_kernel") else "reads no LiDAR points or sweeps"
+        raise ValueError(f"{experiment} {what}; leave out --{foreign[0].replace('_', '-')}")
     config = replace(config, **given, device=device, resume=False)
     recipes.defaults(experiment, config.model)  # or it is of another experiment
     return config
@@ -134,8 +141,11 @@ def _found(task: run.Task, checkpoint: Path, *, device: str, **settings: Any) ->
 def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> run.Config:
     """The config of the run that the checkpoint belongs to; the model's defaults for an imported file."""
     path = checkpoint.parent.parent / run_folder.CONFIG_FILE
-    default = source.of_kind(recipes.defaults(experiment, model), data_root)
-    if not (checkpoint.is_dir() and path.is_file()):
+    is_run = checkpoint.is_dir() and path.is_file()
+    own = run_folder.read_config(path).get("model") if is_run else None
+    known = own if isinstance(own, str) and own in recipes.load(experiment).DEFAULTS else None
+    default = source.of_kind(recipes.defaults(experiment, model or known), data_root)
+    if not is_run:
         if checkpoint.is_dir():
             print(
                 f"{checkpoint} lies in no run folder ({path} is not there): read with {experiment}'s published settings"
@@ -166,14 +176,18 @@ def _folder(checkpoint: Path, split: str | None) -> Path:
 
 
 def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) -> int:
-    """The test split's results and what the server takes."""
-    document = submission(task.data.evaluation, found, task.data.eval_reading, bottom=task.bottom)
+    """The results of a split without annotations, and of nuScenes' test split what the server takes."""
+    index, reading = task.data.evaluation, task.data.eval_reading
+    t4 = index.judge == "t4"
+    ranges = dict.fromkeys(reading.class_names, math.inf) if t4 else results.RANGES
+    document = submission(index, found, reading, ranges, bottom=task.bottom)
     forget(out)
-    for name in ("results_nusc.json", "submission.zip"):
-        results.write(out / name, document)
-    print(
-        f"{len(found)} key frames; submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
-    )
+    for name in (RESULTS_T4,) if t4 else (RESULTS, "submission.zip"):
+        results.write(out / name, document, reading.class_names)
+    told = f"submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
+    if t4:
+        told = f"{index.root} has no annotations there, so they are not scored; detections are in {out / RESULTS_T4}"
+    print(f"{len(found)} key frames; {told}")
     for line in tables.counted(counts):
         print(line)
     return 0

@@ -72,11 +72,16 @@ def lidar_from_base(frame: Frame, base: Base, channels: tuple[str, ...]) -> np.n
     return inverse(frame.global_from_lidar) @ ego_pose(frame, base.clocks(channels))
 
 
-def in_range(found: np.ndarray, labels: np.ndarray, limits: Range | None) -> tuple[np.ndarray, np.ndarray]:
+def in_range(
+    found: np.ndarray, labels: np.ndarray, limits: Range | None, reach: tuple[float, ...] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Boxes of known classes with their centre strictly inside the BEV range, and their labels; yaw in [-pi, pi).
 
-    Without limits all boxes of known classes stay as they are.
+    Without limits all boxes of known classes stay as they are. reach: m of each class in x and y, see `Reading.class_reach`.
     """
+    if reach:
+        near = np.hypot(found[:, 0], found[:, 1]) < np.array([*reach, 0.0])[labels]  # -1, of no class, is the last
+        found, labels = found[near], labels[near]
     if limits is None:
         return found[labels >= 0], labels[labels >= 0]
     lower_x, lower_y, _, upper_x, upper_y, _ = limits

@@ -103,8 +103,9 @@ class _Scored:
 def _t4(index: Index, found: Mapping[str, Detections], reading: Reading) -> _Scored:
     """The T4 metric, and beside it NDS over the same classes."""
     frames = list(t4_report.frames(index, found, reading))
-    extra = t4_report.extra(t4_report.of(frames, t4_report.config(reading.class_names)))
-    ranges = dict.fromkeys(reading.class_names, t4_report.NDS_RANGE)
+    settings = t4_report.config(reading.class_names, reading.class_reach)
+    extra = t4_report.extra(t4_report.of(frames, settings))
+    ranges = {name: min(t4_report.NDS_RANGE, settings.reach.get(name, np.inf)) for name in reading.class_names}
     scores = general_score.score(frames, ranges, version=index.version, split=index.split)
     return _Scored(scores, ranges, extra)
 

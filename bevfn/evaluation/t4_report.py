@@ -45,10 +45,12 @@ class Evaluated:
         return self.evaluation[band_name(widest)][next(iter(self.config.matching))]
 
 
-def config(class_names: tuple[str, ...]) -> Config:
-    """AWML's settings for these classes. Unknown velocities stay, as AWML's data sets fill them with 0 before its metric
+def config(class_names: tuple[str, ...], reach: tuple[float, ...] = ()) -> Config:
+    """AWML's settings for these classes; reach: m of each, beyond which boxes do not count. Unknown velocities stay, as AWML's data sets fill them with 0 before its metric
     would drop them; and thresholds are for all classes, however many there are."""
-    return replace(AWML_V2, labels=class_names, drop_nan=False, row_per_label=False)
+    return replace(
+        AWML_V2, labels=class_names, drop_nan=False, row_per_label=False, reach=dict(zip(class_names, reach))
+    )
 
 
 def of(frames: list[Frame], settings: Config) -> Evaluated:

@@ -41,6 +41,8 @@ class Config:
     head_channels: int = 64
     dropout: float = 0.1
     """of both attentions' weights and outputs and of the FFN"""
+    whole_attention: int = attention.WHOLE
+    """weights of an attention, of all samples and heads, above which they are computed in pieces; see `layers.attention`"""
     recompute: bool = False
     """every decoder layer once more for the gradient, see `layers.remat`"""
     lower: tuple[float, float] = (-54.0, -54.0)
@@ -249,7 +251,14 @@ def _decode_layer(
 
     def attend(name: str, q: Tensor, kv: Tensor, site: int) -> Tensor:
         random = None if key is None else rng.fold(key, site)
-        return attention.apply(params[name], q, kv, kv, heads=config.heads, dropout=config.dropout, random=random)
+        return attention.apply(
+            params[name],
+            *(q, kv, kv),
+            heads=config.heads,
+            dropout=config.dropout,
+            random=random,
+            whole=config.whole_attention,
+        )
 
     at_query, self_state = _encode_position(params["self_position"], state["self_position"], position, train=train)
     at_cells, cross_state = _encode_position(params["cross_position"], state["cross_position"], everywhere, train=train)

@@ -15,7 +15,14 @@ from bevfn.kernels.linear_assignment import linear_assignment
 
 
 def loss(
-    outputs: dict, boxes: Tensor, labels: Tensor, valid: Tensor, *, config: Config, train: Train = True
+    outputs: dict,
+    boxes: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    *,
+    config: Config,
+    train: Train = True,
+    match: Tensor | None = None,
 ) -> tuple[Tensor, dict]:
     """Total loss and its terms.
 
@@ -23,6 +30,7 @@ def loss(
         outputs: of `transfusion.apply`.
         boxes: [B G 9] (x, y, z bottom centre, dx, dy, dz, yaw, vx, vy); labels [B G] int64; valid [B G] bool.
         train: `Replicas` normalises by the positives of all replicas, see `losses.positives`.
+        match: [B G] query of each box (-1: none) in place of the cheapest matching, of which there may be several.
 
     Returns:
         total (0-d) and {"heatmap", "cls", "bbox" (of the last layer; earlier ones "layer_i/..."), "matched_iou",
@@ -34,7 +42,7 @@ def loss(
     terms = {"heatmap": terms_heatmap}
     targets: dict = {"heatmap": heat}
     for layer, pred in enumerate(outputs["pred"]):
-        assigned = assign(pred, boxes, labels, valid, config)
+        assigned = assign(pred, boxes, labels, valid, config, match)
         count = losses.positives(assigned["positive"], train)
         cls = losses.sigmoid_focal(pred["heatmap"], assigned["one_hot"], count)
         code = torch.cat([pred[name] for name in ("center", "height", "dim", "rot", "vel")], dim=-1)  # B Q 10
@@ -70,8 +78,15 @@ def matching_cost(pred: dict[str, Tensor], boxes: Tensor, labels: Tensor, config
     return weights.classification * classification + weights.center * distance - weights.iou * iou, iou
 
 
-def assign(pred: dict[str, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor, config: Config) -> dict[str, Tensor]:
-    """One-to-one targets of every query.
+def assign(
+    pred: dict[str, Tensor],
+    boxes: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    config: Config,
+    match: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """One-to-one targets of every query, by the cheapest matching or the one given.
 
     Returns:
         "match" [B G] query of each box or -1, "cost" [B Q G], "positive" [B Q] float, "labels" [B Q] (classes =
@@ -79,7 +94,7 @@ def assign(pred: dict[str, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor
     """
     _B, Q = pred["center"].shape[:2]
     cost, iou = matching_cost(pred, boxes, labels, config)
-    match = linear_assignment(cost, valid)  # B G
+    match = linear_assignment(cost, valid) if match is None else match  # B G
     matched = (match[:, None, :] == torch.arange(Q, device=match.device)[None, :, None]).float()  # B Q G, 0/1
     positive = matched.sum(-1)  # B Q
     classes = torch.arange(config.classes, device=labels.device)

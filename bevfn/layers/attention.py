@@ -1,10 +1,15 @@
 """Multi-head attention, written out (Vaswani et al. 2017): the fused function has no Ascend converter on CPU traces."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from bevfn import rng
-from bevfn.layers import linear
+from bevfn.layers import linear, remat
+
+WHOLE = 2**28
+"""weights (of all samples and heads) that are computed at once: 1 GiB in float32"""
 
 
 def init(channels: int, generator: torch.Generator) -> dict:
@@ -27,10 +32,13 @@ def apply(
     heads: int,
     dropout: float = 0.0,
     random: Tensor | None = None,
+    whole: int = WHOLE,
 ) -> Tensor:
     """query [B Q C], key and value [B S C] -> [B Q C].
 
     Softmax and its product with the values in float32. `dropout` acts on the attention weights when a `random` key is given.
+    More than `whole` weights B*h*Q*S are made, and made again for the gradient, in pieces of at most half as many, or of one
+    head of one sample: the same numbers, dropout included.
     """
     C = query.shape[-1]
     weights = params["in_proj"]["weight"].split(C)
@@ -39,12 +47,41 @@ def apply(
         _split(linear.apply({"weight": w, "bias": b}, x), heads)
         for w, b, x in zip(weights, biases, (query, key, value))
     )  # B*h Q d, B*h S d
-    logits = torch.bmm(q * (q.shape[-1] ** -0.5), k.transpose(1, 2))  # B*h Q S
-    attention = rng.dropout(torch.softmax(logits.float(), dim=-1), dropout, random)
+    q = q * (q.shape[-1] ** -0.5)
+    matrices, rows, columns = q.shape[0], q.shape[1], k.shape[1]
+    if matrices * rows * columns <= whole:
+        y, _ = _attend({}, {}, q, k, v, random, dropout=dropout)
+    else:
+        piece = max(1, whole // 2 // (rows * columns))
+        differentiated = any(x.requires_grad for x in (q, k, v))  # to an evaluation, Dynamo reads this
+        pieces = []
+        for i, operands in enumerate(zip(*(x.split(piece) for x in (q, k, v)))):
+            attend = partial(_attend, dropout=dropout, first=i * piece)
+            pieces.append(remat.apply(attend, {}, {}, *operands, random, recompute=differentiated)[0])
+        y = torch.cat(pieces)
+    return linear.apply(params["out_proj"], _join(y, heads))
+
+
+def _attend(
+    params: dict,
+    state: dict,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    random: Tensor | None,
+    *,
+    dropout: float,
+    first: int = 0,
+) -> tuple[Tensor, dict]:
+    """q [M Q d], scaled, k and v [M S d] -> ([M Q d], {}); `first`: of these M matrices among all, for the dropout."""
+    logits = torch.bmm(q, k.transpose(1, 2))  # M Q S
+    weights = torch.softmax(logits.float(), dim=-1)
+    # 1 but for rounding: torch's softmax on a CPU adds 166,464 numbers up one by one, with an error of 5e-5 (measured).
+    total = weights.detach().sum(-1, keepdim=True)  # M Q 1
+    attention = rng.dropout(weights, dropout, random, first_row=first * q.shape[1])
     # Of 32,400 weights that sum to 1 most are subnormal in float16, which NPUs and TensorRT flush to zero: they, and the
     # sum, stay float32. A power of two or the row's maximum as a factor would trade that for sums beyond 65504.
-    y = torch.bmm(attention, v.float()).to(v.dtype)  # B*h Q d
-    return linear.apply(params["out_proj"], _join(y, heads))
+    return (torch.bmm(attention, v.float()) / total).to(v.dtype), state
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

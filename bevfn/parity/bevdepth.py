@@ -110,7 +110,7 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
     return frames | PATHS
 
 
-def loss(outputs: dict, batch: Batch, config: bevdepth.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
+def loss(case: Case, outputs: dict, batch: Batch, config: bevdepth.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
     assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
     annotations = batch.boxes, batch.labels, batch.boxes_valid
     detection, terms = centerpoint_loss.loss(outputs["head"]["tasks"], *annotations, config=config.head)

@@ -82,35 +82,41 @@ def batch_of(case: Case, device: str, *, train: bool, prefix: str = "") -> Batch
         "labels": inputs["gt_labels"][chosen][None],
         "boxes_valid": torch.ones(1, len(chosen), dtype=torch.bool),
     }
-    if "imgs" in inputs:  # with one frame, T = 1
-        names = {
-            "images": "imgs",
-            "intrinsics": "cam2img",
-            "image_aug": f"{prefix}img_aug_matrix",
-            "base_from_camera": "cam2lidar",
-            "image_from_base": "lidar2img",
-        }
-        fields |= {ours: inputs[theirs][None, None] for ours, theirs in names.items()}
+    if "imgs" in inputs:
+        fields |= cameras_of(inputs, f"{prefix}img_aug_matrix")
     base_aug = inputs.get(f"{prefix}lidar_aug_matrix", torch.eye(4))[None]
     return make(base=Base.LIDAR, base_aug=base_aug, **fields).to(device)
+
+
+def cameras_of(inputs: dict[str, Tensor], image_aug: str) -> dict[str, Tensor]:
+    """A batch's fields of the stored cameras [N ...], with B and T = 1."""
+    names = {
+        "images": "imgs",
+        "intrinsics": "cam2img",
+        "image_aug": image_aug,
+        "base_from_camera": "cam2lidar",
+        "image_from_base": "lidar2img",
+    }
+    return {ours: inputs[theirs][None, None] for ours, theirs in names.items()}
 
 
 def paths(case: Case, *, train: bool) -> dict[str, str]:
     return PATHS
 
 
-def loss(outputs: dict, batch: Batch, config: bevfusion.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
-    boxes, labels, valid = _annotations(batch)
+def loss(case: Case, outputs: dict, batch: Batch, config: bevfusion.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
+    boxes, labels, valid = annotations(batch)
     total, terms = transfusion_loss.loss(outputs["head"], boxes, labels, valid, config=config.head)
-    return total, _terms(terms), terms["targets"]
+    return total, named(terms), terms["targets"]
 
 
-def _annotations(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def annotations(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
     return batch.boxes, batch.labels, batch.boxes_valid
 
 
-def _terms(terms: dict) -> dict[str, Tensor]:
+def named(terms: dict) -> dict[str, Tensor]:
+    """The loss terms by their stored names."""
     names = {"heatmap": "loss_heatmap", "cls": "layer_-1_loss_cls", "bbox": "layer_-1_loss_bbox"}
     return {theirs: terms[ours] for ours, theirs in (names | {"matched_iou": "matched_ious"}).items()}
 
@@ -126,7 +132,7 @@ def evaluated(case: Case, table: Table, outputs: dict, batch: Batch, config: bev
     outputs = tree.map(lambda x: x.cpu(), outputs)
     for name, path in SITES.items():
         if f"eval/{name}/coords" in case.outputs:
-            _sites(case, table, f"eval/{name}", _at(outputs, path))
+            _sites(case, table, f"eval/{name}", at(outputs, path))
     if config.camera is not None:
         _depth_map(case, table, "eval/vt", outputs["camera"]["view"]["depth_map"])
         _augmented_geometry(case, table, config, str(batch.base_aug.device))
@@ -137,7 +143,7 @@ def evaluated(case: Case, table: Table, outputs: dict, batch: Batch, config: bev
     compare.detections(case, table, "eval/det", made, noise)
 
 
-def _at(outputs: dict, path: str) -> dict[str, Tensor]:
+def at(outputs: dict, path: str) -> dict[str, Tensor]:
     """The outputs below a path, by what follows it."""
     return {k.removeprefix(f"{path}."): x for k, x in tree.flatten(outputs).items() if k.startswith(f"{path}.")}
 
@@ -178,10 +184,11 @@ def _augmented_geometry(case: Case, table: Table, config: bevfusion.Config, devi
 
 def _order(case: Case, name: str, head: dict) -> Tensor:
     """For each stored query, keyed by (class, cell), the index of ours."""
-    return compare.order_like(_keys(head), _stored_keys(case, name))
+    return compare.order_like(keys(head), _stored_keys(case, name))
 
 
-def _keys(head: dict) -> Tensor:
+def keys(head: dict) -> Tensor:
+    """[Q 2] class and cell of every query."""
     return torch.stack([head["query_labels"][0], head["query_index"][0]], 1).cpu()
 
 
@@ -191,7 +198,7 @@ def _stored_keys(case: Case, name: str) -> Tensor:
 
 def _queries(case: Case, table: Table, name: str, head: dict, floor: float) -> None:
     """Queries as a set; then everything that belongs to a query in the stored order."""
-    error, note = compare.set_difference(_keys(head), _stored_keys(case, name))
+    error, note = compare.set_difference(keys(head), _stored_keys(case, name))
     table.add(f"{name}/queries", error, 0.0, note)
     order, flat = _order(case, name, head), tree.flatten(head)
     for key, path in PER_QUERY.items():
@@ -235,7 +242,7 @@ def _all_boxes(case: Case, table: Table, head: dict, config: bevfusion.Config) -
     """The same forward with every box. Its matching is degenerate (README): the match is compared by total cost, and
     the box loss with the stored match injected."""
     batch = batch_of(case, str(head["pred"][-1]["center"].device), train=False)
-    _, terms, targets = loss({"head": head}, batch, config)
+    _, terms, targets = loss(case, {"head": head}, batch, config)
     for key in ("loss_heatmap", "layer_-1_loss_cls"):
         error = compare.relative(float(terms[key]), float(case.outputs[f"train_all/loss/{key}"]))
         table.add(f"train_all/loss/{key}", error, TRAIN_TOLERANCE)
@@ -248,7 +255,7 @@ def _all_boxes(case: Case, table: Table, head: dict, config: bevfusion.Config) -
     query, box = case.outputs["train_all/match"].long().T
     chosen = _order(case, "train/head", head)[query]
     pred = torch.cat([head["pred"][-1][k] for k in BOX], -1)[0].cpu()[chosen]
-    code = transfusion_loss.encode_boxes(_annotations(batch)[0], config.head)[0].cpu()[box]
+    code = transfusion_loss.encode_boxes(annotations(batch)[0], config.head)[0].cpu()[box]
     weights = torch.tensor(config.head.code_weights)
     injected = config.head.bbox_weight * float(((pred - code).abs() * weights).sum()) / len(box)
     error = compare.relative(injected, float(case.outputs["train_all/loss/layer_-1_loss_bbox"]))
@@ -268,14 +275,14 @@ def _unit(case: Case, table: Table, config: bevfusion.Config, device: str) -> No
 
     def total_loss(values: dict) -> tuple[Tensor, tuple]:
         head = {"dense_heatmap": values["dense_heatmap"], "pred": [{k: values[k] for k in (*BOX, "heatmap")}]}
-        total, *rest = loss({"head": head}, batch, config)
+        total, *rest = loss(case, {"head": head}, batch, config)
         return total, tuple(rest)
 
     gradients, (total, (terms, targets)) = torch.func.grad_and_value(total_loss, has_aux=True)(inputs)
     compare.boundary(case, table, "unit/cost", targets["cost"][0], TRAIN_TOLERANCE)
     compare.losses(case, table, "unit", {"total": total, **terms}, ABSOLUTE)
     _targets(case, table, "unit", torch.arange(targets["cost"].shape[1]), targets)
-    match = linear_assignment(case.outputs["unit/cost"][None], _annotations(batch)[2].cpu())[0]
+    match = linear_assignment(case.outputs["unit/cost"][None], annotations(batch)[2].cpu())[0]
     paired = float(case.outputs["unit/cost"].double()[match, torch.arange(len(match))].sum())
     table.add("unit/match_cost", compare.relative(paired, case.stats["unit/match_cost"]), 1e-6, "of the stored costs")
     for key, gradient in gradients.items():

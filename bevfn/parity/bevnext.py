@@ -141,7 +141,7 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
     return PATHS | per_frame
 
 
-def loss(outputs: dict, batch: Batch, config: bevnext.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
+def loss(case: Case, outputs: dict, batch: Batch, config: bevnext.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
     assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
     annotations = batch.boxes, batch.labels, batch.boxes_valid
     detection, terms = two_stage.loss(outputs["head"], *annotations, config=config.head)

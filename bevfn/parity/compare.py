@@ -211,12 +211,13 @@ def same_set(case: Case, table: Table, name: str, ours: Tensor) -> None:
 
 
 def nonzero(case: Case, table: Table, name: str, ours: Tensor, floor: float) -> None:
-    """A sparse map, stored as the index of its nonzero elements ("<name>_index", a set) and their values."""
+    """A sparse map [...], stored as the places of its nonzero elements ("<name>_index" [n axes], of one axis [n]; a set) and
+    their values."""
     index = f"{name}_index"
     if index not in case.outputs:
         return
     same_set(case, table, index, torch.nonzero(ours))
-    value = ours[tuple(case.outputs[index].long().T)]
+    value = ours[tuple(case.outputs[index].long().view(-1, ours.dim()).T)]
     table.add(f"{name}_value", relative_l2(value, case.outputs[f"{name}_value"]), floor)
 
 

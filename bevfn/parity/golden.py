@@ -40,7 +40,7 @@ class Gradients:
 class Case:
     """A folder's `stats.json`, `inputs.safetensors` and `outputs.safetensors` with what `manifest.json` says.
 
-    The published cases write their statistics in three forms; the methods read all.
+    The published cases write their statistics in four forms; `read` and the methods know all.
     """
 
     folder: Path
@@ -104,11 +104,30 @@ def read(folder: Path) -> Case:
         raise ValueError(
             f"{folder} is not a folder; give a golden case: a folder with manifest.json, stats.json and tensors"
         )
-    return Case(
-        folder,
-        *(_json(folder / name) for name in ("manifest.json", "stats.json")),
-        *(_tensors(folder / name) for name in ("inputs.safetensors", "outputs.safetensors")),
-    )
+    manifest, stats = (_json(folder / name) for name in ("manifest.json", "stats.json"))
+    inputs, outputs = (_tensors(folder / name) for name in ("inputs.safetensors", "outputs.safetensors"))
+    return Case(folder, manifest, _named_by_phase(stats, outputs) if "eval" in stats else stats, inputs, outputs)
+
+
+def _named_by_phase(stats: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """AWML's statistics, which lie below their phase and leave the sampling to be told by the sizes, as other cases write them.
+
+    Of every axis each s-th is stored, from the first: s is the smallest with which so many are.
+    """
+    made: dict[str, Any] = {"train/grad_norm": stats["train"]["grad_norm"]}
+    for phase, boundaries in (("eval", stats["eval"]), ("train", stats["train"]["boundaries"])):
+        for name, about in boundaries.items():
+            stored = outputs.get(f"{phase}/{name}")
+            made[f"{phase}/{name}"] = dict(about)
+            if stored is not None:
+                shape = about["shape"][len(about["shape"]) - stored.dim() :]
+                steps = [-(-size // kept) for size, kept in zip(shape, stored.shape)]
+                slicing = "[" + ", ".join(f"::{step}" for step in steps) + "]"
+                made[f"{phase}/{name}"] |= {"shape": shape, "slicing": slicing}
+    # With the depth image of the other run where there is one: pixels that differ are counted, not compared.
+    kinds = ("noise_floor_f32_vs_f64_same_depth_image", "noise_floor_f32_vs_f64")
+    floors = next(stats[kind] for kind in kinds if kind in stats)
+    return made | {f"noise/{name}": floor for name, floor in floors.items()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

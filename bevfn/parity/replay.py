@@ -1,7 +1,6 @@
 """One golden case from its manifest to its table: `replay`. What differs between models is in their maps."""
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -9,12 +8,10 @@ from torch import Tensor
 
 from bevfn import tree, upstream
 from bevfn.data.batch import Batch
-from bevfn.models import bevdepth as bevdepth_model
-from bevfn.models import bevfusion as bevfusion_model
-from bevfn.models import bevnext as bevnext_model
-from bevfn.parity import bevdepth, bevfusion, bevnext, compare, golden
+from bevfn.parity import awml, bevdepth, bevfusion, bevnext, compare, golden
 from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
 from bevfn.parity.golden import Case
+from bevfn.upstream import checkpoints
 
 
 class Map(Protocol):
@@ -37,7 +34,7 @@ class Map(Protocol):
     def paths(self, case: Case, *, train: bool) -> dict[str, str]:
         """{stored name without its phase: path in outputs} of all that has a place and an order."""
 
-    def loss(self, outputs: dict, batch: Batch, config: Any) -> tuple[Tensor, dict[str, Tensor], dict]:
+    def loss(self, case: Case, outputs: dict, batch: Batch, config: Any) -> tuple[Tensor, dict[str, Tensor], dict]:
         """(total, {stored name: term}, assigned targets)."""
 
     def evaluated(self, case: Case, table: Table, outputs: dict, batch: Batch, config: Any) -> None:
@@ -47,7 +44,14 @@ class Map(Protocol):
         """Compares what else a case stores of the training step: discrete choices, targets."""
 
 
-MAPS: dict[ModuleType, Map] = {bevfusion_model: bevfusion, bevdepth_model: bevdepth, bevnext_model: bevnext}
+MAPS: dict[str, Map] = {
+    "awml": awml,
+    "bevdepth": bevdepth,
+    "bevfusion": bevfusion,
+    "bevnext": bevnext,
+    "matrixvt": bevdepth,
+}
+"""By the beginning of the models' names."""
 
 
 def replay(case: Case, table: Table, *, only: str | None, device: str) -> None:
@@ -56,16 +60,17 @@ def replay(case: Case, table: Table, *, only: str | None, device: str) -> None:
     Raises ValueError if its checkpoint, told by keys and shapes, is none of a model that bevfn has.
     """
     source = golden.source(case.manifest)
-    if source.model is None:
+    if source.model is None or source.model.partition("-")[0] not in MAPS:
         raise ValueError(
             f"{case.folder}/manifest.json is a case of {source.what}, which bevfn does not have yet; it has "
             f"{', '.join(upstream.CHECKPOINTS)}"
         )
     print(f"{'boundary':<44} {'error':>10} {'tolerance':>10}")
-    spec = upstream.CHECKPOINTS[source.model]
-    family, maps = spec.family, MAPS[spec.family]
-    config = maps.config_for(case, spec.config())
-    params, state, _ = upstream.import_state(golden.fill_case(case.folder), source.model)
+    family, maps = upstream.CHECKPOINTS[source.model].family, MAPS[source.model.partition("-")[0]]
+    weights = golden.fill_case(case.folder)
+    inside = {key.removeprefix(source.prefix): leaf for key, leaf in weights.items()}
+    config = maps.config_for(case, checkpoints.fitted(source.model, inside))
+    params, state, _ = upstream.import_state(weights, source.model)
     initial, statistics = family.init(config, seed=0)
     params, state, _ = upstream.load_into(initial, statistics, {str(case.folder): (params, state)})
     params, state = tree.to(params, device), tree.to(state, device)
@@ -83,16 +88,16 @@ def replay(case: Case, table: Table, *, only: str | None, device: str) -> None:
 
         def total_loss(params: dict) -> tuple[Tensor, tuple]:
             outputs, new = family.apply(params, state, batch, config=config, train=True, **extra)
-            total, terms, targets = maps.loss(outputs, batch, config)
+            total, terms, targets = maps.loss(case, outputs, batch, config)
             return total, (outputs, new, terms, targets)
 
         gradients, total, (outputs, new, terms, targets) = _gradients(total_loss, params)
         compare.overflow(table, outputs)
         compare.dense(case, table, "train", maps.paths(case, train=True), outputs, TRAIN_TOLERANCE)
         compare.losses(case, table, "train", {"total": total, **terms}, maps.ABSOLUTE)
-        exported = upstream.export_state(
-            gradients, new, source.model, {}, prefix=source.prefix
-        )  # under upstream's names
+        exported = upstream.export_state(  # under upstream's names
+            gradients, new, source.model, {}, naming=source.naming, prefix=source.prefix
+        )
         compare.gradients(case, table, exported, maps.ZERO_GRADIENT)
         compare.statistics(case, table, exported)
         maps.trained(case, table, outputs, targets, batch, config)

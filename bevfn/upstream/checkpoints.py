@@ -1,16 +1,16 @@
 """The published checkpoints that bevfn reads: one entry each."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bevfn.models import bevdepth, bevfusion, bevnext
-from bevfn.upstream import names_bevdepth, names_bevfusion, names_bevnext
+from bevfn.models import awml, bevdepth, bevfusion, bevnext
+from bevfn.upstream import names_awml, names_bevdepth, names_bevfusion, names_bevnext
 from bevfn.upstream.entries import Entry, Names, Naming
 from bevfn.upstream.entries import entries as _entries
 
@@ -23,6 +23,8 @@ class Look:
     anchors: tuple[str, ...]
     key_frames: int | None = None
     """of a BEVDepth, read off the widths of its BEV map; None: any number"""
+    classes: int | None = None
+    """of a BEVFusion's head; None: any number"""
     naming: Naming = "mmdet"
     prefix: str | None = None
     """the one prefix that the keys may have; None: any"""
@@ -43,12 +45,20 @@ class Checkpoint:
     """upstream's stored buffers that follow from the configuration, by key: ours are computed, never loaded"""
     unused: tuple[tuple[str, str], ...] = ()
     """(pattern of keys without the prefix, why they have no use here)"""
+    fitted: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, leaves: config
+    """the configuration of the release that leaves, by upstream's names or ours (`params.<path>`), are of"""
 
 
 _COMPUTED = "voxelization and image normalization are computed from the configuration"
 
 
-def _detector(looks: tuple[Look, ...], family: ModuleType, config: Callable[[], Any], names: ModuleType) -> Checkpoint:
+def _detector(
+    looks: tuple[Look, ...],
+    family: ModuleType,
+    config: Callable[[], Any],
+    names: ModuleType,
+    unused: tuple[tuple[str, str], ...] = (),
+) -> Checkpoint:
     """A detector as its repository writes it: in one naming."""
     return Checkpoint(
         looks,
@@ -56,12 +66,37 @@ def _detector(looks: tuple[Look, ...], family: ModuleType, config: Callable[[], 
         config,
         lambda params, _: names.detector(params),
         lambda made, _: names.detector_buffers(made),
+        unused,
     )
 
 
+_LIDAR = ("pts_middle_encoder.", "bbox_head.")
+
+
 def _bevfusion(config: Callable[[], bevfusion.Config], what: str, *anchors: str) -> Checkpoint:
-    looks = (Look(what, ("pts_middle_encoder.", "bbox_head.", *anchors)),)
-    return _detector(looks, bevfusion, config, names_bevfusion)
+    return _detector((Look(what, (*_LIDAR, *anchors)),), bevfusion, config, names_bevfusion, names_awml.UNUSED)
+
+
+def _awml(config: Callable[[], bevfusion.Config], *looks: Look) -> Checkpoint:
+    """A detector of five classes: of ten, it is mmdetection3d's."""
+    return Checkpoint(
+        tuple(replace(look, classes=len(awml.CLASSES)) for look in looks),
+        bevfusion,
+        config,
+        names_awml.detector,
+        lambda made, _: names_awml.detector_buffers(made),
+        names_awml.UNUSED,
+        names_awml.fitted,
+    )
+
+
+def _in_both_namings(what: str, *anchors: str) -> tuple[Look, Look]:
+    """AWML's with cameras, of today and of before December 2025."""
+    part = "view_transform.dtransform."
+    return Look(what, (*anchors, f"{part}net."), naming="net"), Look(what, (*anchors, f"{part}0."))
+
+
+_AWML_PLAIN = Look("an AWML BEVFusion-L detector without Fourier features", _LIDAR)
 
 
 def _bevdepth(config: Callable[[], bevdepth.Config], what: str, *anchors: str) -> Checkpoint:
@@ -82,6 +117,16 @@ CHECKPOINTS = {
     "bevfusion-lidar-camera": _bevfusion(
         bevfusion.lidar_camera, "a camera + LiDAR BEVFusion detector", "img_backbone."
     ),
+    "awml-lidar-offline": _awml(awml.lidar_offline, _AWML_PLAIN),
+    "awml-lidar": _awml(
+        awml.lidar,
+        Look("an AWML BEVFusion-L detector", (*_LIDAR, "pts_middle_encoder.exponents")),
+        _AWML_PLAIN,  # before 2.7; nothing in it tells the voxels' size
+    ),
+    "awml-camera-lidar": _awml(
+        awml.camera_lidar, *_in_both_namings("an AWML BEVFusion-CL detector", *_LIDAR, "img_backbone.")
+    ),
+    "awml-camera": _awml(awml.camera, *_in_both_namings("an AWML BEVFusion-C detector", "bbox_head.", "img_backbone.")),
     "swin-nuimages": Checkpoint(
         (
             Look("a Swin backbone in original naming", ("patch_embed.proj.weight",), naming="original"),
@@ -127,7 +172,7 @@ CHECKPOINTS = {
 
 
 def entries(model: str, naming: Naming = "mmdet", *, config: Any = None) -> list[Entry]:
-    """Every leaf and every carried key of `model`, in upstream's order; `naming` concerns the lone Swin only.
+    """Every leaf and every carried key of `model`, in upstream's order; `naming` concerns the lone Swin and AWML's cameras.
 
     config: the family's configuration whose shapes count; the published one if None.
     """
@@ -135,6 +180,12 @@ def entries(model: str, naming: Naming = "mmdet", *, config: Any = None) -> list
     with torch.device("meta"):  # shapes alone: no memory, no random numbers
         params, state = spec.family.init(spec.config() if config is None else config, seed=0)
     return _entries(spec.names(params, naming), params, state)
+
+
+def fitted(model: str, leaves: Mapping[str, Tensor]) -> Any:
+    """The configuration of the release that a file of `model` is of, see `Checkpoint.fitted`; the published one of most."""
+    spec = CHECKPOINTS[model]
+    return spec.fitted(spec.config(), leaves)
 
 
 def has_sparse_kernels(model: str) -> bool:

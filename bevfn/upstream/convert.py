@@ -75,25 +75,28 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = No
 
     Raises ValueError if it looks like another model or mixes sparse layouts, Refused (a ValueError) if keys are
     missing, unknown, of another shape, or hold what none can (`entries.impossible`). `params` of a lone Swin lacks the leaves of `report.initial`. `config` is the
-    configuration whose shapes the leaves must have, by default the published one.
+    configuration whose shapes the leaves must have, by default that of the release which the file is of.
     """
     if model not in checkpoints.CHECKPOINTS:
         raise ValueError(f"unknown model {model!r}: choose one of {', '.join(checkpoints.CHECKPOINTS)}.")
     source = recognise.recognise(upstream)
-    if source.model != model:
+    if source.model != model and model not in source.alike:
         remedy = f"use --model {source.model}" if source.model else f"bevfn reads {', '.join(checkpoints.CHECKPOINTS)}"
         raise ValueError(f"the checkpoint looks like {source.what}, not like {model}: {remedy}.")
-    entries = checkpoints.entries(model, source.naming, config=config)
     inside = {key.removeprefix(source.prefix): t for key, t in upstream.items() if key.startswith(source.prefix)}
+    release = checkpoints.fitted(model, inside) if config is None else config
+    entries = checkpoints.entries(model, source.naming, config=release)
     layout = recognise.sparse_layout(inside, entries)
     report = Account(model, source.what, source.prefix, source.naming, layout)
+    if config is None:
+        report.warnings += _other_release(entries, checkpoints.entries(model, source.naming))
     flat: dict[str, dict[str, Tensor]] = {"params": {}, "state": {}, "upstream": {}}
     for entry in entries:
         leaf = _take(entry, inside, report)
         if leaf is not None:
             flat[entry.tree][entry.path] = leaf
     report.carried.update(flat["upstream"])
-    _account_for_the_rest(inside, entries, checkpoints.buffers(model, source.naming, config=config), report)
+    _account_for_the_rest(inside, entries, checkpoints.buffers(model, source.naming, config=release), report)
     for key in upstream:
         if not key.startswith(source.prefix):
             report.unused[key] = f"outside {source.prefix!r}, where the model is"
@@ -101,6 +104,15 @@ def import_state(upstream: Mapping[str, Tensor], model: str, *, config: Any = No
     if problem:
         raise Refused(problem, report)
     return nest(flat["params"]), nest(flat["state"]), report
+
+
+def _other_release(entries: list[Entry], published: list[Entry]) -> list[str]:
+    """A warning if a file's leaves are not those of the published configuration."""
+    other = sorted({entry.key for entry in set(entries) ^ set(published)})
+    if not other:
+        return []
+    more = f" and {len(other) - 1} more tensors are" if len(other) > 1 else " is"
+    return [f"of another release than the published configuration: {other[0]}{more} not as there"]
 
 
 def _take(entry: Entry, upstream: Mapping[str, Tensor], report: Account) -> Tensor | None:
@@ -177,7 +189,8 @@ def export_state(
     flat = {f"params.{path}": leaf for path, leaf in tree.flatten(params).items()}
     flat |= {f"state.{path}": leaf for path, leaf in tree.flatten(state).items()}
     found: dict[str, Tensor] = {}
-    entries = checkpoints.entries(model, naming, config=config)
+    release = checkpoints.fitted(model, flat) if config is None else config
+    entries = checkpoints.entries(model, naming, config=release)
     unknown = sorted(set(flat) - {entry.name for entry in entries})
     if unknown:
         raise ValueError(f"{model} has no {unknown[0]} (nor {len(unknown) - 1} more): export it as the model it is.")
@@ -193,7 +206,7 @@ def export_state(
             raise ValueError(f"{entry.name} is missing: {model} cannot be exported without it.")
     found |= {
         key: carried.get(key, buffer).clone()
-        for key, buffer in checkpoints.buffers(model, naming, config=config).items()
+        for key, buffer in checkpoints.buffers(model, naming, config=release).items()
     }
     found |= {key: kept.clone() for key, kept in carried.items() if key not in found}
     return {prefix + key: leaf for key, leaf in found.items()}

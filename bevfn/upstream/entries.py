@@ -11,7 +11,8 @@ from bevfn import tree
 
 Tree = Literal["params", "state", "upstream"]  # "upstream": a key kept only so that the export is exact
 WeightLayout = Literal["same", "sparse", "sequence", "merged", "row", "swapped"]
-Naming = Literal["mmdet", "original"]
+Naming = Literal["mmdet", "original", "net"]
+"""mmdet's; of a lone Swin the original repository's; of AWML mmdet's with `.net` in the view transform's parts"""
 
 
 @dataclass(frozen=True)

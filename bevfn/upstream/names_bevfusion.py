@@ -19,22 +19,18 @@ UNUSED_OF_SWIN = (
 )
 
 
-def detector(params: dict) -> Names:
-    """A BEVFusion of any sensors, in upstream's order."""
+def detector(params: dict, *, view: str = "") -> Names:
+    """A BEVFusion of any sensors, in upstream's order; `view` is in front of the numbers of the view transform's layers."""
     if "camera" in params:
         yield from swin(params, "mmdet", "img_backbone.")
         yield from _lss_fpn(params["camera"]["neck"])
-        yield from _view(params["camera"]["view"])
+        yield from _view(params["camera"]["view"], view)
     if "lidar" in params:
         yield from _sparse_encoder(params["lidar"])
     if "fuser" in params:
         yield from conv_norm("fuser", "fusion_layer")
-    for b, block in enumerate(params["bev"]["backbone"]["blocks"]):
-        for l in range(len(block)):  # upstream's Sequential is conv, norm, ReLU, conv, norm, ReLU, ...
-            path, key = f"bev.backbone.blocks.{b}.{l}", f"pts_backbone.blocks.{b}"
-            yield from conv_norm(path, key, str(3 * l), str(3 * l + 1))
-    for b in range(len(params["bev"]["neck"]["blocks"])):
-        yield from conv_norm(f"bev.neck.blocks.{b}", f"pts_neck.deblocks.{b}")
+    if "bev" in params:
+        yield from _bev(params["bev"])
     yield from _head(params["head"])
 
 
@@ -69,10 +65,21 @@ def _lss_fpn(neck: dict) -> Names:
             yield from conv_norm(f"camera.neck.{ours}.{l}", f"img_neck.{theirs}.{l}", "conv", "bn")
 
 
-def _view(view: dict) -> Names:
+def _view(view: dict, inside: str) -> Names:
     for ours, theirs in (("depth_transform", "dtransform"), ("depth_net", "depthnet"), ("downsample", "downsample")):
         for k in range(len(view[ours])):
-            yield from conv_norm(f"camera.view.{ours}.{k}", f"view_transform.{theirs}", str(3 * k), str(3 * k + 1))
+            yield from conv_norm(
+                f"camera.view.{ours}.{k}", f"view_transform.{theirs}", f"{inside}{3 * k}", f"{inside}{3 * k + 1}"
+            )
+
+
+def _bev(bev: dict) -> Names:
+    for b, block in enumerate(bev["backbone"]["blocks"]):
+        for l in range(len(block)):  # upstream's Sequential is conv, norm, ReLU, conv, norm, ReLU, ...
+            path, key = f"bev.backbone.blocks.{b}.{l}", f"pts_backbone.blocks.{b}"
+            yield from conv_norm(path, key, str(3 * l), str(3 * l + 1))
+    for b in range(len(bev["neck"]["blocks"])):
+        yield from conv_norm(f"bev.neck.blocks.{b}", f"pts_neck.deblocks.{b}")
 
 
 def _sparse_encoder(lidar: dict) -> Names:

@@ -12,7 +12,6 @@ from bevfn.upstream.entries import Entry, Naming
 SparseLayout = Literal["spconv2", "mmcv"]
 
 _DEPTH_NET, _TRUNK = "backbone.depth_net.reduce_conv.", "head.trunk.conv1."
-_AWML = ("pts_middle_encoder.", "bbox_head.", "pts_middle_encoder.aug_features_min_values")
 FOREIGN = (  # what bevfn does not read, told by its keys all the same
     Look("a detector with BEVDepth's depth net but another BEV head", (_DEPTH_NET,)),
     Look("a BEVDepth detector of {key_frames} key frames", (_DEPTH_NET, _TRUNK)),
@@ -20,8 +19,6 @@ FOREIGN = (  # what bevfn does not read, told by its keys all the same
         "a BEVDepth detector of {key_frames} key frames with depth aggregation",
         (_DEPTH_NET, _TRUNK, "backbone.depth_aggregation_net."),
     ),
-    Look("an AWML BEVFusion-L detector (LiDAR, T4 dataset)", _AWML),
-    Look("an AWML BEVFusion-CL detector (camera + LiDAR, T4 dataset)", (*_AWML, "img_backbone.")),
     Look("a BEVFusion of the original MIT repository, whose naming differs from mmdetection3d's", ("encoders.lidar.",)),
     Look("a camera-only BEVFusion of the original MIT repository", ("encoders.camera.",)),
     Look("a file that `bevfn checkpoint import` has already written", ("params.",)),
@@ -39,6 +36,8 @@ class Recognised:
     model: str | None
     prefix: str = ""  # in front of every key of the model, e.g. "backbone." or "module."
     naming: Naming = "mmdet"
+    alike: tuple[str, ...] = ()
+    """models whose files can look the same"""
 
 
 def recognise(keys: Mapping[str, Tensor]) -> Recognised:
@@ -48,15 +47,30 @@ def recognise(keys: Mapping[str, Tensor]) -> Recognised:
     """
     looks: list[tuple[str | None, Look]] = [(None, look) for look in FOREIGN]
     looks += [(name, look) for name, spec in CHECKPOINTS.items() for look in spec.looks]
-    for name, look in sorted(looks, key=lambda pair: -len(pair[1].anchors) - (pair[1].key_frames is not None)):
+    for name, look in sorted(looks, key=_demands, reverse=True):
         prefix = _prefix_before(keys, look.anchors[0]) if look.prefix is None else look.prefix
         if prefix is None or not all(any(key.startswith(prefix + a) for key in keys) for a in look.anchors):
             continue
         frames = _key_frames(keys, prefix)
+        if look.classes not in (None, _classes(keys, prefix)):
+            continue
         if look.key_frames in (None, frames) and (frames is not None or "{key_frames}" not in look.what):
-            return Recognised(look.what.format(key_frames=frames), name, prefix, look.naming)
+            alike = tuple(other for other, same in looks if other not in (None, name) and same == look)
+            return Recognised(look.what.format(key_frames=frames), name, prefix, look.naming, alike)
     parts = sorted({key.split(".")[0] for key in keys})
     return Recognised(f"a model with the parts {', '.join(parts[:8])}{', ...' if len(parts) > 8 else ''}", None)
+
+
+def _demands(pair: tuple[str | None, Look]) -> int:
+    """Of a look; `sorted` in reverse keeps the order of equals."""
+    look = pair[1]
+    return len(look.anchors) + (look.key_frames is not None) + (look.classes is not None)
+
+
+def _classes(keys: Mapping[str, Tensor], prefix: str) -> int | None:
+    """Maps of a BEVFusion's class heatmap."""
+    last = keys.get(f"{prefix}bbox_head.heatmap_head.1.weight")
+    return None if last is None else last.shape[0]
 
 
 def _key_frames(keys: Mapping[str, Tensor], prefix: str) -> int | None:

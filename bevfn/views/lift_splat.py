@@ -21,6 +21,7 @@ from bevfn.layers import conv, conv_norm, remat
 from bevfn.views import camera_grid
 
 _STRIDES = {"depth_transform": (1, 4, 2), "depth_net": (1, 1), "downsample": (1, 2, 1)}
+_DEPTH_CHANNELS = 64  # of the depth image's feature
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Config:
     )
     """of the pooled map; the output has half as many cells along each axis"""
     lidar_depth: bool = True
+    bias: bool = True
+    """of the convolutions before batch norms that the depth image passes"""
+    wide_depth_net: bool = False
+    """its hidden layers are as wide as what they read, the features of image and depth together; else as the image's"""
     recompute: bool = False
     """the convolutions before and behind the pooling once more for the gradient, see `layers.remat`"""
 
@@ -50,20 +55,23 @@ class Config:
             raise ValueError(
                 f"LiDAR depth comes to the image feature at stride {stride}, grid.stride is {self.grid.stride}"
             )
+        if self.wide_depth_net and not self.lidar_depth:
+            raise ValueError("a depth net that sees no depth has no hidden layers: leave wide_depth_net off")
         if any(count % 2 for count in self.grid.cells):
             raise ValueError(f"the grid's {self.grid.cells} cells are halved; make both numbers even")
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
     """(params, state) with torch's default initialisation: lists of {conv, norm} per part, see `apply`."""
-    width = config.channels_in
+    width = config.channels_in + (_DEPTH_CHANNELS if config.wide_depth_net else 0)
     parts = {"downsample": [(config.channels_out, config.channels_out, 3)] * 3}  # (channels in, out, kernel)
     if config.lidar_depth:
-        parts["depth_transform"] = [(1, 8, 1), (8, 32, 5), (32, 64, 5)]
-        parts["depth_net"] = [(width + 64, width, 3), (width, width, 3)]
+        parts["depth_transform"] = [(1, 8, 1), (8, 32, 5), (32, _DEPTH_CHANNELS, 5)]
+        parts["depth_net"] = [(config.channels_in + _DEPTH_CHANNELS, width, 3), (width, width, 3)]
     made: dict = {"depth_net": []}
     for part in sorted(parts):
-        made[part] = [conv_norm.init(*layer, bias=part != "downsample", generator=generator) for layer in parts[part]]
+        bias = config.bias and part != "downsample"
+        made[part] = [conv_norm.init(*layer, bias=bias, generator=generator) for layer in parts[part]]
     last = conv.init(width, config.grid.depth_bins + config.channels_out, 1, bias=True, generator=generator)
     made["depth_net"].append({"conv": last})
     return tree.unzip(made)
