@@ -407,7 +407,7 @@ def test_other_roots_are_no_t4(root, tmp_path):
     with pytest.raises(ValueError, match=r"old has no T4 scene: no folder annotation/ in it"):
         source.open(tmp_path / "old", "v1.0-trainval")
     with pytest.raises(
-        ValueError, match=r"is a T4 data set, but this recipe is trained on nuScenes roots; T4 data sets"
+        ValueError, match=r"is a T4 data set, but this recipe is trained on nuScenes roots and single key frames; T4"
     ):
         source.of_kind({"nuscenes": 1, "frame": 2}, tmp_path)
     with pytest.raises(
