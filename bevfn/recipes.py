@@ -18,7 +18,7 @@ ModelName = Annotated[str, one_of(catalogue.MODELS)]
 
 
 class Recipe(Protocol):
-    """A file of experiments/: its models' networks, their flags' defaults, the task of a config."""
+    """A file of experiments/: its models' networks, their flags' defaults (of the published data first), the task of a config."""
 
     NETWORKS: Mapping[str, Callable[[], Any]]
     DEFAULTS: run.Defaults
@@ -42,3 +42,8 @@ def defaults(experiment: str, model: str | None = None) -> Mapping[source.Kind, 
             f"{catalogue.MODELS[name].experiment if name in catalogue.MODELS else 'that it was trained with'}"
         )
     return made[name]
+
+
+def published(experiment: str, model: str | None = None) -> run.Config:
+    """The defaults of the data that a model is published on, which are the first."""
+    return next(iter(defaults(experiment, model).values()))

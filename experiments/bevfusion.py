@@ -50,15 +50,17 @@ MINI_SITES = (20_000, 9_000, 9_000)
 class Shared(run.Config):
     """Flags of this recipe and of the LiDAR-only one."""
 
-    schedule: Literal["cosine", "cycle"] = "cosine"
-    """cosine: warm-up, then down, for a model that starts from a trained detector; cycle: up, then down, from scratch"""
+    schedule: Literal["cosine", "cycle", "stairs"] = "cosine"
+    """cosine: warm-up, then down, for a model that starts from a trained detector; cycle: up, then down, from scratch; stairs
+    (AWML's for fusion): up a stair an epoch, then down as a cosine"""
     warmup_steps: int = 500
     """of the cosine: linear, from warmup_factor; a tenth of a run that is not longer"""
     warmup_factor: float = 1 / 3
+    """of the first step, or stair"""
     start_lr: float = 0.1
     """where the cycle starts, as a share of the peak"""
     lr_turn: float = 0.4
-    """share of the run after which the cycle falls"""
+    """share of the run after which the cycle, or what comes after the stairs, falls"""
     final_lr: float = 1e-4
     """the end, as a share of the peak"""
     beta1_turn: float = 0.4
@@ -165,10 +167,15 @@ def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
         warmup = config.warmup_steps if config.warmup_steps < total else total // 10
         lr = optim.Schedule(peak, (optim.Phase(total, final),), warmup, config.warmup_factor)
     else:
-        top = max(1, int(config.lr_turn * total))
+        top = share(config.lr_turn, total)
         phases = (optim.Phase(top, peak), optim.Phase(max(total, top + 1), final))
-        lr = optim.Schedule(peak * config.start_lr, phases)
-    turn = max(1, int(config.beta1_turn * total))  # cut off, as mmengine turns 2.4 epochs into steps
+        if config.schedule == "cycle":
+            lr = optim.Schedule(peak * config.start_lr, phases)
+        else:  # the last stair, an epoch before `top`, is the peak, where the rate is until there
+            epochs = round(top / plan.steps_per_epoch)
+            stairs = epochs if epochs > 1 else top  # of a step, where the run is too short
+            lr = optim.Schedule(peak, phases, stairs, config.warmup_factor, warmup_every=-(-top // stairs))
+    turn = share(config.beta1_turn, total)
     return optim.Config(
         lr=lr,
         weight_decay=config.weight_decay,
@@ -176,6 +183,11 @@ def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
         groups=config.groups,
         beta1=optim.beta1_cycle(turn, max(total, turn + 1), published=config.published_beta1),
     )
+
+
+def share(of: float, total: int) -> int:
+    """The step at that share of a run, the first at least: cut off, as mmengine turns 2.4 epochs into steps."""
+    return max(1, int(round(of * total, 6)))  # 3 epochs of 10 are 0.3, which is no float
 
 
 def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Task:

@@ -95,7 +95,7 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
     config = run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
     if (split := given.pop("split", None)) is not None:
         root, version = given.get("data_root", config.data_root), given.get("version", config.version)
-        if what := source.trained_on(root, version, config.train_split, split):
+        if what := source.trained_on(root, version, config.train_split, split, config.world):
             print(f"warning: {what}")
         given |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
     if foreign := [name for name in given if not hasattr(config, name)]:
@@ -134,8 +134,11 @@ def _found(task: run.Task, checkpoint: Path, *, device: str, **settings: Any) ->
 def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> run.Config:
     """The config of the run that the checkpoint belongs to; the model's defaults for an imported file."""
     path = checkpoint.parent.parent / run_folder.CONFIG_FILE
-    default = source.of_kind(recipes.defaults(experiment, model), data_root)
-    if not (checkpoint.is_dir() and path.is_file()):
+    is_run = checkpoint.is_dir() and path.is_file()
+    own = run_folder.read_config(path).get("model") if is_run else None
+    known = own if isinstance(own, str) and own in recipes.load(experiment).DEFAULTS else None
+    default = source.of_kind(recipes.defaults(experiment, model or known), data_root)
+    if not is_run:
         if checkpoint.is_dir():
             print(
                 f"{checkpoint} lies in no run folder ({path} is not there): read with {experiment}'s published settings"

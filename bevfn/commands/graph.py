@@ -69,7 +69,11 @@ def graph(
         check_writable(out)
     if stage is not None:
         model = _of_stage(experiment, model, stage)
-    config = recipes.defaults(experiment, model)["nuscenes" if scale == "published" else "synthetic"].plain()
+    of_scale = {
+        "published": recipes.published(experiment, model),
+        "mini": recipes.defaults(experiment, model)["synthetic"],
+    }
+    config = of_scale[scale].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
     config = replace(config, precision=precision, **changes)

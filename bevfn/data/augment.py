@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from bevfn.boxes import limit_yaw
+from bevfn.data import image
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Images:
     """Mirror left-right with probability 1/2."""
     rotate_deg: tuple[float, float] = (-5.4, 5.4)
     """Uniform, counter-clockwise about the crop's centre."""
+    turned: image.Filter = "nearest"
+    """What pixels of a turned image are made of: the nearest one's (mmdetection3d), or bicubic (AWML)."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Global:
     """rad; uniform in +- this."""
     scale: tuple[float, float] = (0.9, 1.1)
     """Uniform."""
-    translation: float = 0.5
-    """m; standard deviation in x, y and z."""
+    translation: float | tuple[float, float, float] = 0.5
+    """m; standard deviation in x, y and z, or of each."""
     scale_translation: bool = True
     """Translate before scaling (order rotate, translate, scale: LiDAR-camera), or after it (LiDAR-only)."""
     flip_x: float = 0.5

@@ -64,17 +64,27 @@ def image_size(camera: Camera, root: Path) -> tuple[int, int]:
 
 def check_sizes(index: Index, config: reading.Cameras) -> None:
     """Raises ValueError, one sentence, where images of a size that the data set says cannot become the model's."""
-    for (channel, size), path in index.image_files.items():
-        if channel in config.channels and size is not None:
-            try:
-                _move(size, replace(config, augmentation=None), np.random.default_rng(0))
-            except ValueError as error:
-                raise ValueError(f"{index.root / path}, {channel}: {error}") from None
+    known = {key: path for key, path in index.image_files.items() if key[0] in config.channels and key[1] is not None}
+    sizes = _as_moved([size for _, size in known if size is not None], config)
+    for ((channel, _), path), size in zip(known.items(), sizes):
+        try:
+            _move(size, replace(config, augmentation=None), np.random.default_rng(0))
+        except ValueError as error:
+            more = " Or let factors follow the size of each image: --no-published-resize." if config.covering is None else ""
+            raise ValueError(f"{index.root / path}, {channel}: {error}{more}") from None
 
 
 def moves(row: list[Camera], root: Path, config: reading.Cameras, rng: np.random.Generator) -> Moves:
     """How the images of each camera of the key frame, and of those before it, are resized, cropped, mirrored, turned."""
-    return [_move(image_size(camera, root), config, rng) for camera in row]
+    return [_move(size, config, rng) for size in _as_moved([image_size(camera, root) for camera in row], config)]
+
+
+def _as_moved(sizes: list[tuple[int, int]], config: reading.Cameras) -> list[tuple[int, int]]:
+    """(H, W) of a key frame's images as they are resized and cropped: with `covering` None all as large as the largest."""
+    if config.covering is not None or not sizes:
+        return sizes
+    heights, widths = zip(*sizes)
+    return [(max(heights), max(widths))] * len(sizes)
 
 
 def _move(source: tuple[int, int], config: reading.Cameras, rng: np.random.Generator) -> dict[str, Any]:
@@ -95,7 +105,7 @@ def read(frames: list[Frame], root: Path, config: reading.Reading, drawn: Moves)
     poses = [[_pose(config.base, frames[0], *pair) for pair in zip(channels, row)] for row in rows]
     base_from_camera, camera_from_base = (np.array([[p[i] for p in row] for row in poses]) for i in range(2))
     return {
-        "images": _images(frames, rows, root, size, drawn),
+        "images": _images(frames, rows, root, config.cameras, drawn),
         "image_aug": np.stack([[image.matrix(size=size, **move) for move in drawn]] * len(frames)),
         "intrinsics": intrinsics,
         "base_from_camera": base_from_camera,
@@ -106,9 +116,11 @@ def read(frames: list[Frame], root: Path, config: reading.Reading, drawn: Moves)
 
 
 def _images(
-    frames: list[Frame], rows: list[list[Camera]], root: Path, size: tuple[int, int], drawn: Moves
+    frames: list[Frame], rows: list[list[Camera]], root: Path, config: reading.Cameras, drawn: Moves
 ) -> np.ndarray:
     """[T,N,H,W,3] uint8; a frame that stands for another is read once."""
+    turned: image.Filter = "nearest" if config.augmentation is None else config.augmentation.turned
+    how: dict[str, Any] = {"size": config.image_size, "turned": turned}
     made: dict[str, np.ndarray] = {}
     wanted = [image_size(camera, root) for camera in rows[0]]
     for frame, row in zip(frames, rows):
@@ -116,7 +128,7 @@ def _images(
             for camera, of_key in zip(row, wanted):
                 _check_alike(camera, root, of_key)
             pictures = [image.read(root / camera.path, size=known) for camera, known in zip(row, wanted)]
-            made[frame.token] = np.stack([image.transform(p, size=size, **move)[0] for p, move in zip(pictures, drawn)])
+            made[frame.token] = np.stack([image.transform(p, **how, **move)[0] for p, move in zip(pictures, drawn)])
     return np.stack([made[frame.token] for frame in frames])
 
 

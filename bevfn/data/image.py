@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -21,6 +22,11 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel at most; they become RGB
 LARGEST = 2**26  # pixels: 8192 x 8192, which take 200 MB
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+Filter = Literal["nearest", "bicubic"]
+FILTERS: dict[Filter, Image.Resampling] = {
+    "nearest": Image.Resampling.NEAREST,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 HOLE = bytes(64)
 SCANS = 100  # of a progressive JPEG; encoders write about ten
 
@@ -158,11 +164,12 @@ def transform(
     crop: tuple[int, int],
     flip: bool = False,
     rotate_deg: float = 0.0,
+    turned: Filter = "nearest",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resizes (bicubic, antialiased), crops, mirrors and rotates (nearest, about the crop's centre) one image.
+    """Resizes (bicubic, antialiased), crops, mirrors and rotates (about the crop's centre) one image.
 
     picture: RGB, or [H,W,3] uint8; size (H,W) of the result; resize: factor; crop (left, top) in the resized image, which may
-    reach outside of it (black); flip: left-right; rotate_deg: counter-clockwise as seen.
+    reach outside of it (black); flip: left-right; rotate_deg: counter-clockwise as seen; turned: of what pixels are then made.
     Returns (image [size,3] uint8, augmented_from_original [4,4] float32).
     """
     height, width = size
@@ -173,7 +180,7 @@ def transform(
     picture = picture.crop((left, top, left + width, top + height))
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    picture = picture.rotate(rotate_deg)
+    picture = picture.rotate(rotate_deg, FILTERS[turned])
     return np.array(picture), matrix(size=size, resize=resize, crop=crop, flip=flip, rotate_deg=rotate_deg)
 
 

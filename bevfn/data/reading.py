@@ -20,6 +20,14 @@ Size = tuple[int, int]
 PUBLISHED_SOURCE, PUBLISHED_IMAGE = (900, 1600), (256, 704)  # the sizes that factors of resizing are given for
 
 
+def cover(source: Size, size: Size) -> float:
+    """The factor with which an image of size `source` just covers `size`."""
+    return max(wanted / there for wanted, there in zip(size, source))
+
+
+COVERING = cover(PUBLISHED_SOURCE, PUBLISHED_IMAGE)
+
+
 @dataclass(frozen=True)
 class Points:
     """LiDAR points of the key frame and of earlier sweeps. See `sweeps.aggregate`."""
@@ -28,6 +36,8 @@ class Points:
     """Earlier LiDAR scans added to the key frame's."""
     sweep_choice: aggregation.Choice = "newest"
     """Which ones, if there are more."""
+    sweep_pool: int = pasting.SWEEPS
+    """Of how many, the newest ones, random ones are drawn."""
     pad_empty_sweeps: bool = True
     """Repeat the key frame where there is no sweep at all."""
     published_sweeps: bool = False
@@ -38,15 +48,15 @@ class Points:
     @property
     def oldest(self) -> int:
         """The oldest sweep that may be read, counted from 1, the newest; 0: none is."""
-        return pasting.SWEEPS if self.sweeps and self.sweep_choice == "random" else self.sweeps
+        return max(self.sweep_pool, self.sweeps) if self.sweeps and self.sweep_choice == "random" else self.sweeps
 
 
 @dataclass(frozen=True)
 class Cameras:
     """Images of the key frame and of those before it, and their calibration.
 
-    Factors of resizing are for images of 900 x 1600 that become 256 x 704; at other sizes they change as the one with which
-    an image just covers image_size: every camera by its own.
+    Factors of resizing change with the sizes as the one with which an image just covers image_size, every camera by its own,
+    unless `covering` says otherwise.
     """
 
     channels: tuple[str, ...] = CAMERAS
@@ -63,6 +73,10 @@ class Cameras:
     and aligned with the bottom in height."""
     augmentation: augment.Images | None = None
     """One draw per camera for all its frames; None: `resize`."""
+    covering: float | None = COVERING
+    """The factor at which images just cover image_size that the factors of resizing are given for. None: they are taken as they
+    are for images of every size, and smaller images of a key frame lie in the upper left of the largest one's size, the rest
+    of which is black, as AWML (mmdetection3d) has them."""
 
     def __post_init__(self) -> None:
         if self.frames < 1:
@@ -70,12 +84,7 @@ class Cameras:
 
     def relative(self, source: Size) -> float:
         """What factors of resizing are multiplied with for image files of size (H, W)."""
-        return cover(source, self.image_size) / cover(PUBLISHED_SOURCE, PUBLISHED_IMAGE)
-
-
-def cover(source: Size, size: Size) -> float:
-    """The factor with which an image of size `source` just covers `size`."""
-    return max(wanted / there for wanted, there in zip(size, source))
+        return 1.0 if self.covering is None else cover(source, self.image_size) / self.covering
 
 
 @dataclass(frozen=True)

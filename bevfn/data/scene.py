@@ -104,8 +104,7 @@ def files(index: Index, place: int, reading: Reading) -> list[str]:
     if reading.points is not None or (reading.depth and depth.stored(index, reading.depths) is None):
         found.append(frame.lidar_path)
     if reading.points is not None:
-        swept = frame.sweeps if reading.points.sweep_choice == "random" else frame.sweeps[: reading.points.sweeps]
-        found += [sweep.path for sweep in swept if reading.points.sweeps]
+        found += [sweep.path for sweep in frame.sweeps[: reading.points.oldest]]
     if reading.cameras is not None:
         for one in cameras.key_frames(index, place, reading.cameras.frames, reading.cameras.history):
             found += [camera.path for camera in one.rig(reading.cameras.channels)]
@@ -160,6 +159,7 @@ def _scanned(frame: Frame, root: Path, config: Points, rng: np.random.Generator)
         root,
         count=config.sweeps,
         choice=config.sweep_choice,
+        pool=config.sweep_pool,
         pad_empty=config.pad_empty_sweeps,
         published=config.published_sweeps,
         generator=rng,

@@ -3,6 +3,7 @@ world made on the spot. Each becomes a Source, of which everything else reads; w
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -15,10 +16,13 @@ from bevfn.data.reading import Reading
 from bevfn.names import printable
 
 Kind = Literal["nuscenes", "t4", "frame", "synthetic"]
+World = synth.Format
 Default = TypeVar("Default")
 VERSION = "v1.0-trainval"  # of nuScenes, unless another is asked for
-WORLD = Path("runs/world")
-SCENES, WORLD_IMAGE = 10, (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
+KINDS: dict[Kind, str] = {"nuscenes": "nuScenes roots", "t4": "T4 data sets", "frame": "single key frames"}
+WORLDS: dict[World, Path] = {"nuscenes": Path("runs/world"), "t4": Path("runs/world_t4")}
+WORLD_IMAGE = (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
+SIZES: dict[World, tuple[int, int]] = {"nuscenes": (10, 20), "t4": (50, 4)}  # scenes, key frames of each, at 2 and 10 Hz
 
 
 @dataclass(frozen=True)
@@ -73,38 +77,56 @@ def kind(root: Path | None) -> Kind:
 
 
 def of_kind(defaults: Mapping[Kind, Default], root: Path | None) -> Default:
-    """The defaults for what lies at a data root; of nuScenes for T4 where a recipe has none of its own."""
+    """The defaults for what lies at a data root. Raises ValueError, one sentence, where a recipe is for other data."""
     found = kind(root)
-    return defaults["nuscenes" if found == "t4" and "t4" not in defaults else found]
+    if found in defaults:
+        return defaults[found]
+    one = next(iter(defaults.values()))
+    what = {
+        "t4": f"{root} is a T4 data set",
+        "nuscenes": f"{root} is no T4 data set: neither it nor a folder up to three below has annotation/ with T4's tables",
+    }
+    raise ValueError(
+        f"{what.get(found, f'{root} is of another kind')}, but {getattr(one, 'model', 'this recipe')} is trained on "
+        f"{' and '.join(KINDS[known] for known in defaults if known in KINDS)}; T4 data sets are for the models of "
+        "bevfn.experiments.awml (but awml-nuscenes-lidar), nuScenes roots for all others"
+    )
 
 
-def prepare(root: Path | None) -> None:
+def prepare(root: Path | None, world: World = "nuscenes") -> None:
     """Makes the synthetic world that a run without a data root needs, unless it is there; for one process."""
-    if root is None and not WORLD.exists():
-        print(f"no --data-root: making a synthetic world of {SCENES} scenes in {WORLD} (once)", flush=True)
-        synth.write(WORLD, scenes=SCENES, seed=0, image_size=WORLD_IMAGE)
+    if root is None and not WORLDS[world].exists():
+        scenes, frames = SIZES[world]
+        print(f"no --data-root: making a synthetic world of {scenes} scenes in {WORLDS[world]} (once)", flush=True)
+        made = partial(synth.write, WORLDS[world], scenes=scenes, seed=0, frames_per_scene=frames)
+        made(image_size=WORLD_IMAGE, format=world)
 
 
 def open(
-    root: Path | None, version: str = VERSION, training: str | None = None, evaluation: str | None = None
+    root: Path | None,
+    version: str = VERSION,
+    training: str | None = None,
+    evaluation: str | None = None,
+    world: World = "nuscenes",
 ) -> Source:
     """The source at a data root, of these splits; None: those that nuScenes has for it, or train and val of a T4 data set's
     lists. A single frame is both splits, and so are an info file, a single T4 scene, and the split that is named for the
     evaluation too. version: of nuScenes; of T4 a number asks for that revision of its scenes, and nuScenes' names for none.
+    world: in which format the synthetic world is, where there is no root.
 
     Raises ValueError, one sentence, for a root, version or split that is not there, where a split must be named, and for
     different splits that share key frames.
     """
+    if root is None:
+        root, version = WORLDS[world], VERSION
     found = kind(root)
-    if root is not None and found == "t4":
+    if found == "t4":
         return _open_t4(root, t4_folders.revision_of(version), training, evaluation)
-    if root is not None and (root.is_file() or found == "frame"):
+    if root.is_file() or found == "frame":
         if training or evaluation:
             raise ValueError(f"{root} has no splits; leave out the split {training or evaluation!r}")
         only = infos.read(root if root.is_file() else root / "frame.json")
         return Source(only, only)
-    if root is None:
-        root, version = WORLD, VERSION
     names = _split_names(root, version, training, evaluation)
     if names[0] == names[1] and evaluation is None:
         raise ValueError(
@@ -155,10 +177,12 @@ def _split_names(root: Path, version: str, training: str | None, evaluation: str
     return training or defaults[0], evaluation or defaults[1]
 
 
-def trained_on(root: Path | None, version: str, training: str | None, split: str) -> str:
+def trained_on(
+    root: Path | None, version: str, training: str | None, split: str, world: World = "nuscenes"
+) -> str:
     """A sentence about the scenes of a split that a run on the split `training` (None: the default) was trained on; empty
     where there are none, or no splits. Raises ValueError for a wrong root or version."""
-    root = WORLD if root is None else root
+    root = WORLDS[world] if root is None else root
     found, present = kind(root), dict[str, list[str]]()
     if found == "t4":
         listed, defaults = t4_folders.splits(root, t4_folders.revision_of(version)), t4_folders.default_splits(root)

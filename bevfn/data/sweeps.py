@@ -28,6 +28,7 @@ def scans(
     *,
     count: int = 9,
     choice: Choice = "newest",
+    pool: int = 10,
     pad_empty: bool = True,
     published: bool = False,
     generator: np.random.Generator | None = None,
@@ -41,6 +42,7 @@ def scans(
     count: sweeps besides the key frame.
     choice: which ones if there are more: the newest, or random ones in random order, without replacement. Upstream
         draws at random when testing as well, because its test pipeline leaves `test_mode` out.
+    pool: of how many, the newest ones, random ones are drawn.
     pad_empty: without any sweep, append `count` copies of the key frame less its close points, as upstream, so that the
         first frame of a scene is about as dense as the others; nothing is padded if there is at least one sweep.
     published: move sweeps as upstream does, see `motion`.
@@ -53,7 +55,7 @@ def scans(
     clouds = [key]
     if not frame.sweeps and pad_empty:
         clouds += [_without_close(key)] * count
-    for sweep in _choose(frame.sweeps, count, choice, generator):
+    for sweep in _choose(frame.sweeps[: max(pool, count)], count, choice, generator):
         cloud, dropped = points.read(Path(root) / sweep.path)
         cloud = _without_close(cloud)
         turn, shift = motion(sweep, published)

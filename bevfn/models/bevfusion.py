@@ -10,6 +10,7 @@ LiDAR-only, camera-only and LiDAR-camera are the same code with a modality's con
 Source: mmdetection3d v1.4.0 projects/BEVFusion (behaviour; goldens bevfusion_lidar, bevfusion_lidar_cam).
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,11 +23,14 @@ from bevfn.data.reading import Needs
 from bevfn.distributed import Train
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.kernels.voxelize import voxelize
-from bevfn.layers import conv_norm
+from bevfn.layers import conv_norm, fourier_features
 from bevfn.models import cameras
 from bevfn.necks import lss_fpn, second_fpn
 from bevfn.precision import Policy
 from bevfn.views import lift_splat
+
+POINT_FEATURES = (0, 1, 2, 3, 4)
+"""x, y, z (m), intensity, time lag (s)"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class Voxels:
 @dataclass(frozen=True)
 class Lidar:
     encoder: sparse_encoder.Config = field(default_factory=sparse_encoder.Config)
+    features: tuple[int, ...] = POINT_FEATURES
+    """of a point, what the encoder reads the voxel's mean of"""
+    fourier: fourier_features.Config | None = None
+    """of these features, what the encoder gets in their place; None: they themselves"""
+
+    def __post_init__(self) -> None:
+        made = len(self.features) if self.fourier is None else self.fourier.channels
+        if self.encoder.channels_in != made:
+            raise ValueError(f"the voxels have {made} features, encoder.channels_in is {self.encoder.channels_in}")
+        if self.fourier is not None and len(self.fourier.lower) != len(self.features):
+            raise ValueError(f"fourier is of {len(self.fourier.lower)} features, features names {len(self.features)}")
 
 
 @dataclass(frozen=True)
@@ -67,13 +82,20 @@ class Config:
     lidar: Lidar | None = field(default_factory=Lidar)
     camera: Camera | None = field(default_factory=Camera)
     fused_channels: int = 256
-    backbone: second.Config = field(default_factory=second.Config)
-    neck: second_fpn.Config = field(default_factory=second_fpn.Config)
+    fuser_kernel: int | None = 3
+    """cells per side of the convolution over the maps of all sensors, if cameras are among them; None: there is none"""
+    backbone: second.Config | None = field(default_factory=second.Config)
+    neck: second_fpn.Config | None = field(default_factory=second_fpn.Config)
+    """of the BEV map; both None: the head reads the map itself"""
     head: transfusion.Config = field(default_factory=transfusion.Config)
 
     def __post_init__(self) -> None:
         if self.lidar is None and self.camera is None:
             raise ValueError("a BEVFusion model needs lidar, camera or both; both are None")
+        if self.fuser_kernel is None and self.lidar is not None and self.camera is not None:
+            raise ValueError("the maps of two sensors need a fuser: give fuser_kernel")
+        if (self.backbone is None) != (self.neck is None):
+            raise ValueError("backbone and neck of the BEV map come together: give both or neither")
         if self.lidar is not None:
             X, Y, _ = sparse_encoder.output_grid(self.lidar.encoder, self.sparse_grid)
             if self.head.cells != (X, Y):
@@ -107,12 +129,16 @@ def camera_only() -> Config:
 
 
 def mini(config: Config) -> Config:
-    """The same model at a size for demos and CI: 0.28 m voxels, 1.1 m BEV cells, 64 x 192 images, narrow layers."""
-    size = (0.28125, 0.28125, 0.2)  # 384 x 384 x 40 voxels, 96 x 96 BEV cells
+    """The same model at a size for demos and CI: 384 x 384 voxels and 96 x 96 BEV cells over its range (of 108 m: 0.28 m and
+    1.1 m), images of about a quarter of its size, half its depth bins, narrow layers."""
+    lower, upper = config.voxels.lower, config.voxels.upper
+    size = ((upper[0] - lower[0]) / 384, (upper[1] - lower[1]) / 384, config.voxels.size[2])
+    voxels = replace(config.voxels, size=size, max_voxels=(8_000, 8_000))
     lidar, camera = config.lidar, config.camera
     fused = C = 64
     if lidar is not None:
         encoder = sparse_encoder.Config(
+            channels_in=lidar.encoder.channels_in,
             channels=(8, 16, 32),
             channels_out=32,
             blocks=1,
@@ -121,19 +147,13 @@ def mini(config: Config) -> Config:
         )
         lidar = replace(lidar, encoder=encoder)
         if camera is None:
-            fused = encoder.channels_out * sparse_encoder.output_grid(encoder, (384, 384, 41))[2]
+            X, Y, Z = voxels.grid
+            fused = encoder.channels_out * sparse_encoder.output_grid(encoder, (X, Y, Z + 1))[2]
     if camera is not None:
-        span = (-54.0, 54.0, 0.5625)
-        view = lift_splat.Config(
-            channels_in=32,
-            channels_out=16,
-            grid=replace(camera.view.grid, image_size=(64, 192), depth_m=(1.0, 61.0, 1.0), x_m=span, y_m=span),
-            lidar_depth=camera.view.lidar_depth,
-        )
-        neck = lss_fpn.Config(channels_in=(32, 64, 128), channels_out=32)
-        camera = Camera(backbone=swin.MINI, neck=neck, view=view)
-    head = transfusion.Config(
-        channels_in=C,
+        camera = _mini_camera(camera)
+    head = replace(
+        config.head,
+        channels_in=C if camera is None or config.backbone is not None else camera.view.channels_out,
         channels=32,
         queries=100,
         heads=4,
@@ -143,15 +163,31 @@ def mini(config: Config) -> Config:
         stride=4,
         cells=(96, 96),
     )
-    return Config(
-        voxels=replace(config.voxels, size=size, max_voxels=(8_000, 8_000)),
+    return replace(
+        config,
+        voxels=voxels,
         lidar=lidar,
         camera=camera,
         fused_channels=C,
-        backbone=second.Config(channels_in=fused, channels=(32, 64), layers=2),
-        neck=second_fpn.Config(channels_in=(32, 64), channels=(32, 32)),
+        backbone=config.backbone and second.Config(channels_in=fused, channels=(32, 64), layers=2),
+        neck=config.neck and second_fpn.Config(channels_in=(32, 64), channels=(32, 32)),
         head=head,
     )
+
+
+def _mini_camera(camera: Camera) -> Camera:
+    grid = camera.view.grid
+    rows, columns = (32 * math.ceil(pixels / 4 / 32) for pixels in grid.image_size)
+    low, _, step = grid.depth_m
+    depth = (low, low + 2 * step * (grid.depth_bins // 2 + 1), 2 * step)
+    x, y = ((start, end, (end - start) / 192) for start, end, _ in (grid.x_m, grid.y_m))
+    view = replace(
+        camera.view,
+        channels_in=32,
+        channels_out=16,
+        grid=replace(grid, image_size=(rows, columns), depth_m=depth, x_m=x, y_m=y),
+    )
+    return Camera(backbone=swin.MINI, neck=lss_fpn.Config(channels_in=(32, 64, 128), channels_out=32), view=view)
 
 
 def with_capacities(config: Config, voxels: tuple[int, int], sites: tuple[int, ...]) -> Config:
@@ -166,8 +202,8 @@ def with_capacities(config: Config, voxels: tuple[int, int], sites: tuple[int, .
 
 def with_norm_momentum(config: Config, momentum: float) -> Config:
     """Another momentum of the BEV and sparse batch norms (published: 0.01)."""
-    backbone = replace(config.backbone, norm_momentum=momentum)
-    neck = replace(config.neck, norm_momentum=momentum)
+    backbone = config.backbone and replace(config.backbone, norm_momentum=momentum)
+    neck = config.neck and replace(config.neck, norm_momentum=momentum)
     lidar = config.lidar
     if lidar is not None:
         lidar = replace(lidar, encoder=replace(lidar.encoder, norm_momentum=momentum))
@@ -190,12 +226,13 @@ def init(config: Config, seed: int) -> tuple[dict, dict]:
         made["lidar"] = sparse_encoder.init(config.lidar.encoder, generator)
         _, _, Z = sparse_encoder.output_grid(config.lidar.encoder, config.sparse_grid)
         fused += config.lidar.encoder.channels_out * Z
-    if config.camera is not None:
-        made["fuser"] = conv_norm.init(fused, config.fused_channels, 3, generator=generator)
-    made["bev"] = {
-        "backbone": second.init(config.backbone, generator),
-        "neck": second_fpn.init(config.neck, generator),
-    }
+    if config.camera is not None and config.fuser_kernel is not None:
+        made["fuser"] = conv_norm.init(fused, config.fused_channels, config.fuser_kernel, generator=generator)
+    if config.backbone is not None and config.neck is not None:
+        made["bev"] = {
+            "backbone": second.init(config.backbone, generator),
+            "neck": second_fpn.init(config.neck, generator),
+        }
     made["head"] = transfusion.init(config.head, generator)
     return tree.unzip(made)
 
@@ -247,15 +284,15 @@ def apply(
         outputs |= lidar
         bev.append(lidar["lidar"]["bev"])
     x = bev[0]
-    if config.camera is not None:
+    if "fuser" in params:
         x, new["fuser"] = conv_norm.apply(params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train)
         outputs["fuser"] = x
-    maps, backbone_state = second.apply(
-        params["bev"]["backbone"], state["bev"]["backbone"], x, config=config.backbone, train=train
-    )
-    x, neck_state = second_fpn.apply(params["bev"]["neck"], state["bev"]["neck"], maps, config=config.neck, train=train)
-    new["bev"] = {"backbone": backbone_state, "neck": neck_state}
-    outputs["bev"] = {"backbone": maps, "neck": x}
+    if config.backbone is not None and config.neck is not None:
+        weights, old = params["bev"], state["bev"]
+        maps, backbone = second.apply(weights["backbone"], old["backbone"], x, config=config.backbone, train=train)
+        x, neck = second_fpn.apply(weights["neck"], old["neck"], maps, config=config.neck, train=train)
+        new["bev"] = {"backbone": backbone, "neck": neck}
+        outputs["bev"] = {"backbone": maps, "neck": x}
     head_key = None if key is None else rng.fold(key, 1)
     outputs["head"], new["head"] = transfusion.apply(
         params["head"], state["head"], x, config=config.head, train=train, key=head_key
@@ -288,7 +325,7 @@ def _lidar_branch(
     sparse, new = sparse_encoder.apply(
         params,
         state,
-        voxels["features"].to(policy.compute),
+        _encoded(voxels["features"], config.lidar).to(policy.compute),
         voxels["coords"],
         voxels["count"] > 0,
         config=config.lidar.encoder,
@@ -297,6 +334,13 @@ def _lidar_branch(
     )
     overflow |= sparse.pop("overflow")
     return {"voxels": voxels, "lidar": sparse, "overflow": overflow}, new
+
+
+def _encoded(features: Tensor, config: Lidar) -> Tensor:
+    """Means of voxels [B V 5] -> what the encoder reads of them [B V C_in]."""
+    if config.features != POINT_FEATURES:
+        features = torch.stack([features[..., i] for i in config.features], dim=-1)
+    return features if config.fourier is None else fourier_features.apply(features, config.fourier)
 
 
 def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: Train) -> tuple[dict, dict]:

@@ -40,7 +40,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("epochs", "steps", "batch_size", "accumulate", "recipe_batch", "keep", "box_capacity"), SIZE),
     **dict.fromkeys(("point_capacity", "voxel_capacity", "site_capacity"), SIZE),
     **dict.fromkeys(("warm_up", "warmup_steps", "sync_after", "workers", "checkpoint_every", "eval_every"), COUNT),
-    **dict.fromkeys(("sweeps", "paste_off", "ema_updates"), COUNT),
+    **dict.fromkeys(("sweeps", "paste_off", "ema_updates", "eval_last"), COUNT),
     **dict.fromkeys(("lr", "recipe_lr", "clip_norm", "ema_ramp"), POSITIVE),
     **dict.fromkeys(("weight_decay", "image_backbone_lr", "depth_loss"), WEIGHT),
     **dict.fromkeys(("warmup_factor", "start_lr", "final_lr"), SHARE),

@@ -36,6 +36,7 @@ class Schedule:
     phases: tuple[Phase, ...] = ()
     warmup_steps: int = 0  # the factor rises linearly and is 1 from step warmup_steps - 1 on
     warmup_factor: float = 1 / 3  # of step 0
+    warmup_every: int = 1  # steps in which the warm-up's factor stays: it counts stairs of that many instead of steps
     drops: tuple[int, ...] = ()  # MultiStepLR's milestones, in steps
     drop: float = 0.1
 
@@ -44,13 +45,13 @@ class Schedule:
         if any(b <= a for a, b in itertools.pairwise(ends)):
             raise ValueError(f"Schedule.phases must end at increasing steps above 0, got {ends[1:]}; shorten the cycle")
 
-    def at(self, step: Tensor) -> Tensor:
-        """float32 [] for the int64 [] tensor `step`."""
-        value = torch.full_like(step, self.start, dtype=torch.float32)
+    def at(self, step: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[] of a float dtype for the int64 [] tensor `step`."""
+        value = torch.full_like(step, self.start, dtype=dtype)
         begin, first = 0, self.start
         for phase in self.phases:
             length = phase.end - begin
-            left = (phase.end - step).clamp(1, length).float() / length  # 1 to 1 / length
+            left = (phase.end - step).clamp(1, length).to(dtype) / length  # 1 to 1 / length
             # (1 + cos(pi (1 - left))) / 2 as sin(pi left / 2)^2, and a sum instead of a difference: both keep their relative
             # precision towards zero.
             angle = left * (math.pi / 2)
@@ -59,7 +60,8 @@ class Schedule:
             first = phase.target + (first - phase.target) * math.sin(math.pi / 2 / length) ** 2
             begin = phase.end
         if self.warmup_steps > 1:
-            done = (step.float() / (self.warmup_steps - 1)).clamp(max=1.0)
+            stair = step if self.warmup_every == 1 else step // self.warmup_every
+            done = (stair.to(dtype) / (self.warmup_steps - 1)).clamp(max=1.0)
             value = value * (self.warmup_factor + (1 - self.warmup_factor) * done)
         for begin in self.drops:
             value = torch.where(step >= begin, value * self.drop, value)

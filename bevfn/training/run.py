@@ -47,7 +47,10 @@ PATIENCE = 5  # steps of fp16 that are skipped in a row before it is asked why
 Scale = Literal["published", "mini"]
 # What a resumed run may change without changing its numbers.
 FREE = frozenset(
-    {"workers", "resume", "force", "keep", "checkpoint_every", "eval_every", "eval_backend", "on_damaged", "run_dir"}
+    {
+        *("workers", "resume", "force", "keep", "checkpoint_every", "on_damaged", "run_dir"),
+        *("eval_every", "eval_last", "eval_backend"),
+    }
 )
 
 
@@ -75,7 +78,7 @@ class Config:
     """steps that performance mode does not count"""
     data_root: Path | None = None
     """a nuScenes root (the folder with v1.0-trainval/ and samples/), a T4 data set (docs/t4.md), an info file of mmdetection3d,
-    or a folder with one frame.json; none: a synthetic world in runs/world, made when missing"""
+    or a folder with one frame.json; none: a synthetic world in runs/, made when missing"""
     version: str = "v1.0-trainval"
     """of the nuScenes root; v1.0-mini trains on mini_train. A number is the revision of a T4 data set's scenes"""
     train_split: str | None = None
@@ -135,6 +138,8 @@ class Config:
     """checkpoints kept, besides the best"""
     eval_every: int = 1
     """epochs between evaluations; 0: only after the last"""
+    eval_last: int = 0
+    """last epochs that are all followed by an evaluation, whatever --eval-every says"""
     eval_first: bool = False
     """evaluate the untrained model too"""
     run_dir: Path = Path("runs/run")
@@ -148,6 +153,11 @@ class Config:
 
     def __post_init__(self) -> None:
         limits.check({known: getattr(self, known) for known in limits.LIMITS if hasattr(self, known)})
+
+    @property
+    def world(self) -> source.World:
+        """In which format the synthetic world is that stands in for no data root."""
+        return "nuscenes"
 
     def plain(self) -> Self:
         """Without what only training needs: frames as they come, nothing moved or pasted in."""
@@ -274,7 +284,8 @@ def make_data(
     balanced: Callable[[Index, tuple[str, ...], int], np.ndarray] = sampling.cbgs,
 ) -> Data:
     """The config's key frames, or `splits`, and how they are read; --class-balanced draws them by `balanced`."""
-    splits = splits or source.open(config.data_root, config.version, config.train_split, config.eval_split)
+    where = (config.data_root, config.version, config.train_split, config.eval_split)
+    splits = splits or source.open(*where, config.world)
     items = np.arange(len(splits.training))
     if config.class_balanced:
         items = balanced(splits.training, reading.class_names, config.seed)
@@ -501,7 +512,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
     try:
         with distributed.watched(replicas), contextlib.ExitStack() as stack:
             if replicas is None or replicas.rank == 0:
-                source.prepare(config.data_root)
+                source.prepare(config.data_root, config.world)
             distributed.gather(None, replicas)  # the others wait for it
             task = make_task(config)
             check(task, whole=config.on_damaged == "stop")
@@ -827,9 +838,10 @@ def write(run: Run, train_state: train.TrainState, done: int) -> None:
 
 
 def evaluation_due(run: Run, done: int) -> bool:
-    config, last = run.config, done == run.plan.total_steps
-    every = config.eval_every * run.plan.steps_per_epoch
-    return config.mode == "full" and (last or (every > 0 and done % every == 0))
+    config, (epoch, rest) = run.config, divmod(done, run.plan.steps_per_epoch)
+    asked = config.eval_every > 0 and epoch % config.eval_every == 0
+    due = rest == 0 and (asked or epoch > run.plan.epochs - config.eval_last)
+    return config.mode == "full" and (due or done == run.plan.total_steps)
 
 
 def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, float]:
@@ -906,12 +918,13 @@ def parse(defaults: Defaults, arguments: list[str], description: str | None = No
     """The config of a command line; --model (and what else `Config.CHOOSES`) and what is at --data-root decide on the
     defaults."""
     root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
-    at_root = partial(source.of_kind, root=None if root is None else Path(root))
-    given = {name: flag(arguments, f"--{name}") for name in at_root(first).CHOOSES}
+    some = {name: next(iter(of.values())) for name, of in defaults.items()}  # what chooses is of a model, at any root
+    given = {name: flag(arguments, f"--{name}") for name in next(iter(some.values())).CHOOSES}
     chosen = {name: value for name, value in given.items() if value is not None}
-    fitting = (of for of in defaults.values() if all(str(getattr(at_root(of), n)) == v for n, v in chosen.items()))
+    fitting = (m for m, one in some.items() if all(str(getattr(one, n)) == v for n, v in chosen.items()))
     # Tyro names the choices for an unknown model, the config what contradicts a known one.
-    default = at_root(next(fitting, defaults.get(chosen.get("model", ""), first)))
+    of = defaults.get(next(fitting, chosen.get("model", "")), first)
+    default = source.of_kind(of, None if root is None else Path(root))
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
     return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)

@@ -41,6 +41,8 @@ class Config:
     )
     """of the pooled map; the output has half as many cells along each axis"""
     lidar_depth: bool = True
+    bias: bool = True
+    """of the convolutions before the batch norms that read the depth image (AWML since December 2025: none)"""
     recompute: bool = False
     """the convolutions before and behind the pooling once more for the gradient, see `layers.remat`"""
 
@@ -63,7 +65,8 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
         parts["depth_net"] = [(width + 64, width, 3), (width, width, 3)]
     made: dict = {"depth_net": []}
     for part in sorted(parts):
-        made[part] = [conv_norm.init(*layer, bias=part != "downsample", generator=generator) for layer in parts[part]]
+        bias = config.bias and part != "downsample"
+        made[part] = [conv_norm.init(*layer, bias=bias, generator=generator) for layer in parts[part]]
     last = conv.init(width, config.grid.depth_bins + config.channels_out, 1, bias=True, generator=generator)
     made["depth_net"].append({"conv": last})
     return tree.unzip(made)
