@@ -77,6 +77,9 @@ MODELS: dict[str, Model] = {
         case="bevfusion_lidar",
     ),
     "bevfusion-camera": Model("bevfusion", "bevfusion", 35.1, checkpoints=("swin-nuimages",)),
+    "bevfusion-lidar-masked": Model("pretrain", "masked_voxels", 7.6, checkpoints=()),
+    "bevfusion-image": Model("pretrain", "image_branch", 29.3, checkpoints=("swin-nuimages",)),
+    "bevfusion-camera-image": Model("pretrain", "image_branch", 29.3, checkpoints=("swin-nuimages",)),
     "bevdepth-2key": BEVDEPTH,
     "bevdepth-2key-ema": replace(BEVDEPTH, published=Published(33.29, 44.09, "BEVDepth")),
     "bevdepth-2key-da": AGGREGATED,
@@ -96,6 +99,8 @@ MODELS: dict[str, Model] = {
     "bevnext-pers-stage1": replace(BEVNEXT_1, checkpoints=("bevnext-stage1", "resnet50-detector"), case=None),
     "bevnext-pers-stage2": replace(BEVNEXT_2, published=Published(45.6, 56.0, "BEVNeXt"), case=None),
 }
+PRETEXT = "pretext"
+"""Where a model's parameters and statistics have what its pretraining alone needs: a model that starts from it leaves them out."""
 FORMER = {
     "bevfusion-lidar-cam": "bevfusion-lidar-camera",
     "two-key": "bevdepth-2key",
