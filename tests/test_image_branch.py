@@ -147,9 +147,9 @@ def test_the_depth_error_of_the_truth_is_half_a_step_at_most(batch):
     grid = CONFIG.grid
     labels = image_branch.depth_net.depth_labels(batch.depth.flatten(0, 1), grid.depth_m, grid.stride)
     one_hot = torch.nn.functional.one_hot(labels.clamp(min=0), grid.depth_bins).permute(0, 3, 1, 2).float()
-    (error, count), = image_branch.depth_error(one_hot, batch.depth, grid).tolist()
+    ((error, count),) = image_branch.depth_error(one_hot, batch.depth, grid).tolist()
     assert count == int((labels >= 0).sum()) > 20 and error == 0.0
-    (error, _), = image_branch.depth_error(one_hot.roll(1, dims=1), batch.depth, grid).tolist()
+    ((error, _),) = image_branch.depth_error(one_hot.roll(1, dims=1), batch.depth, grid).tolist()
     assert error > 0
 
 

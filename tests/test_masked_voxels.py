@@ -89,9 +89,7 @@ def test_the_encoder_does_not_see_what_is_hidden(batch, weights):
     points = batch.points
     cell = torch.stack([((points[..., a] + offset) / size).floor() for a, (offset, size) in
                         enumerate(((24.0, 0.75), (24.0, 0.75), (5.0, 0.2)))], -1).int()  # fmt: skip
-    of_hidden = [
-        {tuple(c) for c in coords[mask].tolist()} for coords, mask in zip(voxels["coords"], hidden)
-    ]
+    of_hidden = [{tuple(c) for c in coords[mask].tolist()} for coords, mask in zip(voxels["coords"], hidden)]
     inside = torch.tensor([[tuple(c) in known for c in row.tolist()] for row, known in zip(cell, of_hidden)])
     assert 0.2 < float(inside[batch.points_valid].float().mean()) < 0.9
     before = logits(points)
@@ -183,7 +181,7 @@ def test_the_score_is_average_precision_and_iou_of_the_cells():
     rows["hidden"][0, -1], rows["hidden"][1, 3], rows["empty"][1, 10], rows["empty"][0, 0] = 3, 1, 2, 94
     made = masked_voxels.score(rows)
     assert made["AP"] == pytest.approx(0.75 * 1.0 + 0.25 * 4 / 6) and made["chance AP"] == pytest.approx(0.04)
-    assert made["IoU"] == pytest.approx(3 / 4) and list(made)[0] == "AP"
+    assert made["IoU"] == pytest.approx(3 / 4) and next(iter(made)) == "AP"
     nothing = masked_voxels.score({name: np.zeros((1, masked_voxels.BINS)) for name in rows})
     assert all(np.isnan(value) for value in nothing.values())
 
