@@ -160,7 +160,7 @@ def rectangles(batch: Batch, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     (H, W), N = config.grid.image_size, len(u) // len(boxes)
 
     def ends(plane: Tensor, size: int) -> tuple[Tensor, Tensor]:  # max with a dim reaches an NPU graph, min does not
-        return tuple(end.clamp(0.0, float(size)) for end in (-(-plane).max(-1)[0], plane.max(-1)[0]))
+        return (-(-plane).max(-1)[0]).clamp(0.0, float(size)), plane.max(-1)[0].clamp(0.0, float(size))
 
     (left, right), (top, bottom) = ends(u, W), ends(v, H)
     in_front = -(-depth).max(-1)[0] >= MIN_DEPTH

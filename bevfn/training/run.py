@@ -852,7 +852,8 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     check_state(train_state, done)
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
-    found, counts = (detect if run.task.score is None else collect)(
+    over_all: Callable[..., tuple[dict, dict[str, float]]] = detect if run.task.score is None else collect
+    found, counts = over_all(
         *(run.task.predict, weights["params"], weights["state"]),
         *(data.evaluation, data.eval_reading),
         batch_size=config.batch_size,
