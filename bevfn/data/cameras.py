@@ -70,7 +70,11 @@ def check_sizes(index: Index, config: reading.Cameras) -> None:
         try:
             _move(size, replace(config, augmentation=None), np.random.default_rng(0))
         except ValueError as error:
-            more = " Or let factors follow the size of each image: --no-published-resize." if config.covering is None else ""
+            more = (
+                " Or let factors follow the size of each image: --no-published-resize."
+                if config.covering is None
+                else ""
+            )
             raise ValueError(f"{index.root / path}, {channel}: {error}{more}") from None
 
 

@@ -22,7 +22,10 @@ VERSION = "v1.0-trainval"  # of nuScenes, unless another is asked for
 KINDS: dict[Kind, str] = {"nuscenes": "nuScenes roots", "t4": "T4 data sets", "frame": "single key frames"}
 WORLDS: dict[World, Path] = {"nuscenes": Path("runs/world"), "t4": Path("runs/world_t4")}
 WORLD_IMAGE = (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
-SIZES: dict[World, tuple[int, int]] = {"nuscenes": (10, 20), "t4": (50, 4)}  # scenes, key frames of each, at 2 and 10 Hz
+SIZES: dict[World, tuple[int, int]] = {
+    "nuscenes": (10, 20),
+    "t4": (50, 4),
+}  # scenes, key frames of each, at 2 and 10 Hz
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,7 @@ def _split_names(root: Path, version: str, training: str | None, evaluation: str
     return training or defaults[0], evaluation or defaults[1]
 
 
-def trained_on(
-    root: Path | None, version: str, training: str | None, split: str, world: World = "nuscenes"
-) -> str:
+def trained_on(root: Path | None, version: str, training: str | None, split: str, world: World = "nuscenes") -> str:
     """A sentence about the scenes of a split that a run on the split `training` (None: the default) was trained on; empty
     where there are none, or no splits. Raises ValueError for a wrong root or version."""
     root = WORLDS[world] if root is None else root
