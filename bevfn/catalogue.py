@@ -85,6 +85,9 @@ MODELS: dict[str, Model] = {
         case="bevfusion_lidar",
     ),
     "bevfusion-camera": Model("bevfusion", "bevfusion", 35.1, checkpoints=("swin-nuimages",)),
+    "bevfusion-lidar-masked": Model("pretrain", "masked_voxels", 7.6, checkpoints=()),
+    "bevfusion-image": Model("pretrain", "image_branch", 29.3, checkpoints=("swin-nuimages",)),
+    "bevfusion-camera-image": Model("pretrain", "image_branch", 29.3, checkpoints=("swin-nuimages",)),
     "bevdepth-2key": BEVDEPTH,
     "bevdepth-2key-ema": replace(BEVDEPTH, published=Published(33.29, 44.09, "BEVDepth")),
     "bevdepth-2key-da": AGGREGATED,
@@ -122,6 +125,8 @@ MODELS: dict[str, Model] = {
     "awml-camera": replace(AWML, parameters=31.8, checkpoints=("awml-camera", "swin-nuimages")),
     "awml-nuscenes-lidar": replace(AWML, checkpoints=("bevfusion-lidar",)),
 }
+PRETEXT = "pretext"
+"""Where a model's parameters and statistics have what its pretraining alone needs: a model that starts from it leaves them out."""
 FORMER = {
     "bevfusion-lidar-cam": "bevfusion-lidar-camera",
     "two-key": "bevdepth-2key",

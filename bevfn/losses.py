@@ -50,11 +50,17 @@ def gaussian_focal(
 
 
 def sigmoid_focal(
-    logits: Tensor, target: Tensor, normaliser: Tensor, *, gamma: float = 2.0, alpha: float = 0.25
+    logits: Tensor,
+    target: Tensor,
+    normaliser: Tensor,
+    *,
+    gamma: float = 2.0,
+    alpha: float = 0.25,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Focal loss (Lin et al. 2017, equation 5) of one-vs-all `logits` against 0/1 `target`, same shape.
 
-    Summed and divided by `normaliser` (0-d, see `positives`).
+    Summed, where `counted` (bool, same shape) is not False, and divided by `normaliser` (0-d, see `positives`).
     """
     logits = logits.float()
     p = torch.sigmoid(logits)
@@ -62,7 +68,10 @@ def sigmoid_focal(
     weight = (alpha * target + (1 - alpha) * (1 - target)) * wrong.pow(gamma)
     # log(1 + exp(-|x|)) + max(x, 0) - x t: the stable binary cross-entropy, spelled so that it reaches an NPU graph
     entropy = logits.clamp(min=0) - logits * target + torch.log1p(torch.exp(-logits.abs()))
-    return (weight * entropy).sum() / (normaliser + NORMALISER_EPS)
+    terms = weight * entropy
+    if counted is not None:
+        terms = torch.where(counted, terms, 0.0)
+    return terms.sum() / (normaliser + NORMALISER_EPS)
 
 
 def weighted_l1(prediction: Tensor, target: Tensor, weight: Tensor, normaliser: Tensor) -> Tensor:

@@ -68,10 +68,9 @@ def few_pixels(monkeypatch):
     monkeypatch.setattr(bevnext, "mini", small_bevnext)
 
 
+SLOW = {("bevnext", "fp32"), ("pretrain", "fp16")}
 STEPS_OF = [
-    pytest.param(
-        experiment, None, precision, marks=pytest.mark.slow if (experiment, precision) == ("bevnext", "fp32") else ()
-    )
+    pytest.param(experiment, None, precision, marks=pytest.mark.slow if (experiment, precision) in SLOW else ())
     for experiment in EXPERIMENTS
     for precision in ("fp32", "fp16")
 ]

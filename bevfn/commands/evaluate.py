@@ -14,8 +14,8 @@ from bevfn import compile as compilation
 from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.evaluation import results, tables
-from bevfn.evaluation.detect import detect
-from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, submission
+from bevfn.evaluation.detect import collect, detect
+from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
 from bevfn.files import check_writable
 from bevfn.precision import Precision
 from bevfn.training import run, run_folder
@@ -80,10 +80,14 @@ def evaluate(
     out = out if out is not None else _folder(checkpoint, split)
     _check(task, out)
     found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
-    if not task.data.evaluation.annotated:
+    told: dict[str, Any] = {"title": f"{task.title}, {checkpoint.name}", "counts": counts}
+    if task.score is not None:
+        judgement = measure(found, task.score, out, **told)
+    elif task.data.evaluation.annotated:
+        told |= {"config": run.flags(config), "bottom": task.bottom}
+        judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
+    else:
         return _submit(task, found, counts, out)
-    told: dict[str, Any] = {"title": f"{task.title}, {checkpoint.name}", "config": run.flags(config), "counts": counts}
-    judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told, bottom=task.bottom)
     print(f"{judgement.text}\neverything is in {out}")
     return 0
 
@@ -116,19 +120,20 @@ def _check(task: run.Task, out: Path) -> None:
     """Raises ValueError for what the model need not run for: key frames that cannot be scored, a folder that cannot be
     written."""
     run.check(task, train=False)
-    if task.data.evaluation.annotated:
+    if task.score is None and task.data.evaluation.annotated:
         source.check_scored(task.data.evaluation, results.KNOWN_ATTRIBUTES)
     check_writable(out)
 
 
 def _found(task: run.Task, checkpoint: Path, *, device: str, **settings: Any) -> tuple[dict, dict]:
-    """What `detect` returns of the checkpoint's weights, under a progress bar; settings: its others."""
+    """What `detect` (`collect`, where the task has a score) returns of the checkpoint's weights, under a progress bar; settings:
+    its others."""
     params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
     check_fits(task, params, state, checkpoint)
     index = task.data.evaluation
     with Progress() as progress:
         bar = progress.add_task(f"{len(index)} key frames of {index.split}")
-        return detect(
+        return (detect if task.score is None else collect)(
             *(task.predict, params, state),
             *(index, task.data.eval_reading),
             device=device,

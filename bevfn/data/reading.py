@@ -160,10 +160,13 @@ class Needs:
     """Key frames, the current one included."""
     depth: bool = False
     """To learn from."""
+    boxes: bool = True
+    """To learn from."""
 
     def check(self, reading: Reading, *, train: bool) -> None:
         """Raises ValueError, one sentence that names both sides, for a reading that the model cannot take."""
-        room = {"boxes": reading.capacities.boxes} | ({"points": reading.capacities.points} if self.points else {})
+        wanted = {"boxes": self.boxes, "points": self.points}
+        room = {name: getattr(reading.capacities, name) for name, is_wanted in wanted.items() if is_wanted}
         cameras = reading.cameras
         wrong = {
             f"base frame {reading.base.value!r}, not {self.base.value!r}": reading.base is not self.base,

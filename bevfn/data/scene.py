@@ -81,7 +81,7 @@ def _load(
     if reading.augmentation is not None or reading.base is not Base.LIDAR:
         boxes = augment.move_boxes(boxes, base_aug)
     boxes, labels = annotations.in_range(boxes, labels, reading.range, reading.class_reach)
-    counts["empty/boxes"] = int(len(boxes) == 0)
+    counts["empty/boxes"] = int(len(boxes) == 0 and len(reading.class_names) > 0)  # of no class: none is asked for
     if cloud is not None:
         parts["points"] = cloud = _filtered(cloud, base_aug, reading, rng)
         counts["empty/points"] = int(len(cloud) == 0)

@@ -4,7 +4,7 @@ A split of a nuScenes root gets the devkit's scores and a report; T4 data get th
 their own classes; a frame without tables gets recall and a picture.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,29 @@ def judge(
         return Judgement(scored.scores.nds, scored.scores.headline, text)
     numbers = {name: value for name, value in scored.extra.headline.items() if np.isfinite(value)}
     return Judgement(numbers.get("T4 mAP", 0.0), numbers | scored.scores.headline, text)
+
+
+def measure(
+    rows: Mapping[str, Mapping[str, np.ndarray]],
+    scores_of: Callable[[Mapping[str, np.ndarray]], dict[str, float]],
+    out: Path,
+    *,
+    title: str,
+    counts: Mapping[str, float],
+) -> Judgement:
+    """Scores what a model that detects nothing predicts of key frames (`detect.collect`), and writes the folder `out`:
+    metrics.json and summary.md.
+
+    scores_of: {name: [frames ...]} -> scores by name, more being better for the first, which checkpoints are compared by (0 if
+    it is not finite).
+    """
+    forget(out)
+    measured = scores_of({name: np.stack([row[name] for row in rows.values()]) for name in next(iter(rows.values()))})
+    numbers = {name: value for name, value in measured.items() if np.isfinite(value)}
+    text = tables.measured(measured, title, len(rows), counts)
+    write_atomically(out / "summary.md", text.encode())
+    write_atomically(out / score.METRICS, to_json(numbers | {"counts": dict(counts)}, indent=1))
+    return Judgement(numbers.get(next(iter(measured)), 0.0), numbers, text)
 
 
 def forget(out: Path) -> None:

@@ -48,6 +48,13 @@ def summary(
     return "\n".join([*lines, "", *_table(rows), "", note(scores), *(["", *lost] if lost else []), ""])
 
 
+def measured(numbers: Mapping[str, float], title: str, frames: int, counts: Mapping[str, float]) -> str:
+    """The numbers of a model that detects nothing, of so many key frames, and what was `counted`."""
+    head = [f"## {title}", "", *_table([list(numbers), [number(value) for value in numbers.values()]]), ""]
+    lost = [f"- {line}" for line in counted(counts)]
+    return "\n".join([*head, f"{frames:,} key frames.", *(["", *lost] if lost else []), ""])
+
+
 def counted(counts: Mapping[str, float]) -> list[str]:
     """What did not fit, was broken or missing on the way to the scores, a sentence each; of points, which share."""
     dropped, kept = counts.get("overflow/points", 0), counts.get("points", 0)

@@ -111,16 +111,26 @@ def gather_code(maps: dict[str, Tensor], cell: Tensor) -> Tensor:
 def _heatmaps(boxes: Tensor, labels: Tensor, whole: list[Tensor], inside: Tensor, config: Config) -> Tensor:
     """[B classes Y X]: per class the maximum over its boxes of a Gaussian with radius r and sigma (2r+1)/6 around the
     box's cell, cut to the square |dx|, |dy| <= r; exactly 1 at the cell."""
-    Y, X = config.cells
     size = [boxes[..., 3 + a] / config.cell[a] for a in range(2)]
     radius = gaussian_radius(size[1], size[0], config.gaussian_overlap).trunc().clamp(min=float(config.min_radius))
+    return gaussians(whole, radius, labels, inside, cells=config.cells, classes=config.classes)
+
+
+def gaussians(
+    whole: list[Tensor], radius: Tensor, labels: Tensor, inside: Tensor, *, cells: tuple[int, int], classes: int
+) -> Tensor:
+    """[B classes Y X] of Gaussians as in `targets`, of boxes whose centres lie in column whole[0] and row whole[1] [B G].
+
+    radius [B G], in cells; labels [B G]; inside [B G] bool: which boxes are drawn; cells: (Y, X).
+    """
+    Y, X = cells
     sigma = (2 * radius + 1) / 6  # B G
-    along_x = torch.arange(X, device=boxes.device) - whole[0][..., None]  # B G X
-    along_y = torch.arange(Y, device=boxes.device) - whole[1][..., None]  # B G Y
+    along_x = torch.arange(X, device=radius.device) - whole[0][..., None]  # B G X
+    along_y = torch.arange(Y, device=radius.device) - whole[1][..., None]  # B G Y
     near_x = (along_x.abs() <= radius[..., None]) & inside[..., None]
     near_y = along_y.abs() <= radius[..., None]
     squares = along_y.square()[..., :, None] + along_x.square()[..., None, :]  # B G Y X
     gaussian = torch.exp(-squares / (2 * sigma.square())[..., None, None])
     gaussian = torch.where(near_y[..., :, None] & near_x[..., None, :], gaussian, 0.0)
-    maps = [torch.where((labels == k)[..., None, None], gaussian, 0.0).max(dim=1)[0] for k in range(config.classes)]
+    maps = [torch.where((labels == k)[..., None, None], gaussian, 0.0).max(dim=1)[0] for k in range(classes)]
     return torch.stack(maps, dim=1)

@@ -288,11 +288,8 @@ def apply(
         x, new["fuser"] = conv_norm.apply(params["fuser"], state["fuser"], torch.cat(bev, dim=1), train=train)
         outputs["fuser"] = x
     if config.backbone is not None and config.neck is not None:
-        weights, old = params["bev"], state["bev"]
-        maps, backbone = second.apply(weights["backbone"], old["backbone"], x, config=config.backbone, train=train)
-        x, neck = second_fpn.apply(weights["neck"], old["neck"], maps, config=config.neck, train=train)
-        new["bev"] = {"backbone": backbone, "neck": neck}
-        outputs["bev"] = {"backbone": maps, "neck": x}
+        outputs["bev"], new["bev"] = bev_layers(params["bev"], state["bev"], x, config, train)
+        x = outputs["bev"]["neck"]
     head_key = None if key is None else rng.fold(key, 1)
     outputs["head"], new["head"] = transfusion.apply(
         params["head"], state["head"], x, config=config.head, train=train, key=head_key
@@ -300,29 +297,53 @@ def apply(
     return outputs, new
 
 
+def bev_layers(params: dict, state: dict, x: Tensor, config: Config, train: Train) -> tuple[dict, dict]:
+    """The layers of the BEV map x [B C X Y] that has them: {"backbone": maps, "neck": [B C' X Y]}, and the new state."""
+    assert config.backbone is not None and config.neck is not None
+    maps, backbone = second.apply(params["backbone"], state["backbone"], x, config=config.backbone, train=train)
+    neck, neck_state = second_fpn.apply(params["neck"], state["neck"], maps, config=config.neck, train=train)
+    return {"backbone": maps, "neck": neck}, {"backbone": backbone, "neck": neck_state}
+
+
 def _camera_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy, key: Tensor | None
 ) -> tuple[dict, dict]:
+    assert config.camera is not None
+    outputs, new = image_features(params, state, batch, config, train, policy, key)
+    # Upstream forces the view transform to float32 under autocast.
+    outputs["view"], new["view"] = lift_splat.apply(
+        params["view"], state["view"], outputs["neck"][0].float(), batch, config=config.camera.view, train=train
+    )
+    return outputs, new
+
+
+def image_features(
+    params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy, key: Tensor | None
+) -> tuple[dict, dict]:
+    """The camera branch before its view transform: {"backbone", "neck"}, maps [B*N C H W] fine to coarse, and their state."""
     assert config.camera is not None
     frames = cameras.images(batch, 1, config.camera.view.grid.image_size)
     images = cameras.normalise(frames[:, 0], order="rgb").to(policy.compute)  # B*N 3 H W
     swin_key = None if key is None else rng.fold(key, 0)
     features = swin.apply(params["backbone"], images, config=config.camera.backbone, train=train, key=swin_key)
     fpn, neck_state = lss_fpn.apply(params["neck"], state["neck"], features, train=train)
-    # Upstream forces the view transform to float32 under autocast.
-    view, view_state = lift_splat.apply(
-        params["view"], state["view"], fpn[0].float(), batch, config=config.camera.view, train=train
-    )
-    return {"backbone": features, "neck": fpn, "view": view}, {"backbone": {}, "neck": neck_state, "view": view_state}
+    return {"backbone": features, "neck": fpn}, {"backbone": {}, "neck": neck_state}
 
 
 def _lidar_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy
 ) -> tuple[dict, dict]:
-    assert config.lidar is not None
     points, valid = needed(batch.points, "points"), needed(batch.points_valid, "points_valid")
     voxels, overflow = voxelise(points, valid, config.voxels, train=train)
-    sparse, new = sparse_encoder.apply(
+    sparse, new = encode(params, state, voxels, config, train, policy)
+    overflow |= sparse.pop("overflow")
+    return {"voxels": voxels, "lidar": sparse, "overflow": overflow}, new
+
+
+def encode(params: dict, state: dict, voxels: dict, config: Config, train: Train, policy: Policy) -> tuple[dict, dict]:
+    """`sparse_encoder.apply` of voxels as `voxelise` makes them; those with a count of 0 are none."""
+    assert config.lidar is not None
+    return sparse_encoder.apply(
         params,
         state,
         _encoded(voxels["features"], config.lidar).to(policy.compute),
@@ -332,8 +353,6 @@ def _lidar_branch(
         grid=config.sparse_grid,
         train=train,
     )
-    overflow |= sparse.pop("overflow")
-    return {"voxels": voxels, "lidar": sparse, "overflow": overflow}, new
 
 
 def _encoded(features: Tensor, config: Lidar) -> Tensor:

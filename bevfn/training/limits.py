@@ -46,6 +46,8 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("warmup_factor", "start_lr", "final_lr"), SHARE),
     **dict.fromkeys(("lr_turn", "beta1_turn"), WITHIN),
     "milestones": SIZE,
+    "mask_ratios": WITHIN,
+    "mask_edges": POSITIVE,
     "ema": Limit(0, 1, open=(False, True)),
     "norm_momentum": Limit(0, 1, open=(True, False)),
     "seed": SEED,

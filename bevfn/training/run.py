@@ -28,8 +28,8 @@ from bevfn.data.batch import Batch, collate
 from bevfn.data.index import Index
 from bevfn.data.reading import Needs, Reading
 from bevfn.distributed import Replicas
-from bevfn.evaluation.detect import detect
-from bevfn.evaluation.judge import judge
+from bevfn.evaluation.detect import collect, detect
+from bevfn.evaluation.judge import judge, measure
 from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.evaluation.score import METRICS
 from bevfn.files import as_read, read_json, to_json, write_atomically
@@ -217,7 +217,7 @@ class Task:
     loss: Callable[..., Any]
     """(params, state, batch, key, train=True | Replicas) -> (loss, (new state, metrics))"""
     predict: Callable[[dict, dict, Batch], dict[str, torch.Tensor]]
-    """-> "boxes" [B Q 9], "scores" [B Q], "labels" [B Q], "valid" [B Q]"""
+    """-> "boxes" [B Q 9], "scores" [B Q], "labels" [B Q], "valid" [B Q]; or what `score` takes"""
     optimizer: Callable[[Plan], optim.Config]
     ema: optim.Ema | None = None
     shared_normalisers: bool = False
@@ -226,6 +226,8 @@ class Task:
     """how it begins from --pretrained"""
     unready: str = ""
     """why it is not trained as it is, though it may be evaluated: one sentence"""
+    score: Callable[[Mapping[str, np.ndarray]], dict[str, float]] | None = None
+    """of a model that detects nothing, see `judge.measure`; None: `predict` gives detections"""
     bottom: bool = False
     """results files have the boxes' bottom centre, see `evaluation.results.entries`"""
 
@@ -435,9 +437,10 @@ def check(task: Task, *, train: bool = True, whole: bool = True) -> None:
         return
     if task.unready:
         raise ValueError(task.unready)
-    source.check_scored(data.evaluation, KNOWN_ATTRIBUTES)
+    if task.score is None:
+        source.check_scored(data.evaluation, KNOWN_ATTRIBUTES)
     reading = data.reading(0)
-    source.check(data.training, reading, train=True, whole=whole)
+    source.check(data.training, reading, train=task.needs.boxes, whole=whole)
     task.needs.check(reading, train=True)
     if data.database is not None and (foreign := set(data.database.class_names) - set(reading.class_names)):
         raise ValueError(
@@ -859,7 +862,8 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     check_state(train_state, done)
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
-    found, counts = detect(
+    over_all: Callable[..., tuple[dict, dict[str, float]]] = detect if run.task.score is None else collect
+    found, counts = over_all(
         *(run.task.predict, weights["params"], weights["state"]),
         *(data.evaluation, data.eval_reading),
         batch_size=config.batch_size,
@@ -873,14 +877,18 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
         return {}
     out = evaluation_folder(run, done)
     counts |= {"missing/key_frames": data.left_out}
-    judgement = judge(
-        *(data.evaluation, found, data.eval_reading, out),
-        counts=counts,
-        run_dir=config.run_dir,
-        title=f"{run.task.title}, step {done}",
-        config=flags(config),
-        bottom=run.task.bottom,
-    )
+    title = f"{run.task.title}, step {done}"
+    if run.task.score is not None:
+        judgement = measure(found, run.task.score, out, title=title, counts=counts)
+    else:
+        judgement = judge(
+            *(data.evaluation, found, data.eval_reading, out),
+            counts=counts,
+            run_dir=config.run_dir,
+            title=title,
+            config=flags(config),
+            bottom=run.task.bottom,
+        )
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
     if done:
         checkpoint.keep_best(config.run_dir / run_folder.CHECKPOINTS, out.name, judgement.value)

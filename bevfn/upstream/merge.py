@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bevfn import tree
+from bevfn.catalogue import PRETEXT
 
 Loaded = Mapping[str, tuple[dict, dict]]
 """{source: (params, state)}"""
@@ -21,6 +22,7 @@ class Merge:
     initial: list[str] = field(default_factory=list)  # names that keep their initial value
     reshaped: dict[str, str] = field(default_factory=dict)  # of these: what shape a source has; see `fitting_only`
     unused: dict[str, str] = field(default_factory=dict)  # name that the trees lack: source
+    pretext: dict[str, str] = field(default_factory=dict)  # name of what served a source's pretraining alone: source
 
     @property
     def absent(self) -> list[str]:
@@ -40,12 +42,17 @@ class Merge:
             ]
         for source in dict.fromkeys(self.filled.values()):
             count = sum(origin == source for origin in self.filled.values())
-            lines.append(f"{count} tensors from {source}")
+            lines.append(f"{count} tensors from {source}{self._served(source)}")
         groups: dict[str, int] = {}
         for name in self.initial:
             group = ".".join(name.split(".")[1:3])
             groups[group] = groups.get(group, 0) + 1
         return "\n".join([*lines, *(f"{count} tensors of {group} at init" for group, count in groups.items())])
+
+    def _served(self, source: str) -> str:
+        """What of a source served its pretraining, for the line of that source."""
+        count = sum(origin == source for origin in self.pretext.values())
+        return f", whose other {count} served its pretraining alone and are left out" if count else ""
 
 
 def load_into(
@@ -55,6 +62,7 @@ def load_into(
 
     Leaves that no source holds keep their value, where their path starts with one of `allow_missing` (a path or its
     beginning, e.g. "camera", "fuser"). Loaded leaves are copied to the dtype and device of those they replace.
+    Leaves below `catalogue.PRETEXT` that the trees lack are left out, and named in `merge`.
     fitting_only: loaded leaves that are not in the trees, or have another shape there, are left out and named in `merge`,
     as mmcv's load_checkpoint does: for a model that starts from a relative.
 
@@ -67,7 +75,9 @@ def load_into(
         for prefix, part in zip(("params", "state"), trees):
             for path, leaf in tree.flatten(part).items():
                 name = f"{prefix}.{path}"
-                if not (fitting_only and _left_out(name, leaf, ours, source, merge)):
+                if name not in ours and _below(path, (PRETEXT,)):
+                    merge.pretext[name] = source
+                elif not (fitting_only and _left_out(name, leaf, ours, source, merge)):
                     flat[name] = _place(name, leaf, ours, source, merge)
     merge.initial = [name for name in ours if name not in merge.filled]
     lost = [name for name in merge.initial if not _below(name.partition(".")[2], allow_missing)]

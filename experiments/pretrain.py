@@ -1,0 +1,141 @@
+"""Pretraining of BEVFusion's branches, from which its recipes then start with --pretrained.
+
+    --model                 learns                                            of
+    bevfusion-lidar-masked  LiDAR branch and BEV layers                       hidden voxels, without labels
+    bevfusion-image         image backbone and neck of LiDAR-camera           LiDAR depth, and boxes as rectangles in images
+    bevfusion-camera-image  the same and the depth net, of camera-only        likewise
+
+What exactly is learned, after which papers, is in `models/masked_voxels.py` and `models/image_branch.py`. Nothing is published for
+these networks: schedules are ours, those of BEVFusion's recipes. An evaluation scores the pretext itself (`score` of these files),
+which is not detection.
+
+    torchrun --nproc-per-node 8 -m bevfn.experiments.pretrain --precision fp16 --data-root /data/nuscenes
+    torchrun --nproc-per-node 8 -m bevfn.experiments.bevfusion_lidar --precision fp16 --data-root /data/nuscenes \\
+        --pretrained runs/pretrain_bevfusion_lidar_masked/checkpoints/step_00017600
+
+    torchrun --nproc-per-node 8 -m bevfn.experiments.pretrain --model bevfusion-image --precision fp16 --data-root /data/nuscenes \\
+        --pretrained swin.safetensors
+    torchrun --nproc-per-node 8 -m bevfn.experiments.bevfusion --precision fp16 --data-root /data/nuscenes \\
+        --pretrained runs/pretrain_bevfusion_image/checkpoints/step_00010560 runs/bevfusion_lidar/checkpoints/step_00077240
+
+    python -m bevfn.experiments.pretrain                                   # a synthetic world, minutes on a laptop
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from bevfn.choices import one_of
+from bevfn.data import source
+from bevfn.data.reading import Reading
+from bevfn.experiments import bevfusion
+from bevfn.models import bevfusion as detectors
+from bevfn.models import image_branch, masked_voxels
+from bevfn.training import optim, run
+
+Network = masked_voxels.Config | image_branch.Config
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "bevfusion-lidar-masked": lambda: masked_voxels.Config(detectors.lidar_only()),
+    "bevfusion-image": lambda: image_branch.Config(detectors.lidar_camera()),
+    "bevfusion-camera-image": lambda: image_branch.Config(detectors.camera_only()),
+}
+
+
+@dataclass(frozen=True)
+class Config(bevfusion.Shared):
+    """Flags of pretraining; those of masks are of masked voxels, that of depth of images."""
+
+    model: Annotated[str, one_of(NETWORKS)] = "bevfusion-lidar-masked"
+    """what learns, and of what"""
+    epochs: int = 20
+    eval_every: int = 5
+    recipe_lr: float = 1e-3
+    schedule: Literal["cosine", "cycle", "stairs"] = "cycle"
+    """cosine: warm-up, then down; cycle: up by a cosine, then down by one; stairs: up a stair an epoch, then down as a cosine"""
+    final_lr: float = 1e-5
+    """the end, as a share of the peak"""
+    class_balanced: bool = False
+    mask_ratios: tuple[float, ...] = (0.9, 0.7, 0.5)
+    """share of the voxels that is hidden, in each band of distance"""
+    mask_edges: tuple[float, ...] = (30.0, 50.0)
+    """metres, between these bands"""
+    depth_loss: float = 3.0
+    """weight of the depth loss of images"""
+
+
+MASKED = Config()
+IMAGE = replace(
+    MASKED, model="bevfusion-image", epochs=12, eval_every=4, recipe_lr=2e-4, schedule="cosine", final_lr=1e-4
+)
+VARIANTS = {
+    "bevfusion-lidar-masked": MASKED,
+    "bevfusion-image": IMAGE,
+    "bevfusion-camera-image": replace(IMAGE, model="bevfusion-camera-image"),
+}
+
+
+def defaults(recipe: Config) -> dict[source.Kind, run.Config]:
+    """The flags' defaults for what may lie at the data root; every model has its own run folders."""
+    name = "pretrain_" + recipe.model.replace("-", "_")
+    return {
+        "nuscenes": replace(recipe, run_dir=run.RUNS / name),
+        "frame": replace(recipe, run_dir=run.RUNS / f"{name}_frame", **bevfusion.FRAME),
+        "synthetic": replace(recipe, run_dir=run.RUNS / f"{name}_synthetic", **bevfusion.SYNTHETIC),
+    }
+
+
+DEFAULTS: run.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
+
+
+def task(config: Config, splits: source.Source | None = None) -> run.Task:
+    """The pretraining of config.model; `splits`: key frames other than the config's."""
+    network = NETWORKS[config.model]()
+    network = replace(network, detector=bevfusion.sized(config, network.detector))
+    readings = [bevfusion.fitted(config, network.detector, way) for way in (bevfusion.TRAIN, bevfusion.EVAL)]
+    return assemble(config, splits, with_flags(config, network), *readings)
+
+
+# ------------------------------------------------------------------------------ of BEVFusion detectors of other recipes
+
+
+def assemble(
+    config: Config, splits: source.Source | None, network: Network, training: Reading, evaluation: Reading
+) -> run.Task:
+    """The task of a network of any BEVFusion detector, under the config's recipe; readings: the detector's, for its size."""
+    family, way = FAMILIES[type(network)]
+    training, evaluation = way(training), way(evaluation)
+    data = run.make_data(config, splits, training if config.augment else evaluation, evaluation)
+    ema = None if config.ema is None else optim.Ema(decay=config.ema)
+    return run.make_task(
+        config, family, network, data, partial(bevfusion.optimizer, config), ema=ema, score=family.score
+    )
+
+
+def with_flags(config: Config, network: Network) -> Network:
+    """The network with what the config's flags say of its losses."""
+    if isinstance(network, image_branch.Config):
+        return replace(network, depth_weight=config.depth_loss)
+    return replace(network, ratios=config.mask_ratios, edges=config.mask_edges)
+
+
+def without_labels(reading: Reading) -> Reading:
+    """Points alone; annotations are not even read."""
+    return replace(
+        reading, cameras=None, paste=None, class_names=(), redraw=False, capacities=reading.capacities.changed(boxes=1)
+    )
+
+
+def with_depth(reading: Reading) -> Reading:
+    """Images, depth maps of them, and boxes; in images nothing is seen of a base frame that is turned and scaled."""
+    return replace(reading, points=None, paste=None, augmentation=None, depth=True)
+
+
+FAMILIES: dict[type, tuple[Any, Callable[[Reading], Reading]]] = {
+    masked_voxels.Config: (masked_voxels, without_labels),
+    image_branch.Config: (image_branch, with_depth),
+}
+
+
+if __name__ == "__main__":
+    run.cli(DEFAULTS, task, __doc__)
