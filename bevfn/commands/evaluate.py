@@ -170,7 +170,7 @@ def check_fits(task: run.Task, params: dict, state: dict, checkpoint: Path) -> N
     if differences:
         raise ValueError(
             f"{checkpoint} does not fit {task.title}: {differences[0]} (and {len(differences) - 1} more differences); "
-            "name the experiment that it was trained with"
+            "name the experiment and the --model that it was trained with"
         )
 
 
