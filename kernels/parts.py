@@ -22,8 +22,9 @@ def parts(bytes_of_one: int, *operands: Tensor | None) -> list[tuple[Any, ...]]:
     few = max(1, BYTES // max(1, bytes_of_one))
     if few >= length:
         return [operands]
-    absent = (None,) * -(-length // few)
-    return list(zip(*(absent if operand is None else operand.split(few) for operand in operands)))
+    # Not a split: that of int32 and bool would leave the AI Core.
+    slices = [slice(start, start + few) for start in range(0, length, few)]
+    return [tuple(None if operand is None else operand[part] for operand in operands) for part in slices]
 
 
 def joined(found: Iterable[Tensor]) -> Tensor:
