@@ -80,7 +80,7 @@ def test_values_that_are_not_finite_stay_valid_json_and_warn_once(tmp_path):
         ("empty/depth", "7 images have no LiDAR point and teach no depth; check the calibration if there are many."),
         (
             "missing/frames",
-            "7 earlier key frames do not exist, as at a scene's start, and the current one stands for them.",
+            "7 earlier key frames do not exist, as at a scene's start, and one that does (the current one, or the scene's first) stands for each.",
         ),
         ("overflow/other", "7 did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss."),
     ],
