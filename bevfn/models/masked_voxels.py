@@ -44,9 +44,8 @@ from bevfn.precision import Policy
 
 PRIOR = 0.01  # what an untrained decoder says of every cell, as RetinaNet's: else empty cells drown the first steps
 BINS = 200  # of predicted probabilities, when they are scored
-EVALUATED = (
-    0  # seed of what is hidden in an evaluation, the same voxels of every key frame whatever is in the batch with it
-)
+# Seed of what is hidden in an evaluation: the same voxels of every key frame, whatever is in the batch with it.
+EVALUATED = 0
 
 
 @dataclass(frozen=True)
