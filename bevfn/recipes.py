@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol, cast
 from bevfn import catalogue
 from bevfn.choices import one_of
 from bevfn.data import source
-from bevfn.training import run
+from bevfn.training import command_line, tasks
 
 # Of a command line: the names are the choices, and strings to everybody else.
 Experiment = Annotated[str, one_of(catalogue.EXPERIMENTS)]
@@ -21,9 +21,9 @@ class Recipe(Protocol):
     """A file of experiments/: its models' networks, their flags' defaults (of the published data first), the task of a config."""
 
     NETWORKS: Mapping[str, Callable[[], Any]]
-    DEFAULTS: run.Defaults
+    DEFAULTS: command_line.Defaults
 
-    def task(self, config: Any, splits: source.Source | None = None) -> run.Task:
+    def task(self, config: Any, splits: source.Source | None = None) -> tasks.Task:
         """`splits`: key frames other than the config's."""
 
 
@@ -32,7 +32,7 @@ def load(experiment: str) -> Recipe:
     return cast(Recipe, importlib.import_module(f"bevfn.experiments.{experiment}"))
 
 
-def defaults(experiment: str, model: str | None = None) -> Mapping[source.Kind, run.Config]:
+def defaults(experiment: str, model: str | None = None) -> Mapping[source.Kind, command_line.Config]:
     """The flags' defaults of one of an experiment's models, of the first for None; raises ValueError for another's."""
     made = load(experiment).DEFAULTS
     name = next(iter(made)) if model is None else model
@@ -44,6 +44,6 @@ def defaults(experiment: str, model: str | None = None) -> Mapping[source.Kind, 
     return made[name]
 
 
-def published(experiment: str, model: str | None = None) -> run.Config:
+def published(experiment: str, model: str | None = None) -> command_line.Config:
     """The defaults of the data that a model is published on, which are the first."""
     return next(iter(defaults(experiment, model).values()))

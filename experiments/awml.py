@@ -38,7 +38,7 @@ from bevfn.data.t4_classes import CLASSES
 from bevfn.experiments import bevfusion, bevfusion_lidar
 from bevfn.models import awml
 from bevfn.models import bevfusion as family
-from bevfn.training import optim, run
+from bevfn.training import command_line, optim, pretrained, run, tasks
 
 NETWORKS: dict[str, Callable[[], family.Config]] = {
     "awml-lidar": awml.lidar,
@@ -185,20 +185,20 @@ SYNTHETIC: dict[str, Any] = bevfusion.SYNTHETIC | {
 }
 
 
-def defaults(recipe: Config) -> dict[source.Kind, run.Config]:
+def defaults(recipe: Config) -> dict[source.Kind, command_line.Config]:
     """The flags' defaults of a recipe, for what may lie at the data root; every model has its own run folders."""
-    name, made = recipe.model.replace("-", "_"), dict[source.Kind, run.Config]()
-    made["nuscenes" if recipe.model == NUSCENES else "t4"] = replace(recipe, run_dir=run.RUNS / name)
-    made["frame"] = replace(recipe, run_dir=run.RUNS / f"{name}_frame", **FRAME)
+    name, made = recipe.model.replace("-", "_"), dict[source.Kind, command_line.Config]()
+    made["nuscenes" if recipe.model == NUSCENES else "t4"] = replace(recipe, run_dir=command_line.RUNS / name)
+    made["frame"] = replace(recipe, run_dir=command_line.RUNS / f"{name}_frame", **FRAME)
     own: dict[str, Any] = {"sweeps": 4} if recipe.model == NUSCENES else {"range_m": WORLD_RANGE}
-    made["synthetic"] = replace(recipe, run_dir=run.RUNS / f"{name}_synthetic", **SYNTHETIC | own)
+    made["synthetic"] = replace(recipe, run_dir=command_line.RUNS / f"{name}_synthetic", **SYNTHETIC | own)
     return made
 
 
-DEFAULTS: run.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
+DEFAULTS: command_line.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
 
 
-def task(config: Config, splits: source.Source | None = None) -> run.Task:
+def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
     """The task of config.model; `splits`: key frames other than the config's."""
     if splits is None:
         source.of_kind(DEFAULTS[config.model], config.data_root)  # or it is trained on other data
@@ -206,14 +206,14 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
         made = bevfusion.assemble(config, splits, NETWORKS[config.model](), bevfusion_lidar.TRAIN)
         return replace(made, data=bevfusion_lidar.with_paste(config, made.data))
     model = sized(config, network(config))
-    made = run.make_task(
+    made = tasks.make_task(
         config,
         family,
         model,
         data(config, splits, model),
         partial(bevfusion.optimizer, config),
         ema=None if config.ema is None else optim.Ema(decay=config.ema),
-        start=run.Start(begin),
+        start=pretrained.Start(begin),
     )
     return replace(made, loss=partial(made.loss, own_normalisers=True))
 
@@ -259,10 +259,10 @@ def sized(config: Config, model: family.Config) -> family.Config:
     return model if config.norm_momentum is None else family.with_norm_momentum(model, config.norm_momentum)
 
 
-def data(config: Config, splits: source.Source | None, model: family.Config) -> run.Data:
+def data(config: Config, splits: source.Source | None, model: family.Config) -> tasks.Data:
     """Training and evaluation splits and how they are read."""
     reading, eval_reading = (fitted(config, model, way) for way in (TRAIN, EVAL))
-    return run.make_data(config, splits, reading if config.augment else eval_reading, eval_reading)
+    return tasks.make_data(config, splits, reading if config.augment else eval_reading, eval_reading)
 
 
 def fitted(config: Config, model: family.Config, reading: Reading) -> Reading:

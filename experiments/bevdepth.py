@@ -33,7 +33,7 @@ from bevfn.data import augment, sampling, source
 from bevfn.data.batch import Base, Capacities
 from bevfn.data.reading import Cameras, Reading
 from bevfn.models import bevdepth
-from bevfn.training import optim, run
+from bevfn.training import command_line, optim, run, tasks
 from bevfn.views import camera_grid
 
 NETWORKS: dict[str, Callable[[], bevdepth.Config]] = {
@@ -59,7 +59,7 @@ TRAIN = replace(
 
 
 @dataclass(frozen=True)
-class Config(run.Config):
+class Config(command_line.Config):
     """The recipe of bevdepth-2key (bev_depth_lss_r50_256x704_128x128_24e_2key)."""
 
     model: Annotated[str, one_of(NETWORKS)] = "bevdepth-2key"
@@ -125,19 +125,19 @@ SYNTHETIC: dict[str, Any] = {
 }
 
 
-def defaults(recipe: Config, name: str) -> dict[source.Kind, run.Config]:
+def defaults(recipe: Config, name: str) -> dict[source.Kind, command_line.Config]:
     """The flags' defaults of a recipe, for what may lie at the data root; runs are called `name`."""
     return {
-        "nuscenes": replace(recipe, run_dir=run.RUNS / name),
-        "frame": replace(recipe, run_dir=run.RUNS / f"{name}_frame", **FRAME),
-        "synthetic": replace(recipe, run_dir=run.RUNS / f"{name}_synthetic", **SYNTHETIC),
+        "nuscenes": replace(recipe, run_dir=command_line.RUNS / name),
+        "frame": replace(recipe, run_dir=command_line.RUNS / f"{name}_frame", **FRAME),
+        "synthetic": replace(recipe, run_dir=command_line.RUNS / f"{name}_synthetic", **SYNTHETIC),
     }
 
 
-DEFAULTS: run.Defaults = {model: defaults(recipe, "bevdepth") for model, recipe in VARIANTS.items()}
+DEFAULTS: command_line.Defaults = {model: defaults(recipe, "bevdepth") for model, recipe in VARIANTS.items()}
 
 
-def task(config: Config, splits: source.Source | None = None) -> run.Task:
+def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
     """The task of config.model; `splits`: key frames other than the config's."""
     return assemble(config, splits, NETWORKS[config.model]())
 
@@ -145,22 +145,22 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 # ---------------------------------------------------------------------------------------- what MatrixVT's recipe shares
 
 
-def assemble(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Task:
+def assemble(config: Config, splits: source.Source | None, model: bevdepth.Config) -> tasks.Task:
     """The task of a published network under the config's recipe."""
     model = sized(config, model)
     read = data(config, splits, model)
     ema = None
     if config.ema is not None:
         ema = optim.Ema(config.ema, config.ema_ramp, first_update=len(read.items) * config.epochs)
-    return run.make_task(
+    return tasks.make_task(
         config, bevdepth, model, read, partial(optimizer, config, model), ema=ema, shared_normalisers=True
     )
 
 
-def optimizer(config: Config, model: bevdepth.Config, plan: run.Plan) -> optim.Config:
+def optimizer(config: Config, model: bevdepth.Config, plan: tasks.Plan) -> optim.Config:
     """AdamW at a constant rate that falls to a tenth at the milestones; the image backbone's stem stays as it is."""
     drops = tuple(round(plan.total_steps * epoch / config.epochs) for epoch in config.milestones)
-    lr = optim.Schedule(run.scaled_lr(config, plan), drops=drops)
+    lr = optim.Schedule(tasks.scaled_lr(config, plan), drops=drops)
     return optim.Config(
         lr=lr,
         weight_decay=config.weight_decay,
@@ -178,13 +178,13 @@ def sized(config: Config, model: bevdepth.Config) -> bevdepth.Config:
     return replace(model, depth_loss_weight=config.depth_loss)
 
 
-def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -> run.Data:
+def data(config: Config, splits: source.Source | None, model: bevdepth.Config) -> tasks.Data:
     """Training and evaluation splits and how they are read."""
     reading, eval_reading = (fitted(config, model, way) for way in (TRAIN, EVAL))
     reading = replace(reading if config.augment else eval_reading, depth=config.depth_loss > 0)
     classes_of = sampling.categorised if config.published_cbgs else sampling.boxed
     balanced = partial(sampling.cbgs, classes_of=classes_of)
-    return run.make_data(config, splits, reading, eval_reading, balanced)
+    return tasks.make_data(config, splits, reading, eval_reading, balanced)
 
 
 class Seeing(Protocol):
@@ -196,7 +196,7 @@ class Seeing(Protocol):
     def grid(self) -> camera_grid.Config: ...
 
 
-def fitted(config: run.Config, model: Seeing, reading: Reading) -> Reading:
+def fitted(config: command_line.Config, model: Seeing, reading: Reading) -> Reading:
     """A published way of reading, for the model's frames and image size, with the config's room for boxes."""
     assert reading.cameras is not None
     cameras = replace(reading.cameras, frames=model.frames, image_size=model.grid.image_size)

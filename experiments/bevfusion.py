@@ -20,7 +20,7 @@ from bevfn.data import augment, source
 from bevfn.data.batch import Capacities
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.models import bevfusion
-from bevfn.training import optim, run
+from bevfn.training import command_line, optim, run, tasks
 
 NETWORKS = {"bevfusion-lidar-camera": bevfusion.lidar_camera, "bevfusion-camera": bevfusion.camera_only}
 # How key frames are read, as published: nine sweeps, the newest ones where upstream takes random ones when testing too.
@@ -47,7 +47,7 @@ MINI_SITES = (20_000, 9_000, 9_000)
 
 
 @dataclass(frozen=True)
-class Shared(run.Config):
+class Shared(command_line.Config):
     """Flags of this recipe and of the LiDAR-only one."""
 
     schedule: Literal["cosine", "cycle", "stairs"] = "cosine"
@@ -141,17 +141,17 @@ SYNTHETIC: dict[str, Any] = {
     "sweeps": 4,
     "published_sweeps": False,
 }
-DEFAULTS: run.Defaults = {
+DEFAULTS: command_line.Defaults = {
     name: {
-        "nuscenes": Config(model=name, run_dir=run.RUNS / "bevfusion"),
-        "frame": Config(model=name, run_dir=run.RUNS / "bevfusion_frame", **FRAME),
-        "synthetic": Config(model=name, run_dir=run.RUNS / "bevfusion_synthetic", **SYNTHETIC),
+        "nuscenes": Config(model=name, run_dir=command_line.RUNS / "bevfusion"),
+        "frame": Config(model=name, run_dir=command_line.RUNS / "bevfusion_frame", **FRAME),
+        "synthetic": Config(model=name, run_dir=command_line.RUNS / "bevfusion_synthetic", **SYNTHETIC),
     }
     for name in NETWORKS
 }
 
 
-def task(config: Config, splits: source.Source | None = None) -> run.Task:
+def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
     """The LiDAR-camera or camera-only task; `splits`: key frames other than the config's."""
     return assemble(config, splits, NETWORKS[config.model](), TRAIN)
 
@@ -159,9 +159,9 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 # ------------------------------------------------------------------------------- what the LiDAR-only recipe shares
 
 
-def optimizer(config: Shared, plan: run.Plan) -> optim.Config:
+def optimizer(config: Shared, plan: tasks.Plan) -> optim.Config:
     """AdamW with the recipe's learning rate, and beta1 the other way round."""
-    total, peak = plan.total_steps, run.scaled_lr(config, plan)
+    total, peak = plan.total_steps, tasks.scaled_lr(config, plan)
     final = peak * config.final_lr
     if config.schedule == "cosine":
         warmup = config.warmup_steps if config.warmup_steps < total else total // 10
@@ -190,11 +190,11 @@ def share(of: float, total: int) -> int:
     return max(1, int(round(of * total, 6)))  # 3 epochs of 10 are 0.3, which is no float
 
 
-def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Task:
+def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> tasks.Task:
     """The task of one network: `training` is how it is published to read."""
     model = sized(config, model)
     ema = None if config.ema is None else optim.Ema(decay=config.ema)
-    return run.make_task(
+    return tasks.make_task(
         config, bevfusion, model, data(config, splits, model, training), partial(optimizer, config), ema=ema
     )
 
@@ -214,10 +214,10 @@ def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
     return model
 
 
-def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> run.Data:
+def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> tasks.Data:
     """Training and evaluation splits and how they are read."""
     reading, eval_reading = (fitted(config, model, way) for way in (training, EVAL))
-    return run.make_data(config, splits, reading if config.augment else eval_reading, eval_reading)
+    return tasks.make_data(config, splits, reading if config.augment else eval_reading, eval_reading)
 
 
 def fitted(config: Shared, model: bevfusion.Config, reading: Reading, scan_points: int = SCAN_POINTS) -> Reading:

@@ -17,7 +17,7 @@ from bevfn.data import augment, source
 from bevfn.data import paste as pasting
 from bevfn.experiments import bevfusion
 from bevfn.models.bevfusion import lidar_only
-from bevfn.training import run
+from bevfn.training import command_line, run, tasks
 
 NETWORKS = {"bevfusion-lidar": lidar_only}
 # How key frames are read, as published; the last 5 of 20 epochs have paste=None.
@@ -47,22 +47,26 @@ class Config(bevfusion.Shared):
     """last epochs without pasting; a run of no more epochs pastes nothing"""
 
 
-DEFAULTS: run.Defaults = {
+DEFAULTS: command_line.Defaults = {
     "bevfusion-lidar": {
-        "nuscenes": Config(run_dir=run.RUNS / "bevfusion_lidar"),
-        "frame": Config(run_dir=run.RUNS / "bevfusion_lidar_frame", **{**bevfusion.FRAME, "steps": 100}, paste=False),
-        "synthetic": Config(run_dir=run.RUNS / "bevfusion_lidar_synthetic", **bevfusion.SYNTHETIC, paste=False),
+        "nuscenes": Config(run_dir=command_line.RUNS / "bevfusion_lidar"),
+        "frame": Config(
+            run_dir=command_line.RUNS / "bevfusion_lidar_frame", **{**bevfusion.FRAME, "steps": 100}, paste=False
+        ),
+        "synthetic": Config(
+            run_dir=command_line.RUNS / "bevfusion_lidar_synthetic", **bevfusion.SYNTHETIC, paste=False
+        ),
     }
 }
 
 
-def task(config: Config, splits: source.Source | None = None) -> run.Task:
+def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
     """The LiDAR-only task; `splits`: key frames other than the config's."""
     made = bevfusion.assemble(config, splits, NETWORKS[config.model](), TRAIN)
     return replace(made, data=with_paste(config, made.data))
 
 
-def with_paste(config: Config, data: run.Data) -> run.Data:
+def with_paste(config: Config, data: tasks.Data) -> tasks.Data:
     """`data` with the GT-paste database, which its last epochs do not use."""
     pasted = data.reading(0)
     plain = replace(pasted, paste=None)

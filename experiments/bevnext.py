@@ -37,7 +37,7 @@ from bevfn.data.batch import Base, Capacities
 from bevfn.data.reading import Cameras, Reading
 from bevfn.experiments.bevdepth import CHANNELS, fitted
 from bevfn.models import bevnext
-from bevfn.training import optim, run
+from bevfn.training import command_line, optim, pretrained, run, tasks
 
 NETWORKS: dict[str, Callable[[], bevnext.Config]] = {
     "bevnext-stage1": bevnext.stage_one,
@@ -63,7 +63,7 @@ TRAIN = replace(
 
 
 @dataclass(frozen=True)
-class Config(run.Config):
+class Config(command_line.Config):
     """The recipe of bevnext-stage1 (bevnext-stage1.py)."""
 
     CHOOSES: ClassVar[tuple[str, ...]] = ("model", "stage")
@@ -156,23 +156,23 @@ SYNTHETIC: dict[str, Any] = SANE | {
 }
 
 
-def defaults(recipe: Config) -> dict[source.Kind, run.Config]:
+def defaults(recipe: Config) -> dict[source.Kind, command_line.Config]:
     """The flags' defaults of a recipe, for what may lie at the data root; every model has its own run folders."""
     name = recipe.model.replace("-", "_")
     return {
-        "nuscenes": replace(recipe, run_dir=run.RUNS / name),
-        "frame": replace(recipe, run_dir=run.RUNS / f"{name}_frame", **FRAME),
-        "synthetic": replace(recipe, run_dir=run.RUNS / f"{name}_synthetic", **SYNTHETIC),
+        "nuscenes": replace(recipe, run_dir=command_line.RUNS / name),
+        "frame": replace(recipe, run_dir=command_line.RUNS / f"{name}_frame", **FRAME),
+        "synthetic": replace(recipe, run_dir=command_line.RUNS / f"{name}_synthetic", **SYNTHETIC),
     }
 
 
-DEFAULTS: run.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
+DEFAULTS: command_line.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
 
 
-def task(config: Config, splits: source.Source | None = None) -> run.Task:
+def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
     """The task of config.model; `splits`: key frames other than the config's."""
     model = sized(config, NETWORKS[config.model]())
-    return run.make_task(
+    return tasks.make_task(
         config,
         bevnext,
         model,
@@ -180,7 +180,7 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
         partial(optimizer, config),
         ema=None if config.ema is None else optim.Ema(config.ema, config.ema_ramp, first_update=config.ema_updates),
         shared_normalisers=True,
-        start=run.Start(partial(begin, config=config), averages=True),
+        start=pretrained.Start(partial(begin, config=config), averages=True),
         unready=unready(config),
         bottom=config.published_z,
     )
@@ -197,14 +197,14 @@ def sized(config: Config, model: bevnext.Config) -> bevnext.Config:
     return replace(model, depth_loss_weight=config.depth_loss)
 
 
-def data(config: Config, splits: source.Source | None, model: bevnext.Config) -> run.Data:
+def data(config: Config, splits: source.Source | None, model: bevnext.Config) -> tasks.Data:
     """Training and evaluation splits and how they are read."""
     reading, eval_reading = (historic(config, model, fitted(config, model, way)) for way in (TRAIN, EVAL))
     if not config.augment:
         reading = replace(eval_reading, depths=reading.depths)
     reading = replace(reading, depth=config.depth_loss > 0, redraw=config.redraw)
     balanced = sampling.published_cbgs if config.published_draw else sampling.cbgs
-    return run.make_data(config, splits, reading, eval_reading, balanced)
+    return tasks.make_data(config, splits, reading, eval_reading, balanced)
 
 
 def historic(config: Config, model: bevnext.Config, reading: Reading) -> Reading:
@@ -215,12 +215,12 @@ def historic(config: Config, model: bevnext.Config, reading: Reading) -> Reading
     return replace(reading, cameras=cameras)
 
 
-def optimizer(config: Config, plan: run.Plan) -> optim.Config:
+def optimizer(config: Config, plan: tasks.Plan) -> optim.Config:
     """AdamW at a constant rate after its warm-up; the published step at epoch 20 is never reached."""
     warmup = config.warmup_steps if config.warmup_steps < plan.total_steps else plan.total_steps // 10
     groups = (optim.Group("image.backbone.*", lr=config.image_backbone_lr),)
     return optim.Config(
-        lr=optim.Schedule(run.scaled_lr(config, plan), warmup_steps=warmup + 1, warmup_factor=config.warmup_factor),
+        lr=optim.Schedule(tasks.scaled_lr(config, plan), warmup_steps=warmup + 1, warmup_factor=config.warmup_factor),
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         groups=groups if config.image_backbone_lr != 1.0 else (),
@@ -261,7 +261,7 @@ def begin(params: dict, state: dict, loaded: upstream.Loaded, *, config: Config)
     ours, other = shapes(params, state), shapes(*other_stage(config))
     strange = any(not _fits(trees, ours) and not _fits(trees, other) for trees in loaded.values())
     if config.stage == 1 or second or strange:
-        return run.parts(params, state, loaded)  # which says what does not fit
+        return pretrained.parts(params, state, loaded)  # which says what does not fit
     if 1 not in stages.values() and not config.from_scratch:
         raise ValueError(
             f"none of {', '.join(loaded)} is a checkpoint of BEVNeXt's stage 1, from which stage 2 starts; add one, or "

@@ -18,7 +18,7 @@ from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.experiments import bevdepth
 from bevfn.models.bevdepth import matrix_vt
-from bevfn.training import run
+from bevfn.training import command_line, run, tasks
 
 NETWORKS = {"matrixvt": matrix_vt}
 
@@ -35,10 +35,10 @@ class Config(bevdepth.Config):
     ema: float | None = 0.999
 
 
-DEFAULTS: run.Defaults = {"matrixvt": bevdepth.defaults(Config(), "matrixvt")}
+DEFAULTS: command_line.Defaults = {"matrixvt": bevdepth.defaults(Config(), "matrixvt")}
 
 
-def task(config: Config, splits: source.Source | None = None) -> run.Task:
+def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
     """MatrixVT's task; `splits`: key frames other than the config's."""
     return bevdepth.assemble(config, splits, NETWORKS[config.model]())
 

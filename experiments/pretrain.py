@@ -32,7 +32,7 @@ from bevfn.data.reading import Reading
 from bevfn.experiments import bevfusion
 from bevfn.models import bevfusion as detectors
 from bevfn.models import image_branch, masked_voxels
-from bevfn.training import optim, run
+from bevfn.training import command_line, optim, run, tasks
 
 Network = masked_voxels.Config | image_branch.Config
 NETWORKS: dict[str, Callable[[], Network]] = {
@@ -75,20 +75,20 @@ VARIANTS = {
 }
 
 
-def defaults(recipe: Config) -> dict[source.Kind, run.Config]:
+def defaults(recipe: Config) -> dict[source.Kind, command_line.Config]:
     """The flags' defaults for what may lie at the data root; every model has its own run folders."""
     name = "pretrain_" + recipe.model.replace("-", "_")
     return {
-        "nuscenes": replace(recipe, run_dir=run.RUNS / name),
-        "frame": replace(recipe, run_dir=run.RUNS / f"{name}_frame", **bevfusion.FRAME),
-        "synthetic": replace(recipe, run_dir=run.RUNS / f"{name}_synthetic", **bevfusion.SYNTHETIC),
+        "nuscenes": replace(recipe, run_dir=command_line.RUNS / name),
+        "frame": replace(recipe, run_dir=command_line.RUNS / f"{name}_frame", **bevfusion.FRAME),
+        "synthetic": replace(recipe, run_dir=command_line.RUNS / f"{name}_synthetic", **bevfusion.SYNTHETIC),
     }
 
 
-DEFAULTS: run.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
+DEFAULTS: command_line.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
 
 
-def task(config: Config, splits: source.Source | None = None) -> run.Task:
+def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
     """The pretraining of config.model; `splits`: key frames other than the config's."""
     network = NETWORKS[config.model]()
     network = replace(network, detector=bevfusion.sized(config, network.detector))
@@ -101,13 +101,13 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 
 def assemble(
     config: Config, splits: source.Source | None, network: Network, training: Reading, evaluation: Reading
-) -> run.Task:
+) -> tasks.Task:
     """The task of a network of any BEVFusion detector, under the config's recipe; readings: the detector's, for its size."""
     family, way = FAMILIES[type(network)]
     training, evaluation = way(training), way(evaluation)
-    data = run.make_data(config, splits, training if config.augment else evaluation, evaluation)
+    data = tasks.make_data(config, splits, training if config.augment else evaluation, evaluation)
     ema = None if config.ema is None else optim.Ema(decay=config.ema)
-    return run.make_task(
+    return tasks.make_task(
         config, family, network, data, partial(bevfusion.optimizer, config), ema=ema, score=family.score
     )
 

@@ -20,7 +20,7 @@ from bevfn.evaluation import judge, page, results, t4_report
 from bevfn.experiments import awml, bevfusion, bevfusion_lidar
 from bevfn.metrics import read_metrics
 from bevfn.models import bevfusion as family
-from bevfn.training import checkpoint, run
+from bevfn.training import assembly, checkpoint, command_line, pretrained, run, tasks
 
 T4 = [model for model in awml.NETWORKS if model != awml.NUSCENES]
 FAST = ("--backend", "eager", "--workers", "0")
@@ -47,7 +47,7 @@ def bare(monkeypatch):
 
 
 def parsed(root: Path | None, *words: str) -> awml.Config:
-    return run.parse(awml.DEFAULTS, [*words, *(("--data-root", str(root)) if root else ())])
+    return command_line.parse(awml.DEFAULTS, [*words, *(("--data-root", str(root)) if root else ())])
 
 
 def test_what_lies_at_the_root_and_the_model_choose_the_recipe():
@@ -73,7 +73,7 @@ def test_every_model_and_scale_reads_what_it_takes(model, scale):
         assert reading.cameras.image_size == network.camera.view.grid.image_size
     assert reading.random and not task.data.eval_reading.random
     assert reading.capacities.points == 2 * awml.SCAN_POINTS
-    run.check(task)
+    tasks.check(task)
 
 
 def test_more_sweeps_are_the_newest_with_room_for_their_points():
@@ -224,8 +224,8 @@ def test_fusion_starts_from_the_lidar_detector_and_a_swin(first, tmp_path, capsy
     upstream.write_imported(swin, *only, upstream.Account("swin-nuimages", "", "", "mmdet", "spconv2"), source="test")
     config = replace(config, pretrained=(last(first[0]), swin))
     task = awml.task(config)
-    made, _ = run.initial(run.Run(task, config, run.plan(config, task.data.items)))
-    ours, lidar = tree.flatten(made), tree.flatten(run.read_weights(last(first[0]))[0])
+    made, _ = assembly.initial(tasks.Run(task, config, tasks.plan(config, task.data.items)))
+    ours, lidar = tree.flatten(made), tree.flatten(pretrained.read_weights(last(first[0]))[0])
     taken = {name for name, leaf in lidar.items() if torch.equal(leaf, ours[name])}
     # Fourier features of four numbers are 32 channels, where the fusion model reads five numbers as they are; at mini size the
     # BEV map of the LiDAR alone has another width too.
@@ -264,7 +264,7 @@ def test_a_checkpoint_of_another_model_starts_nothing(tmp_path):
     config = small("awml-camera-lidar", pretrained=(path,))
     task = awml.task(config)
     with pytest.raises(ValueError, match=r"other.safetensors has no tensor that fits this model; give a checkpoint of"):
-        run.initial(run.Run(task, config, run.plan(config, task.data.items)))
+        assembly.initial(tasks.Run(task, config, tasks.plan(config, task.data.items)))
 
 
 def test_batch_norm_is_of_all_devices_and_the_loss_of_each(monkeypatch):
@@ -280,7 +280,7 @@ def test_batch_norm_is_of_all_devices_and_the_loss_of_each(monkeypatch):
 
     monkeypatch.setattr(family.transfusion_loss, "loss", loss)
     both = Replicas(rank=0, count=2, group="")
-    batch = run.example(run.Run(awml.task(small("awml-lidar")), small("awml-lidar"), run.Plan(1, 1, 1)))
+    batch = assembly.example(tasks.Run(awml.task(small("awml-lidar")), small("awml-lidar"), tasks.Plan(1, 1, 1)))
     for model, normalised in (("awml-lidar", True), (None, both)):
         task_loss = (
             awml.task(small(model)).loss if model else lambda *a, **k: family.loss(*a, config=family.lidar_only(), **k)
@@ -317,7 +317,7 @@ def test_a_nuscenes_recipe_refuses_t4_data(recipe):
     with pytest.raises(
         ValueError, match=r"is a T4 data set, but bevfusion-\S+ is trained on nuScenes roots.*models of bevfn.exper"
     ):
-        run.parse(recipe.DEFAULTS, ["--data-root", str(small_t4_world.root())])
+        command_line.parse(recipe.DEFAULTS, ["--data-root", str(small_t4_world.root())])
 
 
 @pytest.mark.parametrize("model", awml.NETWORKS)
@@ -340,7 +340,7 @@ def test_evaluation_takes_the_runs_own_model_and_refuses_the_other_data(first, m
     assert "is no T4 data set: neither it nor" in " ".join(capsys.readouterr().err.split())
     stored = tmp_path / "run" / "config.json"
     (tmp_path / "run" / "checkpoints" / "step_1").mkdir(parents=True)
-    stored.write_text(json.dumps(run.flags(awml.VARIANTS[awml.NUSCENES])))
+    stored.write_text(json.dumps(command_line.flags(awml.VARIANTS[awml.NUSCENES])))
     from bevfn.commands import evaluate
 
     config = evaluate.run_config("awml", tmp_path / "run" / "checkpoints" / "step_1", root, None)
@@ -370,7 +370,7 @@ def test_images_that_awmls_factor_makes_too_small_are_refused_with_the_flag_that
     config = small("awml-camera-lidar", scale="published", published_resize=True, run_dir=tmp_path / "run")
     with pytest.raises(ValueError, match=r"CAM_FRONT.*resize 0.32 turns 160x90 into 51x28 .*--no-published-resize"):
         run.main(awml.task, config)
-    run.check(awml.task(replace(config, published_resize=False)))
+    tasks.check(awml.task(replace(config, published_resize=False)))
 
 
 def test_a_camera_that_some_key_frames_lack_is_refused_or_left_out(tmp_path):
@@ -385,8 +385,8 @@ def test_a_camera_that_some_key_frames_lack_is_refused_or_left_out(tmp_path):
     with pytest.raises(
         ValueError, match=r"has no image of CAM_BACK_LEFT at 1 of its 4 key frames; .*--on-damaged skip"
     ):
-        run.check(awml.task(config))
+        tasks.check(awml.task(config))
     said = []
-    task = run.on_what_is_there(awml.task(config), said.append)
+    task = tasks.on_what_is_there(awml.task(config), said.append)
     assert len(task.data.items) == 3 and len(task.data.evaluation) == 3  # CAM_BACK is none of its cameras
-    run.check(awml.task(replace(config, model="awml-lidar")))
+    tasks.check(awml.task(replace(config, model="awml-lidar")))

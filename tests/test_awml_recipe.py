@@ -24,7 +24,7 @@ from bevfn.data import annotations, augment, cameras, image, infos, points, scen
 from bevfn.data.reading import Cameras, Reading
 from bevfn.evaluation import t4_config, t4_report
 from bevfn.experiments import awml, bevfusion, bevfusion_lidar
-from bevfn.training import optim, run
+from bevfn.training import evaluations, optim, tasks
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 GOLDENS = SHARED / "goldens/recipe_bevnext_awml"
@@ -57,7 +57,7 @@ def told(name: str) -> dict:
 
 
 def optimizer(config: awml.Config, steps_per_epoch: int) -> optim.Config:
-    plan = run.Plan(steps_per_epoch, config.epochs * steps_per_epoch, config.recipe_batch)
+    plan = tasks.Plan(steps_per_epoch, config.epochs * steps_per_epoch, config.recipe_batch)
     return bevfusion.optimizer(config, plan)
 
 
@@ -95,15 +95,15 @@ def test_clipping_groups_and_evaluations_are_upstreams(name):
     assert (made.clip_norm, made.weight_decay, made.beta2, made.eps) == (
         case["clip"]["max_norm"], case["weight_decay"], case["beta2"], case["eps"],
     )  # fmt: skip
-    plan = run.Plan(10, 10 * config.epochs, 64)
-    due = [done for done in range(1, plan.total_steps + 1) if run.evaluation_due(run.Run(None, config, plan), done)]
+    plan = tasks.Plan(10, 10 * config.epochs, 64)
+    due = [done for done in range(1, plan.total_steps + 1) if evaluations.due(tasks.Run(None, config, plan), done)]
     assert due == [10 * epoch for epoch in case["validation_after_epochs"]]
 
 
 def test_a_run_of_few_steps_climbs_by_steps_and_a_longer_one_by_epochs():
     """The last stair is the peak, an epoch before the fall, as upstream's."""
     short, long = (
-        bevfusion.optimizer(awml.FUSION, run.Plan(per, total, 64)).lr for per, total in ((100, 40), (20, 400))
+        bevfusion.optimizer(awml.FUSION, tasks.Plan(per, total, 64)).lr for per, total in ((100, 40), (20, 400))
     )
     at = short.at(torch.arange(13))
     assert (at[1:12] > at[:11]).all() and at[0] == pytest.approx(1e-4 / 3) and at[11] == pytest.approx(1e-4)

@@ -24,7 +24,7 @@ from bevfn.experiments import bevdepth, bevfusion_lidar, matrixvt
 from bevfn.metrics import read_metrics
 from bevfn.models import bevdepth as network
 from bevfn.synth import key_frame
-from bevfn.training import checkpoint, run
+from bevfn.training import assembly, checkpoint, command_line, pretrained, run, tasks, train
 
 EXPERIMENTS = {"bevdepth": bevdepth, "matrixvt": matrixvt}
 SIZE = (90, 160)  # of the small world's images
@@ -65,7 +65,7 @@ def test_the_recipes_are_the_published_ones():
 
 def test_the_optimizer_is_multi_step_adamw_that_leaves_the_stem():
     config = bevdepth.VARIANTS["bevdepth-2key"]
-    plan = run.Plan(steps_per_epoch=10, total_steps=240, batch=64)
+    plan = tasks.Plan(steps_per_epoch=10, total_steps=240, batch=64)
     made = bevdepth.optimizer(config, network.two_key(), plan)
     at = [float(made.lr.at(torch.tensor(s))) for s in (0, 189, 190, 229, 230, 239)]
     assert at == pytest.approx([2e-4, 2e-4, 2e-5, 2e-5, 2e-6, 2e-6])
@@ -95,18 +95,18 @@ def test_every_model_and_scale_reads_what_it_takes(model):
         assert reading.cameras.frames == at_test.cameras.frames == task.predict.keywords["config"].frames
         assert reading.random and reading.depth and not at_test.random and not at_test.depth
         assert reading.cameras.augmentation.resize == (0.386, 0.55) and at_test.cameras.resize is None
-        run.check(task)
+        tasks.check(task)
         assert (len(task.data.items) > len(task.data.training)) == config.class_balanced
 
 
 def test_the_flags_follow_the_model():
     root = ["--data-root", str(small_world.index().root)]
-    one = run.parse(bevdepth.DEFAULTS, ["--model", "bevdepth-1key-ema", *root])
-    aggregated = run.parse(bevdepth.DEFAULTS, ["--model=bevdepth-2key-da", "--epochs", "3", *root])
+    one = command_line.parse(bevdepth.DEFAULTS, ["--model", "bevdepth-1key-ema", *root])
+    aggregated = command_line.parse(bevdepth.DEFAULTS, ["--model=bevdepth-2key-da", "--epochs", "3", *root])
     assert (one.model, one.milestones, one.ema, one.epochs) == ("bevdepth-1key-ema", (), 0.999, 24)
     assert (aggregated.model, aggregated.class_balanced, aggregated.epochs) == ("bevdepth-2key-da", True, 3)
     with pytest.raises(SystemExit):
-        run.parse(bevdepth.DEFAULTS, ["--model", "three-key"])
+        command_line.parse(bevdepth.DEFAULTS, ["--model", "three-key"])
 
 
 @pytest.mark.parametrize("model", ["bevdepth-2key-da", "matrixvt"])
@@ -126,7 +126,7 @@ def test_an_epoch_leaves_out_its_incomplete_batch_as_published():
     for drop_last, expected in ((True, [2, 2]), (False, [2, 2, 2, 2])):
         config = small("bevdepth", model="bevdepth-1key-ema", batch_size=2, epochs=2, drop_last=drop_last)
         task = bevdepth.task(config)
-        stream = run.microbatches(run.Run(task, config, run.plan(config, task.data.items)), 0)
+        stream = run.microbatches(tasks.Run(task, config, tasks.plan(config, task.data.items)), 0)
         assert [len(loaded[0].tokens) for _, loaded in stream] == expected  # of three key frames
 
 
@@ -176,11 +176,14 @@ def test_a_run_whose_compiler_rounds_anew_does_not_begin_to_recompute(trained, t
     name, config, _ = trained
     folder = tmp_path / name
     shutil.copytree(config.run_dir, folder)
-    write = lambda **changes: (folder / "config.json").write_text(json.dumps(run.flags(replace(config, **changes))))  # noqa: E731
+
+    def write(**changes):
+        (folder / "config.json").write_text(json.dumps(command_line.flags(replace(config, **changes))))
+
     write(backend="inductor", run_dir=folder)
     changed = replace(config, backend="inductor", run_dir=folder, resume=True, checkpoint_activations=True)
     task = EXPERIMENTS[name].task(changed)
-    made = run.Run(task, changed, run.plan(changed, task.data.items))
+    made = tasks.Run(task, changed, tasks.plan(changed, task.data.items))
     with (
         pytest.raises(ValueError, match="checkpoint_activations"),
         run.open_folder(replace(made, facts=run.facts(made))),
@@ -279,7 +282,7 @@ def test_a_checkpoint_of_the_other_model_is_refused(trained, monkeypatch, capsys
 
 def start(config, name: str) -> None:
     task = EXPERIMENTS[name].task(config)
-    run.initial(run.Run(task, config, run.plan(config, task.data.items)))
+    assembly.initial(tasks.Run(task, config, tasks.plan(config, task.data.items)))
 
 
 def test_a_bevfusion_checkpoint_is_refused(monkeypatch, capsys, tmp_path):
@@ -302,7 +305,7 @@ def test_a_published_checkpoint_is_evaluated_as_the_model_it_is_of(monkeypatch, 
     params, state = network.init(network.key_frames(1), seed=0)
     exported = upstream.export_state(params, state, "bevdepth-1key", {})
     upstream.write_imported(file, *upstream.import_state(exported, "bevdepth-1key"), source="test")
-    loaded = run.read_weights(file)
+    loaded = pretrained.read_weights(file)
     config = replace(bevdepth.VARIANTS["bevdepth-1key-ema"], data_root=small_world.index().root)
     evaluate.check_fits(bevdepth.task(config), *loaded, file)
     with pytest.raises(ValueError, match="does not fit bevdepth-2key"):
@@ -329,15 +332,15 @@ def test_damaged_images_end_a_run_with_one_sentence(trained, tmp_path):
 def test_the_detection_losses_normalisers_are_those_of_all_devices(monkeypatch):
     """As published, while batch norm and the depth loss stay each device's own."""
     bound = []
-    monkeypatch.setattr(run.train, "make_accumulated", lambda loss, *_, **__: bound.append(loss))
-    monkeypatch.setattr(run, "initial_state", lambda run: None)
+    monkeypatch.setattr(train, "make_accumulated", lambda loss, *_, **__: bound.append(loss))
+    monkeypatch.setattr(assembly, "initial_state", lambda run, **_: None)
     two = Replicas(rank=0, count=2, group="")
     lidar = replace(
         bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"], data_root=small_world.index().root, paste=False
     )
     for task, config in ((bevdepth.task, small("bevdepth")), (bevfusion_lidar.task, lidar)):
         made = task(config)
-        run.build(run.Run(made, config, run.plan(config, made.data.items, two), two))
+        assembly.build(tasks.Run(made, config, tasks.plan(config, made.data.items, two), two))
     ours, theirs = (loss.keywords for loss in bound)
     assert ours["replicas"] is two and ours["train"] is True
     assert "replicas" not in theirs and theirs["train"] is True

@@ -21,7 +21,7 @@ from bevfn.evaluation import results
 from bevfn.experiments import bevdepth, bevnext
 from bevfn.metrics import read_metrics
 from bevfn.synth import key_frame
-from bevfn.training import checkpoint, run
+from bevfn.training import assembly, checkpoint, command_line, pretrained, run, tasks, train
 
 ONE, TWO = "bevnext-stage1", "bevnext-stage2"
 FAST = ("--backend", "eager", "--workers", "0")
@@ -61,7 +61,7 @@ def test_the_recipes_are_the_published_ones():
 
 def test_warm_up_is_as_long_as_published_in_any_run_that_is_longer():
     for steps, warmup in ((3862, 200), (201, 200), (200, 20), (5, 0)):
-        made = bevnext.optimizer(bevnext.Config(), run.Plan(steps, steps, 64))
+        made = bevnext.optimizer(bevnext.Config(), tasks.Plan(steps, steps, 64))
         assert made.lr.warmup_steps == warmup + 1
         rates = made.lr.at(torch.arange(steps))
         assert rates[[0, -1]].tolist() == pytest.approx([2e-4 * (1e-3 if warmup else 1.0), 2e-4])
@@ -78,7 +78,7 @@ def test_every_model_and_scale_reads_what_it_takes(model):
             assert each.cameras.history == ("time" if network.frames > 1 else "scene")
         assert reading.random and reading.depth and reading.redraw and reading.depths == "nearest"
         assert not at_test.random and not at_test.depth
-        run.check(task)
+        tasks.check(task)
         assert (len(task.data.items) > len(task.data.training)) and task.bottom and task.start.averages
     plain = bevnext.task(small(model, augment=False, pretrained=(Path("one"),))).data.reading(0)
     assert plain.cameras.augmentation is None and plain.redraw and plain.depths == "nearest"
@@ -91,7 +91,7 @@ def test_the_number_of_past_frames_is_a_flag(past, frames):
     network = task.predict.keywords["config"]
     assert (network.frames, network.with_prev) == (frames, past != 0)
     assert task.data.reading(0).cameras.frames == (frames if past != 0 else 1)
-    run.check(task)
+    tasks.check(task)
     assert bevnext.other_stage(config)  # stage 1's has one frame, whatever the flag
 
 
@@ -117,7 +117,7 @@ def test_quirks_have_their_switches(monkeypatch):
 
 
 def parsed(*words: str) -> bevnext.Config:
-    return run.parse(bevnext.DEFAULTS, [*words, "--data-root", str(small_world.index().root)])
+    return command_line.parse(bevnext.DEFAULTS, [*words, "--data-root", str(small_world.index().root)])
 
 
 def test_the_stage_chooses_the_model_and_its_defaults():
@@ -127,7 +127,7 @@ def test_the_stage_chooses_the_model_and_its_defaults():
     perspective = parsed("--model", "bevnext-pers-stage2", "--epochs", "3")
     assert (perspective.stage, perspective.epochs, perspective.image_backbone_lr) == (2, 3, 0.75)
     assert parsed("--model", "bevnext-pers-stage2", "--stage", "2").model == "bevnext-pers-stage2"
-    assert run.parse(bevnext.DEFAULTS, ["--stage", "2"]).scale == "mini"  # the synthetic world's
+    assert command_line.parse(bevnext.DEFAULTS, ["--stage", "2"]).scale == "mini"  # the synthetic world's
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_an_unknown_stage_or_model_names_the_choices(words, choices, capsys):
 
 def start(config: bevnext.Config) -> tuple[dict, dict]:
     task = bevnext.task(config)
-    run.check(task)
-    return run.initial(run.Run(task, config, run.plan(config, task.data.items)))
+    tasks.check(task)
+    return assembly.initial(tasks.Run(task, config, tasks.plan(config, task.data.items)))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def last(config: bevnext.Config) -> Path:
 
 def test_stage_two_starts_from_the_averages_of_stage_one(first, capsys):
     params, state = start(small(TWO, pretrained=(last(first),)))
-    averages, weights = (run.read_weights(last(first), ema=ema) for ema in (True, False))
+    averages, weights = (pretrained.read_weights(last(first), ema=ema) for ema in (True, False))
     name = "image.backbone.stem.conv.weight"
     ours, theirs, raw = (tree.flatten(each)[name] for each in (params, averages[0], weights[0]))
     assert torch.equal(ours, theirs) and not torch.equal(ours, raw)
@@ -268,7 +268,7 @@ def test_stage_two_without_stage_one_trains_on_request_only(first):
     ):
         start(small(TWO))
     bevnext.task(small(TWO)).predict  # noqa: B018  # it may be evaluated
-    run.check(bevnext.task(small(TWO)), train=False)
+    tasks.check(bevnext.task(small(TWO)), train=False)
     start(small(TWO, from_scratch=True))
     start(small(ONE))
 
@@ -285,7 +285,7 @@ def test_checkpoints_of_the_other_stage_are_one_sentence(first, second):
         start(small(TWO, pretrained=(last(config),)))
     start(small(ONE, pretrained=(last(first),)))  # the same stage again
     again = start(small(TWO, pretrained=(last(config),), from_scratch=True))
-    for ours, theirs in zip(again, run.read_weights(last(config), ema=True)):
+    for ours, theirs in zip(again, pretrained.read_weights(last(config), ema=True)):
         theirs = tree.flatten(theirs)
         assert all(torch.equal(leaf, theirs[path]) for path, leaf in tree.flatten(ours).items())
     with pytest.raises(ValueError, match=r"step_00000002 is a checkpoint of BEVNeXt's stage 2, which starts"):
@@ -342,13 +342,13 @@ def test_images_of_mixed_sizes_end_a_run_with_one_sentence(tmp_path):
 
 def test_detection_normalisers_are_of_all_devices_and_batch_norm_too_from_its_epoch_on(monkeypatch):
     bound = []
-    monkeypatch.setattr(run.train, "make_accumulated", lambda loss, *_, **__: bound.append(loss) or (lambda *_: None))
-    monkeypatch.setattr(run, "initial_state", lambda run: None)
+    monkeypatch.setattr(train, "make_accumulated", lambda loss, *_, **__: bound.append(loss) or (lambda *_: None))
+    monkeypatch.setattr(assembly, "initial_state", lambda run, **_: None)
     both = Replicas(rank=0, count=2, group="")
     config = small(TWO, from_scratch=True)
     task = bevnext.task(config)
-    made = run.Run(task, config, run.plan(config, task.data.items, both), both)
+    made = tasks.Run(task, config, tasks.plan(config, task.data.items, both), both)
     for synchronised in (False, True):
-        run.compiled_step(made, synchronised=synchronised)
+        assembly.compiled_step(made, synchronised=synchronised)
         assert bound[-1].keywords["replicas"] is both
         assert bound[-1].keywords["train"] is (both if synchronised else True)

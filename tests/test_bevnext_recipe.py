@@ -28,7 +28,7 @@ from bevfn.evaluation import results
 from bevfn.evaluation.results import Detections
 from bevfn.experiments import bevnext
 from bevfn.precision import Policy
-from bevfn.training import optim, run, train
+from bevfn.training import optim, tasks, train
 from bevfn.upstream import checkpoints
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -58,10 +58,10 @@ def stored(name: str, prefix: str = "") -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------- schedules and optimizers
 
 
-def planned(name: str) -> tuple[bevnext.Config, run.Plan]:
+def planned(name: str) -> tuple[bevnext.Config, tasks.Plan]:
     model, devices = RUNS[name]
     config = bevnext.VARIANTS[model]
-    return config, run.plan(config, np.zeros(SAMPLES), Replicas("", 0, devices))
+    return config, tasks.plan(config, np.zeros(SAMPLES), Replicas("", 0, devices))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -149,7 +149,7 @@ def test_what_is_trained_how_and_which_norms_there_are_is_upstreams(name):
     case, model = told("bevnext_parameter_groups"), f"bevnext-{name.replace('_', '-')}"
     config, stage = bevnext.VARIANTS[model], bevnext.VARIANTS[model].stage
     params, _ = built(model)
-    made = bevnext.optimizer(config, run.Plan(1931, config.epochs * 1931, 64))
+    made = bevnext.optimizer(config, tasks.Plan(1931, config.epochs * 1931, 64))
     laid = optim.layout(made, params)
     assert len(laid.names) == case[name]["trainable_tensors"]
     assert laid.segments[-1].end == case[name]["trainable_numbers"] and not case[name]["frozen"]

@@ -20,7 +20,7 @@ from bevfn.metrics import read_metrics
 from bevfn.models import bevdepth as bevdepth_model
 from bevfn.models import bevfusion as bevfusion_model
 from bevfn.synth import key_frame
-from bevfn.training import checkpoint, optim, run, train
+from bevfn.training import assembly, checkpoint, optim, pretrained, run, tasks, train
 
 EXPERIMENTS = {"bevfusion-lidar-camera": bevfusion, "bevfusion-camera": bevfusion, "bevfusion-lidar": bevfusion_lidar}
 
@@ -47,13 +47,13 @@ def test_every_model_and_scale_reads_what_it_takes(model, scale, root):
         assert reading.cameras.image_size == ((256, 704) if scale == "published" else (64, 192))
         width = reading.cameras.image_size[1]  # which is what an image has least of
         assert reading.cameras.relative((900, 1600)) == pytest.approx(width / 704)
-    run.check(task)
+    tasks.check(task)
     assert len(task.data.items) > len(task.data.training)  # class-balanced
 
 
 def optimizer(model, root, total, **changes):
     config = small(model, root, **changes)
-    plan = run.Plan(steps_per_epoch=total, total_steps=total, batch=config.recipe_batch)
+    plan = tasks.Plan(steps_per_epoch=total, total_steps=total, batch=config.recipe_batch)
     return bevfusion.optimizer(config, plan)
 
 
@@ -76,7 +76,7 @@ def test_the_optimizers_are_the_published_ones(root):
 def test_on_the_synthetic_world_both_models_train_with_the_same_numbers():
     # Their scores at equal steps are compared (experiments/results/world_bevfusion.json): only sensors may differ.
     both = [EXPERIMENTS[model].DEFAULTS[model]["synthetic"] for model in ("bevfusion-lidar-camera", "bevfusion-lidar")]
-    plan = run.Plan(steps_per_epoch=70, total_steps=630, batch=2)
+    plan = tasks.Plan(steps_per_epoch=70, total_steps=630, batch=2)
     assert bevfusion.optimizer(both[0], plan) == bevfusion.optimizer(both[1], plan)
     # --lr is given, so recipe_lr has no effect
     own = {"model", "recipe_lr", "run_dir", "paste", "paste_off", "image_backbone_lr"}
@@ -176,13 +176,13 @@ def test_a_run_starts_from_another_runs_checkpoint(frame_run):
     folder = config.run_dir / "checkpoints" / "step_00000002"
     again = replace(config, seed=1, pretrained=(folder,))
     task = bevfusion_lidar.task(again)
-    params, state = run.initial(run.Run(task, again, run.plan(again, task.data.items)))
+    params, state = assembly.initial(tasks.Run(task, again, tasks.plan(again, task.data.items)))
     stored = checkpoint.load_tensors(folder / checkpoint.TENSORS)
     flat = {f"params.{k}": v for k, v in tree.flatten(params).items()}
     flat |= {f"state.{k}": v for k, v in tree.flatten(state).items()}
     assert all(torch.equal(leaf, stored[name]) for name, leaf in flat.items())
     # Aligned as a trained model's: products of tensors that lie where they lay in a file are rounded otherwise.
-    assert all(leaf.data_ptr() % 64 == 0 for part in run.read_weights(folder) for leaf in tree.leaves(part))
+    assert all(leaf.data_ptr() % 64 == 0 for part in pretrained.read_weights(folder) for leaf in tree.leaves(part))
 
 
 def test_a_lidar_only_detector_starts_a_lidar_camera_model(root, tmp_path):
@@ -194,7 +194,7 @@ def test_a_lidar_only_detector_starts_a_lidar_camera_model(root, tmp_path):
     upstream.write_imported(path, *upstream.import_state(exported, "bevfusion-lidar"), source="test")
     config = small("bevfusion-lidar-camera", root, pretrained=(path,))
     task = bevfusion.task(config)
-    merged, _ = run.initial(run.Run(task, config, run.plan(config, task.data.items)))
+    merged, _ = assembly.initial(tasks.Run(task, config, tasks.plan(config, task.data.items)))
     assert (merged["head"]["shared"]["bias"] == 0.5).all() and "camera" in merged
 
 
@@ -202,7 +202,7 @@ def test_a_later_backend_is_refused_before_anything_is_read(frame_run):
     config, _ = frame_run
     task = bevfusion_lidar.task(config)
     with pytest.raises(ValueError, match="torchair"):
-        run.build(run.Run(task, replace(config, backend="torchair"), run.plan(config, task.data.items)))
+        assembly.build(tasks.Run(task, replace(config, backend="torchair"), tasks.plan(config, task.data.items)))
 
 
 @pytest.mark.parametrize("experiment", catalogue.EXPERIMENTS)

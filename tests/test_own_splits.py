@@ -16,7 +16,7 @@ from bevfn.data import check, nuscenes, source, tables
 from bevfn.data.index import pack
 from bevfn.evaluation import score
 from bevfn.evaluation.results import KNOWN_ATTRIBUTES
-from bevfn.training import run
+from bevfn.training import evaluations, run
 
 VERSION = "v7-ours"
 CONFIG = tiny_experiment.Config(
@@ -50,7 +50,7 @@ def test_own_splits_train_and_are_scored(world, tmp_path, capsys, monkeypatch):
     assert "is finished" in capsys.readouterr().out
     (folder / "metrics.json").unlink()
     again: list[int] = []
-    monkeypatch.setattr(run, "evaluate", lambda run, train_state, done: again.append(done) or {})
+    monkeypatch.setattr(evaluations, "evaluate", lambda run, train_state, done: again.append(done) or {})
     run.main(tiny_experiment.task, replace(config, resume=True))
     assert "is finished" not in capsys.readouterr().out and again == [1]
 

@@ -17,7 +17,7 @@ from bevfn.experiments import bevfusion, bevfusion_lidar, pretrain
 from bevfn.metrics import read_metrics
 from bevfn.models import bevfusion as detectors
 from bevfn.models import image_branch, masked_voxels
-from bevfn.training import checkpoint, run
+from bevfn.training import assembly, checkpoint, run, tasks
 
 SMALL = {
     "scale": "published", "backend": "eager", "eval_backend": "eager", "steps": 2, "batch_size": 2, "workers": 0, "sweeps": 1,
@@ -113,7 +113,7 @@ STARTED = [
 def test_a_detector_starts_from_it_and_every_tensor_is_accounted_for(ran, recipe, detector, model, taken, capsys):
     config = config_of(recipe, detector, pretrained=(last(ran[model][0]),))
     made = recipe.task(config)
-    started = run.initial(run.Run(made, config, run.plan(config, made.data.items)))
+    started = assembly.initial(tasks.Run(made, config, tasks.plan(config, made.data.items)))
     stored = checkpoint.load_tensors(last(config_ran := ran[model][0]) / checkpoint.TENSORS)
     stored = {name: leaf for name, leaf in stored.items() if name.startswith(("params.", "state."))}
     count = 0
@@ -135,7 +135,7 @@ def test_bev_layers_of_another_width_are_refused_by_name(ran):
     config = config_of(bevfusion, "bevfusion-lidar-camera", pretrained=files)
     made = bevfusion.task(config)
     with pytest.raises(ValueError, match=r"bev.backbone.* is \[8, 72, 3, 3\] in .* but \[8, 16, 3, 3\]"):
-        run.initial(run.Run(made, config, run.plan(config, made.data.items)))
+        assembly.initial(tasks.Run(made, config, tasks.plan(config, made.data.items)))
 
 
 def test_at_published_size_bev_layers_of_both_detectors_are_the_same():
@@ -146,7 +146,7 @@ def test_a_detector_without_the_branch_refuses_it(ran):
     config = config_of(bevfusion_lidar, "bevfusion-lidar", pretrained=(last(ran["bevfusion-image"][0]),))
     made = bevfusion_lidar.task(config)
     with pytest.raises(ValueError, match=r"camera.*which the model lacks: it is a checkpoint of another model"):
-        run.initial(run.Run(made, config, run.plan(config, made.data.items)))
+        assembly.initial(tasks.Run(made, config, tasks.plan(config, made.data.items)))
 
 
 def test_a_detector_trains_from_it(ran, tmp_path):
@@ -163,7 +163,7 @@ def test_a_detector_trains_from_it(ran, tmp_path):
 def test_readings_are_what_the_networks_take(model, kind):
     root = small_world.index().root
     task = pretrain.task(replace(pretrain.DEFAULTS[model][kind], data_root=root, scale="published"))
-    run.check(task)
+    tasks.check(task)
     for reading in (task.data.reading(0), task.data.eval_reading):
         assert (reading.points is None) == reading.depth == (model != "bevfusion-lidar-masked")
     assert not task.data.eval_reading.random and task.data.reading(0).random == (kind == "nuscenes")
@@ -181,14 +181,14 @@ def test_masked_voxels_need_no_labels_and_read_none():
     splits = source.Source(bare(small_world.training()), bare(small_world.index()))
     config = config_of(pretrain, "bevfusion-lidar-masked")
     task = pretrain.task(config, splits)
-    run.check(task)
+    tasks.check(task)
     unlabelled = scene.load(splits.training, 0, task.data.eval_reading)
     assert unlabelled.counts["empty/boxes"] == 0
     labelled = scene.load(small_world.training(), 0, task.data.eval_reading)
     assert labelled.boxes.shape == (0, 9) and np.array_equal(labelled.points, unlabelled.points)
     for model in ("bevfusion-image", "bevfusion-camera-image"):
         with pytest.raises(ValueError, match="no annotations of the classes"):
-            run.check(pretrain.task(config_of(pretrain, model), splits))
+            tasks.check(pretrain.task(config_of(pretrain, model), splits))
 
 
 def test_the_flags_reach_the_losses():

@@ -14,7 +14,7 @@ import pytest
 import tyro
 
 from bevfn import cli, provenance
-from bevfn.training import run
+from bevfn.training import command_line
 
 ROOT = Path(__file__).parents[1]
 FILES = provenance.read()
@@ -30,7 +30,7 @@ def check_parses(command: str) -> None:
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
     elif words[:2] == ["python", "-m"]:
-        run.parse(importlib.import_module(words[2]).DEFAULTS, words[3:])
+        command_line.parse(importlib.import_module(words[2]).DEFAULTS, words[3:])
     else:
         assert words[0] == "bevfn"
         in_group = words[1] in cli.GROUPS

@@ -28,7 +28,7 @@ from bevfn.evaluation.results import Detections
 from bevfn.experiments import bevdepth, bevfusion, bevfusion_lidar, matrixvt
 from bevfn.models import bevdepth as network
 from bevfn.precision import Policy
-from bevfn.training import optim, run, train
+from bevfn.training import optim, tasks, train
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 GOLDENS = SHARED / "goldens/recipe"
@@ -85,7 +85,7 @@ class Draws:
 
 def recipe_optimizer(experiment, steps_per_epoch: int) -> optim.Config:
     config = next(iter(experiment.DEFAULTS.values()))["nuscenes"]
-    plan = run.Plan(steps_per_epoch, config.epochs * steps_per_epoch, config.recipe_batch)
+    plan = tasks.Plan(steps_per_epoch, config.epochs * steps_per_epoch, config.recipe_batch)
     return bevfusion.optimizer(config, plan)
 
 
@@ -155,14 +155,14 @@ def test_bevdepths_rates_and_averages_are_upstreams_at_every_step():
             continue
         config = matrixvt.DEFAULTS["matrixvt"]["nuscenes"] if name == "matrixvt" else bevdepth.VARIANTS[BEVDEPTH[name]]
         rates, per_epoch = np.array(case["lr_per_epoch"]), case["upstream_steps_per_epoch"]
-        plan = run.Plan(per_epoch, config.epochs * per_epoch, config.recipe_batch)
+        plan = tasks.Plan(per_epoch, config.epochs * per_epoch, config.recipe_batch)
         made = bevdepth.optimizer(config, network.two_key(), plan)
         assert len(rates) == config.epochs
         np.testing.assert_allclose(made.lr.at(torch.arange(plan.total_steps)), rates.repeat(per_epoch), rtol=1e-6)
         assert (made.weight_decay, made.clip_norm) == (case["weight_decay"], case["clip"])
         items = np.zeros(BALANCED if config.class_balanced else KEY_FRAMES)  # which the golden takes
         devices = config.recipe_batch // config.batch_size
-        assert run.plan(config, items, Replicas("", 0, devices)).steps_per_epoch == per_epoch
+        assert tasks.plan(config, items, Replicas("", 0, devices)).steps_per_epoch == per_epoch
 
 
 class PerStep(optim.Schedule):

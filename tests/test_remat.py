@@ -22,7 +22,7 @@ from bevfn.layers import batch_norm, conv_norm, linear, remat
 from bevfn.models import bevdepth, bevfusion, bevnext
 from bevfn.precision import Policy
 from bevfn.synth import key_frame
-from bevfn.training import optim, run, train
+from bevfn.training import optim, tasks, train
 
 aten = torch.ops.aten
 
@@ -282,13 +282,13 @@ def test_every_model_has_blocks_to_recompute(name):
 
 def test_a_network_without_such_blocks_is_refused():
     with pytest.raises(ValueError, match="recomputes no block; leave --checkpoint-activations out"):
-        remat.switched_on(run.Plan(1, 1, 1))
+        remat.switched_on(tasks.Plan(1, 1, 1))
 
 
 def test_the_flag_reaches_the_loss_alone():
     config = dataclasses.replace(recipes.defaults("bevdepth")["synthetic"], checkpoint_activations=True)
-    data = run.Data(None, [], lambda epoch: None, None, None)
-    task = run.make_task(config, bevdepth, bevdepth.two_key(), data, lambda plan: None)
+    data = tasks.Data(None, [], lambda epoch: None, None, None)
+    task = tasks.make_task(config, bevdepth, bevdepth.two_key(), data, lambda plan: None)
     assert task.loss.keywords["config"].backbone.recompute and not task.predict.keywords["config"].backbone.recompute
 
 

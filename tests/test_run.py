@@ -29,7 +29,7 @@ from bevfn.distributed import Replicas
 from bevfn.files import read_json
 from bevfn.kernels import native
 from bevfn.metrics import METRICS_FILE, read_metrics
-from bevfn.training import checkpoint, optim, origin, reporter, run
+from bevfn.training import assembly, checkpoint, command_line, optim, origin, pretrained, reporter, run, tasks
 
 HERE = Path(__file__).parent
 STEPS = 6  # 3 epochs of 2
@@ -205,7 +205,7 @@ def test_a_run_without_a_compiler_is_one_sentence(root, tmp_path, monkeypatch, b
 
 def test_the_codes_are_in_the_help(root, capsys):
     with pytest.raises(SystemExit):
-        run.parse(tiny.DEFAULTS, ["--data-root", str(root), "--help"])
+        command_line.parse(tiny.DEFAULTS, ["--data-root", str(root), "--help"])
     assert "exits with 143 or 130" in " ".join(capsys.readouterr().out.replace("│", "").split())
 
 
@@ -450,15 +450,15 @@ def test_the_step_is_made_anew_once_and_not_at_all_in_one_process(root, tmp_path
         made.append(synchronised)
         return lambda train_state, batches: (train_state, synchronised)
 
-    monkeypatch.setattr(run, "compiled_step", compiled)
+    monkeypatch.setattr(assembly, "compiled_step", compiled)
     settings = config(root, tmp_path, batch_size=1, epochs=3, sync_statistics=True, sync_after=1)
     task = tiny.task(settings)
-    alone = run.Run(task, settings, run.plan(settings, task.data.items))
-    train_state, _ = run.build(alone)
+    alone = tasks.Run(task, settings, tasks.plan(settings, task.data.items))
+    train_state, _ = assembly.build(alone)
     assert made == [False]  # batch norm over one device
-    both = replace(alone, plan=run.plan(settings, task.data.items, Replicas("", 0, 2)), replicas=Replicas("", 0, 2))
+    both = replace(alone, plan=tasks.plan(settings, task.data.items, Replicas("", 0, 2)), replicas=Replicas("", 0, 2))
     assert both.plan.steps_per_epoch == 2
-    _, step = run.build(both)
+    _, step = assembly.build(both)
     made.clear()
     for done in range(6):
         assert step(replace(train_state, step=torch.tensor(done)), [])[1] == (done >= 2)
@@ -524,7 +524,7 @@ def config(root: Path, run_dir: Path, **changes) -> tiny.Config:
 
 
 def test_gradients_that_are_not_finite_stop_fp32_with_step_samples_and_tensor(root, tmp_path):
-    def task(config: tiny.Config) -> run.Task:
+    def task(config: tiny.Config) -> tasks.Task:
         made = tiny.task(config)
 
         def loss(params, *rest, **options):
@@ -596,7 +596,7 @@ def test_in_fp16_one_bad_sample_is_skipped_and_told(root, tmp_path, capsys, pois
 
 
 def test_a_loss_scale_that_cannot_fall_is_told_and_stops_the_run(root, tmp_path, capsys):
-    def task(config: tiny.Config) -> run.Task:  # gradients that no loss scale makes finite; the loss is
+    def task(config: tiny.Config) -> tasks.Task:  # gradients that no loss scale makes finite; the loss is
         made = tiny.task(config)
 
         def loss(params, *rest, **options):
@@ -616,7 +616,7 @@ def test_a_loss_scale_that_cannot_fall_is_told_and_stops_the_run(root, tmp_path,
 
 def test_weights_of_a_damaged_checkpoint_are_refused(whole, tmp_path):
     made = Path(shutil.copytree(checkpoint.latest(whole[0] / "checkpoints"), tmp_path / "step_00000006"))
-    params, _ = run.read_weights(made)
+    params, _ = pretrained.read_weights(made)
     assert params
     content = bytearray((made / checkpoint.TENSORS).read_bytes())
     content[-5] ^= 1
@@ -624,7 +624,7 @@ def test_weights_of_a_damaged_checkpoint_are_refused(whole, tmp_path):
     with pytest.raises(
         ValueError, match=r"step_00000006/train_state\.safetensors is damaged: its size or CRC is not what"
     ):
-        run.read_weights(made)
+        pretrained.read_weights(made)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -636,7 +636,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(whole, tmp_path, value)
     with pytest.raises(
         ValueError, match=rf"step_00000006: {re.escape(name)} is NaN or infinite; take an older checkpoint"
     ):
-        run.read_weights(tmp_path / "step_00000006")
+        pretrained.read_weights(tmp_path / "step_00000006")
 
 
 def source_tokens(root: Path) -> set[str]:
@@ -651,20 +651,20 @@ def test_performance_mode_measures_and_neither_saves_nor_evaluates(root, tmp_pat
 
 
 def test_the_recipes_learning_rate_follows_the_batch(root, tmp_path):
-    plan = run.Plan(steps_per_epoch=10, total_steps=10, batch=8)
+    plan = tasks.Plan(steps_per_epoch=10, total_steps=10, batch=8)
     base = config(root, tmp_path, lr=None, recipe_lr=1e-3)
-    rates = {way: run.scaled_lr(replace(base, lr_scaling=way), plan) for way in ("linear", "sqrt", "none")}
+    rates = {way: tasks.scaled_lr(replace(base, lr_scaling=way), plan) for way in ("linear", "sqrt", "none")}
     assert rates == pytest.approx({"linear": 2.5e-4, "sqrt": 5e-4, "none": 1e-3})
-    assert run.scaled_lr(replace(base, lr=0.5), plan) == 0.5
+    assert tasks.scaled_lr(replace(base, lr=0.5), plan) == 0.5
 
 
 def test_what_lies_at_the_data_root_decides_on_the_defaults(root, tmp_path):
     from bevfn.experiments import bevfusion
 
     (tmp_path / "frame.json").write_text("{}")
-    assert run.parse(bevfusion.DEFAULTS, ["--data-root", str(tmp_path)]).steps == 40
-    assert run.parse(bevfusion.DEFAULTS, [f"--data-root={root}"]).epochs == 6
-    assert run.parse(bevfusion.DEFAULTS, ["--lr", "1"]).scale == "mini"
+    assert command_line.parse(bevfusion.DEFAULTS, ["--data-root", str(tmp_path)]).steps == 40
+    assert command_line.parse(bevfusion.DEFAULTS, [f"--data-root={root}"]).epochs == 6
+    assert command_line.parse(bevfusion.DEFAULTS, ["--lr", "1"]).scale == "mini"
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "accumulate", "steps"])
@@ -709,7 +709,7 @@ def test_every_number_of_every_recipe_has_its_limit_and_keeps_it():
 def test_parameters_that_an_update_made_not_finite_are_neither_saved_nor_evaluated(root, tmp_path):
     """Loss and gradient of every step are finite: only what the last one made is not."""
 
-    def task(config: tiny.Config) -> run.Task:
+    def task(config: tiny.Config) -> tasks.Task:
         schedule = optim.Schedule(1e-3, drops=(2,), drop=1e42)
         return replace(tiny.task(config), optimizer=lambda plan: optim.Config(lr=schedule))
 

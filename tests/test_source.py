@@ -15,7 +15,7 @@ from bevfn.experiments import bevdepth, bevfusion, bevfusion_lidar
 from bevfn.models import bevdepth as camera_model
 from bevfn.models import bevfusion as lidar_model
 from bevfn.synth import key_frame
-from bevfn.training import run
+from bevfn.training import assembly, run
 
 CASES = {"bevfusion": (bevfusion, lidar_model), "bevdepth": (bevdepth, camera_model)}
 
@@ -190,7 +190,7 @@ def test_a_run_is_checked_before_its_first_step(index, monkeypatch, tmp_path):
         run_dir=tmp_path / "run",
     )
     monkeypatch.setattr(source, "open", lambda *_: source.Source(blind, blind))
-    monkeypatch.setattr(run, "build", lambda _: pytest.fail("built"))
+    monkeypatch.setattr(assembly, "build", lambda *_, **__: pytest.fail("built"))
     with pytest.raises(ValueError, match="has no LiDAR scans, but the model reads LiDAR points"):
         run.main(bevfusion_lidar.task, config)
     assert not (tmp_path / "run").exists()

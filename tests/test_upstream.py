@@ -21,7 +21,7 @@ from bevfn import catalogue, tree, upstream
 from bevfn.commands import checkpoint
 from bevfn.models import awml, bevdepth, bevfusion, bevnext
 from bevfn.parity import golden
-from bevfn.training import run
+from bevfn.training import pretrained
 from bevfn.upstream import checkpoints, names_awml, recognise, storage
 from bevfn.upstream.entries import Naming
 
@@ -792,9 +792,9 @@ def test_a_flipped_bit_of_an_imported_file_is_found_wherever_it_is(imported):
         with pytest.raises(ValueError, match=re.escape(str(imported))):
             upstream.read_imported(imported)
         with pytest.raises(ValueError, match=re.escape(str(imported))):
-            run.read_weights(imported)
+            pretrained.read_weights(imported)
     imported.write_bytes(whole)
-    run.read_weights(imported)
+    pretrained.read_weights(imported)
 
 
 def remade(path: Path, change, tensors=None) -> None:
@@ -852,7 +852,7 @@ def test_weights_that_are_none_are_refused_wherever_they_are_read(imported):
     name = "state.head.heatmap.hidden.norm.var"
     remade(imported, lambda metadata: None, {name: -torch.ones(32)})
     with pytest.raises(ValueError, match=f"{name} is negative, which no variance is"):
-        run.read_weights(imported)
+        pretrained.read_weights(imported)
 
 
 # --- golden cases ------------------------------------------------------------------------------------------------

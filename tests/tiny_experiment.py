@@ -16,13 +16,13 @@ from bevfn.heads import transfusion
 from bevfn.models import bevfusion
 from bevfn.necks import second_fpn
 from bevfn.precision import Policy
-from bevfn.training import optim, run
+from bevfn.training import command_line, optim, run, tasks
 
 RANGE = (-24.0, -24.0, -5.0, 24.0, 24.0, 3.0)
 
 
 @dataclass(frozen=True)
-class Config(run.Config):
+class Config(command_line.Config):
     backend: str = "eager"
     eval_backend: str = "eager"
     batch_size: int = 2
@@ -50,14 +50,14 @@ def model() -> bevfusion.Config:
     )  # fmt: skip
 
 
-def task(config: Config) -> run.Task:
+def task(config: Config) -> tasks.Task:
     splits = source.open(config.data_root, config.version, config.train_split, config.eval_split)
     reading = Reading(points=Points(sweeps=1), range=RANGE, capacities=Capacities(points=12_000, boxes=64))
     augmented = replace(reading, points=Points(sweeps=1, shuffle=True), augmentation=augment.Global())
     bound = {"config": model(), "policy": Policy.of(config.precision)}
-    return run.Task(
+    return tasks.Task(
         title="tiny",
-        data=run.Data(
+        data=tasks.Data(
             splits.training, np.arange(len(splits.training)), lambda epoch: augmented, splits.evaluation, reading
         ),
         needs=bevfusion.needs(bound["config"]),
@@ -65,7 +65,7 @@ def task(config: Config) -> run.Task:
         loss=partial(bevfusion.loss, **bound),
         predict=partial(bevfusion.predict, **bound),
         optimizer=lambda plan: optim.Config(
-            lr=optim.Schedule(run.scaled_lr(config, plan), (optim.Phase(plan.total_steps, 1e-6),))
+            lr=optim.Schedule(tasks.scaled_lr(config, plan), (optim.Phase(plan.total_steps, 1e-6),))
         ),
     )
 

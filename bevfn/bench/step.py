@@ -19,7 +19,7 @@ from bevfn.bench import machine
 from bevfn.kernels import deform_conv, sparse_conv  # noqa: F401  they define the operators that are counted
 from bevfn.precision import Precision
 from bevfn.synth import key_frame
-from bevfn.training import run as running
+from bevfn.training import assembly, command_line, tasks
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Setting:
     device: str
     threads: int
     repeats: int
-    scale: running.Scale = "published"
+    scale: command_line.Scale = "published"
     checkpoint_activations: bool = False
 
 
@@ -97,9 +97,9 @@ def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Call
             checkpoint_activations=setting.checkpoint_activations,
         )
         task = recipes.load(experiment).task(config)
-        run = running.Run(task, config, running.plan(config, task.data.items))
-        batch = running.example(run)
-    train_state, step = running.build(run)
+        run = tasks.Run(task, config, tasks.plan(config, task.data.items))
+        batch = assembly.example(run)
+    train_state, step = assembly.build(run)
     if what == "train":
 
         def train_step() -> object:

@@ -11,7 +11,7 @@ import tyro
 from bevfn import provenance, recipes
 from bevfn.files import check_json, to_json, write_atomically
 from bevfn.precision import Precision
-from bevfn.training import run
+from bevfn.training import command_line
 
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
@@ -35,7 +35,7 @@ def step(
     *,
     model: recipes.ModelName = "bevfusion-lidar-camera",
     frame: Path | None = None,
-    scale: run.Scale = "published",
+    scale: command_line.Scale = "published",
     precision: Precision = "fp32",
     batch_size: int = 1,
     device: str = "cpu",

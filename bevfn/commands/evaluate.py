@@ -18,7 +18,7 @@ from bevfn.evaluation.detect import collect, detect
 from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
 from bevfn.files import check_writable
 from bevfn.precision import Precision
-from bevfn.training import run, run_folder
+from bevfn.training import command_line, pretrained, run_folder, tasks
 
 
 def evaluate(
@@ -84,7 +84,7 @@ def evaluate(
     if task.score is not None:
         judgement = measure(found, task.score, out, **told)
     elif task.data.evaluation.annotated:
-        told |= {"config": run.flags(config), "bottom": task.bottom}
+        told |= {"config": command_line.flags(config), "bottom": task.bottom}
         judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
     else:
         return _submit(task, found, counts, out)
@@ -92,14 +92,14 @@ def evaluate(
     return 0
 
 
-def _scored_by(metric: Literal["nuscenes", "t4"] | None, task: run.Task) -> run.Task:
+def _scored_by(metric: Literal["nuscenes", "t4"] | None, task: tasks.Task) -> tasks.Task:
     """The task whose key frames are scored by a metric, None: their own."""
     if metric is None:
         return task
     return replace(task, data=replace(task.data, evaluation=replace(task.data.evaluation, metric=metric)))
 
 
-def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any]) -> run.Config:
+def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any]) -> command_line.Config:
     """The config that the checkpoint is evaluated with: its run's, with the flags that are given (not None)."""
     given = {name: value for name, value in flags.items() if value is not None}
     config = run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
@@ -116,19 +116,19 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
     return config
 
 
-def _check(task: run.Task, out: Path) -> None:
+def _check(task: tasks.Task, out: Path) -> None:
     """Raises ValueError for what the model need not run for: key frames that cannot be scored, a folder that cannot be
     written."""
-    run.check(task, train=False)
+    tasks.check(task, train=False)
     if task.score is None and task.data.evaluation.annotated:
         source.check_scored(task.data.evaluation, results.KNOWN_ATTRIBUTES)
     check_writable(out)
 
 
-def _found(task: run.Task, checkpoint: Path, *, device: str, **settings: Any) -> tuple[dict, dict]:
+def _found(task: tasks.Task, checkpoint: Path, *, device: str, **settings: Any) -> tuple[dict, dict]:
     """What `detect` (`collect`, where the task has a score) returns of the checkpoint's weights, under a progress bar; settings:
     its others."""
-    params, state = (tree.to(part, device) for part in run.read_weights(checkpoint, ema=True))
+    params, state = (tree.to(part, device) for part in pretrained.read_weights(checkpoint, ema=True))
     check_fits(task, params, state, checkpoint)
     index = task.data.evaluation
     with Progress() as progress:
@@ -143,7 +143,7 @@ def _found(task: run.Task, checkpoint: Path, *, device: str, **settings: Any) ->
         )
 
 
-def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> run.Config:
+def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> command_line.Config:
     """The config of the run that the checkpoint belongs to; the model's defaults for an imported file."""
     path = checkpoint.parent.parent / run_folder.CONFIG_FILE
     is_run = checkpoint.is_dir() and path.is_file()
@@ -163,7 +163,7 @@ def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model:
     return run_folder.stored_config(path, default)
 
 
-def check_fits(task: run.Task, params: dict, state: dict, checkpoint: Path) -> None:
+def check_fits(task: tasks.Task, params: dict, state: dict, checkpoint: Path) -> None:
     """Raises ValueError, naming the first difference, for a checkpoint of another model."""
     ours = tree.flatten(dict(zip(("params", "state"), task.init())))
     differences = tree.diff(tree.flatten({"params": params, "state": state}), ours)
@@ -177,10 +177,12 @@ def check_fits(task: run.Task, params: dict, state: dict, checkpoint: Path) -> N
 def _folder(checkpoint: Path, split: str | None) -> Path:
     """Beside the run's own evaluations, or in runs/ for an imported file."""
     name = checkpoint.stem + (f"_{split}" if split else "")
-    return (checkpoint.parent.parent / "evaluations" if checkpoint.is_dir() else run.RUNS / "evaluations") / name
+    return (
+        checkpoint.parent.parent / "evaluations" if checkpoint.is_dir() else command_line.RUNS / "evaluations"
+    ) / name
 
 
-def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) -> int:
+def _submit(task: tasks.Task, found: dict, counts: dict[str, float], out: Path) -> int:
     """The results of a split without annotations, and of nuScenes' test split what the server takes."""
     index, reading = task.data.evaluation, task.data.eval_reading
     t4 = index.judge == "t4"

@@ -17,7 +17,7 @@ from bevfn.data.batch import needed
 from bevfn.files import check_json, check_writable
 from bevfn.precision import Precision
 from bevfn.synth import key_frame, rig
-from bevfn.training import run
+from bevfn.training import assembly, command_line, tasks
 
 # Names of what a step takes and returns.
 NAMES: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ def graph(
     model: Annotated[str | None, one_of(catalogue.MODELS)] = None,
     stage: Literal[1, 2] | None = None,
     precision: Precision = "fp32",
-    scale: run.Scale = "published",
+    scale: command_line.Scale = "published",
     batch_size: int | None = None,
     ops: Literal["stock", "drivingsdk"] = "stock",
     execute: int = 0,
@@ -106,7 +106,9 @@ def _of_stage(experiment: str, model: str | None, stage: int) -> str:
     return named
 
 
-def steps(experiment: str, config: run.Config, *, comparable: bool = False) -> dict[str, tuple[Callable, tuple]]:
+def steps(
+    experiment: str, config: command_line.Config, *, comparable: bool = False
+) -> dict[str, tuple[Callable, tuple]]:
     """{"train": (step, example arguments), "inference": ...} of an experiment's task, on a generated frame.
 
     The batch has the capacities of the recipe on nuScenes (published), or on the synthetic world (mini).
@@ -126,12 +128,12 @@ def steps(experiment: str, config: run.Config, *, comparable: bool = False) -> d
         if comparable:
             optimizer = task.optimizer
             task = replace(task, optimizer=lambda plan: replace(optimizer(plan), eps=1.0))
-        made = run.Run(task, config, run.Plan(steps_per_epoch=1000, total_steps=1000, batch=config.recipe_batch))
-        batch = run.example(made)
+        made = tasks.Run(task, config, tasks.Plan(steps_per_epoch=1000, total_steps=1000, batch=config.recipe_batch))
+        batch = assembly.example(made)
     if comparable:
         valid, labels = needed(batch.boxes_valid, "boxes_valid"), needed(batch.labels, "labels")
         batch = replace(batch, boxes_valid=valid & _first_of_its_class(labels))
-    train_state = run.initial_state(made)
+    train_state = assembly.initial_state(made)
     if comparable:
         for path, leaf in tree.flatten(train_state.params).items():
             if path.endswith("offset.bias"):
@@ -139,7 +141,7 @@ def steps(experiment: str, config: run.Config, *, comparable: bool = False) -> d
         if train_state.loss_scale is not None:
             train_state.loss_scale.scale.fill_(64.0)
     return {
-        "train": (run.pure_step(made), (train_state, batch)),
+        "train": (assembly.pure_step(made), (train_state, batch)),
         "inference": (task.predict, (train_state.params, train_state.state, batch)),
     }
 

@@ -90,6 +90,11 @@ def open(
         yield latest
 
 
+def step_name(done: int) -> str:
+    """Of checkpoints and evaluations."""
+    return f"step_{done:08d}"
+
+
 def read_config(path: Path) -> dict:
     """What a config.json says, in the names of today; raises ValueError, naming it, if it is damaged or no JSON object."""
     try:

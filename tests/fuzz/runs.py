@@ -13,7 +13,7 @@ from bevfn.commands import evaluate
 from bevfn.evaluation.score import METRICS
 from bevfn.files import checksum, write_atomically
 from bevfn.metrics import read_metrics
-from bevfn.training import checkpoint, run, run_folder
+from bevfn.training import checkpoint, command_line, pretrained, run, run_folder
 from fuzz import mutate
 from fuzz.table import Row
 
@@ -39,7 +39,7 @@ def rows() -> list[Row]:
     ]
 
 
-def _config() -> run.Config:
+def _config() -> command_line.Config:
     return recipes.defaults(EXPERIMENT)["nuscenes"]
 
 
@@ -53,17 +53,17 @@ def _state(step: int) -> dict:
 
 def _run(folder: Path) -> None:
     folder = folder / "run"
-    with run_folder.open(folder, run.flags(_config())):
+    with run_folder.open(folder, command_line.flags(_config())):
         lines = []
         for step in STEPS:
             meta = {"step": step, run_folder.FACTS: FACTS}
-            checkpoint.save_step(folder / "checkpoints" / run.step_name(step), _state(step), meta)
+            checkpoint.save_step(folder / "checkpoints" / run_folder.step_name(step), _state(step), meta)
             lines.append(
                 {"step": step, "seconds": 0.5, "loss/total": 3.0 / step, "grad_norm": "inf" if step == 1 else 2.5}
             )
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        checkpoint.keep_best(folder / "checkpoints", run.step_name(2), 0.5)
-        write_atomically(folder / "evaluations" / run.step_name(3) / METRICS, b"{}")
+        checkpoint.keep_best(folder / "checkpoints", run_folder.step_name(2), 0.5)
+        write_atomically(folder / "evaluations" / run_folder.step_name(3) / METRICS, b"{}")
         summary = {"first_loss": 3.0, "last_loss": 1.0, "steps": 3, "scores": {"NDS": 0.5}, "samples_per_second": None}
         (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -110,19 +110,19 @@ def _resume(folder: Path) -> None:
     """What --resume does before its first step."""
     folder = folder / "run"
     said: list[str] = []
-    with run_folder.open(folder, run.flags(_config()), resume=True, facts=FACTS, say=said.append) as latest:
+    with run_folder.open(folder, command_line.flags(_config()), resume=True, facts=FACTS, say=said.append) as latest:
         assert latest is not None
     state, _ = checkpoint.load_step(latest, _state(0))
-    newest = folder / "checkpoints" / run.step_name(STEPS[-1])
+    newest = folder / "checkpoints" / run_folder.step_name(STEPS[-1])
     if latest != newest and not any(
         newest.name in sentence for sentence in said
     ):  # or it says itself, sealed, that it is older
         assert checkpoint.read_meta(newest)["checkpoint"].get("serial", 0) <= STEPS[-2]
     same = _state(int(state["step"]))
     assert tree.diff(state, same) == [] and all(map(torch.equal, tree.leaves(state), tree.leaves(same)))
-    assert latest.name == run.step_name(int(state["step"])), latest
+    assert latest.name == run_folder.step_name(int(state["step"])), latest
     best = checkpoint.best(folder / "checkpoints")
-    assert best is None or best.name in map(run.step_name, STEPS)
+    assert best is None or best.name in map(run_folder.step_name, STEPS)
     for record in read_metrics(folder):
         assert all(type(value) is float for value in record.values()) and "step" in record
     paths, plan = SimpleNamespace(run_dir=folder), SimpleNamespace(total_steps=STEPS[-1])
@@ -132,7 +132,7 @@ def _resume(folder: Path) -> None:
 
 def _resume_odd(folder: Path) -> None:
     """The same of tensors whose CRC is right; those that are no train state are another run's."""
-    made = folder / "run" / "checkpoints" / run.step_name(STEPS[-1])
+    made = folder / "run" / "checkpoints" / run_folder.step_name(STEPS[-1])
     meta = json.loads((made / checkpoint.META).read_text())
     size, crc = checksum(made / checkpoint.TENSORS)
     changed = {name: value for name, value in meta.items() if name != "seal"}
@@ -140,7 +140,7 @@ def _resume_odd(folder: Path) -> None:
     right = (made / checkpoint.META).read_bytes()
     (made / checkpoint.META).write_text(json.dumps(changed | {"seal": checkpoint._seal(changed)}))
     try:
-        params, state = run.read_weights(made)
+        params, state = pretrained.read_weights(made)
     finally:
         (made / checkpoint.META).write_bytes(right)
     for name, leaf in tree.flatten({"params": params, "state": state}).items():
@@ -150,7 +150,7 @@ def _resume_odd(folder: Path) -> None:
 
 def _evaluate(folder: Path) -> None:
     """What `bevfn eval` takes from config.json: every field of its type."""
-    made = folder / "run" / "checkpoints" / run.step_name(STEPS[-1])
+    made = folder / "run" / "checkpoints" / run_folder.step_name(STEPS[-1])
     config = evaluate.run_config(EXPERIMENT, made, None, None)
     right = _config()
     for name, value in vars(config).items():
@@ -159,7 +159,7 @@ def _evaluate(folder: Path) -> None:
 
 
 def _weights(folder: Path) -> None:
-    params, state = run.read_weights(folder / "run" / "checkpoints" / run.step_name(STEPS[-1]))
+    params, state = pretrained.read_weights(folder / "run" / "checkpoints" / run_folder.step_name(STEPS[-1]))
     same = _state(STEPS[-1])
     for found, right in ((params, same["params"]), (state, same["state"])):
         assert tree.diff(found, right) == []

@@ -13,7 +13,7 @@ from small_weights import small, upstream_state
 
 from bevfn import tree, upstream
 from bevfn.commands import checkpoint
-from bevfn.training import run
+from bevfn.training import pretrained
 from bevfn.upstream import storage
 from fuzz import mutate
 from fuzz.table import Row
@@ -138,7 +138,7 @@ def _import_same(folder: Path) -> None:
 
 def _read(folder: Path) -> None:
     """`bevfn eval` and --pretrained: what a checksum seals is what was written."""
-    params, state = run.read_weights(folder / "a.safetensors")
+    params, state = pretrained.read_weights(folder / "a.safetensors")
     wanted, wanted_state, _ = upstream.import_state(upstream_state(MODEL), MODEL)
     for found, right in ((params, wanted), (state, wanted_state)):
         assert tree.diff(found, right) == []

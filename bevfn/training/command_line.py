@@ -1,0 +1,169 @@
+"""The flags that every experiment has, and how a command line chooses between a recipe's defaults for them."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import tyro
+
+from bevfn import compile as compilation
+from bevfn.data import source
+from bevfn.files import as_read
+from bevfn.precision import Precision
+from bevfn.training import limits
+
+RUNS = Path("runs")
+Scale = Literal["published", "mini"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags that every experiment has; a recipe sets its own defaults."""
+
+    CHOOSES: ClassVar[tuple[str, ...]] = ("model",)
+    """fields by whose flags a model's defaults are found"""
+    model: str = ""
+    """network and recipe, a name of `bevfn.catalogue`"""
+    scale: Scale = "published"
+    """published: every size as in the paper; mini: the same code at a size for demos and CI"""
+    precision: Precision = "fp32"
+    """fp16 scales the loss dynamically, in the graph"""
+    backend: compilation.Backend = "inductor"
+    """what compiles the train step"""
+    eval_backend: compilation.Backend = "inductor"
+    """what compiles the forward pass of an evaluation"""
+    device: str = "cpu"
+    """torch device: cpu, cuda, cuda:1; under torchrun each process takes its own"""
+    mode: Literal["full", "performance"] = "full"
+    """full: all epochs, with evaluations; performance: one epoch without, and samples/s after --warm-up steps"""
+    warm_up: int = 20
+    """steps that performance mode does not count"""
+    data_root: Path | None = None
+    """a nuScenes root (the folder with v1.0-trainval/ and samples/), a T4 data set (docs/t4.md), an info file of mmdetection3d,
+    or a folder with one frame.json; none: a synthetic world in runs/, made when missing"""
+    version: str = "v1.0-trainval"
+    """of the nuScenes root; v1.0-mini trains on mini_train. A number is the revision of a T4 data set's scenes"""
+    train_split: str | None = None
+    """of the version, also one of its splits.json; none: train, mini_train"""
+    eval_split: str | None = None
+    """of the version, also one of its splits.json, scored by its own key frames; none: val, mini_val"""
+    epochs: int = 1
+    """passes over the (class-balanced) training set; the schedules run through all of them"""
+    steps: int | None = None
+    """optimizer steps instead of epochs; the schedules run through them"""
+    batch_size: int = 4
+    """samples per device and microbatch"""
+    box_capacity: int | None = None
+    """room for the annotated boxes of a sample (none: the recipe's); what does not fit is dropped and counted"""
+    checkpoint_activations: bool = False
+    """blocks of the network keep only what goes in, and are computed again for the gradient: less memory, more time, the
+    same numbers (bit for bit but for what a compiler that fuses operators rounds anew)"""
+    accumulate: int = 1
+    """microbatches per device whose gradients are averaged into one step; 8 on one device are the mathematics of 8 devices,
+    rounded otherwise, so that only a run of two resumes as the other without --force"""
+    drop_last: bool = False
+    """an epoch ends before its last, incomplete batch; no: that one is filled up from the epoch's start"""
+    recipe_batch: int = 32
+    """the global batch that the published learning rate is for"""
+    recipe_lr: float = 1e-3
+    """published peak learning rate, for recipe_batch samples"""
+    lr: float | None = None
+    """peak learning rate, taken as it is; none: the recipe's, scaled by --lr-scaling"""
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """how the recipe's learning rate follows the global batch (batch size x devices x accumulate) / recipe batch"""
+    weight_decay: float = 0.01
+    clip_norm: float = 35.0
+    """global L2 norm of the gradients"""
+    ema: float | None = None
+    """decay of the averaged parameters that are evaluated; none: they are not averaged"""
+    norm_momentum: float | None = None
+    """of the batch norms that are published with 0.01, whose statistics need hundreds of steps; none: as published"""
+    class_balanced: bool = False
+    """CBGS: every class supplies as many key frames as the others"""
+    augment: bool = True
+    """images, boxes and points are moved, turned, scaled and mirrored at random"""
+    sync_statistics: bool = False
+    """batch norm and loss normalisers over all devices (of the published recipes BEVNeXt's stage 2 alone, see --sync-after;
+    BEVDepth's, MatrixVT's and BEVNeXt's average the detection losses' normalisers alone, which happens anyway)"""
+    sync_after: int = 0
+    """epochs before --sync-statistics holds: at the change another step is compiled; a run that ends before it has none"""
+    workers: int = 4
+    """processes per device that read samples; 0: none"""
+    on_damaged: Literal["stop", "skip"] = "stop"
+    """a sample that cannot be read ends the run, or is replaced by the next one, named and counted; with skip a data set
+    that is there in part is trained on and evaluated without the key frames that lack files, which are named first"""
+    pretrained: tuple[Path, ...] = ()
+    """files of `bevfn checkpoint import` or checkpoint folders of a run; later ones fill what earlier ones left"""
+    checkpoint_every: int = 0
+    """steps between checkpoints; 0: one per epoch"""
+    keep: int = 3
+    """checkpoints kept, besides the best"""
+    eval_every: int = 1
+    """epochs between evaluations; 0: only after the last"""
+    eval_last: int = 0
+    """last epochs that are all followed by an evaluation, whatever --eval-every says"""
+    eval_first: bool = False
+    """evaluate the untrained model too"""
+    run_dir: Path = Path("runs/run")
+    """config.json, metrics.jsonl, tensorboard/, checkpoints/, evaluations/, report.html"""
+    resume: bool = False
+    """go on from the latest checkpoint in --run-dir. A run that SIGTERM or Ctrl-C stops saves, and exits with 143 or 130"""
+    force: bool = False
+    """resume although the config, the data, the processes or the code have changed"""
+    seed: int = 0
+    """of parameters, augmentation, data order and dropout"""
+
+    def __post_init__(self) -> None:
+        limits.check({known: getattr(self, known) for known in limits.LIMITS if hasattr(self, known)})
+        if self.sync_after and not self.sync_statistics:
+            raise ValueError(
+                f"--sync-after {self.sync_after} is of --sync-statistics; add that, or --sync-after 0 if batch norm is to be of "
+                "each device"
+            )
+
+    @property
+    def world(self) -> source.World:
+        """In which format the synthetic world is that stands in for no data root."""
+        return "nuscenes"
+
+    def plain(self) -> Self:
+        """Without what only training needs: frames as they come, nothing moved or pasted in."""
+        return replace(self, class_balanced=False, augment=False)
+
+
+Defaults = Mapping[str, Mapping[source.Kind, Config]]
+"""A recipe's configs: by model, of which the first is trained where none is named, and by what lies at the data root."""
+
+
+def flags(config: Config) -> dict:
+    """The config as plain JSON values."""
+    return as_read(dataclasses.asdict(config))
+
+
+def parse(defaults: Defaults, arguments: list[str], description: str | None = None) -> Any:
+    """The config of a command line; --model (and what else `Config.CHOOSES`) and what is at --data-root decide on the
+    defaults."""
+    root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
+    some = {name: next(iter(of.values())) for name, of in defaults.items()}  # what chooses is of a model, at any root
+    given = {name: flag(arguments, f"--{name}") for name in next(iter(some.values())).CHOOSES}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    fitting = (m for m, one in some.items() if all(str(getattr(one, n)) == v for n, v in chosen.items()))
+    # Tyro names the choices for an unknown model, the config what contradicts a known one.
+    of = defaults.get(next(fitting, chosen.get("model", "")), first)
+    default = source.of_kind(of, None if root is None else Path(root))
+    module = sys.modules["__main__"].__spec__
+    prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
+    return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
+
+
+def flag(arguments: list[str], name: str) -> str | None:
+    """What a command line gives for --a-flag, before it is parsed: the defaults of the others depend on it."""
+    value = None
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        given, _, joined = word.partition("=")
+        if given.replace("_", "-") == name:
+            value = joined or following
+    return value

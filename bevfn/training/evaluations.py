@@ -1,0 +1,66 @@
+"""When a run is evaluated, how, and where that is written; the best checkpoint is kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bevfn.evaluation.detect import collect, detect
+from bevfn.evaluation.judge import judge, measure
+from bevfn.evaluation.score import METRICS
+from bevfn.training import checkpoint, finite, run_folder, train
+from bevfn.training.command_line import flags
+from bevfn.training.tasks import Run, say
+
+
+def due(run: Run, done: int) -> bool:
+    config, (epoch, rest) = run.config, divmod(done, run.plan.steps_per_epoch)
+    asked = config.eval_every > 0 and epoch % config.eval_every == 0
+    now = rest == 0 and (asked or epoch > run.plan.epochs - config.eval_last)
+    return config.mode == "full" and (now or done == run.plan.total_steps)
+
+
+def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, float]:
+    """Scores of the evaluation split after `done` steps, by name; files in evaluations/step_..."""
+    finite.check_state(train_state, done)
+    weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
+    data, config = run.task.data, run.config
+    over_all: Callable[..., tuple[dict, dict[str, float]]] = detect if run.task.score is None else collect
+    found, counts = over_all(
+        *(run.task.predict, weights["params"], weights["state"]),
+        *(data.evaluation, data.eval_reading),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        backend=config.eval_backend,
+        device=config.device,
+        replicas=run.replicas,
+        warn=print,
+    )
+    if not run.leads:
+        return {}
+    out = folder(run, done)
+    counts |= {"missing/key_frames": data.left_out}
+    title = f"{run.task.title}, step {done}"
+    if run.task.score is not None:
+        judgement = measure(found, run.task.score, out, title=title, counts=counts)
+    else:
+        judgement = judge(
+            *(data.evaluation, found, data.eval_reading, out),
+            counts=counts,
+            run_dir=config.run_dir,
+            title=title,
+            config=flags(config),
+            bottom=run.task.bottom,
+        )
+    say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
+    if done:
+        checkpoint.keep_best(config.run_dir / run_folder.CHECKPOINTS, out.name, judgement.value)
+    return judgement.numbers
+
+
+def folder(run: Run, done: int) -> Path:
+    """Where the evaluation after `done` steps is written."""
+    return run.config.run_dir / "evaluations" / run_folder.step_name(done)
+
+
+def evaluated(run: Run, done: int) -> bool:
+    """Whether that evaluation came to its end, which is when its metrics are written."""
+    return (folder(run, done) / METRICS).is_file()

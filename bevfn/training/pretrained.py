@@ -1,0 +1,48 @@
+"""Weights that a run begins with, or that are evaluated: of an imported file, or of a run's checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bevfn import tree, upstream
+from bevfn.training import checkpoint
+
+
+def parts(params: dict, state: dict, loaded: upstream.Loaded) -> tuple[dict, dict, upstream.Merge]:
+    """The trees with the leaves that the files have, which must be leaves of the model; the others are trained from init."""
+    return upstream.load_into(params, state, loaded, allow_missing=tuple(params))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What becomes of the files of --pretrained."""
+
+    merge: Callable[[dict, dict, upstream.Loaded], tuple[dict, dict, upstream.Merge]] = parts
+    """(params, state, loaded) -> (params, state, where each leaf is from)"""
+    averages: bool = False
+    """of a run's checkpoint its EMA is taken, if it has one"""
+
+
+def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
+    """(params, state) of an imported file, or of a training checkpoint's folder (`ema`: their averages, if it has).
+
+    Raises ValueError, naming the file, if it is absent or damaged, or a weight in it is none (`upstream.impossible`).
+    """
+    if not path.is_dir():
+        imported = upstream.read_imported(path)
+        params, state = imported.params, imported.state
+    else:
+        tensors = checkpoint.read(path)
+        root = "ema." if ema and any(name.startswith("ema.") for name in tensors) else ""
+        params, state = (
+            upstream.nest({n.removeprefix(root + part): x for n, x in tensors.items() if n.startswith(root + part)})
+            for part in ("params.", "state.")
+        )
+    for name, leaf in tree.flatten({"params": params, "state": state}).items():
+        if what := upstream.impossible(name, leaf):
+            raise ValueError(f"{path}: {name} is {what}; take an older checkpoint, or import the published file again")
+    # Clones: what safetensors maps from a file lies at any multiple of 4 bytes, where a CPU's products round otherwise than
+    # on a trained model's aligned tensors, and a checkpoint would not score bit for bit as its run did.
+    return tree.map(torch.clone, params), tree.map(torch.clone, state)
