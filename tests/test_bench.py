@@ -88,12 +88,12 @@ def test_deformable_attention_and_its_peers_agree_with_the_mask_of_a_rig_and_wit
 
 
 def test_pillars_lie_where_a_camera_sees_them():
-    places, seen = attention.pillars(32)
+    places, seen = attention.places(32)
     assert places.shape == (6, 1024, 8, 2)
     assert 0.98 < float(seen.any(0).float().mean()) < 1  # all but what lies around the car
-    ahead = 32 * 28 + 16  # row y, column x: 38.4 m and more ahead, 0.8 m to the right
-    assert seen[0, ahead] and not seen[3, ahead]  # CAMERAS: the first looks forward, the fourth back
-    assert (places[0, ahead, 1:, 1] < places[0, ahead, :-1, 1]).all()  # higher points are higher in the image
+    ahead = 32 * 15 + 28  # row y, column x: 40 m ahead, 1.6 m to the right
+    assert seen[1, ahead] and not seen[4, ahead]  # bevdepth.CHANNELS: the second looks forward, the fifth back
+    assert (places[1, ahead, 1:, 1] < places[1, ahead, :-1, 1]).all()  # higher points are higher in the image
 
 
 def test_flops_of_a_deformable_convolution_are_those_of_its_products():

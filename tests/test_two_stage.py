@@ -255,7 +255,7 @@ def test_decoding_gives_the_golden_detections_in_their_order(folder):
 def test_targets_are_those_of_the_golden_case(folder):
     config, stored = two_stage.Config().head, load_file(folder / "outputs.safetensors")
     samples = (1,) if folder.name.endswith("2") else (0, 1)
-    batch = bevnext_case.key_frame(load_file(folder / "inputs.safetensors"), samples)
+    batch = bevnext_case.key_frame(folder, samples)
     found = centerpoint_loss.targets(batch.boxes, batch.labels, batch.boxes_valid, config)
     for t, (first, count) in enumerate(zip(config.first_class, config.tasks)):
         name = f"train/target/task{t}"

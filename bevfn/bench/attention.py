@@ -4,7 +4,6 @@ Every query of the BEV map looks at eight heights of its pillar. A nuScenes-like
 images, and which queries a camera sees: "masked" attends with these alone, "all" with every query in every camera.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn.bench import machine
-from bevfn.bench.pool import CAMERAS
+from bevfn.bench import frame, machine
+from bevfn.experiments import bevnext as recipe
+from bevfn.experiments.bevdepth import fitted
+from bevfn.heads import perspective
 from bevfn.kernels.deform_attn import deform_attn, reference
+from bevfn.models import bevnext
 
-GRID, CELL_M, LOWER_M, HEIGHTS, CAMERA_M = 128, 0.8, -51.2, 8, 1.5  # the map; the pillars; the cameras over the ground
-HEIGHT, WIDTH, RESIZE, CROP = 256, 704, 0.44, 140  # of an image, whose upper rows are cropped
+GRID, IMAGE_SIZE = 128, (256, 704)
 STRIDE, HEADS = 8, 8  # image to feature pixels
 
 
@@ -27,36 +28,28 @@ def measure(*, grid: int = GRID, channels: int = 80, repeats: int = 5) -> dict:
     grid: cells of the map along an axis; channels: of all heads.
     """
     generator = torch.Generator().manual_seed(0)
-    places, seen = pillars(grid)
-    size = (HEIGHT // STRIDE, WIDTH // STRIDE)
-    M, Q, P = places.shape[:3]
+    locations, seen = places(grid)
+    size = (IMAGE_SIZE[0] // STRIDE, IMAGE_SIZE[1] // STRIDE)
+    M, Q, P = locations.shape[:3]
     value = torch.randn(M, size[0] * size[1], HEADS, channels // HEADS, generator=generator)
     moved = 2 * torch.randn(M, Q, HEADS, 1, P, 2, generator=generator) / torch.tensor([size[1], size[0]])  # pixels
     weights = torch.randn(M, Q, HEADS, 1, P, generator=generator).softmax(-1)
-    operands = (value, places[:, :, None, None] + moved, weights)
+    operands = (value, locations[:, :, None, None] + moved, weights)
     figures: dict = {"seen_share": float(seen.float().mean())}
     for name, mask in (("masked", seen), ("all", None)):
         figures[name] = _compared(operands, mask, list(size), repeats)
     return figures
 
 
-def pillars(grid: int) -> tuple[Tensor, Tensor]:
-    """(locations [6 Q P 2] in 0 .. 1 of each image, seen [6 Q]: a point of the pillar lies in it), Q = grid^2."""
-    cells = LOWER_M + GRID * CELL_M / grid * (torch.arange(grid) + 0.5)
-    y, x, up = torch.meshgrid(cells, cells, torch.arange(HEIGHTS) - 4.5, indexing="ij")
-    x, y, down = (t.reshape(-1, HEIGHTS) for t in (x, y, CAMERA_M - up))
-    places = []
-    for heading_deg, focal in CAMERAS:
-        heading = math.radians(90 + heading_deg)
-        ahead, right = (
-            math.cos(heading) * x + math.sin(heading) * y - 0.6,
-            math.sin(heading) * x - math.cos(heading) * y,
-        )
-        depth = ahead.clamp(min=1e-5)
-        u, v = (812 + focal * right / depth) * RESIZE / WIDTH, ((490 + focal * down / depth) * RESIZE - CROP) / HEIGHT
-        places.append(torch.where(ahead[..., None] > 0, torch.stack([u, v], -1), -1.0))
-    made = torch.stack(places)
-    return made, ((made > 0) & (made < 1)).all(-1).any(-1)
+def places(grid: int) -> tuple[Tensor, Tensor]:
+    """(locations [6 Q P 2], where 0 and 1 are the borders of each image; seen [6 Q]: a point of the pillar lies in it) of a
+    generated key frame's rig, Q = grid^2."""
+    lower, upper, _ = perspective.Config().x_m
+    axis = (lower, upper, (upper - lower) / grid)
+    config = perspective.Config(x_m=axis, y_m=axis)
+    reading = fitted(recipe.Config(), bevnext.stage_one(), recipe.EVAL)
+    locations, inside = perspective.anchors(frame.batch_of(None, reading), config, IMAGE_SIZE)
+    return locations[0], inside[0].any(-1)
 
 
 def by_grid_sample(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None, sizes: list[int]) -> Tensor:

@@ -6,7 +6,6 @@ All variants take the depth [6 112 16 44] and the context [6 80 16 44] of one fr
 eager mode and float32. "train" is forward and backward to depth and context, and to the parameters of MatrixVT.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,11 @@ import torch
 from torch import Tensor
 
 from bevfn import tree
+from bevfn.bench import frame as frames
 from bevfn.bench import machine, pool
-from bevfn.data import infos, scene
-from bevfn.data.batch import Batch, collate, needed
+from bevfn.data.batch import Batch, needed
 from bevfn.experiments import bevdepth as recipe
 from bevfn.models import bevdepth
-from bevfn.synth import key_frame
 from bevfn.views import camera_grid, matrixvt
 
 # Name: what is measured; every ratio is to the first.
@@ -59,12 +57,7 @@ def problem(config: bevdepth.Config, batch: Batch) -> Problem:
 def measure(frame: Path | None, *, repeats: int = 5, threads: int = 1) -> dict:
     """{variant: milliseconds and MiB, forward and train, and their ratios to voxel_pool's} at the published size."""
     config = bevdepth.matrix_vt()
-    with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
-        index = infos.read((frame or key_frame.write_frame(Path(folder))) / "frame.json")
-        reading = recipe.fitted(recipe.Config(), config, recipe.EVAL)
-        sample = scene.load(index, 0, reading)
-    batch, _ = collate([sample], capacities=reading.capacities)
-    made = problem(config, batch)
+    made = problem(config, frames.batch_of(frame, recipe.fitted(recipe.Config(), config, recipe.EVAL)))
     figures: dict = {
         "points": made.depth.numel(),
         "points_inside": int((camera_grid.cells(made.batch, 0, config.grid) >= 0).sum()),

@@ -207,6 +207,15 @@ def needed(field: Field | None, name: str) -> Field:
     return field
 
 
+def annotated_boxes(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes [B G 9], labels [B G], which rows are a box [B G] bool; raises ValueError where the batch has none."""
+    return (
+        needed(batch.boxes, "boxes"),
+        needed(batch.labels, "labels"),
+        needed(batch.boxes_valid, "boxes_valid"),
+    )
+
+
 _LAYOUT: dict[str, tuple[str, torch.dtype]] = {
     "base_aug": ("B 4 4", torch.float32),
     "undo_base_aug": ("B 3 3", torch.float32),

@@ -4,6 +4,8 @@ Source: BEVDepth bevdepth/layers/heads/bev_depth_head.py (behaviour); golden cas
 `train/target/*` and `train/loss/*`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ from bevfn.heads.centerpoint import OUTPUTS, Config
 from bevfn.heads.transfusion_loss import gaussian_radius
 
 
+def whole_code(ours: Tensor, theirs: Tensor, weight: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """One L1 of all ten numbers, 0-d: codes, predicted and wanted, and their weight [B G 10]; count: boxes, 0-d."""
+    return {"bbox": losses.weighted_l1(ours, theirs, weight, count)}
+
+
 def loss(
     tasks: list[dict[str, Tensor]],
     boxes: Tensor,
@@ -22,6 +29,7 @@ def loss(
     *,
     config: Config,
     replicas: Replicas | None = None,
+    code: Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]] = whole_code,
 ) -> tuple[Tensor, dict]:
     """Total loss and its terms.
 
@@ -29,10 +37,12 @@ def loss(
         tasks: maps of `centerpoint.apply`.
         boxes: [B G 9] (x, y, z bottom centre, dx, dy, dz, yaw, vx, vy; augmented ego); labels [B G]; valid [B G] bool.
         replicas: normalisers are averaged over them, as published.
+        code: the terms of a task's codes by name, see `whole_code`.
 
     Returns:
-        total (0-d) and {"task0/heatmap", "task0/bbox", ..., "heatmap", "bbox" (their sums), "num_pos", "bad_boxes" (see
-        `boxes.only_usable`)}, plus "targets": what was assigned, for parity and notebooks.
+        total (0-d) and {"task0/heatmap", "task0/bbox", ... (or `code`'s names), "heatmap", ... (their sums over the tasks),
+        "bbox" (the sum of all but the heatmaps'), "num_pos", "bad_boxes" (see `boxes.only_usable`)}, plus "targets": what
+        was assigned, for parity and notebooks.
     """
     boxes, valid, bad = box_ops.only_usable(boxes, valid)
     found = targets(boxes, labels, valid, config)
@@ -40,10 +50,13 @@ def loss(
     for t, maps in enumerate(tasks):
         terms[f"task{t}/heatmap"] = heatmap(maps, found, t, replicas)
         weight, count = wanted(found, t, config, replicas)
-        l1 = losses.weighted_l1(gather_code(maps, found["cell"]), found["code"], weight, count)
-        terms[f"task{t}/bbox"] = config.bbox_weight * l1
-    for name in ("heatmap", "bbox"):
+        for name, l1 in code(gather_code(maps, found["cell"]), found["code"], weight, count).items():
+            terms[f"task{t}/{name}"] = config.bbox_weight * l1
+    names = [name.removeprefix("task0/") for name in terms if name.startswith("task0/")]
+    for name in names:
         terms[name] = torch.stack([terms[f"task{t}/{name}"] for t in range(len(tasks))]).sum()
+    if "bbox" not in names:
+        terms["bbox"] = torch.stack([terms[name] for name in names if name != "heatmap"]).sum()
     total = terms["heatmap"] + terms["bbox"]
     return total, {**terms, "num_pos": found["inside"].sum(), "bad_boxes": bad, "targets": found}
 

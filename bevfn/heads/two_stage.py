@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bevfn import boxes as box_ops
 from bevfn import losses, tree
 from bevfn.data.batch import Batch
 from bevfn.distributed import Replicas, Train
@@ -155,6 +154,15 @@ def _embed(params: dict, state: dict, depth: Tensor, *, train: Train) -> tuple[T
     return conv.apply(params["out"], x), {"hidden": hidden}
 
 
+def each_map(ours: Tensor, theirs: Tensor, weight: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """`TERMS` of a task, 0-d: an L1 for each code map; operands as `centerpoint_loss.whole_code`."""
+    split = [x.split(list(centerpoint.OUTPUTS.values()), -1) for x in (ours, theirs, weight)]
+    return {
+        name: losses.weighted_l1(part, wanted, share, count + COUNT_EPS)
+        for name, part, wanted, share in zip(TERMS.values(), *split)
+    }
+
+
 def loss(
     outputs: dict,
     boxes: Tensor,
@@ -164,34 +172,14 @@ def loss(
     config: Config,
     replicas: Replicas | None = None,
 ) -> tuple[Tensor, dict]:
-    """Total loss and its terms: CenterPoint's targets, with a loss for each code map.
+    """CenterPoint's loss (`centerpoint_loss.loss`) of the merged tasks, with a loss for each code map: terms "task0/heatmap",
+    "task0/xy", "task0/z", "task0/whl", "task0/yaw", "task0/vel", ..., and their sums.
 
-    Args:
-        outputs: of `apply`.
-        boxes: [B G 9] (x, y, z bottom centre, dx, dy, dz, yaw, vx, vy; augmented ego); labels [B G]; valid [B G] bool.
-        replicas: normalisers are averaged over them, as published.
-
-    Returns:
-        total (0-d) and {"task0/heatmap", "task0/xy", "task0/z", "task0/whl", "task0/yaw", "task0/vel", ..., their sums
-        over the tasks "heatmap", "xy", ..., "bbox" (the sum of all but the heatmaps'), "num_pos", "bad_boxes",
-        "targets"} as `centerpoint_loss.loss`.
+    outputs: of `apply`.
     """
-    boxes, valid, bad = box_ops.only_usable(boxes, valid)
-    found = centerpoint_loss.targets(boxes, labels, valid, config.head)
-    terms: dict = {}
-    for t, maps in enumerate(outputs["tasks"]):
-        terms[f"task{t}/heatmap"] = centerpoint_loss.heatmap(maps, found, t, replicas)
-        code = centerpoint_loss.gather_code(maps, found["cell"])  # B G 10
-        weight, count = centerpoint_loss.wanted(found, t, config.head, replicas)
-        parts = (x.split(list(centerpoint.OUTPUTS.values()), -1) for x in (code, found["code"], weight))
-        for name, ours, theirs, share in zip(TERMS.values(), *parts):
-            l1 = losses.weighted_l1(ours, theirs, share, count + COUNT_EPS)
-            terms[f"task{t}/{name}"] = config.head.bbox_weight * l1
-    for name in ("heatmap", *TERMS.values()):
-        terms[name] = torch.stack([terms[f"task{t}/{name}"] for t in range(len(outputs["tasks"]))]).sum()
-    terms["bbox"] = torch.stack([terms[name] for name in TERMS.values()]).sum()
-    total = terms["heatmap"] + terms["bbox"]
-    return total, {**terms, "num_pos": found["inside"].sum(), "bad_boxes": bad, "targets": found}
+    return centerpoint_loss.loss(
+        outputs["tasks"], boxes, labels, valid, config=config.head, replicas=replicas, code=each_map
+    )
 
 
 def decode(tasks: list[dict[str, Tensor]], config: Config) -> dict[str, Tensor]:

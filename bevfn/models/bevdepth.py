@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import resnet
-from bevfn.data.batch import Base, Batch, check_base, needed
+from bevfn.data.batch import Base, Batch, annotated_boxes, check_base
 from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.heads import centerpoint, centerpoint_loss
@@ -321,29 +321,15 @@ def loss(
 
     Raises ValueError if the batch has no annotations, or no depth while the depth loss counts.
     """
-    boxes, labels = needed(batch.boxes, "boxes"), needed(batch.labels, "labels")
+    annotated = annotated_boxes(batch)
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     pooled = train if isinstance(train, Replicas) else None
-    total, terms = centerpoint_loss.loss(
-        outputs["head"]["tasks"],
-        boxes,
-        labels,
-        needed(batch.boxes_valid, "boxes_valid"),
-        config=config.head,
-        replicas=replicas or pooled,
+    detection = centerpoint_loss.loss(
+        outputs["head"]["tasks"], *annotated, config=config.head, replicas=replicas or pooled
     )
-    metrics = {f"loss/{name}": terms[name].detach() for name in ("heatmap", "bbox")}
-    metrics |= {"num_pos": terms["num_pos"], "bad/targets": terms["bad_boxes"]}
-    if config.depth_loss_weight:
-        depth = depth_loss(outputs, batch, config, pooled)
-        total, metrics["loss/depth"] = total + depth, depth.detach()
-    return total, (new, {"loss/total": total.detach(), **metrics})
-
-
-def depth_loss(outputs: dict, batch: Batch, config: Config, replicas: Replicas | None = None) -> Tensor:
-    """Weighted depth loss of the current key frame, 0-d; raises ValueError if the batch has no depth."""
-    p = outputs["frames"][0]["view"]["depth"]
-    return cameras.depth_loss(p, batch, config.grid, weight=config.depth_loss_weight, replicas=replicas)
+    depth = cameras.key_frame_depth_loss(outputs, batch, config, pooled)
+    total, metrics = cameras.total_loss(detection, depth)
+    return total, (new, metrics)
 
 
 def decode(outputs: dict, config: Config) -> dict[str, Tensor]:

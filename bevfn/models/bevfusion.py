@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bevfn import rng, tree
 from bevfn.backbones import second, sparse_encoder, swin
-from bevfn.data.batch import Base, Batch, check_base, needed
+from bevfn.data.batch import Base, Batch, annotated_boxes, check_base, needed
 from bevfn.data.reading import Needs
 from bevfn.distributed import Train
 from bevfn.heads import transfusion, transfusion_loss
@@ -401,9 +401,7 @@ def loss(
     outputs, new = apply(params, state, batch, config=config, train=train, policy=policy, key=key)
     total, terms = transfusion_loss.loss(
         outputs["head"],
-        needed(batch.boxes, "boxes"),
-        needed(batch.labels, "labels"),
-        needed(batch.boxes_valid, "boxes_valid"),
+        *annotated_boxes(batch),
         config=config.head,
         train=True if own_normalisers else train,
     )

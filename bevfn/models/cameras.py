@@ -1,7 +1,7 @@
 """What camera models share: images as their networks take them, and one network over several frames."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ from bevfn.views import camera_grid, depth_net
 # ImageNet's, of R, G, B in 0..255.
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)
+
+
+class Supervised(Protocol):
+    """A detector's config, as far as its depth loss needs it."""
+
+    @property
+    def grid(self) -> camera_grid.Config: ...
+    @property
+    def depth_loss_weight(self) -> float: ...
 
 
 def images(batch: Batch, frames: int, image_size: tuple[int, int]) -> Tensor:
@@ -91,6 +100,30 @@ def per_frame(outputs: Any, frames: int) -> list[Any]:
         tree.map(lambda x, i=i: x[i * (len(x) // frames) : (i + 1) * (len(x) // frames)], outputs)
         for i in range(frames)
     ]
+
+
+def total_loss(detection: tuple[Tensor, dict], depth: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Training loss, 0-d float32, and its metrics: loss terms "loss/*", "num_pos", "bad/targets".
+
+    detection: (total, terms) of `centerpoint_loss.loss`. depth: weighted, None where it does not count.
+    """
+    total, terms = detection
+    metrics = {f"loss/{name}": terms[name].detach() for name in ("heatmap", "bbox")}
+    metrics |= {"num_pos": terms["num_pos"], "bad/targets": terms["bad_boxes"]}
+    if depth is not None:
+        total, metrics["loss/depth"] = total + depth, depth.detach()
+    return total, {"loss/total": total.detach(), **metrics}
+
+
+def key_frame_depth_loss(
+    outputs: dict, batch: Batch, config: Supervised, replicas: Replicas | None = None
+) -> Tensor | None:
+    """Weighted depth loss of a detector's current key frame, 0-d, None where its config has no weight for it; raises
+    ValueError if the batch has no depth."""
+    if not config.depth_loss_weight:
+        return None
+    p = outputs["frames"][0]["view"]["depth"]
+    return depth_loss(p, batch, config.grid, weight=config.depth_loss_weight, replicas=replicas)
 
 
 def depth_loss(

@@ -34,7 +34,7 @@ from bevfn import boxes as box_ops
 from bevfn import geometry, losses, tree
 from bevfn.backbones import swin
 from bevfn.catalogue import PRETEXT
-from bevfn.data.batch import Base, Batch, check_base, needed
+from bevfn.data.batch import Base, Batch, annotated_boxes, check_base, needed
 from bevfn.data.reading import Needs
 from bevfn.distributed import Replicas, Train
 from bevfn.evaluation.average_precision import Ranked, average_precision, curve
@@ -152,8 +152,8 @@ def apply(
 def rectangles(batch: Batch, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """The boxes in the images: (left, top, right, bottom [B*N G 4] in pixels of the network's input, labels [B*N G], which count
     [B*N G] bool)."""
-    boxes, labels = needed(batch.boxes, "boxes"), needed(batch.labels, "labels")
-    boxes, valid, _ = box_ops.only_usable(boxes, needed(batch.boxes_valid, "boxes_valid"))
+    boxes, labels, valid = annotated_boxes(batch)
+    boxes, valid, _ = box_ops.only_usable(boxes, valid)
     fields = camera_grid.of_frame(batch, 0, "undo_base_aug", "base_aug", "image_from_base", "image_aug")
     u, v, depth = geometry.project(box_ops.corners(boxes).flatten(1, 2), **fields)  # B N G*8
     u, v, depth = (plane.unflatten(-1, (-1, 8)).flatten(0, 1) for plane in (u, v, depth))  # B*N G 8

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.data.batch import Base, Batch, make
+from bevfn.data.batch import Base, Batch, annotated_boxes, make
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.kernels.linear_assignment import linear_assignment
 from bevfn.models import bevfusion as model
@@ -88,7 +88,7 @@ places = bevfusion.places
 
 def loss(case: Case, outputs: dict, batch: Batch, config: model.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
     """With the stored match: queries to one side of two boxes of a class match either, at the same cost (see `_matched`)."""
-    boxes, labels, valid = bevfusion.annotations(batch)
+    boxes, labels, valid = annotated_boxes(batch)
     match = _stored_match(case, outputs["head"], boxes, config).to(boxes.device)
     total, terms = transfusion_loss.loss(outputs["head"], boxes, labels, valid, config=config.head, match=match)
     return total, bevfusion.named(terms), terms["targets"]
@@ -192,7 +192,7 @@ def trained(case: Case, table: Table, outputs: dict, targets: dict, batch: Batch
     head = tree.map(lambda x: x.detach(), outputs["head"])
     _queries(case, table, "train", head, TRAIN_TOLERANCE)
     order = _order(case, "train", head)
-    _matched(table, targets, bevfusion.annotations(batch)[2])
+    _matched(table, targets, annotated_boxes(batch)[2])
     ours = {k: targets[k][0].cpu() for k in ("heatmap", "labels", "code", "ious", "positive")}
     compare.nonzero(case, table, "train/target/heatmap", ours["heatmap"].flatten(), TRAIN_TOLERANCE)
     stored = {k: case.outputs[f"train/target/{k}"][0] for k in ("labels", "bbox_weights", "bbox_targets", "ious")}

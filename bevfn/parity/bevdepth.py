@@ -12,12 +12,12 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.data.batch import Base, Batch, make
+from bevfn.data.batch import Base, Batch, annotated_boxes, make
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.evaluation import results
 from bevfn.files import read_json
 from bevfn.heads import centerpoint, centerpoint_loss
-from bevfn.models import bevdepth
+from bevfn.models import bevdepth, cameras
 from bevfn.parity import compare, golden
 from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
 from bevfn.parity.golden import Case
@@ -111,10 +111,9 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
 
 
 def loss(case: Case, outputs: dict, batch: Batch, config: bevdepth.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
-    assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
-    annotations = batch.boxes, batch.labels, batch.boxes_valid
-    detection, terms = centerpoint_loss.loss(outputs["head"]["tasks"], *annotations, config=config.head)
-    depth = bevdepth.depth_loss(outputs, batch, config)
+    detection, terms = centerpoint_loss.loss(outputs["head"]["tasks"], *annotated_boxes(batch), config=config.head)
+    depth = cameras.key_frame_depth_loss(outputs, batch, config)
+    assert depth is not None
     targets = terms.pop("targets")
     return detection + depth, {**terms, "detection": detection, "depth": depth}, targets
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.data.batch import Base, Batch, make
+from bevfn.data.batch import Base, Batch, annotated_boxes, make
 from bevfn.heads import transfusion, transfusion_loss
 from bevfn.kernels.linear_assignment import linear_assignment
 from bevfn.models import bevfusion
@@ -105,14 +105,8 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
 
 
 def loss(case: Case, outputs: dict, batch: Batch, config: bevfusion.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
-    boxes, labels, valid = annotations(batch)
-    total, terms = transfusion_loss.loss(outputs["head"], boxes, labels, valid, config=config.head)
+    total, terms = transfusion_loss.loss(outputs["head"], *annotated_boxes(batch), config=config.head)
     return total, named(terms), terms["targets"]
-
-
-def annotations(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
-    return batch.boxes, batch.labels, batch.boxes_valid
 
 
 def named(terms: dict) -> dict[str, Tensor]:
@@ -255,7 +249,7 @@ def _all_boxes(case: Case, table: Table, head: dict, config: bevfusion.Config) -
     query, box = case.outputs["train_all/match"].long().T
     chosen = _order(case, "train/head", head)[query]
     pred = torch.cat([head["pred"][-1][k] for k in BOX], -1)[0].cpu()[chosen]
-    code = transfusion_loss.encode_boxes(annotations(batch)[0], config.head)[0].cpu()[box]
+    code = transfusion_loss.encode_boxes(annotated_boxes(batch)[0], config.head)[0].cpu()[box]
     weights = torch.tensor(config.head.code_weights)
     injected = config.head.bbox_weight * float(((pred - code).abs() * weights).sum()) / len(box)
     error = compare.relative(injected, float(case.outputs["train_all/loss/layer_-1_loss_bbox"]))
@@ -282,7 +276,7 @@ def _unit(case: Case, table: Table, config: bevfusion.Config, device: str) -> No
     compare.boundary(case, table, "unit/cost", targets["cost"][0], TRAIN_TOLERANCE)
     compare.losses(case, table, "unit", {"total": total, **terms}, ABSOLUTE)
     _targets(case, table, "unit", torch.arange(targets["cost"].shape[1]), targets)
-    match = linear_assignment(case.outputs["unit/cost"][None], annotations(batch)[2].cpu())[0]
+    match = linear_assignment(case.outputs["unit/cost"][None], annotated_boxes(batch)[2].cpu())[0]
     paired = float(case.outputs["unit/cost"].double()[match, torch.arange(len(match))].sum())
     table.add("unit/match_cost", compare.relative(paired, case.stats["unit/match_cost"]), 1e-6, "of the stored costs")
     for key, gradient in gradients.items():

@@ -4,6 +4,7 @@ The cases keep counts of the frustum points per cell, not the cells: points that
 counted, and what lies behind the pooling is compared as it comes.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bevfn import tree
-from bevfn.data.batch import Base, Batch, make
+from bevfn.data.batch import Base, Batch, annotated_boxes, make
 from bevfn.heads import centerpoint, two_stage
-from bevfn.models import bevnext
+from bevfn.models import bevnext, cameras
 from bevfn.parity import compare
 from bevfn.parity.compare import EVAL_TOLERANCE, TRAIN_TOLERANCE, Table
 from bevfn.parity.golden import Case
@@ -91,7 +92,14 @@ def batch_of(case: Case, device: str, *, train: bool) -> Batch:
     """The stored samples: the first in evaluation, and in training both, or the second where it is alone."""
     count = len(case.outputs["train/target/depth_bin"]) // CAMERAS if train else 1
     chosen = range(2 - count, 2) if train else range(1)
-    samples = [_sample(case, f"sample{i}") for i in chosen]
+    made = batch(case.inputs, chosen, frames=frames(case))
+    made.validate()
+    return made.to(device)
+
+
+def batch(inputs: Mapping[str, Tensor], chosen: Iterable[int], *, frames: int) -> Batch:
+    """Stored samples with so many of their key frames."""
+    samples = [_sample(inputs, f"sample{i}", frames) for i in chosen]
     room = max(len(sample["labels"]) for sample in samples)
     for sample in samples:
         rows = len(sample["labels"])
@@ -99,15 +107,13 @@ def batch_of(case: Case, device: str, *, train: bool) -> Batch:
         sample["boxes"] = F.pad(sample["boxes"], (0, 0, 0, room - rows))
         sample["labels"] = F.pad(sample["labels"], (0, room - rows))
     fields = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-    made = make(base=Base.EGO_AT_FRONT, **fields)
-    made.validate()
-    return made.to(device)
+    return make(base=Base.EGO_AT_FRONT, **fields)
 
 
-def _sample(case: Case, name: str) -> dict[str, Tensor]:
+def _sample(inputs: Mapping[str, Tensor], name: str, T: int) -> dict[str, Tensor]:
     """Fields of a batch without their first axis. Earlier frames' images are the key frame's, rolled as the README says."""
-    stored = {key.removeprefix(f"{name}/"): x for key, x in case.inputs.items() if key.startswith(f"{name}/")}
-    T, canvas = frames(case), stored["canvas"]
+    stored = {key.removeprefix(f"{name}/"): x for key, x in inputs.items() if key.startswith(f"{name}/")}
+    canvas = stored["canvas"]
 
     def homogeneous(matrix: Tensor, offset: Tensor | None = None) -> Tensor:
         """[... 3 3] and [... 3] -> [... 4 4]."""
@@ -117,8 +123,12 @@ def _sample(case: Case, name: str) -> dict[str, Tensor]:
             wide[..., :3, 3] = offset
         return wide
 
-    K = homogeneous(stored["intrins"]).view(T, CAMERAS, 4, 4)
-    pose = homogeneous(stored["rots"], stored["trans"]).view(T, CAMERAS, 4, 4)
+    def of_frames(name: str, offset: str | None = None) -> Tensor:
+        """[T N 4 4]."""
+        matrices = homogeneous(stored[name], None if offset is None else stored[offset])
+        return matrices.view(-1, CAMERAS, 4, 4)[:T]
+
+    K, pose = of_frames("intrins"), of_frames("rots", "trans")
     depth = torch.zeros(canvas.shape[:3])
     depth.view(-1)[stored["gt_depth_index"].long()] = stored["gt_depth_value"]
     return {
@@ -127,7 +137,7 @@ def _sample(case: Case, name: str) -> dict[str, Tensor]:
         "labels": stored["gt_labels"],
         "images": torch.stack([torch.roll(canvas, SHIFT * t, dims=2) for t in range(T)]),
         "intrinsics": K,
-        "image_aug": homogeneous(stored["post_rots"], stored["post_trans"]).view(T, CAMERAS, 4, 4),
+        "image_aug": of_frames("post_rots", "post_trans"),
         "base_from_camera": pose,
         "image_from_base": K @ torch.linalg.inv(pose),
         "depth": depth,
@@ -142,10 +152,9 @@ def paths(case: Case, *, train: bool) -> dict[str, str]:
 
 
 def loss(case: Case, outputs: dict, batch: Batch, config: bevnext.Config) -> tuple[Tensor, dict[str, Tensor], dict]:
-    assert batch.boxes is not None and batch.labels is not None and batch.boxes_valid is not None
-    annotations = batch.boxes, batch.labels, batch.boxes_valid
-    detection, terms = two_stage.loss(outputs["head"], *annotations, config=config.head)
-    depth = bevnext.depth_loss(outputs, batch, config)
+    detection, terms = two_stage.loss(outputs["head"], *annotated_boxes(batch), config=config.head)
+    depth = cameras.key_frame_depth_loss(outputs, batch, config)
+    assert depth is not None
     targets = terms.pop("targets")
     named = {name.replace("/", ".loss_"): term for name, term in terms.items() if name.startswith("task")}
     return detection + depth, {**named, "loss_depth": depth}, targets
