@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
@@ -20,6 +20,9 @@ from bevfn.kernels import deform_conv, sparse_conv  # noqa: F401  they define th
 from bevfn.precision import Precision
 from bevfn.synth import key_frame
 from bevfn.training import assembly, command_line, tasks
+
+Variant = Literal["forward/eager", "forward/inductor", "train/eager", "train/inductor"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Setting:
     repeats: int
     scale: command_line.Scale = "published"
     checkpoint_activations: bool = False
+    only: tuple[Variant, ...] = VARIANTS
 
 
 def measure(setting: Setting) -> dict:
@@ -46,16 +50,16 @@ def measure(setting: Setting) -> dict:
         "batch_size": setting.batch_size,
         "checkpoint_activations": setting.checkpoint_activations,
     }
-    for what in ("forward", "train"):
-        for backend in ("eager", "inductor"):
-            figures[f"{what}/{backend}"] = machine.in_process(_variant, setting, what, backend)
-        slow, fast = figures[f"{what}/eager"], figures[f"{what}/inductor"]
-        fast["gflop"] = slow["gflop"]
-        fast["speedup_over_eager"] = slow["seconds"] / fast["seconds"]
-        for variant in (slow, fast):
-            variant["samples_per_second"] = setting.batch_size / variant["seconds"]
+    made: dict[str, dict] = {name: machine.in_process(_variant, setting, *name.split("/")) for name in setting.only}
+    for name, variant in made.items():
+        variant["samples_per_second"] = setting.batch_size / variant["seconds"]
+        slow = made.get(name.replace("inductor", "eager"), variant)
+        if slow is not variant:
+            variant["gflop"] = slow["gflop"]
+            variant["speedup_over_eager"] = slow["seconds"] / variant["seconds"]
+        if "gflop" in variant:
             variant["share_of_gemm_peak"] = variant["gflop"] / variant["seconds"] / variant["gemm_gflops"]
-    return figures
+    return figures | made
 
 
 def _variant(setting: Setting, what: str, backend: compilation.Backend) -> dict:
@@ -70,15 +74,19 @@ def _variant(setting: Setting, what: str, backend: compilation.Backend) -> dict:
     started = time.perf_counter()
     run()
     figures["first_call_seconds"] = time.perf_counter() - started
+    figures["first_call_peak_memory_gb"] = _peak_gb(cuda)
     figures["seconds"] = machine.best_seconds(run, repeats=setting.repeats)
-    figures["peak_memory_gb"] = (
-        torch.cuda.max_memory_allocated() / 2**30
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    )
+    figures["peak_memory_gb"] = _peak_gb(cuda)
     if backend == "eager":
         figures["gflop"] = count_gflop(run)
     return figures
+
+
+def _peak_gb(cuda: bool) -> float:
+    """So far, of this process."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Callable[[], object]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -42,6 +42,7 @@ def step(
     threads: int = 0,
     repeats: int = 3,
     checkpoint_activations: bool = False,
+    only: tuple[Literal["forward/eager", "forward/inductor", "train/eager", "train/inductor"], ...] = (),
     json_file: Json = None,
 ) -> None:
     """Forward pass and train step on one key frame, eager and compiled: seconds, share of the GEMM peak, peak memory.
@@ -56,13 +57,13 @@ def step(
         threads: CPU threads; 0: all cores
         repeats: timed repetitions, of which the median counts
         checkpoint_activations: blocks are computed again for the gradient
+        only: which of the four are measured; by default all
         json_file: also write the figures there, with the machine named
     """
     from bevfn.bench import step
 
-    setting = step.Setting(
-        model, frame, precision, batch_size, device, _threads(threads), repeats, scale, checkpoint_activations
-    )
+    sizes = precision, batch_size, device, _threads(threads), repeats, scale, checkpoint_activations
+    setting = step.Setting(model, frame, *sizes, only or step.VARIANTS)
     _report("step", partial(step.measure, setting), json_file, device)
 
 
