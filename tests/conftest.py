@@ -22,6 +22,14 @@ import bevfn  # noqa: F401  (where torch_npu is installed without CANN, torch ca
 
 
 @pytest.fixture
+def bare(monkeypatch):
+    """Evaluations without pictures and report, which take most of a small run's time: for tests that look at neither."""
+    from bevfn.evaluation import page
+
+    monkeypatch.setattr(page, "write", lambda *_, **__: None)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 6 MB."""
     disk = tmp_path / "disk"

@@ -16,7 +16,7 @@ from bevfn import cli, synth, tree, upstream
 from bevfn.data import scene, source
 from bevfn.data.index import Frame
 from bevfn.distributed import Replicas
-from bevfn.evaluation import judge, page, results, t4_report
+from bevfn.evaluation import judge, results, t4_report
 from bevfn.experiments import awml, bevfusion, bevfusion_lidar
 from bevfn.metrics import read_metrics
 from bevfn.models import bevfusion as family
@@ -35,12 +35,6 @@ def small(model: str, **changes) -> awml.Config:
     if changes.get("scale") == "published":
         changes = {"voxel_capacity": None, "site_capacity": None} | changes
     return replace(config, **changes)
-
-
-@pytest.fixture
-def bare(monkeypatch):
-    """Evaluations without pictures and report, which take most of their time."""
-    monkeypatch.setattr(page, "write", lambda *_, **__: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags

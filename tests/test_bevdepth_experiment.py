@@ -157,7 +157,7 @@ def test_a_run_leaves_checkpoints_metrics_and_scores(trained):
 
 @pytest.mark.parametrize("trained", ["matrixvt"], indirect=True)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(trained, recompute, tmp_path):
+def test_a_resumed_run_is_the_run_that_was_never_stopped(trained, recompute, bare, tmp_path):
     name, config, _ = trained
     stopped = replace(config, run_dir=tmp_path / name, resume=True, checkpoint_activations=recompute)
     shutil.copytree(config.run_dir, stopped.run_dir)
@@ -202,7 +202,7 @@ def bevfn(monkeypatch, *arguments) -> int:
 
 
 @pytest.mark.parametrize("trained", ["bevdepth"], indirect=True)
-def test_a_checkpoint_scores_as_its_run_did(trained, monkeypatch, tmp_path):
+def test_a_checkpoint_scores_as_its_run_did(trained, bare, monkeypatch, tmp_path):
     name, config, _ = trained
     folder = config.run_dir / "checkpoints" / "step_00000002"
     assert bevfn(monkeypatch, "eval", name, "--checkpoint", folder, "--out", tmp_path, *FAST) == 0

@@ -44,8 +44,8 @@ def command(root: Path, run_dir: Path, *flags: str) -> list[str]:
     return [str(HERE / "tiny_experiment.py"), "--data-root", str(root), "--run-dir", str(run_dir), *flags]
 
 
-def launch(words: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def launch(words: list[str], **variables: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -164,7 +164,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_exits_with_its_code_and_the_rest_of_the_epoch_follows(whole, root, tmp_path, number, code):
+def test_a_signal_saves_exits_with_its_code_and_the_rest_of_the_epoch_follows(
+    whole, root, bare, tmp_path, number, code
+):
     ask = [sys.executable, "-c", STOPPING, str(int(number)), str(HERE)]
     printed = finish(launch(ask + command(root, tmp_path / "run")), code)  # so that `train && next` stops too
     done = int(re.search(r"stopped by a signal after step (\d+)", printed)[1])
@@ -284,7 +286,7 @@ def test_a_folder_without_a_run_is_not_resumed(root, tmp_path):
     assert code == 2 and "typo holds no run to go on with" in printed and not (tmp_path / "typo").exists()
 
 
-def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is_whole(whole, root, tmp_path):
+def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is_whole(whole, root, bare, tmp_path):
     broken = Path(shutil.copytree(root, tmp_path / "world"))
     index = small_world.training()
     third = index[int(sampling.order(np.arange(len(index)), 0, 0, shuffle=True)[2])]  # of the second step
@@ -302,7 +304,7 @@ def test_a_damaged_file_stops_the_run_which_loses_nothing_and_goes_on_when_it_is
     assert_same_run(whole[0], tmp_path / "run")
 
 
-def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, tmp_path):
+def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, bare, tmp_path):
     broken = Path(shutil.copytree(root, tmp_path / "world"))
     file = broken / small_world.training()[1].lidar_path
     file.write_bytes(file.read_bytes()[:-3])
@@ -312,7 +314,7 @@ def test_a_damaged_file_is_skipped_where_that_is_wanted_named_and_counted(root, 
     assert "bad/samples" in printed.split("warning: in all 2 steps: ")[1]
 
 
-def test_a_data_set_that_is_there_in_part_is_trained_on_and_judged_by_what_is_there(root, tmp_path):
+def test_a_data_set_that_is_there_in_part_is_trained_on_and_judged_by_what_is_there(root, bare, tmp_path):
     part = Path(shutil.copytree(root, tmp_path / "world"))
     lost, unseen = small_world.training()[1], small_world.index()[2]
     for frame in (lost, unseen):
@@ -331,6 +333,7 @@ def test_a_data_set_that_is_there_in_part_is_trained_on_and_judged_by_what_is_th
     assert code == 2 and f"{lost.lidar_path}: the point file does not exist" in printed
 
 
+BARE = {"BEVFN_TINY_BARE": "1"}  # see tiny_experiment.py
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -343,13 +346,14 @@ def two(root, tmp_path_factory):
             [
                 *TWO,
                 *command(root, run_dir, "--batch-size", "1", "--epochs", "2", "--checkpoint-every", "1", "--keep", "9"),
-            ]
+            ],
+            **BARE,
         )
     )
     return run_dir, printed
 
 
-def test_two_processes_train_like_two_microbatches_and_find_every_frame(two, root, tmp_path):
+def test_two_processes_train_like_two_microbatches_and_find_every_frame(two, root, bare, tmp_path):
     assert cli(root, tmp_path / "one", "--batch-size", "1", "--epochs", "2", "--accumulate", "2")[0] == 0
     assert two[1].count("samples an epoch") == 1  # one process speaks
     ours, theirs = (
@@ -364,7 +368,7 @@ def test_two_processes_train_like_two_microbatches_and_find_every_frame(two, roo
     assert found.keys() == small_world.index().positions.keys()
 
 
-def test_a_run_of_two_processes_goes_on_in_one_with_two_microbatches_bit_for_bit(two, root, tmp_path):
+def test_a_run_of_two_processes_goes_on_in_one_with_two_microbatches_bit_for_bit(two, root, bare, tmp_path):
     """The same sum of two gradients, the same samples, random numbers and schedule."""
     run_dir = Path(shutil.copytree(two[0], tmp_path / "run"))
     for made in ("checkpoints/step_00000002", "checkpoints/step_00000003", "checkpoints/step_00000004", "evaluations"):
@@ -379,7 +383,9 @@ def test_a_run_of_two_processes_goes_on_in_one_with_two_microbatches_bit_for_bit
     assert code == 2 and "microbatches: 2 -> 3" in printed
 
 
-def test_more_microbatches_than_two_are_bound_to_their_processes_since_their_sums_are_rounded_by_order(root, tmp_path):
+def test_more_microbatches_than_two_are_bound_to_their_processes_since_their_sums_are_rounded_by_order(
+    root, bare, tmp_path
+):
     """(a + b) + (c + d), of two processes, is not ((a + b) + c) + d."""
     four = {"batch_size": 1, "epochs": 1, "accumulate": 4}
     run.main(tiny.task, config(root, tmp_path / "run", **four))
@@ -411,7 +417,7 @@ LATER += ("--sync-statistics", "--sync-after", "1")
 def later(root, tmp_path_factory):
     """What two processes leave whose batch norms are of both from the second epoch on: 3 epochs of 2 steps."""
     run_dir = tmp_path_factory.mktemp("later") / "run"
-    finish(launch([*TWO, *command(root, run_dir, *LATER)]))
+    finish(launch([*TWO, *command(root, run_dir, *LATER)], **BARE))
     return run_dir
 
 
@@ -423,7 +429,7 @@ def cut(run_dir: Path, done: int) -> None:
     (run_dir / "checkpoints" / "best.json").unlink()
 
 
-def test_batch_norm_is_of_all_processes_from_its_epoch_on(later, root, tmp_path):
+def test_batch_norm_is_of_all_processes_from_its_epoch_on(later, root, bare, tmp_path):
     found, plain = numbers(later), ("--batch-size", "1", "--epochs", "3")
     assert cli(root, tmp_path / "never", *plain, "--accumulate", "2")[0] == 0  # two microbatches, each by its own
     never = numbers(tmp_path / "never")
@@ -432,14 +438,14 @@ def test_batch_norm_is_of_all_processes_from_its_epoch_on(later, root, tmp_path)
     always = Path(shutil.copytree(later, tmp_path / "always"))
     cut(always, 2)
     flags = (*plain, "--checkpoint-every", "1", "--keep", "9", "--sync-statistics", "--resume", "--force")
-    finish(launch([*TWO, *command(root, always, *flags)]))
+    finish(launch([*TWO, *command(root, always, *flags)], **BARE))
     assert_same_run(later, always)
 
 
 def test_a_run_that_is_killed_before_the_change_goes_on_across_it_bit_for_bit(later, root, tmp_path):
     run_dir = Path(shutil.copytree(later, tmp_path / "run"))
     cut(run_dir, 1)
-    finish(launch([*TWO, *command(root, run_dir, *LATER, "--resume")]))
+    finish(launch([*TWO, *command(root, run_dir, *LATER, "--resume")], **BARE))
     assert_same_run(later, run_dir)
 
 
