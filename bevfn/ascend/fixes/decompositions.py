@@ -149,8 +149,9 @@ def _rsub(x: Tensor, other: complex, alpha: complex = 1) -> Tensor:
 
 def _mul(x: Tensor, y: Tensor | complex) -> Tensor:
     """Of two bools, as isfinite is made of: torchair multiplies bytes, and A2 casts bytes to bool on its AI CPU."""
-    both = isinstance(y, Tensor) and x.dtype == y.dtype == torch.bool
-    return torch.logical_and(x, y) if both else NotImplemented
+    if isinstance(y, Tensor) and x.dtype == y.dtype == torch.bool:
+        return torch.logical_and(x, y)
+    return NotImplemented
 
 
 def _var(
