@@ -26,10 +26,11 @@ def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def executed(f, *arguments, strict=True):
+def executed(f, *arguments, strict=True, device="published"):
     """What the lowered f computes."""
     lowered = lower(f, arguments, strict=strict)
-    return lowered.results(interpret.run(lowered.graph, lowered.arguments(*arguments)))
+    program = interpret.prepare(lowered.graph, device=device)
+    return lowered.results(interpret.run(program, lowered.arguments(*arguments)))
 
 
 def types(f, *arguments, strict=True):
@@ -99,6 +100,53 @@ def test_batch_norm_in_training_mode(stock):
 
 
 LARGE = 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_select_of_integers_is_exact_on_an_a2(stock, dtype):
+    def choice(x, y):
+        return torch.where(x > y, x, y + 1), torch.where(x > y, x, 0), x.masked_fill(x < y, 5)
+
+    x = torch.tensor([2**31 - 2, LARGE + 1, -(2**31), 3], dtype=dtype)
+    y = torch.tensor([-5, LARGE + 2, 2**30 + 1, 2], dtype=dtype)
+    assert_same(executed(choice, x, y, device="a2"), choice(x, y), 0)
+    stock(aten.where)
+    assert "SelectV2" in types(choice, x, y)
+    if dtype == torch.int32:
+        assert not torch.equal(executed(choice, x, y, device="a2")[0], choice(x, y)[0])
+
+
+@pytest.mark.parametrize(
+    "x", [torch.tensor([3, -7], dtype=torch.int32), torch.tensor([2.5, float("inf")]).half()], ids=str
+)
+def test_a_scalar_minus_a_tensor_has_a_kernel_on_an_a2(stock, x):
+    def flipped(x):
+        return 3 - x, torch.rsub(x, 2, alpha=3), 1.5 - x
+
+    assert_same(executed(flipped, x, device="a2"), flipped(x), 0)
+    stock(aten.rsub)
+    assert "Sxpy" in types(flipped, x)
+    with pytest.raises(interpret.Invalid, match="A2 has no kernel"):
+        executed(flipped, x, device="a2")
+
+
+def test_finite_checks_stay_on_the_ai_core():
+    x = torch.tensor([1.0, float("nan"), float("inf")])
+    made = lower(lambda x: torch.isfinite(x).all(), (x,))
+    casts = [op for op in made.graph.op if op.type == "Cast"]
+    assert not any(op.input_desc[0].dtype == 4 for op in casts), casts  # 4: uint8
+    assert_same(executed(torch.isfinite, x), torch.isfinite(x), 0)
+
+
+def test_rows_are_added_without_a_factor_of_one():
+    def added(x, index, rows, alpha=1):
+        return x.index_add(0, index, rows, alpha=alpha)
+
+    arguments = (torch.zeros(3, 2), torch.tensor([2, 0, 2]), random(3, 2))
+    (node,) = (op for op in lower(added, arguments).graph.op if op.type == "InplaceIndexAdd")
+    assert [name for name in node.input if name] == list(node.input[:3])
+    for alpha in (1, 2):
+        assert_same(executed(partial(added, alpha=alpha), *arguments), added(*arguments, alpha=alpha))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -143,7 +143,8 @@ def _index_add() -> Any:
         if index.rank != 1 or x.rank == 0 or source.rank != x.rank:
             return stock(x, dim, index, source, alpha=alpha)
         index = dtype_promote(index, target_dtype=DataType.DT_INT32)
-        alpha = dtype_promote(alpha, target_dtype=x.dtype)
+        # Where alpha is given A2's kernel multiplies a whole buffer for every row.
+        alpha = None if alpha == 1 else dtype_promote(alpha, target_dtype=x.dtype)
         return ge.InplaceIndexAdd(ge.TensorMove(x), index, source, alpha, axis=dim % x.rank)
 
     return index_add

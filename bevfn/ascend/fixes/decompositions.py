@@ -34,6 +34,9 @@ def table() -> dict[Any, Callable]:
         aten.linspace.default: _linspace,
         aten.index_put.default: _index_put,
         aten.scatter.src: _scatter,
+        aten.where.self: _where,
+        aten.rsub.Scalar: _rsub,
+        aten.mul.Tensor: _mul,
         aten.var.correction: _var,
         aten.var_mean.correction: _var_mean,
         aten.min.dim: _min,
@@ -126,6 +129,29 @@ def _linear_index(indices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     for index, size in zip(torch.broadcast_tensors(*indices), shape):
         linear = linear * size + torch.where(index < 0, index + size, index)
     return linear
+
+
+def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Of integers by arithmetic: A2's SelectV2 takes them through float32, which is exact to 2^24, where cell numbers reach
+    340 M. Either product is 0, so nothing overflows; the AI Core adds and multiplies integers as they are."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    if dtype not in (torch.int32, torch.int64):
+        return NotImplemented
+    chosen = condition.to(dtype)
+    return a.to(dtype) * chosen + b.to(dtype) * (~condition).to(dtype)
+
+
+def _rsub(x: Tensor, other: complex, alpha: complex = 1) -> Tensor:
+    """Torchair makes Sxpy of it, which no unit of an A2 computes."""
+    minuend = torch.full((), other, dtype=torch.result_type(x, other), device=x.device)
+    return minuend - (x if alpha == 1 else alpha * x)
+
+
+def _mul(x: Tensor, y: Tensor | complex) -> Tensor:
+    """Of two bools, as isfinite is made of: torchair multiplies bytes, and A2 casts bytes to bool on its AI CPU."""
+    if isinstance(y, Tensor) and x.dtype == y.dtype == torch.bool:
+        return torch.logical_and(x, y)
+    return NotImplemented
 
 
 def _var(

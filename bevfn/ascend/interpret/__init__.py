@@ -10,11 +10,12 @@ Source: CANN's operator repositories on GitHub, hicann/ops-nn, ops-math, ops-cv 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from bevfn.ascend.interpret import (
+    a2,
     activation,
     conv,
     elementwise,
@@ -33,8 +34,9 @@ from bevfn.ascend.interpret.node import Invalid, Node, Unsupported
 from bevfn.ascend.interpret.program import Program, Watch, execute
 from bevfn.ascend.interpret.program import prepare as _prepare
 
-__all__ = ["FUNCTIONS", "REFUSED", "Invalid", "Node", "Program", "Unsupported", "Watch", "prepare", "run"]
+__all__ = ["FUNCTIONS", "REFUSED", "Device", "Invalid", "Node", "Program", "Unsupported", "Watch", "prepare", "run"]
 
+Device = Literal["published", "a2"]
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **elementwise.OPS,
     **activation.OPS,
@@ -65,13 +67,16 @@ REFUSED = {
 }
 
 
-def prepare(graph: Any, extra: Mapping[str, Callable[..., Any]] | None = None) -> Program:
+def prepare(
+    graph: Any, extra: Mapping[str, Callable[..., Any]] | None = None, *, device: Device = "published"
+) -> Program:
     """A program that `run` executes any number of times.
 
-    graph: torchair's GraphDef. extra: meaning of custom types, functions as `node` describes them. Raises Unsupported
-    or Invalid, naming the node, for the first node that cannot be executed.
+    graph: torchair's GraphDef. extra: meaning of custom types, functions as `node` describes them. device: "a2" computes as
+    an Atlas A2's kernels do where that differs from the published meaning (`interpret.a2`). Raises Unsupported or Invalid,
+    naming the node, for the first node that cannot be executed.
     """
-    return _prepare(graph, {**FUNCTIONS, **(extra or {})}, REFUSED)
+    return _prepare(graph, {**FUNCTIONS, **(a2.OPS if device == "a2" else {}), **(extra or {})}, REFUSED)
 
 
 def run(graph: Any, inputs: Sequence[Tensor], watch: Watch | None = None) -> list[Tensor]:
