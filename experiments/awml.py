@@ -110,7 +110,7 @@ class Config(bevfusion_lidar.Config):
         super().__post_init__()
         if self.paste and self.model != NUSCENES:
             raise ValueError(f"--paste is of {NUSCENES}: AWML pastes nothing on T4 data sets; leave it out")
-        if self.intensity and self.model != "awml-lidar":
+        if self.intensity and self.detector != "awml-lidar":
             raise ValueError(f"--intensity is of awml-lidar, and what {self.model} reads is fixed; leave it out")
         if self.range_m is not None and self.model == NUSCENES:
             raise ValueError(f"--range-m is of the models of T4 data sets; {self.model} sees 54 m, leave it out")
@@ -120,6 +120,11 @@ class Config(bevfusion_lidar.Config):
             )
         if self.fuser_kernel != 5 and self.model != "awml-camera-lidar":
             raise ValueError(f"--fuser-kernel is of awml-camera-lidar, and {self.model} has no fuser; leave it out")
+
+    @property
+    def detector(self) -> str:
+        """Whose network it is; in pretraining the one that starts from it."""
+        return self.model
 
     @property
     def world(self) -> source.World:
@@ -185,9 +190,9 @@ SYNTHETIC: dict[str, Any] = bevfusion.SYNTHETIC | {
 }
 
 
-def defaults(recipe: Config) -> dict[source.Kind, run.Config]:
-    """The flags' defaults of a recipe, for what may lie at the data root; every model has its own run folders."""
-    name, made = recipe.model.replace("-", "_"), dict[source.Kind, run.Config]()
+def defaults(recipe: Config, name: str) -> dict[source.Kind, run.Config]:
+    """The flags' defaults of a recipe, for what may lie at the data root, and run folders of that name."""
+    made = dict[source.Kind, run.Config]()
     made["nuscenes" if recipe.model == NUSCENES else "t4"] = replace(recipe, run_dir=run.RUNS / name)
     made["frame"] = replace(recipe, run_dir=run.RUNS / f"{name}_frame", **FRAME)
     own: dict[str, Any] = {"sweeps": 4} if recipe.model == NUSCENES else {"range_m": WORLD_RANGE}
@@ -195,7 +200,7 @@ def defaults(recipe: Config) -> dict[source.Kind, run.Config]:
     return made
 
 
-DEFAULTS: run.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
+DEFAULTS: run.Defaults = {model: defaults(recipe, model.replace("-", "_")) for model, recipe in VARIANTS.items()}
 
 
 def task(config: Config, splits: source.Source | None = None) -> run.Task:
@@ -219,11 +224,11 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
 
 
 def network(config: Config) -> family.Config:
-    """The published network of config.model."""
+    """The published network of config.detector."""
     if config.intensity:
         return awml.lidar(intensity=True)
-    made = NETWORKS[config.model]()
-    return replace(made, fuser_kernel=config.fuser_kernel) if config.model == "awml-camera-lidar" else made
+    made = NETWORKS[config.detector]()
+    return replace(made, fuser_kernel=config.fuser_kernel) if config.detector == "awml-camera-lidar" else made
 
 
 def ranged(model: family.Config, half: float) -> family.Config:
