@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.progress import Progress
 
-from bevfn import catalogue, distributed, recipes, tree
+from bevfn import catalogue, distributed, recipes, tree, upstream
 from bevfn import compile as compilation
 from bevfn.choices import one_of
 from bevfn.data import source
@@ -19,6 +19,7 @@ from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, 
 from bevfn.files import check_writable
 from bevfn.precision import Precision
 from bevfn.training import run, run_folder
+from bevfn.upstream import checkpoints
 
 
 def evaluate(
@@ -60,8 +61,8 @@ def evaluate(
         precision: by default the run's
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
             that were trained so; by default the run's, or as published
-        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file False
-        fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default the run's, of an imported file 5
+        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file what its shapes say
+        fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default as intensity
         backend: what compiles the forward pass
         device: torch device
         batch_size: key frames at a time
@@ -103,6 +104,7 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
     """The config that the checkpoint is evaluated with: its run's, with the flags that are given (not None)."""
     given = {name: value for name, value in flags.items() if value is not None}
     config = run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
+    given = _release(experiment, checkpoint, config.model) | given
     if (split := given.pop("split", None)) is not None:
         root, version = given.get("data_root", config.data_root), given.get("version", config.version)
         if what := source.trained_on(root, version, config.train_split, split, config.world):
@@ -114,6 +116,16 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
     config = replace(config, **given, device=device, resume=False)
     recipes.defaults(experiment, config.model)  # or it is of another experiment
     return config
+
+
+def _release(experiment: str, checkpoint: Path, model: str) -> dict[str, Any]:
+    """Flags of the recipe that an imported file's shapes tell, where releases of its model differ."""
+    of_release = getattr(recipes.load(experiment), "released", None)
+    if of_release is None or not checkpoint.is_file():
+        return {}
+    imported = upstream.read_imported(checkpoint)
+    leaves = {f"params.{name}": leaf for name, leaf in tree.flatten(imported.params).items()}
+    return of_release(checkpoints.fitted(imported.model, leaves), model)
 
 
 def _check(task: run.Task, out: Path) -> None:
