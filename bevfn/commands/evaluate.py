@@ -13,10 +13,10 @@ from bevfn import catalogue, distributed, recipes, tree, upstream
 from bevfn import compile as compilation
 from bevfn.choices import one_of
 from bevfn.data import source
-from bevfn.evaluation import results, tables
+from bevfn.evaluation import apart, results, tables
 from bevfn.evaluation.detect import collect, detect
 from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
-from bevfn.files import check_writable
+from bevfn.files import check_writable, to_json, write_atomically
 from bevfn.precision import Precision
 from bevfn.training import run, run_folder
 from bevfn.upstream import checkpoints
@@ -33,6 +33,7 @@ def evaluate(
     metric: Literal["nuscenes", "t4"] | None = None,
     out: Path | None = None,
     precision: Precision | None = None,
+    against: Precision | None = None,
     published_sweeps: bool | None = None,
     intensity: bool | None = None,
     fuser_kernel: Literal[3, 5] | None = None,
@@ -59,6 +60,8 @@ def evaluate(
         metric: what scores; by default the data set's own
         out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
         precision: by default the run's
+        against: run in this precision too, and tell how far the boxes are apart (apart.json); exit code 1 if by more than docs/training.md
+            states
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
             that were trained so; by default the run's, or as published
         intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file what its shapes say
@@ -80,7 +83,10 @@ def evaluate(
     task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
     out = out if out is not None else _folder(checkpoint, split)
     _check(task, out)
-    found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
+    settings: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "backend": backend, "device": device}
+    reference = None if against is None else _other(experiment, config, task, against)
+    found, counts = _found(task, checkpoint, **settings)
+    sure = None if reference is None else _found(reference, checkpoint, **settings)[0]
     told: dict[str, Any] = {"title": f"{task.title}, {checkpoint.name}", "counts": counts}
     if task.score is not None:
         judgement = measure(found, task.score, out, **told)
@@ -88,9 +94,31 @@ def evaluate(
         told |= {"config": run.flags(config), "bottom": task.bottom}
         judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
     else:
-        return _submit(task, found, counts, out)
+        _submit(task, found, counts, out)
+        return _apart(sure, found, out, against, config.precision)
     print(f"{judgement.text}\neverything is in {out}")
-    return 0
+    return _apart(sure, found, out, against, config.precision)
+
+
+def _other(experiment: str, config: run.Config, task: run.Task, precision: Precision) -> run.Task:
+    """The task in another precision, of the same key frames. Raises ValueError where there is nothing to compare."""
+    if precision == config.precision or task.score is not None:
+        what = "detects nothing" if task.score is not None else f"is run in {precision} anyway"
+        raise ValueError(f"{config.model} {what}, so --against {precision} compares nothing; leave it out")
+    splits = source.Source(task.data.evaluation, task.data.evaluation)
+    return recipes.load(experiment).task(replace(config, precision=precision).plain(), splits)
+
+
+def _apart(sure: dict | None, found: dict, out: Path, against: str | None, precision: str) -> int:
+    """Says how far the boxes found are from those of --against, where there are any: the exit code."""
+    if sure is None or against is None:
+        return 0
+    distances = apart.measure(sure, found)
+    print(distances.text(against, precision))
+    write_atomically(
+        out / "apart.json", to_json({"against": against, "precision": precision} | distances.numbers(), indent=1)
+    )
+    return 0 if distances.ok else 1
 
 
 def _scored_by(metric: Literal["nuscenes", "t4"] | None, task: run.Task) -> run.Task:
@@ -192,7 +220,7 @@ def _folder(checkpoint: Path, split: str | None) -> Path:
     return (checkpoint.parent.parent / "evaluations" if checkpoint.is_dir() else run.RUNS / "evaluations") / name
 
 
-def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) -> int:
+def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) -> None:
     """The results of a split without annotations, and of nuScenes' test split what the server takes."""
     index, reading = task.data.evaluation, task.data.eval_reading
     t4 = index.judge == "t4"
@@ -207,4 +235,3 @@ def _submit(task: run.Task, found: dict, counts: dict[str, float], out: Path) ->
     print(f"{len(found)} key frames; {told}")
     for line in tables.counted(counts):
         print(line)
-    return 0
