@@ -124,6 +124,9 @@ MODELS: dict[str, Model] = {
     ),
     "awml-camera": replace(AWML, parameters=31.8, checkpoints=("awml-camera", "swin-nuimages")),
     "awml-nuscenes-lidar": replace(AWML, checkpoints=("bevfusion-lidar",)),
+    "awml-lidar-masked": Model("pretrain", "masked_voxels", 7.6, checkpoints=()),
+    "awml-lidar-offline-masked": Model("pretrain", "masked_voxels", 7.6, checkpoints=()),
+    "awml-image": Model("pretrain", "image_branch", 29.3, checkpoints=("swin-nuimages",)),
 }
 PRETEXT = "pretext"
 """Where a model's parameters and statistics have what its pretraining alone needs: a model that starts from it leaves them out."""

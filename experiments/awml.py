@@ -110,7 +110,7 @@ class Config(bevfusion_lidar.Config):
         super().__post_init__()
         if self.paste and self.model != NUSCENES:
             raise ValueError(f"--paste is of {NUSCENES}: AWML pastes nothing on T4 data sets; leave it out")
-        if self.intensity and self.model != "awml-lidar":
+        if self.intensity and self.detector != "awml-lidar":
             raise ValueError(f"--intensity is of awml-lidar, and what {self.model} reads is fixed; leave it out")
         if self.range_m is not None and self.model == NUSCENES:
             raise ValueError(f"--range-m is of the models of T4 data sets; {self.model} sees 54 m, leave it out")
@@ -120,6 +120,11 @@ class Config(bevfusion_lidar.Config):
             )
         if self.fuser_kernel != 5 and self.model != "awml-camera-lidar":
             raise ValueError(f"--fuser-kernel is of awml-camera-lidar, and {self.model} has no fuser; leave it out")
+
+    @property
+    def detector(self) -> str:
+        """Whose network it is; in pretraining the one that starts from it."""
+        return self.model
 
     @property
     def world(self) -> source.World:
@@ -185,9 +190,9 @@ SYNTHETIC: dict[str, Any] = bevfusion.SYNTHETIC | {
 }
 
 
-def defaults(recipe: Config) -> dict[source.Kind, command_line.Config]:
-    """The flags' defaults of a recipe, for what may lie at the data root; every model has its own run folders."""
-    name, made = recipe.model.replace("-", "_"), dict[source.Kind, command_line.Config]()
+def defaults(recipe: Config, name: str) -> dict[source.Kind, command_line.Config]:
+    """The flags' defaults of a recipe, for what may lie at the data root, and run folders of that name."""
+    made = dict[source.Kind, command_line.Config]()
     made["nuscenes" if recipe.model == NUSCENES else "t4"] = replace(recipe, run_dir=command_line.RUNS / name)
     made["frame"] = replace(recipe, run_dir=command_line.RUNS / f"{name}_frame", **FRAME)
     own: dict[str, Any] = {"sweeps": 4} if recipe.model == NUSCENES else {"range_m": WORLD_RANGE}
@@ -195,7 +200,9 @@ def defaults(recipe: Config) -> dict[source.Kind, command_line.Config]:
     return made
 
 
-DEFAULTS: command_line.Defaults = {model: defaults(recipe) for model, recipe in VARIANTS.items()}
+DEFAULTS: command_line.Defaults = {
+    model: defaults(recipe, model.replace("-", "_")) for model, recipe in VARIANTS.items()
+}
 
 
 def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
@@ -219,11 +226,19 @@ def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
 
 
 def network(config: Config) -> family.Config:
-    """The published network of config.model."""
+    """The published network of config.detector."""
     if config.intensity:
         return awml.lidar(intensity=True)
-    made = NETWORKS[config.model]()
-    return replace(made, fuser_kernel=config.fuser_kernel) if config.model == "awml-camera-lidar" else made
+    made = NETWORKS[config.detector]()
+    return replace(made, fuser_kernel=config.fuser_kernel) if config.detector == "awml-camera-lidar" else made
+
+
+def released(release: family.Config, model: str) -> dict[str, Any]:
+    """The flags by which `network` makes a model as one of AWML's releases has it."""
+    today = NETWORKS[model]()
+    if model == "awml-lidar" and release.lidar is not None and today.lidar is not None:
+        return {"intensity": release.lidar.encoder.channels_in != today.lidar.encoder.channels_in}
+    return {"fuser_kernel": release.fuser_kernel} if model == "awml-camera-lidar" else {}
 
 
 def ranged(model: family.Config, half: float) -> family.Config:

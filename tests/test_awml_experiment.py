@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import small_t4_world
 import small_world
+import test_awml
 import torch
 
 from bevfn import cli, synth, tree, upstream
+from bevfn.commands import evaluate
 from bevfn.data import scene, source
 from bevfn.data.index import Frame
 from bevfn.distributed import Replicas
 from bevfn.evaluation import judge, results, t4_report
 from bevfn.experiments import awml, bevfusion, bevfusion_lidar
 from bevfn.metrics import read_metrics
+from bevfn.models import awml as awml_models
 from bevfn.models import bevfusion as family
 from bevfn.training import assembly, checkpoint, command_line, pretrained, run, tasks
 
@@ -251,6 +254,28 @@ def test_a_fusion_step_trains_and_is_scored(first, bare, tmp_path):
     assert summary["steps"] == 1 and "T4 mAP" in summary["scores"]
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_an_imported_release_is_evaluated_with_the_fuser_that_its_shapes_say(kernel, monkeypatch, tmp_path):
+    tiny = test_awml.tiny(awml.NETWORKS["awml-camera-lidar"]())
+    monkeypatch.setitem(awml.NETWORKS, "awml-camera-lidar", lambda: tiny)
+    params, state = family.init(replace(tiny, fuser_kernel=kernel), 0)
+    account = upstream.Account("awml-camera-lidar", "", "", "net", "spconv2")
+    upstream.write_imported(tmp_path / "a.safetensors", params, state, account, source="test")
+    flags = {"model": "awml-camera-lidar", "data_root": small_t4_world.root()}
+    config = evaluate._config("awml", tmp_path / "a.safetensors", "cpu", flags)
+    assert config.fuser_kernel == kernel and config.model == "awml-camera-lidar"
+    evaluate.check_fits(awml.task(config), params, state, tmp_path)
+    given = evaluate._config("awml", tmp_path / "a.safetensors", "cpu", flags | {"fuser_kernel": 8 - kernel})
+    with pytest.raises(ValueError, match=r"does not fit awml-camera-lidar.*fuser.conv.weight"):
+        evaluate.check_fits(awml.task(given), params, state, tmp_path)
+
+
+def test_what_a_release_reads_is_told_by_its_first_convolution():
+    for intensity in (False, True):
+        assert awml.released(awml_models.lidar(intensity=intensity), "awml-lidar") == {"intensity": intensity}
+    assert awml.released(awml_models.camera(), "awml-camera") == {}
+
+
 def test_a_checkpoint_of_another_model_starts_nothing(tmp_path):
     path = tmp_path / "other.safetensors"
     account = upstream.Account("resnet50", "", "", "mmdet", "spconv2")
@@ -335,8 +360,6 @@ def test_evaluation_takes_the_runs_own_model_and_refuses_the_other_data(first, m
     stored = tmp_path / "run" / "config.json"
     (tmp_path / "run" / "checkpoints" / "step_1").mkdir(parents=True)
     stored.write_text(json.dumps(command_line.flags(awml.VARIANTS[awml.NUSCENES])))
-    from bevfn.commands import evaluate
-
     config = evaluate.run_config("awml", tmp_path / "run" / "checkpoints" / "step_1", root, None)
     assert config.model == awml.NUSCENES and config.sweeps == 9
 

@@ -14,7 +14,7 @@ import small_world
 
 from bevfn import cli
 from bevfn.commands import evaluate
-from bevfn.evaluation import score
+from bevfn.evaluation import apart, score
 from bevfn.experiments import bevfusion_lidar
 from bevfn.training import checkpoint, run
 
@@ -81,6 +81,27 @@ def test_a_checkpoint_scores_as_its_run_did(trained, monkeypatch, capsys, tmp_pa
         counts
     )
     assert not any(count for name, count in counts.items() if name.startswith("overflow/"))
+
+
+def test_boxes_of_half_precision_are_told_against_those_of_float32(trained, monkeypatch, capsys, tmp_path):
+    """After one step no box is sure: all count here, and where the heatmap is flat rounding chooses other queries."""
+    monkeypatch.setattr(apart, "LEAST", 0.0)
+    how = ("--precision", "fp16", "--against", "fp32", "--out", tmp_path, *FAST)
+    code = bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", trained[1], *how)
+    told = json.loads((tmp_path / "apart.json").read_text())
+    assert told["boxes"] > 100 and code == (0 if told["ok"] else 1)
+    assert (told["precision"], told["against"]) == ("fp16", "fp32")
+    printed = capsys.readouterr().out
+    assert f"fp16 against fp32: {told['matched']:,} of {told['boxes']:,} boxes" in printed
+    for name, stated in apart.STATED.items():
+        assert told[name]["stated"] == stated and 0 < told[name]["median"] < stated
+    assert (tmp_path / "metrics.json").is_file()
+
+
+def test_a_precision_against_itself_is_refused(trained, monkeypatch, capsys, tmp_path):
+    how = ("--against", "fp32", "--out", tmp_path, *FAST)
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", trained[1], *how) == 2
+    assert "is run in fp32 anyway, so --against fp32 compares nothing" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_evaluation_drops_is_printed_and_in_metrics_and_report(trained, monkeypatch, capsys, tmp_path):

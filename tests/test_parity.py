@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bevfn.commands.parity import parity
-from bevfn.parity import awml, compare, golden
+from bevfn.parity import awml, compare, golden, replay
 
 GOLDENS = Path(__file__).parents[1].parent / "shared" / "goldens"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="the golden cases (../shared/goldens) are not here")
@@ -181,6 +181,41 @@ def test_gradients_that_are_zero_in_exact_arithmetic_are_left_out_and_missing_on
     lines = {line.name: line for line in table.lines}
     assert lines["train/grad_norm/missing"].note == "b" and not lines["train/grad_norm/missing"].ok
     assert lines["train/grad_norm (median)"].ok and "1 parameters" in lines["train/grad_norm (99 % of parameters)"].note
+
+
+def test_a_line_may_be_off_by_ten_times_what_rounding_moves_and_no_more(capsys):
+    stored = {"train/x": torch.ones(4), "train/y": torch.ones(4), "train/z": torch.ones(4)}
+    norms = {"train/grad_norm": {"a": 1.0, "b": 1.0}}
+    case = golden.Case(Path(), {}, norms, {}, stored)
+
+    def run(x: float, y: float, z: float, norm: float) -> compare.Table:
+        table = compare.Table("made up", silent=True)
+        for name, value in zip(stored, (x, y, z)):
+            compare.boundary(case, table, name, torch.full((4,), 1 + value), 1e-4)
+        compare.gradients(case, table, {key: torch.full((1,), 1 + norm) for key in ("a", "b")})
+        compare.differing(table, "train/labels", torch.ones(2), torch.zeros(2), "labels that differ")
+        return table
+
+    table, other = run(1e-3, 1e-3, 1e-5, 5e-2), run(1.2e-3, 1.05e-3, 2e-5, 6e-2)
+    table.allow_rounding(other)
+    ok = {line.name: line.ok for line in table.lines}
+    assert ok["train/x"] and not ok["train/y"] and ok["train/z"] and not ok["train/labels"]
+    assert ok["train/grad_norm (99 % of parameters)"] and ok["train/grad_norm (median)"]
+    assert table.lines[2].tolerance == 1e-4  # what passes is left as it is
+    assert "by which half an ulp in every parameter moves it; 1e-04 without" in capsys.readouterr().out
+
+
+def test_parameters_are_moved_by_their_rounding():
+    params = {"a": torch.linspace(1, 2, 10_000), "b": {"c": torch.zeros(3)}}
+    moved = replay._moved(params)
+    apart = (moved["a"] - params["a"]).abs() / params["a"]
+    assert 0 < float(apart.mean()) < 2.0**-23 and float(apart.max()) < 2.0**-21 and not moved["b"]["c"].any()
+
+
+@needs_goldens
+@pytest.mark.parametrize("name", ["bevfusion_lidar", "bevdepth_r50_2key", "bevnext_stage1", "awml_bevfusion_l_offline"])
+def test_which_cases_have_measured_a_training_step(name):
+    assert golden.read(GOLDENS / name).measured_training == (not name.startswith("awml"))
 
 
 @needs_goldens

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bevfn.data import pcd, points
+from bevfn.data import check, pcd, points
 
 AUTOWARE = [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("intensity", "u1"), ("return_type", "u1"), ("channel", "<u2")]
 LETTERS = {"f": "F", "i": "I", "u": "U"}
@@ -162,6 +162,14 @@ WRONG = {
         header(GOOD, "binary") + GOOD.tobytes() * 2,
         r"has 640 bytes behind its header, which says 320; it is damaged",
     ),
+    "a byte behind zeros": (
+        header(GOOD, "binary") + GOOD.tobytes() + bytes(100) + b"\1",
+        r"has 421 bytes behind its header, which says 320; it is damaged",
+    ),
+    "text and zeros": (
+        header(GOOD, "ascii") + encoded(GOOD, "ascii") + bytes(100),
+        r"is not 20 lines of 6 numbers, as its header says",
+    ),
     "more text": (
         header(GOOD, "ascii") + encoded(GOOD, "ascii") + b"\n1 2 3 4 5 6",
         r"is not 20 lines of 6 numbers, as its header says",
@@ -209,10 +217,56 @@ def test_text_that_its_type_cannot_hold_is_refused(tmp_path, value, type_of):
         points.read(tmp_path / "a.pcd")
 
 
-def test_zeros_at_the_end_are_room_that_a_writer_left(tmp_path):
-    path = write(tmp_path / "a.pcd", GOOD)
-    path.write_bytes(path.read_bytes() + bytes(4096))
-    assert len(points.read(path)[0]) == 20
+@pytest.mark.parametrize("encoding", ["binary", "binary_compressed"])
+def test_zeros_at_the_end_are_room_that_a_writer_left_to_reader_and_check(tmp_path, encoding):
+    path = write(tmp_path / "a.pcd", GOOD, encoding)
+    whole = path.read_bytes()
+    for room in (0, 4096, pcd.PAGE):
+        path.write_bytes(whole + bytes(room))
+        assert len(points.read(path)[0]) == 20 and check.examine(path, deep=False) is None
+        assert pcd.extent(path) == len(whole)
+    path.write_bytes(whole + bytes(pcd.PAGE + 1))
+    for read in (points.read, pcd.extent):
+        with pytest.raises(
+            ValueError, match=r"a.pcd: the point file has .* bytes behind its header, which says .*; it is damaged"
+        ):
+            read(path)
+    assert check.examine(path, deep=False)[0] == "damaged"
+
+
+def test_points_that_are_zeros_are_an_interrupted_copy_whatever_is_behind_them(tmp_path):
+    made = cloud(200, AUTOWARE)
+    content = header(made, "binary") + made.tobytes()[:-1600] + bytes(1600)
+    for room in (0, 4096):
+        (tmp_path / "a.pcd").write_bytes(content + bytes(room))
+        with pytest.raises(
+            ValueError, match=r"100 of 200 points are at 0 0 0, as where an interrupted copy wrote nothing"
+        ):
+            points.read(tmp_path / "a.pcd")
+        assert check.examine(tmp_path / "a.pcd", deep=False) == (
+            "damaged",
+            "ends in zeros, as an interrupted copy leaves them",
+        )
+
+
+def test_bytes_that_are_missing_are_found_without_reading_the_points(tmp_path):
+    for encoding in ("binary", "binary_compressed"):
+        path = write(tmp_path / "a.pcd", GOOD, encoding)
+        path.write_bytes(path.read_bytes()[:-1])
+        kind, what = check.examine(path, deep=False)
+        assert kind == "damaged" and re.search(r"bytes behind its header, which says .*; it is truncated", what)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_padding_of_compressed_points_is_there_or_left_out_as_pcl_does(tmp_path, kept):
+    layout = [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("_", "<u4"), ("intensity", "<f4"), ("ring", "<u2")]
+    made = cloud(40, layout)
+    raw = b"".join(made[name].tobytes() for name in made.dtype.names if kept or name != "_")
+    packed = squeezed(raw)
+    sizes = len(packed).to_bytes(4, "little") + len(raw).to_bytes(4, "little")
+    (tmp_path / "a.pcd").write_bytes(header(made, "binary_compressed") + sizes + packed + bytes(100))
+    want = np.column_stack([made[name] for name in ("x", "y", "z", "intensity", "ring")])
+    np.testing.assert_array_equal(points.read(tmp_path / "a.pcd")[0], want.astype("<f4"))
 
 
 @settings(max_examples=50, deadline=None)

@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small_t4_world
 import small_world
+import test_awml
 import test_bevfusion
 import torch
 
 from bevfn import tree
 from bevfn.commands import evaluate
 from bevfn.data import scene, source
-from bevfn.experiments import bevfusion, bevfusion_lidar, pretrain
+from bevfn.experiments import awml, bevfusion, bevfusion_lidar, pretrain
 from bevfn.metrics import read_metrics
+from bevfn.models import awml as t4_detectors
 from bevfn.models import bevfusion as detectors
 from bevfn.models import image_branch, masked_voxels
 from bevfn.training import assembly, checkpoint, run, tasks
@@ -23,6 +26,8 @@ SMALL = {
     "scale": "published", "backend": "eager", "eval_backend": "eager", "steps": 2, "batch_size": 2, "workers": 0, "sweeps": 1,
     "eval_first": False, "augment": True, "lr": 1e-3, "point_capacity": 12_000,
 }  # fmt: skip
+ON_T4 = {"lidar": "awml-lidar", "both": "awml-camera-lidar", "camera": "awml-camera"}
+ALIKE = {"awml-lidar-offline-masked"}  # trains as another one does
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,21 +42,27 @@ def tiny():
             (bevfusion_lidar, "bevfusion-lidar", lidar),
             (bevfusion, "bevfusion-lidar-camera", both),
             (bevfusion, "bevfusion-camera", camera),
+            (pretrain, "awml-lidar-masked", masked_voxels.Config(test_awml.tiny(t4_detectors.lidar()), channels=8)),
+            (pretrain, "awml-image", image_branch.Config(test_awml.tiny(t4_detectors.camera_lidar()), channels=8)),
+            *((awml, name, test_awml.tiny(awml.NETWORKS[name]())) for name in ON_T4.values()),
         ):
             patch.setitem(recipe.NETWORKS, name, lambda network=network: network)
         yield
 
 
+def root_of(model):
+    return small_t4_world.root() if model.startswith("awml") else small_world.index().root
+
+
 def config_of(recipe, model, **changes):
-    default = recipe.DEFAULTS[model]["synthetic"]
-    return replace(default, **SMALL, data_root=small_world.index().root, **changes)
+    return replace(recipe.DEFAULTS[model]["synthetic"], **(SMALL | {"data_root": root_of(model)} | changes))
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """{model: (config, summary)} of a run of each."""
     made = {}
-    for model in pretrain.NETWORKS:
+    for model in SCORES:
         config = config_of(pretrain, model, run_dir=tmp_path_factory.mktemp(model) / "run", checkpoint_every=1)
         made[model] = config, run.main(pretrain.task, config)
     return made
@@ -65,7 +76,13 @@ SCORES = {
     "bevfusion-lidar-masked": {"AP", "chance AP", "IoU"},
     "bevfusion-image": {"2D mAP", "depth error"},
     "bevfusion-camera-image": {"2D mAP", "depth error"},
+    "awml-lidar-masked": {"AP", "chance AP", "IoU"},
+    "awml-image": {"2D mAP", "depth error"},
 }
+
+
+def test_every_model_is_run_or_like_one_that_is():
+    assert SCORES.keys() | ALIKE == pretrain.NETWORKS.keys()
 
 
 @pytest.mark.parametrize("model", SCORES)
@@ -75,7 +92,7 @@ def test_a_run_trains_and_scores_its_pretext_not_detections(ran, model):
     folder = config.run_dir / "evaluations" / "step_00000002"
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "summary.md"}
     assert json.loads((folder / "metrics.json").read_text()).items() >= summary["scores"].items()
-    assert "3 key frames" in (folder / "summary.md").read_text()
+    assert f"{4 if model.startswith('awml') else 3} key frames" in (folder / "summary.md").read_text()
     assert checkpoint.best(config.run_dir / "checkpoints") is not None
     assert [step["step"] for step in read_metrics(config.run_dir)] == [1, 2]
 
@@ -106,6 +123,9 @@ STARTED = [
     (bevfusion, "bevfusion-lidar-camera", "bevfusion-image", {"camera.backbone", "camera.neck"}),
     (bevfusion, "bevfusion-camera", "bevfusion-camera-image",
      {"camera.backbone", "camera.neck", "camera.view.depth_net"}),
+    (awml, "awml-lidar", "awml-lidar-masked", {"lidar", "bev"}),
+    (awml, "awml-camera-lidar", "awml-image", {"camera.backbone", "camera.neck"}),
+    (awml, "awml-camera", "awml-image", {"camera.backbone", "camera.neck"}),
 ]  # fmt: skip
 
 
@@ -155,18 +175,30 @@ def test_a_detector_trains_from_it(ran, tmp_path):
     assert run.main(bevfusion_lidar.task, config)["steps"] == 2
 
 
+def test_awmls_fusion_trains_from_both_branches_and_says_what_has_another_shape(ran, tmp_path, capsys):
+    files = tuple(last(ran[model][0]) for model in ("awml-lidar-masked", "awml-image"))
+    config = config_of(
+        awml, "awml-camera-lidar", pretrained=files, run_dir=tmp_path / "d", mode="performance", clip_norm=35.0
+    )
+    assert run.main(awml.task, config)["steps"] == 2
+    printed = capsys.readouterr().out
+    assert "at init, params.lidar.conv_input.conv.weight is [3, 3, 3, 32, 8]" in printed  # Fourier features there
+    assert all(f"tensors from {path}, whose other" in printed for path in files)
+
+
 # ------------------------------------------------------------------------------------------------------------- data
 
 
 @pytest.mark.parametrize("model", pretrain.NETWORKS)
-@pytest.mark.parametrize("kind", ["nuscenes", "synthetic"])
+@pytest.mark.parametrize("kind", ["published", "synthetic"])
 def test_readings_are_what_the_networks_take(model, kind):
-    root = small_world.index().root
-    task = pretrain.task(replace(pretrain.DEFAULTS[model][kind], data_root=root, scale="published"))
+    on = {"published": next(iter(pretrain.DEFAULTS[model].values()))} | pretrain.DEFAULTS[model]
+    small_images = {"published_resize": False} if model.startswith("awml") else {}
+    task = pretrain.task(replace(on[kind], data_root=root_of(model), scale="published", **small_images))
     tasks.check(task)
     for reading in (task.data.reading(0), task.data.eval_reading):
-        assert (reading.points is None) == reading.depth == (model != "bevfusion-lidar-masked")
-    assert not task.data.eval_reading.random and task.data.reading(0).random == (kind == "nuscenes")
+        assert (reading.points is None) == reading.depth == (not model.endswith("-masked"))
+    assert not task.data.eval_reading.random and task.data.reading(0).random == (kind == "published")
     assert len(task.data.items) == len(task.data.training)  # not balanced by labels
 
 
@@ -201,6 +233,47 @@ def test_the_flags_reach_the_losses():
         pretrain.task(config_of(pretrain, "bevfusion-image", depth_loss=1.5)).loss.keywords["config"].depth_weight
         == 1.5
     )
+
+
+def test_awmls_flags_reach_the_network_and_its_reading():
+    network, wide = (
+        pretrain.task(config_of(pretrain, "awml-lidar-masked", **how)).loss.keywords["config"].detector
+        for how in ({"intensity": True, "scale": "mini"}, {"range_m": 60.0})
+    )
+    assert network.lidar.fourier.frequencies == 5 and wide.voxels.upper[0] == 60.0
+    reach = (30.0, 30.0, 30.0, 20.0, 10.0)
+    data = pretrain.task(config_of(pretrain, "awml-image", class_reach=reach)).data
+    assert data.reading(0).class_reach == data.eval_reading.class_reach == reach
+    assert pretrain.without_labels(replace(awml.TRAIN, class_reach=reach)).class_reach == ()  # of no classes
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "sentence"),
+    [
+        ("awml-image", {"fuser_kernel": 3}, "--fuser-kernel is of awml-camera-lidar, and awml-image has no fuser"),
+        ("awml-image", {"intensity": True}, "--intensity is of awml-lidar, and what awml-image reads is fixed"),
+        (
+            "awml-lidar-masked",
+            {"class_reach": (9.0,) * 5},
+            "--class-reach is of boxes, and awml-lidar-masked reads none",
+        ),
+        (
+            "awml-lidar-masked",
+            {"data_root": "nuscenes"},
+            "is no T4 data set.*but awml-lidar-masked is trained on T4 data",
+        ),
+        (
+            "bevfusion-image",
+            {"data_root": "t4"},
+            "is a T4 data set, but bevfusion-image .* models of bevfn.experiments.awml",
+        ),
+    ],
+)
+def test_what_is_not_of_the_data_or_the_model_is_refused(model, changes, sentence):
+    roots = {"nuscenes": small_world.index().root, "t4": small_t4_world.root()}
+    changes = {name: roots.get(value, value) if name == "data_root" else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=sentence):
+        pretrain.task(config_of(pretrain, model, **changes))
 
 
 @pytest.mark.parametrize(

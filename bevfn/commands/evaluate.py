@@ -9,16 +9,17 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.progress import Progress
 
-from bevfn import catalogue, distributed, recipes, tree
+from bevfn import catalogue, distributed, recipes, tree, upstream
 from bevfn import compile as compilation
 from bevfn.choices import one_of
 from bevfn.data import source
-from bevfn.evaluation import results, tables
+from bevfn.evaluation import apart, results, tables
 from bevfn.evaluation.detect import collect, detect
 from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
-from bevfn.files import check_writable
+from bevfn.files import check_writable, to_json, write_atomically
 from bevfn.precision import Precision
 from bevfn.training import command_line, pretrained, run_folder, tasks
+from bevfn.upstream import checkpoints
 
 
 def evaluate(
@@ -32,6 +33,7 @@ def evaluate(
     metric: Literal["nuscenes", "t4"] | None = None,
     out: Path | None = None,
     precision: Precision | None = None,
+    against: Precision | None = None,
     published_sweeps: bool | None = None,
     intensity: bool | None = None,
     fuser_kernel: Literal[3, 5] | None = None,
@@ -58,10 +60,12 @@ def evaluate(
         metric: what scores; by default the data set's own
         out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
         precision: by default the run's
+        against: run in this precision too, and tell how far the boxes are apart (apart.json); exit code 1 if by more than docs/training.md
+            states
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
             that were trained so; by default the run's, or as published
-        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file False
-        fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default the run's, of an imported file 5
+        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file what its shapes say
+        fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default as intensity
         backend: what compiles the forward pass
         device: torch device
         batch_size: key frames at a time
@@ -79,7 +83,10 @@ def evaluate(
     task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
     out = out if out is not None else _folder(checkpoint, split)
     _check(task, out)
-    found, counts = _found(task, checkpoint, batch_size=batch_size, workers=workers, backend=backend, device=device)
+    settings: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "backend": backend, "device": device}
+    reference = None if against is None else _other(experiment, config, task, against)
+    found, counts = _found(task, checkpoint, **settings)
+    sure = None if reference is None else _found(reference, checkpoint, **settings)[0]
     told: dict[str, Any] = {"title": f"{task.title}, {checkpoint.name}", "counts": counts}
     if task.score is not None:
         judgement = measure(found, task.score, out, **told)
@@ -87,9 +94,31 @@ def evaluate(
         told |= {"config": command_line.flags(config), "bottom": task.bottom}
         judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
     else:
-        return _submit(task, found, counts, out)
+        _submit(task, found, counts, out)
+        return _apart(sure, found, out, against, config.precision)
     print(f"{judgement.text}\neverything is in {out}")
-    return 0
+    return _apart(sure, found, out, against, config.precision)
+
+
+def _other(experiment: str, config: command_line.Config, task: tasks.Task, precision: Precision) -> tasks.Task:
+    """The task in another precision, of the same key frames. Raises ValueError where there is nothing to compare."""
+    if precision == config.precision or task.score is not None:
+        what = "detects nothing" if task.score is not None else f"is run in {precision} anyway"
+        raise ValueError(f"{config.model} {what}, so --against {precision} compares nothing; leave it out")
+    splits = source.Source(task.data.evaluation, task.data.evaluation)
+    return recipes.load(experiment).task(replace(config, precision=precision).plain(), splits)
+
+
+def _apart(sure: dict | None, found: dict, out: Path, against: str | None, precision: str) -> int:
+    """Says how far the boxes found are from those of --against, where there are any: the exit code."""
+    if sure is None or against is None:
+        return 0
+    distances = apart.measure(sure, found)
+    print(distances.text(against, precision))
+    write_atomically(
+        out / "apart.json", to_json({"against": against, "precision": precision} | distances.numbers(), indent=1)
+    )
+    return 0 if distances.ok else 1
 
 
 def _scored_by(metric: Literal["nuscenes", "t4"] | None, task: tasks.Task) -> tasks.Task:
@@ -103,6 +132,7 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
     """The config that the checkpoint is evaluated with: its run's, with the flags that are given (not None)."""
     given = {name: value for name, value in flags.items() if value is not None}
     config = run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
+    given = _release(experiment, checkpoint, config.model) | given
     if (split := given.pop("split", None)) is not None:
         root, version = given.get("data_root", config.data_root), given.get("version", config.version)
         if what := source.trained_on(root, version, config.train_split, split, config.world):
@@ -114,6 +144,16 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
     config = replace(config, **given, device=device, resume=False)
     recipes.defaults(experiment, config.model)  # or it is of another experiment
     return config
+
+
+def _release(experiment: str, checkpoint: Path, model: str) -> dict[str, Any]:
+    """Flags of the recipe that an imported file's shapes tell, where releases of its model differ."""
+    of_release = getattr(recipes.load(experiment), "released", None)
+    if of_release is None or not checkpoint.is_file():
+        return {}
+    imported = upstream.read_imported(checkpoint)
+    leaves = {f"params.{name}": leaf for name, leaf in tree.flatten(imported.params).items()}
+    return of_release(checkpoints.fitted(imported.model, leaves), model)
 
 
 def _check(task: tasks.Task, out: Path) -> None:
@@ -182,7 +222,7 @@ def _folder(checkpoint: Path, split: str | None) -> Path:
     ) / name
 
 
-def _submit(task: tasks.Task, found: dict, counts: dict[str, float], out: Path) -> int:
+def _submit(task: tasks.Task, found: dict, counts: dict[str, float], out: Path) -> None:
     """The results of a split without annotations, and of nuScenes' test split what the server takes."""
     index, reading = task.data.evaluation, task.data.eval_reading
     t4 = index.judge == "t4"
@@ -197,4 +237,3 @@ def _submit(task: tasks.Task, found: dict, counts: dict[str, float], out: Path) 
     print(f"{len(found)} key frames; {told}")
     for line in tables.counted(counts):
         print(line)
-    return 0

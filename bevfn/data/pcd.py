@@ -44,6 +44,23 @@ def read(path: Path, most: int) -> np.ndarray:
     return np.column_stack([*(rows[name][:, 0] for name in NEEDED), ring]).astype("<f4")
 
 
+def extent(path: Path) -> int:
+    """Bytes of a file up to the end of its points: what PCL leaves behind them is not counted. Raises ValueError, one sentence,
+    for a file without header or that is shorter than its header says; of a text the file's size."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(HEAD + 8)
+    header, data = _header(head, path)
+    _, dtype, count = _layout(header, path)
+    kind = header["DATA"][0]
+    if kind not in ("binary", "binary_compressed"):
+        return size
+    packed = kind == "binary_compressed"
+    points = 8 + int.from_bytes(data[:4], "little") if packed else count * dtype.itemsize
+    _check_length(size - (len(head) - len(data)), points, path)
+    return len(head) - len(data) + points
+
+
 def _header(content: bytes, path: Path) -> tuple[dict[str, list[str]], bytes]:
     """({key: its words}, what follows the header)."""
     found: dict[str, list[str]] = {}
@@ -112,7 +129,7 @@ def _rows(encoding: str, data: bytes, dtype: np.dtype, count: int, path: Path) -
         raise ValueError(
             f"{path}: the point file's DATA is {encoding[:40]!r}; write ascii, binary or binary_compressed."
         )
-    _check_length(data, count * dtype.itemsize, path)
+    _check_length(len(data), count * dtype.itemsize, path, data)
     return np.frombuffer(data, dtype, count)
 
 
@@ -149,11 +166,13 @@ def _fits(values: np.ndarray, kind: np.dtype) -> np.ndarray:
 
 
 def _compressed(data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndarray:
-    """Field after field instead of point after point, in LZF."""
+    """Field after field instead of point after point, in LZF; PCL leaves out padding that the header still names."""
     assert dtype.names is not None
     packed, whole = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4))
-    _check_length(data, 8 + packed, path)
-    if whole != count * dtype.itemsize:
+    _check_length(len(data), 8 + packed, path, data)
+    named = [name for name in dtype.names if not name.endswith(" _")]
+    names = named if whole == count * sum(dtype[name].itemsize for name in named) else dtype.names
+    if whole != count * sum(dtype[name].itemsize for name in names):
         raise ValueError(
             f"{path}: the point file's points have {whole:,} bytes uncompressed, but its header says {count:,} of "
             f"{dtype.itemsize:,}; it is damaged, copy it again."
@@ -163,7 +182,7 @@ def _compressed(data: bytes, dtype: np.dtype, count: int, path: Path) -> np.ndar
     except IndexError:
         raise ValueError(f"{path}: the point file's compressed points are damaged; copy it again.") from None
     rows, place = np.zeros(count, dtype), 0
-    for name in dtype.names:
+    for name in names:
         field = dtype[name]
         rows[name] = np.frombuffer(raw, field.base, count * field.shape[0], place).reshape(count, *field.shape)
         place += count * field.itemsize
@@ -197,10 +216,10 @@ def _unpacked(data: bytes, size: int) -> bytes:
     return bytes(made)
 
 
-def _check_length(data: bytes, wanted: int, path: Path) -> None:
-    """Raises ValueError unless data are as many bytes; zeros behind them are PCL's."""
-    if len(data) < wanted or len(data) - wanted > PAGE or any(data[wanted:]):
-        what = "truncated" if len(data) < wanted else "damaged"
+def _check_length(there: int, wanted: int, path: Path, data: bytes = b"") -> None:
+    """Raises ValueError unless so many bytes are there; zeros behind them, as far as `data` tells, are PCL's."""
+    if there < wanted or there - wanted > PAGE or any(data[wanted:]):
+        what = "truncated" if there < wanted else "damaged"
         raise ValueError(
-            f"{path}: the point file has {len(data):,} bytes behind its header, which says {wanted:,}; it is {what}, copy it again."
+            f"{path}: the point file has {there:,} bytes behind its header, which says {wanted:,}; it is {what}, copy it again."
         )

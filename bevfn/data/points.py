@@ -1,7 +1,6 @@
 """LiDAR points: files in nuScenes' and T4's form (`.pcd.bin`, little-endian float32, five numbers a point, no header) or
 with a header (`.pcd`), and which points lie in a range or in a box."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +99,14 @@ def dim(points: np.ndarray) -> bool:
 
 
 def ends_in_zeros(path: Path) -> bool:
-    """Whether a file's last bytes, of BLANK points, are nothing but zeros, as an interrupted copy leaves them."""
+    """Whether the last bytes of a file's points, of BLANK points, are nothing but zeros, as an interrupted copy leaves them.
+
+    Raises ValueError for a `.pcd` without header or that is shorter than it says."""
+    end = pcd.extent(path) if path.suffix == ".pcd" else path.stat().st_size
+    few = min(BLANK * BYTES, end)
     with open(path, "rb") as file:
-        file.seek(-min(BLANK * BYTES, path.stat().st_size), os.SEEK_END)
-        return not any(file.read())
+        file.seek(end - few)
+        return not any(file.read(few))
 
 
 def _wrong(values: np.ndarray | None, points: np.ndarray, kept: np.ndarray) -> str:

@@ -92,7 +92,7 @@ def of_kind(defaults: Mapping[Kind, Default], root: Path | None) -> Default:
     raise ValueError(
         f"{what.get(found, f'{root} is of another kind')}, but {getattr(one, 'model', 'this recipe')} is trained on "
         f"{' and '.join(KINDS[known] for known in defaults if known in KINDS)}; T4 data sets are for the models of "
-        "bevfn.experiments.awml (but awml-nuscenes-lidar), nuScenes roots for all others"
+        "bevfn.experiments.awml (but awml-nuscenes-lidar) and for pretraining's awml-..., nuScenes roots for all others"
     )
 
 

@@ -60,6 +60,14 @@ class Case:
             return float(measured[f"noise_{phase}"].get(f"{phase}/{name}", 0.0))
         return float(self.stats.get(f"noise/{name}", 0.0))
 
+    @property
+    def measured_training(self) -> bool:
+        """Whether the case has any noise floor of a training step."""
+        measured = self.stats.get("noise", {})
+        kinds = ("train_f32_vs_f64", "train_f32_vs_f64_same_voxel_indices", "train_loss_rel", "noise_train")
+        own = ("noise/train_loss", "noise/train_grad", "train/grad_norm_float64", "grad_norm_float64")
+        return any(kind in measured for kind in kinds) or any(self.stats.get(name) for name in own)
+
     def loss_noise(self, name: str) -> float:
         """Measured relative noise floor of a loss term."""
         measured = self.stats.get("noise/train_loss") or self.stats.get("noise", {}).get("train_loss_rel", {})
