@@ -1,12 +1,15 @@
-"""LiDAR points: files in nuScenes' and T4's form (`.pcd.bin`, little-endian float32, five numbers a point, no header) or
-with a header (`.pcd`), and which points lie in a range or in a box."""
+"""LiDAR points: files in nuScenes' and T4's form (`.pcd.bin`, little-endian float32, five numbers a point, no header), of
+other numbers (`columns`), or with a header (`.pcd`, `.npy`), and which points lie in a range or in a box."""
 
 import os
 from pathlib import Path
 
 import numpy as np
 
+from bevfn.data import columns as told
 from bevfn.data import pcd, possible
+from bevfn.data.columns import Columns
+from bevfn.data.index import Frame
 
 COLUMNS = 5  # x, y, z [m, lidar frame], intensity 0..255, ring 0..31, or -1 where several lidars are one cloud
 BYTES = 4 * COLUMNS
@@ -31,12 +34,23 @@ FORMS = {
     "big-endian float32": (">f4", COLUMNS),
     "float64": ("<f8", COLUMNS),
     "four float64": ("<f8", 4),
+    "five float32": ("<f4", COLUMNS),
 }
 WANTED = "little-endian float32 x, y, z [m], intensity 0..255, ring"
 
 
-def read(path: Path) -> tuple[np.ndarray, int]:
-    """(points [P,5] float32 in file order, number of points dropped because one of their numbers cannot be).
+def scan(frame: Frame, root: Path) -> tuple[np.ndarray, int]:
+    """`read` of a key frame's own cloud, moved to the lidar frame."""
+    cloud, bad = read(Path(root) / frame.lidar_path, frame.columns)
+    turn, shift = frame.lidar_from_scan[:3, :3], frame.lidar_from_scan[:3, 3]
+    if not (np.array_equal(turn, np.eye(3)) and not shift.any()):
+        cloud[:, :3] = cloud[:, :3] @ turn.T + shift
+    return cloud, bad
+
+
+def read(path: Path, columns: str = "") -> tuple[np.ndarray, int]:
+    """(points [P,5] float32 in file order: x, y, z, intensity 0..255, ring, number of points dropped because one of their
+    numbers cannot be). columns: of the file, see `columns.parse`.
 
     A lidar driver marks a missing return with NaN in x, y and z, so such points are no error of the file: they are dropped
     and counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or
@@ -45,25 +59,31 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     Raises ValueError if the file is missing, empty, huge or not a whole number of points, or holds something else than such
     points: a header, numbers of another kind or number, zeros where an interrupted copy wrote nothing, next to nothing but NaN.
     """
-    path = Path(path)
+    path, what = Path(path), told.parse(columns)
     if not path.is_file():
         raise ValueError(f"{path}: the point file does not exist; check the data folder and the file that names it.")
-    if path.stat().st_size > MOST * BYTES:
+    largest = MOST * max(BYTES, what.dtype.itemsize)
+    if path.stat().st_size > largest:
         raise ValueError(
             f"{path}: the point file has {path.stat().st_size:,} bytes, more than {MOST:,} points; copy it again."
         )
+    values = None
     if path.suffix == ".pcd":
-        values, points = None, pcd.read(path, MOST)
+        points = pcd.read(path, MOST, [name for name in pcd.NEEDED if not columns or name in what.names])
+        points[:, 3] *= told.HIGHEST / what.highest
+    elif path.suffix == ".npy":
+        points = _array(path, what)
     else:
-        values, points = _bare(path)
+        values, points = _bare(path, what)
     good = _good(points)
     kept = points if good.all() else points[good]  # nearly always all, and it saves a copy
     if wrong := _wrong(values, points, kept):
-        raise ValueError(f"{path}: {wrong}; write {WANTED} of each point.")
+        wanted = WANTED if what == told.parse("") else f"{what}, as its columns are said to be, or say others,"
+        raise ValueError(f"{path}: {wrong}; write {wanted} of each point.")
     return kept, len(points) - len(kept)
 
 
-def _bare(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _bare(path: Path, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
     """(bytes [n] uint8, points [P,5] float32 made of them) of a file without header."""
     values = np.fromfile(path, dtype=np.uint8)
     if not len(values):
@@ -72,12 +92,35 @@ def _bare(path: Path) -> tuple[np.ndarray, np.ndarray]:
     for head, what in HEADS.items():
         if start.startswith(head):
             raise ValueError(f"{path}: the point file {what}; write bare {WANTED} of each point.")
-    if len(values) % BYTES:
+    usual, dtype = columns == told.parse(""), columns.dtype
+    if len(values) % dtype.itemsize:
+        of = f"{COLUMNS} float32" if usual else str(columns)
         raise ValueError(
-            f"{path}: {len(values)} bytes are not a whole number of points ({COLUMNS} float32 = {BYTES} bytes each); "
+            f"{path}: {len(values)} bytes are not a whole number of points ({of} = {dtype.itemsize} bytes each); "
             "the file is truncated or of another format, copy it again."
         )
-    return values, values.view("<f4").reshape(-1, COLUMNS)
+    if usual:
+        return values, values.view("<f4").reshape(-1, COLUMNS)
+    return values, told.five(values.view(dtype), columns)
+
+
+def _array(path: Path, columns: Columns) -> np.ndarray:
+    """[P,5] float32 of a .npy file: [P,C] numbers in the order of the columns, or [P] with fields of their names."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: the point file is no array that numpy can read ({error}); write it again.") from None
+    fields = rows.dtype.names
+    if fields is None and (rows.ndim != 2 or rows.shape[1] != len(columns.names) or rows.dtype.kind not in "fiu"):
+        raise ValueError(
+            f"{path}: the point file is an array {list(rows.shape)} of {rows.dtype}, not [points, {len(columns.names)}] numbers "
+            f"({columns}); say which columns it has, or write these."
+        )
+    if fields is not None and (missing := [name for name in ("x", "y", "z") if name not in fields]):
+        raise ValueError(f"{path}: the point file has no field {', '.join(missing)}; it has {', '.join(fields)}.")
+    if not len(rows):
+        raise ValueError(f"{path}: the point file is empty (0 points); copy it again.")
+    return told.five(rows, columns)
 
 
 def _good(points: np.ndarray) -> np.ndarray:
