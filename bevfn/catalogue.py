@@ -124,6 +124,11 @@ MODELS: dict[str, Model] = {
     ),
     "awml-camera": replace(AWML, parameters=31.8, checkpoints=("awml-camera", "swin-nuimages")),
     "awml-nuscenes-lidar": replace(AWML, checkpoints=("bevfusion-lidar",)),
+    "custom-lidar": Model("custom", "bevfusion", 8.3, checkpoints=("bevfusion-lidar",)),
+    "custom-lidar-camera": Model(
+        "custom", "bevfusion", 39.8, checkpoints=("bevfusion-lidar-camera", "bevfusion-lidar", "swin-nuimages")
+    ),
+    "custom-camera": Model("custom", "bevfusion", 35.1, checkpoints=("swin-nuimages",)),
 }
 PRETEXT = "pretext"
 """Where a model's parameters and statistics have what its pretraining alone needs: a model that starts from it leaves them out."""

@@ -287,7 +287,7 @@ def begin(params: dict, state: dict, loaded: upstream.Loaded) -> tuple[dict, dic
     useless = [name for name in loaded if name not in made[2].filled.values()]
     if useless:
         raise ValueError(
-            f"{useless[0]} has no tensor that fits this model; give a checkpoint of awml-lidar, or a Swin of `bevfn checkpoint "
+            f"{useless[0]} has no tensor that fits this model; give a checkpoint of its recipe's LiDAR model, or a Swin of `bevfn checkpoint "
             "import --model swin-nuimages`"
         )
     return made

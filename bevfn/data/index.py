@@ -329,7 +329,7 @@ class Chosen(Sequence):
 
 
 @dataclass(frozen=True)
-class Part:
+class Share:
     """One of several data sets that are read as one, its key frames behind those of the part before it."""
 
     root: str
@@ -355,7 +355,7 @@ class Index:
     """What the data set annotates, whether or not this split has any of it."""
     metric: Metric | None = None
     """How detections in it are scored; None: as `judge` finds its files."""
-    parts: tuple[Part, ...] = ()
+    shares: tuple[Share, ...] = ()
     """Of a mixture; (): it is one data set."""
 
     def __len__(self) -> int:
@@ -461,7 +461,7 @@ class Index:
 
     def select(self, places: Sequence[int] | np.ndarray) -> "Index":
         """The key frames at these places alone."""
-        return replace(self, frames=Chosen(self.frames, tuple(int(place) for place in places)), parts=())
+        return replace(self, frames=Chosen(self.frames, tuple(int(place) for place in places)), shares=())
 
     def position(self, token: str) -> int:
         """The place of the key frame `token`. Raises ValueError if the index has no such frame."""

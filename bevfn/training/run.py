@@ -77,8 +77,9 @@ class Config:
     warm_up: int = 20
     """steps that performance mode does not count"""
     data_root: Path | None = None
-    """a nuScenes root (the folder with v1.0-trainval/ and samples/), a T4 data set (docs/t4.md), an info file of mmdetection3d,
-    or a folder with one frame.json; none: a synthetic world in runs/, made when missing"""
+    """a nuScenes root (the folder with v1.0-trainval/ and samples/), a T4 data set (docs/t4.md), data of one's own or a mixture
+    (docs/custom_data.md), an info file of mmdetection3d, or a folder with one frame.json; none: a synthetic world in runs/, made
+    when missing"""
     version: str = "v1.0-trainval"
     """of the nuScenes root; v1.0-mini trains on mini_train. A number is the revision of a T4 data set's scenes"""
     train_split: str | None = None
@@ -164,6 +165,10 @@ class Config:
         """In which format the synthetic world is that stands in for no data root."""
         return "nuscenes"
 
+    def completed(self) -> Self:
+        """With what is taken from the data root where flags do not say it, as config.json keeps it. Raises ValueError."""
+        return self
+
     def plain(self) -> Self:
         """Without what only training needs: frames as they come, nothing moved or pasted in."""
         return replace(self, class_balanced=False, augment=False)
@@ -175,7 +180,7 @@ class Data:
 
     training: Index
     items: np.ndarray
-    """int64 [n], places in `training`: one epoch before it is shuffled"""
+    """int64 [n], places in `training`: one epoch before it is shuffled; of a mixture what each data set's share is drawn of"""
     reading: Callable[[int], Reading]
     """how an epoch (0-based) reads; recipes change it towards the end"""
     evaluation: Index
@@ -318,6 +323,11 @@ class Run:
     @property
     def policy(self) -> Policy:
         return Policy.of(self.config.precision)
+
+
+def drawn(data: Data, seed: int, epoch: int) -> np.ndarray:
+    """The places in the training split that an epoch reads, before they are shuffled: `items`, or a mixture's draw of them."""
+    return sampling.mixed(data.items, data.training.shares, seed, epoch)
 
 
 def plan(config: Config, items: np.ndarray, replicas: Replicas | None = None) -> Plan:
@@ -491,7 +501,7 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
         load = partial(scene.load, data.training, reading=reading, database=data.database)
         stream = loader.batches(
             load,
-            sampling.order(data.items, config.seed, epoch, shuffle=True),
+            sampling.order(drawn(data, config.seed, epoch), config.seed, epoch, shuffle=True),
             settings,
             seed=config.seed,
             epoch=epoch,
@@ -527,6 +537,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
             if replicas is None or replicas.rank == 0:
                 source.prepare(config.data_root, config.world)
             distributed.gather(None, replicas)  # the others wait for it
+            config = config.completed()
             task = make_task(config)
             check(task, whole=config.on_damaged == "stop")
             if config.on_damaged == "skip":
@@ -713,7 +724,13 @@ def facts(run: Run) -> dict:
         "data": origin.data(data.training, data.items),
         "evaluation_data": origin.data(data.evaluation, np.arange(len(data.evaluation))),  # the best is of one's scores
         "code": origin.code(),
-    } | ({} if data.database is None else {"database": data.database.key})
+        **({} if data.database is None else {"database": data.database.key}),
+        **(
+            {}
+            if not data.training.shares
+            else {"weights": [f"{share.root} {share.weight:g}" for share in data.training.shares]}
+        ),
+    }
 
 
 def flags(config: Config) -> dict:
@@ -737,10 +754,17 @@ def describe(run: Run, train_state: train.TrainState, done: int) -> str:
     return (
         f"{run.task.title}: {tree.num_elements(train_state.params) / 1e6:.1f} M parameters, {config.precision} on "
         f"{config.device} through {config.backend}\n"
-        f"{data.training.root} ({data.training.split or 'one frame'}{same}): {len(data.items)} samples an epoch, "
+        f"{data.training.root} ({data.training.split or 'one frame'}{same}): {len(data.items)} samples an epoch{shares(data)}, "
         f"{plan.total_steps} steps of {plan.batch}{f', from step {done} on' if done else ''}; "
         f"peak learning rate {peak:.4g} ({scaling})"
     )
+
+
+def shares(data: Data) -> str:
+    """Of how many samples of an epoch are of which data set of a mixture, for a sentence; empty of one data set."""
+    of = data.training.shares
+    told = (f"{count:,} of {share.root}" for share, count in zip(of, sampling.counts(len(data.items), of)) if of)
+    return f" ({', '.join(told)})" if of else ""
 
 
 def scaled_lr(config: Config, plan: Plan) -> float:
