@@ -123,6 +123,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "custom-lidar-camera": {"schedule": "cosine", "epochs": 6, "recipe_lr": 2e-4, "final_lr": 1e-4, "eval_every": 1},
     "custom-camera": {"schedule": "cosine", "epochs": 24, "recipe_lr": 2e-4, "final_lr": 1e-4},
 }
+FRAME: dict[str, Any] = bevfusion.FRAME | {
+    "scan_points": bevfusion.SCAN_POINTS,
+    "voxel_capacity": bevfusion.FRAME_VOXELS[0],
+    "site_capacity": bevfusion.FRAME_SITES,
+}
 SYNTHETIC: dict[str, Any] = bevfusion.SYNTHETIC | {"scan_points": bevfusion.SCAN_POINTS}
 
 
@@ -139,7 +144,7 @@ def preset(**flags: Any) -> run.Defaults:
             "mixed": told,
             "t4": told,
             "nuscenes": told,
-            "frame": replace(config, run_dir=run.RUNS / f"{name}_frame", **bevfusion.FRAME),
+            "frame": replace(config, run_dir=run.RUNS / f"{name}_frame", **FRAME),
             "synthetic": replace(config, run_dir=run.RUNS / f"{name}_synthetic", **SYNTHETIC),
         }
     return made
@@ -157,7 +162,10 @@ def task(config: Config, splits: source.Source | None = None) -> run.Task:
         config = replace(config, cameras=config.cameras or known.channels)
     config = replace(config, classes=config.classes or known.class_names)
     velocities = known.has("velocity")
-    model = bevfusion.sized(config, network(config, velocities=velocities))
+    model = network(config, velocities=velocities)
+    if config.scale == "mini":
+        model = family.with_capacities(family.mini(model), bevfusion.MINI_VOXELS, bevfusion.MINI_SITES)
+    model = bevfusion.with_room(config, model)
     reading, eval_reading = (
         replace(fitted(config, model, train=train), velocities=velocities) for train in (config.augment, False)
     )

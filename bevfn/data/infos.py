@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from bevfn.data import faults, plain_pickle, possible
+from bevfn.data import columns, faults, plain_pickle, possible
 from bevfn.data.index import CLASSES, Camera, Frame, Index, Sweep, inverse, pack
 from bevfn.files import read_json
 from bevfn.names import leaves, printable, unusable
@@ -55,7 +56,9 @@ def read(path: Path, root: Path | None = None) -> Index:
         names = numbered(categories, f"{path}: metainfo.categories")
         class_names = tuple(names.values())
         placed = partial(_path, folders=folders)
-        frames = [frame(info, f"{path}: data_list[{i}]", names, placed) for i, info in enumerate(infos)]
+        told = point_columns(metadata, f"{path}: metainfo")
+        places = (f"{path}: data_list[{i}]" for i in range(len(infos)))
+        frames = [replace(frame(info, where, names, placed), columns=told) for info, where in zip(infos, places)]
     if not frames:
         raise ValueError(f"{path} lists no key frames; make it again with create_data.py, or give another one.")
     split = re.search(r"_infos_(?:\w+_)?(train|val|test)\b", path.stem)
@@ -96,6 +99,16 @@ def numbered(categories: dict, where: str) -> dict[int, str]:
         if number >= 0:
             names[number] = str(name)
     return names
+
+
+def point_columns(metainfo: dict, where: str) -> str:
+    """What the numbers of a point are (`columns.parse`), "" where it does not say: nuScenes'. Raises ValueError."""
+    told = optional(metainfo, where, "points", str)
+    try:
+        columns.parse(told)
+    except ValueError as error:
+        raise ValueError(f"{where}.points: {error}.") from None
+    return told
 
 
 def frame(info: dict, where: str, names: dict[int, str], placed: Callable[[str, str], str]) -> Frame:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bevfn.data import columns, faults, infos, possible, tables
+from bevfn.data import faults, infos, possible, tables
 from bevfn.data.index import Camera, Frame, Index, Sweep, inverse, pack
 from bevfn.data.rows import MAX_SWEEPS
 from bevfn.names import leaves, printable
@@ -103,11 +103,7 @@ def _read(root: Path, name: str) -> _Scene:
     document = tables.read(path, dict, MEND)
     meta, entries = infos.get(document, str(path), "metainfo", dict), infos.get(document, str(path), "data_list", list)
     categories = infos.numbered(infos.get(meta, str(path), "categories", dict), f"{path}: metainfo.categories")
-    told = infos.optional(meta, str(path), "points", str)
-    try:
-        columns.parse(told)
-    except ValueError as error:
-        raise ValueError(f"{path}: metainfo.points: {error}.") from None
+    told = infos.point_columns(meta, f"{path}: metainfo")
     if not categories:
         raise ValueError(f"{path}: metainfo.categories names no class; write {{name: 0, name: 1, ...}}.")
     if odd := next((i for i, entry in enumerate(entries) if not isinstance(entry, dict)), None):
