@@ -23,15 +23,15 @@ def blocks(language: str) -> list[str]:
 
 def write(root: Path) -> Path:
     """drives/: two drives of three frames, x y z intensity (0 to 1) clouds, cameras of two sizes, poses, labels."""
-    told = {"lidar2ego": small_world.index()[0].ego_from_lidar.tolist(), "cameras": {}}
     for drive, index in (("monday", small_world.training()), ("tuesday", small_world.index())):
         rows = json.loads((index.root / index.version / "sample_annotation.json").read_text())
+        told = {"lidar2ego": index[0].ego_from_lidar.tolist(), "cameras": {}}
         tracks, poses = {row["token"]: row["instance_token"] for row in rows}, []
         for i, frame in enumerate(index):
             _write_frame(root / drive, f"{i:06d}", frame, index.root, told["cameras"], tracks)
             poses.append([frame.timestamp, *frame.global_from_ego.ravel()])
         np.savetxt(root / drive / "poses.txt", poses, fmt="%.12g")
-    (root / "calibration.json").write_text(json.dumps(told))
+        (root / drive / "calibration.json").write_text(json.dumps(told))
     return root
 
 

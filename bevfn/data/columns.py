@@ -31,9 +31,9 @@ class Columns:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of a point in a file without header; several numbers may be called "_"."""
+        """Of a point in a file without header; several numbers may be called "_", or begin so."""
         return np.dtype(
-            [(name if name != "_" else f"_{i}", k) for i, (name, k) in enumerate(zip(self.names, self.kinds))]
+            [(f"_{i}" if name.startswith("_") else name, k) for i, (name, k) in enumerate(zip(self.names, self.kinds))]
         )
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ def parse(text: str) -> Columns:
                 f"'{printable(word)}' is no column of a point file such as x, ring:u1, intensity/1 or _:f8"
             )
         kind = np.dtype(found[2] or "<f4") if not (found[2] or "").endswith("f1") else None
-        if kind is None or (found[1] != "_" and found[1] in names):
+        if kind is None or (not found[1].startswith("_") and found[1] in names):
             raise ValueError(
                 f"'{printable(word)}' is there twice, or of no type of numbers; correct the columns of points"
             )

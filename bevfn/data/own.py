@@ -106,7 +106,8 @@ def _read(root: Path, name: str) -> _Scene:
     told = infos.point_columns(meta, f"{path}: metainfo")
     if not categories:
         raise ValueError(f"{path}: metainfo.categories names no class; write {{name: 0, name: 1, ...}}.")
-    if odd := next((i for i, entry in enumerate(entries) if not isinstance(entry, dict)), None):
+    odd = next((i for i, entry in enumerate(entries) if not isinstance(entry, dict)), None)
+    if odd is not None:
         raise ValueError(f"{path}: data_list[{odd}] is a {type(entries[odd]).__name__}, not an object; {MEND}.")
     own = [_Entry(entry, f"{path}: data_list[{i}]", name, i) for i, entry in enumerate(entries)]
     frames = [replace(one.frame(categories), columns=told) for one in own]
