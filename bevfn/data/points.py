@@ -125,15 +125,14 @@ def _array(path: Path, columns: Columns) -> np.ndarray:
 
 def _good(points: np.ndarray) -> np.ndarray:
     """[P] bool: which points [P,4+] a lidar can have seen."""
-    good = np.isfinite(points[:, -1])
-    for column, kind in enumerate((possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY)):
-        good &= ~kind.impossible(points[:, column])
+    rows = np.ascontiguousarray(points.T)  # which is three times as fast to look at
+    kinds = (possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY)
+    if len(points) and all(kind.low <= row.min() and row.max() <= kind.high for row, kind in zip(rows, kinds)):
+        return np.isfinite(rows[-1])  # nearly always, and NaN is no minimum
+    good = np.isfinite(rows[-1])
+    for row, kind in zip(rows, kinds):
+        good &= ~kind.impossible(row)
     return good
-
-
-def _at_sensor(points: np.ndarray) -> np.ndarray:
-    """[P] bool: which points [P,3+] are at 0 0 0."""
-    return (points[:, 0] == 0) & (points[:, 1] == 0) & (points[:, 2] == 0)
 
 
 def dim(points: np.ndarray) -> bool:
@@ -152,10 +151,13 @@ def ends_in_zeros(path: Path) -> bool:
 def _wrong(values: np.ndarray | None, points: np.ndarray, kept: np.ndarray) -> str:
     """What else the bytes of a file (None where a header says what they are) seem to be than the points [P,5], of which some
     are kept; empty if nothing."""
-    xyz = np.abs(points[:, :3])
-    if (integers := int(((xyz > 0) & (xyz < TINY)).any(axis=1).sum())) > len(points) // 4:
+    xyz = np.abs(np.ascontiguousarray(points[:, :3].T))  # 3 P
+    integers = zeros = 0
+    if not xyz.min() >= TINY:
+        integers = int(((xyz > 0) & (xyz < TINY)).any(axis=0).sum())
+        zeros = int((xyz == 0).all(axis=0).sum())
+    if integers > len(points) // 4:
         return f"{integers:,} of {len(points):,} points have coordinates below 1e-38, as integers look in a file of float32"
-    zeros = int(_at_sensor(points).sum())
     if zeros > max(2, FEW * len(points)):
         return (
             f"{zeros:,} of {len(points):,} points are at 0 0 0, as where an interrupted copy wrote nothing; copy it again, or "
