@@ -1,6 +1,6 @@
 """BEVFusion on data of one's own, or on several data sets at once: own classes, cameras, range, voxels and LiDAR.
 
-Nothing is published: the networks and the recipes are BEVFusion's (bevfn.experiments.bevfusion_lidar, bevfn.experiments.bevfusion)
+Nothing is published: the networks and the recipes are BEVFusion's (bevfn.experiments.bevfusion, and its _lidar)
 at the sizes that the flags say, without the quirks that their published weights need.
 
     python -m bevfn.experiments.custom --data-root drives                       # docs/custom_data.md: what lies there

@@ -84,7 +84,7 @@ TOLERANCES = {  # metrics before any update, later metrics, worst leaf (the medi
     ("inductor", "fp16"): (5e-2, 2e-1, 3e-1),
 }
 QUICK = {("two", "fp32", "aot_eager"), ("aggregated", "fp32", "aot_eager"), ("matrix", "fp16", "aot_eager")}
-QUICK |= {("two", "fp32", "inductor"), ("two", "fp16", "inductor"), ("matrix", "fp32", "inductor")}
+QUICK |= {("two", "fp16", "inductor")}  # minutes of a core each; fp32 is compiled in tests/test_bevfusion.py
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(VARIANTS, ("fp32", "fp16"), ("aot_eager", "inductor"))

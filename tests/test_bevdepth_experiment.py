@@ -330,7 +330,7 @@ def test_the_detection_losses_normalisers_are_those_of_all_devices(monkeypatch):
     """As published, while batch norm and the depth loss stay each device's own."""
     bound = []
     monkeypatch.setattr(run.train, "make_accumulated", lambda loss, *_, **__: bound.append(loss))
-    monkeypatch.setattr(run, "initial_state", lambda run: None)
+    monkeypatch.setattr(run, "initial_state", lambda run, **_: None)
     two = Replicas(rank=0, count=2, group="")
     lidar = replace(
         bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"], data_root=small_world.index().root, paste=False

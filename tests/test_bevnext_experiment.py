@@ -343,7 +343,7 @@ def test_images_of_mixed_sizes_end_a_run_with_one_sentence(tmp_path):
 def test_detection_normalisers_are_of_all_devices_and_batch_norm_too_from_its_epoch_on(monkeypatch):
     bound = []
     monkeypatch.setattr(run.train, "make_accumulated", lambda loss, *_, **__: bound.append(loss) or (lambda *_: None))
-    monkeypatch.setattr(run, "initial_state", lambda run: None)
+    monkeypatch.setattr(run, "initial_state", lambda run, **_: None)
     both = Replicas(rank=0, count=2, group="")
     config = small(TWO, from_scratch=True)
     task = bevnext.task(config)

@@ -37,6 +37,9 @@ def tiny_steps(train):
 LIMITS = {
     "fp32": {"loss/total": 1e-5, "grad_norm": 1e-3, "leaves": 1e-2},
     "fp16": {"loss/total": 2e-3, "grad_norm": 5e-2, "leaves": 0.3},
+    # BEVNeXt's second stage at this size: parameters moved by 6e-8 change eager's own gradient by 1.6e-2 (three draws: 7.6e-3
+    # to 1.6e-2), its norm by 2e-3. Measured: 5.4e-3 and 2.6e-2; the losses as the others'.
+    "stage2": {"loss/total": 1e-5, "grad_norm": 2e-2, "leaves": 8e-2},
     # At published size a few of an untrained LiDAR-only detector's 200 queries are chosen by rounding: parameters moved by
     # 1e-7 change eager's own losses by 7e-5, loss/bbox by 2.8 %. Measured: 4.3e-5, 1.8e-2 (leaves); others 1.8e-7, 3e-3.
     "published": {"loss/total": 1e-3, "grad_norm": 1e-2, "leaves": 5e-2},
@@ -68,9 +71,13 @@ def few_pixels(monkeypatch):
     monkeypatch.setattr(bevnext, "mini", small_bevnext)
 
 
-SLOW = {("bevnext", "fp32"), ("pretrain", "fp16")}
+# One precision of each in CI, both of the main job: a case takes one to two minutes of a core.
+QUICK = {
+    (experiment, "fp16" if experiment in ("bevfusion", "bevdepth", "bevnext") else "fp32") for experiment in EXPERIMENTS
+}
+QUICK |= {("bevfusion", "fp32")}
 STEPS_OF = [
-    pytest.param(experiment, None, precision, marks=pytest.mark.slow if (experiment, precision) in SLOW else ())
+    pytest.param(experiment, None, precision, marks=() if (experiment, precision) in QUICK else pytest.mark.slow)
     for experiment in EXPERIMENTS
     for precision in ("fp32", "fp16")
 ]
@@ -102,7 +109,7 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(
     ]
     compared = figures["steps"]["train"]["execute"]
     assert compared["steps"] == STEPS
-    check(compared, precision)
+    check(compared, "stage2" if (model, precision) == ("bevnext-stage2", "fp32") else precision)
 
 
 def check(compared, case):

@@ -69,8 +69,8 @@ def t4(*, root: Path | None = None, samples: int = 30) -> dict:
     """Figures of reading T4's clouds; prints them.
 
     root: a T4 data set, of whose clouds the first are taken; None: those of the synthetic world, with more points.
-    Returns per form of file (as it is there, and with Autoware's header) its bytes and points, clouds, points and megabytes a second
-    and core, and as a share of reading the same bytes into memory that is there, in the same run; and of AWML's LiDAR model
+    Returns per form of file (as it is there, and with Autoware's header) its bytes and points, clouds, points and megabytes a
+    second and core, and as a share of reading the same bytes into memory that is there, in the same run; and of AWML's LiDAR model
     samples_per_second and the others as `data`: two clouds a sample.
     """
     torch.set_num_threads(1)

@@ -68,7 +68,7 @@ def parse(text: str) -> Columns:
 
 
 def five(rows: np.ndarray, columns: Columns) -> np.ndarray:
-    """[P,5] float32 x, y, z [m], intensity 0..255 (0 where there is none), ring (-1), of structured rows [P] or numbers [P,C]."""
+    """[P,5] float32 x, y, z [m], intensity 0..255 (or 0), ring (or -1) of structured rows [P] or numbers [P,C]."""
     made = np.zeros((len(rows), 5), dtype=np.float32)
     made[:, 4] = -1.0
     there = rows.dtype.names or columns.names

@@ -1,7 +1,7 @@
 """What a data set knows about its key frames, without pixels or points: files, times, transforms, annotations.
 
-`nuscenes.index`, `t4.index`, `own.index` and `infos.read` make an Index; `scene.load` turns its frames into Samples. Transforms are named
-target_from_source, 4 4 float64, and move column vectors. The frames of a large data set are kept as columns (`pack`)
+`nuscenes.index`, `t4.index`, `own.index` and `infos.read` make an Index; `scene.load` turns its frames into Samples. Transforms
+are named target_from_source, 4 4 float64, and move column vectors. The frames of a large data set are kept as columns (`pack`)
 and made when asked for: nuScenes' 28,130 training frames as Python objects would take gigabytes in every process.
 """
 

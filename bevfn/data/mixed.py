@@ -16,8 +16,8 @@
     evaluate = false                              # is trained on alone
     cameras = { CAM_FRONT = "front" }             # its name here
 
-What the data sets count differently is made one: points, boxes and cameras lie in the vehicle's frame (x forward, y left, z up),
-as T4's LIDAR_CONCAT has them; tokens and scenes begin with the data set's folder.
+What the data sets count differently is made one: points, boxes and cameras lie in the vehicle's frame (x forward, y left, z
+up), as T4's LIDAR_CONCAT has them; tokens and scenes begin with the data set's folder.
 """
 
 import os
@@ -136,7 +136,7 @@ def _member(path: Path, i: int, table: dict[str, Any], classes: list[str]) -> Me
 
 
 def mix(mixture: Mixture, members: Sequence[tuple[Member, Index]], split: Split) -> Index:
-    """The key frames of these data sets' splits, one data set behind the other. Raises ValueError for classes that a map misses."""
+    """The key frames of these data sets' splits, one behind the other. Raises ValueError for classes that a map misses."""
     base = Path(os.path.commonpath([os.path.abspath(index.root) for _, index in members]))
     made, shares = list[Packed](), list[Share]()
     for member, index in members:

@@ -1,7 +1,7 @@
 """Data of one's own to an Index: a folder a scene, whose key frames and scans one `frames.json` tells.
 
-A `frames.json` has the form of mmdetection3d's info files (v1.1: `metainfo`, `data_list`; `infos.read`), in JSON, and in order of
-time. Paths in it are relative to its folder. What it may leave out, and what follows (docs/custom_data.md):
+A `frames.json` has the form of mmdetection3d's info files (v1.1: `metainfo`, `data_list`; `infos.read`), in JSON, and in order
+of time. Paths in it are relative to its folder. What it may leave out, and what follows (docs/custom_data.md):
 
     metainfo.points     what the numbers of a point are, `columns.parse`; nuScenes' five
     token               the scene's name and the entry's number
@@ -52,7 +52,7 @@ def scenes(root: Path) -> list[str]:
 
 
 def splits(root: Path) -> dict[str, list[str]]:
-    """Split: its scenes; those of a splits.json in the root, and `all`. Raises ValueError for one that names what is not there."""
+    """Split: its scenes; those of a splits.json in the root, and `all`. Raises ValueError for scenes that are not there."""
     every, path = scenes(root), Path(root) / tables.SPLITS
     own = tables.own_splits(path, set(every), FILE) if path.is_file() else {}
     return own | {ALL: every}

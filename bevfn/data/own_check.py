@@ -1,4 +1,4 @@
-"""What of data of one's own is there, missing or damaged, and what training does with odd values: `bevfn data check` of them."""
+"""What of data of one's own is there, missing or damaged, and what is odd: `bevfn data check` of them."""
 
 import warnings
 from pathlib import Path

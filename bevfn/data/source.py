@@ -1,5 +1,6 @@
 """Where a run's key frames come from: a nuScenes root, a T4 data set, data of one's own, a mixture of these, an info file, a
-folder with one frame, or a synthetic world made on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
+folder with one frame, or a synthetic world made on the spot. Each becomes a Source, of which everything else reads; what is known
+of a split is in its Index."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
