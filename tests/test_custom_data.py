@@ -60,7 +60,7 @@ def command(first: str) -> list[str]:
     return shlex.split(found)
 
 
-def trained(words: list[str], monkeypatch, *more: str) -> dict:
+def trained(words: list[str], *more: str) -> dict:
     """The summary of a run of `python -m bevfn.experiments.custom ...`, quick."""
     config = run.parse(custom.DEFAULTS, [*words[3:], *QUICK, *more])
     return run.main(custom.task, config)
@@ -74,7 +74,7 @@ def test_a_folder_is_checked_trained_on_and_evaluated(here, monkeypatch, capsys)
     assert (
         "train 3, val 3" in said and "classes car, person, cone; cameras front, left" in said and "nothing is" in said
     )
-    summary = trained(command("python -m bevfn.experiments.custom --data-root drives --scale"), monkeypatch)
+    summary = trained(command("python -m bevfn.experiments.custom --data-root drives --scale"))
     assert summary["config"]["classes"] == ["car", "person", "cone"] and summary["scores"].keys() >= {"T4 mAP", "NDS"}
     words = command("bevfn eval custom")
     words[words.index("--checkpoint") + 1] = "runs/first/checkpoints/step_00000001"
@@ -85,9 +85,9 @@ def test_a_folder_is_checked_trained_on_and_evaluated(here, monkeypatch, capsys)
     assert scores["t4"]["mAP"] == pytest.approx(summary["scores"]["T4 mAP"], abs=1e-9) and scores["split"] == "val"
 
 
-def test_cameras_range_voxels_and_classes_of_ones_own_are_trained(here, monkeypatch):
+def test_cameras_range_voxels_and_classes_of_ones_own_are_trained(here):
     words = command("python -m bevfn.experiments.custom --data-root drives --model")
-    summary = trained(words, monkeypatch, "--run-dir", "runs/fusion")
+    summary = trained(words, "--run-dir", "runs/fusion", "--mode", "performance")
     config = summary["config"]
     assert (config["cameras"], config["classes"]) == (["front", "left"], ["car", "person"]) and summary["steps"] == 1
     assert config["bounds_m"] == [-25.6, -25.6, -3.0, 51.2, 25.6, 3.0]
@@ -100,14 +100,16 @@ def test_a_python_file_stands_for_flags(here, monkeypatch):
     assert (config.classes, config.image_size, config.scan_points) == (("car", "person"), (128, 352), 60_000)
     network = custom.network(config)
     assert network.head.cells == (96, 64) and network.camera.view.grid.cells == (192, 128) and network.head.classes == 2
-    monkeypatch.setattr(sys, "argv", [str(path), "--data-root", "drives", *QUICK, "--run-dir", "runs/file"])
+    monkeypatch.setattr(
+        sys, "argv", [str(path), "--data-root", "drives", *QUICK, "--mode", "performance", "--run-dir", "runs/file"]
+    )
     runpy.run_path(str(path), run_name="__main__")
     assert read_json((here / "runs/file/summary.json").read_bytes())["steps"] == 1
 
 
-def test_a_mixture_is_trained_on(here, monkeypatch, capsys):
+def test_a_mixture_is_trained_on(here, capsys):
     words = command("python -m bevfn.experiments.custom --data-root both.toml")
-    summary = trained(words, monkeypatch, "--run-dir", "runs/both", "--sweeps", "0")
+    summary = trained(words, "--run-dir", "runs/both", "--sweeps", "0")
     said = capsys.readouterr().out
     assert "7 samples an epoch (5 of drives, 2 of t4)" in said, said
     assert summary["config"]["classes"] == ["car", "person", "cyclist"] and "T4 mAP" in summary["scores"]

@@ -30,7 +30,7 @@ def kept(tmp_path_factory) -> Path:
 @pytest.fixture
 def root(kept, tmp_path) -> Path:
     """A copy to break."""
-    return Path(shutil.copytree(kept, tmp_path / "drives"))
+    return Path(shutil.copytree(kept, tmp_path / "drives", ignore=shutil.ignore_patterns(".bevfn")))
 
 
 def change(root: Path, edit: Callable[[dict], object], drive: str = "monday") -> None:
@@ -101,6 +101,16 @@ def test_without_poses_and_times_there_are_no_sweeps_and_velocities_are_not_lear
     source.check(task.data.training, task.data.reading(0), train=True)
     with pytest.raises(ValueError, match="has no velocities of objects, but the model learns them"):
         source.check(index, Reading(points=Points(sweeps=0), class_names=index.class_names), train=True)
+
+
+def test_an_index_is_read_again_from_its_file_until_a_scene_changes(root):
+    own_check.check(root)
+    assert not (root / ".bevfn/index-own-train.npz").exists()
+    first, again = own.index(root, "train"), own.index(root, "train")
+    assert (root / ".bevfn/index-own-train.npz").is_file() and first.digests == again.digests
+    assert again.class_names == first.class_names and own.scenes(root) == ["monday", "tuesday"]
+    change(root, lambda document: document["data_list"].pop())
+    assert len(own.index(root, "train")) == 2
 
 
 def test_scans_without_instances_are_sweeps_of_key_frames(root):

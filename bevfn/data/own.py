@@ -19,14 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bevfn.data import faults, infos, possible, tables
-from bevfn.data.index import Camera, Frame, Index, Sweep, inverse, pack
+from bevfn.data import faults, infos, possible, stored, tables
+from bevfn.data.index import Camera, Frame, Index, Packed, Sweep, inverse, pack
 from bevfn.data.rows import MAX_SWEEPS
 from bevfn.names import leaves, printable
 
 FILE = "frames.json"
 VERSION = "own"  # of an Index
 ALL = "all"
+FORMAT = 1  # of the cache file
 DEPTH = 2  # folders from a root to a scene's own, at most
 MEND = "write it again"
 IDENTITY = np.eye(4).tolist()
@@ -66,15 +67,29 @@ def default_splits(root: Path) -> tuple[str, str] | None:
     return (ALL, ALL) if len(present[ALL]) == 1 else None
 
 
-def index(root: Path, split: str = ALL) -> Index:
-    """The key frames of a split, scene after scene. Raises ValueError, one sentence with file and field, for a file that is
+def index(root: Path, split: str = ALL, *, keep: bool = True) -> Index:
+    """The key frames of a split, scene after scene. keep: False writes no file from which it is read the next time. Raises ValueError, one sentence with file and field, for a file that is
     damaged, of another form or tells values that are not possible, and for scenes of different classes."""
     root, present = Path(root), splits(root)
     if split not in present:
         raise ValueError(f"{root} has no split '{printable(split)}'; it has {', '.join(map(printable, present))}.")
     if not present[split]:
         raise ValueError(f"{root}: the split '{printable(split)}' has no scene; it needs folders with a {FILE}.")
-    read = [_read(root, name) for name in present[split]]
+    files = {name: root / name / FILE for name in present[split]}
+    header = {"format": FORMAT, "scenes": stored.stats(files)}
+    packed = stored.get(
+        stored.places(root), f"index-own-{split}.npz", header, lambda: _build(root, list(files)), keep=keep
+    )
+    first = next(iter(files.values()))
+    classes = _categories(infos.get(tables.read(first, dict, MEND), str(first), "metainfo", dict), first)
+    return Index(
+        root, VERSION, split, faults.refuse(packed, str(root)), class_names=tuple(classes.values()), metric="t4"
+    )
+
+
+def _build(root: Path, names: list[str]) -> Packed:
+    """The key frames of these scenes. Raises ValueError."""
+    read = [_read(root, name) for name in names]
     for one in read[1:]:
         if one.classes != read[0].classes:
             raise ValueError(
@@ -82,9 +97,7 @@ def index(root: Path, split: str = ALL) -> Index:
                 "metainfo.categories into both."
             )
     annotated = any(any(one.annotated) for one in read)
-    frames = [frame for one in read for frame, is_key in zip(one.frames, one.annotated) if is_key or not annotated]
-    packed = faults.refuse(pack(frames), str(root))
-    return Index(root, VERSION, split, packed, class_names=read[0].classes, metric="t4")
+    return pack(frame for one in read for frame, is_key in zip(one.frames, one.annotated) if is_key or not annotated)
 
 
 @dataclass(frozen=True)
@@ -102,10 +115,8 @@ def _read(root: Path, name: str) -> _Scene:
     path = root / name / FILE
     document = tables.read(path, dict, MEND)
     meta, entries = infos.get(document, str(path), "metainfo", dict), infos.get(document, str(path), "data_list", list)
-    categories = infos.numbered(infos.get(meta, str(path), "categories", dict), f"{path}: metainfo.categories")
+    categories = _categories(meta, path)
     told = infos.point_columns(meta, f"{path}: metainfo")
-    if not categories:
-        raise ValueError(f"{path}: metainfo.categories names no class; write {{name: 0, name: 1, ...}}.")
     odd = next((i for i, entry in enumerate(entries) if not isinstance(entry, dict)), None)
     if odd is not None:
         raise ValueError(f"{path}: data_list[{odd}] is a {type(entries[odd]).__name__}, not an object; {MEND}.")
@@ -115,6 +126,14 @@ def _read(root: Path, name: str) -> _Scene:
     annotated = [entry.get("instances") is not None for entry in entries]
     frames = [_after(own, frames, annotated, i) for i in range(len(own))]
     return _Scene(path, tuple(categories.values()), _moving(own, frames), annotated)
+
+
+def _categories(meta: dict, path: Path) -> dict[int, str]:
+    """Number to class. Raises ValueError."""
+    found = infos.numbered(infos.get(meta, str(path), "categories", dict), f"{path}: metainfo.categories")
+    if not found:
+        raise ValueError(f"{path}: metainfo.categories names no class; write {{name: 0, name: 1, ...}}.")
+    return found
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def check(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                indexes[name] = own.index(root, name)
+                indexes[name] = own.index(root, name, keep=False)
         except ValueError as error:
             findings.append(Finding(sentence(error).rstrip("."), "training refuses the data set", "refused"))
     packed = {name: index.frames for name, index in indexes.items() if isinstance(index.frames, Packed)}
