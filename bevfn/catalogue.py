@@ -127,6 +127,11 @@ MODELS: dict[str, Model] = {
     "awml-lidar-masked": Model("pretrain", "masked_voxels", 7.6, checkpoints=()),
     "awml-lidar-offline-masked": Model("pretrain", "masked_voxels", 7.6, checkpoints=()),
     "awml-image": Model("pretrain", "image_branch", 29.3, checkpoints=("swin-nuimages",)),
+    "custom-lidar": Model("custom", "bevfusion", 8.3, checkpoints=("bevfusion-lidar",)),
+    "custom-lidar-camera": Model(
+        "custom", "bevfusion", 39.8, checkpoints=("bevfusion-lidar-camera", "bevfusion-lidar", "swin-nuimages")
+    ),
+    "custom-camera": Model("custom", "bevfusion", 35.1, checkpoints=("swin-nuimages",)),
 }
 PRETEXT = "pretext"
 """Where a model's parameters and statistics have what its pretraining alone needs: a model that starts from it leaves them out."""

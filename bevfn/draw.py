@@ -92,7 +92,7 @@ def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
     known = [i for i, name in enumerate(frame.names) if name in class_names and frame.valid[i]]
     boxes = np.nan_to_num(frame.boxes[known], nan=0.0).astype(np.float32)  # unknown velocities
     boxes[:, 2] -= 0.5 * boxes[:, 5]  # bottom centre
-    cloud, _ = points.read(Path(root) / frame.lidar_path)
+    cloud, _ = points.scan(frame, root)
     cameras: dict[str, Any] = {}
     paths = tuple(Path(root) / camera.path for camera in frame.cameras.values())
     if paths and all(path.is_file() for path in paths):

@@ -268,10 +268,7 @@ def sized(config: Config, model: family.Config) -> family.Config:
         model = ranged(model, config.range_m)
     if config.scale == "mini":
         model = family.with_capacities(family.mini(model), bevfusion.MINI_VOXELS, bevfusion.MINI_SITES)
-    if model.lidar is not None:
-        voxels = model.voxels.max_voxels if config.voxel_capacity is None else (config.voxel_capacity,) * 2
-        model = family.with_capacities(model, voxels, config.site_capacity or model.lidar.encoder.capacities)
-    return model if config.norm_momentum is None else family.with_norm_momentum(model, config.norm_momentum)
+    return bevfusion.with_room(config, model)
 
 
 def data(config: Config, splits: source.Source | None, model: family.Config) -> tasks.Data:
@@ -302,7 +299,7 @@ def begin(params: dict, state: dict, loaded: upstream.Loaded) -> tuple[dict, dic
     useless = [name for name in loaded if name not in made[2].filled.values()]
     if useless:
         raise ValueError(
-            f"{useless[0]} has no tensor that fits this model; give a checkpoint of awml-lidar, or a Swin of `bevfn checkpoint "
+            f"{useless[0]} has no tensor that fits this model; give a checkpoint of its recipe's LiDAR model, or a Swin of `bevfn checkpoint "
             "import --model swin-nuimages`"
         )
     return made

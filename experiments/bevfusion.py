@@ -205,13 +205,15 @@ def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
         model = bevfusion.with_capacities(bevfusion.mini(model), MINI_VOXELS, MINI_SITES)
     elif config.sweeps == 0:
         model = bevfusion.with_capacities(model, FRAME_VOXELS, FRAME_SITES)
+    return with_room(config, model)
+
+
+def with_room(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
+    """The model with the capacities and the momentum of batch norms that flags say."""
     if model.lidar is not None:
         voxels = model.voxels.max_voxels if config.voxel_capacity is None else (config.voxel_capacity,) * 2
-        sites = config.site_capacity or model.lidar.encoder.capacities
-        model = bevfusion.with_capacities(model, voxels, sites)
-    if config.norm_momentum is not None:
-        model = bevfusion.with_norm_momentum(model, config.norm_momentum)
-    return model
+        model = bevfusion.with_capacities(model, voxels, config.site_capacity or model.lidar.encoder.capacities)
+    return model if config.norm_momentum is None else bevfusion.with_norm_momentum(model, config.norm_momentum)
 
 
 def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> tasks.Data:

@@ -153,6 +153,16 @@ def test_reading_samples_is_measured(frame):
         assert min(parts.values()) >= 0 and parts["move sweeps"] > 0 and figures[name]["points"] > 100_000
 
 
+def test_reading_t4s_clouds_is_measured_against_their_bytes(monkeypatch):
+    monkeypatch.setattr(data, "T4_POINTS", 20_000)
+    monkeypatch.setattr(data, "T4_CLOUDS", 2)
+    figures = data.t4(samples=2)
+    for form in (".pcd.bin", ".pcd"):
+        told = figures[form]
+        assert told["points"] == 20_000 and 0 < told["of_reading_bytes"] < 1 and told["bytes"] > 300_000
+    assert figures["files"] == 2 and 20_000 < figures["awml-lidar"]["points"] <= 40_000
+
+
 def test_files_name_the_machine_and_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(deform, "measure", lambda: {"ours": 1})
     monkeypatch.setattr("bevfn.bench.attention.measure", lambda: {})

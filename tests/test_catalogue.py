@@ -23,7 +23,7 @@ def test_a_recipe_trains_the_models_that_the_catalogue_says(experiment):
     assert recipe.DEFAULTS.keys() == names
     for name, defaults in recipe.DEFAULTS.items():
         assert {"frame", "synthetic"} < defaults.keys() <= set(get_args(source.Kind))
-        assert next(iter(defaults)) in ("nuscenes", "t4")  # what it is published on
+        assert next(iter(defaults)) in ("nuscenes", "t4", "own")  # what it is published on, or for
         assert {config.model for config in defaults.values()} == {name}
 
 

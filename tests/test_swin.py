@@ -49,7 +49,7 @@ def attention_over_all_pairs(params: dict, x: Tensor, heads: int, window: int, s
 
 
 @pytest.mark.parametrize("shift", [0, 2])
-@pytest.mark.parametrize("size", [(8, 8), (6, 11), (3, 5), (4, 9)])
+@pytest.mark.parametrize("size", [(8, 8), (6, 11), (3, 5), (4, 9), (1, 5), (2, 1)])
 def test_window_attention_is_masked_attention_over_all_pairs_with_its_gradients(size, shift):
     params = attention_params(8, heads=2, window=4)
     x = torch.randn(2, *size, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -200,22 +200,30 @@ def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.d
 
 
 def _roll_and_pad(x: Tensor, dim: int, size: int, shift: int, fill: Tensor) -> Tensor:
-    """x, padded at its end to `size` rows of `fill` [C], moved towards its start by `shift`."""
-    wrapped, kept = x.split([shift, x.shape[dim] - shift], dim) if shift else (None, x)
-    pieces = [kept]
-    if size > x.shape[dim]:
-        shape = list(x.shape)
-        shape[dim] = size - x.shape[dim]
-        pieces.append(fill.expand(shape))
-    if shift:
-        pieces.append(wrapped)
+    """x, padded at its end to `size` rows of `fill` [C], moved towards its start by `shift`; of fewer rows than `shift` the
+    padding's start comes to the end too."""
+    rows = x.shape[dim]
+    padding, behind = size - rows, max(0, shift - rows)
+
+    def pad(count: int) -> list[Tensor]:
+        return [fill.expand(*x.shape[:dim], count, *x.shape[dim + 1 :])] if count else []
+
+    wrapped, kept = x.split([shift, rows - shift], dim) if 0 < shift < rows else (x, None)
+    if not shift:
+        wrapped, kept = None, x
+    pieces = [
+        *([] if kept is None else [kept]),
+        *pad(padding - behind),
+        *([] if wrapped is None else [wrapped]),
+        *pad(behind),
+    ]
     return torch.cat(pieces, dim) if len(pieces) > 1 else x
 
 
 def _crop_and_unroll(x: Tensor, dim: int, size: int, shift: int) -> Tensor:
     """The inverse of `_roll_and_pad`."""
     padding = x.shape[dim] - size
-    if shift:
+    if 0 < shift < size:
         kept, _, wrapped = x.split([size - shift, padding, shift], dim)
         return torch.cat([wrapped, kept], dim)
-    return x.narrow(dim, 0, size) if padding else x
+    return x.narrow(dim, max(0, x.shape[dim] - shift) if shift else 0, size) if padding else x

@@ -4,6 +4,7 @@ A real key frame (or a generated one) stands for the data set: six 1600 x 900 JP
 as key frame and nine of ten sweeps. Its files come from memory, so a disk's share is not in the figures. Times of one
 core are CPU time of one process with one thread, which a busy machine does not stretch; the loader's rate is wall time.
     bevfn bench data --frame FRAME_FOLDER
+    bevfn bench data --t4                       # T4's large clouds instead, against reading their bytes
 """
 
 import cProfile
@@ -24,15 +25,20 @@ from PIL import Image
 
 from bevfn import synth
 from bevfn.data import augment, image, infos, loader, paste, points, sampling, scene, sweeps
+from bevfn.data import t4 as t4_data
 from bevfn.data.batch import collate, needed
 from bevfn.data.index import Index, Sweep
 from bevfn.data.reading import CLASS_NAMES, Reading
-from bevfn.experiments import bevfusion, bevfusion_lidar
+from bevfn.experiments import awml, bevfusion, bevfusion_lidar
 from bevfn.synth import key_frame
 
 TARGET = 4.1  # samples/s per device: BEVFusion LiDAR-camera, FP16, on 8 NPUs as published (32.8 samples/s)
 WORKERS = 8
 SWEEPS = 10  # in the frame's info, of which 9 are drawn
+T4_POINTS = 160_000  # of one cloud of several LiDARs, where AWML's deployment has room for 200,000
+T4_CLOUDS = 12  # files, read one after the other: more than a cache of the processor holds
+# Autoware's points with a header.
+PCD = np.dtype([(name, "<f4") for name in "xyz"] + [("intensity", "u1"), ("return_type", "u1"), ("channel", "<u2")])
 
 
 def data(*, frame: Path | None = None, samples: int = 30) -> dict:
@@ -57,6 +63,104 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
             figures[name] = _measure(index, config, database, samples)
             _print(name, figures[name])
     return figures
+
+
+def t4(*, root: Path | None = None, samples: int = 30) -> dict:
+    """Figures of reading T4's clouds; prints them.
+
+    root: a T4 data set, of whose clouds the first are taken; None: those of the synthetic world, with more points.
+    Returns per form of file (as it is there, and with Autoware's header) its bytes and points, clouds, points and megabytes a
+    second and core, and as a share of reading the same bytes into memory that is there, in the same run; and of AWML's LiDAR model
+    samples_per_second and the others as `data`: two clouds a sample.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:
+        index = t4_data.index(root or _dense_world(Path(folder) / "world"))
+        places = range(min(len(index), T4_CLOUDS))
+        files = [index.root / index[place].lidar_path for place in places]
+        headed = [_with_header(file, Path(folder) / f"{i}.pcd") for i, file in enumerate(files)]
+        figures: dict[str, Any] = {"clouds": str(root or "generated"), "files": len(files)}
+        figures |= {"".join(some[0].suffixes[-2:]): _against_bytes(some, samples) for some in (files, headed)}
+        reading = dataclasses.replace(awml.TRAIN, cameras=None)
+        swept = next((place for place in places if len(index[place].sweeps) > 1), len(index) - 1)
+        figures["awml-lidar"] = _measure(index.select([swept]), reading, None, samples)
+    for name in ("samples_per_second_of_workers", "feeds_target"):  # nothing is published to compare with
+        del figures["awml-lidar"][name]
+    for form in (name for name, value in figures.items() if name.startswith(".") and isinstance(value, dict)):
+        told = figures[form]
+        print(
+            f"{form}: {told['clouds_per_second']:.0f} clouds/s per core of {told['points']:,d} points, "
+            f"{told['megabytes_per_second']:.0f} MB/s, {100 * told['of_reading_bytes']:.0f} % of reading the bytes alone"
+        )
+    print(f"awml-lidar: {figures['awml-lidar']['samples_per_second']:.1f} samples/s per core, two clouds each")
+    return figures
+
+
+def _dense_world(root: Path) -> Path:
+    """A synthetic T4 scene whose points are there several times, a centimetre apart."""
+    synth.write(
+        root, scenes=1, frames_per_scene=T4_CLOUDS, image_size=(90, 160), format="t4", workers=1, progress=False
+    )
+    random = np.random.default_rng(0)
+    for file in sorted(root.glob("**/data/LIDAR_CONCAT/*.bin")):
+        cloud = points.read(file)[0]
+        dense = np.resize(cloud, (T4_POINTS, cloud.shape[1]))
+        dense[:, :3] += random.normal(0.0, 0.01, (T4_POINTS, 3)).astype(np.float32)
+        dense.tofile(file)
+    return root
+
+
+def _with_header(file: Path, made: Path) -> Path:
+    """The same cloud as a binary .pcd of Autoware's points."""
+    cloud, _ = points.read(file)
+    rows = np.zeros(len(cloud), PCD)
+    for i, name in enumerate(("x", "y", "z", "intensity", "channel")):
+        rows[name] = np.maximum(cloud[:, i], 0) if i > 2 else cloud[:, i]
+    kinds = {"f": "F", "u": "U"}
+    sizes = [PCD[name].itemsize for name in PCD.names or ()]
+    head = {
+        "FIELDS": " ".join(PCD.names or ()),
+        "SIZE": " ".join(map(str, sizes)),
+        "TYPE": " ".join(kinds[PCD[name].kind] for name in PCD.names or ()),
+        "COUNT": " ".join("1" for _ in sizes),
+        "WIDTH": len(cloud),
+        "HEIGHT": 1,
+        "POINTS": len(cloud),
+        "DATA": "binary",
+    }
+    made.write_bytes("".join(f"{key} {value}\n" for key, value in head.items()).encode() + rows.tobytes())
+    return made
+
+
+def _against_bytes(files: list[Path], samples: int) -> dict[str, float]:
+    """Reading clouds, and only the bytes of their files, one after the other, `samples` of each."""
+    size = max(file.stat().st_size for file in files)
+    buffer = memoryview(bytearray(size))
+
+    def spent(read: Callable[[Path], object]) -> float:
+        for file in files:
+            read(file)  # from the disk, once
+        started = time.process_time()
+        for i in range(samples):
+            read(files[i % len(files)])
+        return (time.process_time() - started) / samples
+
+    def plain(file: Path) -> None:
+        with open(file, "rb", buffering=0) as opened:
+            opened.readinto(buffer)
+
+    count = len(points.read(files[0])[0])
+    seconds, limit = spent(points.read), spent(plain)
+    return {
+        "points": count,
+        "bytes": size,
+        "milliseconds": 1e3 * seconds,
+        "clouds_per_second": 1 / seconds,
+        "points_per_second": count / seconds,
+        "megabytes_per_second": size / seconds / 1e6,
+        "milliseconds_of_bytes": 1e3 * limit,
+        "of_reading_bytes": limit / seconds,
+    }
 
 
 def world(*, scenes: int = 10, **options: Any) -> dict:
@@ -93,7 +197,7 @@ def _backwards(metres: float) -> np.ndarray:
     return result
 
 
-def _measure(index: Index, config: Reading, database: paste.Database, samples: int) -> dict:
+def _measure(index: Index, config: Reading, database: paste.Database | None, samples: int) -> dict:
     load = partial(scene.load, index, reading=config, database=database)
     made = load(0, generator=sampling.generator(0, 0, 0))  # warm
     started = time.process_time()

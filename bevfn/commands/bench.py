@@ -82,16 +82,29 @@ def views(*, frame: Path | None = None, threads: int = 0, repeats: int = 5, json
     _report("views", partial(views.measure, frame, repeats=repeats, threads=threads), json_file)
 
 
-def data(*, frame: Path | None = None, samples: int = 30, json_file: Json = None) -> None:
-    """Training samples per second and core of both BEVFusion readings, and where the time goes.
+def data(
+    *,
+    frame: Path | None = None,
+    t4: bool = False,
+    t4_root: Path | None = None,
+    samples: int = 30,
+    json_file: Json = None,
+) -> None:
+    """Training samples per second and core of both BEVFusion readings, and where the time goes; or T4's clouds.
 
     Args:
         frame: folder of a real key frame; a generated one without it
+        t4: clouds of T4 data per second and core instead, against reading their bytes, and samples of awml-lidar
+        t4_root: a T4 data set, whose first clouds are read; generated ones of 160,000 points without it
         samples: how many are read
         json_file: also write the figures there, with the machine named
     """
     from bevfn.bench import data
 
+    if (t4 or t4_root is not None) and frame is not None:
+        raise ValueError("--frame is of nuScenes' readings; leave it out, or --t4")
+    if t4 or t4_root is not None:
+        return _report("data_t4", partial(data.t4, root=t4_root, samples=samples), json_file)
     _report("data", partial(data.data, frame=frame, samples=samples), json_file)
 
 

@@ -57,11 +57,12 @@ def check(
     show: int = 20,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> int:
-    """Says what of a nuScenes or T4 data set is there, missing or damaged, file by file, and what training does with odd
+    """Says what of a nuScenes, T4 or own data set is there, missing or damaged, file by file, and what training does with odd
     values. Exit code 1 if something is missing, damaged, refused or left out.
 
     Args:
-        root: the folder that holds samples/, sweeps/, maps/ and the version's tables, or a T4 data set (docs/t4.md)
+        root: the folder that holds samples/, sweeps/, maps/ and the version's tables, a T4 data set (docs/t4.md), or data of
+            one's own (docs/custom_data.md)
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several. Of T4 scenes the revision, the highest without it
         split: train, val, ...; all that the root has without it
         train_split: the one that a run would train on, which may share no scene with
@@ -71,10 +72,13 @@ def check(
         show: problems to print
         json_file: write all of them there
     """
-    from bevfn.data import check, source, t4_check
+    from bevfn.data import check, own_check, source, t4_check
 
     check_json(json_file)
-    look = t4_check.check if source.kind(root) == "t4" else check.check
+    found = source.kind(root)
+    if found == "mixed":
+        raise ValueError(f"{root} is a mixture; check each of its data sets by itself")
+    look = {"t4": t4_check.check, "own": own_check.check}.get(found, check.check)
     report = look(root, version, split, training=train_split, evaluation=eval_split, deep=deep, workers=workers)
     print(report.text(show))
     if json_file is not None:
@@ -99,7 +103,8 @@ def prepare(
     (~/.cache/bevfn).
 
     Args:
-        root: the folder that holds samples/, sweeps/, maps/ and the version's tables, or a T4 data set (docs/t4.md)
+        root: the folder that holds samples/, sweeps/, maps/ and the version's tables, a T4 data set (docs/t4.md), or data of
+            one's own (docs/custom_data.md)
         version: v1.0-trainval, v1.0-mini, ...; needed if the root has several. Of T4 scenes the revision, the highest without it
         split: one to train on, also of the version's splits.json or a T4 data set's lists; train or mini_train without it
         paste: build the GT-paste database, for bevfusion_lidar

@@ -7,18 +7,20 @@ JPEGs must end as JPEGs do, which finds what an interrupted copy leaves behind. 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bevfn.data import depth, image, nuscenes, paste, points, values
 from bevfn.data import tables as tables_of
-from bevfn.data.index import CAMERAS, Index
+from bevfn.data.columns import parse
+from bevfn.data.index import CAMERAS, Index, Packed
 from bevfn.data.rows import MAX_SWEEPS
 from bevfn.files import to_json
 from bevfn.names import leaves, printable, sentence
@@ -195,8 +197,8 @@ def files_needed(tables: dict[str, list[dict]], samples: set[str]) -> dict[str, 
     return {part: files for part, files in needed.items() if files}
 
 
-def examine(path: Path, deep: bool) -> Finding | None:
-    """What is wrong with a point file or an image; None if nothing is found."""
+def examine(path: Path, deep: bool, columns: str = "") -> Finding | None:
+    """What is wrong with a point file, of these `columns`, or an image; None if nothing is found."""
     try:
         if not tables_of.is_file(path):
             return "missing", "does not exist"
@@ -204,15 +206,13 @@ def examine(path: Path, deep: bool) -> Finding | None:
         if size == 0:
             return "damaged", "is empty"
         if path.suffix in (".bin", ".pcd", ".npy"):
-            if size % points.BYTES and path.suffix != ".pcd":  # which has a header
-                return (
-                    "damaged",
-                    f"is truncated: {size} bytes are no whole number of points ({points.BYTES} bytes each)",
-                )
+            wide = parse(columns).dtype.itemsize
+            if size % wide and path.suffix == ".bin":  # the others have a header
+                return "damaged", f"is truncated: {size} bytes are no whole number of points ({wide} bytes each)"
             if points.ends_in_zeros(path):
                 return "damaged", "ends in zeros, as an interrupted copy leaves them"
             if deep:
-                cloud, bad = points.read(path)
+                cloud, bad = points.read(path, columns)
                 if not len(cloud):
                     return "damaged", f"has only NaN: {bad} points"
         else:
@@ -248,26 +248,75 @@ def _jpeg_ends(path: Path, size: int) -> str:
     return "" if b"\xff\xd9" in end else "is truncated: the JPEG has no end-of-image marker"
 
 
-def examine_all(root: Path, files: list[str], deep: bool, workers: int) -> dict[str, Finding]:
-    """File: (kind, what is wrong), in parallel: threads, because this waits for the disk and decoders free the lock."""
+def examine_all(
+    root: Path, files: list[str], deep: bool, workers: int, columns: Mapping[str, str] | None = None
+) -> dict[str, Finding]:
+    """File: (kind, what is wrong), in parallel: threads, because this waits for the disk and decoders free the lock. columns: of
+    point files that have others than nuScenes'."""
+    told = columns or {}
 
     def look(chunk: list[str]) -> dict[str, Finding]:
-        found = ((path, _outside(path) or examine(root / path, deep)) for path in chunk)
+        found = ((path, _outside(path) or examine(root / path, deep, told.get(path, ""))) for path in chunk)
         return {path: what for path, what in found if what is not None}
 
     chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     problems: dict[str, Finding] = {}
     with (
         ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool,
-        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
+        Progress(*shown, console=console, disable=not console.is_terminal, transient=True) as progress,
     ):
         task = progress.add_task("files", total=len(files))
         for chunk, found in zip(chunks, pool.map(look, chunks)):
             problems |= found
             progress.advance(task, len(chunk))
     return problems
+
+
+def files(base: Path, packed: dict[str, Packed], deep: bool, workers: int) -> tuple[list[Part], list[Problem], int]:
+    """(parts, what is wrong with files, key frames that need one such) of splits whose key frames are known."""
+    columns = {path.decode(): text for one in packed.values() for path, text in _columns(one)}
+    needed = _of_frames(packed.values())
+    found = examine_all(base, [path for files in needed.values() for path in files], deep, workers, columns)
+    parts, problems, affected = [], list[Problem](), set[str]()
+    for name, files in needed.items():
+        wrong = [Problem(path, *found[path], len(tokens)) for path, tokens in files.items() if path in found]
+        affected.update(*(files[problem.path] for problem in wrong))
+        parts.append(part_of(name, len(files), wrong))
+        problems += wrong
+    return parts, problems, len(affected)
+
+
+def _of_frames(splits: Iterable[Packed]) -> dict[str, dict[str, set[str]]]:
+    """Part (channel, or "sweeps"): file: tokens of the key frames that need it."""
+    needed: dict[str, dict[str, set[str]]] = {"scans": {}, "sweeps": {}}
+    for packed in splits:
+        column = packed.columns
+        tokens = [token.decode() for token in column["token"]]
+        for path, token in zip(column["lidar_path"], tokens):
+            needed["scans"].setdefault(path.decode(), set()).add(token)
+        for table, paths in (("sweep", column["sweep_path"]), ("camera", column["camera_path"])):
+            owners = np.repeat(np.arange(len(tokens)), np.diff(column[f"{table}_start"]))
+            for k, (path, owner) in enumerate(zip(paths, owners)):
+                part = "sweeps" if table == "sweep" else column["channel_words"][column["channel"][k]].decode()
+                needed.setdefault(part, {}).setdefault(path.decode(), set()).add(tokens[owner])
+    for path in set(needed["sweeps"]) & set(needed["scans"]):  # an earlier key frame is a sweep too, but one file
+        needed["scans"][path] |= needed["sweeps"].pop(path)
+    return {part: files for part, files in needed.items() if files}
+
+
+def _columns(packed: Packed) -> Iterator[tuple[bytes, str]]:
+    """(a point file, its columns) where they are not nuScenes'."""
+    column = packed.columns
+    words = [word.decode() for word in column["columns_words"]]
+    for table, paths in (("", column["lidar_path"]), ("sweep", column["sweep_path"])):
+        owners = (
+            np.repeat(np.arange(len(packed)), np.diff(column[f"{table}_start"])) if table else np.arange(len(packed))
+        )
+        yield from (
+            (path, words[column["columns"][i]]) for path, i in zip(paths, owners) if words[column["columns"][i]]
+        )
 
 
 def _chosen(root: Path, version: str, named: list[str]) -> dict[str, list[str]]:

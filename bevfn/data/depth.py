@@ -101,7 +101,7 @@ def maps(
     """
     files, bad = stored(index, rule), 0
     if files is None:
-        cloud, bad = points.read(index.root / frame.lidar_path)
+        cloud, bad = points.scan(frame, index.root)
         # By the nearest rule a point may be seen that the image file had outside, where the augmented image is black.
         seen = [project(cloud, camera, size if rule == "last" else None) for camera, size in zip(row, sizes)]
     else:
@@ -286,7 +286,7 @@ def _jobs(index: Index, files: Path, todo: list[int]) -> Iterator[tuple]:
 def _make(frames: list[Frame], root: Path, files: Path) -> int:
     """Writes the files of some frames; returns how many frames."""
     for frame in frames:
-        cloud, _ = points.read(root / frame.lidar_path)
+        cloud, _ = points.scan(frame, root)
         for camera in frame.cameras.values():
             seen = project(cloud, camera, camera.size or image.size(root / camera.path))
             write_atomically(_file(files, camera.path), seen.astype("<f4").tobytes())

@@ -1,7 +1,7 @@
 """What a data set knows about its key frames, without pixels or points: files, times, transforms, annotations.
 
-`nuscenes.index`, `t4.index` and `infos.read` make an Index; `scene.load` turns its frames into Samples. Transforms are named
-target_from_source, 4 4 float64, and move column vectors. The frames of a large data set are kept as columns (`pack`)
+`nuscenes.index`, `t4.index`, `own.index` and `infos.read` make an Index; `scene.load` turns its frames into Samples. Transforms
+are named target_from_source, 4 4 float64, and move column vectors. The frames of a large data set are kept as columns (`pack`)
 and made when asked for: nuScenes' 28,130 training frames as Python objects would take gigabytes in every process.
 """
 
@@ -113,6 +113,10 @@ class Frame:
     """G annotation tokens, "" where unknown."""
     categories: tuple[str, ...] = ()
     """G categories of the data set, finer than names ("human.pedestrian.child"); () where the source does not say."""
+    columns: str = ""
+    """What the numbers of a point are in its clouds' files, see `points.Layout`; "": nuScenes' five."""
+    lidar_from_scan: np.ndarray = field(default_factory=lambda: np.eye(4))
+    """4 4 float64: what moves the points of `lidar_path`, as they are in the file, to the lidar frame."""
 
     def rig(self, channels: tuple[str, ...]) -> list[Camera]:
         """The cameras of these channels, in their order. Raises ValueError if one is missing."""
@@ -198,6 +202,8 @@ class Packed(Sequence):
             visibility=words("visibility", boxes),
             annotations=tuple(token.decode() for token in column["annotation"][boxes]),
             categories=categories if any(categories := words("categories", boxes)) else (),
+            columns=words("columns", one)[0],
+            lidar_from_scan=_square(column["lidar_from_scan"][i]),
         )
 
     @property
@@ -218,6 +224,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
         "lidar_path": _texts("lidar_path", (frame.lidar_path for frame in frames)),
         "ego_from_lidar": _transforms(frame.ego_from_lidar for frame in frames),
         "global_from_ego": _transforms(frame.global_from_ego for frame in frames),
+        "lidar_from_scan": _transforms(frame.lidar_from_scan for frame in frames),
         "sweep_start": _starts(len(frame.sweeps) for frame in frames),
         "sweep_path": _texts("sweep_path", (sweep.path for sweep in sweeps)),
         "sweep_transform": _transforms(sweep.lidar_from_sweep for sweep in sweeps),
@@ -238,6 +245,7 @@ def pack(frames: Iterable[Frame]) -> Packed:
     }
     repeating = {
         "scene": [frame.scene for frame in frames],
+        "columns": [frame.columns for frame in frames],
         "channel": [channel for frame in frames for channel in frame.cameras],
         "names": [name for frame in frames for name in frame.names],
         "attributes": [name for frame in frames for name in frame.attributes],
@@ -321,6 +329,17 @@ class Chosen(Sequence):
 
 
 @dataclass(frozen=True)
+class Share:
+    """One of several data sets that are read as one, its key frames behind those of the part before it."""
+
+    root: str
+    """Relative to the Index's."""
+    frames: int
+    weight: float
+    """Its share of an epoch's samples is this over the sum of all parts'."""
+
+
+@dataclass(frozen=True)
 class Index:
     """The key frames of one split; len(index) of them, index[i] is a Frame."""
 
@@ -336,6 +355,8 @@ class Index:
     """What the data set annotates, whether or not this split has any of it."""
     metric: Metric | None = None
     """How detections in it are scored; None: as `judge` finds its files."""
+    shares: tuple[Share, ...] = ()
+    """Of a mixture; (): it is one data set."""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -440,7 +461,7 @@ class Index:
 
     def select(self, places: Sequence[int] | np.ndarray) -> "Index":
         """The key frames at these places alone."""
-        return replace(self, frames=Chosen(self.frames, tuple(int(place) for place in places)))
+        return replace(self, frames=Chosen(self.frames, tuple(int(place) for place in places)), shares=())
 
     def position(self, token: str) -> int:
         """The place of the key frame `token`. Raises ValueError if the index has no such frame."""

@@ -8,14 +8,16 @@ Source: mmdetection3d tools/dataset_converters (nuscenes_converter.py, update_in
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from bevfn.data import faults, plain_pickle, possible
+from bevfn.data import columns, faults, plain_pickle, possible
 from bevfn.data.index import CLASSES, Camera, Frame, Index, Sweep, inverse, pack
 from bevfn.files import read_json
 from bevfn.names import leaves, printable, unusable
@@ -42,18 +44,21 @@ def read(path: Path, root: Path | None = None) -> Index:
     document = _read_json(path) if path.suffix == ".json" else plain_pickle.read(path)
     folders = (root / "samples").is_dir()
     if isinstance(document, dict) and "infos" in document:
-        infos, metadata = _get(document, str(path), "infos", list), _optional(document, str(path), "metadata", dict)
+        infos, metadata = get(document, str(path), "infos", list), optional(document, str(path), "metadata", dict)
         class_names: tuple[str, ...] = CLASSES
         _tell_of_names(path, infos)
         frames = [_old_frame(info, f"{path}: infos[{i}]", folders) for i, info in enumerate(infos)]
         _check_length_first(path, frames)
     else:
-        infos, metadata = _get(document, str(path), "data_list", list), _get(document, str(path), "metainfo", dict)
+        infos, metadata = get(document, str(path), "data_list", list), get(document, str(path), "metainfo", dict)
         # several categories that are no detection class share the number -1
-        categories = _get(document, str(path), "metainfo.categories", dict)
-        names = _numbered(categories, f"{path}: metainfo.categories")
+        categories = get(document, str(path), "metainfo.categories", dict)
+        names = numbered(categories, f"{path}: metainfo.categories")
         class_names = tuple(names.values())
-        frames = [_frame(info, f"{path}: data_list[{i}]", names, folders) for i, info in enumerate(infos)]
+        placed = partial(_path, folders=folders)
+        told = point_columns(metadata, f"{path}: metainfo")
+        places = (f"{path}: data_list[{i}]" for i in range(len(infos)))
+        frames = [replace(frame(info, where, names, placed), columns=told) for info, where in zip(infos, places)]
     if not frames:
         raise ValueError(f"{path} lists no key frames; make it again with create_data.py, or give another one.")
     split = re.search(r"_infos_(?:\w+_)?(train|val|test)\b", path.stem)
@@ -68,7 +73,7 @@ def read(path: Path, root: Path | None = None) -> Index:
 
 def _version(metadata: dict, where: str) -> str:
     """Of the data set; its tables may lie in a folder of that name."""
-    version = _text(metadata, where, "version")
+    version = text(metadata, where, "version")
     if leaves(version) or "\0" in version:
         raise ValueError(f"{where}: the version '{printable(version)}' is no name of a folder below the root.")
     return version
@@ -77,7 +82,7 @@ def _version(metadata: dict, where: str) -> str:
 # --- v1.1 ---
 
 
-def _numbered(categories: dict, where: str) -> dict[int, str]:
+def numbered(categories: dict, where: str) -> dict[int, str]:
     """Number to class; -1 is what is none of them."""
     names: dict[int, str] = {}
     for name, number in categories.items():
@@ -96,8 +101,19 @@ def _numbered(categories: dict, where: str) -> dict[int, str]:
     return names
 
 
-def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Frame:
-    """One entry of data_list."""
+def point_columns(metainfo: dict, where: str) -> str:
+    """What the numbers of a point are (`columns.parse`), "" where it does not say: nuScenes'. Raises ValueError."""
+    told = optional(metainfo, where, "points", str)
+    try:
+        columns.parse(told)
+    except ValueError as error:
+        raise ValueError(f"{where}.points: {error}.") from None
+    return told
+
+
+def frame(info: dict, where: str, names: dict[int, str], placed: Callable[[str, str], str]) -> Frame:
+    """One entry of data_list. placed: (a file as the entry names it, the folder of such files in nuScenes' layout) to its path
+    relative to the root."""
     ego_from_lidar = _transform(info, where, "lidar_points.lidar2ego", unknown=True)
     global_from_ego = _transform(info, where, "ego2global", unknown=True)
     time = _number(info, where, "timestamp") if "timestamp" in info else 0.0
@@ -107,7 +123,7 @@ def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Fram
         camera_from_lidar = _transform(camera, place, "lidar2cam")
         ego_from_camera = _transform(camera, place, "cam2ego", unknown=True)
         cameras[channel] = Camera(
-            path=_path(_get(camera, place, "img_path", str), f"samples/{channel}", folders),
+            path=placed(get(camera, place, "img_path", str), f"samples/{channel}"),
             intrinsics=_numbers(camera, place, "cam2img", (3, 3)),
             camera_from_lidar=camera_from_lidar,
             ego_from_camera=ego_from_camera,
@@ -116,17 +132,17 @@ def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Fram
             size=_size(camera, place),
         )
     sweeps = []
-    for i, sweep in enumerate(_optional(info, where, "lidar_sweeps", list)):
+    for i, sweep in enumerate(optional(info, where, "lidar_sweeps", list)):
         place = f"{where}.lidar_sweeps[{i}]"
-        file = _path(_get(sweep, place, "lidar_points.lidar_path", str), "sweeps/LIDAR_TOP", folders)
+        file = placed(get(sweep, place, "lidar_points.lidar_path", str), "sweeps/LIDAR_TOP")
         lidar_from_sweep = inverse(_transform(sweep, place, "lidar_points.lidar2sensor"))
         sweeps.append(Sweep(file, lidar_from_sweep, time - _number(sweep, place, "timestamp")))
     return Frame(
-        token=_text(info, where, "token"),
+        token=text(info, where, "token"),
         scene="",
         previous="",
         timestamp=time,
-        lidar_path=_path(_get(info, where, "lidar_points.lidar_path", str), "samples/LIDAR_TOP", folders),
+        lidar_path=placed(get(info, where, "lidar_points.lidar_path", str), "samples/LIDAR_TOP"),
         ego_from_lidar=ego_from_lidar,
         global_from_ego=global_from_ego,
         sweeps=tuple(sweeps),
@@ -138,10 +154,10 @@ def _frame(info: dict, where: str, names: dict[int, str], folders: bool) -> Fram
 def _instances(info: dict, where: str, names: dict[int, str]) -> dict[str, Any]:
     """The Frame's fields of boxes; `bbox_3d` has the gravity centre already."""
     rows, found, valid, seen = [], [], [], []
-    for i, instance in enumerate(_optional(info, where, "instances", list)):
+    for i, instance in enumerate(optional(info, where, "instances", list)):
         place = f"{where}.instances[{i}]"
         box = _numbers(instance, place, "bbox_3d", (7,))
-        known = _optional(instance, place, "velocity", list)
+        known = optional(instance, place, "velocity", list)
         velocity = _numbers(instance, place, "velocity", (2,), finite=False) if known else np.full(2, np.nan)
         rows.append(np.concatenate([box, velocity]))
         found.append(_class_of(instance, place, names))
@@ -205,7 +221,7 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
     for channel, camera in _channels(info, where, "cams"):
         place = f"{where}.cams.{printable(channel)}"
         cameras[channel] = Camera(
-            path=_path(_get(camera, place, "data_path", str), f"samples/{channel}", folders),
+            path=_path(get(camera, place, "data_path", str), f"samples/{channel}", folders),
             intrinsics=_numbers(camera, place, "cam_intrinsic", (3, 3)),
             camera_from_lidar=inverse(_sensor2lidar(camera, place)),
             ego_from_camera=_pose(camera, place, "sensor2ego"),
@@ -214,10 +230,10 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
             size=_size(camera, place),
         )
     sweeps = []
-    for i, sweep in enumerate(_optional(info, where, "sweeps", list)):
+    for i, sweep in enumerate(optional(info, where, "sweeps", list)):
         place = f"{where}.sweeps[{i}]"
         lag = 1e-6 * (time - _number(sweep, place, "timestamp"))
-        file = _path(_get(sweep, place, "data_path", str), "sweeps/LIDAR_TOP", folders)
+        file = _path(get(sweep, place, "data_path", str), "sweeps/LIDAR_TOP", folders)
         sweeps.append(Sweep(file, _sensor2lidar(sweep, place), lag))
     boxes = _names(info, where)
     count = len(boxes)
@@ -228,11 +244,11 @@ def _old_frame(info: dict, where: str, folders: bool) -> Frame:
         velocity = _numbers(info, where, "gt_velocity", (count, 2), finite=False)
         geometry = np.concatenate([_numbers(info, where, "gt_boxes", (count, 7)), velocity], axis=1)
     return Frame(
-        token=_text(info, where, "token"),
+        token=text(info, where, "token"),
         scene="",
-        previous=_text(info, where, "prev"),
+        previous=text(info, where, "prev"),
         timestamp=1e-6 * time,
-        lidar_path=_path(_get(info, where, "lidar_path", str), "samples/LIDAR_TOP", folders),
+        lidar_path=_path(get(info, where, "lidar_path", str), "samples/LIDAR_TOP", folders),
         ego_from_lidar=_pose(info, where, "lidar2ego"),
         global_from_ego=_pose(info, where, "ego2global"),
         sweeps=tuple(sweeps),
@@ -245,7 +261,7 @@ def _names(info: Any, where: str) -> list[str]:
     """The names of an entry's annotations."""
     if isinstance(info, dict) and "gt_names" not in info:
         return []
-    names = _get(info, where, "gt_names", (list, tuple, np.ndarray))
+    names = get(info, where, "gt_names", (list, tuple, np.ndarray))
     try:
         if np.ndim(names) == 0:
             raise TypeError
@@ -301,7 +317,7 @@ def _path(name: str, folder: str, folders: bool) -> str:
     return f"{folder}/{name}" if folders and len(parts) == 1 else name
 
 
-def _get(tree: Any, where: str, key: str, kind: type | tuple[type, ...]) -> Any:
+def get(tree: Any, where: str, key: str, kind: type | tuple[type, ...]) -> Any:
     """tree[key] for a dotted key, checked to be of type `kind`."""
     value = tree
     for part in key.split("."):
@@ -316,14 +332,14 @@ def _get(tree: Any, where: str, key: str, kind: type | tuple[type, ...]) -> Any:
     return value
 
 
-def _optional(tree: dict, where: str, key: str, kind: type) -> Any:
+def optional(tree: dict, where: str, key: str, kind: type) -> Any:
     """tree[key], or an empty one of that type if it is missing or null."""
-    return kind() if tree.get(key) is None else _get(tree, where, key, kind)
+    return kind() if tree.get(key) is None else get(tree, where, key, kind)
 
 
 def _channels(info: dict, where: str, key: str) -> Iterator[tuple[str, Any]]:
     """(channel, what is said of it) of the cameras."""
-    for channel, camera in _optional(info, where, key, dict).items():
+    for channel, camera in optional(info, where, key, dict).items():
         if not isinstance(channel, str) or unusable(channel):
             raise ValueError(
                 f"{where}: {key} has the channel '{printable(channel)}', which is no text; repair or remove it."
@@ -331,13 +347,13 @@ def _channels(info: dict, where: str, key: str) -> Iterator[tuple[str, Any]]:
         yield channel, camera
 
 
-def _text(tree: dict, where: str, key: str) -> str:
+def text(tree: dict, where: str, key: str) -> str:
     """tree[key], also where it is a number; "" if it is missing."""
-    return str(_get(tree, where, key, (str, int, np.integer))) if key in tree else ""
+    return str(get(tree, where, key, (str, int, np.integer))) if key in tree else ""
 
 
 def _number(tree: Any, where: str, key: str) -> float:
-    value = _get(tree, where, key, (int, float, np.integer, np.floating))
+    value = get(tree, where, key, (int, float, np.integer, np.floating))
     try:
         number = float(value)
     except OverflowError:
@@ -349,7 +365,7 @@ def _number(tree: Any, where: str, key: str) -> float:
 
 def _numbers(tree: Any, where: str, key: str, shape: tuple[int, ...], *, finite: bool = True) -> np.ndarray:
     """tree[key] as float64 of that shape, its values as they are in the file; null becomes NaN."""
-    entries = _get(tree, where, key, (list, tuple, np.ndarray))
+    entries = get(tree, where, key, (list, tuple, np.ndarray))
     try:
         value = np.array(entries, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:  # ragged rows, words, or digits without end
@@ -364,7 +380,7 @@ def _numbers(tree: Any, where: str, key: str, shape: tuple[int, ...], *, finite:
 def _transform(tree: Any, where: str, key: str, *, unknown: bool = False) -> np.ndarray:
     """tree[key] as a rigid 4 4; NaN (but for the last row) if it is missing and may be `unknown`."""
     *parents, last = key.split(".")
-    holder = _get(tree, where, ".".join(parents), dict) if parents else tree
+    holder = get(tree, where, ".".join(parents), dict) if parents else tree
     if unknown and isinstance(holder, dict) and holder.get(last) is None:
         return np.concatenate([np.full((3, 4), np.nan), [[0.0, 0.0, 0.0, 1.0]]])
     return _rigid(_numbers(tree, where, key, (4, 4)), where, key)

@@ -22,7 +22,7 @@ from bevfn.names import printable, sentence
 from bevfn.synth.tables import CATEGORIES  # nuScenes' 23
 
 ANNOTATIONS = "sample_annotation"
-FORMAT = 4  # of the cache file; another number makes every older file be rebuilt
+FORMAT = 5  # of the cache file; another number makes every older file be rebuilt
 
 
 def index(root: Path, version: str, split: str, cache: Path | None = None) -> Index:

@@ -4,6 +4,7 @@ encodings.
 Source: Point Cloud Library, "The PCD file format" (v0.7).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,17 @@ IDENTITY = ("0", "0", "0", "1", "0", "0", "0")  # VIEWPOINT: a translation, and 
 KINDS = {"F": "f", "I": "i", "U": "u"}
 
 
-def read(path: Path, most: int) -> np.ndarray:
-    """[P,5] float32 x, y, z [m], intensity, ring (-1 where the file has none), in file order.
+def read(path: Path, most: int, needed: Sequence[str] = NEEDED) -> np.ndarray:
+    """[P,5] float32 x, y, z [m], intensity (0), ring (-1 where the file has none), in file order.
 
     Raises ValueError, one sentence, for a file without header, without points or with more than `most`, without one of the
-    fields x, y, z, intensity, of another length than its header says, with a VIEWPOINT to move points by, or with a text that
+    `needed` fields, of another length than its header says, with a VIEWPOINT to move points by, or with a text that
     is no number of its field's type.
     """
     content = path.read_bytes()
     header, data = _header(content, path)
     fields, dtype, count = _layout(header, path)
-    if missing := [name for name in NEEDED if name not in fields]:
+    if missing := [name for name in needed if name not in fields]:
         raise ValueError(
             f"{path}: the point file has no field {', '.join(missing)}; it has {', '.join(fields)}: write x, y, z [m] and "
             "intensity 0..255 of each point."
@@ -41,7 +42,8 @@ def read(path: Path, most: int) -> np.ndarray:
         )
     rows = _rows(header["DATA"][0], data, dtype, count, path)
     ring = next((rows[name][:, 0] for name in RINGS if name in fields), np.full(count, -1.0))
-    return np.column_stack([*(rows[name][:, 0] for name in NEEDED), ring]).astype("<f4")
+    none = np.zeros(count)
+    return np.column_stack([*(rows[name][:, 0] if name in fields else none for name in NEEDED), ring]).astype("<f4")
 
 
 def extent(path: Path) -> int:

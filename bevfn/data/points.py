@@ -1,11 +1,14 @@
-"""LiDAR points: files in nuScenes' and T4's form (`.pcd.bin`, little-endian float32, five numbers a point, no header) or
-with a header (`.pcd`), and which points lie in a range or in a box."""
+"""LiDAR points: files in nuScenes' and T4's form (`.pcd.bin`, little-endian float32, five numbers a point, no header), of
+other numbers (`columns`), or with a header (`.pcd`, `.npy`), and which points lie in a range or in a box."""
 
 from pathlib import Path
 
 import numpy as np
 
+from bevfn.data import columns as told
 from bevfn.data import pcd, possible
+from bevfn.data.columns import Columns
+from bevfn.data.index import Frame
 
 COLUMNS = 5  # x, y, z [m, lidar frame], intensity 0..255, ring 0..31, or -1 where several lidars are one cloud
 BYTES = 4 * COLUMNS
@@ -30,12 +33,23 @@ FORMS = {
     "big-endian float32": (">f4", COLUMNS),
     "float64": ("<f8", COLUMNS),
     "four float64": ("<f8", 4),
+    "five float32": ("<f4", COLUMNS),
 }
 WANTED = "little-endian float32 x, y, z [m], intensity 0..255, ring"
 
 
-def read(path: Path) -> tuple[np.ndarray, int]:
-    """(points [P,5] float32 in file order, number of points dropped because one of their numbers cannot be).
+def scan(frame: Frame, root: Path) -> tuple[np.ndarray, int]:
+    """`read` of a key frame's own cloud, moved to the lidar frame."""
+    cloud, bad = read(Path(root) / frame.lidar_path, frame.columns)
+    turn, shift = frame.lidar_from_scan[:3, :3], frame.lidar_from_scan[:3, 3]
+    if not (np.array_equal(turn, np.eye(3)) and not shift.any()):
+        cloud[:, :3] = cloud[:, :3] @ turn.T + shift
+    return cloud, bad
+
+
+def read(path: Path, columns: str = "") -> tuple[np.ndarray, int]:
+    """(points [P,5] float32 in file order: x, y, z, intensity 0..255, ring, number of points dropped because one of their
+    numbers cannot be). columns: of the file, see `columns.parse`.
 
     A lidar driver marks a missing return with NaN in x, y and z, so such points are no error of the file: they are dropped
     and counted (`bad/points` in a sample's counts), and reports warn. So are a FEW points of impossible position or
@@ -44,25 +58,31 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     Raises ValueError if the file is missing, empty, huge or not a whole number of points, or holds something else than such
     points: a header, numbers of another kind or number, zeros where an interrupted copy wrote nothing, next to nothing but NaN.
     """
-    path = Path(path)
+    path, what = Path(path), told.parse(columns)
     if not path.is_file():
         raise ValueError(f"{path}: the point file does not exist; check the data folder and the file that names it.")
-    if path.stat().st_size > MOST * BYTES:
+    largest = MOST * max(BYTES, what.dtype.itemsize)
+    if path.stat().st_size > largest:
         raise ValueError(
             f"{path}: the point file has {path.stat().st_size:,} bytes, more than {MOST:,} points; copy it again."
         )
+    values = None
     if path.suffix == ".pcd":
-        values, points = None, pcd.read(path, MOST)
+        points = pcd.read(path, MOST, [name for name in pcd.NEEDED if not columns or name in what.names])
+        points[:, 3] *= told.HIGHEST / what.highest
+    elif path.suffix == ".npy":
+        points = _array(path, what)
     else:
-        values, points = _bare(path)
+        values, points = _bare(path, what)
     good = _good(points)
     kept = points if good.all() else points[good]  # nearly always all, and it saves a copy
     if wrong := _wrong(values, points, kept):
-        raise ValueError(f"{path}: {wrong}; write {WANTED} of each point.")
+        wanted = WANTED if what == told.parse("") else f"{what}, as its columns are said to be, or say others,"
+        raise ValueError(f"{path}: {wrong}; write {wanted} of each point.")
     return kept, len(points) - len(kept)
 
 
-def _bare(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _bare(path: Path, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
     """(bytes [n] uint8, points [P,5] float32 made of them) of a file without header."""
     values = np.fromfile(path, dtype=np.uint8)
     if not len(values):
@@ -71,25 +91,47 @@ def _bare(path: Path) -> tuple[np.ndarray, np.ndarray]:
     for head, what in HEADS.items():
         if start.startswith(head):
             raise ValueError(f"{path}: the point file {what}; write bare {WANTED} of each point.")
-    if len(values) % BYTES:
+    usual, dtype = columns == told.parse(""), columns.dtype
+    if len(values) % dtype.itemsize:
+        of = f"{COLUMNS} float32" if usual else str(columns)
         raise ValueError(
-            f"{path}: {len(values)} bytes are not a whole number of points ({COLUMNS} float32 = {BYTES} bytes each); "
+            f"{path}: {len(values)} bytes are not a whole number of points ({of} = {dtype.itemsize} bytes each); "
             "the file is truncated or of another format, copy it again."
         )
-    return values, values.view("<f4").reshape(-1, COLUMNS)
+    if usual:
+        return values, values.view("<f4").reshape(-1, COLUMNS)
+    return values, told.five(values.view(dtype), columns)
+
+
+def _array(path: Path, columns: Columns) -> np.ndarray:
+    """[P,5] float32 of a .npy file: [P,C] numbers in the order of the columns, or [P] with fields of their names."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: the point file is no array that numpy can read ({error}); write it again.") from None
+    fields = rows.dtype.names
+    if fields is None and (rows.ndim != 2 or rows.shape[1] != len(columns.names) or rows.dtype.kind not in "fiu"):
+        raise ValueError(
+            f"{path}: the point file is an array {list(rows.shape)} of {rows.dtype}, not [points, {len(columns.names)}] numbers "
+            f"({columns}); say which columns it has, or write these."
+        )
+    if fields is not None and (missing := [name for name in ("x", "y", "z") if name not in fields]):
+        raise ValueError(f"{path}: the point file has no field {', '.join(missing)}; it has {', '.join(fields)}.")
+    if not len(rows):
+        raise ValueError(f"{path}: the point file is empty (0 points); copy it again.")
+    return told.five(rows, columns)
 
 
 def _good(points: np.ndarray) -> np.ndarray:
     """[P] bool: which points [P,4+] a lidar can have seen."""
-    good = np.isfinite(points[:, -1])
-    for column, kind in enumerate((possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY)):
-        good &= ~kind.impossible(points[:, column])
+    rows = np.ascontiguousarray(points.T)  # which is three times as fast to look at
+    kinds = (possible.POINT, possible.POINT, possible.POINT, possible.INTENSITY)
+    if len(points) and all(kind.low <= row.min() and row.max() <= kind.high for row, kind in zip(rows, kinds)):
+        return np.isfinite(rows[-1])  # nearly always, and NaN is no minimum
+    good = np.isfinite(rows[-1])
+    for row, kind in zip(rows, kinds):
+        good &= ~kind.impossible(row)
     return good
-
-
-def _at_sensor(points: np.ndarray) -> np.ndarray:
-    """[P] bool: which points [P,3+] are at 0 0 0."""
-    return (points[:, 0] == 0) & (points[:, 1] == 0) & (points[:, 2] == 0)
 
 
 def dim(points: np.ndarray) -> bool:
@@ -112,10 +154,13 @@ def ends_in_zeros(path: Path) -> bool:
 def _wrong(values: np.ndarray | None, points: np.ndarray, kept: np.ndarray) -> str:
     """What else the bytes of a file (None where a header says what they are) seem to be than the points [P,5], of which some
     are kept; empty if nothing."""
-    xyz = np.abs(points[:, :3])
-    if (integers := int(((xyz > 0) & (xyz < TINY)).any(axis=1).sum())) > len(points) // 4:
+    xyz = np.abs(np.ascontiguousarray(points[:, :3].T))  # 3 P
+    integers = zeros = 0
+    if not xyz.min() >= TINY:
+        integers = int(((xyz > 0) & (xyz < TINY)).any(axis=0).sum())
+        zeros = int((xyz == 0).all(axis=0).sum())
+    if integers > len(points) // 4:
         return f"{integers:,} of {len(points):,} points have coordinates below 1e-38, as integers look in a file of float32"
-    zeros = int(_at_sensor(points).sum())
     if zeros > max(2, FEW * len(points)):
         return (
             f"{zeros:,} of {len(points):,} points are at 0 0 0, as where an interrupted copy wrote nothing; copy it again, or "

@@ -112,6 +112,8 @@ class Reading:
     """Of the base frame; None: base_aug is the identity."""
     paste: pasting.Config | None = None
     """GT paste from a database; None: nothing is pasted."""
+    velocities: bool = True
+    """They are learned; no: of data without them."""
     redraw: bool = False
     """Another key frame, drawn at random, takes the place of one whose boxes are all filtered away."""
     capacities: Capacities = field(default_factory=Capacities)

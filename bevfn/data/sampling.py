@@ -6,13 +6,13 @@ workers, after any resume.
 Source: class-balanced grouping and sampling, Zhu et al. 2019 (arXiv 1908.09492); mmdetection3d CBGSDataset; BEVDepth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bevfn.data.index import Frame, Index
+from bevfn.data.index import Frame, Index, Share
 
-ORDER, BALANCE = 1, 2  # fourth number of a stream that belongs to no sample; a sample's is 0
+ORDER, BALANCE, MIX = 1, 2, 3  # fourth number of a stream that belongs to no sample; a sample's is 0
 
 
 def generator(seed: int, epoch: int, position: int) -> np.random.Generator:
@@ -24,6 +24,33 @@ def order(items: np.ndarray, seed: int, epoch: int, shuffle: bool) -> np.ndarray
     """`items` [n] in the order in which the epoch reads them: a permutation of its own for every epoch, or as given."""
     items = np.asarray(items)
     return np.random.default_rng([seed, epoch, 0, ORDER]).permutation(items) if shuffle else items
+
+
+def mixed(items: np.ndarray, shares: Sequence[Share], seed: int, epoch: int) -> np.ndarray:
+    """As many places as `items` [n], of which every data set of a mixture has its share, before they are in `order`.
+
+    shares: of the index, () where it is one data set: then `items` as they are. With w_k the weights, n w_k / sum w of an epoch's
+    samples are of data set k, rounded so that they are n in all: its items as often as they go in whole, and some of them,
+    drawn anew for every epoch, once more. Raises ValueError for a data set without items.
+    """
+    if not shares:
+        return items
+    ends = np.cumsum([share.frames for share in shares])
+    pools = [items[(items >= end - share.frames) & (items < end)] for share, end in zip(shares, ends)]
+    if empty := [share.root for share, pool in zip(shares, pools) if not len(pool)]:
+        raise ValueError(f"the mixture's data set {empty[0]} has no key frame to draw; leave it out of the file")
+    drawn = []
+    for k, (pool, count) in enumerate(zip(pools, counts(len(items), shares))):
+        whole, more = divmod(count, len(pool))
+        rng = np.random.default_rng([seed, epoch, k, MIX])
+        drawn += [*[pool] * whole, rng.choice(pool, more, replace=False)]
+    return np.concatenate(drawn).astype(np.int64)
+
+
+def counts(total: int, shares: Sequence[Share]) -> list[int]:
+    """How many of an epoch's samples are of each data set, in proportion to the weights."""
+    ends = total * np.cumsum([share.weight for share in shares]) / sum(share.weight for share in shares)
+    return np.diff(np.round([0.0, *ends]).astype(int)).tolist()
 
 
 def boxed(frame: Frame) -> list[str]:

@@ -1,5 +1,6 @@
-"""Where a run's key frames come from: a nuScenes root, a T4 data set, an info file, a folder with one frame, or a synthetic
-world made on the spot. Each becomes a Source, of which everything else reads; what is known of a split is in its Index."""
+"""Where a run's key frames come from: a nuScenes root, a T4 data set, data of one's own, a mixture of these, an info file, a
+folder with one frame, or a synthetic world made on the spot. Each becomes a Source, of which everything else reads; what is known
+of a split is in its Index."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,16 +11,26 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from bevfn import synth
-from bevfn.data import cameras, depth, infos, nuscenes, t4, t4_folders, tables
+from bevfn.data import cameras, depth, infos, mixed, nuscenes, own, t4, t4_folders, tables
 from bevfn.data.index import Index, Packed, pack
 from bevfn.data.reading import Reading
 from bevfn.names import printable
 
-Kind = Literal["nuscenes", "t4", "frame", "synthetic"]
+Kind = Literal["nuscenes", "t4", "own", "mixed", "frame", "synthetic"]
 World = synth.Format
 Default = TypeVar("Default")
 VERSION = "v1.0-trainval"  # of nuScenes, unless another is asked for
-KINDS: dict[Kind, str] = {"nuscenes": "nuScenes roots", "t4": "T4 data sets", "frame": "single key frames"}
+KINDS: dict[Kind, str] = {
+    "nuscenes": "nuScenes roots",
+    "t4": "T4 data sets",
+    "own": "data of one's own",
+    "mixed": "mixtures",
+    "frame": "single key frames",
+}
+FOR = (
+    "T4 data sets are for the models of bevfn.experiments.awml (but awml-nuscenes-lidar) and for pretraining's awml-..., nuScenes "
+    "roots for all others, and bevfn.experiments.custom takes data of every kind"
+)
 WORLDS: dict[World, Path] = {"nuscenes": Path("runs/world"), "t4": Path("runs/world_t4")}
 WORLD_IMAGE = (450, 800)  # half of nuScenes' image size: decoding is what two cores wait for
 SIZES: dict[World, tuple[int, int]] = {
@@ -75,8 +86,13 @@ def kind(root: Path | None) -> Kind:
         return "synthetic"
     if (root / "frame.json").is_file():
         return "frame"
-    versions = set(tables.versions(root)) - {t4_folders.TABLES}
-    return "t4" if not versions and t4_folders.is_t4(root) else "nuscenes"
+    if mixed.is_mixture(root):
+        return "mixed"
+    if set(tables.versions(root)) - {t4_folders.TABLES}:
+        return "nuscenes"
+    if t4_folders.is_t4(root):
+        return "t4"
+    return "own" if own.scenes(root) else "nuscenes"
 
 
 def of_kind(defaults: Mapping[Kind, Default], root: Path | None) -> Default:
@@ -88,11 +104,12 @@ def of_kind(defaults: Mapping[Kind, Default], root: Path | None) -> Default:
     what = {
         "t4": f"{root} is a T4 data set",
         "nuscenes": f"{root} is no T4 data set: neither it nor a folder up to three below has annotation/ with T4's tables",
+        "own": f"{root} is data of one's own ({own.FILE})",
+        "mixed": f"{root} is a mixture of data sets",
     }
     raise ValueError(
         f"{what.get(found, f'{root} is of another kind')}, but {getattr(one, 'model', 'this recipe')} is trained on "
-        f"{' and '.join(KINDS[known] for known in defaults if known in KINDS)}; T4 data sets are for the models of "
-        "bevfn.experiments.awml (but awml-nuscenes-lidar) and for pretraining's awml-..., nuScenes roots for all others"
+        f"{' and '.join(KINDS[known] for known in defaults if known in KINDS)}; {FOR}"
     )
 
 
@@ -125,6 +142,10 @@ def open(
     found = kind(root)
     if found == "t4":
         return _open_t4(root, t4_folders.revision_of(version), training, evaluation)
+    if found == "own":
+        return _open_own(root, training, evaluation)
+    if found == "mixed":
+        return _open_mixed(mixed.read(root), training or evaluation)
     if root.is_file() or found == "frame":
         if training or evaluation:
             raise ValueError(f"{root} has no splits; leave out the split {training or evaluation!r}")
@@ -146,6 +167,13 @@ def training(root: Path, version: str | None, split: str | None, *, workers: int
     if kind(root) == "t4":
         default, _ = t4_folders.default_splits(root) or ("train", "")
         return t4.index(root, split or default, revision=t4_folders.revision_of(version), workers=workers)
+    if kind(root) == "own":
+        default, _ = own.default_splits(root) or ("train", "")
+        return own.index(root, split or default)
+    if kind(root) == "mixed":
+        raise ValueError(
+            f"{root} is a mixture; name one of its data sets, each of which has what is made of it for itself"
+        )
     version = version or tables.only_version(root)
     tables.check_root(root, version)
     default, _ = tables.default_splits(root, version) or ("train", "")
@@ -164,6 +192,51 @@ def _open_t4(root: Path, revision: str | None, training: str | None, evaluation:
         training, evaluation = training or defaults[0], evaluation or defaults[1]
     first = t4.index(root, training, revision=revision)
     return Source(first, first if training == evaluation else t4.index(root, evaluation, revision=revision))
+
+
+def _open_own(root: Path, training: str | None, evaluation: str | None) -> Source:
+    if training is None or evaluation is None:
+        defaults = own.default_splits(root)
+        if defaults is None:
+            raise ValueError(
+                f"{root} has no splits train and val; write lists of its scenes into {root / tables.SPLITS}, such as "
+                f'{{"train": ["{own.scenes(root)[0]}", ...], "val": [...]}}, or name with --train-split and --eval-split what to take '
+                f"of {', '.join(own.splits(root))} (all: every scene, also for both)"
+            )
+        training, evaluation = training or defaults[0], evaluation or defaults[1]
+    first = own.index(root, training)
+    return Source(first, first if training == evaluation else own.index(root, evaluation))
+
+
+def _open_mixed(mixture: mixed.Mixture, split: str | None) -> Source:
+    if split is not None:
+        raise ValueError(
+            f"{mixture.path} says of which splits it is (train, val); leave out the split {split!r}, or write it there"
+        )
+    if not any(member.evaluate for member in mixture.members):
+        raise ValueError(f"{mixture.path} evaluates none of its data sets; leave evaluate = false out of one")
+    opened = [(member, *_open_member(mixture, member)) for member in mixture.members]
+    learned = [(member, first) for member, first, _ in opened]
+    scored = [(member, second) for member, _, second in opened if member.evaluate]
+    return Source(mixed.mix(mixture, learned, "train"), mixed.mix(mixture, scored, "val"))
+
+
+def _open_member(mixture: mixed.Mixture, member: mixed.Member) -> tuple[Index, Index]:
+    """Its splits to train and to evaluate on; of one that is not evaluated on twice the former."""
+    found = kind(member.root)
+    if found == "mixed":
+        raise ValueError(f"{mixture.path} names the mixture {member.root}; name its data sets instead")
+    if not member.evaluate:
+        only = training(member.root, member.version, member.train)
+        return only, only
+    version = member.version or (tables.only_version(member.root) if found == "nuscenes" else VERSION)
+    made = open(member.root, version, member.train, member.val)
+    if made.training is made.evaluation:
+        raise ValueError(
+            f"{mixture.path}: {member.root} would be evaluated on what is trained on, {printable(made.training.split)}; name two "
+            "splits of it (train, val), or write evaluate = false"
+        )
+    return made.training, made.evaluation
 
 
 def _split_names(root: Path, version: str, training: str | None, evaluation: str | None) -> tuple[str, str]:
@@ -188,7 +261,9 @@ def trained_on(root: Path | None, version: str, training: str | None, split: str
     if found == "t4":
         listed, defaults = t4_folders.splits(root, t4_folders.revision_of(version)), t4_folders.default_splits(root)
         present |= {name: [scene.name for scene in members] for name, members in listed.items()}
-    elif root.is_file() or found == "frame":
+    elif found == "own":
+        present, defaults = own.splits(root), own.default_splits(root)
+    elif root.is_file() or found in ("frame", "mixed"):
         return ""
     else:
         tables.check_root(root, version)
@@ -216,6 +291,12 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
             f"{name} has no camera {', '.join(missing)}, which the model reads; it has "
             f"{_listed(index.channels) or 'none'}: choose a LiDAR model, or another root"
         )
+    for channel in reading.channels:
+        if blind := _blind(index, channel):
+            raise ValueError(
+                f"{name}: its data sets have different cameras, and {blind[0]} has no {channel}; name with --cameras those to read, "
+                "which all must have, or let one stand for the other (cameras, in the mixture's file)"
+            )
     for channel in reading.channels if whole else ():
         if lacking := index.lacking(channel):
             raise ValueError(
@@ -245,8 +326,20 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
             f"{name} has no annotations of the classes {_listed(index.class_names)}, so nothing can be learned there; train on "
             "another split (--train-split)"
         )
-    if train and not index.has("velocity"):
+    if train and reading.velocities and not index.has("velocity"):
         raise ValueError(f"{name} has no velocities of objects, but the model learns them; train on another root")
+
+
+def _blind(index: Index, channel: str) -> list[str]:
+    """Data sets of a mixture that have not that camera at all."""
+    if not index.shares or not isinstance(index.frames, Packed):
+        return []
+    column = index.frames.columns
+    owners = np.repeat(np.arange(len(index)), np.diff(column["camera_start"]))
+    seeing = owners[column["channel_words"][column["channel"]] == channel.encode()]
+    ends = np.cumsum([share.frames for share in index.shares])
+    counts = np.bincount(np.searchsorted(ends, seeing, side="right"), minlength=len(ends))
+    return [share.root for share, count in zip(index.shares, counts) if not count]
 
 
 def check_scored(index: Index, attributes: Collection[str]) -> None:

@@ -50,13 +50,13 @@ def scans(
 
     Raises ValueError naming the file if one is missing, truncated or empty.
     """
-    key, bad = points.read(Path(root) / frame.lidar_path)
+    key, bad = points.scan(frame, root)
     key[:, 4] = 0.0  # the file has the ring there
     clouds = [key]
     if not frame.sweeps and pad_empty:
         clouds += [_without_close(key)] * count
     for sweep in _choose(frame.sweeps[: max(pool, count)], count, choice, generator):
-        cloud, dropped = points.read(Path(root) / sweep.path)
+        cloud, dropped = points.read(Path(root) / sweep.path, frame.columns)
         cloud = _without_close(cloud)
         turn, shift = motion(sweep, published)
         cloud[:, :3] = cloud[:, :3] @ turn.T + shift

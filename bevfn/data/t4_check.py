@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from bevfn.data import check as checking
 from bevfn.data import depth, paste, points, t4, t4_classes, t4_folders, values
-from bevfn.data.check import OUTSIDE, Inspection, Part, Problem
+from bevfn.data.check import OUTSIDE, Inspection, Problem
 from bevfn.data.index import Index, Packed
 from bevfn.data.t4_folders import Scene
 from bevfn.data.values import Finding, some
@@ -92,7 +90,7 @@ def check(
     affected = sum(samples.values())
     if not broken:
         packed = {name: _frames(root, name, revision, findings) for name in chosen}
-        more, bad, affected = _files(base, packed, deep, workers)
+        more, bad, affected = checking.files(base, packed, deep, workers)
         parts += more
         problems += bad
         facts.append(_annotations(looks.values()))
@@ -196,37 +194,6 @@ def _frames(root: Path, split: str, revision: str | None, findings: list[Finding
         what = f"{split}: {sentence(error).rstrip('.')}"
         findings.append(Finding(what, "training refuses the data set", "refused"))
         return t4.NO_FRAMES
-
-
-def _files(base: Path, packed: dict[str, Packed], deep: bool, workers: int) -> tuple[list[Part], list[Problem], int]:
-    """(parts, what is wrong with files, key frames that need one such)."""
-    needed = _files_needed(packed.values())
-    found = checking.examine_all(base, [path for files in needed.values() for path in files], deep, workers)
-    parts, problems, affected = [], list[Problem](), set[str]()
-    for name, files in needed.items():
-        wrong = [Problem(path, *found[path], len(tokens)) for path, tokens in files.items() if path in found]
-        affected.update(*(files[problem.path] for problem in wrong))
-        parts.append(checking.part_of(name, len(files), wrong))
-        problems += wrong
-    return parts, problems, len(affected)
-
-
-def _files_needed(splits: Iterable[Packed]) -> dict[str, dict[str, set[str]]]:
-    """Part (channel, or "sweeps"): file: tokens of the key frames that need it."""
-    needed: dict[str, dict[str, set[str]]] = {"scans": {}, "sweeps": {}}
-    for packed in splits:
-        column = packed.columns
-        tokens = [token.decode() for token in column["token"]]
-        for path, token in zip(column["lidar_path"], tokens):
-            needed["scans"].setdefault(path.decode(), set()).add(token)
-        for table, paths in (("sweep", column["sweep_path"]), ("camera", column["camera_path"])):
-            owners = np.repeat(np.arange(len(tokens)), np.diff(column[f"{table}_start"]))
-            for k, (path, owner) in enumerate(zip(paths, owners)):
-                part = "sweeps" if table == "sweep" else column["channel_words"][column["channel"][k]].decode()
-                needed.setdefault(part, {}).setdefault(path.decode(), set()).add(tokens[owner])
-    for path in set(needed["sweeps"]) & set(needed["scans"]):  # an earlier key frame is a sweep too, but one file
-        needed["scans"][path] |= needed["sweeps"].pop(path)
-    return {part: files for part, files in needed.items() if files}
 
 
 def _made(root: Path, base: Path, chosen: dict[str, list[Scene]], revision: str | None) -> list[str]:

@@ -111,7 +111,10 @@ def check_root(root: Path, version: str) -> None:
         raise ValueError(f"{root} is above the data set; give the folder inside it as root: {below[0]}.")
     if (root / "frame.json").is_file():
         raise ValueError(f"{root} holds a single key frame (frame.json), no nuScenes data set; give the root of one.")
-    raise ValueError(f"{root} has no {version}; extract nuScenes' metadata archive there, or give another root.")
+    raise ValueError(
+        f"{root} has no {version}; extract nuScenes' metadata archive there, or give another root (T4 data have annotation/ in it, "
+        "data of one's own frames.json: docs/custom_data.md)."
+    )
 
 
 # --- splits ---
@@ -130,13 +133,14 @@ def splits(root: Path, version: str) -> dict[str, list[str]]:
     ending = next((ending for ending in BELONGS if version.endswith(ending)), None)
     known = {s: names for s, names in create_splits_scenes().items() if ending is None or s in BELONGS[ending]}
     if (folder / SPLITS).is_file():
-        known |= _own_splits(folder / SPLITS, here)
+        known |= own_splits(folder / SPLITS, here)
     present = {split: [name for name in names if name in here] for split, names in known.items()}
     return {split: names for split, names in present.items() if names}
 
 
-def _own_splits(path: Path, here: set[str]) -> dict[str, list[str]]:
-    own = read(path, dict)
+def own_splits(path: Path, here: set[str], told: str = "scene.json") -> dict[str, list[str]]:
+    """The lists of a splits.json, of scenes that are `here`, as `told`. Raises ValueError."""
+    own = read(path, dict, SCHEMA.mend if told == "scene.json" else "write it again")
     for split, scenes in own.items():
         if not isinstance(scenes, list) or not all(isinstance(name, str) for name in scenes):
             raise ValueError(f"{path}: {printable(split)} must be a list of names of scenes.")
@@ -147,7 +151,7 @@ def _own_splits(path: Path, here: set[str]) -> dict[str, list[str]]:
             )
         if lost := [scene for scene in scenes if scene not in here]:
             raise ValueError(
-                f"{path}: {split} names the scene {_short(lost[0])}, which scene.json has not; correct one of them."
+                f"{path}: {split} names the scene {_short(lost[0])}, which {told} has not; correct one of them."
             )
     return own
 

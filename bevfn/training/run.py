@@ -26,7 +26,7 @@ from bevfn.names import sentence
 from bevfn.training import assembly, checkpoint, evaluations, finite, origin, run_folder, signals, train
 from bevfn.training.command_line import Config, Defaults, flags, parse
 from bevfn.training.reporter import Reporter, peak_memory
-from bevfn.training.tasks import Run, Task, check, on_what_is_there, plan, say
+from bevfn.training.tasks import Data, Run, Task, check, drawn, on_what_is_there, plan, say
 
 SUMMARY = "summary.json"
 # What a resumed run may change without changing its numbers.
@@ -60,6 +60,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
             if replicas is None or replicas.rank == 0:
                 source.prepare(config.data_root, config.world)
             distributed.gather(None, replicas)  # the others wait for it
+            config = config.completed()
             task = make_task(config)
             check(task, whole=config.on_damaged == "stop")
             if config.on_damaged == "skip":
@@ -145,7 +146,7 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
         load = partial(scene.load, data.training, reading=reading, database=data.database)
         stream = loader.batches(
             load,
-            sampling.order(data.items, config.seed, epoch, shuffle=True),
+            sampling.order(drawn(data, config.seed, epoch), config.seed, epoch, shuffle=True),
             settings,
             seed=config.seed,
             epoch=epoch,
@@ -287,6 +288,7 @@ def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
 def facts(run: Run) -> dict:
     """What the numbers of a run depend on besides its config, for its checkpoints."""
     data, plan, processes = run.task.data, run.plan, run.replicas.count if run.replicas is not None else 1
+    weights = [f"{share.root} {share.weight:g}" for share in data.training.shares]
     return {
         "processes": processes,
         "accumulate": run.config.accumulate,
@@ -296,7 +298,9 @@ def facts(run: Run) -> dict:
         "data": origin.data(data.training, data.items),
         "evaluation_data": origin.data(data.evaluation, np.arange(len(data.evaluation))),  # the best is of one's scores
         "code": origin.code(),
-    } | ({} if data.database is None else {"database": data.database.key})
+        **({} if data.database is None else {"database": data.database.key}),
+        **({"weights": weights} if weights else {}),
+    }
 
 
 def describe(run: Run, train_state: train.TrainState, done: int) -> str:
@@ -309,10 +313,17 @@ def describe(run: Run, train_state: train.TrainState, done: int) -> str:
     return (
         f"{run.task.title}: {tree.num_elements(train_state.params) / 1e6:.1f} M parameters, {config.precision} on "
         f"{config.device} through {config.backend}\n"
-        f"{data.training.root} ({data.training.split or 'one frame'}{same}): {len(data.items)} samples an epoch, "
+        f"{data.training.root} ({data.training.split or 'one frame'}{same}): {len(data.items)} samples an epoch{shares(data)}, "
         f"{plan.total_steps} steps of {plan.batch}{f', from step {done} on' if done else ''}; "
         f"peak learning rate {peak:.4g} ({scaling})"
     )
+
+
+def shares(data: Data) -> str:
+    """Of how many samples of an epoch are of which data set of a mixture, for a sentence; empty of one data set."""
+    of = data.training.shares
+    told = (f"{count:,} of {share.root}" for share, count in zip(of, sampling.counts(len(data.items), of)))
+    return f" ({', '.join(told)})" if of else ""
 
 
 def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:

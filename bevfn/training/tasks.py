@@ -30,7 +30,7 @@ class Data:
 
     training: Index
     items: np.ndarray
-    """int64 [n], places in `training`: one epoch before it is shuffled"""
+    """int64 [n], places in `training`: one epoch before it is shuffled; of a mixture what each data set's share is drawn of"""
     reading: Callable[[int], Reading]
     """how an epoch (0-based) reads; recipes change it towards the end"""
     evaluation: Index
@@ -154,6 +154,11 @@ class Run:
     @property
     def policy(self) -> Policy:
         return Policy.of(self.config.precision)
+
+
+def drawn(data: Data, seed: int, epoch: int) -> np.ndarray:
+    """The places in the training split that an epoch reads, before they are shuffled: `items`, or a mixture's draw of them."""
+    return sampling.mixed(data.items, data.training.shares, seed, epoch)
 
 
 def plan(config: Config, items: np.ndarray, replicas: Replicas | None = None) -> Plan:
