@@ -226,6 +226,14 @@ def network(config: Config) -> family.Config:
     return replace(made, fuser_kernel=config.fuser_kernel) if config.model == "awml-camera-lidar" else made
 
 
+def released(release: family.Config, model: str) -> dict[str, Any]:
+    """The flags by which `network` makes a model as one of AWML's releases has it."""
+    today = NETWORKS[model]()
+    if model == "awml-lidar" and release.lidar is not None and today.lidar is not None:
+        return {"intensity": release.lidar.encoder.channels_in != today.lidar.encoder.channels_in}
+    return {"fuser_kernel": release.fuser_kernel} if model == "awml-camera-lidar" else {}
+
+
 def ranged(model: family.Config, half: float) -> family.Config:
     """The network over so many metres to each side, with as many cells."""
     factor = half / model.voxels.upper[0]

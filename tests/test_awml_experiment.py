@@ -341,9 +341,9 @@ def test_evaluation_takes_the_runs_own_model_and_refuses_the_other_data(first, m
     stored = tmp_path / "run" / "config.json"
     (tmp_path / "run" / "checkpoints" / "step_1").mkdir(parents=True)
     stored.write_text(json.dumps(run.flags(awml.VARIANTS[awml.NUSCENES])))
-    from bevfn.commands import evaluate
+    from bevfn import detector
 
-    config = evaluate.run_config("awml", tmp_path / "run" / "checkpoints" / "step_1", root, None)
+    config = detector.run_config("awml", tmp_path / "run" / "checkpoints" / "step_1", root, None)
     assert config.model == awml.NUSCENES and config.sweeps == 9
 
 

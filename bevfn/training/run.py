@@ -230,6 +230,8 @@ class Task:
     """of a model that detects nothing, see `judge.measure`; None: `predict` gives detections"""
     bottom: bool = False
     """results files have the boxes' bottom centre, see `evaluation.results.entries`"""
+    network: Any = None
+    """the family's Config, for who needs sizes of what is trained"""
 
 
 def parts(params: dict, state: dict, loaded: upstream.Loaded) -> tuple[dict, dict, upstream.Merge]:
@@ -279,6 +281,7 @@ def make_task(
         loss=partial(family.loss, config=trained, policy=policy),
         predict=partial(family.predict, config=network, policy=policy),
         optimizer=optimizer,
+        network=network,
         **others,
     )
 
@@ -363,6 +366,11 @@ def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
             upstream.nest({n.removeprefix(root + part): x for n, x in tensors.items() if n.startswith(root + part)})
             for part in ("params.", "state.")
         )
+    return usable(path, params, state)
+
+
+def usable(path: Path, params: dict, state: dict) -> tuple[dict, dict]:
+    """The weights of a file, in memory of their own. Raises ValueError where one of them is none."""
     for name, leaf in tree.flatten({"params": params, "state": state}).items():
         if what := upstream.impossible(name, leaf):
             raise ValueError(f"{path}: {name} is {what}; take an older checkpoint, or import the published file again")
