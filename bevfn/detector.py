@@ -275,8 +275,7 @@ def _published(file: Path, model: str | None, given: Mapping[str, Any]) -> Detec
         )
     made = _recipe(file, layout, model, given, {key.removeprefix(looks.prefix): leaf for key, leaf in tensors.items()})
     try:
-        config = made.task.network if given.get("scale") == "mini" else None
-        params, state, report = upstream.import_state(tensors, layout, config=config)
+        params, state, report = upstream.import_state(tensors, layout, config=made.task.network)
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     for line in report.warnings:

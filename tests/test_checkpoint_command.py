@@ -18,7 +18,12 @@ def same(one: dict, other: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+OTHERS = ("bevdepth-1key", "bevdepth-2key", "bevdepth-4key")  # but for their first convolutions bevdepth-2key-da's
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS)) for name in catalogue.LAYOUTS]
+)
 def test_a_trained_model_leaves_and_returns_bit_for_bit(layout, tmp_path, capsys):
     """At mini size; a published one is not told from it but by its numbers."""
     step = small_runs.write(tmp_path / "run", catalogue.LAYOUTS[layout])
@@ -63,7 +68,8 @@ def test_a_run_in_another_shape_is_exported_where_the_layout_holds_it(tmp_path):
     assert same(upstream.import_state(found, "awml-lidar", config=model.task.network)[0], model.params)
     bounds = found["pts_middle_encoder.aug_features_max_values"]  # follow from the run's own range
     assert bounds[0] == pytest.approx(60.0)
-    assert same(bevfn.load(tmp_path / "a.pth", scale="mini", range_m=60.0).params, model.params)
+    again = bevfn.load(tmp_path / "a.pth", scale="mini", range_m=60.0, intensity=True)
+    assert same(again.params, model.params)
 
 
 @pytest.mark.parametrize("model", ["bevfusion-image", "bevfusion-lidar-masked", "bevfusion-camera"])
@@ -89,6 +95,7 @@ def test_what_an_export_cannot_be_is_one_sentence(tmp_path):
     assert not (tmp_path / "a.pth").exists()
 
 
+@pytest.mark.slow
 def test_published_sizes_are_the_released_ones():
     """Without memory: a run at published size has every key of the published file in its shape."""
     for layout, name in catalogue.LAYOUTS.items():
