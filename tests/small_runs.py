@@ -7,6 +7,7 @@ import torch
 
 from bevfn import catalogue, recipes, tree
 from bevfn.data import source
+from bevfn.data.index import Index
 from bevfn.detector import NOTHING
 from bevfn.files import to_json, write_atomically
 from bevfn.training import checkpoint, run, run_folder
@@ -19,10 +20,10 @@ def config(model: str, **flags) -> run.Config:
     return replace(recipes.published(catalogue.MODELS[model].experiment, model), **HOW | flags)
 
 
-def task(made: run.Config) -> run.Task:
-    """A config's, without key frames."""
+def task(made: run.Config, index: Index = NOTHING) -> run.Task:
+    """A config's, of some key frames or of none."""
     recipe = recipes.load(catalogue.MODELS[made.model].experiment)
-    return recipe.task(made.plain(), source.Source(NOTHING, NOTHING))
+    return recipe.task(made.plain(), source.Source(index, index))
 
 
 def weights(made: run.Config) -> tuple[dict, dict]:

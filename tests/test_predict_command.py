@@ -15,7 +15,10 @@ from PIL import Image
 from bevfn import cli
 from bevfn.data.index import CAMERAS
 from bevfn.evaluation import results
+from bevfn.evaluation.detect import detect
+from bevfn.evaluation.judge import submission
 from bevfn.synth import key_frame
+from bevfn.training import run
 
 LIDAR = "bevfusion-lidar"
 
@@ -46,11 +49,10 @@ def test_a_scene_gets_results_plain_json_pictures_and_a_video(trained, monkeypat
     ours = results.read(out / "results_nusc.json")["results"]
     assert list(ours) == [f.token for f in index]
 
-    # as `bevfn eval` has them, which leaves out what is too far to be scored
-    scored = tmp_path / "scored"
-    how = ("--backend", "eager", "--workers", 0, "--out", scored)
-    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", trained.parent.parent, *how) == 0
-    for token, theirs in json.loads((scored / "results_nusc.json").read_text())["results"].items():
+    # as an evaluation has them, which leaves out what is too far to be scored
+    task = small_runs.task(small_runs.config(LIDAR, sweeps=1, data_root=index.root), index)
+    found, _ = detect(task.predict, *run.read_weights(trained, ema=True), index, task.data.eval_reading)
+    for token, theirs in submission(index, found, task.data.eval_reading)["results"].items():
         assert len(theirs) > 10 and all(entry in ours[token] for entry in theirs)
 
     # plain JSON: the same boxes in the LiDAR's frame

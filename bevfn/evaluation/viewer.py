@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from matplotlib.colors import to_rgb
@@ -35,7 +36,7 @@ def write(path: Path, index: Index, found: Mapping[str, Detections], reading: Re
     check()
     import rerun as rr  # of the extra
 
-    recording = rr.new_recording("bevfn")
+    recording = rr.new_recording("bevfn", recording_id=uuid4())  # by default all of a process have one
     recording.save(path)
     classes = [(i, name, _colour(i)) for i, name in enumerate(reading.class_names)]
     recording.log(WORLD, rr.AnnotationContext(classes), static=True)
@@ -45,8 +46,7 @@ def write(path: Path, index: Index, found: Mapping[str, Detections], reading: Re
         if frame.timestamp > 0:
             recording.set_time_seconds("time", frame.timestamp)
         _frame(rr, recording, frame, index.root, above(detections, threshold), reading.class_names)
-    recording.flush()
-    recording.disconnect()
+    recording.disconnect()  # which writes what is left
 
 
 def _frame(rr: Any, recording: Any, frame: Frame, root: Path, found: Detections, classes: tuple[str, ...]) -> None:
