@@ -94,8 +94,9 @@ def picture(
         "points": needed(frame.points, "points"),
     }
     heading = f"{title or frame.token}   {len(order)} predicted "
-    heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score), "
-    return _render(frame, shown, range_m, heading + f"{len(shown['annotated'])} annotated (dashed)")
+    heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score)"
+    count = len(shown["annotated"])
+    return _render(frame, shown, range_m, heading + (f", {count} annotated (dashed)" if count else ""))
 
 
 def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
@@ -143,8 +144,10 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
     _draw_above(figure.add_subplot(grid[:, columns]), shown, range_m)
     used = sorted({*shown["labels"].tolist(), *shown["annotated_labels"].tolist()})
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=frame.class_names[i]) for i in used]
-    handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    if len(shown["annotated"]):
+        handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.suptitle(heading, fontsize=12)
     return png(figure, dpi=110)
 
