@@ -1,6 +1,6 @@
 """A trained model as one object, from wherever its weights lie: what `bevfn.load` gives, and commands that take a checkpoint.
 
-    model = bevfn.load("runs/bevfusion_lidar")          # its best checkpoint, or .../checkpoints/step_00077240, a.safetensors, a.pth
+    model = bevfn.load("runs/bevfusion_lidar")          # its best checkpoint; or a step's folder, a.safetensors, a.pth
     found = model.detect("FRAME_FOLDER")                # {token: boxes, scores, labels}
     outputs = model.predict(batch)                      # of one batch, as tensors
 
@@ -124,8 +124,8 @@ def load(
     """The model of a checkpoint: parameters, statistics, recipe, reading, and `predict`.
 
     Args:
-        path: a run's folder (its best checkpoint, or the latest where none was evaluated), RUN/best, RUN/latest, a step's folder,
-            a file of `bevfn checkpoint import`, or a published one (.pth read without unpickling, or .safetensors).
+        path: a run's folder (its best checkpoint, or the latest where none was evaluated), RUN/best, RUN/latest, a step's
+            folder, a file of `bevfn checkpoint import`, or a published one (.pth, read without unpickling, or .safetensors).
         model: a name of the catalogue; by default the run's, or what the file looks like.
         device: torch device of the weights.
         averages: of a run's averaged parameters, if it has any; False: those that it trained.
@@ -153,8 +153,8 @@ def load(
 
 
 def whole(path: Path) -> Path:
-    """The step folder that a run's folder or RUN/best means, see `load`; any other path is itself. Raises ValueError where a run
-    has none."""
+    """The step folder that a run's folder or RUN/best means, see `load`; any other path is itself. Raises ValueError where a
+    run has none."""
     if path.name in (BEST, checkpoint.BEST, LATEST) and not path.is_dir():
         word = LATEST if path.name == LATEST else BEST
         found = _chosen(_checkpoints(path.parent), word)

@@ -49,8 +49,8 @@ def evaluate(
 
     Args:
         experiment: the recipe
-        checkpoint: a run's checkpoint folder (its config.json is used), the run's own folder or RUN/best for its best, or a file
-            of `bevfn checkpoint import`
+        checkpoint: a run's checkpoint folder (its config.json is used), the run's own folder or RUN/best for its best, or a
+            file of `bevfn checkpoint import`
         model: of the experiment, for an imported file; by default the run's, or the recipe's first
         data_root: nuScenes root; by default the run's
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's

@@ -48,10 +48,10 @@ def predict(
     video.mp4 where there are several key frames, recording.rrd on demand.
 
     Args:
-        checkpoint: a run's folder (its best), RUN/best, RUN/latest, RUN/checkpoints/step_..., a file of `bevfn checkpoint import`, or
-            a published .pth
-        data: a nuScenes root or T4 data set, an info file (.pkl, .json), a folder with frame.json, a directory of point clouds, or
-            one cloud
+        checkpoint: a run's folder (its best), RUN/best, RUN/latest, RUN/checkpoints/step_..., a file of `bevfn checkpoint
+            import`, or a published .pth
+        data: a nuScenes root or T4 data set, an info file (.pkl, .json), a folder with frame.json, a directory of point clouds,
+            or one cloud
         out: folder for the results, new or empty
         scene: of a data set: a scene's name, or a split's; all: every scene; by default its only one
         version: of a nuScenes root that has several, or the revision of T4 scenes
@@ -64,13 +64,13 @@ def predict(
         rrd: a recording for the rerun viewer (pip install 'bevfn[viewer]')
         precision: by default the run's, or fp32
         published_sweeps: of BEVFusion: see `bevfn eval`; by default the run's, or as published
-        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of a published file what it looks like
+        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, or what the file looks like
         fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default as intensity
-        point_capacity: room for the points of a key frame, for a LiDAR that is denser than the run's; this and the next two are by
-            default the run's, and what does not fit is reported
+        point_capacity: room for the points of a key frame, for a LiDAR that is denser than the run's; this and the next two
+            are by default the run's, and what does not fit is reported
         voxel_capacity: voxels of a key frame
         site_capacity: active sites of a key frame at each level of the sparse encoder
-        backend: what compiles the forward pass; inductor takes a minute or more, and then about half the time of a key frame
+        backend: what compiles the forward pass; inductor first takes a minute or more, which many key frames win back
         device: torch device
         batch_size: key frames at a time
         workers: processes that read; 0: none

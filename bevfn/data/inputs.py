@@ -1,5 +1,5 @@
-"""Key frames to detect in, from whatever lies at a path: a nuScenes root or T4 data set and a scene, an info file, a folder with
-one frame, a directory of clouds, or one cloud. Annotations need not be there, nor what the model does not read."""
+"""Key frames to detect in, from whatever lies at a path: a nuScenes root or T4 data set and a scene, an info file, a folder
+with one frame, a directory of clouds, or one cloud. Annotations need not be there, nor what the model does not read."""
 
 import re
 from dataclasses import replace
