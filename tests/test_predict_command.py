@@ -122,7 +122,8 @@ def test_without_rerun_a_recording_is_one_sentence(trained, frame, monkeypatch, 
 
 
 def test_a_recording_holds_every_key_frame(trained, frame, monkeypatch, tmp_path):
-    pytest.importorskip("rerun")
+    rerun = pytest.importorskip("rerun")
+    rerun.set_strict_mode(True)  # a wrong argument raises, where it would only be left out
     assert bevfn(monkeypatch, "predict", trained, frame, "--out", tmp_path / "out", "--rrd", "--no-pictures") == 0
     content = (tmp_path / "out" / "recording.rrd").read_bytes()
     assert content.startswith(b"RRF") and all(name in content for name in (b"detections", b"CAM_FRONT"))
