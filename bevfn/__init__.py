@@ -9,6 +9,10 @@ import ctypes
 import importlib.util
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bevfn.detector import Detector
 
 __version__ = "0.1.0"
 
@@ -26,3 +30,13 @@ def _without_cann() -> bool:
 
 if _without_cann():
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+
+def load(path: "str | os.PathLike[str]", *, model: str | None = None, device: str = "cpu", **more: Any) -> "Detector":
+    """A trained model as one object: parameters, statistics, recipe, reading, `predict` and `detect`; see `bevfn.detector.load`.
+
+    path: a run's folder, RUN/best, a step's folder, a file of `bevfn checkpoint import`, or a published .pth.
+    """
+    from bevfn import detector  # and torch: importing bevfn stays light
+
+    return detector.load(path, model=model, device=device, **more)

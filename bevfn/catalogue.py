@@ -41,6 +41,14 @@ class Model:
     case: str | None = None
     """folder of goldens/ that it is compared with upstream on"""
 
+    @property
+    def layout(self) -> str | None:
+        """The published layout that holds all of it; None: upstream has no such model."""
+        return next((name for name in self.checkpoints[:1] if name not in PARTS), None)
+
+
+PARTS = ("swin-nuimages", "resnet50", "resnet50-detector")
+"""Published layouts of what a model only starts from."""
 
 BEVDEPTH = Model(
     experiment="bevdepth",
@@ -146,6 +154,8 @@ FORMER = {
 }
 """Names that models had, in run folders and imported files which are older."""
 EXPERIMENTS = tuple(dict.fromkeys(model.experiment for model in MODELS.values()))
+LAYOUTS = {model.layout: name for name, model in reversed(MODELS.items()) if model.layout is not None}
+"""Published layout of a whole model: the first model that it is of."""
 CHECKPOINTS = tuple(dict.fromkeys(name for model in MODELS.values() for name in model.checkpoints))
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from bevfn import exits
-from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity
+from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity, predict
 from bevfn.training import limits
 
 # Name: (what the group is for, its subcommands).
@@ -56,6 +56,7 @@ COMMANDS: dict[str, Callable] = {
     "parity": parity.parity,
     **{name: _group(name) for name in GROUPS},
     "eval": evaluate.evaluate,
+    "predict": predict.predict,
     "graph": graph.graph,
 }
 

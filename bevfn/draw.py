@@ -56,8 +56,25 @@ def draw(
 
     Raises ValueError if the lengths differ, a label has no class name, or `path` is no PNG.
     """
-    boxes, scores, labels = np.asarray(boxes, dtype=np.float64), np.asarray(scores), np.asarray(labels)
     path = Path(path)
+    if path.suffix != ".png":
+        raise ValueError(f"{path}: pictures are written as PNG; let the name end in .png.")
+    how: dict[str, Any] = {"score_threshold": score_threshold, "range_m": range_m, "title": title}
+    write_atomically(path, picture(frame, boxes, scores, labels, **how))
+
+
+def picture(
+    frame: Sample,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    *,
+    score_threshold: float = 0.1,
+    range_m: float = 54.0,
+    title: str = "",
+) -> bytes:
+    """What `draw` writes."""
+    boxes, scores, labels = np.asarray(boxes, dtype=np.float64), np.asarray(scores), np.asarray(labels)
     if not (len(boxes) == len(scores) == len(labels)) or boxes.ndim != 2 or boxes.shape[1] < 7:
         raise ValueError(
             f"draw got boxes {list(boxes.shape)}, {len(scores)} scores and {len(labels)} labels; give boxes [Q,7 or "
@@ -66,8 +83,6 @@ def draw(
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(frame.class_names):
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise ValueError(f"draw got label {wrong}, but the frame has {len(frame.class_names)} class names.")
-    if path.suffix != ".png":
-        raise ValueError(f"{path}: pictures are written as PNG; let the name end in .png.")
     order = np.argsort(scores, kind="stable")  # ascending: the surest are drawn last, on top
     order = order[(scores[order] >= score_threshold) & np.isfinite(boxes[order]).all(axis=1)]
     shown = {
@@ -79,8 +94,9 @@ def draw(
         "points": needed(frame.points, "points"),
     }
     heading = f"{title or frame.token}   {len(order)} predicted "
-    heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score), "
-    write_atomically(path, _render(frame, shown, range_m, heading + f"{len(shown['annotated'])} annotated (dashed)"))
+    heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score)"
+    count = len(shown["annotated"])
+    return _render(frame, shown, range_m, heading + (f", {count} annotated (dashed)" if count else ""))
 
 
 def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
@@ -92,7 +108,9 @@ def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
     known = [i for i, name in enumerate(frame.names) if name in class_names and frame.valid[i]]
     boxes = np.nan_to_num(frame.boxes[known], nan=0.0).astype(np.float32)  # unknown velocities
     boxes[:, 2] -= 0.5 * boxes[:, 5]  # bottom centre
-    cloud, _ = points.scan(frame, root)
+    cloud = np.zeros((0, points.COLUMNS), dtype=np.float32)
+    if frame.lidar_path:  # of cameras alone there is none
+        cloud, _ = points.scan(frame, root)
     cameras: dict[str, Any] = {}
     paths = tuple(Path(root) / camera.path for camera in frame.cameras.values())
     if paths and all(path.is_file() for path in paths):
@@ -126,8 +144,10 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
     _draw_above(figure.add_subplot(grid[:, columns]), shown, range_m)
     used = sorted({*shown["labels"].tolist(), *shown["annotated_labels"].tolist()})
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=frame.class_names[i]) for i in used]
-    handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    if len(shown["annotated"]):
+        handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.suptitle(heading, fontsize=12)
     return png(figure, dpi=110)
 

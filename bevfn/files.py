@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import socket
 import tempfile
 import zlib
@@ -75,6 +76,28 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):  # of a folder that is read-only, or no folder
                 temporary.unlink(missing_ok=True)
+
+
+def check_new_folder(folder: Path, flag: str = "--out") -> None:
+    """Raises ValueError, one sentence, unless a folder is not there or empty, and can be made; changes nothing."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"the output folder {folder} exists and is not empty; choose another {flag}, or empty it")
+    check_writable(folder, flag)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside, to be filled inside the context, which then becomes `folder`; after an error nothing is left of it."""
+    folder = folder.absolute()
+    made = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with writing(folder):
+            made.mkdir(parents=True)
+        yield made
+        with writing(folder):
+            os.replace(made, folder)  # over an empty one too
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def to_json(value: Any, *, indent: int | None = None) -> bytes:

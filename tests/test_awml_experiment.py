@@ -13,7 +13,7 @@ import small_world
 import test_awml
 import torch
 
-from bevfn import cli, synth, tree, upstream
+from bevfn import cli, detector, synth, tree, upstream
 from bevfn.commands import evaluate
 from bevfn.data import scene, source
 from bevfn.data.index import Frame
@@ -264,10 +264,10 @@ def test_an_imported_release_is_evaluated_with_the_fuser_that_its_shapes_say(ker
     flags = {"model": "awml-camera-lidar", "data_root": small_t4_world.root()}
     config = evaluate._config("awml", tmp_path / "a.safetensors", "cpu", flags)
     assert config.fuser_kernel == kernel and config.model == "awml-camera-lidar"
-    evaluate.check_fits(awml.task(config), params, state, tmp_path)
+    detector.check_fits(awml.task(config), params, state, tmp_path)
     given = evaluate._config("awml", tmp_path / "a.safetensors", "cpu", flags | {"fuser_kernel": 8 - kernel})
     with pytest.raises(ValueError, match=r"does not fit awml-camera-lidar.*fuser.conv.weight"):
-        evaluate.check_fits(awml.task(given), params, state, tmp_path)
+        detector.check_fits(awml.task(given), params, state, tmp_path)
 
 
 def test_what_a_release_reads_is_told_by_its_first_convolution():
@@ -360,7 +360,7 @@ def test_evaluation_takes_the_runs_own_model_and_refuses_the_other_data(first, m
     stored = tmp_path / "run" / "config.json"
     (tmp_path / "run" / "checkpoints" / "step_1").mkdir(parents=True)
     stored.write_text(json.dumps(command_line.flags(awml.VARIANTS[awml.NUSCENES])))
-    config = evaluate.run_config("awml", tmp_path / "run" / "checkpoints" / "step_1", root, None)
+    config = detector.run_config("awml", tmp_path / "run" / "checkpoints" / "step_1", root, None)
     assert config.model == awml.NUSCENES and config.sweeps == 9
 
 

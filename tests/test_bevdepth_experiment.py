@@ -11,8 +11,7 @@ import small_world
 import torch
 from PIL import Image
 
-from bevfn import cli, recipes, upstream
-from bevfn.commands import evaluate
+from bevfn import cli, detector, recipes, upstream
 from bevfn.data import annotations, sampling
 from bevfn.data.batch import Base
 from bevfn.data.reading import CLASS_NAMES
@@ -307,9 +306,9 @@ def test_a_published_checkpoint_is_evaluated_as_the_model_it_is_of(monkeypatch, 
     upstream.write_imported(file, *upstream.import_state(exported, "bevdepth-1key"), source="test")
     loaded = pretrained.read_weights(file)
     config = replace(bevdepth.VARIANTS["bevdepth-1key-ema"], data_root=small_world.index().root)
-    evaluate.check_fits(bevdepth.task(config), *loaded, file)
+    detector.check_fits(bevdepth.task(config), *loaded, file)
     with pytest.raises(ValueError, match="does not fit bevdepth-2key"):
-        evaluate.check_fits(bevdepth.task(replace(config, model="bevdepth-2key")), *loaded, file)
+        detector.check_fits(bevdepth.task(replace(config, model="bevdepth-2key")), *loaded, file)
     assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", file, "--model", "bevdepth-1key-ema", *FAST) == 2
     assert (
         "model bevdepth-1key-ema is none of bevfusion's (bevfusion-lidar-camera, bevfusion-camera); name the experiment bevdepth"

@@ -12,7 +12,7 @@ import pytest
 import small_root
 import small_world
 
-from bevfn import cli
+from bevfn import cli, detector
 from bevfn.commands import evaluate
 from bevfn.evaluation import apart, score
 from bevfn.experiments import bevfusion_lidar
@@ -54,13 +54,13 @@ def test_the_config_of_a_run_from_before_the_catalogue_is_read(experiment, befor
     """Its checkpoints fit: leaves have the paths that they had."""
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"epochs": 2, **before}))
-    config = evaluate.run_config(experiment, tmp_path / "checkpoints" / "step_00000001", None, None)
+    config = detector.run_config(experiment, tmp_path / "checkpoints" / "step_00000001", None, None)
     assert (config.model, config.epochs) == (name, 2)
 
 
 def test_a_checkpoint_that_left_its_run_is_said_to_be_read_as_published(tmp_path, capsys):
     (tmp_path / "step_00000001").mkdir()
-    assert evaluate.run_config("bevfusion", tmp_path / "step_00000001", None, None).published_sweeps is not None
+    assert detector.run_config("bevfusion", tmp_path / "step_00000001", None, None).published_sweeps is not None
     assert "lies in no run folder" in capsys.readouterr().out
 
 

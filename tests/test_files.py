@@ -97,3 +97,18 @@ def test_every_command_checks_its_json_file_first(tmp_path, command):
     arguments = () if command is bench.ops else ("bevfusion",) if command is graph.graph else (tmp_path / "nowhere",)
     with pytest.raises(ValueError, match=r"--json .* is a folder; name a file"):
         command(*arguments, json_file=tmp_path)
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "a" / "out"
+    files.check_new_folder(out)
+    with files.new_folder(out) as folder:
+        (folder / "x").write_text("1")
+        assert not out.exists()
+    assert (out / "x").read_text() == "1" and sorted(p.name for p in out.parent.iterdir()) == ["out"]
+    with pytest.raises(KeyError), files.new_folder(tmp_path / "b") as folder:
+        (folder / "x").write_text("1")
+        raise KeyError
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    with pytest.raises(ValueError, match="out exists and is not empty; choose another --out, or empty it"):
+        files.check_new_folder(out)

@@ -14,7 +14,7 @@ import small_world
 from PIL import Image
 
 from bevfn import cli
-from bevfn.data import cameras, depth, own, own_check, paste, points, scene, source
+from bevfn.data import cameras, depth, inputs, own, own_check, paste, points, scene, source
 from bevfn.data.reading import Cameras, Points, Reading
 from bevfn.experiments import custom
 
@@ -47,6 +47,25 @@ def each(edit: Callable[[dict], object]) -> Callable[[dict], None]:
 
 
 # --- what is read ---
+
+
+def test_a_drive_is_chosen_by_its_name_to_detect_in(kept):
+    with pytest.raises(ValueError, match=r"scenes: .*monday.*; name one of them \(--scene\), or all"):
+        inputs.read(kept)
+    (one,) = {frame.scene for frame in (monday := inputs.read(kept, "monday"))}
+    every = inputs.read(kept, "all")
+    assert {frame.scene for frame in every} > {"monday"} and len(every) > len(monday) == len(
+        inputs.read(kept / "monday")
+    )
+    assert one in ("", "monday")
+
+
+def test_clouds_without_a_data_set_may_have_other_columns(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[1, 2, 3, 0.5]], dtype=np.float32))
+    index = inputs.read(tmp_path, columns="x y z intensity/1")
+    np.testing.assert_allclose(points.scan(index[0], tmp_path)[0], [[1, 2, 3, 127.5, 0]])
+    with pytest.raises(ValueError, match="is no column of a point file"):
+        inputs.read(tmp_path, columns="x, y, z")
 
 
 def test_boxes_clouds_poses_and_sweeps_are_those_that_were_put_in(kept):

@@ -1,14 +1,16 @@
 """`bevfn checkpoint import|export|show`: published checkpoints in, published layout out, every key accounted for."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from torch import Tensor
 from tyro.conf import Positional
 
-from bevfn import catalogue, tree, upstream
+from bevfn import catalogue, detector, tree, upstream
 from bevfn.choices import one_of
 from bevfn.names import lines, printable
+from bevfn.training import checkpoint as checkpoint_files
 from bevfn.upstream import checkpoints, recognise
 
 Checkpoint = Annotated[str, one_of(catalogue.CHECKPOINTS)]
@@ -42,26 +44,67 @@ def export(
     output: Positional[Path],
     *,
     sparse: Literal["as-imported", "spconv2", "mmcv"] = "as-imported",
+    naming: Literal["as-imported", "mmdet", "net"] = "as-imported",
+    averages: bool = True,
 ) -> None:
-    """Writes an imported checkpoint back in upstream's layout, bit for bit what was imported.
+    """Writes a checkpoint in upstream's layout: an imported one bit for bit what was imported, and one that was trained here.
 
     Args:
-        source: a .safetensors file of `bevfn checkpoint import`.
+        source: a .safetensors file of `bevfn checkpoint import`, or a run's folder (its best), RUN/best or a step's folder.
         output: .pth (as mmengine stores a model) or .safetensors.
-        sparse: layout of the sparse kernels: [out kx ky kz in] (spconv2) or [kx ky kz in out] (mmcv).
+        sparse: layout of the sparse kernels: [out kx ky kz in] (spconv2, of a run the default) or [kx ky kz in out] (mmcv).
+        naming: of AWML's models with cameras: net (since December 2025, of a run the default) or mmdet (before).
+        averages: a run's averaged weights, if it has any; no: those that it trained.
     """
-    check_file(source)
     if Path(output).suffix not in (".pth", ".safetensors"):
         raise ValueError(f"output {output}: the name must end in .pth or .safetensors.")
-    read = upstream.read_imported(source)
-    layout = read.sparse if sparse == "as-imported" else sparse
-    carried, naming, prefix = read.carried, read.naming, read.prefix
-    found = upstream.export_state(
-        read.params, read.state, read.model, carried, sparse=layout, naming=naming, prefix=prefix
+    place = detector.whole(Path(source))
+    if place.is_dir():
+        layout, found = _of_run(place, sparse, naming, averages)
+    else:
+        layout, found = _as_imported(place, sparse, naming)
+    upstream.write_state_dict(output, found.tensors, sparse=found.sparse)
+    kernels = f", sparse kernels {found.sparse}" if checkpoints.has_sparse_kernels(layout) else ""
+    print(f"wrote {output}: {len(found.tensors)} tensors of {layout}{kernels}{found.note}")
+
+
+@dataclass(frozen=True)
+class _Exported:
+    tensors: dict[str, Tensor]
+    sparse: recognise.SparseLayout
+    note: str = ""
+
+
+def _as_imported(file: Path, sparse: str, naming: str) -> tuple[str, _Exported]:
+    """(published layout, its state dict) of an imported file."""
+    read = upstream.read_imported(file)
+    layout = read.sparse if sparse == "as-imported" else cast(recognise.SparseLayout, sparse)
+    called = read.naming if naming == "as-imported" else checkpoints.naming(read.model, naming)
+    made = (read.params, read.state, read.model, read.carried)
+    return read.model, _Exported(upstream.export_state(*made, sparse=layout, naming=called, prefix=read.prefix), layout)
+
+
+def _of_run(place: Path, sparse: str, naming: str, averages: bool) -> tuple[str, _Exported]:
+    """(published layout, its state dict) of a training checkpoint. Raises ValueError where upstream has no such model."""
+    model = detector.load(place, averages=averages)
+    layout = catalogue.MODELS[model.config.model].layout
+    if layout is None:
+        raise ValueError(
+            f"{place} is a {model.config.model}, of which no published layout holds all; those that do are of "
+            f"{', '.join(catalogue.LAYOUTS.values())}"
+        )
+    kernels = cast(recognise.SparseLayout, "spconv2" if sparse == "as-imported" else sparse)
+    tensors = upstream.export_state(
+        *(model.params, model.state, layout, {}),
+        config=model.task.network,
+        sparse=kernels,
+        naming=checkpoints.naming(layout, None if naming == "as-imported" else naming),
+        prefix=upstream.CHECKPOINTS[layout].prefix,
     )
-    upstream.write_state_dict(output, found, sparse=layout)
-    kernels = f", sparse kernels {layout}" if checkpoints.has_sparse_kernels(read.model) else ""
-    print(f"wrote {output}: {len(found)} tensors of {read.model}{kernels}")
+    note = f"\n{place}, {'averaged' if averages and checkpoint_files.averaged(place) else 'trained'} weights"
+    if model.config.scale != "published":
+        note += f"; of {model.config.scale} size, which upstream's published configuration does not load"
+    return layout, _Exported(tensors, kernels, note)
 
 
 def show(source: Positional[Path], *, every_key: bool = False) -> None:
@@ -93,8 +136,8 @@ def check_file(source: Path) -> None:
     """Raises ValueError for a folder, such as a training run's checkpoint."""
     if Path(source).is_dir():
         raise ValueError(
-            f"{source} is a folder, and these commands are of published files and of files that `bevfn checkpoint import` wrote; "
-            "a run's checkpoint is taken as it is by `bevfn eval` and --pretrained"
+            f"{source} is a folder, and this command is of published files and of files that `bevfn checkpoint import` wrote; "
+            "a run's checkpoint is taken as it is by `bevfn eval`, `bevfn predict`, `bevfn checkpoint export` and --pretrained"
         )
 
 

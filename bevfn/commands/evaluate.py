@@ -2,14 +2,13 @@
 test split."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.progress import Progress
 
-from bevfn import catalogue, distributed, recipes, tree, upstream
+from bevfn import catalogue, detector, distributed, recipes, tree
 from bevfn import compile as compilation
 from bevfn.choices import one_of
 from bevfn.data import source
@@ -18,8 +17,7 @@ from bevfn.evaluation.detect import collect, detect
 from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
 from bevfn.files import check_writable, to_json, write_atomically
 from bevfn.precision import Precision
-from bevfn.training import command_line, pretrained, run_folder, tasks
-from bevfn.upstream import checkpoints
+from bevfn.training import command_line, pretrained, tasks
 
 
 def evaluate(
@@ -52,7 +50,8 @@ def evaluate(
 
     Args:
         experiment: the recipe
-        checkpoint: a run's checkpoint folder (its config.json is used), or a file of `bevfn checkpoint import`
+        checkpoint: a run's checkpoint folder (its config.json is used), the run's own folder or RUN/best for its best, or a
+            file of `bevfn checkpoint import`
         model: of the experiment, for an imported file; by default the run's, or the recipe's first
         data_root: nuScenes root; by default the run's
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's
@@ -76,6 +75,7 @@ def evaluate(
         site_capacity: active sites of a key frame at each level of the sparse encoder
     """
     distributed.check_device(device)
+    checkpoint = detector.whole(checkpoint)
     flags = {"model": model, "data_root": data_root, "version": version, "split": split, "precision": precision}
     room = {"point_capacity": point_capacity, "voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
     network = {"published_sweeps": published_sweeps, "intensity": intensity, "fuser_kernel": fuser_kernel}
@@ -131,29 +131,14 @@ def _scored_by(metric: Literal["nuscenes", "t4"] | None, task: tasks.Task) -> ta
 def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any]) -> command_line.Config:
     """The config that the checkpoint is evaluated with: its run's, with the flags that are given (not None)."""
     given = {name: value for name, value in flags.items() if value is not None}
-    config = run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
-    given = _release(experiment, checkpoint, config.model) | given
+    config = detector.run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
+    given = detector.of_release(experiment, config.model, checkpoint) | given
     if (split := given.pop("split", None)) is not None:
         root, version = given.get("data_root", config.data_root), given.get("version", config.version)
         if what := source.trained_on(root, version, config.train_split, split, config.world):
             print(f"warning: {what}")
         given |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
-    if foreign := [name for name in given if not hasattr(config, name)]:
-        what = "is not AWML's" if foreign[0] in ("intensity", "fuser_kernel") else "reads no LiDAR points or sweeps"
-        raise ValueError(f"{experiment} {what}; leave out --{foreign[0].replace('_', '-')}")
-    config = replace(config, **given, device=device, resume=False)
-    recipes.defaults(experiment, config.model)  # or it is of another experiment
-    return config
-
-
-def _release(experiment: str, checkpoint: Path, model: str) -> dict[str, Any]:
-    """Flags of the recipe that an imported file's shapes tell, where releases of its model differ."""
-    of_release = getattr(recipes.load(experiment), "released", None)
-    if of_release is None or not checkpoint.is_file():
-        return {}
-    imported = upstream.read_imported(checkpoint)
-    leaves = {f"params.{name}": leaf for name, leaf in tree.flatten(imported.params).items()}
-    return of_release(checkpoints.fitted(imported.model, leaves), model)
+    return replace(detector.flagged(experiment, config, given), device=device, resume=False)
 
 
 def _check(task: tasks.Task, out: Path) -> None:
@@ -169,49 +154,14 @@ def _found(task: tasks.Task, checkpoint: Path, *, device: str, **settings: Any) 
     """What `detect` (`collect`, where the task has a score) returns of the checkpoint's weights, under a progress bar; settings:
     its others."""
     params, state = (tree.to(part, device) for part in pretrained.read_weights(checkpoint, ema=True))
-    check_fits(task, params, state, checkpoint)
+    detector.check_fits(task, params, state, checkpoint)
     index = task.data.evaluation
-    with Progress() as progress:
-        bar = progress.add_task(f"{len(index)} key frames of {index.split}")
-        return (detect if task.score is None else collect)(
-            *(task.predict, params, state),
-            *(index, task.data.eval_reading),
-            device=device,
-            **settings,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
-            warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
-        )
-
-
-def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> command_line.Config:
-    """The config of the run that the checkpoint belongs to; the model's defaults for an imported file."""
-    path = checkpoint.parent.parent / run_folder.CONFIG_FILE
-    is_run = checkpoint.is_dir() and path.is_file()
-    own = run_folder.read_config(path).get("model") if is_run else None
-    known = own if isinstance(own, str) and own in recipes.load(experiment).DEFAULTS else None
-    default = source.of_kind(recipes.defaults(experiment, model or known), data_root)
-    if not is_run:
-        if checkpoint.is_dir():
-            print(
-                f"{checkpoint} lies in no run folder ({path} is not there): read with {experiment}'s published settings"
-            )
-        return default
-    silent = {field.name for field in fields(default)} - set(run_folder.read_config(path))
-    if silent:
-        values = ", ".join(f"{name} {getattr(default, name)}" for name in sorted(silent))
-        print(f"{path} is of an older bevfn, which did not have all flags: taken as {values}")
-    return run_folder.stored_config(path, default)
-
-
-def check_fits(task: tasks.Task, params: dict, state: dict, checkpoint: Path) -> None:
-    """Raises ValueError, naming the first difference, for a checkpoint of another model."""
-    ours = tree.flatten(dict(zip(("params", "state"), task.init())))
-    differences = tree.diff(tree.flatten({"params": params, "state": state}), ours)
-    if differences:
-        raise ValueError(
-            f"{checkpoint} does not fit {task.title}: {differences[0]} (and {len(differences) - 1} more differences); "
-            "name the experiment and the --model that it was trained with"
-        )
+    return detector.with_progress(
+        *(detect if task.score is None else collect, index),
+        *(task.predict, params, state, index, task.data.eval_reading),
+        device=device,
+        **settings,
+    )
 
 
 def _folder(checkpoint: Path, split: str | None) -> Path:

@@ -275,10 +275,10 @@ def trained_on(root: Path | None, version: str, training: str | None, split: str
     return f"{what}, so these scores say little about other data"
 
 
-def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) -> None:
+def check(index: Index, reading: Reading, *, train: bool, whole: bool = True, labels: bool = True) -> None:
     """Raises ValueError, one sentence that names both, where a split has not what a reading asks for.
 
-    whole: every key frame must have an image of every camera, not only some.
+    whole: every key frame must have an image of every camera, not only some. labels: its classes must be annotated.
     """
     name = f"{index.root} ({index.version}, split {index.split!r})" if index.split else str(index.root)
     if (reading.points is not None or reading.depth) and not index.has("lidar"):
@@ -316,7 +316,7 @@ def check(index: Index, reading: Reading, *, train: bool, whole: bool = True) ->
             f"{name} does not say of which scene its key frames are, but the recipe takes earlier ones by time within a "
             "scene; read the data set's own tables, or take them scene by scene (--no-published-history)"
         )
-    if missing := [known for known in reading.class_names if known not in index.class_names]:
+    if labels and (missing := [known for known in reading.class_names if known not in index.class_names]):
         raise ValueError(
             f"{name} does not annotate {', '.join(missing)}, which the model detects; it annotates "
             f"{_listed(index.class_names)}"

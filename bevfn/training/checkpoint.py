@@ -133,6 +133,12 @@ def read(folder: Path) -> dict[str, Tensor]:
     return load_tensors(Path(folder) / TENSORS)
 
 
+def averaged(folder: Path) -> bool:
+    """Whether a checkpoint has averaged weights beside those that were trained."""
+    with safe_open(Path(folder) / TENSORS, framework="pt") as file:
+        return any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118  (not a dict)
+
+
 def steps(checkpoints: Path) -> list[Path]:
     """The checkpoints of a run, step_<number>, in the order in which they were written; damaged ones first.
 

@@ -58,6 +58,8 @@ LIMITS: dict[str, Limit] = {
     # of the commands
     **dict.fromkeys(("repeats", "samples", "scenes", "frames", "image_size"), SIZE),
     **dict.fromkeys(("threads", "execute", "show"), COUNT),
+    "score_threshold": SHARE,
+    "fps": Limit(0.01, 1000),
 }
 
 

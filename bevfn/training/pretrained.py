@@ -40,6 +40,11 @@ def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
             upstream.nest({n.removeprefix(root + part): x for n, x in tensors.items() if n.startswith(root + part)})
             for part in ("params.", "state.")
         )
+    return usable(path, params, state)
+
+
+def usable(path: Path, params: dict, state: dict) -> tuple[dict, dict]:
+    """The weights of a file, in memory of their own. Raises ValueError where one of them is none."""
     for name, leaf in tree.flatten({"params": params, "state": state}).items():
         if what := upstream.impossible(name, leaf):
             raise ValueError(f"{path}: {name} is {what}; take an older checkpoint, or import the published file again")

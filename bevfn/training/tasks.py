@@ -81,6 +81,8 @@ class Task:
     """of a model that detects nothing, see `judge.measure`; None: `predict` gives detections"""
     bottom: bool = False
     """results files have the boxes' bottom centre, see `evaluation.results.entries`"""
+    network: Any = None
+    """the family's Config, for who needs sizes of what is trained"""
 
 
 class Family(Protocol):
@@ -115,6 +117,7 @@ def make_task(
         loss=partial(family.loss, config=trained, policy=policy),
         predict=partial(family.predict, config=network, policy=policy),
         optimizer=optimizer,
+        network=network,
         **others,
     )
 

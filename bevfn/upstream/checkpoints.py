@@ -47,6 +47,8 @@ class Checkpoint:
     """(pattern of keys without the prefix, why they have no use here)"""
     fitted: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, leaves: config
     """the configuration of the release that leaves, by upstream's names or ours (`params.<path>`), are of"""
+    prefix: str = ""
+    """in front of every key, where upstream's own files have one"""
 
 
 _COMPUTED = "voxelization and image normalization are computed from the configuration"
@@ -102,7 +104,7 @@ _AWML_PLAIN = Look("an AWML BEVFusion-L detector without Fourier features", _LID
 def _bevdepth(config: Callable[[], bevdepth.Config], what: str, *anchors: str) -> Checkpoint:
     anchors = ("backbone.depth_net.reduce_conv.", "head.trunk.conv1.", *anchors)
     looks = (Look(what, anchors, key_frames=config().frames),)
-    return _detector(looks, bevdepth, config, names_bevdepth)
+    return replace(_detector(looks, bevdepth, config, names_bevdepth), prefix="model.")  # of the Lightning module
 
 
 def _bevnext(config: Callable[[], bevnext.Config], what: str, *anchors: str) -> Checkpoint:
@@ -186,6 +188,15 @@ def fitted(model: str, leaves: Mapping[str, Tensor]) -> Any:
     """The configuration of the release that a file of `model` is of, see `Checkpoint.fitted`; the published one of most."""
     spec = CHECKPOINTS[model]
     return spec.fitted(spec.config(), leaves)
+
+
+def naming(model: str, wanted: str | None = None) -> Naming:
+    """That of today's files of `model`, or the one that is wanted. Raises ValueError for one that its files never had."""
+    known = [look.naming for look in CHECKPOINTS[model].looks]
+    found = next((name for name in known if wanted in (None, name)), None)
+    if found is None:
+        raise ValueError(f"{model} has no naming {wanted}; its files have {' or '.join(dict.fromkeys(known))}")
+    return found
 
 
 def has_sparse_kernels(model: str) -> bool:

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load, save
 
-from bevfn import catalogue, recipes, tree
-from bevfn.commands import evaluate
+from bevfn import catalogue, detector, recipes, tree
 from bevfn.evaluation.score import METRICS
 from bevfn.files import checksum, write_atomically
 from bevfn.metrics import read_metrics
@@ -151,7 +150,7 @@ def _resume_odd(folder: Path) -> None:
 def _evaluate(folder: Path) -> None:
     """What `bevfn eval` takes from config.json: every field of its type."""
     made = folder / "run" / "checkpoints" / run_folder.step_name(STEPS[-1])
-    config = evaluate.run_config(EXPERIMENT, made, None, None)
+    config = detector.run_config(EXPERIMENT, made, None, None)
     right = _config()
     for name, value in vars(config).items():
         assert isinstance(value, type(getattr(right, name))) or getattr(right, name) is None or value is None, name

@@ -1,0 +1,329 @@
+"""A trained model as one object, from wherever its weights lie: what `bevfn.load` gives, and commands that take a checkpoint.
+
+    model = bevfn.load("runs/bevfusion_lidar")          # its best checkpoint; or a step's folder, a.safetensors, a.pth
+    found = model.detect("FRAME_FOLDER")                # {token: boxes, scores, labels}
+    outputs = model.predict(batch)                      # of one batch, as tensors
+
+A run's recipe is in its config.json; that of a published file is told from its keys, and is the published one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from bevfn import catalogue, distributed, recipes, tree, upstream
+from bevfn import compile as compilation
+from bevfn.data import inputs, source
+from bevfn.data.batch import Batch
+from bevfn.data.index import Index
+from bevfn.data.reading import Reading
+from bevfn.evaluation.detect import detect
+from bevfn.evaluation.results import Detections
+from bevfn.names import printable
+from bevfn.training import checkpoint, command_line, pretrained, run, run_folder, tasks
+from bevfn.upstream import checkpoints, recognise
+
+BEST, LATEST = "best", "latest"
+FOREIGN = {  # flags of some recipes alone
+    **dict.fromkeys(("intensity", "fuser_kernel"), "is not AWML's"),
+    **dict.fromkeys(("point_capacity", "voxel_capacity", "site_capacity"), "reads no LiDAR points or sweeps"),
+    "published_sweeps": "reads no LiDAR points or sweeps",
+}
+NOTHING = Index(Path("."), "", "", ())
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A recipe's model with its weights; pure functions with everything bound."""
+
+    experiment: str
+    """file in experiments/"""
+    config: command_line.Config
+    """the recipe's flags, as the run had them, but for what only training needs"""
+    params: dict
+    state: dict
+    """batch-norm statistics"""
+    checkpoint: Path
+    """where the weights are from: a step folder, or a file"""
+
+    @cached_property
+    def task(self) -> tasks.Task:
+        """The recipe's model and how it reads, without key frames."""
+        return recipes.load(self.experiment).task(self.config, source.Source(NOTHING, NOTHING))
+
+    @property
+    def reading(self) -> Reading:
+        """How a key frame is read, see `scene.load`."""
+        return self.task.data.eval_reading
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What labels index."""
+        return self.reading.class_names
+
+    def at(self, data: Path | None) -> Self:
+        """The same as it reads what lies there: of T4 data sets and of others images may be resized otherwise."""
+        return self if data == self.config.data_root else replace(self, config=replace(self.config, data_root=data))
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Detections of a batch of fixed shapes, on its device: "boxes" [B Q 9] (x y z of the BOTTOM centre, length, width,
+        height [m], yaw [rad], vx, vy [m/s]; the batch's base frame), "scores", "labels", "valid" [B Q], and what did not fit
+        ("overflow/*", 0-d)."""
+        with torch.no_grad():
+            return self.task.predict(self.params, self.state, batch)
+
+    def detect(
+        self,
+        data: str | Path | Index,
+        scene: str | None = None,
+        version: str | None = None,
+        *,
+        batch_size: int = 1,
+        workers: int = 0,
+        backend: compilation.Backend = "eager",
+    ) -> dict[str, Detections]:
+        """What is found in every key frame of `data` (of a scene of it), by its token, in the frame that `reading.base` names.
+
+        data, scene, version: as of `data.inputs.read`, or key frames. Raises ValueError, one sentence, for data without what
+        the model reads.
+        """
+        index = data if isinstance(data, Index) else inputs.read(Path(data), scene, version)
+        found, _ = self.over(index, batch_size=batch_size, workers=workers, backend=backend)
+        return found
+
+    def over(self, index: Index, **settings: Any) -> tuple[dict[str, Detections], dict[str, float]]:
+        """`detect.detect` of key frames: (detections by token, counts of what did not fit). Raises ValueError as `detect`."""
+        reading = self.ready(index)
+        device = str(tree.leaves(self.params)[0].device)
+        return detect(self.task.predict, self.params, self.state, index, reading, device=device, **settings)
+
+    def ready(self, index: Index) -> Reading:
+        """How these key frames are read. Raises ValueError, one sentence, where they have not what the model reads."""
+        if self.task.score is not None:
+            raise ValueError(
+                f"{self.checkpoint} is a pretraining of {self.config.model}, which detects nothing; train a detector"
+            )
+        reading = self.reading
+        if reading.cameras is not None and not index.has("scenes"):  # of no scene, nothing is told by time
+            reading = replace(reading, cameras=replace(reading.cameras, history="scene"))
+        self.task.needs.check(reading, train=False)
+        inputs.check(index, reading)
+        return reading
+
+
+def load(
+    path: str | PathLike[str], *, model: str | None = None, device: str = "cpu", averages: bool = True, **flags: Any
+) -> Detector:
+    """The model of a checkpoint: parameters, statistics, recipe, reading, and `predict`.
+
+    Args:
+        path: a run's folder (its best checkpoint, or the latest where none was evaluated), RUN/best, RUN/latest, a step's
+            folder, a file of `bevfn checkpoint import`, or a published one (.pth, read without unpickling, or .safetensors).
+        model: a name of the catalogue; by default the run's, or what the file looks like.
+        device: torch device of the weights.
+        averages: of a run's averaged parameters, if it has any; False: those that it trained.
+        flags: others of the recipe's, as precision="fp32" or scale="mini".
+
+    Raises ValueError, one sentence, if nothing is there, it is damaged, or is a checkpoint of another model.
+    """
+    distributed.check_device(device)
+    given = {name: value for name, value in ({"model": model} | flags).items() if value is not None}
+    place = whole(Path(path))
+    if place.is_dir():
+        checkpoint.read_meta(place)  # or it is none
+        experiment = of_run(place, model)
+        is_run = (place.parent.parent / run_folder.CONFIG_FILE).is_file()
+        own = run_config(experiment, place, None, model) if is_run else recipes.published(experiment, model)
+        config = flagged(experiment, own, given)
+        made = Detector(experiment, config.plain(), *pretrained.read_weights(place, ema=averages), place)
+    else:
+        made = _of_file(place, model, given)
+    check_fits(made.task, made.params, made.state, place)
+    return replace(made, params=tree.to(made.params, device), state=tree.to(made.state, device))
+
+
+# ------------------------------------------------------------------------------------------------ where weights lie
+
+
+def whole(path: Path) -> Path:
+    """The step folder that a run's folder or RUN/best means, see `load`; any other path is itself. Raises ValueError where a
+    run has none."""
+    if path.name in (BEST, checkpoint.BEST, LATEST) and not path.is_dir():
+        word = LATEST if path.name == LATEST else BEST
+        found = _chosen(_checkpoints(path.parent), word)
+        if found is None:
+            raise ValueError(f"{path.parent} has no {word} checkpoint; {_has(path.parent)}")
+        return found
+    inside = _checkpoints(path)
+    if not path.is_dir() or (path / checkpoint.META).exists() or not (inside != path or checkpoint.steps(path)):
+        return path
+    found = _chosen(inside, BEST) or _chosen(inside, LATEST)
+    if found is None:
+        raise ValueError(f"{path} holds no whole checkpoint; {_has(path)}")
+    return found
+
+
+def _checkpoints(folder: Path) -> Path:
+    """A run's folder of them, or itself."""
+    return folder / run_folder.CHECKPOINTS if (folder / run_folder.CHECKPOINTS).is_dir() else folder
+
+
+def _chosen(checkpoints: Path, word: str) -> Path | None:
+    if not checkpoints.is_dir():
+        return None
+    return checkpoint.best(checkpoints) if word == BEST else checkpoint.latest(checkpoints)
+
+
+def _has(folder: Path) -> str:
+    names = [step.name for step in checkpoint.steps(_checkpoints(folder))]
+    return f"it has {', '.join(names[-5:])}" if names else "give a run's folder with checkpoints/step_..., or a file"
+
+
+# ------------------------------------------------------------------------------------------------ recipes of weights
+
+
+def of_run(place: Path, model: str | None) -> str:
+    """The experiment of a step folder: its run's, or that of the model that is named. Raises ValueError."""
+    path = place.parent.parent / run_folder.CONFIG_FILE
+    own = run_folder.read_config(path).get("model") if path.is_file() else None
+    name = model or (own if isinstance(own, str) and own else None)
+    if name is None:
+        raise ValueError(
+            f"{place} lies in no run folder that names its model ({path}); name the model that it was trained as"
+        )
+    return known(name).experiment
+
+
+def known(model: str) -> catalogue.Model:
+    """The catalogue's entry. Raises ValueError for another name."""
+    if model not in catalogue.MODELS:
+        raise ValueError(f"model {printable(model)} is unknown; choose one of {', '.join(catalogue.MODELS)}")
+    return catalogue.MODELS[model]
+
+
+def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model: str | None) -> command_line.Config:
+    """The config of the run that the checkpoint belongs to; the model's defaults for an imported file."""
+    path = checkpoint.parent.parent / run_folder.CONFIG_FILE
+    is_run = checkpoint.is_dir() and path.is_file()
+    own = run_folder.read_config(path).get("model") if is_run else None
+    known = own if isinstance(own, str) and own in recipes.load(experiment).DEFAULTS else None
+    default = source.of_kind(recipes.defaults(experiment, model or known), data_root)
+    if not is_run:
+        if checkpoint.is_dir():
+            print(
+                f"{checkpoint} lies in no run folder ({path} is not there): read with {experiment}'s published settings"
+            )
+        return default
+    silent = {field.name for field in fields(default)} - set(run_folder.read_config(path))
+    if silent:
+        values = ", ".join(f"{name} {getattr(default, name)}" for name in sorted(silent))
+        print(f"{path} is of an older bevfn, which did not have all flags: taken as {values}")
+    return run_folder.stored_config(path, default)
+
+
+def flagged(experiment: str, config: command_line.Config, given: Mapping[str, Any]) -> command_line.Config:
+    """The config with other flags. Raises ValueError for one that the recipe has not."""
+    if foreign := [name for name in given if not hasattr(config, name)]:
+        what = FOREIGN.get(foreign[0], "has no such flag")
+        raise ValueError(f"{experiment} {what}; leave out --{foreign[0].replace('_', '-')}")
+    config = replace(config, **given)
+    recipes.defaults(experiment, config.model)  # or it is of another experiment
+    return config
+
+
+def check_fits(task: tasks.Task, params: dict, state: dict, checkpoint: Path) -> None:
+    """Raises ValueError, naming the first difference, for a checkpoint of another model."""
+    with torch.device("meta"):  # shapes alone
+        ours = tree.flatten(dict(zip(("params", "state"), task.init())))
+    differences = tree.diff(tree.flatten({"params": params, "state": state}), ours)
+    if differences:
+        raise ValueError(
+            f"{checkpoint} does not fit {task.title}: {differences[0]} (and {len(differences) - 1} more differences); "
+            "name the --model (of `bevfn eval` the experiment too) that it was trained with"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- published files
+
+
+def _of_file(file: Path, model: str | None, given: Mapping[str, Any]) -> Detector:
+    """Of an imported file, or of a published one, which is imported here. Raises ValueError."""
+    try:
+        imported = upstream.read_imported(file)
+    except upstream.NotImported:
+        return _published(file, model, given)
+    made = _recipe(file, imported.model, model, given, _named(imported.params))
+    params, state = run.usable(file, imported.params, imported.state)
+    return replace(made, params=params, state=state)
+
+
+def _published(file: Path, model: str | None, given: Mapping[str, Any]) -> Detector:
+    tensors = upstream.read_state_dict(file)
+    looks = recognise.recognise(tensors)
+    layout = known(model).layout if model is not None else looks.model
+    if layout is None or (looks.model is None and model is None):
+        raise ValueError(
+            f"{file} looks like {looks.what}, which is no detector that bevfn reads; it reads {', '.join(catalogue.LAYOUTS)}"
+        )
+    made = _recipe(file, layout, model, given, {key.removeprefix(looks.prefix): leaf for key, leaf in tensors.items()})
+    try:
+        params, state, report = upstream.import_state(tensors, layout, config=made.task.network)
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    for line in report.warnings:
+        print(f"warning: {file}: {line}")
+    return replace(made, params=params, state=state)
+
+
+def _recipe(
+    file: Path, layout: str, model: str | None, given: Mapping[str, Any], leaves: Mapping[str, Tensor]
+) -> Detector:
+    """A published layout's recipe, of the release that leaves are of, yet without weights. Raises ValueError for a part of a
+    model."""
+    if layout not in catalogue.LAYOUTS:
+        raise ValueError(f"{file} is {layout}, a part that models start from (--pretrained), and no detector")
+    name = model or catalogue.LAYOUTS[layout]
+    experiment = known(name).experiment
+    told = released(experiment, name, layout, leaves)
+    config = flagged(experiment, recipes.published(experiment, name), told | dict(given))
+    return Detector(experiment, config.plain(), {}, {}, file)
+
+
+def of_release(experiment: str, model: str, file: Path) -> dict[str, Any]:
+    """As `released`, of an imported file; nothing of a run's folder."""
+    if not file.is_file():
+        return {}
+    imported = upstream.read_imported(file)
+    return released(experiment, model, imported.model, _named(imported.params))
+
+
+def released(experiment: str, model: str, layout: str, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Flags of the recipe that the shapes of a published layout's leaves tell, where releases of the model differ."""
+    told = getattr(recipes.load(experiment), "released", None)
+    return {} if told is None else told(checkpoints.fitted(layout, leaves), model)
+
+
+def _named(params: dict) -> dict[str, Tensor]:
+    """As an imported file names them."""
+    return {f"params.{name}": leaf for name, leaf in tree.flatten(params).items()}
+
+
+def with_progress(
+    over: Callable[..., tuple[dict, dict]], index: Index, *arguments: Any, **settings: Any
+) -> tuple[dict, dict]:
+    """`over(*arguments, **settings)`, a function such as `detect.detect` over these key frames, under a progress bar."""
+    with Progress() as progress:
+        bar = progress.add_task(f"{len(index)} key frames{f' of {index.split}' if index.split else ''}")
+        return over(
+            *arguments,
+            **settings,
+            progress=lambda done, total: progress.update(bar, total=total, completed=done),
+            warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
+        )
