@@ -71,7 +71,7 @@ def test_t4_scenes_are_all_of_them_where_that_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "name, says", [("none", "none does not exist; give a nuScenes root or T4"), ("notes.txt", "notes.txt is a file of no known kind"),
+    "name, says", [("none", "none does not exist; give a nuScenes root, a T4"), ("notes.txt", "notes.txt is a file of no known kind"),
                    ("", "holds no data of a known kind; give a nuScenes")],
 )  # fmt: skip
 def test_data_of_no_known_kind_are_one_sentence(tmp_path, name, says):
