@@ -1,6 +1,7 @@
 """Before any test module imports torch: what every test process has in common, however busy the machine is."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import subprocess
@@ -24,9 +25,26 @@ import bevfn  # noqa: F401  (where torch_npu is installed without CANN, torch ca
 @pytest.fixture
 def bare(monkeypatch):
     """Evaluations without pictures and report, which take most of a small run's time: for tests that look at neither."""
+    draw_nothing(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def bare_runs():
+    """The same as `bare`, for a whole module's runs while they are made: a context manager."""
+
+    @contextlib.contextmanager
+    def context():
+        with pytest.MonkeyPatch.context() as patch:
+            draw_nothing(patch)
+            yield
+
+    return context
+
+
+def draw_nothing(patch):
     from bevfn.evaluation import page
 
-    monkeypatch.setattr(page, "write", lambda *_, **__: None)
+    patch.setattr(page, "write", lambda *_, **__: None)
 
 
 @pytest.fixture

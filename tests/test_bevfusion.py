@@ -123,11 +123,16 @@ TOLERANCES = {  # metrics (a tenth of it before any update), worst leaf, median 
 }
 
 
-# Inductor's code of a step takes minutes of a core; the detector of both sensors has nearly all operators of the others', and
-# fp16 is compiled in tests/test_bevdepth.py.
-QUICK = ("lidar-camera", "fp32", "inductor")
+# In CI every modality, and every precision of the detector of both sensors, which has nearly all operators of the others'.
+# Inductor's code of a step takes minutes of a core, and fp16 is compiled in tests/test_bevdepth.py.
+QUICK = {("lidar", "fp32", "aot_eager"), ("camera", "fp16", "aot_eager")}
+QUICK |= {
+    ("lidar-camera", "fp32", "aot_eager"),
+    ("lidar-camera", "fp16", "aot_eager"),
+    ("lidar-camera", "fp32", "inductor"),
+}
 CASES = [
-    pytest.param(*case, marks=pytest.mark.slow if case[2] == "inductor" and case != QUICK else ())
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(MODALITIES, ("fp32", "fp16"), ("aot_eager", "inductor"))
 ]
 

@@ -17,7 +17,7 @@ from bevfn import cli, tree, upstream
 from bevfn.data import sampling
 from bevfn.data.batch import Base
 from bevfn.distributed import Replicas
-from bevfn.evaluation import page, results
+from bevfn.evaluation import results
 from bevfn.experiments import bevdepth, bevnext
 from bevfn.metrics import read_metrics
 from bevfn.synth import key_frame
@@ -169,22 +169,22 @@ def start(config: bevnext.Config) -> tuple[dict, dict]:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory) -> bevnext.Config:
+def first(bare_runs, tmp_path_factory) -> bevnext.Config:
     """Two steps of stage 1."""
     config = small(ONE, steps=2, checkpoint_every=1, lr=1e-3, run_dir=tmp_path_factory.mktemp("first") / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "write", lambda *_, **__: None)  # as conftest.bare: its scores are of no interest
+    with bare_runs():
         run.main(bevnext.task, config)
     return config
 
 
 @pytest.fixture(scope="module")
-def second(first, tmp_path_factory) -> tuple[bevnext.Config, dict]:
+def second(first, bare_runs, tmp_path_factory) -> tuple[bevnext.Config, dict]:
     """Two steps of stage 2 from them, and its summary."""
     config = small(
         TWO, steps=2, checkpoint_every=1, pretrained=(last(first),), run_dir=tmp_path_factory.mktemp("second") / "run"
     )
-    return config, run.main(bevnext.task, config)
+    with bare_runs():
+        return config, run.main(bevnext.task, config)
 
 
 def last(config: bevnext.Config) -> Path:

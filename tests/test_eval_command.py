@@ -20,13 +20,14 @@ from bevfn.training import checkpoint, run
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(bare_runs, tmp_path_factory):
     config = replace(
         bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["nuscenes"], data_root=small_world.index().root, scale="mini", backend="eager", steps=1,
         eval_backend="eager", workers=0, batch_size=1, sweeps=1, paste=False, norm_momentum=0.1,
         run_dir=tmp_path_factory.mktemp("run") / "run",
     )  # fmt: skip
-    run.main(bevfusion_lidar.task, config)
+    with bare_runs():
+        run.main(bevfusion_lidar.task, config)
     return config, config.run_dir / "checkpoints" / "step_00000001"
 
 

@@ -40,6 +40,10 @@ LIMITS = {
     # BEVNeXt's second stage at this size: parameters moved by 6e-8 change eager's own gradient by 1.6e-2 (three draws: 7.6e-3
     # to 1.6e-2), its norm by 2e-3. Measured: 5.4e-3 and 2.6e-2; the losses as the others'.
     "stage2": {"loss/total": 1e-5, "grad_norm": 2e-2, "leaves": 8e-2},
+    # The same in fp16: parameters moved by 6e-8 change eager's own loss by 2e-4, its norm by 5e-2, its gradient by 0.5 and the
+    # square of it (optimizer.v) by 0.6; moved by 5e-4, which is an activation's rounding, by 9e-4, 0.2, 0.7 and 1.1. Measured:
+    # 7e-4, 5.4e-2, 0.4 and 0.9: of the leaves the limit says no more than their size. The first step overflows, in both.
+    "stage2-fp16": {"skipped": 1, "loss/total": 2e-3, "grad_norm": 0.2, "leaves": 1.1},
     # At published size a few of an untrained LiDAR-only detector's 200 queries are chosen by rounding: parameters moved by
     # 1e-7 change eager's own losses by 7e-5, loss/bbox by 2.8 %. Measured: 4.3e-5, 1.8e-2 (leaves); others 1.8e-7, 3e-3.
     "published": {"loss/total": 1e-3, "grad_norm": 1e-2, "leaves": 5e-2},
@@ -109,13 +113,17 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(
     ]
     compared = figures["steps"]["train"]["execute"]
     assert compared["steps"] == STEPS
-    check(compared, "stage2" if (model, precision) == ("bevnext-stage2", "fp32") else precision)
+    of_stage2 = {"fp32": "stage2", "fp16": "stage2-fp16"}
+    check(compared, of_stage2[precision] if model == "bevnext-stage2" else precision)
 
 
 def check(compared, case):
-    assert compared["skipped"] == 0
+    limits = {"skipped": 0, **LIMITS[case]}
+    assert (
+        compared["skipped"] == limits.pop("skipped") and compared["metrics"]["skipped"] == 0
+    )  # the same steps in both
     errors = {**compared["metrics"], "leaves": compared["worst"]["leaves"][1]}
-    for what, limit in LIMITS[case].items():
+    for what, limit in limits.items():
         assert errors[what] <= limit, (what, errors[what])
 
 

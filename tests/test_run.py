@@ -276,9 +276,11 @@ def test_a_resumed_run_on_another_database_is_refused(whole, root, tmp_path):
 
 def test_a_resumed_run_on_other_processes_is_refused(whole, root, tmp_path):
     run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
-    process = launch([*TWO, *command(root, run_dir, "--checkpoint-every", "1", "--resume")])
-    printed, _ = process.communicate()
-    assert process.returncode and "microbatches: 1 -> 2; total_steps: 6 -> 3" in printed and "--force" in printed
+    leads, other = start_two(root, run_dir, "--checkpoint-every", "1", "--resume")
+    printed, _ = leads.communicate()
+    other.communicate()
+    assert leads.returncode == other.returncode == 2
+    assert "microbatches: 1 -> 2; total_steps: 6 -> 3" in printed and "--force" in printed
 
 
 def test_a_folder_without_a_run_is_not_resumed(root, tmp_path):
@@ -335,6 +337,27 @@ def test_a_data_set_that_is_there_in_part_is_trained_on_and_judged_by_what_is_th
 
 BARE = {"BEVFN_TINY_BARE": "1"}  # see tiny_experiment.py
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start_two(root: Path, run_dir: Path, *flags: str, **variables: str) -> list[subprocess.Popen]:
+    """Two processes that nobody watches, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command(root, run_dir, *flags)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **world, "RANK": str(rank), "LOCAL_RANK": str(rank), **variables},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def finish_two(processes: list[subprocess.Popen]) -> None:
+    """Both; without torchrun, which is a third process that imports torch."""
+    for process in processes:
+        finish(process)
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +440,7 @@ LATER += ("--sync-statistics", "--sync-after", "1")
 def later(root, tmp_path_factory):
     """What two processes leave whose batch norms are of both from the second epoch on: 3 epochs of 2 steps."""
     run_dir = tmp_path_factory.mktemp("later") / "run"
-    finish(launch([*TWO, *command(root, run_dir, *LATER)], **BARE))
+    finish_two(start_two(root, run_dir, *LATER, **BARE))
     return run_dir
 
 
@@ -438,14 +461,14 @@ def test_batch_norm_is_of_all_processes_from_its_epoch_on(later, root, bare, tmp
     always = Path(shutil.copytree(later, tmp_path / "always"))
     cut(always, 2)
     flags = (*plain, "--checkpoint-every", "1", "--keep", "9", "--sync-statistics", "--resume", "--force")
-    finish(launch([*TWO, *command(root, always, *flags)], **BARE))
+    finish_two(start_two(root, always, *flags, **BARE))
     assert_same_run(later, always)
 
 
 def test_a_run_that_is_killed_before_the_change_goes_on_across_it_bit_for_bit(later, root, tmp_path):
     run_dir = Path(shutil.copytree(later, tmp_path / "run"))
     cut(run_dir, 1)
-    finish(launch([*TWO, *command(root, run_dir, *LATER, "--resume")], **BARE))
+    finish_two(start_two(root, run_dir, *LATER, "--resume", **BARE))
     assert_same_run(later, run_dir)
 
 
@@ -471,21 +494,6 @@ def test_the_step_is_made_anew_once_and_not_at_all_in_one_process(root, tmp_path
     assert made == [False, True]
     with pytest.raises(ValueError, match="--sync-after -1 must be at least 0"):
         replace(settings, sync_after=-1)
-
-
-def start_two(root: Path, run_dir: Path, *flags: str) -> list[subprocess.Popen]:
-    """Two processes that nobody watches, as on two machines."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command(root, run_dir, *flags)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("killed", [1, 0])
