@@ -167,15 +167,15 @@ VARIANTS: dict[str, Config] = {
     ),
 }
 # One key frame of nuScenes over and over, nothing augmented: for a first look at a laptop. T4's classes by their names.
-# Of the golden frame's two sweeps L-offline has 25,840 voxels and at most 42,756 active sites a level.
 FRAME: dict[str, Any] = bevfusion.FRAME | {
     "published_resize": False,
     "paste": False,
     "clip_norm": 35.0,
     "point_capacity": bevfusion.SCAN_POINTS,
-    "voxel_capacity": 25_600,
-    "site_capacity": (45_056, 32_768, 16_384, 13_312),
 }
+# Of the golden frame's two sweeps L-offline has 25,840 voxels and at most 42,756 active sites a level.
+FRAME_VOXELS = (25_600, 25_600)
+FRAME_SITES = (45_056, 32_768, 16_384, 13_312)
 # The synthetic world, whose objects are within 75 m, on two CPU cores, from scratch, with what one would choose instead of the
 # quirks.
 WORLD_RANGE = 76.8
@@ -268,6 +268,8 @@ def sized(config: Config, model: family.Config) -> family.Config:
         model = ranged(model, config.range_m)
     if config.scale == "mini":
         model = family.with_capacities(family.mini(model), bevfusion.MINI_VOXELS, bevfusion.MINI_SITES)
+    elif source.kind(config.data_root) == "frame":
+        model = family.with_capacities(model, FRAME_VOXELS, FRAME_SITES)
     return bevfusion.with_room(config, model)
 
 

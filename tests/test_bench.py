@@ -106,7 +106,7 @@ def test_flops_of_a_deformable_convolution_are_those_of_its_products():
     assert both == pytest.approx(3 * product)
 
 
-@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevdepth-2key"])
+@pytest.mark.parametrize("model", ["bevfusion-lidar", "bevdepth-2key", "awml-lidar"])
 def test_a_step_is_measured(model, frame):
     setting = step.Setting(model, frame, "fp32", 1, "cpu", 1, 1, "mini")
     made = step.measure(replace(setting, only=("train/eager",)))
