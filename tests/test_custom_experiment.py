@@ -8,8 +8,9 @@ import small_world
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bevfn import tree
+from bevfn import recipes, tree
 from bevfn.backbones import sparse_encoder
+from bevfn.commands import graph
 from bevfn.data import source
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.experiments import bevfusion, bevfusion_lidar, custom
@@ -81,6 +82,13 @@ def test_it_reads_data_of_every_kind_with_the_classes_and_cameras_that_are_there
         tasks.check(custom.task(replace(chosen, classes=("tram",))))
     with pytest.raises(ValueError, match="has no camera front, which the model reads; it has CAM_FRONT"):
         tasks.check(custom.task(replace(chosen, cameras=("front",))))
+
+
+def test_its_steps_are_made_for_lowering_with_the_classes_of_a_generated_frame():
+    config = replace(recipes.defaults("custom", "custom-lidar-camera")["synthetic"].plain(), batch_size=1)
+    made = graph.steps("custom", config)
+    batch = made["train"][1][1]
+    assert batch.images.shape[2] == 6 and made["inference"][1][2] is batch
 
 
 def test_what_of_a_checkpoint_of_other_classes_fits_is_taken():
