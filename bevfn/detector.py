@@ -27,7 +27,7 @@ from bevfn.data.reading import Reading
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.results import Detections
 from bevfn.names import printable
-from bevfn.training import checkpoint, command_line, pretrained, run, run_folder, tasks
+from bevfn.training import checkpoint, command_line, pretrained, run_folder, tasks
 from bevfn.upstream import checkpoints, recognise
 
 BEST, LATEST = "best", "latest"
@@ -260,7 +260,7 @@ def _of_file(file: Path, model: str | None, given: Mapping[str, Any]) -> Detecto
     except upstream.NotImported:
         return _published(file, model, given)
     made = _recipe(file, imported.model, model, given, _named(imported.params))
-    params, state = run.usable(file, imported.params, imported.state)
+    params, state = pretrained.usable(file, imported.params, imported.state)
     return replace(made, params=params, state=state)
 
 
