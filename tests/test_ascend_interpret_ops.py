@@ -308,7 +308,6 @@ ROUND_TRIPS: dict[str, Callable[[Drawn], Case]] = {
     "TruncateDiv": on(lambda a, b: torch.div(a, b, rounding_mode="trunc"), lambda d: d.pair(INTS, positive=True)),
     "Pow": on(lambda x: (x**2.0, x**3, 2.0**x), lambda d: (d.tensor(),)),
     "Atan2": on(torch.atan2, lambda d: d.pair(F32)),
-    "Sxpy": on(lambda x: 1.5 - x, lambda d: (d.tensor(),)),
     "ClipByValueV2": on(lambda x: (x.clamp(-0.5, 0.5), x.clamp(min=0.1)), lambda d: (d.tensor(),)),
     "SelectV2": where_case,
     "MaskedFill": on(lambda m, x: x.masked_fill(m, 2.5), lambda d: (d.tensor((3, 2), (torch.bool,)), d.tensor((3, 2)))),
@@ -574,6 +573,7 @@ SINGLE_NODES: dict[str, Callable[[Drawn], Node]] = {
     "Muls": node("Muls", lambda x: x * 0.5, lambda d: (d.tensor(),), value=0.5),
     "Adds": node("Adds", lambda x: x + 0.5, lambda d: (d.tensor(),), value=0.5),
     "AxpyV2": node("AxpyV2", lambda x, y, a: x + a * y, of((3, 4), (3, 4), ())),
+    "Sxpy": node("Sxpy", lambda x, y, a: x - a * y, of((3, 4), (3, 4), ())),
     "Lerp": node("Lerp", torch.lerp, rows(3)),
     "ReduceProd": node(
         "ReduceProd", lambda x, axes: x.prod(0, dtype=x.dtype), lambda d: (d.tensor((3, 2), NUMBERS), torch.tensor([0]))

@@ -28,9 +28,9 @@ def random_boxes(count, *, seed, spread=2.0, smallest=0.1, largest=8.0, center=(
 
 
 def clipped_areas(a, b):
-    """Overlap areas by shapely, float64 [Q G]."""
+    """Overlap areas by shapely, float64 [Q G]; on a grid, since GEOS may find nothing where edges all but coincide."""
     first, second = ([Polygon(p.tolist()) for p in boxes.bev_corners(x.double())] for x in (a, b))
-    return torch.tensor([[p.intersection(q).area for q in second] for p in first], dtype=torch.float64)
+    return torch.tensor([[p.intersection(q, grid_size=1e-12).area for q in second] for p in first], dtype=torch.float64)
 
 
 def smaller_area(a, b):

@@ -140,7 +140,7 @@ def four_columns(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "arguments, says",
-    [(["{run}", "{tmp}/none"], "none does not exist; give a nuScenes root or T4 data set"),
+    [(["{run}", "{tmp}/none"], "none does not exist; give a nuScenes root, a T4 data set"),
      (["{run}", "{tmp}"], "holds no data of a known kind; give a nuScenes root"),
      (["{run}", "{world}"], "has 2 scenes: "),
      (["{run}", "{world}", "--scene", "night"], "has no scene 'night'; it has scene-"),
