@@ -86,10 +86,13 @@ def test_the_compiled_call_gives_what_eager_gives(monkeypatch):
     monkeypatch.setattr(device, "check", lambda backend: None)
     monkeypatch.setattr(device, "npu", lambda tensors, backend: torch.device("cpu"))
     monkeypatch.setattr(device, "_compile", lambda module, where, backend: module)
+    flags = types.SimpleNamespace(**{part: types.SimpleNamespace(allow_hf32=True) for part in ("conv", "matmul")})
+    monkeypatch.setattr(torch, "get_device_module", lambda name: {"npu": flags}[name])
     ts, step = small_net.fresh("fp32")
     pointers = [x.data_ptr() for x in pytree.tree_leaves(ts) if x is not None]
     expected, metrics = step(small_net.copy(ts), small_net.batch())
     ours, found = compilation.step(step, backend="torchair")(ts, small_net.batch())
+    assert not flags.conv.allow_hf32 and not flags.matmul.allow_hf32
     assert ours is ts and [x.data_ptr() for x in pytree.tree_leaves(ts) if x is not None] == pointers  # donated
     ge_graphs.assert_same((ours, found), (expected, metrics))
     run = compilation.function(holding, backend="torchair")

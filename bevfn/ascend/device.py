@@ -66,6 +66,7 @@ def compiled(f: Callable, backend: Backend) -> Callable:
         tensors = [x for x in pytree.tree_leaves(arguments) if x is not None]
         if made is None:
             device = npu(tensors, backend)
+            without_hf32()
             traced = aten(f, arguments)
             check_module(traced.module, backend)
             made = traced, _compile(retargeted(traced.module, device), device, backend)
@@ -105,6 +106,13 @@ def config(backend: Backend) -> Any:
     made = lower.config()
     made.mode = MODES[backend]
     return made
+
+
+def without_hf32() -> None:
+    """Convolutions and products of float32 in float32 (`torch.npu`'s flags, which torchair puts into a graph's options): its
+    default takes the cube's HF32, of 11 bits, for convolutions, and no precision of bevfn means that (`lower.HF32`)."""
+    npu: Any = torch.get_device_module("npu")
+    npu.conv.allow_hf32 = npu.matmul.allow_hf32 = lower.HF32
 
 
 def npu(tensors: Sequence[Tensor], backend: str) -> torch.device:

@@ -137,6 +137,10 @@ def aten(
     return traced
 
 
+HF32 = False
+"""Whether float32 may be computed with HF32's 11 bits on an Ascend: fp32 and fp16's float32 parts mean float32."""
+
+
 def register_converters() -> None:
     """Ours, over torchair's: once per process, after torchair is loaded (here without a device, or with one)."""
     if getattr(register_converters, "done", False):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from bevfn.ascend import engines, interpret
-from bevfn.ascend.lower import Lowered
+from bevfn.ascend.lower import HF32, Lowered
 from bevfn.ascend.trace import Value
 from bevfn.kernels import ascend as kernels
 
@@ -85,6 +85,8 @@ class Report:
     casts: dict[str, int]
     """nodes: those the step asks for, those that converters insert; folded ones left out"""
     transposes: int
+    allow_hf32: bool
+    """whether a device may compute float32 with HF32's 11 bits"""
     bytes: dict[str, int] = field(default_factory=dict)
     """of the inputs by kind; of the outputs; of the values between nodes that live at once at most (activations); of the
     operands and results of the largest node (workspace: what a kernel needs to change a layout); of what is computed from
@@ -141,6 +143,7 @@ def report(name: str, lowered: Lowered) -> Report:
         off_core=_off_core(lowered, working),
         casts={"asked": asked, "inserted": len(casts) - asked},
         transposes=sum(op.type == "Transpose" and op.name not in constant for op in graph.op),
+        allow_hf32=HF32,
         bytes={**_inputs(lowered), **(_memory(uses) if uses else {})},
         families=_families(working),
         seconds=round(lowered.seconds, 2),
@@ -156,7 +159,8 @@ def text(made: Report) -> str:
         f"  missing converters: {_listed(made.missing)}",
         f"  unknown dimensions: {_listed(made.unknown)}",
         f"  off the AI Core: {_listed(made.off_core)}",
-        f"  casts: {made.casts['asked']} asked for, {made.casts['inserted']} inserted; transposes: {made.transposes}",
+        f"  casts: {made.casts['asked']} asked for, {made.casts['inserted']} inserted; transposes: {made.transposes}; "
+        f"HF32: {'allowed' if made.allow_hf32 else 'off'}",
     ]
     if made.bytes:
         sizes = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in made.bytes.items())
