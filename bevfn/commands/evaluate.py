@@ -59,11 +59,12 @@ def evaluate(
         metric: what scores; by default the data set's own
         out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
         precision: by default the run's
-        against: run in this precision too, and tell how far the boxes are apart (apart.json); exit code 1 if by more than docs/training.md
-            states
+        against: run in this precision too, and tell how far the boxes are apart (apart.json); exit code 1 if by more than
+            docs/training.md states
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
             that were trained so; by default the run's, or as published
-        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file what its shapes say
+        intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file what its
+            shapes say
         fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default as intensity
         backend: what compiles the forward pass
         device: torch device

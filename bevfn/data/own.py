@@ -68,8 +68,11 @@ def default_splits(root: Path) -> tuple[str, str] | None:
 
 
 def index(root: Path, split: str = ALL, *, keep: bool = True) -> Index:
-    """The key frames of a split, scene after scene. keep: False writes no file from which it is read the next time. Raises ValueError, one sentence with file and field, for a file that is
-    damaged, of another form or tells values that are not possible, and for scenes of different classes."""
+    """The key frames of a split, scene after scene. keep: False writes no file from which it is read the next time.
+
+    Raises ValueError, one sentence with file and field, for a file that is damaged, of another form or tells values that are not
+    possible, and for scenes of different classes.
+    """
     root, present = Path(root), splits(root)
     if split not in present:
         raise ValueError(f"{root} has no split '{printable(split)}'; it has {', '.join(map(printable, present))}.")
