@@ -118,3 +118,12 @@ def test_the_types_of_the_linked_folders_are_seen() -> None:
         tuple[Tensor, Tensor, Tensor, Tensor],
     )
     assert features.shape == (1, 2, 5)
+
+
+def test_what_names_a_version_names_the_packages() -> None:
+    citation, changes = (REPO / "CITATION.cff").read_text(), (REPO / "CHANGELOG.md").read_text()
+    assert f"\nversion: {bevfn.__version__}\n" in citation
+    assert f"## {bevfn.__version__}" in changes
+    asked = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"]
+    (torch_,) = [line for line in asked if Requirement(line).name == "torch"]
+    assert f" {torch_} " in (REPO / "Dockerfile").read_text()
