@@ -34,6 +34,7 @@ from bevfn.synth import key_frame
 
 TARGET = 4.1  # samples/s per device: BEVFusion LiDAR-camera, FP16, on 8 NPUs as published (32.8 samples/s)
 WORKERS = 8
+READINGS = {"lidar-camera": bevfusion.TRAIN, "lidar": bevfusion_lidar.TRAIN}
 SWEEPS = 10  # in the frame's info, of which 9 are drawn
 T4_POINTS = 160_000  # of one cloud of several LiDARs, where AWML's deployment has room for 200,000
 T4_CLOUDS = 12  # files, read one after the other: more than a cache of the processor holds
@@ -56,13 +57,33 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
         "target_samples_per_second": TARGET,
     }
     with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:
-        index = _with_sweeps(infos.read((frame or key_frame.write_frame(Path(folder) / "frame")) / "frame.json"))
-        database = paste.build(index, Path(folder) / "paste", class_names=CLASS_NAMES, progress=False)
-        configs = {"lidar-camera": bevfusion.TRAIN, "lidar": bevfusion_lidar.TRAIN}
-        for name, config in configs.items():
+        index, database = _one_frame(frame, Path(folder))
+        for name, config in READINGS.items():
             figures[name] = _measure(index, config, database, samples)
             _print(name, figures[name])
     return figures
+
+
+def sample_seconds(reading: str, samples: int) -> np.ndarray:
+    """[samples] CPU seconds of one core for each of so many training samples of a generated key frame; reading: of READINGS."""
+    torch.set_num_threads(1)
+    config = READINGS[reading]
+    seconds = np.zeros(samples)
+    with tempfile.TemporaryDirectory(prefix="bevfn-bench-") as folder:
+        index, database = _one_frame(None, Path(folder))
+        load = partial(scene.load, index, reading=config, database=database)
+        load(0, generator=sampling.generator(0, 0, 0))  # warm
+        for position in range(samples):
+            started = time.process_time()
+            collate([load(0, generator=sampling.generator(0, 0, position))], capacities=config.capacities)
+            seconds[position] = time.process_time() - started
+    return seconds
+
+
+def _one_frame(frame: Path | None, folder: Path) -> tuple[Index, paste.Database]:
+    """A key frame with ten sweeps, generated for None, and a database of its objects."""
+    index = _with_sweeps(infos.read((frame or key_frame.write_frame(folder / "frame")) / "frame.json"))
+    return index, paste.build(index, folder / "paste", class_names=CLASS_NAMES, progress=False)
 
 
 def t4(*, root: Path | None = None, samples: int = 30) -> dict:

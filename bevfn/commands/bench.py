@@ -151,6 +151,65 @@ def startup(
     _report("startup", partial(startup.measure, frame, experiment=experiment), json_file)
 
 
+def scale(
+    *,
+    model: recipes.ModelName = "bevfusion-lidar-camera",
+    step_seconds: float = 0.976,
+    batch_size: int = 4,
+    devices: tuple[int, ...] = (8, 16, 256),
+    fabric: Literal["a2", "a100", "h100"] = "a2",
+    buckets: int = 8,
+    workers: int = 8,
+    samples: int = 30,
+    spread_of: Path | None = None,
+    stalls: float = 0.0,
+    stall_seconds: float = 1.0,
+    steps: int = 2000,
+    seed: int = 0,
+    disk: float = 1e9,
+    json_file: Json = None,
+) -> None:
+    """On paper and by simulation, what many devices reach: all-reduce, stragglers, input, evaluation, checkpoints. Nothing of a
+    device is measured.
+
+    Args:
+        model: its gradient is what is summed
+        step_seconds: of one device, without communication and input; 0.976 is the published 4.10 samples/s at batch 4
+        batch_size: of one device
+        devices: numbers of devices
+        fabric: how they reach each other: Atlas 800T A2, DGX A100, DGX H100
+        buckets: parts of the gradient that are summed during backward, beside today's one after it
+        workers: processes of one device that read
+        samples: training samples that are read now, whose seconds are drawn from
+        spread_of: run folder whose steps say how much steps differ; none: not at all
+        stalls: share of samples that wait for a disk or a network too
+        stall_seconds: how long those wait
+        steps: simulated ones
+        seed: of what is drawn
+        disk: bytes a second at which checkpoints are written
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.bench import scale
+
+    setting = scale.Setting(
+        model,
+        step_seconds,
+        batch_size,
+        devices,
+        fabric,
+        buckets,
+        workers,
+        samples,
+        spread_of,
+        stalls,
+        stall_seconds,
+        steps,
+        seed,
+        disk,
+    )
+    _report("scale", partial(scale.measure, setting), json_file)
+
+
 def list_() -> None:
     """Which file of experiments/results/ was made when, of which commit, and by which command. Also: `bevfn bench --list`."""
     print(provenance.listing())

@@ -58,6 +58,10 @@ LIMITS: dict[str, Limit] = {
     # of the commands
     **dict.fromkeys(("repeats", "samples", "scenes", "frames", "image_size"), SIZE),
     **dict.fromkeys(("threads", "execute", "show"), COUNT),
+    **dict.fromkeys(("devices", "buckets"), SIZE),
+    **dict.fromkeys(("step_seconds", "disk"), POSITIVE),
+    "stalls": SHARE,
+    "stall_seconds": WEIGHT,
     "score_threshold": SHARE,
     "fps": Limit(0.01, 1000),
 }
