@@ -80,14 +80,16 @@ def test_the_spread_is_of_a_runs_steps_without_what_they_waited(tmp_path):
 
 def run(monkeypatch, *flags):
     monkeypatch.setattr("sys.argv", ["bevfn", "bench", "scale", *flags])
-    return cli.main()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
 
 
 def test_the_command_prints_a_table_and_refuses_what_cannot_be(capsys, monkeypatch):
-    run(monkeypatch, "--samples", "1", "--devices", "1", "8", "--steps", "20", "--model", "bevfusion-lidar")
+    assert not run(monkeypatch, "--samples", "1", "--devices", "1", "8", "--steps", "20", "--model", "bevfusion-lidar")
     table, _, figures = capsys.readouterr().out.partition("{")
     assert "efficiency" in table
     figures = json.loads("{" + figures)["figures"]
     assert figures["1 devices"]["efficiency"] == 1 > figures["8 devices"]["efficiency"] > 0.99
-    assert run(monkeypatch, "--devices", "0") != 0
+    assert run(monkeypatch, "--devices", "0") == 1
     assert "--devices 0 must be at least 1" in capsys.readouterr().err
