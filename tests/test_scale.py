@@ -91,5 +91,5 @@ def test_the_command_prints_a_table_and_refuses_what_cannot_be(capsys, monkeypat
     assert "efficiency" in table
     figures = json.loads("{" + figures)["figures"]
     assert figures["1 devices"]["efficiency"] == 1 > figures["8 devices"]["efficiency"] > 0.99
-    assert run(monkeypatch, "--devices", "0") == 1
+    assert run(monkeypatch, "--devices", "0") == 2
     assert "--devices 0 must be at least 1" in capsys.readouterr().err
