@@ -246,14 +246,17 @@ def test_the_report_counts_what_is_known_by_hand():
     assert made.casts["asked"] == sum(n.target is torch.ops.aten._to_copy.default for n in lowered.aten.graph.nodes)
     assert made.bytes["A"] == 4 * 8 * 4 and made.bytes["x"] == 8 * 16 * 2 and made.bytes["outputs"] == 4 * 8 * 4
     assert 0 < made.bytes["activations"] < 10_000
-    assert made.unknown == made.missing == made.off_core == []
+    assert made.unknown == made.missing == made.off_core == made.no_kernel == made.unlisted == []
+    working = made.nodes - made.constants - made.folded - sum(made.types[kind] for kind in ("Data", "NetOutput"))
+    assert sum(made.places.values()) == working and made.places["AI Core"] > 5  # no node is passed over
 
 
 def test_the_report_names_what_leaves_the_ai_core():
     lowered = lower(lambda x: torch.sort(x >> 3)[0], (torch.arange(9),))
-    lines = report.report("step", lowered).off_core
-    assert any(line.startswith("RightShift x1: no AI Core kernel; at ") and HERE in line for line in lines)
-    assert any(line.startswith("Sort x1: no AI Core kernel for int64") for line in lines)
+    made = report.report("step", lowered)
+    assert any(line.startswith("RightShift x1: no AI Core kernel; at ") and HERE in line for line in made.off_core)
+    assert any(line.startswith("Sort x1: no AI Core kernel for int64") for line in made.off_core)
+    assert f"{made.places['AI CPU']} AI CPU" in report.text(made) and made.places["AI CPU"] == 2
 
 
 def test_constants_are_folded_and_take_no_memory_here():

@@ -110,6 +110,9 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(
         assert made["complete"] and (made["graph_breaks"], made["ge_graphs"]) == (0, 1)
         assert made["nodes"] == sum(made["types"].values())
         assert made["families"]["matrix products"]["gflop"] > 0 and made["bytes"]["activations"] > 0
+        # A node that no unit of an A2 computes, or its AI CPU without a reason (`accepted` in bevfn/ascend/a2.json).
+        assert made["no_kernel"] == made["unlisted"] == []
+        assert [line for line in made["off_core"] if ": accepted: " not in line] == []
     files = sorted(path.name for path in (tmp_path / "o").iterdir())
     assert files == [
         f"{model or experiment}_mini_{precision}_{s}.{e}" for s in ("inference", "train") for e in ("air", "pbtxt")
@@ -184,6 +187,25 @@ def test_a_missing_converter_is_exit_code_1(monkeypatch, capsys, tmp_path):
     assert graph("bevfusion", json_file=tmp_path / "g.json") == 1
     assert "_linalg_eigh" in capsys.readouterr().out
     assert json.loads((tmp_path / "g.json").read_text())["steps"]["train"]["complete"] is False
+
+
+def test_a_node_without_a_kernel_is_exit_code_1_and_an_installed_cann_decides(monkeypatch, capsys, tmp_path):
+    def train(train_state, batch):
+        return torch.sort(train_state, stable=True)[0] * 2, batch
+
+    arguments = {"train": (train, (torch.ones(3), torch.ones(3)))}
+    monkeypatch.setattr(command, "steps", lambda *_, **__: arguments)
+    assert graph("bevfusion") == 0
+    table = tmp_path / "built-in/op_impl/ai_core/tbe/config/ascend910b/aic-ascend910b-ops-info.json"
+    table.parent.mkdir(parents=True)
+    both = {"dtype": "float", "name": "x"}
+    table.write_text(json.dumps({"Mul": {"input0": both, "input1": both, "output0": both}}))
+    assert graph("bevfusion", opp=tmp_path, json_file=tmp_path / "g.json") == 1
+    assert f"kernels by {tmp_path}: " in capsys.readouterr().out
+    made = json.loads((tmp_path / "g.json").read_text())["steps"]["train"]
+    assert len(made["no_kernel"]) == 1 and made["no_kernel"][0].startswith("Sort x1: in no list of kernels; at ")
+    with pytest.raises(ValueError, match=r"has no built-in/op_impl; give CANN's toolkit folder"):
+        graph("bevfusion", opp=tmp_path / "nowhere")
 
 
 def test_the_stage_is_short_for_bevnexts_models(monkeypatch, capsys):

@@ -37,13 +37,14 @@ def graph(
     ops: Literal["stock", "drivingsdk"] = "stock",
     execute: int = 0,
     checkpoint_activations: bool = False,
+    opp: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
 ) -> int:
     """Lower an experiment's steps to Ascend graphs and report what is in them; needs `pip install 'bevfn[npu]'`, no NPU.
 
     The whole train step and the inference step are traced with fake tensors and go through torchair's own converters.
-    Exit code 1 if a step is not one static graph: docs/ascend.md says how to read the report.
+    Exit code 1 if a step is not one static graph, or has a node without a kernel: docs/ascend.md says how to read the report.
 
     Args:
         experiment: the recipe
@@ -56,17 +57,20 @@ def graph(
         execute: steps to run in the interpreter, from the same state as the eager step, on a generated frame (with an
             AdamW eps of 1 and a loss scale of 64: see `steps`)
         checkpoint_activations: blocks are computed again for the gradient
+        opp: an installed CANN (its toolkit's folder, or opp): where each node runs, by its tables instead of our facts
         json_file: also write the figures there
         out: folder for the graphs, as .pbtxt for reading and .air (the serialized model)
     """
     from bevfn.ascend import dump
     from bevfn.ascend.execute import execute as compare
     from bevfn.ascend.lower import lower
+    from bevfn.ascend.opp import read
     from bevfn.ascend.report import report, text
 
     check_json(json_file)
     if out is not None:
         check_writable(out)
+    tables = None if opp is None else read(opp)
     if stage is not None:
         model = _of_stage(experiment, model, stage)
     of_scale = {
@@ -81,10 +85,10 @@ def graph(
     complete = True
     for name, (step, arguments) in steps(experiment, config, comparable=execute > 0).items():
         lowered = lower(step, arguments, **NAMES[name], ops=ops, strict=False)
-        reported = report(name, lowered)
+        reported = report(name, lowered, tables)
         print(text(reported), flush=True)
         made[name] = reported.to_json()
-        complete &= reported.complete
+        complete &= reported.complete and not reported.no_kernel
         if out is not None:
             again = "_recomputed" if checkpoint_activations else ""
             dump.write(lowered.graph, out / f"{model or experiment}_{scale}_{precision}_{name}{again}")
