@@ -38,6 +38,8 @@ def graph(
     execute: int = 0,
     checkpoint_activations: bool = False,
     opp: Path | None = None,
+    estimate: bool = False,
+    calibrate: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
 ) -> int:
@@ -58,19 +60,28 @@ def graph(
             AdamW eps of 1 and a loss scale of 64: see `steps`)
         checkpoint_activations: blocks are computed again for the gradient
         opp: an installed CANN (its toolkit's folder, or opp): where each node runs, by its tables instead of our facts
+        estimate: also print how long each step would take on an Atlas A2, in three scenarios (docs/ascend.md)
+        calibrate: an op_summary_*.csv of msprof, of the train step: --estimate by what its tasks took
         json_file: also write the figures there
         out: folder for the graphs, as .pbtxt for reading and .air (the serialized model)
     """
     from bevfn.ascend import dump
+    from bevfn.ascend.estimate import estimate as seconds_of
+    from bevfn.ascend.estimate import read_profile
     from bevfn.ascend.execute import execute as compare
     from bevfn.ascend.lower import lower
     from bevfn.ascend.opp import read
+    from bevfn.ascend.rates import PUBLISHED
     from bevfn.ascend.report import report, text
+    from bevfn.ascend.uses import used_by
 
     check_json(json_file)
+    if calibrate is not None and not estimate:
+        raise ValueError("--calibrate is of the estimate; add --estimate")
     if out is not None:
         check_writable(out)
     tables = None if opp is None else read(opp)
+    profile = None if calibrate is None else read_profile(calibrate)
     if stage is not None:
         model = _of_stage(experiment, model, stage)
     of_scale = {
@@ -85,9 +96,15 @@ def graph(
     complete = True
     for name, (step, arguments) in steps(experiment, config, comparable=execute > 0).items():
         lowered = lower(step, arguments, **NAMES[name], ops=ops, strict=False)
-        reported = report(name, lowered, tables)
+        uses = list(used_by(lowered)) if estimate and not lowered.missing else None
+        reported = report(name, lowered, tables, uses)
         print(text(reported), flush=True)
         made[name] = reported.to_json()
+        if uses is not None and reported.complete:
+            train = {"profile": profile, "published": PUBLISHED.get(experiment)} if name == "train" else {}
+            guess = seconds_of(lowered, uses, batch=batch_size, memory=reported.bytes, tables=tables, **train)
+            print(guess.text(), flush=True)
+            made[name]["estimate"] = guess.to_json()
         complete &= reported.complete and not reported.no_kernel
         if out is not None:
             again = "_recomputed" if checkpoint_activations else ""
