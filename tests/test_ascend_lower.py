@@ -37,11 +37,11 @@ def execute(lowered, *arguments):
     return lowered.results(interpret.run(lowered.graph, lowered.arguments(*arguments)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_five_lowered_steps_equal_eager_in_every_leaf(precision):
+@pytest.mark.parametrize("precision, device", [("fp32", "published"), ("fp32", "a2"), ("fp16", "a2"), ("bf16", "a2")])
+def test_five_lowered_steps_equal_eager_in_every_leaf(precision, device):
     start, step = small_net.fresh(precision, ema=optim.Ema())
     lowered = lower(step, (start, small_net.batch()), **NAMES)
-    program = interpret.prepare(lowered.graph)
+    program = interpret.prepare(lowered.graph, device=device)
     ours = theirs = start
     for i in range(5):
         batch = small_net.batch(i)

@@ -5,7 +5,8 @@
 [1] CANN's platform files of the 910B variants (`Ascend910B*.ini`): 20 to 24 cube cores, 295 to 364 TFLOP/s in float16,
     40 to 48 vector cores, L2 of 192 MB.
 [2] Huawei's DataCopy sample on A2: 1.49 TB/s for large copies, 128-byte copies at 0.232 ns each over the whole chip.
-[3] Audit of the published fp16 graphs, ../shared/npu/A2.md: gather, index_add and launch costs on top of these floors.
+[3] Audit of the published fp16 graphs, ../shared/npu/A2.md: costs of gather, index_add, sort and launches, assumed there on
+    top of these floors.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Rates:
     index_add: float
     """seconds per added row [3]: a scalar loop per index"""
     sort: float
-    """seconds per sorted element: assumed"""
+    """seconds per sorted element [3]"""
     launch: float
     """seconds per task [3]"""
     cpu_launch: float
@@ -43,9 +44,9 @@ class Rates:
 
 
 SCENARIOS = {
-    "optimistic": Rates(0.7 * 364e12, 0.7 * 91e12, 0.5, 0.30e-9, 5e-9, 5e-9, 1.1e-6, 50e-6, 4e9),
-    "middle": Rates(0.5 * 330e12, 0.5 * 82e12, 0.8, 0.65e-9, 15e-9, 10e-9, 2.7e-6, 100e-6, 2e9),
-    "pessimistic": Rates(0.35 * 295e12, 0.35 * 74e12, 1.5, 1.2e-9, 35e-9, 20e-9, 4.8e-6, 200e-6, 1e9),
+    "optimistic": Rates(0.7 * 364e12, 0.7 * 91e12, 0.5, 0.30e-9, 5e-9, 1.2e-9, 1.1e-6, 50e-6, 4e9),
+    "middle": Rates(0.5 * 330e12, 0.5 * 82e12, 0.8, 0.65e-9, 15e-9, 1.6e-9, 2.7e-6, 100e-6, 2e9),
+    "pessimistic": Rates(0.35 * 295e12, 0.35 * 74e12, 1.5, 1.2e-9, 35e-9, 2.5e-9, 4.8e-6, 200e-6, 1e9),
 }
 
 PUBLISHED = {"bevfusion": 4.10, "bevdepth": 4.04, "matrixvt": 5.6}

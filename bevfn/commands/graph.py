@@ -36,6 +36,7 @@ def graph(
     batch_size: int | None = None,
     ops: Literal["stock", "drivingsdk"] = "stock",
     execute: int = 0,
+    kernels: Literal["published", "a2", "a2-hf32"] = "published",
     checkpoint_activations: bool = False,
     opp: Path | None = None,
     estimate: bool = False,
@@ -58,6 +59,8 @@ def graph(
         ops: what bevfn's own operators become: GE types that CANN has, or DrivingSDK's where docs/ascend.md says so
         execute: steps to run in the interpreter, from the same state as the eager step, on a generated frame (with an
             AdamW eps of 1 and a loss scale of 64: see `steps`)
+        kernels: --execute computes by the published meaning of the types, or as an Atlas A2's kernels do where that differs
+            (integer selects through float32), or with its HF32 convolutions besides
         checkpoint_activations: blocks are computed again for the gradient
         opp: an installed CANN (its toolkit's folder, or opp): where each node runs, by its tables instead of our facts
         estimate: also print how long each step would take on an Atlas A2, in three scenarios (docs/ascend.md)
@@ -110,9 +113,9 @@ def graph(
             again = "_recomputed" if checkpoint_activations else ""
             dump.write(lowered.graph, out / f"{model or experiment}_{scale}_{precision}_{name}{again}")
         if execute and name == "train" and reported.complete:
-            comparison = compare(step, lowered, *arguments, steps=execute)
+            comparison = compare(step, lowered, *arguments, steps=execute, device=kernels)
             print(comparison.text(), flush=True)
-            made[name]["execute"] = comparison.to_json()
+            made[name]["execute"] = {"kernels": kernels, **comparison.to_json()}
     if json_file is not None:
         what = {"experiment": experiment, "model": config.model, "scale": scale, "precision": precision, **changes}
         provenance.write(json_file, {**what, "ops": ops, "steps": made})
