@@ -102,25 +102,28 @@ class Estimate:
     def text(self) -> str:
         """For the terminal."""
         names = list(self.seconds)
+        columns = "".join(f"{name:>13}" for name in names)
         lines = [
             "  estimated, never measured (bevfn/ascend/rates.py), ms:",
-            f"  {'':<16}"
-            + "".join(f"{name:>13}" for name in names)
-            + f"{'tasks':>9}{'M rows':>10}{'GB':>9}{'GFLOP':>11}",
+            f"  {'':<16}{columns}{'tasks':>9}{'M rows':>10}{'GB':>9}{'GFLOP':>11}",
         ]
         for name, g in self.groups.items():
             times = "".join(f"{g.seconds[scenario] * 1e3:>13.1f}" for scenario in names)
             lines.append(f"  {name:<16}{times}{g.tasks:>9}{g.million_rows:>10.1f}{g.gigabytes:>9.1f}{g.gflop:>11.1f}")
+        sums = "".join(f"{self.seconds[name] * 1e3:>13.1f}" for name in names)
+        rates = "".join(f"{rate:>13.2f}" for rate in self.samples_per_second.values())
+        published = f"   published {self.published:.2f} per NPU" if self.published else ""
         rows = {name: group.million_rows for name, group in self.groups.items()}
-        lines += [
-            f"  {'sum':<16}" + "".join(f"{self.seconds[name] * 1e3:>13.1f}" for name in names) + f"{self.tasks:>9}",
-            f"  {'samples/s':<16}" + "".join(f"{rate:>13.2f}" for rate in self.samples_per_second.values())
-            + (f"   published {self.published:.2f} per NPU" if self.published else ""),
-            f"  rows: {rows.get('gather', 0):.1f} M gathered, {rows.get('index_add', 0):.1f} M added; tasks under 64 KB: "
-            f"{self.small_tasks}; operators to compile: {self.compilations}; memory {self.memory / 2**30:.1f} of "
-            f"{MEMORY / 2**30:.0f} GiB",
-        ]  # fmt: skip
-        return "\n".join(lines)
+        return "\n".join(
+            [
+                *lines,
+                f"  {'sum':<16}{sums}{self.tasks:>9}",
+                f"  {'samples/s':<16}{rates}{published}",
+                f"  rows: {rows.get('gather', 0):.1f} M gathered, {rows.get('index_add', 0):.1f} M added; tasks under "
+                f"64 KB: {self.small_tasks}; operators to compile: {self.compilations}; memory "
+                f"{self.memory / 2**30:.1f} of {MEMORY / 2**30:.0f} GiB",
+            ]
+        )
 
 
 def estimate(
