@@ -167,6 +167,7 @@ def test_an_installed_canns_tables_decide(cann):
             r"ops-info.json is not a table of operators \(it is no object of types\); install CANN again",
         ),
         ("{", "ascend910b", r"ops-info.json is not a table of operators"),
+        ({"Add": {"input0": "x"}}, "ascend910b", r"not a table of operators \(an operand of Add is no object\)"),
     ],
 )
 def test_tables_of_another_chip_or_none_are_one_sentence(cann, core, chip, said):

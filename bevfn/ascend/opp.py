@@ -72,6 +72,9 @@ def _entries(files: list[Path]) -> Iterator[tuple[str, dict]]:
             table = json.loads(path.read_text())
             if not (isinstance(table, dict) and all(isinstance(entry, dict) for entry in table.values())):
                 raise ValueError("it is no object of types")
+            for name, entry in table.items():
+                if any(_NUMBERED.match(key) and not isinstance(value, dict) for key, value in entry.items()):
+                    raise ValueError(f"an operand of {name} is no object")
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a table of operators ({error}); install CANN again") from None
         yield from table.items()
