@@ -37,22 +37,27 @@ def execute(lowered, *arguments):
     return lowered.results(interpret.run(lowered.graph, lowered.arguments(*arguments)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+# The interpreter's modes; that of an A2 alone where one is as good.
+MODES = {"fp32": ge_graphs.DEVICES, "fp16": ("a2",), "bf16": ("a2",)}
+
+
+@pytest.mark.parametrize("precision", MODES)
 def test_five_lowered_steps_equal_eager_in_every_leaf(precision):
     start, step = small_net.fresh(precision, ema=optim.Ema())
     lowered = lower(step, (start, small_net.batch()), **NAMES)
-    program = interpret.prepare(lowered.graph)
-    ours = theirs = start
-    for i in range(5):
-        batch = small_net.batch(i)
-        theirs, metrics = step(theirs, batch)
-        ours, lowered_metrics = lowered.results(interpret.run(program, lowered.arguments(ours, batch)))
-        assert tree.diff(ours, theirs) == [] and tree.diff(lowered_metrics, metrics) == []
-    # The same kernels in the same order: a leaf that is not updated, or updated twice, is off by 1.
-    limit = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
-    for name, leaf in tree.flatten(theirs).items():
-        moved = float((leaf - tree.flatten(start)[name]).double().norm())
-        assert float((tree.flatten(ours)[name] - leaf).double().norm()) <= limit * moved + 1e-9, name
+    for device in MODES[precision]:
+        program = interpret.prepare(lowered.graph, device=device)
+        ours = theirs = start
+        for i in range(5):
+            batch = small_net.batch(i)
+            theirs, metrics = step(theirs, batch)
+            ours, lowered_metrics = lowered.results(interpret.run(program, lowered.arguments(ours, batch)))
+            assert tree.diff(ours, theirs) == [] and tree.diff(lowered_metrics, metrics) == []
+        # The same kernels in the same order: a leaf that is not updated, or updated twice, is off by 1.
+        limit = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
+        for name, leaf in tree.flatten(theirs).items():
+            moved = float((leaf - tree.flatten(start)[name]).double().norm())
+            assert float((tree.flatten(ours)[name] - leaf).double().norm()) <= limit * moved + 1e-9, name
 
 
 class Twins(Replicas):
@@ -246,14 +251,17 @@ def test_the_report_counts_what_is_known_by_hand():
     assert made.casts["asked"] == sum(n.target is torch.ops.aten._to_copy.default for n in lowered.aten.graph.nodes)
     assert made.bytes["A"] == 4 * 8 * 4 and made.bytes["x"] == 8 * 16 * 2 and made.bytes["outputs"] == 4 * 8 * 4
     assert 0 < made.bytes["activations"] < 10_000
-    assert made.unknown == made.missing == made.off_core == []
+    assert made.unknown == made.missing == made.off_core == made.no_kernel == made.unlisted == []
+    working = made.nodes - made.constants - made.folded - sum(made.types[kind] for kind in ("Data", "NetOutput"))
+    assert sum(made.places.values()) == working and made.places["AI Core"] > 5  # no node is passed over
 
 
 def test_the_report_names_what_leaves_the_ai_core():
     lowered = lower(lambda x: torch.sort(x >> 3)[0], (torch.arange(9),))
-    lines = report.report("step", lowered).off_core
-    assert any(line.startswith("RightShift x1: no AI Core kernel; at ") and HERE in line for line in lines)
-    assert any(line.startswith("Sort x1: no AI Core kernel for int64") for line in lines)
+    made = report.report("step", lowered)
+    assert any(line.startswith("RightShift x1: no AI Core kernel; at ") and HERE in line for line in made.off_core)
+    assert any(line.startswith("Sort x1: no AI Core kernel for int64") for line in made.off_core)
+    assert f"{made.places['AI CPU']} AI CPU" in report.text(made) and made.places["AI CPU"] == 2
 
 
 def test_constants_are_folded_and_take_no_memory_here():

@@ -64,9 +64,17 @@ def worst(errors: dict[str, float]) -> tuple[str, float]:
     return max(errors.items(), key=lambda item: item[1])
 
 
-def execute(step: Callable, lowered: Lowered, train_state: Any, batch: Any, *, steps: int) -> Comparison:
-    """Runs `step` eagerly and `lowered` in the interpreter for `steps` steps on one batch."""
-    program = interpret.prepare(lowered.graph, kernels.meanings())
+def execute(
+    step: Callable,
+    lowered: Lowered,
+    train_state: Any,
+    batch: Any,
+    *,
+    steps: int,
+    device: interpret.Device = "published",
+) -> Comparison:
+    """Runs `step` eagerly and `lowered` in the interpreter, as `device` computes, for `steps` steps on one batch."""
+    program = interpret.prepare(lowered.graph, kernels.meanings(), device=device)
     eager = own = train_state
     metrics: dict[str, float] = {}
     leaves: dict[str, float] = {}

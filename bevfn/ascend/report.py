@@ -1,53 +1,16 @@
-"""What is in a lowered graph: what is missing, what leaves the AI Core, what it moves and computes.
+"""What is in a lowered graph: what is missing, what leaves the AI Core, what it moves and computes."""
 
-Shapes inside converters are not in the graph; they come from `interpret` run on fake tensors, with which nothing is
-computed. Constants stay real there as far as they are sizes and axes.
-"""
-
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
-from bevfn.ascend import engines, interpret
+from bevfn.ascend import interpret, placement
 from bevfn.ascend.lower import HF32, Lowered
 from bevfn.ascend.trace import Value
-from bevfn.kernels import ascend as kernels
-
-LARGE = 65_536  # elements; a constant of more is no size or axis
-# Types that only change how a tensor is read. No bytes move.
-VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "ExpandDims", "FlattenV2", "Identity"})
-FAMILIES: dict[str, frozenset[str] | set[str]] = {
-    "matrix products": {"MatMul", "MatMulV2", "BatchMatMul", "BatchMatMulV2"},
-    "convolutions": {
-        *("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "Conv2DTranspose"),
-        *("Conv3D", "Conv3DBackpropInput", "Conv3DBackpropFilter"),
-    },
-    "reductions": {
-        *("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceAll", "ReduceAny"),
-        *("ArgMaxWithValue", "Cumsum", "LayerNormV4", "LayerNormGradV3", "SoftmaxV2", "SoftmaxGrad"),
-    },
-    "gather and scatter": {
-        *("Gather", "GatherV2", "GatherElements", "GatherNd", "ScatterElements", "InplaceIndexAdd", "IndexByTensor"),
-        *("TensorScatterUpdate", "TensorScatterMax", "TensorScatterMin", "TensorScatterAdd", "ScatterNdAdd"),
-        *("UnsortedSegmentSum", "UnsortedSegmentMax", "SearchSorted"),
-    },
-    "sorting": {"Sort", "TopKV2"},
-    "collectives": {"HcomAllReduce", "HcomAllGather"},
-    "casts": {"Cast"},
-    "data movement": {
-        *("Transpose", "ConcatV2", "SplitV", "Pack", "Unpack", "StridedSliceV2", "Slice", "PadV3", "BroadcastTo"),
-        *("Expand", "Tile", "Fill", "ZerosLike", "OnesLike", "TensorMove", "ReverseV2", "Roll"),
-    },
-    "views": VIEWS,
-}
-STILL = ("data movement", "casts", "gather and scatter", "collectives")  # families that compute nothing
+from bevfn.ascend.uses import FAMILIES, VIEWS, Use, flops, used_by
 
 
 @dataclass(frozen=True)
@@ -80,8 +43,20 @@ class Report:
     missing: list[str]
     unknown: list[str]
     """nodes with an unknown dimension"""
+    tables: str
+    """what the places come from: our facts, or an installed CANN's folder"""
+    places: dict[str, int]
+    """nodes that are not computed from constants, by the unit that computes them (`placement`)"""
+    layouts: int
+    """nodes of the AI Core whose kernel takes another layout only, by an installed table"""
     off_core: list[str]
-    """host and AI CPU nodes, by type and dtype, with the reason and one line that they come from"""
+    """AI CPU nodes, by type and dtypes, with the reason and one line that they come from"""
+    no_kernel: list[str]
+    """likewise, that no unit computes"""
+    unlisted: list[str]
+    """likewise, whose kernels are not known"""
+    cast_kernels: list[str]
+    """likewise, that the AI Core computes in other dtypes, with casts that GE inserts"""
     casts: dict[str, int]
     """nodes: those the step asks for, those that converters insert; folded ones left out"""
     transposes: int
@@ -104,28 +79,32 @@ class Report:
         return {**asdict(self), "complete": self.complete}
 
 
-def report(name: str, lowered: Lowered) -> Report:
-    """The figures of `lowered`.
+def report(
+    name: str, lowered: Lowered, tables: placement.Tables | None = None, uses: list[Use] | None = None
+) -> Report:
+    """The figures of `lowered`; where its nodes run by `tables`, an installed CANN's (`opp.read`), or by our own.
 
-    If operators are missing, or types that `interpret` does not know are in the graph, shapes are not known: bytes,
-    FLOPs and engines are left out.
+    uses: what `used_by` gives, if it is there already. If operators are missing, or types that `interpret` does not know are in the graph, shapes are not known: bytes,
+    FLOPs and places are left out.
     """
     graph, kinds = lowered.graph, Counter(op.type for op in lowered.graph.op)
-    uses: list[_Use] = []
     unknown = [
         f"{op.type} {op.name}: {list(descriptor.shape.dim)}"
         for op in graph.op
         for descriptor in op.output_desc
         if any(size < 0 for size in descriptor.shape.dim)
     ]
-    if not lowered.missing:
+    if uses is None and not lowered.missing:
         try:
-            uses = list(_uses(lowered))
+            uses = list(used_by(lowered))
         except (interpret.Unsupported, interpret.Invalid) as error:
             unknown.append(f"all, because the graph cannot be interpreted: {error}")
+    uses = uses or []
     unknown += [f"{use.kind} {use.name}: {use.unknown}" for use in uses if use.unknown]
     constant = {use.name for use in uses if use.constant}
     working = [use for use in uses if not use.constant]  # what the device does each step; GE computes the rest once
+    tables = tables or placement.own_tables()
+    placed = [(use, where) for use, where in zip(uses, places(lowered, uses, tables)) if not use.constant]
     casts = [op.name for op in graph.op if op.type == "Cast" and op.name not in constant]
     asked = sum(lowered.sources[cast][0] == "aten._to_copy.default" for cast in casts)
     return Report(
@@ -140,7 +119,13 @@ def report(name: str, lowered: Lowered) -> Report:
         types=dict(kinds.most_common()),
         missing=_grouped([(m.op, m.reason, m.source) for m in lowered.missing]),
         unknown=unknown,
-        off_core=_off_core(lowered, working),
+        tables=tables.source,
+        places=dict(Counter(where.place for _, where in placed).most_common()),
+        layouts=sum(where.layout for _, where in placed),
+        off_core=_where(lowered, placed, "AI CPU"),
+        no_kernel=_where(lowered, placed, "none"),
+        unlisted=_where(lowered, placed, "unknown"),
+        cast_kernels=_where(lowered, placed, "AI Core with a cast"),
         casts={"asked": asked, "inserted": len(casts) - asked},
         transposes=sum(op.type == "Transpose" and op.name not in constant for op in graph.op),
         allow_hf32=HF32,
@@ -158,7 +143,12 @@ def text(made: Report) -> str:
         f"({made.constants} constants, {made.folded} computed from constants), converted in {made.seconds:.1f} s",
         f"  missing converters: {_listed(made.missing)}",
         f"  unknown dimensions: {_listed(made.unknown)}",
+        f"  kernels by {made.tables}: {', '.join(f'{n} {where}' for where, n in made.places.items()) or 'not known'}"
+        + (f"; {made.layouts} in another layout" if made.layouts else ""),
+        f"  without a kernel: {_listed(made.no_kernel)}",
         f"  off the AI Core: {_listed(made.off_core)}",
+        f"  kernels not known: {_listed(made.unlisted)}",
+        f"  on the AI Core behind a cast: {_listed(made.cast_kernels)}",
         f"  casts: {made.casts['asked']} asked for, {made.casts['inserted']} inserted; transposes: {made.transposes}; "
         f"HF32: {'allowed' if made.allow_hf32 else 'off'}",
     ]
@@ -176,105 +166,6 @@ def _listed(items: list[str]) -> str:
     return "none" if not items else "".join(f"\n    {item}" for item in items)
 
 
-# -------------------------------------------------------------------------------------------------- shapes of all nodes
-
-
-@dataclass(frozen=True)
-class _Use:
-    """A node with what it reads and writes."""
-
-    name: str
-    kind: str
-    operands: tuple[Tensor | None, ...]
-    results: tuple[Tensor, ...]
-    sources: tuple[tuple[str, int] | None, ...]
-    freed: tuple[tuple[str, int], ...]
-    constant: bool
-    unknown: str = ""
-
-    @property
-    def traffic(self) -> int:
-        if self.kind in VIEWS:
-            return 0
-        return sum(t.nbytes for t in (*self.operands, *self.results) if isinstance(t, Tensor))
-
-
-def _uses(lowered: Lowered) -> Iterator[_Use]:
-    """Every node in the order of execution, with fake tensors for what depends on the inputs."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    program = interpret.prepare(lowered.graph, {**kernels.meanings(), **_abstract(mode)})
-    with mode:
-        inputs = {source: torch.empty(v.shape, dtype=v.dtype) for (source, _), v in zip(program.inputs, lowered.inputs)}
-    values: dict = {**program.constants, **inputs}
-    constant = set(program.constants)
-    for step in program.steps:
-        node = step.node
-        operands = tuple(None if source is None else values[source] for source in node.sources)
-        fixed = all(source in constant for source in node.sources if source is not None)
-        unknown = ""
-        results: tuple = ()
-        try:
-            with torch.no_grad(), _PassedChecks():
-                returned = step.call(list(operands))
-            returned = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
-            results = tuple(_shrunk(result, mode) for result in returned)
-        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-            unknown = str(error).strip().splitlines()[0]
-        yield _Use(node.name, node.type, operands, results, node.sources, step.last_uses, fixed, unknown)
-        if unknown:  # nothing behind it is known either
-            return
-        for i, result in enumerate(results):
-            values[node.name, i] = result
-            if fixed:
-                constant.add((node.name, i))
-        for source in step.last_uses:
-            values.pop(source, None)
-
-
-class _PassedChecks(TorchFunctionMode):
-    """Fake tensors pass what `interpret` asks of values: their extremes are 0, all of them are true, none is any."""
-
-    ANSWERS = {Tensor.min: 0, Tensor.max: 0, Tensor.all: True, Tensor.any: False}  # noqa: RUF012
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in self.ANSWERS and len(args) == 1 and not kwargs and isinstance(args[0], FakeTensor):
-            return torch.tensor(self.ANSWERS[func])
-        return func(*args, **(kwargs or {}))
-
-
-def _shrunk(value: Any, mode: FakeTensorMode) -> Any:
-    """Contiguous, and without memory if it is large."""
-    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
-        return value.contiguous() if isinstance(value, Tensor) else value
-    return mode.from_tensor(value.contiguous()) if value.numel() > LARGE else value
-
-
-def _abstract(mode: FakeTensorMode) -> Mapping[str, Any]:
-    """Types that would allocate large constants, and collectives, which the interpreter has no other processes for."""
-
-    def fill(dims: Tensor, value: Tensor) -> Tensor:
-        sizes = [int(size) for size in dims.tolist()]
-        if math.prod(sizes) <= LARGE:
-            return value.expand(sizes).clone()
-        with mode:
-            return torch.empty(sizes, dtype=value.dtype)
-
-    def range_(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
-        count = max(0, math.ceil((limit.item() - start.item()) / delta.item()))
-        if count <= LARGE:
-            return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
-        with mode:
-            return torch.empty(count, dtype=start.dtype)
-
-    def all_reduce(x: Tensor, *, reduction: str, group: str, fusion: int, fusion_id: int) -> Tensor:
-        return torch.empty_like(x)
-
-    def all_gather(x: Tensor, *, rank_size: int, group: str, fusion: int, fusion_id: int) -> Tensor:
-        return x.new_empty(rank_size * x.shape[0], *x.shape[1:])
-
-    return {"Fill": fill, "Range": range_, "HcomAllReduce": all_reduce, "HcomAllGather": all_gather}
-
-
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -287,15 +178,42 @@ def _grouped(found: list[tuple[str, str, Any]]) -> list[str]:
     return [f"{what} x{n}: {reason}; at {first[what, reason] or 'no line'}" for (what, reason), n in counts.items()]
 
 
-def _off_core(lowered: Lowered, uses: list[_Use]) -> list[str]:
-    found = []
+def places(lowered: Lowered, uses: list[Use], tables: placement.Tables) -> Iterator[placement.Placed]:
+    """Where each node runs."""
+    layouts = {op.name: [d.layout or "ND" for d in op.input_desc] for op in lowered.graph.op}
+    fixed = {op.name for op in lowered.graph.op if op.type.startswith("Const")}
+    known: dict[tuple, placement.Placed] = {}  # few of the nodes differ in this
     for use in uses:
-        place = engines.DECIDES.get(use.kind, 0)
-        operand = use.operands[place] if len(use.operands) > place else None
-        dtype = str(operand.dtype).removeprefix("torch.") if isinstance(operand, Tensor) else ""
-        if reason := engines.problem(use.kind, dtype):
-            found.append((use.kind, reason, lowered.sources.get(use.name, ("", None))[1]))
-    return _grouped(found)
+        if use.constant:
+            fixed.add(use.name)
+        operands = tuple(
+            placement.Tensor(_dtype(x), layout, source is not None and source[0] in fixed)
+            if isinstance(x, Tensor)
+            else None
+            for x, source, layout in zip(use.operands, use.sources, layouts[use.name])
+        )
+        key = (
+            use.kind,
+            operands,
+            tuple(placement.Tensor(_dtype(x)) if isinstance(x, Tensor) else None for x in use.results),
+        )
+        if key not in known:
+            known[key] = placement.place(tables, *key)
+        yield known[key]
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _where(lowered: Lowered, placed: list[tuple[Use, placement.Placed]], place: placement.Place) -> list[str]:
+    return _grouped(
+        [
+            (use.kind, where.reason or ", ".join(where.casts), lowered.sources.get(use.name, ("", None))[1])
+            for use, where in placed
+            if where.place == place
+        ]
+    )
 
 
 def _inputs(lowered: Lowered) -> dict[str, int]:
@@ -311,7 +229,7 @@ def _kind(value: Value) -> str:
     return ".".join(parts[: 2 if len(parts) > 2 else 1])
 
 
-def _memory(uses: list[_Use]) -> dict[str, int]:
+def _memory(uses: list[Use]) -> dict[str, int]:
     """Peak of the values between nodes; views live in what they read."""
     root: dict[tuple[str, int], tuple[str, int]] = {}
     users: Counter[tuple[str, int]] = Counter()
@@ -344,30 +262,12 @@ def _memory(uses: list[_Use]) -> dict[str, int]:
     return {"activations": peak, "workspace": largest, "folded": sum(folded.values())}
 
 
-def _families(uses: list[_Use]) -> dict[str, Family]:
+def _families(uses: list[Use]) -> dict[str, Family]:
     names = {kind: family for family, kinds in FAMILIES.items() for kind in kinds}
     total: dict[str, list[float]] = {family: [0, 0.0, 0.0] for family in (*FAMILIES, "element-wise and other")}
     for use in uses:
         row = total[names.get(use.kind, "element-wise and other")]
         row[0] += 1
-        row[1] += _flops(use) / 1e9
+        row[1] += flops(use) / 1e9
         row[2] += use.traffic / 1e9
     return {family: Family(int(n), round(f, 4), round(b, 4)) for family, (n, f, b) in total.items() if n}
-
-
-def _flops(use: _Use) -> int:
-    shapes = [t.shape if isinstance(t, Tensor) else torch.Size() for t in use.operands]
-    written = sum(t.numel() for t in use.results if isinstance(t, Tensor))
-    if use.kind in FAMILIES["matrix products"]:
-        rows, columns = shapes[1][-2:]
-        return 2 * written * (rows * columns // use.results[0].shape[-1])
-    if use.kind in ("Conv2D", "Conv3D"):
-        return 2 * written * math.prod(shapes[1][1:])
-    if use.kind.endswith("BackpropInput"):
-        return 2 * shapes[2].numel() * math.prod(shapes[1][1:])
-    if use.kind.endswith("BackpropFilter"):
-        return 2 * shapes[2].numel() * math.prod(use.results[0].shape[1:])
-    if use.kind == "Conv2DTranspose":
-        return 2 * shapes[1].numel() * math.prod(shapes[2][1:])
-    still = use.kind in VIEWS or any(use.kind in FAMILIES[f] for f in STILL)
-    return 0 if still else written

@@ -36,14 +36,18 @@ def graph(
     batch_size: int | None = None,
     ops: Literal["stock", "drivingsdk"] = "stock",
     execute: int = 0,
+    kernels: Literal["published", "a2", "a2-hf32"] = "published",
     checkpoint_activations: bool = False,
+    opp: Path | None = None,
+    estimate: bool = False,
+    calibrate: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
 ) -> int:
     """Lower an experiment's steps to Ascend graphs and report what is in them; needs `pip install 'bevfn[npu]'`, no NPU.
 
     The whole train step and the inference step are traced with fake tensors and go through torchair's own converters.
-    Exit code 1 if a step is not one static graph: docs/ascend.md says how to read the report.
+    Exit code 1 if a step is not one static graph, or has a node without a kernel: docs/ascend.md says how to read the report.
 
     Args:
         experiment: the recipe
@@ -55,18 +59,32 @@ def graph(
         ops: what bevfn's own operators become: GE types that CANN has, or DrivingSDK's where docs/ascend.md says so
         execute: steps to run in the interpreter, from the same state as the eager step, on a generated frame (with an
             AdamW eps of 1 and a loss scale of 64: see `steps`)
+        kernels: --execute computes by the published meaning of the types, or as an Atlas A2's kernels do where that differs
+            (integer selects through float32), or with its HF32 convolutions besides
         checkpoint_activations: blocks are computed again for the gradient
+        opp: an installed CANN (its toolkit's folder, or opp): where each node runs, by its tables instead of our facts
+        estimate: also print how long each step would take on an Atlas A2, in three scenarios (docs/ascend.md)
+        calibrate: an op_summary_*.csv of msprof, of the train step: --estimate by what its tasks took
         json_file: also write the figures there
         out: folder for the graphs, as .pbtxt for reading and .air (the serialized model)
     """
     from bevfn.ascend import dump
+    from bevfn.ascend.estimate import estimate as seconds_of
+    from bevfn.ascend.estimate import read_profile
     from bevfn.ascend.execute import execute as compare
     from bevfn.ascend.lower import lower
+    from bevfn.ascend.opp import read
+    from bevfn.ascend.rates import PUBLISHED
     from bevfn.ascend.report import report, text
+    from bevfn.ascend.uses import used_by
 
     check_json(json_file)
+    if calibrate is not None and not estimate:
+        raise ValueError("--calibrate is of the estimate; add --estimate")
     if out is not None:
         check_writable(out)
+    tables = None if opp is None else read(opp)
+    profile = None if calibrate is None else read_profile(calibrate)
     if stage is not None:
         model = _of_stage(experiment, model, stage)
     of_scale = {
@@ -81,17 +99,23 @@ def graph(
     complete = True
     for name, (step, arguments) in steps(experiment, config, comparable=execute > 0).items():
         lowered = lower(step, arguments, **NAMES[name], ops=ops, strict=False)
-        reported = report(name, lowered)
+        uses = list(used_by(lowered)) if estimate and not lowered.missing else None
+        reported = report(name, lowered, tables, uses)
         print(text(reported), flush=True)
         made[name] = reported.to_json()
-        complete &= reported.complete
+        if uses is not None and reported.complete:
+            train = {"profile": profile, "published": PUBLISHED.get(experiment)} if name == "train" else {}
+            guess = seconds_of(lowered, uses, batch=batch_size, memory=reported.bytes, tables=tables, **train)
+            print(guess.text(), flush=True)
+            made[name]["estimate"] = guess.to_json()
+        complete &= reported.complete and not reported.no_kernel
         if out is not None:
             again = "_recomputed" if checkpoint_activations else ""
             dump.write(lowered.graph, out / f"{model or experiment}_{scale}_{precision}_{name}{again}")
         if execute and name == "train" and reported.complete:
-            comparison = compare(step, lowered, *arguments, steps=execute)
+            comparison = compare(step, lowered, *arguments, steps=execute, device=kernels)
             print(comparison.text(), flush=True)
-            made[name]["execute"] = comparison.to_json()
+            made[name]["execute"] = {"kernels": kernels, **comparison.to_json()}
     if json_file is not None:
         what = {"experiment": experiment, "model": config.model, "scale": scale, "precision": precision, **changes}
         provenance.write(json_file, {**what, "ops": ops, "steps": made})

@@ -33,7 +33,6 @@ def table() -> dict[Any, Callable]:
         aten.baddbmm.default: _baddbmm,
         aten.linspace.default: _linspace,
         aten.index_put.default: _index_put,
-        aten.scatter.src: _scatter,
         aten.where.self: _where,
         aten.rsub.Scalar: _rsub,
         aten.mul.Tensor: _mul,
@@ -112,16 +111,6 @@ def _index_put(
         rows = rows.scatter(0, linear[:, None].expand(values.shape), values)
     inverse = sorted(range(x.dim()), key=[*axes, *rest].__getitem__)
     return rows.reshape([*shape, *(x.shape[d] for d in rest)]).permute(inverse)
-
-
-def _scatter(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
-    """One element per row, the gradient of `x.max(dim)`: GE's ScatterElements has no AI Core kernel, a choice has."""
-    dim %= max(x.dim(), 1)
-    whole = [1 if d == dim else size for d, size in enumerate(x.shape)]
-    if list(index.shape) != whole or list(src.shape) != whole:
-        return NotImplemented
-    place = torch.arange(x.shape[dim], device=x.device).reshape([-1 if d == dim else 1 for d in range(x.dim())])
-    return torch.where(place == index, src, x)
 
 
 def _linear_index(indices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

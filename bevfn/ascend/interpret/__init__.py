@@ -36,7 +36,7 @@ from bevfn.ascend.interpret.program import prepare as _prepare
 
 __all__ = ["FUNCTIONS", "REFUSED", "Device", "Invalid", "Node", "Program", "Unsupported", "Watch", "prepare", "run"]
 
-Device = Literal["published", "a2"]
+Device = Literal["published", "a2", "a2-hf32"]
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **elementwise.OPS,
     **activation.OPS,
@@ -73,10 +73,12 @@ def prepare(
     """A program that `run` executes any number of times.
 
     graph: torchair's GraphDef. extra: meaning of custom types, functions as `node` describes them. device: "a2" computes as
-    an Atlas A2's kernels do where that differs from the published meaning (`interpret.a2`). Raises Unsupported or Invalid,
+    an Atlas A2's kernels do where that differs from the published meaning (`interpret.a2`), "a2-hf32" with convolutions of
+    float32 in HF32 besides, which bevfn switches off (`lower.HF32`). Raises Unsupported or Invalid,
     naming the node, for the first node that cannot be executed.
     """
-    return _prepare(graph, {**FUNCTIONS, **(a2.OPS if device == "a2" else {}), **(extra or {})}, REFUSED)
+    kernels = {"published": {}, "a2": a2.OPS, "a2-hf32": {**a2.OPS, **a2.HF32_OPS}}[device]
+    return _prepare(graph, {**FUNCTIONS, **kernels, **(extra or {})}, REFUSED)
 
 
 def run(graph: Any, inputs: Sequence[Tensor], watch: Watch | None = None) -> list[Tensor]:

@@ -1,14 +1,17 @@
 """What the kernels of an Atlas A2 (Ascend 910B) compute where it differs from a type's published meaning.
 
 Source: the operators' published implementations of CANN 8.1.RC1 (`impl/dynamic/*.py`, ops-math), read in ../shared/npu/A2.md.
+The gradient of a filter in float32 is no difference: it is what the prototype states.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bevfn.ascend.interpret import elementwise
+from bevfn.ascend.interpret import conv, elementwise
 from bevfn.ascend.interpret.node import Invalid, same_dtype
 
 
@@ -32,4 +35,27 @@ def sxpy(x1: Tensor, x2: Tensor, alpha: Tensor | None = None) -> Tensor:
     raise Invalid("A2 has no kernel of this type")
 
 
+def hf32(x: Tensor) -> Tensor:
+    """float32 with a mantissa of 11 bits, to the nearest, halves to even; other dtypes as they are.
+
+    Source: hiascend.com, CANN community 9.1.0, `--allow_hf32` (11 bits, the range of float32), and CANN commercial 8.5.0,
+    `SetHF32` (transMode 0).
+    """
+    if x.dtype != torch.float32:
+        return x
+    bits = x.contiguous().view(torch.int32)
+    kept = bits + 0x7FF + ((bits >> 12) & 1) & ~0xFFF
+    return torch.where(x.isfinite(), kept.view(torch.float32), x)
+
+
+def _of_hf32(function: Callable) -> Callable:
+    @functools.wraps(function)  # whose signature and marks `node.bind` reads
+    def apply(*operands: Any, **attributes: Any) -> Any:
+        rounded = (hf32(x) if isinstance(x, Tensor) else x for x in operands)
+        return function(*rounded, **attributes)
+
+    return apply
+
+
+HF32_OPS: dict[str, Callable] = {name: _of_hf32(function) for name, function in conv.OPS.items()}
 OPS: dict[str, Callable] = {"SelectV2": select_v2, "FloorDiv": floor_div, "Sxpy": sxpy}

@@ -114,7 +114,10 @@ def input_gradient(axes: int, default_format: str) -> Callable[..., Tensor]:
 
 
 def filter_gradient(axes: int, default_format: str) -> Callable[..., Tensor]:
-    """Conv2DBackpropFilter, Conv3DBackpropFilter; filter_size is the shape of the filter."""
+    """Conv2DBackpropFilter, Conv3DBackpropFilter; filter_size is the shape of the filter.
+
+    float32 whatever x is: `.OUTPUT(y, TensorType({DT_FLOAT}))` of the prototype in CANN 8.1.RC1's nn_calculation_ops.h.
+    """
 
     def apply(
         x: Tensor,
@@ -133,7 +136,7 @@ def filter_gradient(axes: int, default_format: str) -> Callable[..., Tensor]:
         dtype = wide(x.dtype)
         weight = torch.empty(ints(filter_size), dtype=dtype)  # only its shape is read
         dw = _backward(g, out_backprop.to(dtype), g.padded(x.to(dtype)), weight, [False, True, False])[1]
-        return dw.to(x.dtype)
+        return dw.float()
 
     return apply
 

@@ -1,0 +1,274 @@
+"""How long a lowered step would take on an Atlas A2: a roofline per node, before there is a device, or by a profile of one.
+
+    seconds of a task = max(FLOPs / cube, bytes / bandwidth, rows x cost of a row) + launch
+
+by the constants of `rates`, in three scenarios: a span to plan by, not a prediction to be held to. Tasks are the nodes that
+GE leaves: no views, no cast of a dtype to itself, nothing that is computed from constants. What GE fuses beyond that is in
+the scenarios' share of traffic, not in the number of tasks. Collectives are left out (docs/distributed.md).
+
+A profile (msprof's op_summary_*.csv) replaces the assumptions: tasks that it names take what they took, the rest of a group is
+scaled as the tasks of that group that it names, and tasks that only GE knows (TransData, fused ones) are a row of their own.
+"""
+
+import csv
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bevfn.ascend import placement
+from bevfn.ascend.interpret.node import BOOKKEEPING
+from bevfn.ascend.lower import Lowered
+from bevfn.ascend.rates import LARGE_COPIES, MEMORY, SCENARIOS, SMALL_TASK, Rates
+from bevfn.ascend.report import places
+from bevfn.ascend.uses import FAMILIES, Use, flops
+
+GATHERS = {
+    "Gather": 1,
+    "GatherV2": 1,
+    "GatherElements": 1,
+    "GatherNd": 1,
+    "IndexByTensor": 1,
+}  # {type: place of the index}
+ADDS = {"InplaceIndexAdd": 1, "ScatterElements": 1, "TensorScatterAdd": 1, "TensorScatterUpdate": 1, "ScatterNdAdd": 1}
+GROUPS = (
+    *("cube", "gather", "index_add", "sort", "batch norm", "random numbers", "vector", "copies", "AI CPU"),
+    "of GE alone",
+)
+NAMED = 0.1  # share of a graph's tasks that a profile of it names at least: GE renames what it fuses
+COLUMNS = ("Op Name", "Task Duration(us)")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A node that the device is asked to run."""
+
+    name: str
+    group: str
+    flops: int
+    bytes: int
+    rows: int
+    """gathered, added or sorted"""
+    half: bool
+    """whether products are of 16 bits"""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tasks of one kind."""
+
+    tasks: int
+    gigabytes: float
+    gflop: float
+    million_rows: float
+    seconds: dict[str, float]
+    """by scenario, and "profile" if there is one"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one step."""
+
+    batch: int
+    groups: dict[str, Group]
+    seconds: dict[str, float]
+    small_tasks: int
+    """of less than 64 KB"""
+    compilations: int
+    """distinct operators that GE compiles: type, shapes, dtypes and attributes"""
+    memory: int
+    """bytes of inputs, outputs, activations, workspace and folded constants"""
+    published: float | None
+    """samples a second and NPU"""
+
+    @property
+    def tasks(self) -> int:
+        """Of all groups that the graph has."""
+        return sum(group.tasks for group in self.groups.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "tasks": self.tasks, "samples_per_second": self.samples_per_second}
+
+    @property
+    def samples_per_second(self) -> dict[str, float]:
+        """By scenario."""
+        return {name: self.batch / seconds for name, seconds in self.seconds.items()}
+
+    def text(self) -> str:
+        """For the terminal."""
+        names = list(self.seconds)
+        columns = "".join(f"{name:>13}" for name in names)
+        lines = [
+            "  estimated, never measured (bevfn/ascend/rates.py), ms:",
+            f"  {'':<16}{columns}{'tasks':>9}{'M rows':>10}{'GB':>9}{'GFLOP':>11}",
+        ]
+        for name, g in self.groups.items():
+            times = "".join(f"{g.seconds[scenario] * 1e3:>13.1f}" for scenario in names)
+            lines.append(f"  {name:<16}{times}{g.tasks:>9}{g.million_rows:>10.1f}{g.gigabytes:>9.1f}{g.gflop:>11.1f}")
+        sums = "".join(f"{self.seconds[name] * 1e3:>13.1f}" for name in names)
+        rates = "".join(f"{rate:>13.2f}" for rate in self.samples_per_second.values())
+        published = f"   published {self.published:.2f} per NPU" if self.published else ""
+        rows = {name: group.million_rows for name, group in self.groups.items()}
+        return "\n".join(
+            [
+                *lines,
+                f"  {'sum':<16}{sums}{self.tasks:>9}",
+                f"  {'samples/s':<16}{rates}{published}",
+                f"  rows: {rows.get('gather', 0):.1f} M gathered, {rows.get('index_add', 0):.1f} M added; tasks under "
+                f"64 KB: {self.small_tasks}; operators to compile: {self.compilations}; memory "
+                f"{self.memory / 2**30:.1f} of {MEMORY / 2**30:.0f} GiB",
+            ]
+        )
+
+
+def estimate(
+    lowered: Lowered,
+    uses: Sequence[Use],
+    *,
+    batch: int,
+    memory: Mapping[str, int],
+    tables: placement.Tables | None = None,
+    published: float | None = None,
+    profile: Mapping[str, float] | None = None,
+) -> Estimate:
+    """The estimate of a step over `batch` samples.
+
+    uses: `used_by(lowered)`, complete. memory: `Report.bytes`. profile: seconds by the tasks' names, `read_profile`.
+    Raises ValueError if `profile` is of another graph.
+    """
+    tasks = list(tasks_of(lowered, uses, tables or placement.own_tables()))
+    times = {name: {task.name: seconds(task, rates) for task in tasks} for name, rates in SCENARIOS.items()}
+    alone = 0.0
+    if profile is not None:
+        times["profile"] = calibrated(tasks, times["middle"], profile)
+        alone = sum(took for name, took in profile.items() if name not in times["profile"])
+    groups: dict[str, Group] = {}
+    for name in GROUPS:
+        members = [task for task in tasks if task.group == name]
+        own = {scenario: sum(took[task.name] for task in members) for scenario, took in times.items()}
+        if name == "of GE alone" and profile is not None:
+            own["profile"] = alone
+        if members or any(own.values()):
+            size = (sum(task.bytes for task in members), sum(task.flops for task in members if task.group == "cube"))
+            rows = sum(task.rows for task in members)
+            groups[name] = Group(len(members), size[0] / 1e9, size[1] / 1e9, rows / 1e6, own)
+    return Estimate(
+        batch=batch,
+        groups=groups,
+        seconds={scenario: sum(group.seconds[scenario] for group in groups.values()) for scenario in times},
+        small_tasks=sum(task.bytes < SMALL_TASK for task in tasks),
+        compilations=len(_compiled(lowered, uses, {task.name for task in tasks})),
+        memory=sum(memory.values()),
+        published=published,
+    )
+
+
+def tasks_of(lowered: Lowered, uses: Sequence[Use], tables: placement.Tables) -> Iterator[Task]:
+    """The nodes that become tasks, in order."""
+    for use, where in zip(uses, places(lowered, list(uses), tables)):
+        if use.constant or where.place in ("GE", "HCCL") or (use.kind in FAMILIES["views"]):
+            continue
+        group = "AI CPU" if where.place == "AI CPU" else _group(use, str(lowered.sources.get(use.name, ("", None))[1]))
+        floats = [x for x in use.operands if isinstance(x, Tensor) and x.is_floating_point()]
+        half = bool(floats) and all(x.element_size() == 2 for x in floats)
+        yield Task(use.name, group, flops(use), use.traffic, _rows(use), half)
+
+
+def seconds(task: Task, rates: Rates) -> float:
+    """Of one task, by a scenario."""
+    if task.group == "AI CPU":
+        return rates.cpu_launch + task.bytes / rates.cpu_bytes
+    moved = task.bytes * rates.traffic / LARGE_COPIES
+    cube = task.flops / (rates.half if task.half else rates.single) if task.group == "cube" else 0.0
+    row = {"gather": rates.gather, "index_add": rates.index_add, "sort": rates.sort}.get(task.group, 0.0)
+    return max(moved, cube, task.rows * row) + rates.launch
+
+
+def read_profile(path: Path) -> dict[str, float]:
+    """{task: seconds, mean over steps} of msprof's op_summary_*.csv. Raises ValueError if it is none."""
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path} has no column {missing[0]!r}; give an op_summary_*.csv of msprof")
+            took: dict[str, list[float]] = defaultdict(list)
+            for row in reader:
+                try:
+                    number = float(row[COLUMNS[1]].strip())
+                except (ValueError, AttributeError):
+                    number = math.nan
+                if not 0 <= number < math.inf:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: {COLUMNS[1]} is {row[COLUMNS[1]]!r}, not microseconds"
+                    )
+                took[row[COLUMNS[0]].strip()].append(number * 1e-6)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read the profile {path} ({error}); give an op_summary_*.csv of msprof") from None
+    if not took:
+        raise ValueError(f"{path} has no task; profile some steps")
+    # A task runs once a step in a static graph, so that its mean is a step's; msprof may have lost some.
+    return {name: sum(times) / len(times) for name, times in took.items()}
+
+
+def calibrated(tasks: Sequence[Task], guessed: Mapping[str, float], profile: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of every task: those of the profile, or the guess scaled as the named tasks of the same group were."""
+    named = [task for task in tasks if task.name in profile]
+    if len(named) < NAMED * len(tasks):
+        raise ValueError(
+            f"the profile names {len(named)} of the graph's {len(tasks)} tasks: it is of another graph; profile the step of "
+            "the same commit, experiment, precision, scale and batch size"
+        )
+    real: Counter[str] = Counter()
+    thought: Counter[str] = Counter()
+    for task in named:
+        for key in (task.group, ""):
+            real[key] += profile[task.name]
+            thought[key] += guessed[task.name]
+    factor = {key: real[key] / thought[key] for key in thought}
+    return {t.name: profile.get(t.name, guessed[t.name] * factor.get(t.group, factor[""])) for t in tasks}
+
+
+def _group(use: Use, source: str) -> str:
+    if use.kind in FAMILIES["matrix products"] | FAMILIES["convolutions"]:
+        return "cube"
+    if use.kind in GATHERS:
+        return "gather"
+    if use.kind in ADDS:
+        return "index_add"
+    if use.kind in FAMILIES["sorting"]:
+        return "sort"
+    if "batch_norm." in source:
+        return "batch norm"
+    if "rng." in source:
+        return "random numbers"
+    return "copies" if use.kind in FAMILIES["data movement"] | FAMILIES["casts"] else "vector"
+
+
+def _rows(use: Use) -> int:
+    place = {**GATHERS, **ADDS, "Sort": 0, "TopKV2": 0}.get(use.kind)
+    index = use.operands[place] if place is not None else None
+    return index.numel() if isinstance(index, Tensor) else 0
+
+
+def _compiled(lowered: Lowered, uses: Sequence[Use], tasks: set[str]) -> set[tuple]:
+    """What GE compiles once each: it takes operators that agree in these for one."""
+    ops = {op.name: op for op in lowered.graph.op}
+    return {
+        (
+            use.kind,
+            tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in (*use.operands, *use.results)),
+            tuple(
+                (name, value.SerializeToString(deterministic=True))
+                for name, value in sorted(ops[use.name].attr.items())
+                if name not in BOOKKEEPING and not name.startswith("_")
+            ),
+        )
+        for use in uses
+        if use.name in tasks
+    }

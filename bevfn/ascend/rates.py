@@ -1,0 +1,53 @@
+"""What an Atlas 800T A2 (Ascend 910B, one of its eight NPUs) is taken to do in a second, in three scenarios, with sources.
+
+"Floor" is a published or measured rate; what is above it is an assumption, and says so. No number here was measured by us.
+
+[1] CANN's platform files of the 910B variants (`Ascend910B*.ini`): 20 to 24 cube cores, 295 to 364 TFLOP/s in float16,
+    40 to 48 vector cores, L2 of 192 MB.
+[2] Huawei's DataCopy sample on A2: 1.49 TB/s for large copies, 128-byte copies at 0.232 ns each over the whole chip.
+[3] Audit of the published fp16 graphs, ../shared/npu/A2.md: costs of gather, index_add, sort and launches, assumed there on
+    top of these floors.
+"""
+
+from dataclasses import dataclass
+
+LARGE_COPIES = 1.49e12
+"""Bytes a second [2]; the floor of everything that moves memory."""
+MEMORY = 64 * 2**30
+"""Bytes of an NPU's memory."""
+SMALL_TASK = 65_536
+"""Bytes below which a task is mostly its launch."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one scenario."""
+
+    half: float
+    """FLOP/s of the cube in float16 and bfloat16 [1], times the share of it that a product reaches: assumed"""
+    single: float
+    """likewise in float32 without HF32: assumed a quarter"""
+    traffic: float
+    """share of a graph's bytes that reach memory. GE's fusion and the L2 save some, lines half used cost more: assumed"""
+    gather: float
+    """seconds per gathered row [3]; no copy is cheaper than 0.232 ns [2]"""
+    index_add: float
+    """seconds per added row [3]: a scalar loop per index"""
+    sort: float
+    """seconds per sorted element [3]"""
+    launch: float
+    """seconds per task [3]"""
+    cpu_launch: float
+    """seconds per task of the AI CPU: assumed"""
+    cpu_bytes: float
+    """bytes a second of the AI CPU: assumed"""
+
+
+SCENARIOS = {
+    "optimistic": Rates(0.7 * 364e12, 0.7 * 91e12, 0.5, 0.30e-9, 5e-9, 1.2e-9, 1.1e-6, 50e-6, 4e9),
+    "middle": Rates(0.5 * 330e12, 0.5 * 82e12, 0.8, 0.65e-9, 15e-9, 1.6e-9, 2.7e-6, 100e-6, 2e9),
+    "pessimistic": Rates(0.35 * 295e12, 0.35 * 74e12, 1.5, 1.2e-9, 35e-9, 2.5e-9, 4.8e-6, 200e-6, 1e9),
+}
+
+PUBLISHED = {"bevfusion": 4.10, "bevdepth": 4.04, "matrixvt": 5.6}
+"""Samples a second and NPU in fp16 training on Atlas 800T A2, by Ascend/DrivingSDK's model pages (issue 13)."""
