@@ -127,13 +127,14 @@ def load(
         path: a run's folder (its best checkpoint, or the latest where none was evaluated), RUN/best, RUN/latest, a step's
             folder, a file of `bevfn checkpoint import`, or a published one (.pth, read without unpickling, or .safetensors).
         model: a name of the catalogue; by default the run's, or what the file looks like.
-        device: torch device of the weights.
+        device: torch device of the weights, or auto (see `distributed.chosen`).
         averages: of a run's averaged parameters, if it has any; False: those that it trained.
         flags: others of the recipe's, as precision="fp32" or scale="mini".
 
     Raises ValueError, one sentence, if nothing is there, it is damaged, or is a checkpoint of another model.
     """
     distributed.check_device(device)
+    device = distributed.chosen(device)
     given = {name: value for name, value in ({"model": model} | flags).items() if value is not None}
     place = whole(Path(path))
     if place.is_dir():

@@ -12,7 +12,7 @@ import pytest
 import small_root
 import small_world
 
-from bevfn import cli, detector
+from bevfn import cli, detector, distributed
 from bevfn.commands import evaluate
 from bevfn.evaluation import apart, score
 from bevfn.experiments import bevfusion_lidar
@@ -155,6 +155,20 @@ def test_sweeps_move_as_the_run_or_the_flag_says_and_an_older_config_is_named(tr
         in capsys.readouterr().out
     )
     assert asked[:2] == [True, False]
+
+
+def test_the_device_is_the_runs_where_it_is_here(trained, monkeypatch, capsys, tmp_path):
+    made = copied(trained[1], tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["device"] == "cpu"  # what auto was when it was trained
+    asked = []
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **settings: asked.append(settings["device"]) or ({}, {}))
+    monkeypatch.setattr(evaluate, "judge", lambda *_, **__: types.SimpleNamespace(text=""))
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"device": "cuda:7"}))
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST) == 0
+    assert f"device {distributed.chosen('auto')} (the run's cuda:7 is not here)" in capsys.readouterr().out
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST, "--device", "cpu") == 0
+    assert "is not here" not in capsys.readouterr().out and asked == [distributed.chosen("auto"), "cpu"]
 
 
 def test_the_metric_is_the_data_sets_own_unless_the_flag_names_one(trained, monkeypatch, capsys):

@@ -36,7 +36,7 @@ def evaluate(
     intensity: bool | None = None,
     fuser_kernel: Literal[3, 5] | None = None,
     backend: compilation.Backend = "inductor",
-    device: str = "cpu",
+    device: str | None = None,
     batch_size: int = 1,
     workers: int = 4,
     point_capacity: int | None = None,
@@ -67,7 +67,7 @@ def evaluate(
             shapes say
         fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default as intensity
         backend: what compiles the forward pass
-        device: torch device
+        device: torch device; by default the run's if it is here, else auto: an NPU, a CUDA device or the CPU, the first that there is
         batch_size: key frames at a time
         workers: processes that read; 0: none
         point_capacity: room for the points of a key frame, for a LiDAR that is denser than the run's; this and the next
@@ -75,7 +75,7 @@ def evaluate(
         voxel_capacity: voxels of a key frame
         site_capacity: active sites of a key frame at each level of the sparse encoder
     """
-    distributed.check_device(device)
+    distributed.check_device(device or distributed.AUTO)
     checkpoint = detector.whole(checkpoint)
     flags = {"model": model, "data_root": data_root, "version": version, "split": split, "precision": precision}
     room = {"point_capacity": point_capacity, "voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
@@ -84,7 +84,12 @@ def evaluate(
     task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
     out = out if out is not None else _folder(checkpoint, split)
     _check(task, out)
-    settings: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "backend": backend, "device": device}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "workers": workers,
+        "backend": backend,
+        "device": config.device,
+    }
     reference = None if against is None else _other(experiment, config, task, against)
     found, counts = _found(task, checkpoint, **settings)
     sure = None if reference is None else _found(reference, checkpoint, **settings)[0]
@@ -129,7 +134,7 @@ def _scored_by(metric: Literal["nuscenes", "t4"] | None, task: tasks.Task) -> ta
     return replace(task, data=replace(task.data, evaluation=replace(task.data.evaluation, metric=metric)))
 
 
-def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any]) -> command_line.Config:
+def _config(experiment: str, checkpoint: Path, device: str | None, flags: dict[str, Any]) -> command_line.Config:
     """The config that the checkpoint is evaluated with: its run's, with the flags that are given (not None)."""
     given = {name: value for name, value in flags.items() if value is not None}
     config = detector.run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
@@ -139,7 +144,17 @@ def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any
         if what := source.trained_on(root, version, config.train_split, split, config.world):
             print(f"warning: {what}")
         given |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
-    return replace(detector.flagged(experiment, config, given), device=device, resume=False)
+    return replace(detector.flagged(experiment, config, given), device=_device(device, config.device), resume=False)
+
+
+def _device(asked: str | None, of_run: str) -> str:
+    """The device that is asked for, the run's where it is here, or auto's; says which where nobody asked for it."""
+    wanted = asked or of_run
+    device = distributed.chosen(wanted if asked or distributed.is_there(of_run) else distributed.AUTO)
+    if device != wanted:
+        why = f"--device {wanted}" if wanted == distributed.AUTO else f"the run's {wanted} is not here"
+        print(f"device {device} ({why})", flush=True)
+    return device
 
 
 def _check(task: tasks.Task, out: Path) -> None:

@@ -76,7 +76,7 @@ def graph(
     config = of_scale[scale].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
-    config = replace(config, precision=precision, **changes)
+    config = replace(config, precision=precision, device="cpu", **changes)  # fake tensors, whatever devices are here
     made: dict[str, dict] = {}
     complete = True
     for name, (step, arguments) in steps(experiment, config, comparable=execute > 0).items():

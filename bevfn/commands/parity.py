@@ -33,6 +33,7 @@ def parity(
     from bevfn.parity import compare, golden, replay
 
     distributed.check_device(device)
+    device = distributed.chosen(device)
     check_json(json_file)
     started = time.perf_counter()
     case = golden.read(case_dir)

@@ -39,7 +39,7 @@ def predict(
     voxel_capacity: int | None = None,
     site_capacity: tuple[int, ...] | None = None,
     backend: compilation.Backend = "eager",
-    device: str = "cpu",
+    device: str = "auto",
     batch_size: int = 1,
     workers: int = 0,
 ) -> None:
@@ -74,7 +74,7 @@ def predict(
         voxel_capacity: voxels of a key frame
         site_capacity: active sites of a key frame at each level of the sparse encoder
         backend: what compiles the forward pass; inductor first takes a minute or more, which many key frames win back
-        device: torch device
+        device: torch device; auto: an NPU, a CUDA device or the CPU, the first that there is
         batch_size: key frames at a time
         workers: processes that read; 0: none
     """

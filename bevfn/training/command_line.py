@@ -35,8 +35,9 @@ class Config:
     """what compiles the train step"""
     eval_backend: compilation.Backend = "inductor"
     """what compiles the forward pass of an evaluation"""
-    device: str = "cpu"
-    """torch device: cpu, cuda, cuda:1; under torchrun each process takes its own"""
+    device: str = "auto"
+    """torch device: cpu, cuda, cuda:1, npu; auto: an NPU, else a CUDA device, else the CPU, which is printed. Under torchrun each
+    process takes its own"""
     mode: Literal["full", "performance"] = "full"
     """full: all epochs, with evaluations; performance: one epoch without, and samples/s after --warm-up steps"""
     warm_up: int = 20

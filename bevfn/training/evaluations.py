@@ -30,7 +30,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
         batch_size=config.batch_size,
         workers=config.workers,
         backend=config.eval_backend,
-        device=config.device,
+        device=run.device,
         replicas=run.replicas,
         warn=print,
     )

@@ -60,7 +60,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
             if replicas is None or replicas.rank == 0:
                 source.prepare(config.data_root, config.world)
             distributed.gather(None, replicas)  # the others wait for it
-            config = config.completed()
+            config = on_device(config.completed(), leads=replicas is None or replicas.rank == 0)
             task = make_task(config)
             check(task, whole=config.on_damaged == "stop")
             if config.on_damaged == "skip":
@@ -72,6 +72,19 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
             return _train(run, None if agreed is None else Path(agreed))
     finally:
         distributed.stop()
+
+
+def on_device(config: Config, *, leads: bool = True) -> Config:
+    """The config with the device that "auto" means here, which is said."""
+    device = distributed.chosen(config.device)
+    if device != config.device and leads:
+        print(
+            f"device {device} (--device {config.device}: {', '.join(distributed.PREFERRED)}, the first that is there)",
+            flush=True,
+        )
+    if device.startswith("npu") and config.backend == "inductor" and leads:
+        print("hint: on an NPU --backend torchair --eval-backend torchair are made for it (docs/ascend.md)", flush=True)
+    return dataclasses.replace(config, device=device)
 
 
 def _train(run: Run, latest: Path | None) -> dict:
@@ -100,7 +113,7 @@ def _train(run: Run, latest: Path | None) -> dict:
         done, began = start, time.perf_counter()
         problems: list[Exception] = []
         for done, loaded in readable(run, stream, problems):
-            batches = [item.batch.to(config.device) for item in loaded]
+            batches = [item.batch.to(run.device) for item in loaded]
             train_state, metrics = step(train_state, batches)
             values = {name: float(value) for name, value in metrics.items()}  # the step's only copy to the host
             values |= counters(run, loaded)
@@ -249,7 +262,7 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
         "minutes": (time.perf_counter() - started) / 60,
         "peak_memory_gb": {where: size / 2**30 for where, size in peak_memory().items()},
         "config": flags(run.config),
-        **provenance.head(run.config.device),
+        **provenance.head(run.device),
     }
     if run.leads:
         write_atomically(run.config.run_dir / SUMMARY, to_json(summary, indent=1))
@@ -312,7 +325,7 @@ def describe(run: Run, train_state: train.TrainState, done: int) -> str:
     scaling = "--lr" if config.lr is not None else f"{config.lr_scaling} scaling from batch {config.recipe_batch}"
     return (
         f"{run.task.title}: {tree.num_elements(train_state.params) / 1e6:.1f} M parameters, {config.precision} on "
-        f"{config.device} through {config.backend}\n"
+        f"{run.device} through {config.backend}\n"
         f"{data.training.root} ({data.training.split or 'one frame'}{same}): {len(data.items)} samples an epoch{shares(data)}, "
         f"{plan.total_steps} steps of {plan.batch}{f', from step {done} on' if done else ''}; "
         f"peak learning rate {peak:.4g} ({scaling})"
