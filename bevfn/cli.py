@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from bevfn import exits
-from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity, predict
+from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity, predict, train
 from bevfn.training import limits
 
 # Name: (what the group is for, its subcommands).
@@ -53,6 +53,7 @@ def _group(name: str) -> Callable:
 
 
 COMMANDS: dict[str, Callable] = {
+    "train": train.train,
     "parity": parity.parity,
     **{name: _group(name) for name in GROUPS},
     "eval": evaluate.evaluate,
@@ -83,6 +84,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments == ["bench", "--list"]:
         arguments = ["bench", "list"]
+    if arguments[:1] == ["train"] and arguments[1:] and arguments[1] not in ("-h", "--help"):
+        sys.exit(train.train(arguments[1], tuple(arguments[2:])))  # whose flags are the recipe's, and errors a run's
     with exits.one_sentence(RuntimeError):
         if arguments[:1] and arguments[0] in GROUPS:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))

@@ -27,10 +27,9 @@ from bevfn.data.reading import Reading
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.results import Detections
 from bevfn.names import printable
-from bevfn.training import checkpoint, command_line, pretrained, run_folder, tasks
+from bevfn.training import checkpoint, command_line, located, pretrained, run_folder, tasks
 from bevfn.upstream import checkpoints, recognise
 
-BEST, LATEST = "best", "latest"
 FOREIGN = {  # flags of some recipes alone
     **dict.fromkeys(("intensity", "fuser_kernel"), "is not AWML's"),
     **dict.fromkeys(("point_capacity", "voxel_capacity", "site_capacity"), "reads no LiDAR points or sweeps"),
@@ -136,7 +135,7 @@ def load(
     distributed.check_device(device)
     device = distributed.chosen(device)
     given = {name: value for name, value in ({"model": model} | flags).items() if value is not None}
-    place = whole(Path(path))
+    place = located.whole(Path(path))
     if place.is_dir():
         checkpoint.read_meta(place)  # or it is none
         experiment = of_run(place, model)
@@ -148,43 +147,6 @@ def load(
         made = _of_file(place, model, given)
     check_fits(made.task, made.params, made.state, place)
     return replace(made, params=tree.to(made.params, device), state=tree.to(made.state, device))
-
-
-# ------------------------------------------------------------------------------------------------ where weights lie
-
-
-def whole(path: Path) -> Path:
-    """The step folder that a run's folder or RUN/best means, see `load`; any other path is itself. Raises ValueError where a
-    run has none."""
-    if path.name in (BEST, checkpoint.BEST, LATEST) and not path.is_dir():
-        word = LATEST if path.name == LATEST else BEST
-        found = _chosen(_checkpoints(path.parent), word)
-        if found is None:
-            raise ValueError(f"{path.parent} has no {word} checkpoint; {_has(path.parent)}")
-        return found
-    inside = _checkpoints(path)
-    if not path.is_dir() or (path / checkpoint.META).exists() or not (inside != path or checkpoint.steps(path)):
-        return path
-    found = _chosen(inside, BEST) or _chosen(inside, LATEST)
-    if found is None:
-        raise ValueError(f"{path} holds no whole checkpoint; {_has(path)}")
-    return found
-
-
-def _checkpoints(folder: Path) -> Path:
-    """A run's folder of them, or itself."""
-    return folder / run_folder.CHECKPOINTS if (folder / run_folder.CHECKPOINTS).is_dir() else folder
-
-
-def _chosen(checkpoints: Path, word: str) -> Path | None:
-    if not checkpoints.is_dir():
-        return None
-    return checkpoint.best(checkpoints) if word == BEST else checkpoint.latest(checkpoints)
-
-
-def _has(folder: Path) -> str:
-    names = [step.name for step in checkpoint.steps(_checkpoints(folder))]
-    return f"it has {', '.join(names[-5:])}" if names else "give a run's folder with checkpoints/step_..., or a file"
 
 
 # ------------------------------------------------------------------------------------------------ recipes of weights
@@ -301,7 +263,7 @@ def of_release(experiment: str, model: str, file: Path) -> dict[str, Any]:
     """As `released`, of an imported file; nothing of a run's folder."""
     if not file.is_file():
         return {}
-    imported = upstream.read_imported(file)
+    imported = pretrained.imported(file)
     return released(experiment, model, imported.model, _named(imported.params))
 
 

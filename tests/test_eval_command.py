@@ -126,7 +126,7 @@ def test_capacities_of_points_are_not_for_camera_models(monkeypatch, capsys, tmp
         "eval",
         "bevdepth",
         "--checkpoint",
-        tmp_path / "a.safetensors",
+        tmp_path,
         "--data-root",
         small_world.index().root,
     )

@@ -17,7 +17,7 @@ from bevfn.evaluation.detect import collect, detect
 from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
 from bevfn.files import check_writable, to_json, write_atomically
 from bevfn.precision import Precision
-from bevfn.training import command_line, pretrained, tasks
+from bevfn.training import command_line, located, pretrained, tasks
 
 
 def evaluate(
@@ -76,7 +76,7 @@ def evaluate(
         site_capacity: active sites of a key frame at each level of the sparse encoder
     """
     distributed.check_device(device or distributed.AUTO)
-    checkpoint = detector.whole(checkpoint)
+    checkpoint = located.whole(checkpoint)
     flags = {"model": model, "data_root": data_root, "version": version, "split": split, "precision": precision}
     room = {"point_capacity": point_capacity, "voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
     network = {"published_sweeps": published_sweeps, "intensity": intensity, "fuser_kernel": fuser_kernel}

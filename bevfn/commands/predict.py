@@ -12,6 +12,7 @@ from bevfn.data import inputs
 from bevfn.evaluation import predicted, tables, viewer
 from bevfn.files import check_new_folder, new_folder
 from bevfn.precision import Precision
+from bevfn.training import located
 
 RECORDING = "recording.rrd"
 
@@ -84,6 +85,7 @@ def predict(
     flags: dict[str, Any] = {"precision": precision, "published_sweeps": published_sweeps, "intensity": intensity}
     flags |= {"fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
+    checkpoint = located.whole(checkpoint)
     index = inputs.read(data, scene, version, columns)
     made = detector.load(checkpoint, model=model, device=device, averages=averages, **flags).at(data)
     made.ready(index)

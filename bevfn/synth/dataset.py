@@ -30,6 +30,7 @@ from bevfn.synth.tables import Seen
 from bevfn.synth.world import TICK, World, build
 
 VERSION = "v1.0-trainval"
+DESCRIPTION = "world.json"  # of what was made
 FORM = 1  # changes when the same settings give other files
 Format = Literal["nuscenes", "t4"]
 CHUNK = 4  # key frames a process makes at a time
@@ -152,7 +153,7 @@ def _holds(out: Path, settings: Settings) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        described = read_json((out / "world.json").read_bytes())
+        described = read_json((out / DESCRIPTION).read_bytes())
     except (OSError, ValueError):
         described = None
     if described == settings.described:
@@ -172,7 +173,7 @@ def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
     for found in track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True):
         seen.update(found)
     (_fill_t4 if settings.format == "t4" else _fill_nuscenes)(root, settings, seen)
-    (root / "world.json").write_bytes(to_json(settings.described))
+    (root / DESCRIPTION).write_bytes(to_json(settings.described))
 
 
 def _fill_nuscenes(root: Path, settings: Settings, seen: dict[tuple[int, int], Seen]) -> None:

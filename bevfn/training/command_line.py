@@ -16,6 +16,19 @@ from bevfn.precision import Precision
 from bevfn.training import limits
 
 RUNS = Path("runs")
+ELSEWHERE = {
+    "--work-dir": "--run-dir is the run's folder",
+    "--load-from": "--pretrained takes weights to start from, and --resume goes on with the run in --run-dir",
+    "--resume-from": "--resume goes on with the run in --run-dir",
+    "--auto-resume": "--resume goes on with the run in --run-dir",
+    "--amp": "--precision fp16 (or bf16) is mixed precision",
+    "--cfg-options": "every number of a recipe is a flag of its own: see --help",
+    "--launcher": "torchrun --nproc-per-node N -m bevfn.experiments.NAME starts N processes",
+    "--gpus": "torchrun --nproc-per-node N -m bevfn.experiments.NAME starts a process per device",
+    "--checkpoint": "--pretrained takes weights to start from, and `bevfn eval` evaluates a checkpoint",
+    "--max-epochs": "--epochs is their number",
+}
+"""Flags that mmdetection3d's tools and Lightning have for what has another name here."""
 Scale = Literal["published", "mini"]
 
 
@@ -149,7 +162,7 @@ def flags(config: Config) -> dict:
     return as_read(dataclasses.asdict(config))
 
 
-def parse(defaults: Defaults, arguments: list[str], description: str | None = None) -> Any:
+def parse(defaults: Defaults, arguments: list[str], description: str | None = None, prog: str | None = None) -> Any:
     """The config of a command line; --model (and what else `Config.CHOOSES`) and what is at --data-root decide on the
     defaults."""
     root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
@@ -159,10 +172,30 @@ def parse(defaults: Defaults, arguments: list[str], description: str | None = No
     fitting = (m for m, one in some.items() if all(str(getattr(one, n)) == v for n, v in chosen.items()))
     # Tyro names the choices for an unknown model, the config what contradicts a known one.
     of = defaults.get(next(fitting, chosen.get("model", "")), first)
-    default = source.of_kind(of, None if root is None else Path(root))
+    default = _fitting(of, None if root is None else Path(root))
     module = sys.modules["__main__"].__spec__
-    prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
+    if prog is None and module:
+        prog = f"python -m {module.name}"  # not the file's path, which nobody types
+    _hint(default, arguments)
     return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
+
+
+def _fitting(defaults: Mapping[source.Kind, Config], root: Path | None) -> Config:
+    """The defaults for what lies at the data root; those of the synthetic world for one that somebody made. Raises ValueError."""
+    found = source.of_kind(defaults, root)
+    return defaults["synthetic"] if "synthetic" in defaults and source.is_world(root) else found
+
+
+def _hint(default: Config, arguments: list[str]) -> None:
+    """Raises ValueError for a flag of mmdetection3d's or torchrun's tools that has another name here."""
+    for word, following in zip(arguments, [*arguments[1:], "--"]):
+        name = word.partition("=")[0].replace("_", "-")
+        if name in ELSEWHERE and not hasattr(default, name[2:].replace("-", "_")):
+            raise ValueError(f"there is no flag {name}; {ELSEWHERE[name]}")
+        if word == "--resume" and not following.startswith("--"):
+            raise ValueError(
+                f"--resume takes no folder: `--run-dir {following} --resume` goes on with the run that is there"
+            )
 
 
 def flag(arguments: list[str], name: str) -> str | None:

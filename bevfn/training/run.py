@@ -23,7 +23,7 @@ from bevfn.data import loader, sampling, scene, source
 from bevfn.files import read_json, to_json, write_atomically
 from bevfn.metrics import added
 from bevfn.names import sentence
-from bevfn.training import assembly, checkpoint, evaluations, finite, origin, run_folder, signals, train
+from bevfn.training import assembly, checkpoint, evaluations, finite, origin, pretrained, run_folder, signals, train
 from bevfn.training.command_line import Config, Defaults, flags, parse
 from bevfn.training.reporter import Reporter, peak_memory
 from bevfn.training.tasks import Data, Run, Task, check, drawn, on_what_is_there, plan, say
@@ -38,10 +38,18 @@ FREE = frozenset(
 )
 
 
-def cli(defaults: Defaults, make_task: Callable[[Any], Task], description: str | None) -> None:
-    """Parses the command line; a user's mistake ends in one sentence and an exit code (see exits.py)."""
+def cli(
+    defaults: Defaults,
+    make_task: Callable[[Any], Task],
+    description: str | None,
+    *,
+    arguments: list[str] | None = None,
+    prog: str | None = None,
+) -> None:
+    """Parses the command line (`arguments`, of the command `prog`; by default this process' own); a user's mistake ends in one
+    sentence and an exit code (see exits.py)."""
     with exits.one_sentence():
-        config = parse(defaults, sys.argv[1:], description)
+        config = parse(defaults, sys.argv[1:] if arguments is None else arguments, description, prog)
         main(make_task, config)
 
 
@@ -54,6 +62,11 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
     host.keep_freed_memory()
     for backend in (config.backend, config.eval_backend):
         compilation.check_backend(backend)
+    if config.resume:
+        run_folder.check_resumable(config.run_dir)
+    else:  # a checkpoint has all of them
+        for path in config.pretrained:
+            pretrained.check(path)
     replicas = distributed.start(config.device)
     try:
         with distributed.watched(replicas), contextlib.ExitStack() as stack:
