@@ -117,7 +117,7 @@ def test_a_camera_model_detects_without_a_cloud(frame, monkeypatch, tmp_path):
 def test_without_rerun_a_recording_is_one_sentence(trained, frame, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "rerun", None)
     assert bevfn(monkeypatch, "predict", trained, frame, "--out", tmp_path / "out", "--rrd") == 2
-    assert "needs rerun-sdk: pip install 'bevfn[viewer]', or leave out --rrd" in capsys.readouterr().err
+    assert "needs rerun-sdk: pip install -e '.[viewer]', or leave out --rrd" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
 
 def ops(*, threads: int = 0, json_file: Json = None) -> None:
-    """Sparse convolution against spconv, deformable convolution against torchvision (`pip install 'bevfn[bench]'`),
+    """Sparse convolution against spconv, deformable convolution against torchvision (`pip install -e '.[bench]'`),
     both against plain torch and the machine's GEMM peak; voxel pooling against its copy bandwidth; deformable
     attention against plain torch and torch's grid_sample.
 

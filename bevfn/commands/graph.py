@@ -40,7 +40,7 @@ def graph(
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
 ) -> int:
-    """Lower an experiment's steps to Ascend graphs and report what is in them; needs `pip install 'bevfn[npu]'`, no NPU.
+    """Lower an experiment's steps to Ascend graphs and report what is in them; needs torch_npu's converters (`make npu`), no NPU.
 
     The whole train step and the inference step are traced with fake tensors and go through torchair's own converters.
     Exit code 1 if a step is not one static graph: docs/ascend.md says how to read the report.

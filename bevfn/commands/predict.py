@@ -65,7 +65,7 @@ def predict(
         pictures: a picture of each key frame; no: no video either
         video: the pictures as an MP4
         fps: pictures a second of the video; by default the key frames' own pace
-        rrd: a recording for the rerun viewer (pip install 'bevfn[viewer]')
+        rrd: a recording for the rerun viewer (pip install -e '.[viewer]')
         precision: by default the run's, or fp32
         published_sweeps: of BEVFusion: see `bevfn eval`; by default the run's, or as published
         intensity: of awml-lidar: its weights read the points' intensity; by default the run's, or what the file looks like
