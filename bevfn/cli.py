@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from bevfn import exits
-from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity, predict, train
+from bevfn.commands import bench, checkpoint, compare, data, evaluate, graph, parity, predict, train
 from bevfn.training import limits
 
 # Name: (what the group is for, its subcommands).
@@ -58,6 +58,7 @@ COMMANDS: dict[str, Callable] = {
     **{name: _group(name) for name in GROUPS},
     "eval": evaluate.evaluate,
     "predict": predict.predict,
+    "compare": compare.compare,
     "graph": graph.graph,
 }
 

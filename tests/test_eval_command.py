@@ -303,3 +303,24 @@ def test_a_runs_config_of_another_type_is_one_sentence(trained, monkeypatch, cap
     assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST) == 2
     error = capsys.readouterr().err
     assert "config.json is damaged" in error and "Traceback" not in error
+
+
+def test_an_evaluation_never_overwrites_another(trained, monkeypatch, capsys, tmp_path):
+    made = copied(trained[1], tmp_path)
+    asked = []
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **__: ({}, {}))
+
+    def judged(_, __, ___, out, **____):
+        asked.append(out)
+        out.mkdir(parents=True)
+        return types.SimpleNamespace(text="")
+
+    monkeypatch.setattr(evaluate, "judge", judged)
+    command = ("eval", "bevfusion_lidar", "--checkpoint", made, *FAST)
+    assert bevfn(monkeypatch, *command) == bevfn(monkeypatch, *command) == 0
+    home = tmp_path / "evaluations"
+    assert asked == [home / f"{made.name}_val", home / f"{made.name}_val_2"]
+    (home / made.name).mkdir()  # as the run itself makes it
+    (home / made.name / "metrics.json").write_text("{}")
+    assert bevfn(monkeypatch, *command, "--out", home / made.name) == 2
+    assert "is the run's own evaluation; choose another --out" in capsys.readouterr().err and len(asked) == 2

@@ -1,6 +1,7 @@
 """`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, T4 data's by the T4 metric, or a submission for the
 test split."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,12 @@ from bevfn.data import source
 from bevfn.evaluation import apart, results, tables
 from bevfn.evaluation.detect import collect, detect
 from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
+from bevfn.evaluation.score import METRICS
 from bevfn.files import check_writable, to_json, write_atomically
+from bevfn.names import file_name
 from bevfn.precision import Precision
-from bevfn.training import command_line, located, pretrained, tasks
+from bevfn.training import checkpoint as checkpoints
+from bevfn.training import command_line, located, pretrained, run_folder, tasks
 
 
 def evaluate(
@@ -57,7 +61,8 @@ def evaluate(
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's
         split: val, mini_val, train, test, ..., or one of the version's splits.json; by default the run's evaluation split
         metric: what scores; by default the data set's own
-        out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
+        out: folder for the results; by default a new one, evaluations/<checkpoint>_<split>[_<number>] of the run; that of an
+            evaluation which the run made itself is refused
         precision: by default the run's
         against: run in this precision too, and tell how far the boxes are apart (apart.json); exit code 1 if by more than
             docs/training.md states
@@ -82,7 +87,7 @@ def evaluate(
     network = {"published_sweeps": published_sweeps, "intensity": intensity, "fuser_kernel": fuser_kernel}
     config = _config(experiment, checkpoint, device, flags | room | network)
     task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
-    out = out if out is not None else _folder(checkpoint, split)
+    out = _folder(checkpoint, task.data.evaluation.split) if out is None else _not_the_runs(out)
     _check(task, out)
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -180,12 +185,21 @@ def _found(task: tasks.Task, checkpoint: Path, *, device: str, **settings: Any) 
     )
 
 
-def _folder(checkpoint: Path, split: str | None) -> Path:
-    """Beside the run's own evaluations, or in runs/ for an imported file."""
-    name = checkpoint.stem + (f"_{split}" if split else "")
-    return (
-        checkpoint.parent.parent / "evaluations" if checkpoint.is_dir() else command_line.RUNS / "evaluations"
-    ) / name
+def _folder(checkpoint: Path, split: str) -> Path:
+    """A new folder beside the run's own evaluations, or in runs/ for an imported file."""
+    home = (checkpoint.parent.parent if checkpoint.is_dir() else command_line.RUNS) / "evaluations"
+    name = f"{checkpoint.stem}_{file_name(split) if split else 'eval'}"
+    names = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+    return next(home / name for name in names if not (home / name).exists())
+
+
+def _not_the_runs(out: Path) -> Path:
+    """The folder. Raises ValueError for that of an evaluation which a run made itself."""
+    home = out.absolute().parent
+    own = checkpoints.NAME.fullmatch(out.name) and (home.parent / run_folder.CONFIG_FILE).is_file()
+    if own and home.name == "evaluations" and (out / METRICS).is_file():
+        raise ValueError(f"{out} is the run's own evaluation; choose another --out, or leave it out for a new folder")
+    return out
 
 
 def _submit(task: tasks.Task, found: dict, counts: dict[str, float], out: Path) -> None:

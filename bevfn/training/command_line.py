@@ -13,7 +13,7 @@ from bevfn import compile as compilation
 from bevfn.data import source
 from bevfn.files import as_read
 from bevfn.precision import Precision
-from bevfn.training import limits
+from bevfn.training import limits, run_folder
 
 RUNS = Path("runs")
 ELSEWHERE = {
@@ -165,6 +165,7 @@ def flags(config: Config) -> dict:
 def parse(defaults: Defaults, arguments: list[str], description: str | None = None, prog: str | None = None) -> Any:
     """The config of a command line; --model (and what else `Config.CHOOSES`) and what is at --data-root decide on the
     defaults."""
+    replayed, arguments = _replayed(arguments)
     root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
     some = {name: next(iter(of.values())) for name, of in defaults.items()}  # what chooses is of a model, at any root
     given = {name: flag(arguments, f"--{name}") for name in next(iter(some.values())).CHOOSES}
@@ -173,11 +174,33 @@ def parse(defaults: Defaults, arguments: list[str], description: str | None = No
     # Tyro names the choices for an unknown model, the config what contradicts a known one.
     of = defaults.get(next(fitting, chosen.get("model", "")), first)
     default = _fitting(of, None if root is None else Path(root))
+    if replayed is not None:
+        stored = run_folder.stored_config(replayed, default)
+        default = replace(stored, run_dir=default.run_dir, resume=False, force=False)
     module = sys.modules["__main__"].__spec__
     if prog is None and module:
         prog = f"python -m {module.name}"  # not the file's path, which nobody types
     _hint(default, arguments)
+    description = f"{description or ''}\n\n--config FILE, a run's config.json or its folder, sets every flag that is not given as it was there."
     return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
+
+
+def _replayed(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """(file of --config, the arguments without it and with what chooses the defaults: the flags of that run). Raises
+    ValueError."""
+    file = flag(arguments, "--config")
+    if file is None:
+        return None, arguments
+    path = Path(file) / run_folder.CONFIG_FILE if Path(file).is_dir() else Path(file)
+    if not path.is_file():
+        raise ValueError(f"--config {path} is not there; give a run's folder, or its {run_folder.CONFIG_FILE}")
+    stored = run_folder.read_config(path)
+    at = next(place for place, word in enumerate(arguments) if word.partition("=")[0] == "--config")
+    rest = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
+    for name in ("model", "data_root"):
+        if stored.get(name) is not None and flag(rest, f"--{name.replace('_', '-')}") is None:
+            rest = [f"--{name.replace('_', '-')}", str(stored[name]), *rest]
+    return path, rest
 
 
 def _fitting(defaults: Mapping[source.Kind, Config], root: Path | None) -> Config:
