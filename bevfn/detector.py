@@ -18,7 +18,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from bevfn import catalogue, distributed, recipes, tree, upstream
+from bevfn import catalogue, distributed, recipes, tree, upstream, waiting
 from bevfn import compile as compilation
 from bevfn.data import inputs, source
 from bevfn.data.batch import Batch
@@ -282,11 +282,16 @@ def with_progress(
     over: Callable[..., tuple[dict, dict]], index: Index, *arguments: Any, **settings: Any
 ) -> tuple[dict, dict]:
     """`over(*arguments, **settings)`, a function such as `detect.detect` over these key frames, under a progress bar."""
-    with Progress() as progress:
+    with Progress() as progress, waiting.batches("detecting", len(index), quiet=progress.console.is_terminal) as tell:
         bar = progress.add_task(f"{len(index)} key frames{f' of {index.split}' if index.split else ''}")
+
+        def advanced(done: int, total: int) -> None:
+            tell(done, total)
+            progress.update(bar, total=total, completed=done)
+
         return over(
             *arguments,
             **settings,
-            progress=lambda done, total: progress.update(bar, total=total, completed=done),
+            progress=advanced,
             warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
         )

@@ -1,5 +1,6 @@
 """Writes a world to disk in nuScenes' format or in T4's, several key frames at a time in several processes."""
 
+import contextlib
 import errno
 import glob
 import multiprocessing
@@ -19,6 +20,7 @@ from nuscenes.utils.data_classes import Box
 from nuscenes.utils.geometry_utils import points_in_box
 from nuscenes.utils.splits import train, val
 from pyquaternion import Quaternion
+from rich import get_console
 from rich.progress import track
 
 from bevfn import host
@@ -28,6 +30,7 @@ from bevfn.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
 from bevfn.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
 from bevfn.synth.tables import Seen
 from bevfn.synth.world import TICK, World, build
+from bevfn.waiting import told
 
 VERSION = "v1.0-trainval"
 DESCRIPTION = "world.json"  # of what was made
@@ -170,8 +173,12 @@ def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
         for first in range(0, settings.frames_per_scene, CHUNK)
     ]
     seen: dict[tuple[int, int], Seen] = {}
-    for found in track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True):
-        seen.update(found)
+    made = track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True)
+    plain = progress and not get_console().is_terminal
+    total = settings.scenes * settings.frames_per_scene
+    with told(lambda: f"synthetic world, {len(seen)} of {total} key frames") if plain else contextlib.nullcontext():
+        for found in made:
+            seen.update(found)
     (_fill_t4 if settings.format == "t4" else _fill_nuscenes)(root, settings, seen)
     (root / DESCRIPTION).write_bytes(to_json(settings.described))
 
