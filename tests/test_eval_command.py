@@ -13,7 +13,7 @@ import small_root
 import small_world
 
 from bevfn import cli, detector, distributed
-from bevfn.commands import evaluate
+from bevfn.commands import scoring as evaluate
 from bevfn.evaluation import apart, score
 from bevfn.experiments import bevfusion_lidar
 from bevfn.training import checkpoint, run

@@ -14,10 +14,8 @@ def compare(runs: Positional[tuple[Path, ...]], *, out: Path = Path("runs/compar
         runs: their folders
         out: folder for the page and the pictures
     """
-    import json
-
     from bevfn.evaluation import side_by_side
-    from bevfn.files import check_writable
+    from bevfn.files import check_writable, to_json
     from bevfn.training import located, run_folder
 
     if len(runs) < 2:
@@ -34,5 +32,5 @@ def compare(runs: Positional[tuple[Path, ...]], *, out: Path = Path("runs/compar
     read = []
     for run, name in zip(runs, names):
         config = run_folder.read_config(run / run_folder.CONFIG_FILE)
-        read.append(side_by_side.read(run, name, {flag: json.dumps(value) for flag, value in config.items()}))
+        read.append(side_by_side.read(run, name, {flag: to_json(value).decode() for flag, value in config.items()}))
     print(f"{side_by_side.write(out, read)}\neverything is in {out / 'compare.html'}")

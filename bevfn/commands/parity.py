@@ -4,10 +4,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from bevfn import provenance
 from bevfn.files import check_json
 
 
@@ -29,7 +27,9 @@ def parity(
         json_file: also write the table there
         device: torch device to run on
     """
-    from bevfn import distributed
+    import torch  # which help need not wait for
+
+    from bevfn import distributed, provenance
     from bevfn.parity import compare, golden, replay
 
     distributed.check_device(device)

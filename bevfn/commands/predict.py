@@ -5,14 +5,9 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from bevfn import catalogue, detector
-from bevfn import compile as compilation
-from bevfn.choices import one_of
-from bevfn.data import inputs
-from bevfn.evaluation import predicted, tables, viewer
+from bevfn import catalogue
+from bevfn.choices import Backend, Precision, one_of
 from bevfn.files import check_new_folder, new_folder
-from bevfn.precision import Precision
-from bevfn.training import located
 
 RECORDING = "recording.rrd"
 
@@ -39,7 +34,7 @@ def predict(
     point_capacity: int | None = None,
     voxel_capacity: int | None = None,
     site_capacity: tuple[int, ...] | None = None,
-    backend: compilation.Backend = "eager",
+    backend: Backend = "eager",
     device: str = "auto",
     batch_size: int = 1,
     workers: int = 0,
@@ -79,6 +74,11 @@ def predict(
         batch_size: key frames at a time
         workers: processes that read; 0: none
     """
+    from bevfn import detector  # and torch, which help need not wait for
+    from bevfn.data import inputs
+    from bevfn.evaluation import predicted, tables, viewer
+    from bevfn.training import located
+
     check_new_folder(out)
     if rrd:
         viewer.check()

@@ -16,10 +16,6 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from nuscenes.utils.data_classes import Box
-from nuscenes.utils.geometry_utils import points_in_box
-from nuscenes.utils.splits import train, val
-from pyquaternion import Quaternion
 from rich import get_console
 from rich.progress import track
 
@@ -34,6 +30,7 @@ from bevfn.waiting import told
 
 VERSION = "v1.0-trainval"
 DESCRIPTION = "world.json"  # of what was made
+OFFICIAL_VAL = 150  # scenes of nuScenes' split val, whose names are used
 FORM = 1  # changes when the same settings give other files
 Format = Literal["nuscenes", "t4"]
 CHUNK = 4  # key frames a process makes at a time
@@ -135,6 +132,8 @@ def _sweep(out: Path) -> None:
 
 def scene_names(scenes: int) -> list[str]:
     """Names from the devkit's official splits; scene i is in val if i % 4 == 1."""
+    from nuscenes.utils.splits import train, val  # imports for seconds
+
     return [val[i // 4] if i % 4 == 1 else train[i - (i + 2) // 4] for i in range(scenes)]
 
 
@@ -144,7 +143,12 @@ def folders() -> list[str]:
 
 
 def _check(settings: Settings) -> None:
-    limits = {"scenes": (1, 4 * len(val)), "frames_per_scene": (1, 180), "azimuths": (16, 4096), "seed": (0, 2**63 - 1)}
+    limits = {
+        "scenes": (1, 4 * OFFICIAL_VAL),
+        "frames_per_scene": (1, 180),
+        "azimuths": (16, 4096),
+        "seed": (0, 2**63 - 1),
+    }
     for field, (low, high) in limits.items():
         value = getattr(settings, field)
         if not low <= value <= high:
@@ -293,6 +297,10 @@ def count(world: World, rig: Rig, t: float, cloud: np.ndarray) -> np.ndarray:
     """Points [G] in each box by the devkit's own arithmetic; 0 for objects beyond ANNOTATION_RANGE."""
     pose, mount = world.global_from_ego(t), rig.ego_from_sensor[LIDAR]
     origin = (pose @ mount)[:2, 3]
+    from nuscenes.utils.data_classes import Box  # imports for seconds
+    from nuscenes.utils.geometry_utils import points_in_box
+    from pyquaternion import Quaternion
+
     xyz = np.ascontiguousarray(cloud[:, :3].T)
     result = np.zeros(len(world.names), dtype=np.int64)
     for g, (x, y, z, length, width, height, yaw) in enumerate(world.boxes(t).tolist()):

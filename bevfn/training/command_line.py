@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import tyro
 
-from bevfn import compile as compilation
+from bevfn import choices
 from bevfn.data import source
 from bevfn.files import as_read
 from bevfn.precision import Precision
@@ -29,7 +29,7 @@ ELSEWHERE = {
     "--max-epochs": "--epochs is their number",
 }
 """Flags that mmdetection3d's tools and Lightning have for what has another name here."""
-Scale = Literal["published", "mini"]
+Scale = choices.Scale
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Config:
     """published: every size as in the paper; mini: the same code at a size for demos and CI"""
     precision: Precision = "fp32"
     """fp16 scales the loss dynamically, in the graph"""
-    backend: compilation.Backend = "inductor"
+    backend: choices.Backend = "inductor"
     """what compiles the train step"""
-    eval_backend: compilation.Backend = "inductor"
+    eval_backend: choices.Backend = "inductor"
     """what compiles the forward pass of an evaluation"""
     device: str = "auto"
     """torch device: cpu, cuda, cuda:1, npu; auto: an NPU, else a CUDA device, else the CPU, which is printed. Under torchrun each

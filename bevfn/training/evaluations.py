@@ -5,7 +5,6 @@ from pathlib import Path
 
 from bevfn import waiting
 from bevfn.evaluation.detect import collect, detect
-from bevfn.evaluation.judge import judge, measure
 from bevfn.evaluation.score import METRICS
 from bevfn.training import checkpoint, finite, run_folder, train
 from bevfn.training.command_line import flags
@@ -39,6 +38,8 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
         )
     if not run.leads:
         return {}
+    from bevfn.evaluation.judge import judge, measure  # imports matplotlib, which help need not wait for
+
     out = folder(run, done)
     counts |= {"missing/key_frames": data.left_out}
     title = f"{run.task.title}, step {done}"
