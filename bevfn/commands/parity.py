@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bevfn.files import check_json
+from bevfn.names import printable
 
 
 def parity(
@@ -18,7 +19,7 @@ def parity(
 ) -> int:
     """Compare a model with the implementation that published it, on a golden case.
 
-    Draws the case's checkpoint, imports it like a published file, runs our model on the stored inputs and prints one
+    Says which implementation made the case, draws its checkpoint, imports it like a published file, runs our model on the stored inputs and prints one
     line per stored boundary: name, relative L2 error, tolerance, ok or FAIL. Exit code 1 if any fails.
 
     Args:
@@ -37,6 +38,7 @@ def parity(
     check_json(json_file)
     started = time.perf_counter()
     case = golden.read(case_dir)
+    print(f"made by running {printable(case.origin)}")
     table = compare.Table(str(case_dir))
     torch.manual_seed(0)  # nothing here draws random numbers; a difference between runs would be a bug
     replay.replay(case, table, only=only, device=device)
