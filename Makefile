@@ -1,17 +1,28 @@
-# make demo: the main job on data it makes itself.  make lint: ruff and mypy.
+# make try: a first look, minutes.  make demo: the main job on data it makes itself.  make lint: ruff and mypy.
 # make test: everything CI checks but lint, JOBS files at a time (3 GB each).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test slow lint format clean
+.PHONY: try demo npu test slow lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[test,npu]'
+	$(BIN)/pip install --quiet --editable '.[test]'
+	# Not among the environment's packages, where `import torch` would load it and fail without CANN: see bevfn/__init__.py.
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/npu "torch_npu==2.13.0; sys_platform == 'linux'"
 	touch $@
+
+npu: $(VENV)/.installed
+
+try: $(VENV)/.installed
+	rm -rf runs/try
+	$(BIN)/bevfn data synth runs/try/world --scenes 2 --frames 10 --image-size 225 400
+	$(BIN)/bevfn train bevfusion_lidar --data-root runs/try/world --backend eager --steps 60 --sweeps 1 --no-eval-first --run-dir runs/try/run
+	$(BIN)/bevfn predict runs/try/run runs/try/world --scene val --out runs/try/detections
+	@echo "pictures: $(CURDIR)/runs/try/detections/pictures, scores: $$(ls $(CURDIR)/runs/try/run/evaluations/*/report.html)"
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo

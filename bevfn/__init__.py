@@ -1,8 +1,9 @@
 """Bird's-eye-view 3D detectors as stateless functions; see README.md.
 
-Where torch_npu is installed without CANN (`bevfn[npu]` on a laptop), `import torch` fails: torch imports torch_npu on its
-own, which looks for CANN's libraries. Importing bevfn first switches that off. A program that imports torch first must
-set TORCH_DEVICE_BACKEND_AUTOLOAD=0 itself.
+torch imports every package that calls itself a backend. Where torch_npu is one of the environment's packages without CANN,
+`import torch` therefore fails: torch_npu looks for CANN's libraries. `make npu` puts it into a folder of its own, where only
+who imports bevfn finds it, after torch or before. An environment that has it among its packages all the same must import
+bevfn first, which switches torch's imports off, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 itself.
 """
 
 import ctypes
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
+CONVERTERS = os.path.join(sys.prefix, "npu")
+"""where `make npu` puts torch_npu, for its converters to Ascend graphs"""
+
+
+def _find_converters() -> None:
+    """Makes torch_npu importable from CONVERTERS, unless the environment has it anyway."""
+    if os.path.isdir(CONVERTERS) and CONVERTERS not in sys.path and importlib.util.find_spec("torch_npu") is None:
+        sys.path.append(CONVERTERS)
+
+
 def _without_cann() -> bool:
     """torch_npu is installed, but the library that it is linked with cannot be loaded."""
     if "torch" in sys.modules or importlib.util.find_spec("torch_npu") is None:
@@ -28,6 +39,7 @@ def _without_cann() -> bool:
     return False
 
 
+_find_converters()
 if _without_cann():
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 

@@ -1,12 +1,20 @@
-"""Flags whose choices are computed: a `Literal` would write a list of names a second time."""
+"""What flags can be, for command lines whose help must not wait for torch: importing this imports none of it."""
 
 from collections.abc import Iterable
+from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from bevfn import catalogue
+
+Precision = Literal["fp32", "fp16", "bf16"]
+Backend = Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"]
+Scale = Literal["published", "mini"]
+
 
 def one_of(names: Iterable[str]) -> PrimitiveConstructorSpec[str]:
-    """For the annotation of a str that is one of `names`: `model: Annotated[str, one_of(NETWORKS)]`."""
+    """For the annotation of a str that is one of `names`: `model: Annotated[str, one_of(NETWORKS)]`. A `Literal` would write a
+    list of names a second time."""
     choices = tuple(names)
     return PrimitiveConstructorSpec(
         nargs=1,
@@ -16,3 +24,8 @@ def one_of(names: Iterable[str]) -> PrimitiveConstructorSpec[str]:
         str_from_instance=lambda value: [value],
         choices=choices,
     )
+
+
+# Of a command line: the names are the choices, and strings to everybody else.
+Experiment = Annotated[str, one_of(catalogue.EXPERIMENTS)]
+ModelName = Annotated[str, one_of(catalogue.MODELS)]

@@ -1,65 +1,112 @@
-"""The console command `bevfn`: one subcommand per job, each a plain function in `bevfn/commands/`."""
+"""The console command `bevfn`: one subcommand per job, each a plain function in `bevfn/commands/`.
 
+A command is imported when it is typed: the help of one does not wait for the libraries of the others.
+"""
+
+import ast
 import functools
+import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from bevfn import exits
-from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity, predict
+from bevfn import commands, exits
 from bevfn.training import limits
 
+
+class Commands(Mapping[str, Callable]):
+    """Commands by name; places: "file function" of bevfn/commands/, or a function."""
+
+    def __init__(self, places: Mapping[str, str | Callable]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> Callable:
+        place = self.places[name]
+        if not isinstance(place, str):
+            return place
+        file, function = place.split()
+        return getattr(importlib.import_module(f"bevfn.commands.{file}"), function)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def listed(self, name: str) -> Callable:
+        """A stand-in that a list of commands is made of: the docstring, read without importing the file."""
+        place = self.places[name]
+        if not isinstance(place, str):
+            return place
+        file, function = place.split()
+        parsed = ast.parse((Path(next(iter(commands.__path__))) / f"{file}.py").read_text())
+        found = next(node for node in parsed.body if isinstance(node, ast.FunctionDef) and node.name == function)
+
+        def stand_in() -> None:
+            pass
+
+        stand_in.__doc__ = (ast.get_docstring(found) or "").partition("\nArgs:")[0]
+        return stand_in
+
+
 # Name: (what the group is for, its subcommands).
-GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
+GROUPS: dict[str, tuple[str, Commands]] = {
     "bench": (
         "Measure against peers and the machine's limits",
-        {
-            "ops": bench.ops,
-            "step": bench.step,
-            "views": bench.views,
-            "data": bench.data,
-            "world": bench.world,
-            "checkpoint": bench.checkpoint,
-            "startup": bench.startup,
-            "scale": bench.scale,
-            "list": bench.list_,
-        },
+        Commands(
+            {
+                "ops": "bench ops",
+                "step": "bench step",
+                "views": "bench views",
+                "data": "bench data",
+                "world": "bench world",
+                "checkpoint": "bench checkpoint",
+                "startup": "bench startup",
+                "scale": "bench scale",
+                "list": "bench list_",
+            }
+        ),
     ),
     "checkpoint": (
         "Read and write published checkpoints",
-        {"import": checkpoint.import_, "export": checkpoint.export, "show": checkpoint.show},
+        Commands({"import": "checkpoint import_", "export": "checkpoint export", "show": "checkpoint show"}),
     ),
     "data": (
         "Make, check and prepare data sets",
-        {"synth": data.synth, "check": data.check, "prepare": data.prepare},
+        Commands({"synth": "data synth", "check": "data check", "prepare": "data prepare"}),
     ),
 }
 
 
 def _group(name: str) -> Callable:
     """A group as one command, which is how it appears in the list of commands: tyro has one level of subcommands."""
-    what, commands = GROUPS[name]
-    choices = "|".join(commands)
+    what, inside = GROUPS[name]
+    choices = "|".join(inside)
 
     def run(
         arguments: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar=f"{choices} …")],
     ) -> int:
-        return _run(commands, list(arguments), f"bevfn {name}", run.__doc__ or "")
+        return _run(inside, list(arguments), f"bevfn {name}", run.__doc__ or "")
 
     run.__doc__ = f"{what}: `bevfn {name} {choices} --help`."
     return run
 
 
-COMMANDS: dict[str, Callable] = {
-    "parity": parity.parity,
-    **{name: _group(name) for name in GROUPS},
-    "eval": evaluate.evaluate,
-    "predict": predict.predict,
-    "graph": graph.graph,
-}
+COMMANDS = Commands(
+    {
+        "train": "train train",
+        "parity": "parity parity",
+        **{name: _group(name) for name in GROUPS},
+        "eval": "evaluate evaluate",
+        "predict": "predict predict",
+        "compare": "compare compare",
+        "graph": "graph graph",
+    }
+)
 
 
 def _checked(command: Callable) -> Callable:
@@ -73,9 +120,10 @@ def _checked(command: Callable) -> Callable:
     return run
 
 
-def _run(commands: dict[str, Callable], arguments: list[str], prog: str, description: str) -> int:
-    commands = {name: _checked(command) for name, command in commands.items()}
-    code = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, description=description)
+def _run(known: Commands, arguments: list[str], prog: str, description: str) -> int:
+    typed = arguments[0] if arguments else ""
+    made = {name: _checked(known[name]) if name == typed else known.listed(name) for name in known}
+    code = tyro.extras.subcommand_cli_from_dict(made, args=arguments, prog=prog, description=description)
     return code if isinstance(code, int) else 0
 
 
@@ -84,10 +132,14 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments == ["bench", "--list"]:
         arguments = ["bench", "list"]
+    if arguments[:1] == ["train"] and arguments[1:] and arguments[1] not in ("-h", "--help"):
+        sys.exit(
+            COMMANDS["train"](arguments[1], tuple(arguments[2:]))
+        )  # whose flags are the recipe's, and errors a run's
     with exits.one_sentence(RuntimeError):
         if arguments[:1] and arguments[0] in GROUPS:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
-        sys.exit(_run(COMMANDS, arguments, "bevfn", __doc__ or ""))
+        sys.exit(_run(COMMANDS, arguments, "bevfn", (__doc__ or "").partition("\n")[0]))
 
 
 if __name__ == "__main__":

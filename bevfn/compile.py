@@ -9,15 +9,15 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.utils._pytree as pytree
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from bevfn import choices
 from bevfn.kernels import native
 
-Backend = Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"]
+Backend = choices.Backend
 ASCEND = ("torchair", "npugraph-ex")  # bevfn.ascend.device
 
 
@@ -73,6 +73,8 @@ def _flat(step_fn: Callable, spec: pytree.TreeSpec, state_spec: pytree.TreeSpec)
 
 def _donating(flat: Callable, inside: frozenset[int], strict: bool) -> Callable:
     """`flat` on one list, the leaves `inside` written to their old buffers in the graph and returned as None."""
+    import torch._dynamo  # a second of imports, which only who compiles waits for
+
     traced = flat if strict else torch._dynamo.nonstrict_trace(flat)
 
     def run(leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor | None], dict]:
@@ -133,9 +135,16 @@ def _compiled(flat: Callable, backend: str) -> Callable:
     return torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)
 
 
+def _cache() -> Path:
+    """Inductor's folder."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # imports inductor
+
+    return Path(cache_dir())
+
+
 def _trust_cache() -> None:
     """Leaves a cache that others may write, such as /tmp/torchinductor_NAME made by somebody else: inductor runs its code."""
-    if why := native.untrusted(Path(cache_dir())):
+    if why := native.untrusted(_cache()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(native.private_folder() / "inductor")
         warnings.warn(
             f"inductor compiles again for this process, since {why}: set TORCHINDUCTOR_CACHE_DIR to a folder of your own.",
@@ -148,7 +157,7 @@ def _drop_half_written_libraries() -> None:
 
     Files that end before their ELF section table, and are not being written by another process at this moment.
     """
-    for path in Path(cache_dir()).rglob("*.so"):
+    for path in _cache().rglob("*.so"):
         with open(path, "rb") as file:
             header = file.read(64)
         about = path.stat()

@@ -18,7 +18,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from bevfn import catalogue, distributed, recipes, tree, upstream
+from bevfn import catalogue, distributed, recipes, tree, upstream, waiting
 from bevfn import compile as compilation
 from bevfn.data import inputs, source
 from bevfn.data.batch import Batch
@@ -27,10 +27,9 @@ from bevfn.data.reading import Reading
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.results import Detections
 from bevfn.names import printable
-from bevfn.training import checkpoint, command_line, pretrained, run_folder, tasks
+from bevfn.training import checkpoint, command_line, located, pretrained, run_folder, tasks
 from bevfn.upstream import checkpoints, recognise
 
-BEST, LATEST = "best", "latest"
 FOREIGN = {  # flags of some recipes alone
     **dict.fromkeys(("intensity", "fuser_kernel"), "is not AWML's"),
     **dict.fromkeys(("point_capacity", "voxel_capacity", "site_capacity"), "reads no LiDAR points or sweeps"),
@@ -127,15 +126,16 @@ def load(
         path: a run's folder (its best checkpoint, or the latest where none was evaluated), RUN/best, RUN/latest, a step's
             folder, a file of `bevfn checkpoint import`, or a published one (.pth, read without unpickling, or .safetensors).
         model: a name of the catalogue; by default the run's, or what the file looks like.
-        device: torch device of the weights.
+        device: torch device of the weights, or auto (see `distributed.chosen`).
         averages: of a run's averaged parameters, if it has any; False: those that it trained.
         flags: others of the recipe's, as precision="fp32" or scale="mini".
 
     Raises ValueError, one sentence, if nothing is there, it is damaged, or is a checkpoint of another model.
     """
     distributed.check_device(device)
+    device = distributed.chosen(device)
     given = {name: value for name, value in ({"model": model} | flags).items() if value is not None}
-    place = whole(Path(path))
+    place = located.whole(Path(path))
     if place.is_dir():
         checkpoint.read_meta(place)  # or it is none
         experiment = of_run(place, model)
@@ -147,43 +147,6 @@ def load(
         made = _of_file(place, model, given)
     check_fits(made.task, made.params, made.state, place)
     return replace(made, params=tree.to(made.params, device), state=tree.to(made.state, device))
-
-
-# ------------------------------------------------------------------------------------------------ where weights lie
-
-
-def whole(path: Path) -> Path:
-    """The step folder that a run's folder or RUN/best means, see `load`; any other path is itself. Raises ValueError where a
-    run has none."""
-    if path.name in (BEST, checkpoint.BEST, LATEST) and not path.is_dir():
-        word = LATEST if path.name == LATEST else BEST
-        found = _chosen(_checkpoints(path.parent), word)
-        if found is None:
-            raise ValueError(f"{path.parent} has no {word} checkpoint; {_has(path.parent)}")
-        return found
-    inside = _checkpoints(path)
-    if not path.is_dir() or (path / checkpoint.META).exists() or not (inside != path or checkpoint.steps(path)):
-        return path
-    found = _chosen(inside, BEST) or _chosen(inside, LATEST)
-    if found is None:
-        raise ValueError(f"{path} holds no whole checkpoint; {_has(path)}")
-    return found
-
-
-def _checkpoints(folder: Path) -> Path:
-    """A run's folder of them, or itself."""
-    return folder / run_folder.CHECKPOINTS if (folder / run_folder.CHECKPOINTS).is_dir() else folder
-
-
-def _chosen(checkpoints: Path, word: str) -> Path | None:
-    if not checkpoints.is_dir():
-        return None
-    return checkpoint.best(checkpoints) if word == BEST else checkpoint.latest(checkpoints)
-
-
-def _has(folder: Path) -> str:
-    names = [step.name for step in checkpoint.steps(_checkpoints(folder))]
-    return f"it has {', '.join(names[-5:])}" if names else "give a run's folder with checkpoints/step_..., or a file"
 
 
 # ------------------------------------------------------------------------------------------------ recipes of weights
@@ -300,7 +263,7 @@ def of_release(experiment: str, model: str, file: Path) -> dict[str, Any]:
     """As `released`, of an imported file; nothing of a run's folder."""
     if not file.is_file():
         return {}
-    imported = upstream.read_imported(file)
+    imported = pretrained.imported(file)
     return released(experiment, model, imported.model, _named(imported.params))
 
 
@@ -319,11 +282,16 @@ def with_progress(
     over: Callable[..., tuple[dict, dict]], index: Index, *arguments: Any, **settings: Any
 ) -> tuple[dict, dict]:
     """`over(*arguments, **settings)`, a function such as `detect.detect` over these key frames, under a progress bar."""
-    with Progress() as progress:
+    with Progress() as progress, waiting.batches("detecting", len(index), quiet=progress.console.is_terminal) as tell:
         bar = progress.add_task(f"{len(index)} key frames{f' of {index.split}' if index.split else ''}")
+
+        def advanced(done: int, total: int) -> None:
+            tell(done, total)
+            progress.update(bar, total=total, completed=done)
+
         return over(
             *arguments,
             **settings,
-            progress=lambda done, total: progress.update(bar, total=total, completed=done),
+            progress=advanced,
             warn=lambda sentence: progress.console.print(sentence, markup=False, soft_wrap=True),
         )

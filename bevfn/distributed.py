@@ -9,7 +9,9 @@ one graph, and torchair converts them to HCCL operators. Below it are helpers fo
 """
 
 import contextlib
+import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -27,6 +29,8 @@ from torch import Tensor
 from bevfn import tree
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+AUTO = "auto"
+PREFERRED = ("npu", "cuda", "cpu")  # by "auto"
 # Collectives wait for the slowest process: a cold compilation, or rank 0 scoring nuScenes val (20 minutes).
 TIMEOUT = timedelta(hours=2)
 # Who is left when one process is gone notices at its next collective, and then says so to the others.
@@ -92,7 +96,7 @@ def start(device: str) -> Replicas | None:
 
     Raises ValueError if the variables are incomplete or contradict each other, or if there is no such device.
     """
-    world = _environment()
+    world, device = _environment(), chosen(device)
     if world is None or world["WORLD_SIZE"] == 1:
         check_device(device)
         return None
@@ -204,27 +208,57 @@ def _environment() -> dict[str, int] | None:
     return numbers
 
 
+def chosen(device: str) -> str:
+    """What "auto" means here: "npu", "cuda" or "cpu", the first that there is. Any other device is itself."""
+    if device != AUTO:
+        return device
+    return next(kind for kind in PREFERRED if kind == "cpu" or _count(kind))
+
+
 def check_device(device: str) -> None:
     """Raises ValueError, which says what there is instead, unless this process can compute on `device`."""
-    kind, index = _kind_and_index(device)
+    kind, index = _kind_and_index(chosen(device))
     if kind != "cpu" and int(index or 0) >= (found := _count(kind)):
-        remedy = f"choose {kind}:0 to {kind}:{found - 1}" if found else "use --device cpu"
-        raise ValueError(f"there is no device {device}; {remedy}")
+        raise ValueError(f"there is no device {device}; {_remedy(kind, found)}")
+
+
+def is_there(device: str) -> bool:
+    """Whether this process can compute on `device`, a valid name of one."""
+    kind, index = _kind_and_index(chosen(device))
+    return kind == "cpu" or int(index or 0) < _count(kind)
+
+
+def _remedy(kind: str, found: int) -> str:
+    """What to do about a device that is not there."""
+    if found:
+        return f"choose {kind}:0 to {kind}:{found - 1}"
+    if kind == "npu":
+        return "torch_npu sees none (it needs CANN and a driver: npu-smi info); use --device cpu"
+    if torch.version.cuda is None and torch.version.hip is None:
+        release = torch.__version__.partition("+")[0]
+        return (
+            f"this torch, {torch.__version__}, is a build for CPUs: on Linux `pip install --force-reinstall torch=={release}` "
+            "installs one for CUDA (https://pytorch.org/get-started lists others); or use --device cpu"
+        )
+    return "torch is built for GPUs, but sees none (does nvidia-smi show one?); use --device cpu"
 
 
 def _kind_and_index(device: str) -> tuple[str, str]:
     kind, _, index = device.partition(":")
     if kind not in BACKENDS or not (index.isdecimal() or device == kind):
-        raise ValueError(f"device {device!r} is none of {', '.join(BACKENDS)}, or one of several, as cuda:1")
+        raise ValueError(f"device {device!r} is none of {AUTO}, {', '.join(BACKENDS)}, or one of several, as cuda:1")
     return kind, index
 
 
 def _count(kind: str) -> int:
     """Devices of this kind on this node."""
     if kind == "npu":
+        if importlib.util.find_spec("torch_npu") is None:
+            return 0
         try:
+            ctypes.CDLL("libascendcl.so")  # of CANN, without which torch_npu must not even be tried
             import torch_npu  # noqa: F401  (registers torch.npu and HCCL)
-        except (ImportError, OSError):  # not installed, or without CANN
+        except (ImportError, OSError):
             return 0
     module = torch.get_device_module(kind)
     return module.device_count() if module.is_available() else 0
@@ -233,7 +267,7 @@ def _count(kind: str) -> int:
 def _take_device(kind: str, index: int) -> None:
     found = _count(kind)
     if index >= found:
-        remedy = f"start at most {found} processes per node" if found else "use --device cpu"
+        remedy = f"start at most {found} processes per node" if found else _remedy(kind, found)
         raise ValueError(f"process {index} of this node needs device {kind}:{index}, but there are {found}; {remedy}")
     torch.get_device_module(kind).set_device(index)
 

@@ -4,15 +4,18 @@
 1    `bevfn data check` found a problem, `bevfn parity` a boundary that differs
 2    refused: a file, flag or machine is not what it has to be, in one sentence on standard error
 130  Ctrl-C, 143 SIGTERM (see training/signals.py)
+141  nobody reads standard output any more, as by `| head`; nothing is said
 """
 
 import contextlib
+import os
+import select
 import sys
 from collections.abc import Iterator
 
 from bevfn.names import WORD, printable, sentence
 
-REFUSED, INTERRUPTED = 2, 130
+REFUSED, INTERRUPTED, UNHEARD = 2, 130, 141
 
 
 @contextlib.contextmanager
@@ -25,6 +28,11 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
     mendable: tuple[type[Exception], ...] = (ValueError, OSError, *also)
     try:
         yield
+        sys.stdout.flush()
+    except SystemExit:
+        if not _heard():
+            sys.exit(UNHEARD)
+        raise
     except KeyboardInterrupt:  # in a run: the second one, see training/signals.py
         print("bevfn: stopped by Ctrl-C; what was written before is whole", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -32,8 +40,26 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
         print("bevfn: there is not enough memory for this", file=sys.stderr)
         sys.exit(REFUSED)
     except mendable as error:
+        if isinstance(error, BrokenPipeError) and not _heard():
+            sys.exit(UNHEARD)
         print(f"bevfn: {sentence(said(error))}", file=sys.stderr)  # on one line, whatever names are in it
         sys.exit(REFUSED)
+
+
+def _heard() -> bool:
+    """Whether standard output is still read; what is left of it is dropped where it is not, as by `bevfn ... | head`."""
+    try:
+        sys.stdout.flush()
+        out = select.poll()
+        out.register(sys.stdout.fileno(), 0)
+        heard = not any(event & select.POLLERR for _, event in out.poll(0))  # of a pipe: its reader is gone
+    except BrokenPipeError:
+        heard = False
+    except (OSError, ValueError, AttributeError):  # no file, as in a notebook; closed; no poll on this system
+        return True
+    if not heard:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+    return heard
 
 
 def said(error: Exception) -> str:

@@ -13,18 +13,17 @@ These places compute in float32 whatever the policy says, and hand back the acti
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bevfn import tree
+from bevfn import choices, tree
 
 # Below it the small gradients that the scale is for are lost, and at 0 every gradient is 0 / 0. As DeepSpeed's and
 # Megatron's; GradScaler has none.
 LOWEST_SCALE = 1.0
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = choices.Precision
 _NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

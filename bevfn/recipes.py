@@ -5,16 +5,13 @@ Only commands and benchmarks, which stand above the experiments, import this.
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
-from bevfn import catalogue
-from bevfn.choices import one_of
+from bevfn import catalogue, choices
 from bevfn.data import source
 from bevfn.training import command_line, tasks
 
-# Of a command line: the names are the choices, and strings to everybody else.
-Experiment = Annotated[str, one_of(catalogue.EXPERIMENTS)]
-ModelName = Annotated[str, one_of(catalogue.MODELS)]
+Experiment = choices.Experiment
 
 
 class Recipe(Protocol):

@@ -14,7 +14,7 @@ import test_awml
 import torch
 
 from bevfn import cli, detector, synth, tree, upstream
-from bevfn.commands import evaluate
+from bevfn.commands import scoring as evaluate
 from bevfn.data import scene, source
 from bevfn.data.index import Frame
 from bevfn.distributed import Replicas

@@ -34,6 +34,33 @@ def test_help_explains(arguments):
     assert code == 0 and "usage:" in text
 
 
+HELPED = """
+import sys
+from bevfn import cli
+for words in (["--help"], ["eval", "--help"], ["predict", "--help"], ["data", "--help"], ["data", "synth", "--help"],
+              ["bench", "step", "--help"], ["compare", "--help"], ["train", "--help"], ["checkpoint", "--help"]):
+    sys.argv = ["bevfn", *words]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert end.code == 0, words
+heavy = {"torch", "matplotlib", "sklearn", "scipy", "cv2", "nuscenes"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_help_waits_for_no_library_that_takes_a_second_to_import():
+    done = subprocess.run([sys.executable, "-c", HELPED], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("usage: bevfn") == 9, done.stderr
+
+
+def test_a_list_of_commands_says_what_each_is_for():
+    for known in (cli.COMMANDS, *(inside for _, inside in cli.GROUPS.values())):
+        for name in known:
+            ours, real = inspect.getdoc(known.listed(name)), inspect.getdoc(known[name])
+            assert ours and real.startswith(ours)
+
+
 @pytest.mark.parametrize("group", list(cli.GROUPS))
 def test_groups_explain_themselves_and_their_commands(monkeypatch, capfd, group):
     code, text = call(monkeypatch, capfd, group, "--help")

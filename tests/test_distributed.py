@@ -481,7 +481,7 @@ def test_without_torchrun_or_with_one_process_there_are_no_replicas(values, envi
         ({"LOCAL_WORLD_SIZE": "1"}, "cpu", "LOCAL_RANK=1 must be below the processes of this node, 1"),
         ({"LOCAL_WORLD_SIZE": "4"}, "cpu", "LOCAL_WORLD_SIZE=4 is above WORLD_SIZE=2"),
         ({}, "cuda:1", "'cuda:1' is one device for 2 processes; give 'cuda'"),
-        ({}, "tpu", "'tpu' is none of cpu, cuda, npu, or one of several, as cuda:1"),
+        ({}, "tpu", "'tpu' is none of auto, cpu, cuda, npu, or one of several, as cuda:1"),
     ],
 )  # fmt: skip
 def test_a_bad_environment_is_named(changes, device, message, environment):
@@ -494,10 +494,10 @@ def test_a_bad_environment_is_named(changes, device, message, environment):
 @pytest.mark.parametrize(
     ("device", "there", "message"),
     [
-        ("cuda", 0, "there is no device cuda; use --device cpu"),
+        ("cuda", 0, "there is no device cuda; .*; or use --device cpu"),
         ("cuda:2", 2, "there is no device cuda:2; choose cuda:0 to cuda:1"),
-        ("cuda:x", 2, "'cuda:x' is none of cpu, cuda, npu"),
-        ("gpu", 0, "'gpu' is none of cpu, cuda, npu"),
+        ("cuda:x", 2, "'cuda:x' is none of auto, cpu, cuda, npu"),
+        ("gpu", 0, "'gpu' is none of auto, cpu, cuda, npu"),
     ],
 )
 def test_one_process_is_told_which_devices_there_are(device, there, message, environment, monkeypatch):
@@ -506,6 +506,29 @@ def test_one_process_is_told_which_devices_there_are(device, there, message, env
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     with pytest.raises(ValueError, match=message):
         distributed.start(device)
+
+
+def test_a_build_for_cpus_is_told_how_to_get_another(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"is a build for CPUs: on Linux `pip install --force-reinstall torch==[\d.]+`"
+    ):
+        distributed.check_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ValueError, match="built for GPUs, but sees none"):
+        distributed.check_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "there, device", [({"npu": 8, "cuda": 1}, "npu"), ({"npu": 0, "cuda": 2}, "cuda"), ({"npu": 0, "cuda": 0}, "cpu")]
+)
+def test_auto_is_the_first_kind_of_device_that_is_there(there, device, monkeypatch):
+    monkeypatch.setattr(distributed, "_count", there.get)
+    assert distributed.chosen("auto") == device and distributed.chosen("cuda:3") == "cuda:3"
+    distributed.check_device("auto")
+    assert distributed.is_there("auto") and distributed.is_there("cpu")
+    assert distributed.is_there("cuda:1") == (there["cuda"] == 2)
 
 
 def test_a_device_that_is_not_there_is_named(environment, monkeypatch):

@@ -12,8 +12,8 @@ import pytest
 import small_root
 import small_world
 
-from bevfn import cli, detector
-from bevfn.commands import evaluate
+from bevfn import cli, detector, distributed
+from bevfn.commands import scoring as evaluate
 from bevfn.evaluation import apart, score
 from bevfn.experiments import bevfusion_lidar
 from bevfn.training import checkpoint, run
@@ -126,7 +126,7 @@ def test_capacities_of_points_are_not_for_camera_models(monkeypatch, capsys, tmp
         "eval",
         "bevdepth",
         "--checkpoint",
-        tmp_path / "a.safetensors",
+        tmp_path,
         "--data-root",
         small_world.index().root,
     )
@@ -155,6 +155,20 @@ def test_sweeps_move_as_the_run_or_the_flag_says_and_an_older_config_is_named(tr
         in capsys.readouterr().out
     )
     assert asked[:2] == [True, False]
+
+
+def test_the_device_is_the_runs_where_it_is_here(trained, monkeypatch, capsys, tmp_path):
+    made = copied(trained[1], tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["device"] == "cpu"  # what auto was when it was trained
+    asked = []
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **settings: asked.append(settings["device"]) or ({}, {}))
+    monkeypatch.setattr(evaluate, "judge", lambda *_, **__: types.SimpleNamespace(text=""))
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"device": "cuda:7"}))
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST) == 0
+    assert f"device {distributed.chosen('auto')} (the run's cuda:7 is not here)" in capsys.readouterr().out
+    assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST, "--device", "cpu") == 0
+    assert "is not here" not in capsys.readouterr().out and asked == [distributed.chosen("auto"), "cpu"]
 
 
 def test_the_metric_is_the_data_sets_own_unless_the_flag_names_one(trained, monkeypatch, capsys):
@@ -289,3 +303,24 @@ def test_a_runs_config_of_another_type_is_one_sentence(trained, monkeypatch, cap
     assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", made, *FAST) == 2
     error = capsys.readouterr().err
     assert "config.json is damaged" in error and "Traceback" not in error
+
+
+def test_an_evaluation_never_overwrites_another(trained, monkeypatch, capsys, tmp_path):
+    made = copied(trained[1], tmp_path)
+    asked = []
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **__: ({}, {}))
+
+    def judged(_, __, ___, out, **____):
+        asked.append(out)
+        out.mkdir(parents=True)
+        return types.SimpleNamespace(text="")
+
+    monkeypatch.setattr(evaluate, "judge", judged)
+    command = ("eval", "bevfusion_lidar", "--checkpoint", made, *FAST)
+    assert bevfn(monkeypatch, *command) == bevfn(monkeypatch, *command) == 0
+    home = tmp_path / "evaluations"
+    assert asked == [home / f"{made.name}_val", home / f"{made.name}_val_2"]
+    (home / made.name).mkdir()  # as the run itself makes it
+    (home / made.name / "metrics.json").write_text("{}")
+    assert bevfn(monkeypatch, *command, "--out", home / made.name) == 2
+    assert "is the run's own evaluation; choose another --out" in capsys.readouterr().err and len(asked) == 2

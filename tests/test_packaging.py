@@ -1,6 +1,8 @@
 """What an installed bevfn is made of: every source file once, and types that tools can see."""
 
 import importlib.metadata
+import importlib.util
+import os
 import subprocess
 import sys
 import tarfile
@@ -10,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import assert_type
 
+import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -91,9 +94,44 @@ def test_no_release_with_a_known_advisory_is_asked_for_or_installed() -> None:
             named.add(requirement.name)
             lowest = min(Version(part.version) for part in requirement.specifier if part.operator in (">=", "=="))
             assert lowest >= Version(first), f"{requirement}: {what}"
-            if requirement.name not in ("protobuf", "pyarrow"):  # of extras
+            if requirement.name != "pyarrow":  # of an extra
                 assert Version(importlib.metadata.version(requirement.name)) >= Version(first), what
     assert named == set(ADVISORIES)
+
+
+TORCH_FIRST = """
+import sys
+sys.prefix = {prefix!r}  # of an environment whose packages are `site`, made by `make`
+sys.path[:] = [p for p in sys.path if "site-packages" not in p] + [{site!r}, {source!r}]
+import torch
+assert "torch_npu" not in sys.modules
+import bevfn
+from bevfn.ascend import torchair
+print(torchair.find(), torchair.load().__name__)
+"""
+
+
+def test_torch_is_imported_first_where_make_put_the_converters(tmp_path: Path) -> None:
+    """Every notebook begins so. Links stand for an environment in which torch_npu lies where `make npu` puts it."""
+    spec = importlib.util.find_spec("torch_npu")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs torch_npu: make npu")
+    installed = Path(torch.__file__).parents[1], Path(spec.origin).parents[1]
+    site, npu = tmp_path / "site", tmp_path / "npu"
+    for folder, of in ((site, installed[0]), (npu, installed[1])):
+        folder.mkdir()
+        for entry in of.iterdir():
+            if entry.name.startswith("torch_npu") == (folder == npu) and entry.suffix != ".pth":
+                (folder / entry.name).symlink_to(entry)
+    script = TORCH_FIRST.format(prefix=str(tmp_path), site=str(site), source=str(REPO))
+    environment = {k: v for k, v in os.environ.items() if k not in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTHONPATH")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, [str(npu / "torch_npu"), "torchair"]), done.stderr
+
+
+def test_make_takes_the_torch_npu_of_the_extra() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert f'"{project["optional-dependencies"]["npu"][0]}"' in (REPO / "Makefile").read_text()
 
 
 def test_opencv_decodes_nothing() -> None:

@@ -3,11 +3,14 @@
 import io
 import json
 import os
+import re
+import time
 
 import pytest
 import torch
 from rich.console import Console
 
+from bevfn import waiting
 from bevfn.metrics import METRICS_FILE, read_metrics
 from bevfn.training.reporter import Reporter, peak_memory
 
@@ -168,3 +171,49 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_lines_before(small_disk, capf
     assert f"{small_disk}/run/" in str(error.value) and capfd.readouterr().err == ""
     steps = [record["step"] for record in read_metrics(small_disk / "run")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 100
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 160])
+def test_of_a_narrow_terminal_the_metrics_are_cut_and_not_step_and_eta(tmp_path, width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    many = {"loss/total": 12.34, "loss/heatmap": 5.678, "loss/boxes": 3.21, "lr": 1e-3, "grad_norm": 35.0}
+    with Reporter(tmp_path, 1200, console=console) as reporter:
+        for step in range(1, 4):
+            reporter.log(step, many, seconds=30.0 if step == 1 else 1.25)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
+    last = [line for line in lines if "3/1200" in line.replace(" ", "")][-1]
+    assert "1.25 s/step  ETA 0:24:56" in last and len(last.rstrip()) <= width
+    assert ("grad_norm" in last) == (width == 160)
+
+
+def test_the_gradient_of_fp16s_first_steps_is_no_warning(tmp_path):
+    skipped = {"loss": 1.0, "grad_norm": float("inf"), "skipped": 1.0, "loss_scale": 32768.0}
+    assert "warning" not in run(tmp_path / "a", metrics=lambda step: skipped)
+    still = run(tmp_path / "b", metrics=lambda step: skipped | {"skipped": 0.0})
+    assert "warning: grad_norm is inf at step 1." in still
+
+
+def test_in_a_log_no_silence_is_long(tmp_path, monkeypatch):
+    """A long step is said while it lasts, and steps are when they are slow."""
+    monkeypatch.setattr(waiting, "EVERY_S", 0.05)
+    console = Console(file=io.StringIO(), width=160)
+    with Reporter(tmp_path, 40, console=console) as reporter:
+        for step in range(1, 5):
+            with reporter.working(
+                "first step, compiling (about 4 minutes the first time)" if step == 1 else f"step {step}"
+            ):
+                time.sleep(0.12)
+            reporter.log(step, {"loss": 1.0}, seconds=0.12)
+    text = console.file.getvalue()
+    assert text.startswith("first step, compiling (about 4 minutes the first time)\nfirst step, compiling")
+    assert "step 3: 0 s so far" in text
+
+
+def test_slow_steps_are_said_before_the_tenth(tmp_path, monkeypatch):
+    monkeypatch.setattr(waiting, "EVERY_S", 0.01)
+    console = Console(file=io.StringIO(), width=160)
+    with Reporter(tmp_path, 40, console=console) as reporter:
+        for step in range(1, 4):
+            time.sleep(0.02)
+            reporter.log(step, {"loss": 1.0}, seconds=0.12)
+    assert "step 2/40" in console.file.getvalue() and "step 3/40" in console.file.getvalue()

@@ -27,7 +27,7 @@ def measure(*, images: int = 6, channels: int = 512, repeats: int = 5) -> dict:
         figures["peer"] = f"torchvision {torchvision.__version__}"
         peers["torchvision"] = lambda x, offset, weight: deform_conv2d(x, offset, weight, padding=1)
     except (ImportError, OSError, RuntimeError) as missing:  # RuntimeError: its library does not load
-        figures["peer"] = f"omitted, torchvision is not usable here ({missing}): pip install 'bevfn[bench]'"
+        figures["peer"] = f"omitted, torchvision is not usable here ({missing}): pip install -e '.[bench]'"
     for name, peer in peers.items():
         figures[name] = _figures(peer, (x, offset, weight), repeats)
     product = 2e-9 * weight.numel() * images * ROWS * COLUMNS  # GFLOP, and twice that in the backward pass

@@ -134,7 +134,7 @@ def encoder_forward_vs_spconv(repeats: int = 7) -> dict:
         import spconv
         import spconv.pytorch as peer
     except ImportError as missing:
-        return {"omitted": f"spconv is not installed ({missing}): pip install 'bevfn[bench]'"}
+        return {"omitted": f"spconv is not installed ({missing}): pip install -e '.[bench]'"}
     features, sites, source = golden_voxels()
     capacities = exact_capacities(sites)
     layers = encoder_layers(tables(sites, capacities)[0])

@@ -5,19 +5,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from bevfn import provenance, recipes
+from bevfn.choices import Experiment, ModelName, Precision, Scale
 from bevfn.files import check_json, to_json, write_atomically
-from bevfn.precision import Precision
-from bevfn.training import command_line
 
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
 
 def ops(*, threads: int = 0, json_file: Json = None) -> None:
-    """Sparse convolution against spconv, deformable convolution against torchvision (`pip install 'bevfn[bench]'`),
+    """Sparse convolution against spconv, deformable convolution against torchvision (`pip install -e '.[bench]'`),
     both against plain torch and the machine's GEMM peak; voxel pooling against its copy bandwidth; deformable
     attention against plain torch and torch's grid_sample.
 
@@ -33,9 +30,9 @@ def ops(*, threads: int = 0, json_file: Json = None) -> None:
 
 def step(
     *,
-    model: recipes.ModelName = "bevfusion-lidar-camera",
+    model: ModelName = "bevfusion-lidar-camera",
     frame: Path | None = None,
-    scale: command_line.Scale = "published",
+    scale: Scale = "published",
     precision: Precision = "fp32",
     batch_size: int = 1,
     device: str = "cpu",
@@ -135,7 +132,7 @@ def checkpoint(*, folder: Path = Path("runs"), repeats: int = 3, json_file: Json
 
 def startup(
     *,
-    experiment: recipes.Experiment = "bevfusion_lidar",
+    experiment: Experiment = "bevfusion_lidar",
     frame: Path | None = None,
     json_file: Json = None,
 ) -> None:
@@ -212,16 +209,22 @@ def scale(
 
 def list_() -> None:
     """Which file of experiments/results/ was made when, of which commit, and by which command. Also: `bevfn bench --list`."""
+    from bevfn import provenance
+
     print(provenance.listing())
 
 
 def _threads(wanted: int) -> int:
+    import torch
+
     torch.set_num_threads(wanted or torch.get_num_threads())
     return torch.get_num_threads()
 
 
 def _report(benchmark: str, measure: Callable[[], dict], json_file: Path | None, device: str = "cpu") -> None:
     """Measures, prints and keeps the figures with the machine and with what to type to measure them again."""
+    from bevfn import provenance
+
     check_json(json_file)
     figures = measure()
     result = {**provenance.head(device), "benchmark": benchmark, "figures": figures}

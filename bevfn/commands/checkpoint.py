@@ -11,6 +11,7 @@ from bevfn import catalogue, detector, tree, upstream
 from bevfn.choices import one_of
 from bevfn.names import lines, printable
 from bevfn.training import checkpoint as checkpoint_files
+from bevfn.training import located
 from bevfn.upstream import checkpoints, recognise
 
 Checkpoint = Annotated[str, one_of(catalogue.CHECKPOINTS)]
@@ -58,7 +59,7 @@ def export(
     """
     if Path(output).suffix not in (".pth", ".safetensors"):
         raise ValueError(f"output {output}: the name must end in .pth or .safetensors.")
-    place = detector.whole(Path(source))
+    place = located.whole(Path(source))
     if place.is_dir():
         layout, found = _of_run(place, sparse, naming, averages)
     else:

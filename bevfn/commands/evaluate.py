@@ -1,27 +1,17 @@
 """`bevfn eval`: nuScenes scores of a checkpoint by the official devkit, T4 data's by the T4 metric, or a submission for the
-test split."""
+test split. Its flags; the work is `scoring`'s, which imports what help need not wait for."""
 
-import math
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import tyro
+from tyro.conf import Positional
 
-from bevfn import catalogue, detector, distributed, recipes, tree
-from bevfn import compile as compilation
-from bevfn.choices import one_of
-from bevfn.data import source
-from bevfn.evaluation import apart, results, tables
-from bevfn.evaluation.detect import collect, detect
-from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
-from bevfn.files import check_writable, to_json, write_atomically
-from bevfn.precision import Precision
-from bevfn.training import command_line, pretrained, tasks
+from bevfn import catalogue
+from bevfn.choices import Backend, Experiment, Precision, one_of
 
 
 def evaluate(
-    experiment: tyro.conf.Positional[recipes.Experiment],
+    experiment: Positional[Experiment],
     *,
     checkpoint: Path,
     model: Annotated[str | None, one_of(catalogue.MODELS)] = None,
@@ -35,8 +25,8 @@ def evaluate(
     published_sweeps: bool | None = None,
     intensity: bool | None = None,
     fuser_kernel: Literal[3, 5] | None = None,
-    backend: compilation.Backend = "inductor",
-    device: str = "cpu",
+    backend: Backend = "inductor",
+    device: str | None = None,
     batch_size: int = 1,
     workers: int = 4,
     point_capacity: int | None = None,
@@ -57,7 +47,8 @@ def evaluate(
         version: of the root, such as v1.0-mini or v1.0-test; by default the run's
         split: val, mini_val, train, test, ..., or one of the version's splits.json; by default the run's evaluation split
         metric: what scores; by default the data set's own
-        out: folder for the results; by default evaluations/<checkpoint>[_<split>] of the run
+        out: folder for the results; by default a new one, evaluations/<checkpoint>_<split>[_<number>] of the run; that of an
+            evaluation which the run made itself is refused
         precision: by default the run's
         against: run in this precision too, and tell how far the boxes are apart (apart.json); exit code 1 if by more than
             docs/training.md states
@@ -67,7 +58,7 @@ def evaluate(
             shapes say
         fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default as intensity
         backend: what compiles the forward pass
-        device: torch device
+        device: torch device; by default the run's if it is here, else auto: an NPU, a CUDA device or the CPU, the first that there is
         batch_size: key frames at a time
         workers: processes that read; 0: none
         point_capacity: room for the points of a key frame, for a LiDAR that is denser than the run's; this and the next
@@ -75,116 +66,7 @@ def evaluate(
         voxel_capacity: voxels of a key frame
         site_capacity: active sites of a key frame at each level of the sparse encoder
     """
-    distributed.check_device(device)
-    checkpoint = detector.whole(checkpoint)
-    flags = {"model": model, "data_root": data_root, "version": version, "split": split, "precision": precision}
-    room = {"point_capacity": point_capacity, "voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
-    network = {"published_sweeps": published_sweeps, "intensity": intensity, "fuser_kernel": fuser_kernel}
-    config = _config(experiment, checkpoint, device, flags | room | network)
-    task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
-    out = out if out is not None else _folder(checkpoint, split)
-    _check(task, out)
-    settings: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "backend": backend, "device": device}
-    reference = None if against is None else _other(experiment, config, task, against)
-    found, counts = _found(task, checkpoint, **settings)
-    sure = None if reference is None else _found(reference, checkpoint, **settings)[0]
-    told: dict[str, Any] = {"title": f"{task.title}, {checkpoint.name}", "counts": counts}
-    if task.score is not None:
-        judgement = measure(found, task.score, out, **told)
-    elif task.data.evaluation.annotated:
-        told |= {"config": command_line.flags(config), "bottom": task.bottom}
-        judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
-    else:
-        _submit(task, found, counts, out)
-        return _apart(sure, found, out, against, config.precision)
-    print(f"{judgement.text}\neverything is in {out}")
-    return _apart(sure, found, out, against, config.precision)
+    asked = {name: value for name, value in locals().items() if name not in ("experiment", "checkpoint")}
+    from bevfn.commands import scoring
 
-
-def _other(experiment: str, config: command_line.Config, task: tasks.Task, precision: Precision) -> tasks.Task:
-    """The task in another precision, of the same key frames. Raises ValueError where there is nothing to compare."""
-    if precision == config.precision or task.score is not None:
-        what = "detects nothing" if task.score is not None else f"is run in {precision} anyway"
-        raise ValueError(f"{config.model} {what}, so --against {precision} compares nothing; leave it out")
-    splits = source.Source(task.data.evaluation, task.data.evaluation)
-    return recipes.load(experiment).task(replace(config, precision=precision).plain(), splits)
-
-
-def _apart(sure: dict | None, found: dict, out: Path, against: str | None, precision: str) -> int:
-    """Says how far the boxes found are from those of --against, where there are any: the exit code."""
-    if sure is None or against is None:
-        return 0
-    distances = apart.measure(sure, found)
-    print(distances.text(against, precision))
-    write_atomically(
-        out / "apart.json", to_json({"against": against, "precision": precision} | distances.numbers(), indent=1)
-    )
-    return 0 if distances.ok else 1
-
-
-def _scored_by(metric: Literal["nuscenes", "t4"] | None, task: tasks.Task) -> tasks.Task:
-    """The task whose key frames are scored by a metric, None: their own."""
-    if metric is None:
-        return task
-    return replace(task, data=replace(task.data, evaluation=replace(task.data.evaluation, metric=metric)))
-
-
-def _config(experiment: str, checkpoint: Path, device: str, flags: dict[str, Any]) -> command_line.Config:
-    """The config that the checkpoint is evaluated with: its run's, with the flags that are given (not None)."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    config = detector.run_config(experiment, checkpoint, given.get("data_root"), given.get("model"))
-    given = detector.of_release(experiment, config.model, checkpoint) | given
-    if (split := given.pop("split", None)) is not None:
-        root, version = given.get("data_root", config.data_root), given.get("version", config.version)
-        if what := source.trained_on(root, version, config.train_split, split, config.world):
-            print(f"warning: {what}")
-        given |= {"train_split": split, "eval_split": split}  # of a task's two, one is run over
-    return replace(detector.flagged(experiment, config, given), device=device, resume=False)
-
-
-def _check(task: tasks.Task, out: Path) -> None:
-    """Raises ValueError for what the model need not run for: key frames that cannot be scored, a folder that cannot be
-    written."""
-    tasks.check(task, train=False)
-    if task.score is None and task.data.evaluation.annotated:
-        source.check_scored(task.data.evaluation, results.KNOWN_ATTRIBUTES)
-    check_writable(out)
-
-
-def _found(task: tasks.Task, checkpoint: Path, *, device: str, **settings: Any) -> tuple[dict, dict]:
-    """What `detect` (`collect`, where the task has a score) returns of the checkpoint's weights, under a progress bar; settings:
-    its others."""
-    params, state = (tree.to(part, device) for part in pretrained.read_weights(checkpoint, ema=True))
-    detector.check_fits(task, params, state, checkpoint)
-    index = task.data.evaluation
-    return detector.with_progress(
-        *(detect if task.score is None else collect, index),
-        *(task.predict, params, state, index, task.data.eval_reading),
-        device=device,
-        **settings,
-    )
-
-
-def _folder(checkpoint: Path, split: str | None) -> Path:
-    """Beside the run's own evaluations, or in runs/ for an imported file."""
-    name = checkpoint.stem + (f"_{split}" if split else "")
-    return (
-        checkpoint.parent.parent / "evaluations" if checkpoint.is_dir() else command_line.RUNS / "evaluations"
-    ) / name
-
-
-def _submit(task: tasks.Task, found: dict, counts: dict[str, float], out: Path) -> None:
-    """The results of a split without annotations, and of nuScenes' test split what the server takes."""
-    index, reading = task.data.evaluation, task.data.eval_reading
-    t4 = index.judge == "t4"
-    ranges = dict.fromkeys(reading.class_names, math.inf) if t4 else results.RANGES
-    document = submission(index, found, reading, ranges, bottom=task.bottom)
-    forget(out)
-    for name in (RESULTS_T4,) if t4 else (RESULTS, "submission.zip"):
-        results.write(out / name, document, reading.class_names)
-    told = f"submit {out / 'submission.zip'} (its meta says use_external false: see results.Meta)"
-    if t4:
-        told = f"{index.root} has no annotations there, so they are not scored; detections are in {out / RESULTS_T4}"
-    print(f"{len(found)} key frames; {told}")
-    for line in tables.counted(counts):
-        print(line)
+    return scoring.evaluate(experiment, checkpoint, asked)

@@ -44,7 +44,7 @@ def graph(
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
 ) -> int:
-    """Lower an experiment's steps to Ascend graphs and report what is in them; needs `pip install 'bevfn[npu]'`, no NPU.
+    """Lower an experiment's steps to Ascend graphs and report what is in them; needs torch_npu's converters (`make npu`), no NPU.
 
     The whole train step and the inference step are traced with fake tensors and go through torchair's own converters.
     Exit code 1 if a step is not one static graph, or has a node without a kernel: docs/ascend.md says how to read the report.
@@ -94,7 +94,7 @@ def graph(
     config = of_scale[scale].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
-    config = replace(config, precision=precision, **changes)
+    config = replace(config, precision=precision, device="cpu", **changes)  # fake tensors, whatever devices are here
     made: dict[str, dict] = {}
     complete = True
     for name, (step, arguments) in steps(experiment, config, comparable=execute > 0).items():

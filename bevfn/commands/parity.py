@@ -4,11 +4,10 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from bevfn import provenance
 from bevfn.files import check_json
+from bevfn.names import printable
 
 
 def parity(
@@ -20,7 +19,7 @@ def parity(
 ) -> int:
     """Compare a model with the implementation that published it, on a golden case.
 
-    Draws the case's checkpoint, imports it like a published file, runs our model on the stored inputs and prints one
+    Says which implementation made the case, draws its checkpoint, imports it like a published file, runs our model on the stored inputs and prints one
     line per stored boundary: name, relative L2 error, tolerance, ok or FAIL. Exit code 1 if any fails.
 
     Args:
@@ -29,13 +28,17 @@ def parity(
         json_file: also write the table there
         device: torch device to run on
     """
-    from bevfn import distributed
+    import torch  # which help need not wait for
+
+    from bevfn import distributed, provenance
     from bevfn.parity import compare, golden, replay
 
     distributed.check_device(device)
+    device = distributed.chosen(device)
     check_json(json_file)
     started = time.perf_counter()
     case = golden.read(case_dir)
+    print(f"made by running {printable(case.origin)}")
     table = compare.Table(str(case_dir))
     torch.manual_seed(0)  # nothing here draws random numbers; a difference between runs would be a bug
     replay.replay(case, table, only=only, device=device)

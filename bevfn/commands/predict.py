@@ -5,13 +5,9 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from bevfn import catalogue, detector
-from bevfn import compile as compilation
-from bevfn.choices import one_of
-from bevfn.data import inputs
-from bevfn.evaluation import predicted, tables, viewer
+from bevfn import catalogue
+from bevfn.choices import Backend, Precision, one_of
 from bevfn.files import check_new_folder, new_folder
-from bevfn.precision import Precision
 
 RECORDING = "recording.rrd"
 
@@ -38,8 +34,8 @@ def predict(
     point_capacity: int | None = None,
     voxel_capacity: int | None = None,
     site_capacity: tuple[int, ...] | None = None,
-    backend: compilation.Backend = "eager",
-    device: str = "cpu",
+    backend: Backend = "eager",
+    device: str = "auto",
     batch_size: int = 1,
     workers: int = 0,
 ) -> None:
@@ -64,7 +60,7 @@ def predict(
         pictures: a picture of each key frame; no: no video either
         video: the pictures as an MP4
         fps: pictures a second of the video; by default the key frames' own pace
-        rrd: a recording for the rerun viewer (pip install 'bevfn[viewer]')
+        rrd: a recording for the rerun viewer (pip install -e '.[viewer]')
         precision: by default the run's, or fp32
         published_sweeps: of BEVFusion: see `bevfn eval`; by default the run's, or as published
         intensity: of awml-lidar: its weights read the points' intensity; by default the run's, or what the file looks like
@@ -74,16 +70,22 @@ def predict(
         voxel_capacity: voxels of a key frame
         site_capacity: active sites of a key frame at each level of the sparse encoder
         backend: what compiles the forward pass; inductor first takes a minute or more, which many key frames win back
-        device: torch device
+        device: torch device; auto: an NPU, a CUDA device or the CPU, the first that there is
         batch_size: key frames at a time
         workers: processes that read; 0: none
     """
+    from bevfn import detector  # and torch, which help need not wait for
+    from bevfn.data import inputs
+    from bevfn.evaluation import predicted, tables, viewer
+    from bevfn.training import located
+
     check_new_folder(out)
     if rrd:
         viewer.check()
     flags: dict[str, Any] = {"precision": precision, "published_sweeps": published_sweeps, "intensity": intensity}
     flags |= {"fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
+    checkpoint = located.whole(checkpoint)
     index = inputs.read(data, scene, version, columns)
     made = detector.load(checkpoint, model=model, device=device, averages=averages, **flags).at(data)
     made.ready(index)

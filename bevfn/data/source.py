@@ -95,6 +95,11 @@ def kind(root: Path | None) -> Kind:
     return "own" if own.scenes(root) else "nuscenes"
 
 
+def is_world(root: Path | None) -> bool:
+    """Whether that is a synthetic world, of `bevfn data synth` or made because there was no root."""
+    return root is None or (root / synth.DESCRIPTION).is_file()
+
+
 def of_kind(defaults: Mapping[Kind, Default], root: Path | None) -> Default:
     """The defaults for what lies at a data root. Raises ValueError, one sentence, where a recipe is for other data."""
     found = kind(root)

@@ -149,16 +149,16 @@ def _page(
     extra: tables.Extra | None,
 ) -> str:
     """The whole document."""
-    sections = [] if extra is None else [(heading, _plain(rows)) for heading, rows in extra.tables.items()]
-    sections += [("Classes", _class_table(scores) + _themed("AP and errors of each class", pictures["classes"]))]
+    sections = [] if extra is None else [(heading, table(rows)) for heading, rows in extra.tables.items()]
+    sections += [("Classes", _class_table(scores) + themed("AP and errors of each class", pictures["classes"]))]
     if others:
-        chart = _themed("scores side by side", pictures["comparison"])
+        chart = themed("scores side by side", pictures["comparison"])
         sections.append(("Comparison", _comparison_table(others) + chart))
     sections.append(
-        ("Precision and recall", _themed("precision over recall of each class", pictures["precision_recall"]))
+        ("Precision and recall", themed("precision over recall of each class", pictures["precision_recall"]))
     )
     if "training" in pictures:
-        sections.append(("Training", _themed("training curves", pictures["training"])))
+        sections.append(("Training", themed("training curves", pictures["training"])))
     if scenes:
         (_, remark, overview), *rest = scenes
         body = f"<p>{escape(remark)}</p>" + _image("best and worst key frames from above", overview, "paper")
@@ -223,7 +223,8 @@ def _comparison_table(others: Mapping[str, Scores]) -> str:
     return _scrolling("<tr><th></th>" + "".join(f"<th>{k}</th>" for k in columns) + "</tr>", rows)
 
 
-def _plain(rows: tables.Rows) -> str:
+def table(rows: tables.Rows) -> str:
+    """An HTML table of texts, the first row its head and the first column its names."""
     head, *others = ["".join(f"<th>{escape(cell)}</th>" for cell in rows[0])] + [
         f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
         for name, *cells in rows[1:]
@@ -235,7 +236,7 @@ def _scrolling(head: str, rows: str) -> str:
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 
-def _themed(text: str, pictures: tuple[bytes, bytes]) -> str:
+def themed(text: str, pictures: tuple[bytes, bytes]) -> str:
     """A light picture, and a dark one for readers whose system is dark."""
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(pictures[1])}">'
     return f"<picture>{dark}{_image(text, pictures[0])}</picture>"

@@ -154,6 +154,20 @@ def training(records: Sequence[Mapping[str, float]], theme: Theme = LIGHT) -> by
     return _png(figure, theme)
 
 
+def curves(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, theme: Theme = LIGHT) -> bytes:
+    """(steps, values) by name in one picture; `title` is what they are of, as "loss"."""
+    figure = _figure((12.5, 3.6), theme)
+    axes = figure.subplots()
+    _style(axes, theme)
+    colours = _cycle(theme.series, len(pairs))
+    for (name, (steps, values)), colour in zip(pairs.items(), colours):
+        _curve(axes, steps, values, colour, name, title)
+    axes.set_title(title, loc="left", fontsize=10, color=theme.ink, fontweight="bold")
+    axes.set_xlabel("step", color=theme.muted, fontsize=9)
+    _legend(figure, list(pairs), colours, theme)
+    return _png(figure, theme)
+
+
 @dataclass(frozen=True)
 class Panel:
     """One key frame for `outcomes`."""

@@ -27,7 +27,7 @@ def check() -> None:
     """Raises ValueError, one sentence, where rerun's package is not installed."""
     if importlib.util.find_spec("rerun") is None:
         raise ValueError(
-            "a recording for the rerun viewer needs rerun-sdk: pip install 'bevfn[viewer]', or leave out --rrd"
+            "a recording for the rerun viewer needs rerun-sdk: pip install -e '.[viewer]', or leave out --rrd"
         )
 
 

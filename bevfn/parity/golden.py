@@ -49,6 +49,13 @@ class Case:
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
 
+    @property
+    def origin(self) -> str:
+        """What was run to make the case: repository, commit and config or class, as far as the manifest says."""
+        upstream = self.manifest.get("upstream", {})
+        told = [str(upstream[name]) for name in ("repo", "commit", "config", "class") if upstream.get(name)]
+        return ", ".join(told) or "its manifest does not say what"
+
     def noise(self, phase: str, name: str) -> float:
         """Measured relative L2 noise floor of a boundary, 0 if the case has none."""
         measured = self.stats.get("noise", {})
@@ -110,7 +117,8 @@ def read(folder: Path) -> Case:
     """Reads a case; raises ValueError that names a file which is missing or damaged."""
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is not a folder; give a golden case: a folder with manifest.json, stats.json and tensors"
+            f"{folder} is not a folder; give a golden case: a folder with manifest.json, stats.json and tensors, made by running the "
+            "published implementation (no part of a clone: docs/parity.md)"
         )
     manifest, stats = (_json(folder / name) for name in ("manifest.json", "stats.json"))
     inputs, outputs = (_tensors(folder / name) for name in ("inputs.safetensors", "outputs.safetensors"))

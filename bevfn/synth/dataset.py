@@ -1,5 +1,6 @@
 """Writes a world to disk in nuScenes' format or in T4's, several key frames at a time in several processes."""
 
+import contextlib
 import errno
 import glob
 import multiprocessing
@@ -15,10 +16,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from nuscenes.utils.data_classes import Box
-from nuscenes.utils.geometry_utils import points_in_box
-from nuscenes.utils.splits import train, val
-from pyquaternion import Quaternion
+from rich import get_console
 from rich.progress import track
 
 from bevfn import host
@@ -28,8 +26,11 @@ from bevfn.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
 from bevfn.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
 from bevfn.synth.tables import Seen
 from bevfn.synth.world import TICK, World, build
+from bevfn.waiting import told
 
 VERSION = "v1.0-trainval"
+DESCRIPTION = "world.json"  # of what was made
+OFFICIAL_VAL = 150  # scenes of nuScenes' split val, whose names are used
 FORM = 1  # changes when the same settings give other files
 Format = Literal["nuscenes", "t4"]
 CHUNK = 4  # key frames a process makes at a time
@@ -131,6 +132,8 @@ def _sweep(out: Path) -> None:
 
 def scene_names(scenes: int) -> list[str]:
     """Names from the devkit's official splits; scene i is in val if i % 4 == 1."""
+    from nuscenes.utils.splits import train, val  # imports for seconds
+
     return [val[i // 4] if i % 4 == 1 else train[i - (i + 2) // 4] for i in range(scenes)]
 
 
@@ -140,7 +143,12 @@ def folders() -> list[str]:
 
 
 def _check(settings: Settings) -> None:
-    limits = {"scenes": (1, 4 * len(val)), "frames_per_scene": (1, 180), "azimuths": (16, 4096), "seed": (0, 2**63 - 1)}
+    limits = {
+        "scenes": (1, 4 * OFFICIAL_VAL),
+        "frames_per_scene": (1, 180),
+        "azimuths": (16, 4096),
+        "seed": (0, 2**63 - 1),
+    }
     for field, (low, high) in limits.items():
         value = getattr(settings, field)
         if not low <= value <= high:
@@ -152,7 +160,7 @@ def _holds(out: Path, settings: Settings) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        described = read_json((out / "world.json").read_bytes())
+        described = read_json((out / DESCRIPTION).read_bytes())
     except (OSError, ValueError):
         described = None
     if described == settings.described:
@@ -169,10 +177,14 @@ def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
         for first in range(0, settings.frames_per_scene, CHUNK)
     ]
     seen: dict[tuple[int, int], Seen] = {}
-    for found in track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True):
-        seen.update(found)
+    made = track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True)
+    plain = progress and not get_console().is_terminal
+    total = settings.scenes * settings.frames_per_scene
+    with told(lambda: f"synthetic world, {len(seen)} of {total} key frames") if plain else contextlib.nullcontext():
+        for found in made:
+            seen.update(found)
     (_fill_t4 if settings.format == "t4" else _fill_nuscenes)(root, settings, seen)
-    (root / "world.json").write_bytes(to_json(settings.described))
+    (root / DESCRIPTION).write_bytes(to_json(settings.described))
 
 
 def _fill_nuscenes(root: Path, settings: Settings, seen: dict[tuple[int, int], Seen]) -> None:
@@ -285,6 +297,10 @@ def count(world: World, rig: Rig, t: float, cloud: np.ndarray) -> np.ndarray:
     """Points [G] in each box by the devkit's own arithmetic; 0 for objects beyond ANNOTATION_RANGE."""
     pose, mount = world.global_from_ego(t), rig.ego_from_sensor[LIDAR]
     origin = (pose @ mount)[:2, 3]
+    from nuscenes.utils.data_classes import Box  # imports for seconds
+    from nuscenes.utils.geometry_utils import points_in_box
+    from pyquaternion import Quaternion
+
     xyz = np.ascontiguousarray(cloud[:, :3].T)
     result = np.zeros(len(world.names), dtype=np.int64)
     for g, (x, y, z, length, width, height, yaw) in enumerate(world.boxes(t).tolist()):

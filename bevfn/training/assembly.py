@@ -27,7 +27,7 @@ def initial(run: Run, *, resumed: bool = False) -> tuple[dict, dict]:
         params, state, merged = start.merge(params, state, loaded)
         if run.leads:  # the recipe starts the rest from scratch; the report says what
             print(merged.text())
-    return tree.to(params, run.config.device), tree.to(state, run.config.device)
+    return tree.to(params, run.device), tree.to(state, run.device)
 
 
 def initial_state(run: Run, *, resumed: bool = False) -> train.TrainState:
@@ -35,7 +35,7 @@ def initial_state(run: Run, *, resumed: bool = False) -> train.TrainState:
     optimizer = run.task.optimizer(run.plan)
     params, state = initial(run, resumed=resumed)
     made = train.init(params, state, optimizer, precision=run.policy, ema=run.task.ema, seed=run.config.seed)
-    return tree.to(made, run.config.device)
+    return tree.to(made, run.device)
 
 
 def pure_step(run: Run) -> Callable[[train.TrainState, Batch], tuple[train.TrainState, dict]]:
@@ -88,4 +88,4 @@ def example(run: Run) -> Batch:
     data, reading = run.task.data, run.task.data.reading(0)
     sample = scene.load(data.training, 0, reading, np.random.default_rng(0), database=data.database)
     batch, _ = collate([sample] * run.config.batch_size, capacities=reading.capacities)
-    return batch.to(run.config.device)
+    return batch.to(run.device)

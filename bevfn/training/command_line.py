@@ -9,14 +9,27 @@ from typing import Any, ClassVar, Literal, Self
 
 import tyro
 
-from bevfn import compile as compilation
+from bevfn import choices
 from bevfn.data import source
 from bevfn.files import as_read
 from bevfn.precision import Precision
-from bevfn.training import limits
+from bevfn.training import limits, run_folder
 
 RUNS = Path("runs")
-Scale = Literal["published", "mini"]
+ELSEWHERE = {
+    "--work-dir": "--run-dir is the run's folder",
+    "--load-from": "--pretrained takes weights to start from, and --resume goes on with the run in --run-dir",
+    "--resume-from": "--resume goes on with the run in --run-dir",
+    "--auto-resume": "--resume goes on with the run in --run-dir",
+    "--amp": "--precision fp16 (or bf16) is mixed precision",
+    "--cfg-options": "every number of a recipe is a flag of its own: see --help",
+    "--launcher": "torchrun --nproc-per-node N -m bevfn.experiments.NAME starts N processes",
+    "--gpus": "torchrun --nproc-per-node N -m bevfn.experiments.NAME starts a process per device",
+    "--checkpoint": "--pretrained takes weights to start from, and `bevfn eval` evaluates a checkpoint",
+    "--max-epochs": "--epochs is their number",
+}
+"""Flags that mmdetection3d's tools and Lightning have for what has another name here."""
+Scale = choices.Scale
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,13 @@ class Config:
     """published: every size as in the paper; mini: the same code at a size for demos and CI"""
     precision: Precision = "fp32"
     """fp16 scales the loss dynamically, in the graph"""
-    backend: compilation.Backend = "inductor"
+    backend: choices.Backend = "inductor"
     """what compiles the train step"""
-    eval_backend: compilation.Backend = "inductor"
+    eval_backend: choices.Backend = "inductor"
     """what compiles the forward pass of an evaluation"""
-    device: str = "cpu"
-    """torch device: cpu, cuda, cuda:1; under torchrun each process takes its own"""
+    device: str = "auto"
+    """torch device: cpu, cuda, cuda:1, npu; auto: an NPU, else a CUDA device, else the CPU, which is printed. Under torchrun each
+    process takes its own"""
     mode: Literal["full", "performance"] = "full"
     """full: all epochs, with evaluations; performance: one epoch without, and samples/s after --warm-up steps"""
     warm_up: int = 20
@@ -148,9 +162,10 @@ def flags(config: Config) -> dict:
     return as_read(dataclasses.asdict(config))
 
 
-def parse(defaults: Defaults, arguments: list[str], description: str | None = None) -> Any:
+def parse(defaults: Defaults, arguments: list[str], description: str | None = None, prog: str | None = None) -> Any:
     """The config of a command line; --model (and what else `Config.CHOOSES`) and what is at --data-root decide on the
     defaults."""
+    replayed, arguments = _replayed(arguments)
     root, first = flag(arguments, "--data-root"), next(iter(defaults.values()))
     some = {name: next(iter(of.values())) for name, of in defaults.items()}  # what chooses is of a model, at any root
     given = {name: flag(arguments, f"--{name}") for name in next(iter(some.values())).CHOOSES}
@@ -158,10 +173,52 @@ def parse(defaults: Defaults, arguments: list[str], description: str | None = No
     fitting = (m for m, one in some.items() if all(str(getattr(one, n)) == v for n, v in chosen.items()))
     # Tyro names the choices for an unknown model, the config what contradicts a known one.
     of = defaults.get(next(fitting, chosen.get("model", "")), first)
-    default = source.of_kind(of, None if root is None else Path(root))
+    default = _fitting(of, None if root is None else Path(root))
+    if replayed is not None:
+        stored = run_folder.stored_config(replayed, default)
+        default = replace(stored, run_dir=default.run_dir, resume=False, force=False)
     module = sys.modules["__main__"].__spec__
-    prog = f"python -m {module.name}" if module else None  # not the file's path, which nobody types
+    if prog is None and module:
+        prog = f"python -m {module.name}"  # not the file's path, which nobody types
+    _hint(default, arguments)
+    description = f"{description or ''}\n\n--config FILE, a run's config.json or its folder, sets every flag that is not given as it was there."
     return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
+
+
+def _replayed(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """(file of --config, the arguments without it and with what chooses the defaults: the flags of that run). Raises
+    ValueError."""
+    file = flag(arguments, "--config")
+    if file is None:
+        return None, arguments
+    path = Path(file) / run_folder.CONFIG_FILE if Path(file).is_dir() else Path(file)
+    if not path.is_file():
+        raise ValueError(f"--config {path} is not there; give a run's folder, or its {run_folder.CONFIG_FILE}")
+    stored = run_folder.read_config(path)
+    at = next(place for place, word in enumerate(arguments) if word.partition("=")[0] == "--config")
+    rest = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
+    for name in ("model", "data_root"):
+        if stored.get(name) is not None and flag(rest, f"--{name.replace('_', '-')}") is None:
+            rest = [f"--{name.replace('_', '-')}", str(stored[name]), *rest]
+    return path, rest
+
+
+def _fitting(defaults: Mapping[source.Kind, Config], root: Path | None) -> Config:
+    """The defaults for what lies at the data root; those of the synthetic world for one that somebody made. Raises ValueError."""
+    found = source.of_kind(defaults, root)
+    return defaults["synthetic"] if "synthetic" in defaults and source.is_world(root) else found
+
+
+def _hint(default: Config, arguments: list[str]) -> None:
+    """Raises ValueError for a flag of mmdetection3d's or torchrun's tools that has another name here."""
+    for word, following in zip(arguments, [*arguments[1:], "--"]):
+        name = word.partition("=")[0].replace("_", "-")
+        if name in ELSEWHERE and not hasattr(default, name[2:].replace("-", "_")):
+            raise ValueError(f"there is no flag {name}; {ELSEWHERE[name]}")
+        if word == "--resume" and not following.startswith("--"):
+            raise ValueError(
+                f"--resume takes no folder: `--run-dir {following} --resume` goes on with the run that is there"
+            )
 
 
 def flag(arguments: list[str], name: str) -> str | None:

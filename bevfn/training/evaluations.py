@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from bevfn import waiting
 from bevfn.evaluation.detect import collect, detect
-from bevfn.evaluation.judge import judge, measure
 from bevfn.evaluation.score import METRICS
 from bevfn.training import checkpoint, finite, run_folder, train
 from bevfn.training.command_line import flags
@@ -24,32 +24,37 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
     over_all: Callable[..., tuple[dict, dict[str, float]]] = detect if run.task.score is None else collect
-    found, counts = over_all(
-        *(run.task.predict, weights["params"], weights["state"]),
-        *(data.evaluation, data.eval_reading),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        backend=config.eval_backend,
-        device=config.device,
-        replicas=run.replicas,
-        warn=print,
-    )
+    with waiting.batches(f"evaluating step {done}", len(data.evaluation), quiet=not run.leads) as progress:
+        found, counts = over_all(
+            *(run.task.predict, weights["params"], weights["state"]),
+            *(data.evaluation, data.eval_reading),
+            batch_size=config.batch_size,
+            workers=config.workers,
+            backend=config.eval_backend,
+            device=run.device,
+            replicas=run.replicas,
+            warn=print,
+            progress=progress,
+        )
     if not run.leads:
         return {}
+    from bevfn.evaluation.judge import judge, measure  # imports matplotlib, which help need not wait for
+
     out = folder(run, done)
     counts |= {"missing/key_frames": data.left_out}
     title = f"{run.task.title}, step {done}"
-    if run.task.score is not None:
-        judgement = measure(found, run.task.score, out, title=title, counts=counts)
-    else:
-        judgement = judge(
-            *(data.evaluation, found, data.eval_reading, out),
-            counts=counts,
-            run_dir=config.run_dir,
-            title=title,
-            config=flags(config),
-            bottom=run.task.bottom,
-        )
+    with waiting.told("scoring"):
+        if run.task.score is not None:
+            judgement = measure(found, run.task.score, out, title=title, counts=counts)
+        else:
+            judgement = judge(
+                *(data.evaluation, found, data.eval_reading, out),
+                counts=counts,
+                run_dir=config.run_dir,
+                title=title,
+                config=flags(config),
+                bottom=run.task.bottom,
+            )
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
     if done:
         checkpoint.keep_best(config.run_dir / run_folder.CHECKPOINTS, out.name, judgement.value)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from bevfn import tree, upstream
-from bevfn.training import checkpoint
+from bevfn.training import checkpoint, located
+from bevfn.upstream import recognise
 
 
 def parts(params: dict, state: dict, loaded: upstream.Loaded) -> tuple[dict, dict, upstream.Merge]:
@@ -28,11 +29,13 @@ class Start:
 def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
     """(params, state) of an imported file, or of a training checkpoint's folder (`ema`: their averages, if it has).
 
-    Raises ValueError, naming the file, if it is absent or damaged, or a weight in it is none (`upstream.impossible`).
+    path: also a run's folder, or RUN/best. Raises ValueError, naming the file, if it is absent, damaged or yet to be imported, or
+    a weight in it is none (`upstream.impossible`).
     """
+    path = located.whole(path)
     if not path.is_dir():
-        imported = upstream.read_imported(path)
-        params, state = imported.params, imported.state
+        read = imported(path)
+        params, state = read.params, read.state
     else:
         tensors = checkpoint.read(path)
         root = "ema." if ema and any(name.startswith("ema.") for name in tensors) else ""
@@ -41,6 +44,27 @@ def read_weights(path: Path, *, ema: bool = False) -> tuple[dict, dict]:
             for part in ("params.", "state.")
         )
     return usable(path, params, state)
+
+
+def check(path: Path) -> None:
+    """Raises ValueError for what `read_weights` would refuse hours later: a path where no weights are, a published file."""
+    place = located.whole(path)
+    if place.is_dir():
+        checkpoint.read_meta(place)
+    else:
+        imported(place)
+
+
+def imported(file: Path) -> upstream.Imported:
+    """What `bevfn checkpoint import` wrote. Raises ValueError, with the command, for a published file."""
+    try:
+        return upstream.read_imported(file)
+    except upstream.NotImported:
+        looks = recognise.recognise(upstream.read_state_dict(file))
+        raise ValueError(
+            f"{file} is a published file ({looks.what}), which is imported first: `bevfn checkpoint import {file} "
+            f"{file.with_suffix('').name}_imported.safetensors --model {looks.model or 'MODEL'}` writes the file to give here"
+        ) from None
 
 
 def usable(path: Path, params: dict, state: dict) -> tuple[dict, dict]:

@@ -16,18 +16,23 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
+from bevfn import waiting
 from bevfn.files import to_json, write_atomically, writing
 from bevfn.metrics import COUNTERS, METRICS_FILE, meaning
 
 BOARD = "tensorboard"
+WIDE = 100  # columns of a terminal in which there is room for a bar
 
 
 class Reporter:
@@ -36,8 +41,8 @@ class Reporter:
     with Reporter(Path("runs/demo"), total_steps=300) as reporter:
         reporter.log(1, {"loss": 3.2, "overflow/points": 0}, seconds=0.8)
 
-    In a terminal one live line shows step, step time, remaining time and losses; otherwise a plain line every `every`
-    steps, and the first and the last. A run folder that already has metrics is continued: what it has of the steps that
+    In a terminal one live line shows step, step time, remaining time and losses, of which narrow ones cut off the latter;
+    otherwise a plain line every `every` steps, after `waiting.EVERY_S` seconds, and the first and the last. A run folder that already has metrics is continued: what it has of the steps that
     come again counts no longer, nor what it has behind them (`read_metrics`, and TensorBoard with `start_step`).
     """
 
@@ -70,6 +75,8 @@ class Reporter:
         self.console = console or Console()
         self._seconds: deque[float] = deque(maxlen=20)  # recent steps, without the one that compiles
         self._logged = 0
+        self._spoke = time.monotonic()
+        self._progress: Progress | None = None
         self._warned: set[str] = set()
         self._totals: dict[str, float] = {}
         self._open = contextlib.ExitStack()
@@ -85,24 +92,42 @@ class Reporter:
                 (self.run_dir / BOARD).mkdir(exist_ok=True)
                 self._board = stack.enter_context(open(self.run_dir / BOARD / _event_file(), "wb", buffering=0))
                 _write_all(self._board, _first_events(self.start_step if continued else None))
-            self._progress = None
             if self.console.is_terminal:
+                whole = Column(no_wrap=True, min_width=1)
                 self._progress = Progress(
-                    MofNCompleteColumn(),
-                    BarColumn(bar_width=20),
-                    TextColumn("{task.fields[pace]}", markup=False),
-                    TextColumn("{task.description}", markup=False),
+                    MofNCompleteColumn(table_column=whole),
+                    *([BarColumn(bar_width=20)] if self.console.width >= WIDE else []),
+                    TextColumn("{task.fields[pace]}", markup=False, table_column=replace(whole)),
+                    TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
                     console=self.console,
                     refresh_per_second=2,  # the cores are for training
+                    expand=True,
                 )
                 stack.enter_context(self._progress)
-                self._task = self._progress.add_task("first step, compiling", total=self.total_steps, pace="")
+                self._task = self._progress.add_task("", total=self.total_steps, pace="")
             self._open = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
         self._finish()
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Context manager: what goes on inside is said, if it takes its time, and for how long."""
+        live = self._progress
+        if live is None:
+            if self._logged == 0:
+                self._say(what)
+            with waiting.told(what, self._say):
+                yield
+            return
+        with waiting.told(what, lambda text: live.update(self._task, description=text), every=1.0):
+            yield
+
+    def _say(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+        self._spoke = time.monotonic()
 
     def log(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Reports one step. step: steps done, 1..total_steps; metrics: numbers or 0-d tensors; seconds: its wall time.
@@ -129,8 +154,13 @@ class Reporter:
         terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name, value))
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=terms, pace=pace)
-        elif self._logged == 1 or step % self.every == 0 or step == self.total_steps:
-            self.console.print(Text(f"step {step}/{self.total_steps}  {pace}  {terms}"), soft_wrap=True)
+        elif (
+            self._logged == 1
+            or step % self.every == 0
+            or step == self.total_steps
+            or time.monotonic() - self._spoke > waiting.EVERY_S
+        ):
+            self._say(f"step {step}/{self.total_steps}  {pace}  {terms}")
 
     def _pace(self, step: int, seconds: float) -> str:
         if not self._seconds:  # the first step's time says nothing about the others
@@ -149,7 +179,8 @@ class Reporter:
                 self._totals[name] = self._totals.get(name, 0.0) + (value if math.isfinite(value) else 0.0)
                 sentence = f"warning: {name} at step {step}: {value:g} {meaning(name)}." if value else ""
             else:
-                sentence = "" if math.isfinite(value) else f"warning: {name} is {value} at step {step}."
+                fine = math.isfinite(value) or (name == "grad_norm" and _scale_is_sought(values))
+                sentence = "" if fine else f"warning: {name} is {value} at step {step}."
             if sentence and name not in self._warned:
                 self._warned.add(name)
                 self.console.print(Text(sentence, style="yellow"), soft_wrap=True)
@@ -160,6 +191,12 @@ class Reporter:
             self.console.print(Text(f"warning: in all {self._logged} steps: {lost}.", style="yellow"), soft_wrap=True)
         memory = ", ".join(f"{where} {size / 2**30:.2f} GiB" for where, size in peak_memory().items())
         self.console.print(Text(f"peak memory: {memory}; metrics in {self.run_dir / METRICS_FILE}"), soft_wrap=True)
+
+
+def _scale_is_sought(values: dict[str, float]) -> bool:
+    """Whether fp16's step was skipped for a loss scale that was too high, as its first ones are: the scale is halved, and
+    training/finite.py says where that does not help."""
+    return bool(values.get("skipped")) and "loss_scale" in values
 
 
 def _write_all(file: BinaryIO, content: bytes) -> None:

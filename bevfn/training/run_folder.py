@@ -9,6 +9,7 @@ What a run's numbers depend on besides its config (`facts`: data, processes, cod
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import fcntl
 import json
@@ -58,11 +59,8 @@ def open(
     """
     run_dir = Path(run_dir)
     config, facts = as_read(config), as_read(facts or {})  # so that they compare
-    if resume and not ((run_dir / CONFIG_FILE).is_file() or _holds_run(run_dir)):
-        raise ValueError(
-            f"{run_dir} holds no run to go on with (it has no {CONFIG_FILE}); check --run-dir, or leave out --resume to "
-            "begin one there."
-        )
+    if resume:
+        check_resumable(run_dir)
     with contextlib.ExitStack() as stack:
         with _writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -88,6 +86,19 @@ def open(
         if resume and latest is None and _holds_run(run_dir):
             say(f"{run_dir} has no whole checkpoint yet: the run begins from its start")
         yield latest
+
+
+def check_resumable(run_dir: Path) -> None:
+    """Raises ValueError, with the runs beside it, for a folder that holds no run to go on with."""
+    if (run_dir / CONFIG_FILE).is_file() or _holds_run(run_dir):
+        return
+    beside = sorted(path.parent.name for path in run_dir.parent.glob(f"*/{CONFIG_FILE}"))
+    names = difflib.get_close_matches(run_dir.name, beside, n=1) or beside[-5:]
+    hint = f"; {run_dir.parent} has the runs {', '.join(names)}" if names else ""
+    raise ValueError(
+        f"{run_dir} holds no run to go on with (it has no {CONFIG_FILE}){hint}; check --run-dir, or leave out --resume to "
+        "begin one there."
+    )
 
 
 def step_name(done: int) -> str:

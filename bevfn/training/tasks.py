@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from bevfn import distributed
 from bevfn.data import loader, paste, sampling, scene, source
 from bevfn.data.batch import Batch
 from bevfn.data.index import Index
@@ -153,6 +154,11 @@ class Run:
     def leads(self) -> bool:
         """The process that prints and writes."""
         return self.replicas is None or self.replicas.rank == 0
+
+    @property
+    def device(self) -> str:
+        """torch device of this process."""
+        return distributed.chosen(self.config.device)
 
     @property
     def policy(self) -> Policy:

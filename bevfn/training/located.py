@@ -1,0 +1,55 @@
+"""Where weights lie: what a user means by a run's folder, RUN/best, RUN/latest, a step's folder or a file."""
+
+import difflib
+from pathlib import Path
+
+from bevfn.training import checkpoint, run_folder
+
+BEST, LATEST = "best", "latest"
+
+
+def whole(path: Path) -> Path:
+    """The step folder that a run's folder (its best, or the latest where none was evaluated) or RUN/best means; any other path
+    is itself. Raises ValueError, one sentence, where nothing is there, or a run has none."""
+    if path.name in (BEST, checkpoint.BEST, LATEST) and not path.is_dir():
+        word = LATEST if path.name == LATEST else BEST
+        found = _chosen(_checkpoints(path.parent), word)
+        if found is None:
+            raise ValueError(f"{path.parent} has no {word} checkpoint; {_has(path.parent)}")
+        return found
+    if not path.exists():
+        raise ValueError(f"{path} is not there; {near(path)}")
+    inside = _checkpoints(path)
+    if not path.is_dir() or (path / checkpoint.META).exists() or not (inside != path or checkpoint.steps(path)):
+        return path
+    found = _chosen(inside, BEST) or _chosen(inside, LATEST)
+    if found is None:
+        raise ValueError(f"{path} holds no whole checkpoint; {_has(path)}")
+    return found
+
+
+def near(path: Path) -> str:
+    """What a mistyped path may have meant: the first part of it that is not there, and what is there instead of it."""
+    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
+    if not missing.parent.is_dir():
+        return f"{missing.parent} is no folder"
+    there = sorted(entry.name for entry in missing.parent.iterdir() if not entry.name.startswith("."))
+    if alike := difflib.get_close_matches(missing.name, there, n=1, cutoff=0.6):
+        return f"did you mean {missing.parent / alike[0] / path.relative_to(missing)}?"
+    return f"{missing.parent.absolute()} has {', '.join(there[-5:]) or 'nothing'}"
+
+
+def _checkpoints(folder: Path) -> Path:
+    """A run's folder of them, or itself."""
+    return folder / run_folder.CHECKPOINTS if (folder / run_folder.CHECKPOINTS).is_dir() else folder
+
+
+def _chosen(checkpoints: Path, word: str) -> Path | None:
+    if not checkpoints.is_dir():
+        return None
+    return checkpoint.best(checkpoints) if word == BEST else checkpoint.latest(checkpoints)
+
+
+def _has(folder: Path) -> str:
+    names = [step.name for step in checkpoint.steps(_checkpoints(folder))]
+    return f"it has {', '.join(names[-5:])}" if names else "give a run's folder with checkpoints/step_..., or a file"

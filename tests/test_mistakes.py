@@ -1,0 +1,140 @@
+"""The commonest mistakes, and the sentence that each ends in: what is wrong, and what to type instead."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import small_runs
+import small_world
+import torch
+
+from bevfn import cli, detector
+from bevfn.commands import train as command
+from bevfn.data import source
+from bevfn.experiments import awml, bevdepth, bevfusion_lidar, custom
+from bevfn.training import assembly, checkpoint, command_line, run, tasks
+
+MODEL = "bevfusion-lidar"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with runs/good, a published file, a file of something else and a file that is none."""
+    made = tmp_path_factory.mktemp("place")
+    step = small_runs.write(made / "runs" / "good", MODEL)
+    checkpoint.keep_best(step.parent, step.name, 0.5)
+    published = {"pts_voxel_encoder.a": torch.zeros(2), "pts_bbox_head.shared_conv.weight": torch.zeros(2)}
+    torch.save({"state_dict": published}, made / "published.pth")
+    torch.save({"state_dict": {"layer1.0.conv1.weight": torch.zeros(2)}}, made / "resnet.pth")
+    safetensors.torch.save_file({"a": torch.zeros(2)}, made / "other.safetensors")
+    (made / "damaged.pth").write_bytes(b"PK\x03\x04 and no more")
+    return made
+
+
+TRAIN = "train bevfusion_lidar --data-root WORLD --run-dir runs/new "
+EVAL = "eval bevfusion_lidar --data-root WORLD --checkpoint "
+MISTAKES = [
+    # a file that has to be imported first
+    (EVAL + "published.pth", "published.pth is a published file (a detector of the CenterPoint or BEVDet family), which is imported first: `bevfn checkpoint import published.pth published_imported.safetensors --model MODEL`"),
+    (TRAIN + "--pretrained resnet.pth", "resnet.pth is a published file (a ResNet or a detector on one), which is imported first: `bevfn checkpoint import resnet.pth "),
+    (EVAL + "other.safetensors", "other.safetensors is a published file"),
+    (EVAL + "damaged.pth", "damaged.pth is not a complete torch checkpoint"),
+    # a checkpoint that is not there
+    (EVAL + "runs/good/checkpoints/step_0000001", "step_0000001 is not there; did you mean runs/good/checkpoints/step_00000001?"),
+    (EVAL + "runs/god", "runs/god is not there; did you mean runs/good?"),
+    (EVAL + "runs/goo/checkpoints/step_00000001", "is not there; did you mean runs/good/checkpoints/step_00000001?"),
+    (EVAL + "elsewhere/x.safetensors", "elsewhere/x.safetensors is not there; "),
+    (TRAIN + "--pretrained runs/god", "runs/god is not there; did you mean runs/good?"),
+    ("predict runs/god WORLD --scene all --out out", "runs/god is not there; did you mean runs/good?"),
+    # going on with a run
+    ("train bevfusion_lidar --run-dir runs/god --resume", "runs/god holds no run to go on with (it has no config.json); runs has the runs good; check --run-dir"),
+    ("train bevfusion_lidar --resume runs/good", "--resume takes no folder: `--run-dir runs/good --resume` goes on with the run that is there"),
+    # other tools' flags
+    (TRAIN + "--work-dir x", "there is no flag --work-dir; --run-dir is the run's folder"),
+    (TRAIN + "--load-from=x.pth", "there is no flag --load-from; --pretrained takes weights to start from"),
+    (TRAIN + "--amp", "there is no flag --amp; --precision fp16 (or bf16) is mixed precision"),
+    (TRAIN + "--cfg-options a=1", "there is no flag --cfg-options; every number of a recipe is a flag of its own"),
+    # names and numbers
+    ("train bevfusoin", "there is no recipe or model bevfusoin; did you mean bevfusion?"),
+    (EVAL + "runs/good --batch-size 0", "--batch-size 0 must be at least 1"),
+    (TRAIN + "--device cuda:99", "there is no device cuda:99; "),
+    (TRAIN + "--device gpu", "device 'gpu' is none of auto, cpu, cuda, npu"),
+    # data
+    ("train bevfusion_lidar --data-root nowhere --run-dir runs/new", "nowhere"),
+    ("train awml --data-root WORLD --run-dir runs/new", "is no T4 data set"),
+    ("data check nowhere", "nowhere"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, says", MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(place, monkeypatch, capfd, words, says):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["bevfn", *words.replace("WORLD", str(small_world.index().root)).split()])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capfd.readouterr().err
+    assert end.value.code == 2 and error.startswith("bevfn: ") and error.count("\n") == 1
+    assert says in error
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_misspelt_flag_is_named_with_the_one_that_was_meant(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["bevfn", "train", "bevfusion", "--precison", "fp16"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capfd.readouterr().err
+    assert end.value.code == 2 and "--precison" in error and "--precision" in error
+
+
+@pytest.mark.parametrize("given", ["runs/good", "runs/good/best", "runs/good/checkpoints/step_00000001"])
+def test_pretrained_takes_a_runs_folder_and_its_best(place, monkeypatch, given):
+    monkeypatch.chdir(place)
+    config = small_runs.config(MODEL, pretrained=(Path(given),), device="cpu")
+    task = small_runs.task(config)
+    started, _ = assembly.initial(tasks.Run(task, config, tasks.Plan(1, 1, 1)))
+    weights = detector.load(Path(given), averages=False).params
+    assert torch.equal(started["head"]["shared"]["weight"], weights["head"]["shared"]["weight"])
+
+
+@pytest.mark.parametrize("recipe", [bevfusion_lidar, bevdepth, custom])
+def test_a_world_of_data_synth_trains_as_made(recipe):
+    """Not as nuScenes at its published size."""
+    root = small_world.index().root
+    assert source.is_world(root) and not source.is_world(root.parent)
+    config = command_line.parse(recipe.DEFAULTS, ["--data-root", str(root)])
+    made = next(iter(recipe.DEFAULTS.values()))["synthetic"]
+    assert config == command_line.replace(made, data_root=root) and config.scale == "mini"
+    assert command_line.parse(recipe.DEFAULTS, ["--data-root", str(root), "--scale", "published"]).scale == "published"
+
+
+def test_a_world_of_another_format_is_still_refused():
+    with pytest.raises(ValueError, match="is no T4 data set"):
+        command_line.parse(awml.DEFAULTS, ["--data-root", str(small_world.index().root)])
+
+
+@pytest.mark.parametrize("name, flags", [("bevdepth", []), ("bevdepth-2key-da", ["--model", "bevdepth-2key-da"])])
+def test_train_is_the_recipes_module(monkeypatch, name, flags):
+    called = []
+    monkeypatch.setattr(run, "cli", lambda defaults, task, _, **how: called.append((defaults, task, how)))
+    command.train(name, ("--epochs", "2"))
+    how = {"arguments": [*flags, "--epochs", "2"], "prog": f"bevfn train {name}"}
+    assert called == [(bevdepth.DEFAULTS, bevdepth.task, how)]
+
+
+def test_train_helps_with_the_flags_of_the_recipe(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["bevfn", "train", "bevdepth-2key-da", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = capfd.readouterr().out
+    assert told.startswith("usage: bevfn train bevdepth-2key-da ") and "--milestones" in told
+    assert re.search(r"default: *bevdepth-2key-da\b", " ".join(told.split()))
+
+
+def test_who_stops_reading_hears_no_complaint():
+    command = f"{sys.executable} -m bevfn.cli eval --help | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.stdout.startswith("usage:") and done.stderr == ""
