@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from bevfn import exits
-from bevfn.commands import bench, checkpoint, data, evaluate, graph, parity, predict
+from bevfn.commands import bench, checkpoint, data, evaluate, export, graph, parity, predict
 from bevfn.training import limits
 
 # Name: (what the group is for, its subcommands).
@@ -57,6 +57,7 @@ COMMANDS: dict[str, Callable] = {
     **{name: _group(name) for name in GROUPS},
     "eval": evaluate.evaluate,
     "predict": predict.predict,
+    "export": export.export,
     "graph": graph.graph,
 }
 
