@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bevfn import tree
 from bevfn.data.batch import Batch
@@ -75,14 +74,10 @@ def onnx_folder(
 
 
 def _eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:
-    """Outputs and boundaries of the detector itself, half precision as float32."""
+    """Outputs and boundaries of the detector itself."""
     task = detector.task
     assert task.apply is not None and task.decode is not None
     with torch.no_grad():
         outputs, _ = task.apply(detector.params, detector.state, batch)
         made = {**tree.flatten(outputs), **task.decode(outputs)}
-    return {name: _array(value) for name, value in made.items()}
-
-
-def _array(value: Tensor) -> np.ndarray:
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return {name: value.numpy() for name, value in made.items()}

@@ -151,10 +151,10 @@ def _from_voxels(
         raise ValueError(f"{model} makes no voxels; leave out --input voxels")
     (node,) = made
     values = VOXELIZE(*fx.map_arg(node.args, lambda parent: inputs[parent][1]))
-    begins = {}
-    for part in list(node.users):
+    begins, first = {}, next(iter(graph.nodes))
+    for part in sorted(node.users, key=lambda part: part.args[1]):
         index = int(part.args[1])  # type: ignore[arg-type]
-        with graph.inserting_before(next(iter(graph.nodes))):
+        with graph.inserting_before(first):
             begin = graph.placeholder(VOXELS[index])
         begin.meta = dict(part.meta)
         begins[begin] = (VOXELS[index], values[index])

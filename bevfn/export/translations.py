@@ -47,14 +47,15 @@ def divide(self: Any, other: Any, rounding_mode: str) -> Any:
     return op.Sub(quotient, op.CastLike(below, self))
 
 
-def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
-    """Between tensors, with which torch.onnx's promotion of types fails, in aten operators."""
-    x = x if min is None else torch.maximum(x, min)
-    return x if max is None else torch.minimum(x, max)
+def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+    """An integer and a float as bounds of a float tensor, with which torch.onnx's promotion of types fails: both as floats."""
+    if not x.is_floating_point() or not (isinstance(min, int) or isinstance(max, int)):
+        return NotImplemented
+    return aten.clamp.default(x, *(None if bound is None else float(bound) for bound in (min, max)))
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {aten.clamp.Tensor: clamp}
-"""{overload: the same in others}, while the model is traced."""
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {aten.clamp.default: clamp}
+"""{overload: the same in others}, while the model is traced; a function that gives NotImplemented leaves it as it is."""
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.sort.stable: sort_stable,
     aten.index_add.default: index_add,
