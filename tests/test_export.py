@@ -388,6 +388,21 @@ def test_a_boundary_behind_a_choice_that_fell_otherwise_is_told_not_judged():
     assert judged(map=np.full(8, np.nan, np.float32)).failed.startswith("map differs by nan")
 
 
+# --- every family
+
+
+FAMILIES = ("bevfusion-lidar-camera", "bevfusion-camera", "bevdepth-2key-da", "matrixvt", "bevnext-stage1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_small_model_of_every_family_is_exported(model, frame, monkeypatch, tmp_path):
+    run = small_runs.write(tmp_path / "run", model).parent.parent
+    assert export(monkeypatch, run, "--out", tmp_path / "out", "--data", frame) == 0
+    said = json.loads((tmp_path / "out" / manifest.NAME).read_text())
+    assert len(said["cameras"]) == 6 and "images" in [entry["name"] for entry in said["inputs"]]
+
+
 # --- published sizes
 
 

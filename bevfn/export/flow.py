@@ -1,6 +1,6 @@
 """A trained detector as one static graph of aten operators, from what a vehicle has to boxes, its weights as constants.
 
-    flow = make(detector, batch)             # nothing is computed but what follows from the weights alone
+    flow = make(detector, batch, table=...)  # nothing is computed but what follows from the weights alone
     outputs = flow(*flow.inputs.values())    # what the detector predicts, then its boundaries
 
 A batch of one. Nothing is augmented on a vehicle, so the augmentation is the identity and no input. Transforms that a matrix
@@ -83,21 +83,22 @@ def make(detector: Detector, batch: Batch, *, entry: Entry = "points", table: di
 
 def simplified(module: fx.GraphModule) -> None:
     """The same graph without what says nothing in a file: names of a tensor for a gradient, and casts of bits around a sort."""
-    for node in list(module.graph.nodes):
+    nodes: list[Any] = list(module.graph.nodes)
+    for node in nodes:
         if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-    for node in list(module.graph.nodes):
+    for node in nodes:
         if node.target is torch.ops.aten.sort.stable and node.args[0].target is torch.ops.aten.view.dtype:
             _sort_integers(node)
     module.graph.eliminate_dead_code()
     module.recompile()
 
 
-def _sort_integers(sort: fx.Node) -> None:
+def _sort_integers(sort: Any) -> None:
     """Integers that are sorted as the bits of positive floats, since Ascend's AI Core sorts floats alone, are sorted
     themselves: the same order, and ONNX has no cast of bits."""
-    bits: Any = sort.args[0].args[0]  # type: ignore[union-attr]
+    bits = sort.args[0].args[0]
     sort.args = (bits, *sort.args[1:])
     sort.meta = {**sort.meta, "val": (bits.meta["val"], sort.meta["val"][1])}
     for part in [part for part in sort.users if part.args[1] == 0]:
@@ -115,7 +116,8 @@ def _fold(module: fx.GraphModule, weights: dict[fx.Node, Tensor]) -> None:
             known[node] = getattr(module, str(node.target))
         if node.op != "call_function" or not all(parent in known for parent in node.all_input_nodes):
             continue
-        value = node.target(*fx.map_arg(node.args, known.get), **fx.map_arg(node.kwargs, known.get))
+        operator, args, kwargs = _call(node, known.__getitem__)
+        value = operator(*args, **kwargs)
         room = max(LEAST, sum(_bytes(known[parent]) for parent in node.all_input_nodes))
         if not isinstance(value, Tensor) or _bytes(value) <= room:
             known[node] = value
@@ -125,6 +127,11 @@ def _fold(module: fx.GraphModule, weights: dict[fx.Node, Tensor]) -> None:
     module.graph.eliminate_dead_code()
     for node in weights:
         module.graph.erase_node(node)
+
+
+def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> tuple[Any, Any, Any]:
+    """(operator, arguments, keyword arguments) of a node with values for nodes."""
+    return node.target, fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
 
 
 def _bytes(value: Any) -> int:
@@ -150,10 +157,12 @@ def _from_voxels(
     if not made:
         raise ValueError(f"{model} makes no voxels; leave out --input voxels")
     (node,) = made
-    values = VOXELIZE(*fx.map_arg(node.args, lambda parent: inputs[parent][1]))
+    operator, args, _ = _call(node, lambda parent: inputs[parent][1])
+    values = operator(*args)
     begins, first = {}, next(iter(graph.nodes))
-    for part in sorted(node.users, key=lambda part: part.args[1]):
-        index = int(part.args[1])  # type: ignore[arg-type]
+    users: list[Any] = list(node.users)
+    for part in sorted(users, key=lambda part: part.args[1]):
+        index = part.args[1]
         with graph.inserting_before(first):
             begin = graph.placeholder(VOXELS[index])
         begin.meta = dict(part.meta)
@@ -185,8 +194,8 @@ def _named(traced: Traced, inputs: dict[fx.Node, tuple[str, Tensor]]) -> Flow:
     return Flow(module, read, tuple(outputs), tuple(computed))
 
 
-def _is_computed(node: fx.Node) -> bool:
+def _is_computed(node: Any) -> bool:
     """Not what the graph is given, nor a copy of it."""
     while node.target is torch.ops.aten.clone.default:
-        node = node.args[0]  # type: ignore[assignment]
-    return node.op == "call_function"
+        node = node.args[0]
+    return bool(node.op == "call_function")

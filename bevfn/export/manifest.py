@@ -6,7 +6,7 @@ the classes that labels index, what the file was made of and how far it is from 
 
 import hashlib
 import importlib.metadata
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,12 @@ def _described(name: str, value: np.ndarray) -> dict[str, Any]:
 
 def capacities(detector: Detector) -> dict[str, Any]:
     """Fixed sizes of the file; voxels with the grid that they are cells of."""
-    network, found = detector.task.network, {}
+    network = detector.task.network
+    found: dict[str, Any] = {}
     if detector.reading.points is not None:
         found["points"] = detector.reading.capacities.points
     if getattr(network, "lidar", None) is not None:
         grid = network.voxels
-        assert is_dataclass(grid) and not isinstance(grid, type)
         found |= {"voxels": grid.max_voxels[1], "sites": list(network.lidar.encoder.capacities)}
         found["voxel_grid"] = {**asdict(grid), "max_voxels": grid.max_voxels[1], "cells": list(grid.grid)}
     return found

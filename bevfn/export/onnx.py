@@ -127,7 +127,8 @@ def _program(flow: Flow) -> ExportedProgram:
         renamed[node] = graph.placeholder(name)
         renamed[node].meta = dict(node.meta)
     ends = results(flow.module)
-    graph.output(tuple(graph.graph_copy(flow.module.graph, renamed) or ()))  # type: ignore[arg-type]
+    copied: Any = graph.graph_copy(flow.module.graph, renamed)
+    graph.output(tuple(copied))
     module = fx.GraphModule(flow.module, graph)
     constants = [
         InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True) for name, node in held.items()

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import ir
-from onnxscript import opset18 as op
+from onnxscript import ir, opset18
 from torch import Tensor
 
 aten = torch.ops.aten
+op: Any = opset18  # whose annotations are of ONNX's tensors, not of what stands for them while a graph is built
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 

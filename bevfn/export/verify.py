@@ -146,7 +146,7 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
         return float("nan")
     a, b = a[finite], b[finite]
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
 
 
 def paired(ours: Arrays, reference: Arrays, near_m: float) -> Boxes:
