@@ -103,6 +103,7 @@ COMMANDS = Commands(
         **{name: _group(name) for name in GROUPS},
         "eval": "evaluate evaluate",
         "predict": "predict predict",
+        "export": "export export",
         "compare": "compare compare",
         "graph": "graph graph",
     }

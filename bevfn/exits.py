@@ -1,7 +1,7 @@
 """How a command ends: what a user can mend is one sentence and an exit code, never a traceback.
 
 0    done
-1    `bevfn data check` found a problem, `bevfn parity` a boundary that differs
+1    `bevfn data check` found a problem, `bevfn parity` or `bevfn export` a boundary that differs
 2    refused: a file, flag or machine is not what it has to be, in one sentence on standard error
 130  Ctrl-C, 143 SIGTERM (see training/signals.py)
 141  nobody reads standard output any more, as by `| head`; nothing is said

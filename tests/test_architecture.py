@@ -32,6 +32,7 @@ FLOORS = (
     ("experiments",),
     ("recipes",),
     ("bench", "detector"),
+    ("export",),
     ("commands",),
     ("cli",),
 )

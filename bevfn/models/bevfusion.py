@@ -417,8 +417,8 @@ def overflow(outputs: dict) -> dict[str, Tensor]:
 
 
 def decode(outputs: dict, config: Config) -> dict[str, Tensor]:
-    """Detections from the outputs: see `heads.transfusion.decode`."""
-    return transfusion.decode(outputs["head"], config.head)
+    """Detections from the outputs, see `heads.transfusion.decode`, and what did not fit: "overflow/*" (0-d)."""
+    return transfusion.decode(outputs["head"], config.head) | overflow(outputs)
 
 
 def predict(
@@ -431,4 +431,4 @@ def predict(
 ) -> dict[str, Tensor]:
     """Detections of a batch in evaluation mode, in the augmented LiDAR frame, and what did not fit: "overflow/*" (0-d)."""
     outputs, _ = apply(params, state, batch, config=config, train=False, policy=policy)
-    return decode(outputs, config) | overflow(outputs)
+    return decode(outputs, config)

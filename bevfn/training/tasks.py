@@ -84,6 +84,10 @@ class Task:
     """results files have the boxes' bottom centre, see `evaluation.results.entries`"""
     network: Any = None
     """the family's Config, for who needs sizes of what is trained"""
+    apply: Callable[[dict, dict, Batch], tuple[dict, dict]] | None = None
+    """of a model that detects, in evaluation -> (outputs that name every boundary, state)"""
+    decode: Callable[[dict], dict[str, torch.Tensor]] | None = None
+    """these outputs -> what `predict` gives"""
 
 
 class Family(Protocol):
@@ -97,6 +101,8 @@ class Family(Protocol):
     def loss(self) -> Callable[..., Any]: ...
     @property
     def predict(self) -> Callable[..., dict[str, torch.Tensor]]: ...
+    @property
+    def apply(self) -> Callable[..., tuple[dict, dict]]: ...
 
 
 def make_task(
@@ -109,6 +115,7 @@ def make_task(
 ) -> Task:
     """The task of a family's `network`, a Config of it, in the config's precision and from its seed; others: Task's fields."""
     policy = Policy.of(config.precision)
+    decode = getattr(family, "decode", None)  # no pretraining has one
     trained = remat.switched_on(network) if config.checkpoint_activations else network
     return Task(
         title=f"{config.model}, {config.scale} size",
@@ -119,6 +126,8 @@ def make_task(
         predict=partial(family.predict, config=network, policy=policy),
         optimizer=optimizer,
         network=network,
+        apply=decode and partial(family.apply, config=network, train=False, policy=policy),
+        decode=decode and partial(decode, config=network),
         **others,
     )
 

@@ -1,0 +1,95 @@
+"""`bevfn export`: a checkpoint as a file for another runtime, verified there."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from bevfn import catalogue, detector
+from bevfn.choices import one_of
+from bevfn.data import inputs, scene, source
+from bevfn.data.batch import collate
+from bevfn.export import build
+from bevfn.files import check_new_folder
+from bevfn.synth import key_frame, rig
+
+
+def export(
+    checkpoint: Positional[Path],
+    *,
+    out: Path,
+    to: Literal["onnx"] = "onnx",
+    model: Annotated[str | None, one_of(catalogue.MODELS)] = None,
+    entry: Annotated[Literal["points", "voxels"], tyro.conf.arg(name="input")] = "points",
+    precision: Literal["fp32", "fp16"] = "fp32",
+    averages: bool = True,
+    data: Path | None = None,
+    scene_name: Annotated[str | None, tyro.conf.arg(name="scene")] = None,
+    version: str | None = None,
+    intensity: bool | None = None,
+    fuser_kernel: Literal[3, 5] | None = None,
+    point_capacity: int | None = None,
+    voxel_capacity: int | None = None,
+    site_capacity: tuple[int, ...] | None = None,
+) -> int:
+    """Writes the whole detector, from points and images to boxes, as a file that needs no torch, and verifies it.
+
+    model.onnx (stock operators, fixed shapes), manifest.json (inputs, outputs, capacities, what was compared), example.npz
+    (an example of both); needs `pip install 'bevfn[export]'`. docs/deploy.md reads them in twenty lines. Exit code 1, and
+    nothing is left, if the file's boundaries or boxes are not those of the eager detector.
+
+    Args:
+        checkpoint: as of `bevfn predict`: a run's folder, a step's, an imported file or a published one
+        out: folder for the files, new or empty
+        to: kind of file
+        model: that the weights are of; by default the run's, or what the published file looks like
+        entry: where the file begins: at points, or at voxels, which the vehicle's program then makes
+        precision: fp16: half-precision weights and activations; sums by index, positions and geometry stay float32
+        averages: a run's averaged weights, if it has any; no: those that it trained
+        data: what the file is verified on, its first key frame: as of `bevfn predict`; by default a generated key frame
+        scene_name: of a data set: see `bevfn predict`
+        version: of a nuScenes root that has several, or the revision of T4 scenes
+        intensity: of awml-lidar: see `bevfn predict`
+        fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0
+        point_capacity: room for points; this and the next two are by default the run's, and what does not fit is counted by
+            the file's outputs "overflow/..."
+        voxel_capacity: voxels
+        site_capacity: active sites at each level of the sparse encoder
+    """
+    build.check()
+    check_new_folder(out)
+    flags: dict[str, Any] = {"intensity": intensity, "fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
+    flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
+    made = detector.load(checkpoint, model=model, averages=averages, precision=precision, **flags)
+    full = made
+    if precision != "fp32":
+        full = detector.load(checkpoint, model=model, averages=averages, precision="fp32", **flags)
+    with _shown(data, made.config.scale) as place:
+        made, full = made.at(place), full.at(place)
+        index = inputs.read(place, scene_name, version)
+        reading = made.ready(index)
+        sample = scene.load(index, 0, reading)
+        batch, _ = collate([sample], capacities=reading.capacities)
+        what = "a generated key frame" if data is None else f"key frame {sample.token} of {data}"
+        try:
+            print(build.onnx_folder(made, full, batch, out, entry=entry, data=what))
+        except build.Differs as error:
+            print(error)
+            return 1
+    print(f"{made.config.model}, {precision}, from {entry}, as {to}: all in {out}")
+    return 0
+
+
+@contextlib.contextmanager
+def _shown(data: Path | None, scale: str) -> Iterator[Path]:
+    """What the file is verified on: the user's, or a generated key frame."""
+    if data is not None:
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
+        size = rig.CALIBRATED_SIZE if scale == "published" else source.WORLD_IMAGE
+        yield key_frame.write_frame(Path(folder), image_size=size)

@@ -1,0 +1,104 @@
+"""What lies beside an exported file: all that its reader must know of it, as JSON.
+
+A reader needs no bevfn: inputs and outputs with shapes, dtypes, units and how they are made, sizes that must not be exceeded,
+the classes that labels index, what the file was made of and how far it is from the eager detector.
+"""
+
+import hashlib
+import importlib.metadata
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bevfn
+from bevfn.data.batch import Base
+from bevfn.detector import Detector
+from bevfn.export.verify import Verdict
+
+FORMAT = 1
+NAME = "manifest.json"
+MEANINGS = {
+    "points": "x, y, z [m, base frame], intensity 0..255, time lag [s] (key frame time - sweep time); rows that are not valid "
+    "are zero. Of several sweeps all points, moved to the key frame",
+    "points_valid": "which rows are a point",
+    "voxel_features": "mean of the first points of a voxel, columns as those of points; 0 in empty slots",
+    "voxel_coords": "cell (x, y, z); -1 in empty slots",
+    "voxel_count": "points that are averaged; 0 in empty slots",
+    "voxels_found": "occupied cells before the capacity",
+    "images": "RGB, 0..255, resized and cropped; frames (the key frame first, then earlier ones), cameras, rows, columns",
+    "intrinsics": "pixels of the original image (times depth) from the camera's frame",
+    "image_aug": "pixels of `images` from pixels of the original image; depth passes through",
+    "base_from_camera": "the key frame's base frame from the camera of a frame",
+    "image_from_base": "intrinsics @ inverse(base_from_camera): pixels of the original image (times depth)",
+    "undo_image_aug": "inverse(image_aug[:3, :3])",
+    "base_from_pixel": "base_from_camera[:3, :3] @ inverse(intrinsics[:3, :3])",
+    "boxes": "x, y, z of the BOTTOM centre [m], length, width, height [m], yaw [rad, from x to y], vx, vy [m/s]; base frame",
+    "scores": "0..1, not sorted",
+    "labels": "which of `classes`",
+    "valid": "which rows are detections; the others are to be left out",
+}
+OVERFLOW = "what did not fit a capacity and was dropped; 0 unless a capacity is too small"
+FRAMES = {
+    Base.LIDAR: "the LiDAR's at its scan (x right, y forward, z up on nuScenes)",
+    Base.EGO_AT_CAMERAS: "the vehicle's (x forward, y left, z up) at the cameras' exposures",
+    Base.EGO_AT_FRONT: "the vehicle's (x forward, y left, z up) at the front camera's exposure",
+}
+
+
+def make(
+    detector: Detector,
+    file: Path,
+    inputs: dict[str, np.ndarray],
+    outputs: dict[str, np.ndarray],
+    *,
+    opset: int,
+    verdict: Verdict,
+    data: str,
+) -> dict[str, Any]:
+    """The manifest of an ONNX file; data: what the file was verified on, at the values inside that `verdict` names."""
+    config = detector.config
+    return {
+        "format": FORMAT,
+        "file": {"name": file.name, "bytes": file.stat().st_size, "sha256": checksum(file), "opset": opset},
+        "model": config.model,
+        "scale": config.scale,
+        "precision": config.precision,
+        "checkpoint": str(detector.checkpoint),
+        "versions": {
+            "bevfn": bevfn.__version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
+        },
+        "base_frame": FRAMES[detector.reading.base],
+        "classes": list(detector.classes),
+        "cameras": [] if detector.reading.cameras is None else list(detector.reading.cameras.channels),
+        "inputs": [_described(name, value) for name, value in inputs.items()],
+        "outputs": [_described(name, value) for name, value in outputs.items()],
+        "capacities": capacities(detector),
+        "verified": {"on": data, "runtime": "onnxruntime, CPU", **verdict.to_json()},
+    }
+
+
+def _described(name: str, value: np.ndarray) -> dict[str, Any]:
+    meaning = OVERFLOW if name.startswith("overflow/") else MEANINGS[name]
+    return {"name": name, "shape": list(value.shape), "dtype": str(value.dtype), "meaning": meaning}
+
+
+def capacities(detector: Detector) -> dict[str, Any]:
+    """Fixed sizes of the file; voxels with the grid that they are cells of."""
+    network = detector.task.network
+    found: dict[str, Any] = {}
+    if detector.reading.points is not None:
+        found["points"] = detector.reading.capacities.points
+    if getattr(network, "lidar", None) is not None:
+        grid = network.voxels
+        found |= {"voxels": grid.max_voxels[1], "sites": list(network.lidar.encoder.capacities)}
+        found["voxel_grid"] = {**asdict(grid), "max_voxels": grid.max_voxels[1], "cells": list(grid.grid)}
+    return found
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,189 @@
+"""A flow as an ONNX file: stock operators (default domain, opset 18), fixed shapes, everything in one file.
+
+torch.onnx translates operator by operator, with our translations where its own are wrong. The flow is its graph as it is:
+`torch.onnx.export` would trace it twice more, and look for patterns in it for longer than all else takes.
+
+Source: torch 2.13's torch/onnx/_internal/exporter, of which private functions are called here and nowhere else.
+"""
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.utils._pytree as pytree
+from onnx_ir.passes import common
+from onnxscript import optimizer
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
+
+from bevfn.ascend.trace import placeholders, results
+from bevfn.export import translations
+from bevfn.export.flow import Flow
+from bevfn.files import writing
+from bevfn.kernels import ascend as kernels
+
+OPSET = 18
+MOST = 2**31 - 1  # bytes of one protobuf file
+
+
+def table() -> dict[Any, Callable]:
+    """{operator: the same in operators that are translated}, for `flow.make`: this package's as for Ascend (static shapes,
+    additions by index in float32), torch's as torch.onnx takes them apart."""
+    own = {operator: function for operator, function in _taken_apart().items() if operator not in translations.TABLE}
+    return {**own, **translations.DECOMPOSITIONS, **kernels.table()}
+
+
+@cache
+def _torchs() -> _registration.ONNXRegistry:
+    with _quiet():
+        return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+
+
+@cache
+def _taken_apart() -> dict[Any, Callable]:
+    """{operator that torch.onnx does not translate: the same in others}."""
+    return _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(_torchs())))
+
+
+def write(flow: Flow, path: Path) -> tuple[str, ...]:
+    """Writes the file, whose outputs are the flow's; boundaries are values inside, by their names.
+
+    Returns the boundaries that are there (of those from which nothing follows none is). Raises ValueError, one sentence, that
+    names an operator without translation, and for a file beyond 2 GB.
+    """
+    with _quiet(), torch.no_grad():
+        model = _translated(flow)
+        _tidy(model)
+    names = (*flow.outputs, *flow.boundaries)
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        value.name = name
+    del model.graph.outputs[len(flow.outputs) :]
+    common.RemoveUnusedNodesPass()(model)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if size > MOST:
+        raise ValueError(f"the weights take {size / 2**30:.1f} GB, more than the 2 GB of an ONNX file")
+    with writing(path):
+        ir.save(model, path)
+    there = {value.name for node in model.graph for value in node.outputs}
+    return tuple(name for name in flow.boundaries if name in there)
+
+
+def _registry() -> _registration.ONNXRegistry:
+    """torch.onnx's translations, ours before them."""
+    registry = copy.copy(_torchs())
+    registry.functions = {name: list(found) for name, found in registry.functions.items()}
+    for operator, function in translations.TABLE.items():
+        registry.register_op(operator, function)
+    return registry
+
+
+def _translated(flow: Flow) -> ir.Model:
+    registry = _registry()
+    check(flow.module, registry)
+    program = _program(flow)
+    _fx_passes.insert_type_promotion_nodes(program.graph_module)
+    return _core._exported_program_to_onnx_program(program, registry=registry).model
+
+
+def check(module: fx.GraphModule, registry: _registration.ONNXRegistry) -> None:
+    """Raises ValueError, naming operator, layer and line, unless there is a translation of every operator."""
+    for node in module.graph.nodes:
+        operator = node.target
+        if isinstance(operator, torch._ops.OpOverload) and not registry.is_registered(operator):
+            raise ValueError(
+                f"ONNX has no translation of {operator}, at {node.meta.get('source') or 'an unknown line'}; write one in "
+                "bevfn/export/translations.py"
+            )
+
+
+def _program(flow: Flow) -> ExportedProgram:
+    """The flow in torch.export's form: a copy of its graph, whose constants are placeholders in front."""
+    graph = fx.Graph()
+    renamed: dict[fx.Node, fx.Node] = {}
+    held = {}
+    for node in [node for node in flow.module.graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        if name not in held:
+            held[name] = graph.placeholder(name)
+            held[name].meta = {"val": node.meta["val"]}
+        renamed[node] = held[name]
+    for node, name in zip(placeholders(flow.module), flow.inputs):
+        renamed[node] = graph.placeholder(name)
+        renamed[node].meta = dict(node.meta)
+    ends = results(flow.module)
+    copied: Any = graph.graph_copy(flow.module.graph, renamed)
+    graph.output(tuple(copied))
+    module = fx.GraphModule(flow.module, graph)
+    constants = [
+        InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True) for name, node in held.items()
+    ]
+    given = [
+        InputSpec(InputKind.USER_INPUT, TensorArgument(renamed[node].name), None) for node in placeholders(flow.module)
+    ]
+    made = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(renamed[node].name), None) for node in ends]
+    examples = tuple(flow.inputs.values())
+    called = torch.export.ModuleCallSignature(
+        inputs=[],
+        outputs=[],
+        in_spec=pytree.tree_flatten((examples, {}))[1],
+        out_spec=pytree.tree_flatten(tuple(ends))[1],
+    )
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=ExportGraphSignature([*constants, *given], made),
+        state_dict={name: getattr(flow.module, name) for name in held},
+        range_constraints={},
+        module_call_graph=[torch.export.ModuleCallEntry("", called)],
+        example_inputs=(examples, {}),
+    )
+
+
+def _tidy(model: ir.Model) -> None:
+    """Shapes and numbers computed once, equal nodes once; nothing of this machine's files stays."""
+    passes: tuple[Callable[[ir.Model], Any], ...] = (
+        common.InlinePass(),
+        optimizer.fold_constants,
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+    )
+    for apply in passes:
+        apply(model)
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.onnx says of its own parts (torchvision's operators, deprecated names)."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,421 @@
+"""`bevfn export`: an ONNX file that onnxruntime runs as the eager detector, what lies beside it, and what is refused."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import small_runs
+import torch
+
+import bevfn
+from bevfn import cli, geometry, tree
+from bevfn.ascend.trace import trace
+from bevfn.data import inputs, scene
+from bevfn.data.batch import collate
+from bevfn.export import build, flow, manifest, translations, verify
+from bevfn.export import onnx as writer
+from bevfn.kernels.voxelize import voxelize
+from bevfn.parity import golden
+from bevfn.synth import key_frame
+
+LIDAR = "bevfusion-lidar"
+SMALL = {"sweeps": 1, "point_capacity": 40_000, "voxel_capacity": 20_000, "site_capacity": (20_000, 15_000, 9_000)}
+
+
+# --- operators: graphs of a few nodes, in onnxruntime as in torch
+
+
+def graph(step, *given: torch.Tensor) -> flow.Flow:
+    """The flow of a function of tensors that returns some."""
+    traced = trace(
+        lambda *x: {f"outputs.{i}": value for i, value in enumerate(step(*x))},
+        given,
+        decompositions=writer.table(),
+        takes=tuple("abcdefgh"[: len(given)]),
+    )
+    flow.simplified(traced.module)
+    names = [value.name for value in traced.inputs]
+    return flow.Flow(traced.module, dict(zip(names, given)), tuple(v.name for v in traced.outputs), ())
+
+
+def computed(step, *given: torch.Tensor, folder: Path) -> list[np.ndarray]:
+    made = graph(step, *given)
+    writer.write(made, folder / "op.onnx")
+    return list(verify.run(folder / "op.onnx", {name: value.numpy() for name, value in made.inputs.items()}).values())
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+CASES = {
+    # 153391691 // 7 is right beyond 2^24, where torch.onnx's float32 is not
+    "floor": (lambda x: [torch.div(x, 7, rounding_mode="floor")], [ints(7 * 16777217 + 3, 2**30 + 13, -15, -14, 0)]),
+    "floor by a tensor": (lambda x, y: [torch.div(x, y, rounding_mode="floor")], [ints(-15, 15, -14), ints(4, -4, 7)]),
+    "trunc": (lambda x: [torch.div(x, 7, rounding_mode="trunc")], [ints(7 * 16777217 + 3, -15, 15)]),
+    "operator": (lambda x: [x // 7, x % 7], [ints(7 * 16777217 + 3, 2**30 + 13, -15)]),
+    "index_add": (lambda x, i, y: [x.index_add(0, i, y)], [torch.zeros(4, 2), ints(1, 3, 1), torch.rand(3, 2)]),
+    "index_add of integers": (
+        lambda x, i, y: [x.index_add(0, i, y)],
+        [ints(0, 0, 2**30), ints(2, 0, 2), ints(1, 2, 3)],
+    ),
+    "index_add of halves": (
+        lambda x, i, y: [x.index_add(0, i, y)],
+        [torch.zeros(4).half(), ints(1, 3, 1), torch.tensor([1.0, 2.0, 3.0]).half()],
+    ),
+    "sort": (lambda x: torch.sort(x, dim=1, stable=True), [torch.tensor([[3, 1, 2**24 + 1, 1, 2**24, 3]])]),
+    "falling sort of an outer axis": (
+        lambda x: torch.sort(x, dim=0, stable=True, descending=True),
+        [torch.tensor([[3.0, 1.0], [3.0, 2.0], [4.0, 1.0]])],
+    ),
+    "clamp with an integer and a float": (
+        lambda x: [x.clamp(0, 1e6), x.clamp(min=1)],
+        [torch.tensor([-1.5, 2e6, 3.0])],
+    ),
+    "sum of integers": (lambda x: [x.sum(1), x.cumsum(1)], [torch.tensor([[2**24, 1, 1]], dtype=torch.int32)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operator_is_translated_as_torch_computes_it(name, tmp_path):
+    step, given = CASES[name]
+    found, expected = computed(step, *given, folder=tmp_path), step(*given)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected):
+        assert ours.dtype == theirs.numpy().dtype and np.array_equal(ours, theirs.numpy())
+
+
+@pytest.mark.parametrize("name", ["floor", "index_add", "sort"])
+def test_torchs_own_translation_is_still_wrong(name, tmp_path, monkeypatch):
+    """Or ours can go."""
+    monkeypatch.setattr(translations, "TABLE", {})
+    step, given = CASES[name]
+    try:
+        found = computed(step, *given, folder=tmp_path)
+    except (ValueError, RuntimeError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph):
+        return
+    assert not np.array_equal(found[0], step(*given)[0].numpy())
+
+
+def test_voxels_and_depth_maps_are_the_operators_bit_for_bit(tmp_path):
+    """Sorted as bits of floats on Ascend, as integers here; equal cells keep their points' order."""
+    drawn = torch.Generator().manual_seed(0)
+    points = torch.rand(1, 300, 5, generator=drawn) * 4
+    points[0, 5, 3] = float("nan")
+    how = {"lower": (0.0, 0.0, 0.0), "size": (1.0, 1.0, 1.0), "grid": (4, 3, 4), "max_points": 3, "max_voxels": 30}
+
+    def voxels(points, valid):
+        return voxelize(points, valid, **how)
+
+    valid = torch.rand(1, 300, generator=drawn) < 0.9
+    found = computed(voxels, points, valid, folder=tmp_path)
+    for ours, theirs in zip(found[1:], voxels(points, valid)[1:]):
+        assert np.array_equal(ours, theirs.numpy())
+    assert np.allclose(found[0], voxels(points, valid)[0].numpy(), rtol=1e-6)
+
+    def depths(u, v, depth, valid):
+        return [geometry.depth_map((u, v, depth), valid, (4, 6))]
+
+    planes = [torch.rand(1, 2, 40, generator=drawn) * 7 for _ in range(3)]
+    (made,) = computed(depths, *planes, valid[:, :40], folder=tmp_path)
+    assert np.array_equal(made, depths(*planes, valid[:, :40])[0].numpy())
+
+
+def test_an_operator_without_a_translation_is_named_with_its_layer_and_line(tmp_path):
+    def layer(x):
+        return [x.view(torch.int32)]
+
+    with pytest.raises(ValueError, match=r"no translation of aten\.view\.dtype, at .*test_export\.py:\d+ in .*layer"):
+        computed(layer, torch.eye(3), folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# --- the whole detector
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return small_runs.write(tmp_path_factory.mktemp("run") / "run", LIDAR, **SMALL).parent.parent
+
+
+@pytest.fixture(scope="module")
+def frame(tmp_path_factory) -> Path:
+    return key_frame.write_frame(tmp_path_factory.mktemp("frame"), image_size=(90, 160))
+
+
+def shown(detector, frame: Path):
+    """(the detector as it reads the frame, the batch)."""
+    index = inputs.read(frame)
+    made = detector.at(frame)
+    reading = made.ready(index)
+    return made, collate([scene.load(index, 0, reading)], capacities=reading.capacities)[0]
+
+
+def export(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["bevfn", "export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def exported(trained, frame, tmp_path_factory) -> Path:
+    """LiDAR-only, from points, by the command."""
+    out = tmp_path_factory.mktemp("export") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        assert export(patch, trained, "--out", out, "--data", frame) == 0
+    return out
+
+
+def test_the_file_is_stock_onnx_with_fixed_shapes(exported):
+    model = onnx.load(exported / build.FILE)
+    onnx.checker.check_model(model)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)] and not model.functions
+    assert {node.domain for node in model.graph.node} == {""} and len(model.graph.node) < 1600
+    for value in (*model.graph.input, *model.graph.output):
+        assert all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
+    assert sorted(path.name for path in exported.iterdir()) == ["example.npz", "manifest.json", "model.onnx"]
+    assert str(Path(bevfn.__file__).parent).encode() not in (exported / build.FILE).read_bytes()
+
+
+def test_the_runtime_finds_what_the_detector_finds(exported, trained, frame):
+    made, batch = shown(bevfn.load(trained), frame)
+    expected = {name: value.numpy() for name, value in made.predict(batch).items()}
+    found = verify.run(
+        exported / build.FILE, {"points": batch.points.numpy(), "points_valid": batch.points_valid.numpy()}
+    )
+    boxes = verify.paired(found, expected, 0.01)
+    assert found.keys() == expected.keys() and boxes.found == boxes.detections == boxes.reference == 100
+    assert all(found[name] == expected[name] for name in found if name.startswith("overflow/"))
+
+
+def test_the_manifest_says_what_is_needed_to_use_the_file(exported):
+    said = json.loads((exported / manifest.NAME).read_text())
+    model = onnx.load(exported / build.FILE)
+    for kind, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
+        assert [entry["name"] for entry in said[kind]] == [value.name for value in values]
+        for entry, value in zip(said[kind], values):
+            tensor = value.type.tensor_type
+            assert entry["shape"] == [d.dim_value for d in tensor.shape.dim] and entry["meaning"]
+            assert np.dtype(entry["dtype"]) == onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    assert said["file"]["sha256"] == manifest.checksum(exported / build.FILE) and said["model"] == LIDAR
+    room = said["capacities"]
+    assert (room["points"], room["voxels"], room["sites"]) == (40_000, 20_000, [20_000, 15_000, 9_000])
+    assert room["voxel_grid"]["cells"] == [384, 384, 40] and said["classes"][0] == "car" and said["cameras"] == []
+    verified = said["verified"]
+    assert verified["failed"] == "" and verified["boxes"]["found"] == 100 and verified["boxes"]["largest_m"] < 1e-3
+    assert len(verified["boundaries"]) > 30 and 0 < max(verified["boundaries"].values()) < 1e-4
+    assert verified["boundaries"]["voxels.coords"] == 0
+    inside = {name for node in model.graph.node for name in node.output}
+    assert set(verified["boundaries"]) <= inside  # a user adds one as an output and sees where a runtime goes astray
+
+
+def test_the_example_is_of_the_file(exported):
+    example = np.load(exported / build.EXAMPLE)
+    said = json.loads((exported / manifest.NAME).read_text())
+    found = verify.run(exported / build.FILE, {entry["name"]: example[entry["name"]] for entry in said["inputs"]})
+    assert all(np.array_equal(value, example[name]) for name, value in found.items())
+
+
+def test_what_does_not_fit_is_counted_by_the_file(exported):
+    """More voxels than the file has room for: every point its own."""
+    drawn = np.random.default_rng(0)
+    points = np.zeros((1, 40_000, 5), np.float32)
+    points[..., :3] = drawn.uniform((-50, -50, -4), (50, 50, 2), (40_000, 3))
+    found = verify.run(exported / build.FILE, {"points": points, "points_valid": np.ones((1, 40_000), bool)})
+    assert found["overflow/voxels_l0"] > 10_000 and found["overflow/voxels_l1"] > 0
+
+
+def test_voxels_in_are_the_same_boxes_and_half_precision_is_near(trained, frame):
+    """One graph, not written: what is cut off is the sort alone, and half precision has its weights as halves."""
+    made, batch = shown(bevfn.load(trained), frame)
+    cut = flow.make(made, batch, entry="voxels", table=writer.table())
+    assert list(cut.inputs) == list(flow.VOXELS)
+    with torch.no_grad():
+        found, expected = cut(*cut.inputs.values()), made.predict(batch)
+    assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3) and torch.equal(
+        found["labels"], expected["labels"]
+    )
+    assert not [node for node in cut.module.graph.nodes if "sort" in str(node.target)]
+    half = flow.make(replace(made, config=replace(made.config, precision="fp16")), batch, table=writer.table())
+    halves = sum(held.numel() for held in half.module.buffers() if held.dtype == torch.float16)
+    assert halves > 0.8 * tree.num_elements(made.params)
+
+
+def test_the_sample_of_the_page_reads_the_file(exported, frame, monkeypatch, capsys, tmp_path):
+    """docs/deploy.md: onnxruntime and numpy alone, in about twenty lines."""
+    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
+    (sample,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "onnxruntime" in block]
+    assert "bevfn" not in sample and "torch" not in sample and sum(map(bool, sample.splitlines())) < 25
+    (tmp_path / "lidar").symlink_to(exported)
+    (tmp_path / "scan.bin").symlink_to(frame / key_frame.LIDAR_FILE)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(sample.replace(">= 0.1", ">= 0.0"), "docs/deploy.md", "exec"), {})  # nobody trained this model
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 100 and all(len(re.findall(r"-?\d+\.\d+", line)) >= 10 for line in lines)
+
+
+def test_openvino_needs_voxels_in(exported, trained, frame, tmp_path):
+    """Of points it makes wrong voxels without a word, since its TopK keeps no order among equals: docs/deploy.md."""
+    openvino = pytest.importorskip(
+        "openvino", reason="OpenVINO is no dependency (50 MB); pip install openvino shows it"
+    )
+    core = openvino.Core()
+
+    def run(file: Path, given: dict[str, np.ndarray], *inside: str) -> dict[str, np.ndarray]:
+        model = onnx.load(file)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
+        onnx.save(model, tmp_path / "asked.onnx")
+        compiled = core.compile_model(
+            core.read_model(tmp_path / "asked.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        return {next(iter(port.names)): value for port, value in compiled(given).items()}
+
+    example = np.load(exported / build.EXAMPLE)
+    points = {name: example[name] for name in ("points", "points_valid")}
+    theirs = run(exported / build.FILE, points, "voxels.coords")["voxels.coords"]
+    ours = verify.run(exported / build.FILE, points, ["voxels.coords"])["voxels.coords"]
+    assert verify.error(theirs, ours) > 0.01, "OpenVINO's voxels are right now: take the advice out of docs/deploy.md"
+
+    made, batch = shown(bevfn.load(trained), frame)
+    build.onnx_folder(made, made, batch, tmp_path / "voxels", entry="voxels")
+    example = np.load(tmp_path / "voxels" / build.EXAMPLE)
+    found = run(tmp_path / "voxels" / build.FILE, {name: example[name] for name in flow.VOXELS})
+    assert verify.error(found["boxes"], example["boxes"]) < 1e-4
+
+
+# --- refusals: one sentence, nothing left
+
+
+def refused(monkeypatch, capsys, says: str, *arguments) -> None:
+    assert export(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1, said
+
+
+def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported, frame, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "out"
+    refused(monkeypatch, capsys, "exists and is not empty; choose another --out", trained, "--out", exported)
+    refused(monkeypatch, capsys, "no such checkpoint file", tmp_path / "none.pth", "--out", out)
+    refused(monkeypatch, capsys, "is of another experiment", trained, "--out", out, "--model", "bevdepth-2key")
+    refused(monkeypatch, capsys, "--voxel-capacity 0 must be", trained, "--out", out, "--voxel-capacity", 0)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(monkeypatch, capsys, str(empty), trained, "--out", out, "--data", empty)
+    masked = small_runs.write(tmp_path / "masked", "bevfusion-lidar-masked").parent.parent
+    refused(monkeypatch, capsys, "is a pretraining of", masked, "--out", out, "--data", frame)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "masked"]
+
+
+def test_voxels_of_a_camera_model_are_refused(frame, monkeypatch, capsys, tmp_path):
+    run = small_runs.write(tmp_path / "run", "bevdepth-1key-ema").parent.parent
+    arguments = (run, "--out", tmp_path / "out", "--data", frame, "--input", "voxels")
+    refused(monkeypatch, capsys, "bevdepth-1key-ema makes no voxels; leave out --input voxels", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_differs_is_not_left(trained, frame, monkeypatch, capsys, tmp_path):
+    """A runtime that computes something else, from the voxels on."""
+    honest = verify.run
+
+    def wrong(path, given, boundaries=()):
+        return {
+            name: value + 1 if name == "lidar.bev" else value for name, value in honest(path, given, boundaries).items()
+        }
+
+    monkeypatch.setattr(verify, "run", wrong)
+    assert export(monkeypatch, trained, "--out", tmp_path / "out", "--data", frame) == 1
+    assert "refused, nothing is written: lidar.bev differs by" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_extra_is_named_where_it_is_missing(trained, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(monkeypatch, capsys, "pip install 'bevfn[export]'", trained, "--out", tmp_path / "out")
+
+
+# --- the comparison
+
+
+def outcome(**changes) -> dict[str, np.ndarray]:
+    boxes = np.zeros((1, 4, 9), np.float32)
+    boxes[0, :, 0] = [0, 10, 20, 30]
+    valid = np.array([[True, True, True, False]])
+    made = {
+        "boxes": boxes,
+        "scores": np.full((1, 4), 0.5, np.float32),
+        "labels": np.array([[0, 0, 1, 1]]),
+        "valid": valid,
+    }
+    return {**made, "map": np.ones(8, np.float32), "cell": np.arange(100), "row": np.ones(8, np.float32), **changes}
+
+
+NAMES = ("boxes", "scores", "labels", "valid")
+
+
+def judged(precision="fp32", **changes) -> verify.Verdict:
+    return verify.compare(outcome(**changes), outcome(), outcome(), NAMES, precision)
+
+
+def test_boxes_are_compared_as_sets_of_what_is_valid():
+    swapped = np.array([1, 0, 2, 3])
+    same = outcome()
+    moved = {name: same[name][:, swapped] for name in NAMES}
+    assert judged(**moved).failed == "" and judged(**moved).boxes.largest_m == 0
+    nowhere = same["boxes"].copy()
+    nowhere[0, 3] = 99  # not valid
+    assert judged(boxes=nowhere).failed == ""
+    far = same["boxes"] + np.float32(0.2)
+    assert "0 of 3 detections are within 0.05 m" in judged(boxes=far).failed
+    assert judged("fp16", boxes=same["boxes"] + np.float32(0.1)).failed == ""
+    assert "2 of 3" in judged(labels=np.array([[0, 0, 0, 0]])).failed
+    assert "3 of 4" in judged(valid=np.ones((1, 4), bool)).failed  # one that nobody else found
+
+
+def test_a_boundary_behind_a_choice_that_fell_otherwise_is_told_not_judged():
+    other = np.arange(100)
+    other[7] = 0
+    assert judged(map=np.full(8, 1.01, np.float32)).failed.startswith("map differs by 1.0e-02")
+    assert judged(cell=other, row=np.zeros(8, np.float32)).failed == ""
+    assert judged(cell=other, row=np.zeros(8, np.float32)).boundaries["row"] == 1
+    assert judged(cell=np.zeros(100, int)).failed.startswith("cell differs by 9.9e-01")
+    assert judged(map=np.full(8, np.nan, np.float32)).failed.startswith("map differs by nan")
+
+
+# --- every family
+
+
+FAMILIES = ("bevfusion-lidar-camera", "bevfusion-camera", "bevdepth-2key-da", "matrixvt", "bevnext-stage1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_small_model_of_every_family_is_exported(model, frame, monkeypatch, tmp_path):
+    run = small_runs.write(tmp_path / "run", model).parent.parent
+    assert export(monkeypatch, run, "--out", tmp_path / "out", "--data", frame) == 0
+    said = json.loads((tmp_path / "out" / manifest.NAME).read_text())
+    assert len(said["cameras"]) == 6 and "images" in [entry["name"] for entry in said["inputs"]]
+
+
+# --- published sizes
+
+
+CASES_OF_MODELS = ("bevfusion_lidar", "bevfusion_lidar_cam", "bevdepth_r50_2key", "matrixvt_r50", "bevnext_stage1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES_OF_MODELS)
+def test_a_published_model_is_exported_with_golden_weights(case, monkeypatch, tmp_path):
+    folder = Path(__file__).parents[2] / "shared" / "goldens" / case
+    if not folder.is_dir():
+        pytest.skip("golden weights are made from ../shared/goldens, which is not here")
+    torch.save(golden.fill_case(folder), tmp_path / "golden.pth")
+    assert export(monkeypatch, tmp_path / "golden.pth", "--out", tmp_path / "out") == 0
+    verified = json.loads((tmp_path / "out" / manifest.NAME).read_text())["verified"]
+    assert verified["boxes"]["largest_m"] < 0.05
