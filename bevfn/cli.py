@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable]]] = {
             "world": bench.world,
             "checkpoint": bench.checkpoint,
             "startup": bench.startup,
+            "cuda": bench.cuda,
             "list": bench.list_,
         },
     ),

@@ -27,6 +27,11 @@ LOWERINGS = {
     "sparse_conv_weight_grad": ("sparse_conv", "weight_grad"),
     "voxel_pool": ("voxel_pool", "forward"),
     "voxel_pool_backward": ("voxel_pool", "backward"),
+    "deform_conv": ("deform_conv", "forward"),
+    "deform_conv_backward": ("deform_conv", "backward"),
+    "deform_attn": ("deform_attn", "forward"),
+    "deform_attn_backward": ("deform_attn", "backward"),
+    "linear_assignment": ("linear_assignment", "linear_assignment"),
 }
 REFERENCES = {
     name: getattr(importlib.import_module(f"bevfn.kernels.{op}.reference"), function)
@@ -64,14 +69,11 @@ def check(name: str, *operands: object) -> None:
     """The operator equals its reference in float64."""
     wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in operands]
     wanted = REFERENCES[name](*wide)
-    dtype = next(x.dtype for x in operands if isinstance(x, Tensor) and x.is_floating_point())
-    for made, right in zip(run(name, *operands), wanted if isinstance(wanted, tuple) else (wanted,)):
-        assert made.shape == right.shape
-        if right.is_floating_point():
-            assert made.dtype == dtype
-            assert float((made.double() - right).norm()) <= TOLERANCE[dtype] * float(right.norm())
-        else:
-            assert torch.equal(made, right)
+    dtypes = {x.dtype for x in operands if isinstance(x, Tensor) and x.is_floating_point()}
+    tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
+    for made, right in zip(run(name, *operands), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        assert made.shape == right.shape and made.dtype in dtypes
+        assert float((made.double() - right).norm()) <= tolerance * float(right.norm())
 
 
 def sites(rows: int, used: int) -> tuple[Tensor, Tensor]:
@@ -252,3 +254,113 @@ def test_intervals_hold_each_row_s_entries_in_order():
     rows = torch.tensor([3, -1, 0, 3, 9, 0, 2, 4], dtype=torch.int32)
     order, starts = cuda.intervals(rows, 4)
     assert [order[a:b].tolist() for a, b in itertools.pairwise(starts.tolist())] == [[2, 5], [], [6], [0, 3]]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "channels, groups, deformable, masked, step",
+    [(8, 2, 1, False, (1, 1, 1)), (6, 1, 2, True, (2, 1, 1)), (72, 1, 1, True, (1, 0, 2))],
+)
+def test_deformable_convolution(dtype, channels, groups, deformable, masked, step):
+    x, weight = randn(2, channels, 6, 5, dtype=dtype), randn(4, channels // groups, 3, 3, seed=1, dtype=dtype) / 6
+    size = reference_size(x, weight, step)
+    offset = 2 * randn(2, 18 * deformable, *size, seed=2, dtype=dtype)  # many samples outside the image
+    offset[0, :2, 0, 0] = float("nan")
+    offset[1, :, 0, 0] = 0.0  # whole positions
+    mask = randn(2, 9 * deformable, *size, seed=3, dtype=dtype) if masked else None
+    check("deform_conv", x, offset, mask, weight, *step)
+    check("deform_conv_backward", randn(2, 4, *size, seed=4, dtype=dtype), x, offset, mask, weight, *step)
+
+
+def reference_size(x: Tensor, weight: Tensor, step: tuple[int, int, int]) -> tuple[int, int]:
+    return importlib.import_module("bevfn.kernels.deform_conv.reference").out_size(x, weight, *step)
+
+
+def test_deformable_convolution_of_no_image():
+    x, offset, weight = randn(0, 4, 5, 5), randn(0, 18, 5, 5), randn(2, 4, 3, 3)
+    check("deform_conv", x, offset, None, weight, 1, 1, 1)
+    check("deform_conv_backward", randn(0, 2, 5, 5), x, offset, None, weight, 1, 1, 1)
+
+
+def test_deformable_convolution_in_parts(monkeypatch):
+    from bevfn.kernels import parts
+
+    monkeypatch.setattr(parts, "BYTES", 1)
+    x, offset, weight = randn(2, 4, 5, 5), randn(2, 18, 5, 5), randn(2, 4, 3, 3)
+    check("deform_conv", x, offset, None, weight, 1, 1, 1)
+    check("deform_conv_backward", randn(2, 2, 5, 5), x, offset, None, weight, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "value_dtype, dtype, masked, sizes",
+    [
+        (torch.float32, torch.float32, True, [5, 4, 1, 3]),
+        (torch.float16, torch.float16, False, [5, 4]),
+        (torch.float16, torch.float32, True, [2, 3]),
+    ],
+)
+def test_deformable_attention(value_dtype, dtype, masked, sizes):
+    L, S = len(sizes) // 2, sum(h * w for h, w in zip(sizes[::2], sizes[1::2]))
+    value, locations = randn(2, S, 2, 10, dtype=value_dtype), (randn(2, 9, 2, L, 3, 2, seed=1) + 0.5).to(dtype)
+    weights, mask = randn(2, 9, 2, L, 3, seed=2, dtype=dtype), None
+    if masked:
+        mask = torch.rand(2, 9, generator=generator()) < 0.6
+        locations[~mask], weights[~mask] = float("nan"), float("inf")
+    check("deform_attn", value, locations, weights, mask, sizes)
+    grad = randn(2, 9, 20, seed=3, dtype=value_dtype)
+    check("deform_attn_backward", grad, value, locations, weights, mask, sizes)
+
+
+def test_deformable_attention_of_no_query():
+    value, locations, weights = randn(1, 6, 2, 4), randn(1, 0, 2, 1, 3, 2), randn(1, 0, 2, 1, 3)
+    check("deform_attn", value, locations, weights, None, [2, 3])
+    check("deform_attn_backward", randn(1, 0, 8), value, locations, weights, None, [2, 3])
+
+
+@pytest.mark.parametrize("queries, boxes, used", [(12, 7, 5), (5, 9, 8), (6, 6, 6), (1, 3, 3), (3, 1, 1), (4, 3, 0)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_assignments(queries, boxes, used, dtype):
+    cost = randn(2, queries, boxes, dtype=dtype)
+    valid = torch.rand(2, boxes, generator=generator(1)).argsort(1) < used
+    made, wanted = run("linear_assignment", cost, valid)[0], REFERENCES["linear_assignment"](cost, valid)
+    assert made.dtype == wanted.dtype and total(made, cost) == pytest.approx(total(wanted, cost), rel=1e-12)
+    check_pairs(made, valid, queries)
+
+
+def test_assignments_avoid_what_is_not_finite():
+    cost = randn(3, 5, 4)
+    cost[0, :4] = float("nan")  # one query is left: three boxes take what they must
+    cost[1, 1, 2], cost[1, 2, 0], cost[1, 0] = float("inf"), -float("inf"), float("nan")
+    cost[2] = float("inf")
+    valid = torch.tensor([[True, True, True, True], [True, True, False, True], [True, False, True, True]])
+    made, wanted = run("linear_assignment", cost, valid)[0], REFERENCES["linear_assignment"](cost, valid)
+    check_pairs(made, valid, 5)
+    for sample in range(3):
+        pairs = [(int(m), g) for g, m in enumerate(made[sample]) if m >= 0]
+        right = [(int(m), g) for g, m in enumerate(wanted[sample]) if m >= 0]
+        found, best = ([float(cost[sample, q, g]) for q, g in some] for some in (pairs, right))
+        known, best_known = ([v for v in some if abs(v) < float("inf")] for some in (found, best))
+        assert len(known) == len(best_known) and sum(known) == pytest.approx(sum(best_known), rel=1e-12)
+
+
+def test_equal_costs_are_assigned_too():
+    valid = torch.ones(1, 20, dtype=torch.bool)
+    check_pairs(run("linear_assignment", torch.zeros(1, 20, 20), valid)[0], valid, 20)
+
+
+def test_no_query_or_box_is_assigned():
+    for cost in (torch.zeros(2, 0, 3), torch.zeros(2, 3, 0), torch.zeros(0, 2, 3)):
+        valid = torch.ones(cost.shape[0], cost.shape[2], dtype=torch.bool)
+        assert torch.equal(run("linear_assignment", cost, valid)[0], torch.full(valid.shape, -1))
+
+
+def total(match: Tensor, cost: Tensor) -> float:
+    return sum(float(cost[b, q, g]) for b, row in enumerate(match) for g, q in enumerate(row) if q >= 0)
+
+
+def check_pairs(match: Tensor, valid: Tensor, queries: int) -> None:
+    """No query twice, none for padding, as many pairs as there can be."""
+    for row, used in zip(match, valid):
+        queries_of = row[row >= 0].tolist()
+        assert len(set(queries_of)) == len(queries_of) == min(queries, int(used.sum()))
+        assert not (row[~used] >= 0).any() and all(0 <= q < queries for q in queries_of)

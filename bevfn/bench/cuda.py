@@ -5,6 +5,7 @@ given for those operands: dtypes, constants, integers that are 1 or multiples of
 for any GPU, and the tools that read the binaries.
 """
 
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -29,12 +30,21 @@ class Launch(NamedTuple):
 
 
 def measure(only: str = "") -> dict:
-    """{GPU: {case: {kernel: figures}}} of the cases whose name contains `only`; see `binary`."""
+    """{GPU: {case: {kernel: figures}}} of the cases whose name contains `only`; see `binary`.
+
+    Raises:
+        ValueError: no case does.
+        RuntimeError: Triton is missing.
+    """
     cases = {name: lower for name, lower in CASES.items() if only in name}
+    if not cases:
+        raise ValueError(f"--only {only!r} is in no case's name; choose of {', '.join(CASES)}")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("bench cuda compiles with Triton, which is not installed: pip install 'bevfn[cuda]'")
     launches = {name: recorded(lower) for name, lower in cases.items()}
     return {
         gpu: {
-            name: {f"{launch.kernel.__name__.lstrip('_')}": binary(launch, number) for launch in made}
+            name: {launch.kernel.__name__.lstrip("_"): binary(launch, number) for launch in made}
             for name, made in launches.items()
         }
         for gpu, number in GPUS.items()
@@ -160,6 +170,45 @@ def _voxel_pool(dtype: torch.dtype, channels: int = 80) -> None:
     cuda.backward(torch.empty(64, channels, dtype=dtype), depth, context, cell)
 
 
+def _voxelize() -> None:
+    from bevfn.kernels.voxelize import cuda
+
+    points, valid = torch.zeros(1, ROWS, 5), torch.ones(1, ROWS, dtype=torch.bool)
+    cuda.voxelize(points, valid, [-54.0, -54.0, -5.0], [0.075, 0.075, 0.2], [1440, 1440, 40], 10, ROWS)
+
+
+def _neighbours() -> None:
+    from bevfn.kernels.neighbours import cuda
+
+    coords, valid = torch.zeros(ROWS, 4, dtype=torch.int32), torch.ones(ROWS, dtype=torch.bool)
+    cuda.submanifold(coords, valid, [3, 3, 3], [1440, 1440, 41])
+    cuda.strided(coords, valid, [3, 3, 3], [2, 2, 2], [1, 1, 1], [1440, 1440, 41], ROWS, 1)
+
+
+def _deform_conv(dtype: torch.dtype, channels: int = 512, groups: int = 4) -> None:
+    from bevfn.kernels.deform_conv import cuda
+
+    x, offset = torch.zeros(1, channels, 8, 8, dtype=dtype), torch.zeros(1, 18, 8, 8, dtype=dtype)
+    weight = torch.zeros(channels, channels // groups, 3, 3, dtype=dtype)
+    cuda.backward(torch.zeros_like(x), x, offset, None, weight, 1, 1, 1)
+
+
+def _deform_attn(dtype: torch.dtype, heads: int = 8, channels: int = 32, levels: int = 4, points: int = 8) -> None:
+    from bevfn.kernels.deform_attn import cuda
+
+    value = torch.zeros(1, levels * 64, heads, channels, dtype=dtype)
+    weights = torch.zeros(1, 16, heads, levels, points, dtype=dtype)
+    locations, mask = torch.zeros(*weights.shape, 2, dtype=dtype), torch.ones(1, 16, dtype=torch.bool)
+    cuda.forward(value, locations, weights, mask, (8, 8) * levels)
+    cuda.backward(torch.zeros(1, 16, heads * channels, dtype=dtype), value, locations, weights, mask, (8, 8) * levels)
+
+
+def _linear_assignment(queries: int, boxes: int) -> None:
+    from bevfn.kernels.linear_assignment import cuda
+
+    cuda.linear_assignment(torch.zeros(1, queries, boxes), torch.ones(1, boxes, dtype=torch.bool))
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "sparse_conv fp16 5 to 16": lambda: _sparse_conv(torch.float16, 5, 16),
     "sparse_conv fp16 16 to 16": lambda: _sparse_conv(torch.float16, 16, 16),
@@ -172,4 +221,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "sparse_conv input gradient fp16 128": lambda: _sparse_conv_input_grad(torch.float16, 128),
     "voxel_pool fp16": lambda: _voxel_pool(torch.float16),
     "voxel_pool fp32": lambda: _voxel_pool(torch.float32),
+    "voxelize": _voxelize,
+    "neighbours": _neighbours,
+    "deform_conv fp16 512": lambda: _deform_conv(torch.float16),
+    "deform_conv fp32 512": lambda: _deform_conv(torch.float32),
+    "deform_attn fp16": lambda: _deform_attn(torch.float16),
+    "deform_attn fp32": lambda: _deform_attn(torch.float32),
+    "linear_assignment 200 queries": lambda: _linear_assignment(200, 128),
+    "linear_assignment 900 queries": lambda: _linear_assignment(900, 300),
 }
