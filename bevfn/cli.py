@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[str, Commands]] = {
                 "checkpoint": "bench checkpoint",
                 "startup": "bench startup",
                 "scale": "bench scale",
+                "cuda": "bench cuda",
                 "list": "bench list_",
             }
         ),

@@ -207,6 +207,18 @@ def scale(
     _report("scale", partial(scale.measure, setting), json_file)
 
 
+def cuda(*, only: str = "", json_file: Json = None) -> None:
+    """The CUDA kernels compiled for an A100 and an H100, no GPU needed: registers, shared memory, stack, tensor cores.
+
+    Args:
+        only: of the kernels' cases, those whose name contains this; all by default
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.bench import cuda
+
+    _report("cuda", partial(cuda.measure, only), json_file)
+
+
 def list_() -> None:
     """Which file of experiments/results/ was made when, of which commit, and by which command. Also: `bevfn bench --list`."""
     from bevfn import provenance

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bevfn.kernels.cuda import lowering
 from bevfn.kernels.deform_attn import cpu, reference
 from bevfn.kernels.derivatives import differentiable
 
@@ -127,3 +128,5 @@ _library.impl("deform_attn", reference.forward, "CompositeExplicitAutograd")
 _library.impl("deform_attn_backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("deform_attn", cpu.forward, "CPU")
 _library.impl("deform_attn_backward", cpu.backward, "CPU")
+_library.impl("deform_attn", lowering("deform_attn", "forward", reference.forward), "CUDA")
+_library.impl("deform_attn_backward", lowering("deform_attn", "backward", reference.backward), "CUDA")

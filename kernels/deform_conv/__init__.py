@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bevfn.kernels.cuda import lowering
 from bevfn.kernels.deform_conv import cpu, reference
 from bevfn.kernels.derivatives import differentiable
 
@@ -129,3 +130,5 @@ _library.impl("deform_conv", reference.forward, "CompositeExplicitAutograd")
 _library.impl("deform_conv_backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("deform_conv", cpu.forward, "CPU")
 _library.impl("deform_conv_backward", cpu.backward, "CPU")
+_library.impl("deform_conv", lowering("deform_conv", "forward", reference.forward), "CUDA")
+_library.impl("deform_conv_backward", lowering("deform_conv", "backward", reference.backward), "CUDA")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from bevfn.kernels.cuda import lowering
 from bevfn.kernels.linear_assignment import cpu, reference
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
@@ -49,3 +50,6 @@ def _fake(cost: Tensor, valid: Tensor) -> Tensor:
 
 _library.impl("linear_assignment", reference.linear_assignment, "CompositeExplicitAutograd")
 _library.impl("linear_assignment", cpu.linear_assignment, "CPU")
+_library.impl(
+    "linear_assignment", lowering("linear_assignment", "linear_assignment", reference.linear_assignment), "CUDA"
+)

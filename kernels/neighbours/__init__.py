@@ -7,6 +7,7 @@ offset k, or -1. Offsets are numbered row-major over (kx, ky, kz). Sites must be
 import torch
 from torch import Tensor
 
+from bevfn.kernels.cuda import lowering
 from bevfn.kernels.neighbours import cpu, reference
 from bevfn.kernels.neighbours.reference import Axes
 from bevfn.kernels.neighbours.reference import out_grid as out_grid
@@ -149,3 +150,5 @@ _library.impl("submanifold_neighbours", reference.submanifold, "CompositeExplici
 _library.impl("submanifold_neighbours", cpu.submanifold, "CPU")
 _library.impl("strided_neighbours", reference.strided, "CompositeExplicitAutograd")
 _library.impl("strided_neighbours", cpu.strided, "CPU")
+_library.impl("submanifold_neighbours", lowering("neighbours", "submanifold", reference.submanifold), "CUDA")
+_library.impl("strided_neighbours", lowering("neighbours", "strided", reference.strided), "CUDA")

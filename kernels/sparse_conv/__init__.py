@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from bevfn.kernels.cuda import lowering
 from bevfn.kernels.derivatives import differentiable
 from bevfn.kernels.sparse_conv import cpu, reference
 
@@ -84,5 +85,7 @@ def _weight_grad_fake(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
 
 _library.impl("sparse_conv", reference.sparse_conv, "CompositeExplicitAutograd")
 _library.impl("sparse_conv", cpu.sparse_conv, "CPU")
+_library.impl("sparse_conv", lowering("sparse_conv", "sparse_conv", reference.sparse_conv), "CUDA")
 _library.impl("sparse_conv_weight_grad", reference.weight_grad, "CompositeExplicitAutograd")
 _library.impl("sparse_conv_weight_grad", cpu.weight_grad, "CPU")
+_library.impl("sparse_conv_weight_grad", lowering("sparse_conv", "weight_grad", reference.weight_grad), "CUDA")

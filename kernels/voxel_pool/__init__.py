@@ -8,6 +8,7 @@ The D × C outer product of the textbook formulation (630 MB for BEVFusion on nu
 import torch
 from torch import Tensor
 
+from bevfn.kernels.cuda import lowering
 from bevfn.kernels.derivatives import differentiable
 from bevfn.kernels.voxel_pool import cpu, reference
 
@@ -96,3 +97,5 @@ _library.impl("voxel_pool", reference.forward, "CompositeExplicitAutograd")
 _library.impl("voxel_pool_backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("voxel_pool", cpu.forward, "CPU")
 _library.impl("voxel_pool_backward", cpu.backward, "CPU")
+_library.impl("voxel_pool", lowering("voxel_pool", "forward", reference.forward), "CUDA")
+_library.impl("voxel_pool_backward", lowering("voxel_pool", "backward", reference.backward), "CUDA")

@@ -15,7 +15,7 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -30,8 +30,15 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;                 // float32 per vector, a cache line
-constexpr int64_t kVectors = 8;                // vectors per channel block: 128 channels in registers
+// float32 per vector: wider ones than the machine's would be kept in memory instead of registers.
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;  // SSE, NEON
+#endif
+constexpr int64_t kVectors = 8;                // vectors per channel block, in registers: 128 channels with AVX-512
 constexpr int64_t kBlock = kVectors * kLanes;
 constexpr int64_t kTile = 16;                  // image columns per tile: whole cache lines of depth and cell
 constexpr int64_t kDepths = 32;                // depth bins per step: their output rows stay in the caches
@@ -82,6 +89,7 @@ inline Vector load_some(const float* from, int64_t count) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_maskz_loadu_ps((1u << count) - 1, from);
 #else
+  if (count == kLanes) return load(from);
   Vector x = {};
   for (int64_t i = 0; i < count; ++i) x[i] = from[i];
   return x;
@@ -91,6 +99,7 @@ inline void store_some(float* to, Vector x, int64_t count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)x);
 #else
+  if (count == kLanes) return store(to, x);
   for (int64_t i = 0; i < count; ++i) to[i] = x[i];
 #endif
 }
@@ -98,6 +107,10 @@ inline void store_some(float* to, Vector x, int64_t count) {
 inline float sum_lanes(Vector x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX__)
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 #else
   for (int step = kLanes / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) x[i] += x[i + step];
@@ -185,7 +198,7 @@ struct Tile {
 };
 
 inline void prefetch_row(const float* row, int64_t vectors) {
-  for (int64_t v = 0; v < vectors; ++v) __builtin_prefetch(row + v * kLanes, 0, 2);
+  for (int64_t at = 0; at < vectors * kLanes; at += 16) __builtin_prefetch(row + at, 0, 2);  // by cache lines
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bevfn.kernels import derivatives
+from bevfn.kernels.cuda import lowering
 from bevfn.kernels.voxelize import cpu, reference
 from bevfn.kernels.voxelize.reference import Extent
 
@@ -121,3 +122,4 @@ def _fake(
 
 _library.impl("voxelize", reference.voxelize, "CompositeExplicitAutograd")
 _library.impl("voxelize", cpu.voxelize, "CPU")
+_library.impl("voxelize", lowering("voxelize", "voxelize", reference.voxelize), "CUDA")

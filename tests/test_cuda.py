@@ -1,0 +1,109 @@
+"""Lowerings for CUDA, where there is no GPU: interpreted, compiled ahead of time, traced; and where they cannot run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bevfn.kernels import cuda, sparse_conv, voxel_pool
+
+HERE = Path(__file__).parent
+REFERENCE_RAN = torch.tensor(7.0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What torch says of a GPU that is not there: `gpu(capability)`; Triton is installed."""
+
+    def describe(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+
+    cuda._warn.cache_clear()
+    monkeypatch.setattr(cuda, "_has_triton", lambda: True)
+    return describe
+
+
+def test_lowerings_equal_their_references_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    words = [sys.executable, "-m", "pytest", str(HERE / "cuda_cases.py"), "-p", "no:cacheprovider"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_operators_trace_with_fake_cuda_tensors():
+    """Not behind autograd: a torch without CUDA aborts where a leaf on CUDA asks for its stream."""
+
+    def run(x, weight, grad, table, depth, context, cell):
+        y = sparse_conv.sparse_conv(x, weight, table, table)
+        return (
+            y,
+            *sparse_conv._gradients(frozenset((0, 1)), grad, x, weight, table, table)[:2],
+            voxel_pool.voxel_pool(depth, context, cell, 6),
+            *torch.ops.bevfn.voxel_pool_backward(torch.zeros(6, 4, device="cuda"), depth, context, cell),
+        )
+
+    with FakeTensorMode():
+        shapes = [(9, 4), (3, 4, 4), (9, 4), (3, 9), (1, 2, 3, 4), (1, 3, 4, 4), (1, 2, 3, 4)]
+        whole = (3, 6)
+        operands = [
+            torch.empty(shape, device="cuda", dtype=torch.int32 if i in whole else torch.float16)
+            for i, shape in enumerate(shapes)
+        ]
+        graph = make_fx(run)(*operands)
+    ours = [str(node.target) for node in graph.graph.nodes if "bevfn" in str(node.target)]
+    assert [name.split(".")[1] for name in ours] == [
+        "sparse_conv", "sparse_conv", "sparse_conv_weight_grad", "voxel_pool", "voxel_pool_backward",
+    ]  # fmt: skip
+    results = graph.graph.output_node().args[0]
+    assert {node.meta["val"].device.type for node in results} == {"cuda"}
+
+
+def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "_has_triton", lambda: False)
+    cuda._warn.cache_clear()
+    run = cuda.lowering("sparse_conv", "sparse_conv", lambda x: REFERENCE_RAN)
+    with pytest.warns(UserWarning, match=r"need Triton, which is not installed.*pip install 'bevfn\[cuda\]'") as told:
+        assert run(torch.zeros(2)) is REFERENCE_RAN and run(torch.zeros(2)) is REFERENCE_RAN
+    assert len(told) == 1
+
+
+def test_on_an_old_gpu_the_reference_runs_and_one_warning_says_so(gpu):
+    gpu(7, 0)
+    run = cuda.lowering("sparse_conv", "sparse_conv", lambda x: REFERENCE_RAN)
+    with pytest.warns(UserWarning, match=r"need compute capability 8\.0 \(Ampere\) and Tesla V100 has 7\.0") as told:
+        assert run(torch.zeros(2)) is REFERENCE_RAN and run(torch.zeros(2)) is REFERENCE_RAN
+    assert len(told) == 1
+    gpu(8, 0)
+    assert cuda.unusable(torch.device("cuda")) is None
+
+
+def test_float64_takes_the_reference():
+    run = cuda.lowering("sparse_conv", "sparse_conv", lambda x: REFERENCE_RAN)
+    assert run(torch.zeros(2, dtype=torch.float64)) is REFERENCE_RAN
+
+
+def test_more_points_than_an_index_holds_are_named():
+    points = torch.empty(1, dtype=torch.int32).expand(2, 1 << 10, 1 << 10, 1 << 10)
+    depth = torch.empty(1, dtype=torch.float16).expand(points.shape)
+    context = torch.empty(1, dtype=torch.float16).expand(2, 1 << 10, 1 << 10, 8)
+    lowering = pytest.importorskip("bevfn.kernels.voxel_pool.cuda", reason="needs Triton")
+    with pytest.raises(
+        ValueError, match=r"voxel_pool: 2147483648 points are more than the 2147483647 .* smaller batch"
+    ):
+        lowering.forward(depth, context, points, 9)
+
+
+@pytest.mark.parametrize("precision, products", [("highest", "ieee"), ("high", "tf32")])
+def test_float32_products_are_as_exact_as_torch_s(precision, products):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert cuda.float32_products() == products
+    finally:
+        torch.set_float32_matmul_precision(before)
