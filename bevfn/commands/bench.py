@@ -150,7 +150,7 @@ def startup(
 
 def scale(
     *,
-    model: recipes.ModelName = "bevfusion-lidar-camera",
+    model: ModelName = "bevfusion-lidar-camera",
     step_seconds: float = 0.976,
     batch_size: int = 4,
     devices: tuple[int, ...] = (8, 16, 256),
