@@ -12,7 +12,7 @@ scaled as the tasks of that group that it names, and tasks that only GE knows (T
 
 import csv
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -224,8 +224,8 @@ def calibrated(tasks: Sequence[Task], guessed: Mapping[str, float], profile: Map
             f"the profile names {len(named)} of the graph's {len(tasks)} tasks: it is of another graph; profile the step of "
             "the same commit, experiment, precision, scale and batch size"
         )
-    real: Counter[str] = Counter()
-    thought: Counter[str] = Counter()
+    real: defaultdict[str, float] = defaultdict(float)
+    thought: defaultdict[str, float] = defaultdict(float)
     for task in named:
         for key in (task.group, ""):
             real[key] += profile[task.name]

@@ -104,8 +104,16 @@ def graph(
         print(text(reported), flush=True)
         made[name] = reported.to_json()
         if uses is not None and reported.complete:
-            train = {"profile": profile, "published": PUBLISHED.get(experiment)} if name == "train" else {}
-            guess = seconds_of(lowered, uses, batch=batch_size, memory=reported.bytes, tables=tables, **train)
+            of_train = name == "train"  # what is published and what is profiled is training
+            guess = seconds_of(
+                lowered,
+                uses,
+                batch=batch_size,
+                memory=reported.bytes,
+                tables=tables,
+                published=PUBLISHED.get(experiment) if of_train else None,
+                profile=profile if of_train else None,
+            )
             print(guess.text(), flush=True)
             made[name]["estimate"] = guess.to_json()
         complete &= reported.complete and not reported.no_kernel
