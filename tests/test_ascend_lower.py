@@ -278,7 +278,7 @@ def test_constants_are_folded_and_take_no_memory_here():
 def test_a_missing_torch_npu_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torchair, "loaded", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"torch_npu is not installed.*pip install 'bevfn\[npu\]'"):
+    with pytest.raises(ValueError, match=r"torch_npu is not installed.*make npu.*npu torch_npu==2.13.0"):
         torchair.load()
 
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from bevfn import CONVERTERS
+
 PACKAGE = "torch_npu"
 _C_EXTENSION = "torchair.core._torchair"
 
@@ -63,7 +65,10 @@ def find() -> Path:
     """The folder of the installed torch_npu. Raises ValueError if it is missing or made for another torch."""
     spec = importlib.util.find_spec(PACKAGE) if not loaded() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("torch_npu is not installed, and Ascend graphs need its converters; pip install 'bevfn[npu]'")
+        raise ValueError(
+            "torch_npu is not installed, and Ascend graphs need its converters; run `make npu`, or pip install --no-deps --target "
+            f"{CONVERTERS} torch_npu=={_release(torch.__version__)}"
+        )
     theirs, ours = importlib.metadata.version(PACKAGE), torch.__version__
     if _release(theirs) != _release(ours):
         raise ValueError(

@@ -23,8 +23,8 @@ ELSEWHERE = {
     "--auto-resume": "--resume goes on with the run in --run-dir",
     "--amp": "--precision fp16 (or bf16) is mixed precision",
     "--cfg-options": "every number of a recipe is a flag of its own: see --help",
-    "--launcher": "torchrun --nproc-per-node N -m bevfn.experiments.NAME starts N processes",
-    "--gpus": "torchrun --nproc-per-node N -m bevfn.experiments.NAME starts a process per device",
+    "--launcher": "torchrun --nproc-per-node N in place of python starts N processes",
+    "--gpus": "torchrun --nproc-per-node N in place of python starts N processes, one for each device",
     "--checkpoint": "--pretrained takes weights to start from, and `bevfn eval` evaluates a checkpoint",
     "--max-epochs": "--epochs is their number",
 }
