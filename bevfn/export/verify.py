@@ -27,7 +27,7 @@ class Limits:
     boundary: float
     """relative L2 of a boundary of floats"""
     choices: float
-    """share of a boundary of integers that may differ: rounding decides between equals"""
+    """share of a boundary of integers that may differ, whatever their order: rounding decides between equals"""
     near_m: float
     """how near a detection's centre must be to the float32 detector's of its class"""
     found: float
@@ -113,17 +113,20 @@ def compare(ours: Arrays, eager: Arrays, reference: Arrays, outputs: Sequence[st
     errors = {name: error(value, eager[name]) for name, value in ours.items() if name not in outputs}
     counted = {name: error(ours[name], eager[name]) for name in outputs if name.startswith("overflow/")}
     boxes = paired(ours, reference, limits.near_m)
-    return Verdict(errors, counted, boxes, _failed(errors, counted, boxes, eager, limits))
+    chosen = {name: _chosen(ours[name], eager[name]) for name in errors if eager[name].dtype.kind != "f"}
+    return Verdict(errors, counted, boxes, _failed(errors, chosen, counted, boxes, limits))
 
 
-def _failed(errors: dict[str, float], counted: dict[str, float], boxes: Boxes, eager: Arrays, limits: Limits) -> str:
+def _failed(
+    errors: dict[str, float], chosen: dict[str, float], counted: dict[str, float], boxes: Boxes, limits: Limits
+) -> str:
+    """chosen: of boundaries of integers, the share that differs in any order."""
     chosen_otherwise = False
     for name, value in errors.items():
-        floats = eager[name].dtype.kind == "f"
-        limit = limits.boundary if floats else limits.choices
-        if not value <= limit and not (floats and chosen_otherwise):  # NaN is beyond every limit
-            return f"{name} differs by {value:.1e}, more than {limit:g}"
-        chosen_otherwise |= not floats and value > 0
+        judged, limit = (chosen[name], limits.choices) if name in chosen else (value, limits.boundary)
+        if not judged <= limit and not (name not in chosen and chosen_otherwise):  # NaN is beyond every limit
+            return f"{name} differs by {judged:.1e}, more than {limit:g}"
+        chosen_otherwise |= name in chosen and value > 0
     for name, value in counted.items():
         if value > 0 and limits.choices < 1:
             return f"{name} differs"
@@ -133,6 +136,13 @@ def _failed(errors: dict[str, float], counted: dict[str, float], boxes: Boxes, e
             f"eager float32 detector's, fewer than {limits.found:.0%}"
         )
     return ""
+
+
+def _chosen(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Share of `theirs` that is not among ours, each as often."""
+    (a, ours_times), (b, theirs_times) = (np.unique(values, return_counts=True) for values in (ours, theirs))
+    _, i, j = np.intersect1d(a, b, return_indices=True)
+    return 1.0 - float(np.minimum(ours_times[i], theirs_times[j]).sum()) / max(theirs.size, 1)
 
 
 def error(ours: np.ndarray, theirs: np.ndarray) -> float:
