@@ -89,7 +89,7 @@ def _page(
     runs: Sequence[One], rows: list[tuple[str, ...]], pictures: Mapping[str, tuple[bytes, bytes]], why: str
 ) -> str:
     title = escape(" and ".join(run.name for run in runs))
-    table = page.table([("", *(run.name for run in runs)), *rows]) if rows else "<p>They say the same.</p>"
+    table = page.table([["", *(run.name for run in runs)], *map(list, rows)]) if rows else "<p>They say the same.</p>"
     body = f'<section class="config"><h2>Configs</h2>{table}</section>'
     for name, both in pictures.items():
         body += f"<section><h2>{name.capitalize()}</h2>{page.themed(name, both)}</section>"
