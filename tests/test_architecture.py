@@ -159,7 +159,7 @@ def test_no_files_import_each_other_in_a_circle():
     graphlib.TopologicalSorter(IMPORTS).prepare()  # a CycleError names the files
 
 
-LOWERINGS = {f"bevfn.kernels.voxelize.{name}" for name in ("ascend", "cpu", "reference")}
+LOWERINGS = {f"bevfn.kernels.voxelize.{name}" for name in ("ascend", "cpu", "cuda", "reference")}
 
 
 @pytest.mark.parametrize(
