@@ -5,7 +5,6 @@ order that its operands alone decide: no atomics. float64 (gradient checks) take
 """
 
 import functools
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -18,21 +17,27 @@ OLDEST = (8, 0)  # compute capability that Triton and the asynchronous copies in
 ROWS = 2**31 - 1  # largest index of rows and points in the kernels; elements of a row are counted in 64 bits
 
 
-def lowering(op: str, name: str, reference: Callable) -> Callable:
-    """The function `name` of `kernels/<op>/cuda.py`, for `Library.impl(..., "CUDA")`.
+def lowering(load: Callable[[], Any], name: str, reference: Callable, *, float64: bool = False) -> Callable:
+    """A lowering for `Library.impl(..., "CUDA")`.
 
     Where it cannot run, `reference` does, after one warning that says why and what would help.
+
+    Args:
+        load: imports `kernels/<op>/cuda.py` and returns it.
+        name: the function in it.
+        reference: the same in plain torch.
+        float64: the function takes float64 too.
     """
 
     def run(*operands: Any) -> Any:
         first = next(x for x in operands if isinstance(x, Tensor))
-        if first.dtype == torch.float64 and op != "linear_assignment":  # which is solved in float64 anyway
+        if first.dtype == torch.float64 and not float64:
             return reference(*operands)
         if why := unusable(first.device):
             _warn(why)
             return reference(*operands)
         with torch.cuda.device(first.device):  # Triton launches on the current device
-            return getattr(importlib.import_module(f"bevfn.kernels.{op}.cuda"), name)(*operands)
+            return getattr(load(), name)(*operands)
 
     return run
 

@@ -154,7 +154,7 @@ def tables(kind: str, rows: int, used: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind, channels", [("submanifold", (5, 16)), ("strided", (16, 24)), ("overflow", (5, 16)), ("overflow", (130, 140))]
+    "kind, channels", [("submanifold", (5, 16)), ("strided", (16, 24)), ("overflow", (5, 16)), ("overflow", (70, 130))]
 )
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_sparse_convolution(kind, channels, dtype):
@@ -196,8 +196,8 @@ def test_rows_are_grouped_by_the_offsets_that_they_read():
 
 
 def test_derivatives_of_a_sparse_convolution_in_one_graph():
-    table, inverse = tables("overflow", 60, 50)
-    x, weight = randn(60, 8), randn(27, 8, 12) / 8
+    table, inverse = tables("overflow", 40, 35)
+    x, weight = randn(40, 8), randn(27, 8, 12) / 8
 
     def loss(x, weight, table, inverse):
         return torch.relu(sparse_conv.sparse_conv(x, weight, table, inverse)).square().sum()
@@ -259,10 +259,10 @@ def test_intervals_hold_each_row_s_entries_in_order():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "channels, groups, deformable, masked, step",
-    [(8, 2, 1, False, (1, 1, 1)), (6, 1, 2, True, (2, 1, 1)), (72, 1, 1, True, (1, 0, 2))],
+    [(8, 2, 1, False, (1, 1, 1)), (6, 1, 2, True, (2, 1, 1)), (72, 1, 1, True, (1, 2, 2))],
 )
 def test_deformable_convolution(dtype, channels, groups, deformable, masked, step):
-    x, weight = randn(2, channels, 6, 5, dtype=dtype), randn(4, channels // groups, 3, 3, seed=1, dtype=dtype) / 6
+    x, weight = randn(2, channels, 4, 3, dtype=dtype), randn(4, channels // groups, 3, 3, seed=1, dtype=dtype) / 6
     size = reference_size(x, weight, step)
     offset = 2 * randn(2, 18 * deformable, *size, seed=2, dtype=dtype)  # many samples outside the image
     offset[0, :2, 0, 0] = float("nan")
@@ -286,9 +286,9 @@ def test_deformable_convolution_in_parts(monkeypatch):
     from bevfn.kernels import parts
 
     monkeypatch.setattr(parts, "BYTES", 1)
-    x, offset, weight = randn(2, 4, 5, 5), randn(2, 18, 5, 5), randn(2, 4, 3, 3)
+    x, offset, weight = randn(2, 4, 3, 2), randn(2, 18, 3, 2), randn(2, 4, 3, 3)
     check("deform_conv", x, offset, None, weight, 1, 1, 1)
-    check("deform_conv_backward", randn(2, 2, 5, 5), x, offset, None, weight, 1, 1, 1)
+    check("deform_conv_backward", randn(2, 2, 3, 2), x, offset, None, weight, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,15 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bevfn.bench import cuda as bench
 from bevfn.kernels import cuda, sparse_conv, voxel_pool
 
 HERE = Path(__file__).parent
 REFERENCE_RAN = torch.tensor(7.0)
+
+
+def never():
+    raise AssertionError("Triton's lowering was asked for")
 
 
 @pytest.fixture
@@ -34,6 +39,29 @@ def test_lowerings_equal_their_references_in_the_interpreter():
     words = [sys.executable, "-m", "pytest", str(HERE / "cuda_cases.py"), "-p", "no:cacheprovider"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_compile_for_gpus_that_are_not_there(monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="needs Triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(bench, "GPUS", {"sm_80": 80})
+    ((case, kernels),) = bench.measure("sparse_conv fp16 16 to 16")["sm_80"].items()
+    assert case in bench.CASES and list(kernels) == ["masks", "offsets", "multiply", "multiply_weight"]
+    for name, made in kernels.items():
+        assert 0 < made["registers"] <= 255 and made["shared_bytes"] <= 99 << 10
+        assert made["stack_bytes"] == made["local_bytes"] == made["atomic_instructions"] == 0
+        assert (made["tensor_core_instructions"] > 0) == name.startswith("multiply")
+
+
+def test_a_case_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="--only 'cuboid' is in no case's name; choose of sparse_conv fp16"):
+        bench.measure("cuboid")
+
+
+def test_compiling_without_triton_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"not installed: pip install 'bevfn\[cuda\]'"):
+        bench.measure()
 
 
 def test_operators_trace_with_fake_cuda_tensors():
@@ -67,7 +95,7 @@ def test_operators_trace_with_fake_cuda_tensors():
 def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):
     monkeypatch.setattr(cuda, "_has_triton", lambda: False)
     cuda._warn.cache_clear()
-    run = cuda.lowering("sparse_conv", "sparse_conv", lambda x: REFERENCE_RAN)
+    run = cuda.lowering(never, "sparse_conv", lambda x: REFERENCE_RAN)
     with pytest.warns(UserWarning, match=r"need Triton, which is not installed.*pip install 'bevfn\[cuda\]'") as told:
         assert run(torch.zeros(2)) is REFERENCE_RAN and run(torch.zeros(2)) is REFERENCE_RAN
     assert len(told) == 1
@@ -75,7 +103,7 @@ def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):
 
 def test_on_an_old_gpu_the_reference_runs_and_one_warning_says_so(gpu):
     gpu(7, 0)
-    run = cuda.lowering("sparse_conv", "sparse_conv", lambda x: REFERENCE_RAN)
+    run = cuda.lowering(never, "sparse_conv", lambda x: REFERENCE_RAN)
     with pytest.warns(UserWarning, match=r"need compute capability 8\.0 \(Ampere\) and Tesla V100 has 7\.0") as told:
         assert run(torch.zeros(2)) is REFERENCE_RAN and run(torch.zeros(2)) is REFERENCE_RAN
     assert len(told) == 1
@@ -84,7 +112,7 @@ def test_on_an_old_gpu_the_reference_runs_and_one_warning_says_so(gpu):
 
 
 def test_float64_takes_the_reference():
-    run = cuda.lowering("sparse_conv", "sparse_conv", lambda x: REFERENCE_RAN)
+    run = cuda.lowering(never, "sparse_conv", lambda x: REFERENCE_RAN)
     assert run(torch.zeros(2, dtype=torch.float64)) is REFERENCE_RAN
 
 

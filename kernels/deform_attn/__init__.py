@@ -3,6 +3,7 @@
 out[b, q, h] = sum over l, p of weights[b, q, h, l, p] * value_l[b, h](locations[b, q, h, l, p])
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -124,9 +125,15 @@ def _backward_fake(
     return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
 
 
+def _cuda() -> ModuleType:
+    from bevfn.kernels.deform_attn import cuda  # needs Triton
+
+    return cuda
+
+
 _library.impl("deform_attn", reference.forward, "CompositeExplicitAutograd")
 _library.impl("deform_attn_backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("deform_attn", cpu.forward, "CPU")
 _library.impl("deform_attn_backward", cpu.backward, "CPU")
-_library.impl("deform_attn", lowering("deform_attn", "forward", reference.forward), "CUDA")
-_library.impl("deform_attn_backward", lowering("deform_attn", "backward", reference.backward), "CUDA")
+_library.impl("deform_attn", lowering(_cuda, "forward", reference.forward), "CUDA")
+_library.impl("deform_attn_backward", lowering(_cuda, "backward", reference.backward), "CUDA")

@@ -19,9 +19,23 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | No
     out = torch.zeros(N, d, dtype=torch.float32, device=value.device)
     for level, height, width, first in levels(sizes) if N else ():
         _attend[(triton.cdiv(N, ROWS),)](
-            *operands, out, N, Q * h, S, height, width, first, level,
-            HEADS=h, L=L, P=P, D=d, WIDE=triton.next_power_of_2(d), MASKED=mask is not None, ROWS=ROWS,
-        )  # fmt: skip
+            *operands,
+            out,
+            N,
+            Q * h,
+            S,
+            height,
+            width,
+            first,
+            level,
+            HEADS=h,
+            L=L,
+            P=P,
+            D=d,
+            WIDE=triton.next_power_of_2(d),
+            MASKED=mask is not None,
+            ROWS=ROWS,
+        )
     return out.view(B, Q, h * d).to(value.dtype)
 
 
@@ -38,9 +52,27 @@ def backward(
     shares = torch.empty(N * L * P * 4, dtype=torch.float32, device=device)
     for level, height, width, first in levels(sizes) if N else ():
         _attend_backward[(triton.cdiv(N, ROWS),)](
-            grad, *operands, grad_locations, grad_weights, pixels, shares, N, Q * h, S, height, width, first, level,
-            HEADS=h, L=L, P=P, D=d, WIDE=triton.next_power_of_2(d), MASKED=mask is not None, ROWS=ROWS,
-        )  # fmt: skip
+            grad,
+            *operands,
+            grad_locations,
+            grad_weights,
+            pixels,
+            shares,
+            N,
+            Q * h,
+            S,
+            height,
+            width,
+            first,
+            level,
+            HEADS=h,
+            L=L,
+            P=P,
+            D=d,
+            WIDE=triton.next_power_of_2(d),
+            MASKED=mask is not None,
+            ROWS=ROWS,
+        )
     grad_value = sums_by_pixel(pixels, shares, grad.view(N, d), B * S * h)
     return grad_value.view(value.shape).to(value.dtype), grad_locations, grad_weights
 
@@ -70,10 +102,26 @@ def _sample(locations, weights, mask, n, N, HEIGHT, WIDTH, LEVEL, p, HEADS, L, P
 
 @triton.jit
 def _attend(
-    value, locations, weights, mask, out, N, ROWS_OF_IMAGE, S, HEIGHT, WIDTH, FIRST, LEVEL,
-    HEADS: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    WIDE: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    value,
+    locations,
+    weights,
+    mask,
+    out,
+    N,
+    ROWS_OF_IMAGE,
+    S,
+    HEIGHT,
+    WIDTH,
+    FIRST,
+    LEVEL,
+    HEADS: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Adds one level's samples to some rows of out [B Q h, d]."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDE)
@@ -97,11 +145,30 @@ def _attend(
 
 @triton.jit
 def _attend_backward(
-    grad, value, locations, weights, mask, grad_locations, grad_weights, pixels, shares,
-    N, ROWS_OF_IMAGE, S, HEIGHT, WIDTH, FIRST, LEVEL,
-    HEADS: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    WIDE: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    value,
+    locations,
+    weights,
+    mask,
+    grad_locations,
+    grad_weights,
+    pixels,
+    shares,
+    N,
+    ROWS_OF_IMAGE,
+    S,
+    HEIGHT,
+    WIDTH,
+    FIRST,
+    LEVEL,
+    HEADS: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """One level's gradients of locations and weights, and which pixels the samples' corners reach with which share."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = n < N

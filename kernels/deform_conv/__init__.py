@@ -5,6 +5,7 @@
 Without a mask it is version 1 (mmcv's DCN, BEVDepth's depth net), with one version 2 (DCNv2).
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -126,9 +127,15 @@ def _backward_fake(
     return x.new_empty(x.shape), offset.new_empty(offset.shape), grad_mask, weight.new_empty(weight.shape)
 
 
+def _cuda() -> ModuleType:
+    from bevfn.kernels.deform_conv import cuda  # needs Triton
+
+    return cuda
+
+
 _library.impl("deform_conv", reference.forward, "CompositeExplicitAutograd")
 _library.impl("deform_conv_backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("deform_conv", cpu.forward, "CPU")
 _library.impl("deform_conv_backward", cpu.backward, "CPU")
-_library.impl("deform_conv", lowering("deform_conv", "forward", reference.forward), "CUDA")
-_library.impl("deform_conv_backward", lowering("deform_conv", "backward", reference.backward), "CUDA")
+_library.impl("deform_conv", lowering(_cuda, "forward", reference.forward), "CUDA")
+_library.impl("deform_conv_backward", lowering(_cuda, "backward", reference.backward), "CUDA")

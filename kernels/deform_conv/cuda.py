@@ -72,9 +72,15 @@ def _columns(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, ste
     if R:
         offset = offset.contiguous()
         _sample[(triton.cdiv(R, ROWS), K * D, triton.cdiv(C // D, constants["WIDE"]))](
-            _pixels(x), offset, offset if mask is None else mask.contiguous(), columns,
-            *numbers, I=I, MASKED=mask is not None, **constants,
-        )  # fmt: skip
+            _pixels(x),
+            offset,
+            offset if mask is None else mask.contiguous(),
+            columns,
+            *numbers,
+            I=I,
+            MASKED=mask is not None,
+            **constants,
+        )
     return columns
 
 
@@ -99,9 +105,18 @@ def _backward(
     if R:
         offset = offset.contiguous()
         _sample_backward[(triton.cdiv(R, ROWS), K * D)](
-            _pixels(x), offset, offset if mask is None else mask.contiguous(), grad_columns,
-            grad_offset, grad_mask, reached, shares, *numbers, MASKED=mask is not None, **constants,
-        )  # fmt: skip
+            _pixels(x),
+            offset,
+            offset if mask is None else mask.contiguous(),
+            grad_columns,
+            grad_offset,
+            grad_mask,
+            reached,
+            shares,
+            *numbers,
+            MASKED=mask is not None,
+            **constants,
+        )
     grad_x = sums_by_pixel(reached, shares, grad_columns, B * H * W * D).view(B, H, W, C).permute(0, 3, 1, 2)
     return grad_x.to(x.dtype), grad_offset, grad_mask, grad_matrix
 
@@ -126,10 +141,27 @@ def _position(offset, mask, r, R, P, WIDTH, H, W, STRIDE, PADDING, DILATION, kd,
 
 @triton.jit
 def _sample(
-    pixels, offset, mask, columns, R, P, WIDTH, H, W, STRIDE, PADDING, DILATION,
-    K: tl.constexpr, KW: tl.constexpr, D: tl.constexpr, C: tl.constexpr, I: tl.constexpr,
-    MASKED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    pixels,
+    offset,
+    mask,
+    columns,
+    R,
+    P,
+    WIDTH,
+    H,
+    W,
+    STRIDE,
+    PADDING,
+    DILATION,
+    K: tl.constexpr,
+    KW: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    I: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Columns of some positions, of one tap and some channels of one deformable group."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kd = tl.program_id(1)
@@ -154,11 +186,30 @@ def _sample(
 
 @triton.jit
 def _sample_backward(
-    pixels, offset, mask, grad_columns, grad_offset, grad_mask, reached, shares,
-    R, P, WIDTH, H, W, STRIDE, PADDING, DILATION,
-    K: tl.constexpr, KW: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    MASKED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    pixels,
+    offset,
+    mask,
+    grad_columns,
+    grad_offset,
+    grad_mask,
+    reached,
+    shares,
+    R,
+    P,
+    WIDTH,
+    H,
+    W,
+    STRIDE,
+    PADDING,
+    DILATION,
+    K: tl.constexpr,
+    KW: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Gradients of offset and mask of some positions, of one tap and group, and which pixels their corners reach."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kd = tl.program_id(1)

@@ -1,5 +1,7 @@
 """Exact rectangular assignment of padded ground-truth boxes to queries (Hungarian matching), inside the graph."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -48,8 +50,14 @@ def _fake(cost: Tensor, valid: Tensor) -> Tensor:
     return cost.new_empty(cost.shape[0], cost.shape[2], dtype=torch.int64)
 
 
+def _cuda() -> ModuleType:
+    from bevfn.kernels.linear_assignment import cuda  # needs Triton
+
+    return cuda
+
+
 _library.impl("linear_assignment", reference.linear_assignment, "CompositeExplicitAutograd")
 _library.impl("linear_assignment", cpu.linear_assignment, "CPU")
 _library.impl(
-    "linear_assignment", lowering("linear_assignment", "linear_assignment", reference.linear_assignment), "CUDA"
+    "linear_assignment", lowering(_cuda, "linear_assignment", reference.linear_assignment, float64=True), "CUDA"
 )

@@ -24,7 +24,7 @@ def linear_assignment(cost: Tensor, valid: Tensor) -> Tensor:
         return match
     costs = _finite(cost.double(), valid).transpose(1, 2).contiguous()
     wide, tall = max(16, triton.next_power_of_2(max(Q, G))), max(16, triton.next_power_of_2(G))
-    warps = min(16, max(1, wide // 128))  # four columns to a thread, few enough for registers
+    warps = min(16, max(4, wide // 128))  # four columns to a thread or fewer, which registers hold
     _assign[(B,)](costs, valid.contiguous(), match, Q, G, WIDE=wide, TALL=tall, num_warps=warps)
     return match
 

@@ -4,6 +4,8 @@ A *site* is a row (b, x, y, z) of integer coordinates. A table entry [k, row] is
 offset k, or -1. Offsets are numbered row-major over (kx, ky, kz). Sites must be distinct.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -146,9 +148,15 @@ def _strided_fake(
     )
 
 
+def _cuda() -> ModuleType:
+    from bevfn.kernels.neighbours import cuda  # needs Triton
+
+    return cuda
+
+
 _library.impl("submanifold_neighbours", reference.submanifold, "CompositeExplicitAutograd")
 _library.impl("submanifold_neighbours", cpu.submanifold, "CPU")
 _library.impl("strided_neighbours", reference.strided, "CompositeExplicitAutograd")
 _library.impl("strided_neighbours", cpu.strided, "CPU")
-_library.impl("submanifold_neighbours", lowering("neighbours", "submanifold", reference.submanifold), "CUDA")
-_library.impl("strided_neighbours", lowering("neighbours", "strided", reference.strided), "CUDA")
+_library.impl("submanifold_neighbours", lowering(_cuda, "submanifold", reference.submanifold), "CUDA")
+_library.impl("strided_neighbours", lowering(_cuda, "strided", reference.strided), "CUDA")

@@ -30,9 +30,19 @@ def submanifold(coords: Tensor, valid: Tensor, kernel: Axes, grid: Axes, batch: 
     _keys[(triton.cdiv(V, ROWS),)](coords, valid, keys, V, *grid, NOWHERE=NOWHERE, ROWS=ROWS)
     keys, rows = torch.sort(keys, stable=True)
     _submanifold[(triton.cdiv(V, ROWS), kernel[0] * kernel[1])](
-        coords, valid, keys, rows, table, V, *grid,
-        KX=kernel[0], KY=kernel[1], KZ=kernel[2], STEPS=V.bit_length(), ROWS=ROWS,
-    )  # fmt: skip
+        coords,
+        valid,
+        keys,
+        rows,
+        table,
+        V,
+        *grid,
+        KX=kernel[0],
+        KY=kernel[1],
+        KZ=kernel[2],
+        STEPS=V.bit_length(),
+        ROWS=ROWS,
+    )
     return table
 
 
@@ -60,9 +70,18 @@ def strided(
     inverse = torch.empty(math.prod(kernel), V, dtype=torch.int32, device=device)
     if V:
         _strided[(triton.cdiv(V, ROWS), math.prod(kernel))](
-            coords, valid, sites, table, inverse, V, capacity, *rule, *kernel[1:],
-            STEPS=capacity.bit_length(), ROWS=ROWS,
-        )  # fmt: skip
+            coords,
+            valid,
+            sites,
+            table,
+            inverse,
+            V,
+            capacity,
+            *rule,
+            *kernel[1:],
+            STEPS=capacity.bit_length(),
+            ROWS=ROWS,
+        )
     return out_coords, out_valid, table, inverse, found
 
 
@@ -105,9 +124,21 @@ def _keys(coords, valid, keys, V, X, Y, Z, NOWHERE: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def _submanifold(
-    coords, valid, keys, rows, table, V, X, Y, Z,
-    KX: tl.constexpr, KY: tl.constexpr, KZ: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    coords,
+    valid,
+    keys,
+    rows,
+    table,
+    V,
+    X,
+    Y,
+    Z,
+    KX: tl.constexpr,
+    KY: tl.constexpr,
+    KZ: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Some rows along one line of offsets."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     line = tl.program_id(1)
@@ -129,9 +160,27 @@ def _submanifold(
 
 @triton.jit
 def _candidates(
-    coords, valid, candidates, V, SX, SY, SZ, PX, PY, PZ, X, Y, Z, KX, KY, KZ, JY, JZ,
-    NOWHERE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    coords,
+    valid,
+    candidates,
+    V,
+    SX,
+    SY,
+    SZ,
+    PX,
+    PY,
+    PZ,
+    X,
+    Y,
+    Z,
+    KX,
+    KY,
+    KZ,
+    JY,
+    JZ,
+    NOWHERE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Keys of the j-th outputs that some rows may feed; the last along an axis is at (site + padding) // stride."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(1)
@@ -167,9 +216,27 @@ def _coords(sites, coords, valid, W, X, Y, Z, NOWHERE: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def _strided(
-    coords, valid, sites, table, inverse, V, W, SX, SY, SZ, PX, PY, PZ, X, Y, Z, KY, KZ,
-    STEPS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    coords,
+    valid,
+    sites,
+    table,
+    inverse,
+    V,
+    W,
+    SX,
+    SY,
+    SZ,
+    PX,
+    PY,
+    PZ,
+    X,
+    Y,
+    Z,
+    KY,
+    KZ,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """The outputs that some rows feed under one offset; no other row feeds them under it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1)

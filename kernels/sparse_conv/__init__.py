@@ -1,5 +1,7 @@
 """Sparse convolution over a neighbour table: gather, multiply, sum; differentiable in features and weight."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -83,9 +85,15 @@ def _weight_grad_fake(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(table.shape[0], x.shape[1], grad.shape[1])
 
 
+def _cuda() -> ModuleType:
+    from bevfn.kernels.sparse_conv import cuda  # needs Triton
+
+    return cuda
+
+
 _library.impl("sparse_conv", reference.sparse_conv, "CompositeExplicitAutograd")
 _library.impl("sparse_conv", cpu.sparse_conv, "CPU")
-_library.impl("sparse_conv", lowering("sparse_conv", "sparse_conv", reference.sparse_conv), "CUDA")
+_library.impl("sparse_conv", lowering(_cuda, "sparse_conv", reference.sparse_conv), "CUDA")
 _library.impl("sparse_conv_weight_grad", reference.weight_grad, "CompositeExplicitAutograd")
 _library.impl("sparse_conv_weight_grad", cpu.weight_grad, "CPU")
-_library.impl("sparse_conv_weight_grad", lowering("sparse_conv", "weight_grad", reference.weight_grad), "CUDA")
+_library.impl("sparse_conv_weight_grad", lowering(_cuda, "weight_grad", reference.weight_grad), "CUDA")

@@ -75,10 +75,25 @@ def tiled(x: Tensor, weight: Tensor, table: Tensor, grouped: Tiles) -> Tensor:
     for part in range(parts):
         last = part == parts - 1
         _multiply[(T, triton.cdiv(channels_out, wide))](
-            x, weight, table, grouped.order[part], grouped.offsets[part], grouped.count[part], sums, y if last else sums,
-            W, *weight.stride(), N=N, C_IN=channels_in, C_OUT=channels_out, ADD=part > 0,
-            ROWS=ROWS, WIDE=wide, DEEP=deep, PRECISION=cuda.float32_products(),
-        )  # fmt: skip
+            x,
+            weight,
+            table,
+            grouped.order[part],
+            grouped.offsets[part],
+            grouped.count[part],
+            sums,
+            y if last else sums,
+            W,
+            *weight.stride(),
+            N=N,
+            C_IN=channels_in,
+            C_OUT=channels_out,
+            ADD=part > 0,
+            ROWS=ROWS,
+            WIDE=wide,
+            DEEP=deep,
+            PRECISION=cuda.float32_products(),
+        )
     return y
 
 
@@ -96,9 +111,23 @@ def tiled_weight_grad(x: Tensor, grad: Tensor, table: Tensor, grouped: Tiles) ->
     spans = triton.cdiv(T, span)
     sums = torch.empty(spans, K, channels_in, channels_out, dtype=torch.float32, device=x.device)
     _multiply_weight[(K, spans, patches)](
-        x, grad, table, grouped.order, sums, W, T, span, K=K, PER_PART=triton.cdiv(K, grouped.count.shape[0]),
-        C_IN=channels_in, C_OUT=channels_out, ROWS=ROWS, WIDE=wide, DEEP=deep, PRECISION=cuda.float32_products(),
-    )  # fmt: skip
+        x,
+        grad,
+        table,
+        grouped.order,
+        sums,
+        W,
+        T,
+        span,
+        K=K,
+        PER_PART=triton.cdiv(K, grouped.count.shape[0]),
+        C_IN=channels_in,
+        C_OUT=channels_out,
+        ROWS=ROWS,
+        WIDE=wide,
+        DEEP=deep,
+        PRECISION=cuda.float32_products(),
+    )
     return sums.sum(0).to(x.dtype)
 
 
@@ -135,10 +164,27 @@ def _offsets(mask, offsets, count, W, T, PER_PART: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def _multiply(
-    x, weight, table, order, offsets, count, sums, y, W, step_k, step_in, step_out, N: tl.constexpr,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    table,
+    order,
+    offsets,
+    count,
+    sums,
+    y,
+    W,
+    step_k,
+    step_in,
+    step_out,
+    N: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    DEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """A tile of rows times a block of output channels."""
     tile = tl.program_id(0)
     at = tile * ROWS + tl.arange(0, ROWS)
@@ -170,10 +216,23 @@ def _multiply(
 
 @triton.jit
 def _multiply_weight(
-    x, grad, table, order, sums, W, T, SPAN, K: tl.constexpr, PER_PART: tl.constexpr,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    grad,
+    table,
+    order,
+    sums,
+    W,
+    T,
+    SPAN,
+    K: tl.constexpr,
+    PER_PART: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    DEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """sums[span, k]: of one offset, over the tiles of one span; a tile without the offset is passed over."""
     k, span, patch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     ACROSS: tl.constexpr = (C_OUT + WIDE - 1) // WIDE

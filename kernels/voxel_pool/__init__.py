@@ -5,6 +5,8 @@
 The D × C outer product of the textbook formulation (630 MB for BEVFusion on nuScenes) is never stored.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -93,9 +95,15 @@ def _backward_fake(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -
     return depth.new_empty(depth.shape), context.new_empty(context.shape)
 
 
+def _cuda() -> ModuleType:
+    from bevfn.kernels.voxel_pool import cuda  # needs Triton
+
+    return cuda
+
+
 _library.impl("voxel_pool", reference.forward, "CompositeExplicitAutograd")
 _library.impl("voxel_pool_backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("voxel_pool", cpu.forward, "CPU")
 _library.impl("voxel_pool_backward", cpu.backward, "CPU")
-_library.impl("voxel_pool", lowering("voxel_pool", "forward", reference.forward), "CUDA")
-_library.impl("voxel_pool_backward", lowering("voxel_pool", "backward", reference.backward), "CUDA")
+_library.impl("voxel_pool", lowering(_cuda, "forward", reference.forward), "CUDA")
+_library.impl("voxel_pool_backward", lowering(_cuda, "backward", reference.backward), "CUDA")

@@ -22,9 +22,17 @@ def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Ten
     out = context.new_empty(num_cells, C)
     if out.numel():
         _pool[(num_cells,)](
-            depth.contiguous(), context.contiguous(), order, starts, out,
-            D * H * W, H * W, C=C, WIDE=triton.next_power_of_2(C), POINTS=POINTS,
-        )  # fmt: skip
+            depth.contiguous(),
+            context.contiguous(),
+            order,
+            starts,
+            out,
+            D * H * W,
+            H * W,
+            C=C,
+            WIDE=triton.next_power_of_2(C),
+            POINTS=POINTS,
+        )
     return out
 
 
@@ -37,9 +45,20 @@ def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tupl
     pixels = M * H * W
     if pixels:
         _pool_backward[(triton.cdiv(pixels, POINTS),)](
-            grad.contiguous(), depth.contiguous(), context.contiguous(), cell.contiguous(), grad_depth, grad_context,
-            D, H * W, pixels, grad.shape[0], C=C, WIDE=triton.next_power_of_2(max(C, 1)), POINTS=POINTS,
-        )  # fmt: skip
+            grad.contiguous(),
+            depth.contiguous(),
+            context.contiguous(),
+            cell.contiguous(),
+            grad_depth,
+            grad_context,
+            D,
+            H * W,
+            pixels,
+            grad.shape[0],
+            C=C,
+            WIDE=triton.next_power_of_2(max(C, 1)),
+            POINTS=POINTS,
+        )
     return grad_depth, grad_context
 
 
@@ -67,9 +86,20 @@ def _pool(depth, context, order, starts, out, IMAGE, PIXELS, C: tl.constexpr, WI
 
 @triton.jit
 def _pool_backward(
-    grad, depth, context, cell, grad_depth, grad_context, D, PIXELS, ALL_PIXELS, CELLS,
-    C: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    depth,
+    context,
+    cell,
+    grad_depth,
+    grad_context,
+    D,
+    PIXELS,
+    ALL_PIXELS,
+    CELLS,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+    POINTS: tl.constexpr,
+):
     """POINTS pixels, along their depth bins."""
     pixel = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
     live = pixel < ALL_PIXELS

@@ -4,6 +4,7 @@
 outside, every shape is static and what does not fit is counted.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -120,6 +121,12 @@ def _fake(
     )
 
 
+def _cuda() -> ModuleType:
+    from bevfn.kernels.voxelize import cuda  # needs Triton
+
+    return cuda
+
+
 _library.impl("voxelize", reference.voxelize, "CompositeExplicitAutograd")
 _library.impl("voxelize", cpu.voxelize, "CPU")
-_library.impl("voxelize", lowering("voxelize", "voxelize", reference.voxelize), "CUDA")
+_library.impl("voxelize", lowering(_cuda, "voxelize", reference.voxelize), "CUDA")

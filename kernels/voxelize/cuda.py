@@ -29,16 +29,38 @@ def voxelize(
     key = torch.empty(B, P, dtype=torch.int64, device=device)
     if B * P:
         _cells[(triton.cdiv(B * P, POINTS),)](
-            points, valid.contiguous(), key, B * P, *lower, *size, *grid, cells,
-            C=C, WIDE=triton.next_power_of_2(C), POINTS=POINTS,
-        )  # fmt: skip
+            points,
+            valid.contiguous(),
+            key,
+            B * P,
+            *lower,
+            *size,
+            *grid,
+            cells,
+            C=C,
+            WIDE=triton.next_power_of_2(C),
+            POINTS=POINTS,
+        )
     key, order = torch.sort(key, dim=1, stable=True)  # cell by cell, in point order
     starts, found = _starts(key, order, cells, V)
     if B:
         _means[(B, triton.cdiv(V, VOXELS))](
-            points, key, order, starts, features, coords, count, P, V, grid[1], grid[2], max_points,
-            C=C, WIDE=triton.next_power_of_2(C), VOXELS=VOXELS,
-        )  # fmt: skip
+            points,
+            key,
+            order,
+            starts,
+            features,
+            coords,
+            count,
+            P,
+            V,
+            grid[1],
+            grid[2],
+            max_points,
+            C=C,
+            WIDE=triton.next_power_of_2(C),
+            VOXELS=VOXELS,
+        )
     return features, coords, count, found
 
 
@@ -59,9 +81,24 @@ def _starts(key: Tensor, order: Tensor, cells: int, voxels: int) -> tuple[Tensor
 
 @triton.jit
 def _cells(
-    points, valid, key, ALL, LOW_X, LOW_Y, LOW_Z, SIZE_X, SIZE_Y, SIZE_Z, X, Y, Z, CELLS,
-    C: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr,
-):  # fmt: skip
+    points,
+    valid,
+    key,
+    ALL,
+    LOW_X,
+    LOW_Y,
+    LOW_Z,
+    SIZE_X,
+    SIZE_Y,
+    SIZE_Z,
+    X,
+    Y,
+    Z,
+    CELLS,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+    POINTS: tl.constexpr,
+):
     """The cell of every point as a number, CELLS for those that are ignored. Extents are float32, as the points are."""
     point = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
     live = point < ALL
@@ -81,9 +118,22 @@ def _cells(
 
 @triton.jit
 def _means(
-    points, key, order, starts, features, coords, count, P, V, Y, Z, MAX_POINTS,
-    C: tl.constexpr, WIDE: tl.constexpr, VOXELS: tl.constexpr,
-):  # fmt: skip
+    points,
+    key,
+    order,
+    starts,
+    features,
+    coords,
+    count,
+    P,
+    V,
+    Y,
+    Z,
+    MAX_POINTS,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+    VOXELS: tl.constexpr,
+):
     """Some voxels of one sample."""
     sample = tl.program_id(0).to(tl.int64)
     points += sample * P * C
