@@ -10,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bevfn import provenance
 from bevfn.bench import cuda as bench
 from bevfn.kernels import cuda, sparse_conv, voxel_pool
 
@@ -51,6 +52,20 @@ def test_kernels_compile_for_gpus_that_are_not_there(monkeypatch, tmp_path):
         assert 0 < made["registers"] <= 255 and made["shared_bytes"] <= 99 << 10
         assert made["stack_bytes"] == made["local_bytes"] == made["atomic_instructions"] == 0
         assert (made["tensor_core_instructions"] > 0) == name.startswith("multiply")
+
+
+def test_binaries_of_every_lowering_keep_within_registers_and_without_atomics():
+    """Of the figures in experiments/results/, which `bevfn bench cuda` made."""
+    made = provenance.read()["kernels_cuda_aot.json"]["figures"]
+    assert made.keys() == bench.GPUS.keys()
+    for cases in made.values():
+        assert cases.keys() == bench.CASES.keys()
+        for case, kernels in cases.items():
+            for kernel, figures in kernels.items():
+                assert figures["stack_bytes"] == figures["local_bytes"] == figures["atomic_instructions"] == 0, case
+                if kernel.startswith("multiply"):
+                    full_float32 = "fp32" in case and "tf32" not in case
+                    assert (figures["tensor_core_instructions"] > 0) != full_float32, (case, kernel)
 
 
 def test_a_case_that_is_not_there_is_named():
