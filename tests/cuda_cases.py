@@ -185,14 +185,14 @@ def test_rows_are_grouped_by_the_offsets_that_they_read():
 
     table, _ = tables("submanifold", 200, 180)
     made = lowering.tiles(table)
-    assert made.order.shape == (2, 200) and made.count.shape == (2, 4)
+    assert made.order.shape == (2, 200) and made.counts.shape == (2, 4)
     half = 14  # of 27 offsets
     for part in range(2):
         assert made.order[part].sort().values.tolist() == list(range(200))
         for tile in range(4):
             rows = made.order[part, tile * 64 : (tile + 1) * 64].long()
             read = [k for k in range(part * half, min(27, (part + 1) * half)) if (table[k, rows] >= 0).any()]
-            assert made.offsets[part, tile, : made.count[part, tile]].tolist() == read
+            assert made.offsets[part, tile, : made.counts[part, tile]].tolist() == read
 
 
 def test_derivatives_of_a_sparse_convolution_in_one_graph():

@@ -66,7 +66,7 @@ def _assign(cost, valid, match, Q, G, WIDE: tl.constexpr, TALL: tl.constexpr):
                 visited = tl.where(r == row, 1, visited)
                 entered = tl.where(r == row, reached, entered)
                 base = reached - tl.sum(tl.where(r == row, row_price, 0.0), 0)
-                through = base + tl.load(cost + row.to(tl.int64) * Q + c, mask=c < Q, other=0.0) - column_price
+                through = base + tl.load(cost + row.to(tl.int64) * Q + c, mask=c < Q, other=0.0) - column_price  # type: ignore[attr-defined]
                 nearer = (through < distance) & (closed == 0) & (c < columns)
                 distance = tl.where(nearer, through, distance)
                 previous = tl.where(nearer, row, previous)

@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
     order: Tensor  # [S W] int32, rows sorted by their mask of the part's offsets
     offsets: Tensor  # [S T N] int32, offsets that any row of the tile reads, ascending; the rest is not read
-    count: Tensor  # [S T] int32, how many
+    counts: Tensor  # [S T] int32, how many
 
 
 def sparse_conv(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def tiled(x: Tensor, weight: Tensor, table: Tensor, grouped: Tiles) -> Tensor:
             table,
             grouped.order[part],
             grouped.offsets[part],
-            grouped.count[part],
+            grouped.counts[part],
             sums,
             y if last else sums,
             W,
@@ -103,7 +103,7 @@ def tiled_weight_grad(x: Tensor, grad: Tensor, table: Tensor, grouped: Tiles) ->
     x, grad, table = x.contiguous(), grad.contiguous(), table.contiguous()
     if W == 0:
         return x.new_zeros(K, channels_in, channels_out)
-    T = grouped.count.shape[1]
+    T = grouped.counts.shape[1]
     wide, deep = block(channels_out, 64), block(channels_in, 64)
     patches = triton.cdiv(channels_in, deep) * triton.cdiv(channels_out, wide)
     spans = min(T, max(1, SPANS // (K * patches)))
@@ -120,7 +120,7 @@ def tiled_weight_grad(x: Tensor, grad: Tensor, table: Tensor, grouped: Tiles) ->
         T,
         span,
         K=K,
-        PER_PART=triton.cdiv(K, grouped.count.shape[0]),
+        PER_PART=triton.cdiv(K, grouped.counts.shape[0]),
         C_IN=channels_in,
         C_OUT=channels_out,
         ROWS=ROWS,
