@@ -302,7 +302,7 @@ def refused(monkeypatch, capsys, says: str, *arguments) -> None:
 def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported, frame, monkeypatch, capsys, tmp_path):
     out = tmp_path / "out"
     refused(monkeypatch, capsys, "exists and is not empty; choose another --out", trained, "--out", exported)
-    refused(monkeypatch, capsys, "no such checkpoint file", tmp_path / "none.pth", "--out", out)
+    refused(monkeypatch, capsys, "none.pth is not there", tmp_path / "none.pth", "--out", out)
     refused(monkeypatch, capsys, "is of another experiment", trained, "--out", out, "--model", "bevdepth-2key")
     refused(monkeypatch, capsys, "--voxel-capacity 0 must be", trained, "--out", out, "--voxel-capacity", 0)
     empty = tmp_path / "empty"

@@ -677,7 +677,9 @@ def test_what_lies_at_the_data_root_decides_on_the_defaults(root, tmp_path):
 
     (tmp_path / "frame.json").write_text("{}")
     assert command_line.parse(bevfusion.DEFAULTS, ["--data-root", str(tmp_path)]).steps == 40
-    assert command_line.parse(bevfusion.DEFAULTS, [f"--data-root={root}"]).epochs == 6
+    assert command_line.parse(bevfusion.DEFAULTS, [f"--data-root={root}"]).scale == "mini"  # a world of `data synth`
+    (tmp_path / "real" / "v1.0-trainval").mkdir(parents=True)
+    assert command_line.parse(bevfusion.DEFAULTS, [f"--data-root={tmp_path / 'real'}"]).epochs == 6
     assert command_line.parse(bevfusion.DEFAULTS, ["--lr", "1"]).scale == "mini"
 
 
