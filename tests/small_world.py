@@ -18,6 +18,15 @@ META = results.Meta(use_lidar=True)
 
 
 @functools.cache
+def unmade() -> Path:
+    """A root that looks like nuScenes' from outside, for flags' defaults; a world of `data synth` has its own."""
+    folder = tempfile.TemporaryDirectory(prefix="bevfn-nuscenes-")
+    atexit.register(folder.cleanup)
+    (Path(folder.name) / "v1.0-trainval").mkdir()
+    return Path(folder.name)
+
+
+@functools.cache
 def index() -> Index:
     """Three key frames, all of the val split."""
     folder = tempfile.TemporaryDirectory(prefix="bevfn-small-world-")

@@ -47,8 +47,10 @@ def parsed(root: Path | None, *words: str) -> awml.Config:
     return command_line.parse(awml.DEFAULTS, [*words, *(("--data-root", str(root)) if root else ())])
 
 
-def test_what_lies_at_the_root_and_the_model_choose_the_recipe():
-    t4, nuscenes = small_t4_world.root(), small_world.index().root
+def test_what_lies_at_the_root_and_the_model_choose_the_recipe(tmp_path):
+    t4, nuscenes = tmp_path, small_world.unmade()
+    (t4 / "scene" / "annotation").mkdir(parents=True)
+    assert parsed(small_t4_world.root()).scale == "mini"  # a world of `data synth`
     for model in T4:
         config = parsed(t4, "--model", model)
         assert config == replace(awml.VARIANTS[model], data_root=t4, run_dir=Path("runs") / model.replace("-", "_"))

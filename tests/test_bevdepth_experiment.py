@@ -99,7 +99,7 @@ def test_every_model_and_scale_reads_what_it_takes(model):
 
 
 def test_the_flags_follow_the_model():
-    root = ["--data-root", str(small_world.index().root)]
+    root = ["--data-root", str(small_world.unmade())]
     one = command_line.parse(bevdepth.DEFAULTS, ["--model", "bevdepth-1key-ema", *root])
     aggregated = command_line.parse(bevdepth.DEFAULTS, ["--model=bevdepth-2key-da", "--epochs", "3", *root])
     assert (one.model, one.milestones, one.ema, one.epochs) == ("bevdepth-1key-ema", (), 0.999, 24)

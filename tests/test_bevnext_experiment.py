@@ -117,7 +117,7 @@ def test_quirks_have_their_switches(monkeypatch):
 
 
 def parsed(*words: str) -> bevnext.Config:
-    return command_line.parse(bevnext.DEFAULTS, [*words, "--data-root", str(small_world.index().root)])
+    return command_line.parse(bevnext.DEFAULTS, [*words, "--data-root", str(small_world.unmade())])
 
 
 def test_the_stage_chooses_the_model_and_its_defaults():
