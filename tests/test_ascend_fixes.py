@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.func import grad, grad_and_value
 
 if importlib.util.find_spec("torch_npu") is None:
-    pytest.skip("needs torch_npu: pip install 'bevfn[npu]'", allow_module_level=True)
+    pytest.skip("needs torch_npu: make npu", allow_module_level=True)
 
 from bevfn.ascend import interpret, torchair
 from bevfn.ascend.fixes import converters, decompositions, refusals, rewrites

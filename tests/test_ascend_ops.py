@@ -39,9 +39,7 @@ from bevfn.kernels.voxel_pool import ascend as voxel_pool_ascend
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.kernels.voxelize import ascend as voxelize_ascend
 
-needs_torchair = pytest.mark.skipif(
-    importlib.util.find_spec("torch_npu") is None, reason="needs torch_npu: pip install 'bevfn[npu]'"
-)
+needs_torchair = pytest.mark.skipif(importlib.util.find_spec("torch_npu") is None, reason="needs torch_npu: make npu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 CANN = Path(linear_assignment.__file__).parent / "cann"
 OPS = torch.ops.bevfn

@@ -13,7 +13,7 @@ import test_bevfusion
 import torch
 
 from bevfn import tree
-from bevfn.commands import scoring as evaluate
+from bevfn.commands import evaluate
 from bevfn.data import scene, source
 from bevfn.experiments import awml, bevfusion, bevfusion_lidar, pretrain
 from bevfn.metrics import read_metrics

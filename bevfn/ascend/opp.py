@@ -11,13 +11,13 @@ lists of equal length separated by commas, or none where the kernel's own code d
 dtype that one operand may have. The binaries beside the tables are not read: torchair has static graphs compiled anew.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from bevfn.ascend import placement
 from bevfn.ascend.placement import Kernel, Tables
+from bevfn.files import read_json
 
 CHIP = "ascend910b"
 _NAMES = {"float": "float32", "double": "float64", "bf16": "bfloat16"}
@@ -69,7 +69,7 @@ def _completed(tables: Tables) -> Tables:
 def _entries(files: list[Path]) -> Iterator[tuple[str, dict]]:
     for path in files:
         try:
-            table = json.loads(path.read_text())
+            table = read_json(path.read_bytes())
             if not (isinstance(table, dict) and all(isinstance(entry, dict) for entry in table.values())):
                 raise ValueError("it is no object of types")
             for name, entry in table.items():

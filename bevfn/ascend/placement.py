@@ -9,13 +9,14 @@ Dtypes are torch's names ("float32"); a rule in `a2.json` is "operand operand ->
 "for", "a/b" is a choice, and "T*" any number.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
+
+from bevfn.files import read_json
 
 Place = Literal["AI Core", "AI Core with a cast", "AI CPU", "GE", "HCCL", "none", "unknown"]
 FACTS = Path(__file__).with_name("a2.json")
@@ -76,7 +77,7 @@ class Tensor:
 @cache
 def facts() -> dict[str, Any]:
     """The content of `a2.json`."""
-    return json.loads(FACTS.read_text())
+    return read_json(FACTS.read_bytes())
 
 
 @cache
