@@ -211,6 +211,21 @@ def test_gelu_says_which_formula(stock, approximate):
     assert not any("approximate" in op.attr for op in formulas)
 
 
+@pytest.mark.parametrize("window", [(3, 2, 1), (2,), ((2, 3), (1, 2), (1, 0))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_averages_and_their_gradients_are_products(window, dtype):
+    def pool(x):
+        return F.avg_pool2d(x, *window)
+
+    x = random(2, 3, 8, 6).to(dtype)
+    grad = random(*pool(x).shape, seed=1).to(dtype)
+    backward = lambda grad, x: torch.func.vjp(pool, x)[1](grad)[0]  # noqa: E731
+    close = 1e-6 if dtype == torch.float32 else 1e-3
+    assert_same(executed(pool, x), pool(x), close)
+    assert_same(executed(backward, grad, x), backward(grad, x), close)
+    assert not {op.type for op in lower(backward, (grad, x)).graph.op} & {"AvgPoolV2", "AvgPoolV2Grad"}
+
+
 def test_average_pool_of_float16_counts_its_padding(stock):
     def pool(x):
         return F.avg_pool2d(x, 3, 2, padding=1)

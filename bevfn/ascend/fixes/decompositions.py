@@ -30,6 +30,7 @@ def table() -> dict[Any, Callable]:
         **get_decompositions(list(TORCH)),
         aten.select_backward.default: _select_backward,
         aten.avg_pool2d.default: _avg_pool2d,
+        aten.avg_pool2d_backward.default: _avg_pool2d_backward,
         aten.baddbmm.default: _baddbmm,
         aten.linspace.default: _linspace,
         aten.index_put.default: _index_put,
@@ -55,7 +56,24 @@ def _select_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, index: 
     return F.pad(grad.unsqueeze(dim), [*behind, index, input_sizes[dim] - 1 - index])
 
 
-def _avg_pool2d(
+def _avg_pool2d(x: Tensor, kernel: Sequence[int], *window: Any) -> Tensor:
+    """A convolution of every channel with equal weights: an A2 averages float16 only, and not at all for a gradient, and
+    torchair never counts the padding in float16."""
+    if (convolved := _averaging(x, kernel, *window)) is None:
+        return NotImplemented
+    weight, how = convolved
+    return aten.convolution.default(x.float(), weight, None, *how).to(x.dtype)
+
+
+def _avg_pool2d_backward(grad: Tensor, x: Tensor, kernel: Sequence[int], *window: Any) -> Tensor:
+    if (convolved := _averaging(x, kernel, *window)) is None:
+        return NotImplemented
+    weight, how = convolved
+    given = aten.convolution_backward.default(grad.float(), x.float(), weight, None, *how, [True, False, False])
+    return given[0].to(x.dtype)
+
+
+def _averaging(
     x: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int] = (),
@@ -63,11 +81,15 @@ def _avg_pool2d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor: int | None = None,
-) -> Tensor:
-    """Torchair never counts the padding in float16."""
-    if x.dtype != torch.float16 or not count_include_pad or not (any(padding) or ceil_mode):
-        return NotImplemented
-    return aten.avg_pool2d.default(x.float(), kernel, stride, padding, ceil_mode, True, divisor).half()
+) -> tuple[Tensor, tuple] | None:
+    """(weights, the other operands of a convolution) of an average that divides by the same number everywhere."""
+    padded = any(padding)
+    if x.dtype == torch.float64 or ceil_mode or divisor or x.dim() != 4 or (padded and not count_include_pad):
+        return None
+    (height, width), C = (kernel if len(kernel) == 2 else [*kernel] * 2), x.shape[1]
+    weight = torch.full((C, 1, height, width), 1 / (height * width), device=x.device)
+    both = [list(pair) * (2 // len(pair)) for pair in (stride or kernel, padding)]
+    return weight, (both[0], both[1], [1, 1], False, [0, 0], C)
 
 
 def _baddbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
