@@ -1,5 +1,6 @@
 """`bevfn data check`: a whole root is fine, and every kind of damage is found, counted and named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import small_root
 
 from bevfn.commands import data
-from bevfn.data import check, nuscenes, tables
+from bevfn.data import check, nuscenes, tables, values
 from bevfn.files import read_json
 
 VERSION = small_root.VERSION
@@ -32,6 +33,8 @@ def test_a_whole_root_is_fine(root, deep):
     assert files.pop("tables") == 13 and files.pop("maps") == 1 and files.pop("sweeps") == 2 * (3 * 4)
     assert set(files.values()) == {8} and len(files) == 7
     assert report.text().endswith("nothing is missing or damaged")
+    odd = replace(report, findings=(values.Finding("a box is odd", "it refuses the data set", "refused"),))
+    assert odd.text().endswith("no file is missing or damaged, and training refuses the data")
     assert check.check(root, VERSION, "mini_val").samples == {"mini_val": 4}
 
 

@@ -194,6 +194,21 @@ def test_scenes_of_one_name_stay_apart_in_time(made, tmp_path):
     )
 
 
+def test_scenes_that_share_tokens_stay_apart(made, tmp_path):
+    """Writers make tokens of the scene's name: of one name, they are the same ones."""
+    import small_t4
+
+    root = tmp_path / "data"
+    small_t4.write(root / "db_a" / "a" / "0", seed=9, name="tour", frames=2)
+    alone = t4.index(root)
+    shutil.copytree(root / "db_a" / "a", root / "db_b" / "b")
+    index = t4.index(root)
+    assert [frame.token for frame in index] == [f"db_{s}/{s}/{frame.token}" for s in "ab" for frame in alone]
+    assert [frame.previous for frame in index] == ["", index[0].token, "", index[2].token]
+    assert [one.token for one in cameras.key_frames(index, 3, 2)] == [index[3].token, index[2].token]
+    assert t4_check.check(root).good
+
+
 # --- velocities ---
 
 

@@ -96,7 +96,13 @@ class Inspection:
             lines.append(f"  and {len(self.findings) - shown:,} more; --json FILE writes all of them")
         total = sum(self.samples.values())
         if not self.problems:
-            return "\n".join([*lines, "nothing is missing or damaged"])
+            refused = any(finding.kind == "refused" for finding in self.findings)
+            ends = (
+                "no file is missing or damaged, and training refuses the data"
+                if refused
+                else "nothing is missing or damaged"
+            )
+            return "\n".join([*lines, ends])
         plural = "s" if len(self.problems) > 1 else ""
         affected = f"samples affected: {self.affected:,} of {total:,}" if total else "no sample can be read"
         lines.append(f"{len(self.problems):,} problem{plural}; {affected}")

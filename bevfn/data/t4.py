@@ -33,7 +33,7 @@ ANNOTATIONS = "sample_annotation"
 APART = 1.5  # s, at most, between two annotations that a velocity is measured from; twice that over both neighbours
 LEVELS = {"v80-100": "full", "v60-80": "most", "v40-60": "partial", "v0-40": "none"}  # other names of visibilities
 DESCRIBED = 2**20  # bytes of a point cloud's description, at most; it has a few LiDARs
-FORMAT = 3  # of the cache file
+FORMAT = 4  # of the cache file
 NO_FRAMES = pack(())
 SCHEMA = tables.Schema(
     ends=(*tables.ENDS, "sample_data.sample_token"),  # which only key frames have
@@ -129,13 +129,26 @@ def _build(base: Path, scenes: list[Scene], rules: Rules, split: str, workers: i
     steps = track(done, f"index of T4 {split}", len(jobs), console=console, disable=not console.is_terminal)
     found = dict(steps)
     reads = [found[i] for i in range(len(scenes))]
-    packed = join(read.frames for read in reads)
+    packed = _distinct(join(read.frames for read in reads))
     _tell(base, scenes, reads, rules)
     if not len(packed):
         raise ValueError(
             f"{base}: the split {split!r} has no key frame with a scan of {' or '.join(LIDARS)}; copy the data set again."
         )
     return packed
+
+
+def _distinct(packed: Packed) -> Packed:
+    """With tokens below their scene where scenes share some: T4's need to be distinct in a scene alone, and writers that make them
+    of the scene's name repeat them in scenes of one name."""
+    columns = packed.columns
+    if len(np.unique(columns["token"])) == len(packed):
+        return packed
+    scenes = np.char.add(columns["scene_words"][columns["scene"]], b"/")
+    below = {
+        name: np.where(columns[name] == b"", b"", np.char.add(scenes, columns[name])) for name in ("token", "previous")
+    }
+    return Packed({**columns, **below})
 
 
 def _tell(base: Path, scenes: list[Scene], reads: list[_Read], rules: Rules) -> None:
@@ -207,7 +220,7 @@ def _read(base: Path, scene: Scene, rules: Rules) -> _Read:
         raise ValueError(f"{folder}: {error}.") from None
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{folder}: {type(error).__name__} {printable(error)}: {SCHEMA.mend}.") from error
-    maps = (str(row.get("filename") or "") for row in found["map"])
+    maps = [str(row.get("filename") or "") for row in found["map"]]
     return _Read(
         frames=packed,
         categories=Counter(own.category(row) for row in found[ANNOTATIONS]),
