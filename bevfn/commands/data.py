@@ -160,8 +160,8 @@ def _count(index: Index, model: str, sweeps: int | None, workers: int) -> str:
     config = replace(config, data_root=index.root, **({} if sweeps is None else {"sweeps": sweeps}))
     task = recipes.load(experiment).task(config, source.Source(index, index))
     network, data = task.network, task.data
-    if not isinstance(network, bevfusion.Config):
-        raise ValueError(f"--capacities is of BEVFusion's family, {model} has no voxels; leave it out")
+    if not isinstance(network, bevfusion.Config) or network.lidar is None:
+        raise ValueError(f"--capacities is of BEVFusion's detectors with a LiDAR, {model} has no voxels; leave it out")
     places = np.unique(data.items)
     with waiting.batches(f"counting for {model}", len(places)) as progress:
         measured = counting.measure(

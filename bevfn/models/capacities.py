@@ -84,6 +84,7 @@ def measure(
     """
     if network.lidar is None or reading.points is None:
         raise ValueError("capacities are those of a LiDAR branch, and the model has none; name another model")
+    scans = reading.points.sweeps
     reading = replace(reading, cameras=None, depth=False)
     load = partial(scene.load, index, reading=reading, database=database)
     settings = loader.Config(batch_size=1, workers=workers)
@@ -95,8 +96,8 @@ def measure(
             most = np.maximum(most, needed(loaded.batch.tables, "tables").numpy())
             progress(done, len(places))
     voxels, sites = int(most[0]), tuple(map(int, most[1:]))
-    grid, sweeps = network.voxels, reading.points.sweeps
-    return Measured(grid.lower, grid.upper, grid.size, sweeps, len(places), voxels, sites, made_of(index))
+    grid = network.voxels
+    return Measured(grid.lower, grid.upper, grid.size, scans, len(places), voxels, sites, made_of(index))
 
 
 def _counting(batch: Batch, *, config: bevfusion.Config) -> Batch:

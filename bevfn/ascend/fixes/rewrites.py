@@ -95,7 +95,7 @@ def shifts(module: fx.GraphModule) -> None:
             continue
         with module.graph.inserting_before(node):
             if dtype == torch.int32:
-                step = {"rounding_mode": "floor"}
+                step: dict[str, Any] = {"rounding_mode": "floor"}
                 shifted = module.graph.call_function(aten.div.Tensor_mode, (masked, 1 << bits), step)
             else:
                 wide = module.graph.call_function(aten._to_copy.default, (masked,), {"dtype": torch.float32})
