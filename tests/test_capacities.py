@@ -114,7 +114,7 @@ def test_prepare_counts_for_a_model_and_its_recipe_takes_the_numbers(monkeypatch
         .site_capacity
         == made.site_capacity
     )
-    monkeypatch.setattr(sys, "argv", [*words, "--capacities", "bevdepth-2key"])
+    monkeypatch.setattr(sys, "argv", [*words, "--capacities", "bevdepth-2key", "--sweeps", "1"])
     with pytest.raises(SystemExit):
         cli.main()
     assert "bevdepth-2key has no voxels; leave it out" in capsys.readouterr().err

@@ -157,11 +157,14 @@ def _count(index: Index, model: str, sweeps: int | None, workers: int) -> str:
 
     experiment = catalogue.MODELS[model].experiment
     config: Any = command_line.fitting_root(recipes.defaults(experiment, model), index.root)
+    refusal = ValueError(f"--capacities is of BEVFusion's detectors with a LiDAR, {model} has no voxels; leave it out")
+    if not hasattr(config, "capacity_file"):
+        raise refusal
     config = replace(config, data_root=index.root, **({} if sweeps is None else {"sweeps": sweeps}))
     task = recipes.load(experiment).task(config, source.Source(index, index))
     network, data = task.network, task.data
     if not isinstance(network, bevfusion.Config) or network.lidar is None:
-        raise ValueError(f"--capacities is of BEVFusion's detectors with a LiDAR, {model} has no voxels; leave it out")
+        raise refusal
     places = np.unique(data.items)
     with waiting.batches(f"counting for {model}", len(places)) as progress:
         measured = counting.measure(
