@@ -101,7 +101,8 @@ class Detector:
         """`detect.detect` of key frames: (detections by token, counts of what did not fit). Raises ValueError as `detect`."""
         reading = self.ready(index)
         device = str(tree.leaves(self.params)[0].device)
-        return detect(self.task.predict, self.params, self.state, index, reading, device=device, **settings)
+        settings |= {"device": device, "finish": self.task.finishing(train=False)}
+        return detect(self.task.predict, self.params, self.state, index, reading, **settings)
 
     def ready(self, index: Index) -> Reading:
         """How these key frames are read. Raises ValueError, one sentence, where they have not what the model reads."""

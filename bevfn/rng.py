@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_SIGN = 1 << 31
 Integers = TypeVar("Integers", int, Tensor)
 
 
@@ -34,19 +35,26 @@ def fold(key: Tensor, site: int | Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, shape: tuple[int, ...], *, first_row: int = 0) -> Tensor:
-    """float32 of `shape`, uniform in [0, 1) in steps of 2^-24; at most 2^32 rows and columns.
+    """float32 of `shape`, uniform in [0, 1) in steps of 2^-24; at most 2^31 rows and columns.
 
     first_row: where `shape` is a piece of a larger draw, the rows (of the last axis) before it, whose numbers it has.
-    A number is a hash of its row's key and its column's: half the work of a hash of its index under the key, and nothing
+    """
+    return (_right(_bits(key, shape, first_row), 8).float() * 2.0**-24).view(shape)
+
+
+def _bits(key: Tensor, shape: tuple[int, ...], first_row: int) -> Tensor:
+    """int32 [rows, columns] of 32 random bits each: those of `shape`, all axes but the last one being rows.
+
+    An element's are a hash of its row's key and its column's: half the work of a hash of its index under the key, and nothing
     of the mask's size but the result of it is a constant, which a compiler would store.
     """
     columns = shape[-1] if shape else 1
     rows = math.prod(shape) // max(columns, 1)
-    row = _mix(_mix(torch.arange(first_row, first_row + rows, device=key.device)) ^ key)
-    column = _mix(torch.arange(columns, device=key.device) ^ 0x2545F491)
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=key.device)
+    row = _mix(_mix(row) ^ ((key ^ _SIGN) - _SIGN).to(torch.int32))
+    column = _mix(torch.arange(columns, dtype=torch.int32, device=key.device) ^ 0x2545F491)
     row, column = torch.cat([row, column]).split([rows, columns])  # stored, see _mix
-    # The upper 24 bits: exact in float32, as 0xFFFFFF00 clears the others.
-    return ((_mix(row[:, None] ^ column) & 0xFFFFFF00).float() * 2.0**-32).view(shape)
+    return _mix(row[:, None] ^ column)
 
 
 def dropout(
@@ -61,20 +69,35 @@ def dropout(
         return x
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout rate {rate} is outside [0, 1)")
-    keep = uniform(key, tuple(x.shape) if shape is None else shape, first_row=first_row) >= rate
+    shape = tuple(x.shape) if shape is None else shape
+    # uniform(...) >= rate, of whole numbers: int32 is compared exactly, and three arrays of the mask's size are never made.
+    least = math.ceil(rate * 2.0**24) << 8
+    keep = ((_bits(key, shape, first_row) ^ -_SIGN) >= least - _SIGN).view(shape)
     return torch.where(keep, x * (1.0 / (1.0 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def _mix(x: Integers) -> Integers:
     # A bijection of 32-bit integers with almost no bias (lowbias32, Chris Wellons, nullprogram.com/blog/2018/07/31).
-    # int64 so that nothing overflows into undefined behaviour: the second factor is 0x846CA68B - 2^32.
+    # Of Python's numbers and int64 tensors in [0, 2^32), which keys are, and of int32 tensors, which hold the same bits as
+    # negative numbers from 2^31 on: products of theirs keep the lower 32 bits. The second factor is 0x846CA68B - 2^32.
     # Inductor writes x out at each of its two uses, which is 8 times the work of compiling x, and 8 times that for a hash
     # of a hash, unless x is stored before: on a CPU what `cat` or `stack` makes is.
-    x = ((x ^ _right(x, 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ _right(x, 15)) * -0x7B935975) & _MASK
+    x = _low((x ^ _right(x, 16)) * 0x7FEB352D)
+    x = _low((x ^ _right(x, 15)) * -0x7B935975)
     return x ^ _right(x, 16)
 
 
+def _low(x: Integers) -> Integers:
+    return x if _is_int32(x) else x & _MASK
+
+
 def _right(x: Integers, bits: int) -> Integers:
-    """x >> bits of integers in [0, 2^32). The mask tells `ascend.fixes.rewrites.shifts` that they are."""
-    return (x & (_MASK << bits & _MASK)) >> bits
+    """x >> bits of 32 bits, zeros from above. The first mask tells `ascend.fixes.rewrites.shifts` how many bits stay."""
+    high = _MASK << bits & _MASK
+    if _is_int32(x):
+        return ((x & (high - (_MASK + 1))) >> bits) & (_MASK >> bits)  # int32's own shift repeats the sign
+    return (x & high) >> bits
+
+
+def _is_int32(x: Integers) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.int32

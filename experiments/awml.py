@@ -127,6 +127,10 @@ class Config(bevfusion_lidar.Config):
         return self.model
 
     @property
+    def grid(self) -> family.Voxels:
+        return sized(self, network(self)).voxels
+
+    @property
     def world(self) -> source.World:
         return "nuscenes" if self.model == NUSCENES else "t4"
 
@@ -221,6 +225,7 @@ def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
         partial(bevfusion.optimizer, config),
         ema=None if config.ema is None else optim.Ema(decay=config.ema),
         start=pretrained.Start(begin),
+        tables=bevfusion.with_tables(config, model),
     )
     return replace(made, loss=partial(made.loss, own_normalisers=True))
 

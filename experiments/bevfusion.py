@@ -11,15 +11,18 @@ fp32, 70.11 and 68.01 in fp16. 6 epochs, 8 devices x 4 samples, from the LiDAR-o
 The flags' defaults are the published recipe on nuScenes, and smaller numbers (`FRAME`, `SYNTHETIC` below) elsewhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
+from bevfn import distributed
 from bevfn.choices import one_of
 from bevfn.data import augment, source
-from bevfn.data.batch import Capacities
+from bevfn.data.batch import Batch, Capacities
 from bevfn.data.reading import Cameras, Points, Reading
-from bevfn.models import bevfusion
+from bevfn.models import bevfusion, capacities
 from bevfn.training import command_line, optim, run, tasks
 
 NETWORKS = {"bevfusion-lidar-camera": bevfusion.lidar_camera, "bevfusion-camera": bevfusion.camera_only}
@@ -84,6 +87,30 @@ class Shared(command_line.Config):
     site_capacity: tuple[int, ...] | None = None
     """active sites of a sample at each level of the sparse encoder, further ones are dropped and counted; none: the recipe's"""
 
+    capacity_file: Path | None = None
+    """of `bevfn data prepare --capacities`: --voxel-capacity and --site-capacity, where they are not given, by what the data
+    need, and --headroom; config.json keeps the numbers"""
+    headroom: float = 0.1
+    """share by which capacities of --capacity-file exceed what was counted"""
+    host_tables: bool | None = None
+    """voxels, neighbour tables and depth maps are made by the processes that read samples, in place of the step, bit for bit;
+    none: where the step runs on an Ascend NPU, which is slow at it"""
+
+    @property
+    def grid(self) -> bevfusion.Voxels:
+        """The voxels of the network that the flags make. Raises ValueError where none is made of them."""
+        raise ValueError(f"--capacity-file is of detectors, {self.model} is none; leave it out")
+
+    def completed(self) -> Self:
+        return with_measured(self)
+
+    @property
+    def tables_on_host(self) -> bool:
+        """What host_tables comes to on this machine."""
+        if self.host_tables is None:
+            return distributed.chosen(self.device).startswith("npu")
+        return self.host_tables
+
     @property
     def groups(self) -> tuple[optim.Group, ...]:
         """What is trained otherwise than the rest."""
@@ -100,6 +127,10 @@ class Config(Shared):
     recipe_lr: float = 2e-4
     image_backbone_lr: float = 1.0
     """learning rate of the image backbone over the others'"""
+
+    @property
+    def grid(self) -> bevfusion.Voxels:
+        return sized(self, NETWORKS[self.model]()).voxels
 
     @property
     def groups(self) -> tuple[optim.Group, ...]:
@@ -194,9 +225,14 @@ def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Conf
     """The task of one network: `training` is how it is published to read."""
     model = sized(config, model)
     ema = None if config.ema is None else optim.Ema(decay=config.ema)
-    return tasks.make_task(
-        config, bevfusion, model, data(config, splits, model, training), partial(optimizer, config), ema=ema
-    )
+    made = data(config, splits, model, training)
+    tables = with_tables(config, model)
+    return tasks.make_task(config, bevfusion, model, made, partial(optimizer, config), ema=ema, tables=tables)
+
+
+def with_tables(config: Shared, model: bevfusion.Config) -> Callable[..., Batch] | None:
+    """The task's `tables`."""
+    return partial(bevfusion.with_tables, config=model) if config.tables_on_host else None
 
 
 def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
@@ -214,6 +250,16 @@ def with_room(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
         voxels = model.voxels.max_voxels if config.voxel_capacity is None else (config.voxel_capacity,) * 2
         model = bevfusion.with_capacities(model, voxels, config.site_capacity or model.lidar.encoder.capacities)
     return model if config.norm_momentum is None else bevfusion.with_norm_momentum(model, config.norm_momentum)
+
+
+def with_measured(config: Any) -> Any:
+    """The config with the capacities of its --capacity-file. Raises ValueError where that is not of its data and network."""
+    if config.capacity_file is None or (config.voxel_capacity is not None and config.site_capacity is not None):
+        return config
+    where = (config.data_root, config.version, config.train_split, config.eval_split)
+    index = source.open(*where, config.world).training
+    voxels, sites = capacities.read(config.capacity_file, index, config.grid, config.sweeps).rooms(config.headroom)
+    return replace(config, voxel_capacity=config.voxel_capacity or voxels, site_capacity=config.site_capacity or sites)
 
 
 def data(config: Shared, splits: source.Source | None, model: bevfusion.Config, training: Reading) -> tasks.Data:

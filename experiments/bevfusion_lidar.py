@@ -16,7 +16,7 @@ from bevfn.choices import one_of
 from bevfn.data import augment, source
 from bevfn.data import paste as pasting
 from bevfn.experiments import bevfusion
-from bevfn.models.bevfusion import lidar_only
+from bevfn.models.bevfusion import Voxels, lidar_only
 from bevfn.training import command_line, run, tasks
 
 NETWORKS = {"bevfusion-lidar": lidar_only}
@@ -45,6 +45,10 @@ class Config(bevfusion.Shared):
     """objects of no class (police cars, debris, bicycle racks) are pasted as barriers; no: they are not pasted"""
     paste_off: int = 5
     """last epochs without pasting; a run of no more epochs pastes nothing"""
+
+    @property
+    def grid(self) -> Voxels:
+        return bevfusion.sized(self, NETWORKS[self.model]()).voxels
 
 
 DEFAULTS: command_line.Defaults = {

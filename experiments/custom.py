@@ -89,15 +89,21 @@ class Config(bevfusion_lidar.Config):
     def completed(self) -> Self:
         """With the data's classes and cameras, so that a checkpoint is read with those that it was trained with."""
         if self.classes and (self.cameras or self.model == "custom-lidar"):
-            return self
+            return bevfusion.with_measured(self)
         index = source.open(self.data_root, self.version, self.train_split, self.eval_split, self.world).training
         classes = self.classes or index.class_names
-        return replace(
+        made = replace(
             self,
             classes=classes,
             small_classes=tuple(name for name in self.small_classes if name in classes),
             cameras=() if self.model == "custom-lidar" else self.cameras or index.channels,
         )
+        return bevfusion.with_measured(made)
+
+    @property
+    def grid(self) -> family.Voxels:
+        made = network(self)
+        return (family.mini(made) if self.scale == "mini" else made).voxels
 
 
 def check_grid(bounds: tuple[float, ...], voxel: tuple[float, ...]) -> None:
@@ -176,7 +182,8 @@ def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
         )
     ema = None if config.ema is None else optim.Ema(decay=config.ema)
     optimizer, start = partial(bevfusion.optimizer, config), pretrained.Start(awml.begin)
-    made = tasks.make_task(config, family, model, data, optimizer, ema=ema, start=start)
+    tables = bevfusion.with_tables(config, model)
+    made = tasks.make_task(config, family, model, data, optimizer, ema=ema, start=start, tables=tables)
     return replace(made, data=bevfusion_lidar.with_paste(config, data))
 
 

@@ -168,6 +168,10 @@ def assemble(
     config: Config | OnT4, splits: source.Source | None, network: Network, training: Reading, evaluation: Reading
 ) -> tasks.Task:
     """The task of a network of any BEVFusion detector, under the config's recipe; readings: the detector's, for its size."""
+    if config.host_tables:
+        raise ValueError(
+            "--host-tables is of detectors: what is hidden in pretraining is drawn in the step; leave it out"
+        )
     family, way = FAMILIES[type(network)]
     training, evaluation = way(training), way(evaluation)
     data = tasks.make_data(config, splits, training if config.augment else evaluation, evaluation)

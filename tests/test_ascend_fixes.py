@@ -14,9 +14,11 @@ from torch.func import grad, grad_and_value
 if importlib.util.find_spec("torch_npu") is None:
     pytest.skip("needs torch_npu: make npu", allow_module_level=True)
 
+from bevfn import rng
 from bevfn.ascend import interpret, torchair
 from bevfn.ascend.fixes import converters, decompositions, refusals, rewrites
 from bevfn.ascend.lower import lower
+from bevfn.ascend.uses import used_by
 
 aten = torch.ops.aten
 INT64 = 8  # in the protobuf's numbering
@@ -508,6 +510,30 @@ def test_a_shift_of_masked_bits_needs_no_shift_and_any_other_stays_one():
     for bits, mask in ((7, 0xFFFFFF80), (16, 0xFFFFFFFF), (16, 0xFFFFFFFF0000)):
         assert "RightShift" in types(partial(shifted, bits=bits, mask=mask), x)
     assert "RightShift" in types(lambda x: (x ^ 1) >> 16, x)
+
+
+@pytest.mark.parametrize("device", ["published", "a2"])
+def test_a_shift_of_masked_bits_of_int32_is_a_division_that_float32_makes_exactly(device):
+    ends = torch.tensor([0, 1, 0x10000, -1, -(1 << 31), (1 << 31) - 1, -0x10000], dtype=torch.int32)
+    x = torch.cat([torch.randint(-(1 << 31), 1 << 31, (1 << 12,), dtype=torch.int32), ends])
+    for bits in (8, 16, 30):
+        f = partial(shifted, bits=bits, mask=-(1 << bits))
+        assert "RightShift" not in types(f, x) and "FloorDiv" in types(f, x)
+        assert_same(executed(f, x, device=device), f(x), 0.0)
+    for bits, mask in ((7, -128), (16, -1)):
+        assert "RightShift" in types(partial(shifted, bits=bits, mask=mask), x)
+
+
+@pytest.mark.parametrize("device", ["published", "a2"])
+def test_random_numbers_and_masks_on_a_device_are_those_of_eager_without_int64_of_their_size(device):
+    def f(key, x):
+        return rng.uniform(rng.fold(key, 1), (7, 33)), rng.dropout(x, 0.1, rng.fold(key, 2))
+
+    arguments = rng.key(3), torch.ones(64, 65)
+    assert_same(executed(f, *arguments, device=device), f(*arguments), 0.0)
+    large = [x.dtype for use in used_by(lower(f, arguments)) for x in use.results if x.numel() >= 64 * 65]
+    assert torch.int64 not in large and large.count(torch.int32) > 5
+    assert large.count(torch.float32) <= 3  # x / (1 - rate), zeros, and the one or the other
 
 
 @settings(deadline=None, max_examples=25)

@@ -225,6 +225,67 @@ def test_overflow_of_voxels_is_a_metric(folder):
     assert history[0]["overflow/voxels_l0"] > 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_tables_that_come_with_the_batch_are_those_that_the_model_makes(folder, modality, training):
+    model = tiny(modality)
+    model = replace(model, voxels=replace(model.voxels, max_voxels=(900, 1500)))  # the first number is too few
+    batch = make_batch(folder, model, count=2)
+    params, state = bevfusion.init(model, seed=0)
+    brought = bevfusion.with_tables(batch, config=model, train=training)
+    brought.validate()
+    here, there = (
+        bevfusion.apply(params, state, given, config=model, train=training)
+        # Of what tables are made of, nothing is read again.
+        for given in (batch, replace(brought, points=torch.zeros_like(batch.points)))
+    )
+    expected, found = tree.flatten(here), tree.flatten(there)
+    assert list(expected) == list(found) and all(torch.equal(expected[k], found[k]) for k in expected)
+    if modality != "camera":
+        assert (int(here[0]["overflow"]["voxels_l0"]) > 0) == training
+    tables = brought.tables
+    assert (tables.voxels is None) == (tables.neighbours is None) == (modality == "camera")
+    assert (tables.depth is not None) == (modality == "lidar-camera")
+
+
+def test_tables_train_like_none(folder):
+    model = tiny("lidar-camera")
+    batch = make_batch(folder, model)
+    brought = bevfusion.with_tables(batch, config=model, train=True)
+    history, train_state = run_steps(model, brought, "fp32", "eager")
+    expected, expected_state, _ = ran(folder, "lidar-camera", "fp32", "eager")
+    assert history == expected
+    ours, theirs = tree.flatten(train_state), tree.flatten(expected_state)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_tables_of_other_sizes_are_refused_in_a_sentence(folder):
+    model = tiny("lidar-camera")
+    batch = make_batch(folder, model)
+    params, state = bevfusion.init(model, seed=0)
+
+    def refused(config, sentence, given=batch, train=True):
+        brought = bevfusion.with_tables(given, config=config, train=True)
+        with pytest.raises(ValueError, match=sentence):
+            bevfusion.apply(params, state, replace(batch, tables=brought.tables), config=model, train=train)
+
+    def with_encoder(**changes):
+        encoder = replace(model.lidar.encoder, **changes)
+        return replace(model, lidar=replace(model.lidar, encoder=encoder))
+
+    fewer = replace(model, voxels=replace(model.voxels, max_voxels=(700, 1500)))
+    refused(fewer, r"tables have \[1, 700\] voxels, the model has \[1, 1500\].*make tables by the config that is run")
+    refused(model, r"depth maps are \[2, 6, 32, 96\], the model's are of 6 images", make_batch(folder, model, 2))
+    refused(
+        with_encoder(capacities=(1400, 1200)), r"table of the sparse encoder's level 0 is \[27, 1400\].*\[27, 1500\]"
+    )
+    lidar = tiny("lidar")
+    params, state = bevfusion.init(lidar, seed=0)
+    without = bevfusion.with_tables(batch, config=tiny("camera"), train=True)
+    with pytest.raises(ValueError, match="tables have no voxels"):
+        bevfusion.apply(params, state, without, config=lidar, train=True)
+
+
 def test_a_model_without_sensors_is_refused():
     with pytest.raises(ValueError, match="lidar, camera or both"):
         bevfusion.Config(lidar=None, camera=None)

@@ -180,6 +180,16 @@ def test_the_last_valid_point_of_a_pixel_counts():
     expected[1, 2], expected[2, 0] = 7.0, 11.0
     found = geometry.depth_map(planes, valid, (3, 4))
     assert found.shape == (1, 2, 3, 4) and all(torch.equal(image, expected) for image in found[0])
+    assert torch.equal(geometry.depth_map_on_host(planes, valid, (3, 4)), found)
+
+
+def test_depth_maps_on_the_host_have_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.rand(2, 3, 4000, generator=generator) * 60 - 10 for _ in range(2))  # many in a pixel, many outside
+    depth, valid = torch.rand(2, 3, 4000, generator=generator) * 60, torch.rand(2, 4000, generator=generator) < 0.8
+    u[0, 0, :5] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 40.0])
+    made = geometry.depth_map((u, v, depth), valid, (40, 40))
+    assert torch.equal(geometry.depth_map_on_host((u, v, depth), valid, (40, 40)), made) and (made > 0).sum() > 3000
 
 
 def test_points_behind_a_camera_stay_out_of_its_image():

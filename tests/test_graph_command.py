@@ -114,6 +114,7 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(
 ):
     code = graph(
         experiment, model=model, scale="mini", precision=precision, execute=STEPS, kernels=KERNELS[precision],
+        host_tables=experiment != "bevfusion_lidar",  # whose graph makes them
         json_file=tmp_path / "g.json", out=tmp_path / "o",
     )  # fmt: skip
     printed = capsys.readouterr().out
@@ -249,3 +250,12 @@ def test_without_torch_npu_the_console_command_says_so(tmp_path):
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "make npu" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_capacities_of_a_model_without_voxels_are_refused_and_so_is_room_for_nothing():
+    with pytest.raises(ValueError, match="--capacities are voxels and sites, which bevdepth has not; leave them out"):
+        graph("bevdepth", scale="mini", capacities=(256, 256))
+    with pytest.raises(ValueError, match="--capacities 0 must be at least 1"):
+        graph("bevfusion_lidar", scale="mini", capacities=(256, 0))
+    with pytest.raises(ValueError, match="needs 2 paddings and 3 capacities"):
+        graph("bevfusion_lidar", scale="mini", capacities=(256, 256))

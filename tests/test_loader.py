@@ -55,6 +55,16 @@ def read(load=sample, order=None, *, batch_size=2, workers=0, on_damaged="stop",
     return list(loader.batches(load, order, config, **{"seed": 3, "epoch": 1, "capacities": CAPACITIES, **options}))
 
 
+def counted(batch):
+    return replace(batch, tables={"points": batch.points_valid.sum(1)})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_batch_is_finished_with_is_done_where_it_is_read(workers):
+    for item in read(workers=workers, finish=counted):
+        assert torch.equal(item.batch.tables["points"], item.batch.points_valid.sum(1))
+
+
 def tokens(items: list[loader.Loaded]) -> list[str]:
     return [token for item in items for token in item.tokens]
 

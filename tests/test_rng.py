@@ -27,6 +27,38 @@ def test_right_is_a_shift():
     x = torch.cat([torch.randint(1 << 32, (1 << 16,)), torch.tensor([0, 1, 0xFFFF, 0x10000, 0xFFFFFFFF])])
     for bits in range(8, 32):
         assert torch.equal(rng._right(x, bits), x >> bits), bits
+        narrow = rng._right(as_int32(x), bits)
+        assert narrow.dtype == torch.int32 and torch.equal(narrow.long(), x >> bits), bits
+
+
+def as_int32(x: torch.Tensor) -> torch.Tensor:
+    return ((x ^ 1 << 31) - (1 << 31)).to(torch.int32)
+
+
+def lowbias32(x: int) -> int:
+    """As published, in Python's integers."""
+    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+    x = (x ^ x >> 15) * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def test_numbers_are_the_published_hash_of_row_and_column_whatever_integers_compute_it():
+    for first, key in ((0, rng.key(0)), (2**31 - 8, torch.tensor(2**32 - 1)), (0, torch.tensor(2**31))):
+        u = rng.uniform(key, (5, 6), first_row=first)
+        for i, j in ((0, 0), (1, 5), (4, 3)):
+            row = lowbias32(lowbias32(first + i) ^ int(key))
+            expected = lowbias32(row ^ lowbias32(j ^ 0x2545F491)) >> 8
+            assert int(u[i, j].double() * 2**24) == expected
+    x = torch.randint(1 << 32, (1 << 10,))
+    assert rng._mix(x).tolist() == [lowbias32(int(v)) for v in x]
+    assert torch.equal(rng._mix(as_int32(x)), as_int32(rng._mix(x)))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-9, 0.1, 0.3, 0.5, 0.7, 1 - 2**-24])
+def test_dropout_keeps_where_a_uniform_number_is_not_below_the_rate(rate):
+    x = torch.ones(64, 65)
+    kept = rng.uniform(rng.key(5), (64, 65)).double() >= rate
+    assert torch.equal(rng.dropout(x, rate, rng.key(5)) != 0, kept)
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (4, 256, 256), (N, 1), (1, N)])

@@ -140,6 +140,16 @@ def test_a_killed_run_is_bitwise_the_run_that_was_not(whole, root, tmp_path):
     assert_same_run(whole[0], tmp_path / "run")
 
 
+def test_a_killed_run_whose_tables_come_with_the_batches_is_bitwise_the_run_whose_step_makes_them(
+    whole, root, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("BEVFN_TINY_TABLES", "1")
+    kill_and_resume(root, tmp_path / "run", kills=1, seed=1)
+    assert_same_run(whole[0], tmp_path / "run")
+    results = "evaluations/step_00000006/results_nusc.json"
+    assert (tmp_path / "run" / results).read_bytes() == (whole[0] / results).read_bytes()
+
+
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(whole, root, tmp_path):
     for i in range(4):

@@ -69,6 +69,7 @@ def task(config: Config) -> tasks.Task:
         optimizer=lambda plan: optim.Config(
             lr=optim.Schedule(tasks.scaled_lr(config, plan), (optim.Phase(plan.total_steps, 1e-6),))
         ),
+        tables=partial(bevfusion.with_tables, config=model()) if "BEVFN_TINY_TABLES" in os.environ else None,
     )
 
 

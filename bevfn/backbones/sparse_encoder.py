@@ -4,6 +4,7 @@ Every level has a fixed capacity of active sites per sample; what does not fit i
 Source: mmdetection3d projects/BEVFusion/bevfusion/sparse_encoder.py (behaviour); SECOND (Yan et al. 2018).
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,11 +46,67 @@ class Config:
             )
 
 
+@tree.register
+@dataclass(frozen=True)
+class Tables:
+    """Which rows the convolutions read: of the voxels' cells alone, so that whoever reads them can make it. Rows of a level
+    are B times its capacity, those of level 0 the voxels' slots."""
+
+    submanifold: list[Tensor]
+    """per level [27 rows] int32, see `neighbours.submanifold`"""
+    strided: list[dict[str, Tensor]]
+    """per stride-2 convolution, and conv_out: "sites" [W 4] int32 (b, x, y, z), "active" [W] bool, "table" [K W] and
+    "inverse" [K V] int32, "found" [] int32, see `neighbours.strided`"""
+
+
 def output_grid(config: Config, grid: tuple[int, int, int]) -> tuple[int, int, int]:
     """(X, Y, Z) of the BEV map for voxels in `grid`."""
-    for padding in config.paddings:
-        grid = neighbours.out_grid(grid, KERNEL, (2, 2, 2), padding)
-    return neighbours.out_grid(grid, **OUT)
+    for way in ways(config):
+        grid = neighbours.out_grid(grid, **way)
+    return grid
+
+
+def ways(config: Config) -> list[dict]:
+    """Kernel, stride and padding of the convolutions between levels, and of conv_out."""
+    return [*({"kernel": KERNEL, "stride": (2, 2, 2), "padding": padding} for padding in config.paddings), OUT]
+
+
+def tables(coords: Tensor, valid: Tensor, *, config: Config, grid: tuple[int, int, int]) -> Tables:
+    """The tables of voxels as `apply` takes them: coords [B V 3] int32, valid [B V] bool."""
+    B = coords.shape[0]
+    sites, active = _sites(coords), valid.flatten()
+    made = Tables([], [])
+    for way, capacity in zip(ways(config), config.capacities):
+        made.submanifold.append(neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid, batch=B))
+        room = B * capacity
+        names = ("sites", "active", "table", "inverse", "found")
+        found = neighbours.strided(sites, active, **way, grid=grid, capacity=room, batch=B)
+        made.strided.append(dict(zip(names, found)))
+        sites, active, *_ = found
+        grid = neighbours.out_grid(grid, **way)
+    return made
+
+
+def _sites(coords: Tensor) -> Tensor:
+    """Cells [B V 3] -> rows [B*V 4] (b, x, y, z)."""
+    B, V, _ = coords.shape
+    sample = torch.arange(B, dtype=torch.int32, device=coords.device)[:, None, None].expand(-1, V, 1)
+    return torch.cat([sample, coords], dim=2).flatten(0, 1)
+
+
+def _check(tables: Tables, config: Config, B: int, V: int) -> None:
+    """Raises ValueError where tables are not of so many samples and voxels, and of the config's capacities; free in a graph."""
+    rows = [B * room for room in (V, *config.capacities)]
+    for level, (way, below, above) in enumerate(zip(ways(config), rows, rows[1:])):
+        K = math.prod(way["kernel"])
+        wanted = {"submanifold": [math.prod(KERNEL), below], "table": [K, above], "inverse": [K, below]}
+        for name, shape in wanted.items():
+            table = tables.submanifold[level] if name == "submanifold" else tables.strided[level][name]
+            if list(table.shape) != shape:
+                raise ValueError(
+                    f"the batch's {name} table of the sparse encoder's level {level} is {list(table.shape)}, the model's is "
+                    f"{shape} ({B} samples, {V} voxels, capacities {config.capacities}); make tables by the config that is run"
+                )
 
 
 def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
@@ -88,25 +145,30 @@ def apply(
     config: Config,
     grid: tuple[int, int, int],
     train: Train,
+    given: Tables | None = None,
 ) -> tuple[dict, dict]:
     """Encodes voxels.
 
     Args:
         features: [B V C_in] in the compute dtype; coords: [B V 3] int32 (x, y, z) cells of `grid`; valid: [B V] bool.
         grid: cells (X, Y, Z) of the voxel grid; the published one has one more in z than the voxelizer (41 for 40).
+        given: the `tables` of these voxels; None: they are made here.
 
     Returns:
         outputs: "bev" [B C_out*Z X Y], channel = c * Z + z, rows = x, columns = y; "conv_input", "stages" (a list)
         and "conv_out", each {"features" [W C], "coords" [W 4] (b, x, y, z), "valid" [W]}; "overflow": {level: sites
         that did not fit}; and the new state.
+
+    Raises ValueError if the tables that are given do not fit voxels and config.
     """
-    B = features.shape[0]
+    B, V = coords.shape[:2]
+    if given is None:
+        given = tables(coords, valid, config=config, grid=grid)
+    else:
+        _check(given, config, B, V)
     norm = {"train": train, "momentum": config.norm_momentum, "eps": config.norm_eps}
     x = features.flatten(0, 1)  # V C, V = B * voxels per sample
-    batch_index = torch.arange(B, dtype=torch.int32, device=coords.device)[:, None, None].expand(-1, coords.shape[1], 1)
-    sites = torch.cat([batch_index, coords], dim=2).flatten(0, 1)  # V 4
-    active = valid.flatten()  # V
-    table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid, batch=B)  # K V
+    sites, active, table = _sites(coords), valid.flatten(), given.submanifold[0]  # V 4, V, K V
     x, new_input = sparse_conv.apply(params["conv_input"], state["conv_input"], x, table, table.flip(0), active, **norm)
     outputs: dict = {"conv_input": {"features": x, "coords": sites, "valid": active}, "stages": [], "overflow": {}}
     stages = []
@@ -117,24 +179,28 @@ def apply(
             x, seen = remat.apply(through, block, statistics, x, table, active, recompute=config.recompute)
             new["blocks"].append(seen)
         if "down" in stage:
-            way = {"kernel": KERNEL, "stride": (2, 2, 2), "padding": config.paddings[level]}
-            room = B * config.capacities[level]
-            sites, active, down, inverse, found = neighbours.strided(
-                sites, active, **way, grid=grid, capacity=room, batch=B
+            way = given.strided[level]
+            sites, active, table = way["sites"], way["active"], given.submanifold[level + 1]
+            x, new["down"] = sparse_conv.apply(
+                stage["down"], old["down"], x, way["table"], way["inverse"], active, **norm
             )
-            x, new["down"] = sparse_conv.apply(stage["down"], old["down"], x, down, inverse, active, **norm)
-            grid = neighbours.out_grid(grid, **way)
-            table = neighbours.submanifold(sites, active, kernel=KERNEL, grid=grid, batch=B)
-            outputs["overflow"][f"voxels_l{level + 1}"] = (found - room).clamp(min=0)
+            outputs["overflow"][f"voxels_l{level + 1}"] = _lost(way)
         outputs["stages"].append({"features": x, "coords": sites, "valid": active})
         stages.append(new)
-    room = B * config.capacities[-1]
-    sites, active, down, inverse, found = neighbours.strided(sites, active, **OUT, grid=grid, capacity=room, batch=B)
-    x, new_out = sparse_conv.apply(params["conv_out"], state["conv_out"], x, down, inverse, active, **norm)
+    way = given.strided[-1]
+    sites, active = way["sites"], way["active"]
+    x, new_out = sparse_conv.apply(
+        params["conv_out"], state["conv_out"], x, way["table"], way["inverse"], active, **norm
+    )
     outputs["conv_out"] = {"features": x, "coords": sites, "valid": active}
-    outputs["overflow"]["voxels_out"] = (found - room).clamp(min=0)
-    outputs["bev"] = to_bev(x, sites, active, B, neighbours.out_grid(grid, **OUT))
+    outputs["overflow"]["voxels_out"] = _lost(way)
+    outputs["bev"] = to_bev(x, sites, active, B, output_grid(config, grid))
     return outputs, {"conv_input": new_input, "stages": stages, "conv_out": new_out}
+
+
+def _lost(way: dict[str, Tensor]) -> Tensor:
+    """Sites that did not fit, 0-d."""
+    return (way["found"] - way["active"].shape[0]).clamp(min=0)
 
 
 def _block(params: dict, state: dict, x: Tensor, table: Tensor, active: Tensor, *, norm: dict) -> tuple[Tensor, dict]:

@@ -23,18 +23,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bevfn import synth
+from bevfn import synth, tree
 from bevfn.data import augment, image, infos, loader, paste, points, sampling, scene, sweeps
 from bevfn.data import t4 as t4_data
 from bevfn.data.batch import collate, needed
 from bevfn.data.index import Index, Sweep
 from bevfn.data.reading import CLASS_NAMES, Reading
 from bevfn.experiments import awml, bevfusion, bevfusion_lidar
+from bevfn.models import bevfusion as detectors
 from bevfn.synth import key_frame
 
 TARGET = 4.1  # samples/s per device: BEVFusion LiDAR-camera, FP16, on 8 NPUs as published (32.8 samples/s)
 WORKERS = 8
 READINGS = {"lidar-camera": bevfusion.TRAIN, "lidar": bevfusion_lidar.TRAIN}
+NETWORKS = {"lidar-camera": detectors.lidar_camera, "lidar": detectors.lidar_only}
 SWEEPS = 10  # in the frame's info, of which 9 are drawn
 T4_POINTS = 160_000  # of one cloud of several LiDARs, where AWML's deployment has room for 200,000
 T4_CLOUDS = 12  # files, read one after the other: more than a cache of the processor holds
@@ -47,7 +49,8 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
 
     frame: folder with frame.json, six images and a point file; None: a generated frame.
     Returns per reading: samples_per_second (one core, loading and collating), milliseconds per sample in all and by
-    part, points per sample; samples_per_second_of_workers (WORKERS times that) and whether it is feeds_target; and what
+    part, points per sample; samples_per_second_of_workers (WORKERS times that) and whether it is feeds_target;
+    tables_milliseconds and tables_megabytes, what a sample costs more with --host-tables (published capacities); and what
     the loader itself reaches with as many workers as this machine has cores, up to WORKERS.
     """
     torch.set_num_threads(1)
@@ -60,7 +63,13 @@ def data(*, frame: Path | None = None, samples: int = 30) -> dict:
         index, database = _one_frame(frame, Path(folder))
         for name, config in READINGS.items():
             figures[name] = _measure(index, config, database, samples)
+            figures[name] |= _tables(index, config, database, samples, NETWORKS[name]())
             _print(name, figures[name])
+            made = figures[name]
+            print(
+                f"  with --host-tables {made['tables_milliseconds']:.0f} ms a sample more ({samples} of them), "
+                f"{made['tables_megabytes']:.0f} MB a sample to the device"
+            )
     return figures
 
 
@@ -239,6 +248,23 @@ def _measure(index: Index, config: Reading, database: paste.Database | None, sam
         "feeds_target": WORKERS / seconds >= TARGET,
         **_through_loader(load, config, min(WORKERS, os.cpu_count() or 1), samples),
     }
+
+
+def _tables(
+    index: Index, config: Reading, database: paste.Database, samples: int, network: detectors.Config
+) -> dict[str, float]:
+    """What the tables of a sample cost that workers make with --host-tables, by the published capacities."""
+    load = partial(scene.load, index, reading=config, database=database)
+    seconds, size = 0.0, 0
+    for position in range(samples + 1):
+        sample = load(0, generator=sampling.generator(0, 0, position))
+        batch, _ = collate([sample], capacities=config.capacities)
+        started = time.process_time()
+        made = detectors.with_tables(batch, config=network, train=True).tables
+        if position:  # the first one warms
+            seconds += time.process_time() - started
+        size = sum(leaf.nbytes for leaf in tree.leaves(made))
+    return {"tables_milliseconds": 1e3 * seconds / samples, "tables_megabytes": size / 1e6}
 
 
 def _through_loader(load: loader.Load, config: Reading, workers: int, samples: int) -> dict[str, float]:

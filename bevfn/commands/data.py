@@ -1,12 +1,17 @@
 """`bevfn data synth|check|prepare`: a data set to try things on; what is wrong with one; what is made of one before."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 from tyro.conf import Positional
 
+from bevfn import catalogue
+from bevfn.choices import ModelName
+from bevfn.data.index import Index
 from bevfn.files import check_json, write_atomically
 
 
@@ -95,9 +100,12 @@ def prepare(
     published_sweeps: bool = True,
     published_paste: bool = True,
     depth: bool = True,
+    capacities: ModelName | None = None,
+    sweeps: int | None = None,
     workers: int = 0,
 ) -> None:
-    """Builds the index, the GT-paste database and the depth ground truth of a split; a build that was stopped goes on.
+    """Builds the index, the GT-paste database and the depth ground truth of a split, and counts what a model needs room for; a
+    build that was stopped goes on.
 
     All of it lies where training looks for it: in the root, or, where that cannot be written, in `$BEVFN_CACHE`
     (~/.cache/bevfn).
@@ -113,6 +121,9 @@ def prepare(
         published_paste: with objects of no class (police cars, debris, bicycle racks) as barriers, as published; likewise
         depth: build the depth ground truth, for BEVDepth and MatrixVT (270 kB a key frame, 3 % of a sample's time); where
             there is none, training makes it of the LiDAR files, with the same numbers
+        capacities: count the voxels and active sites of the samples of an epoch, as this model of BEVFusion's family is trained;
+            --capacity-file takes the file
+        sweeps: of the samples that are counted; by default the recipe's
         workers: processes; 0: one for each processor
     """
     from bevfn.data import depth as ground_truth
@@ -132,3 +143,48 @@ def prepare(
     if depth:
         files = ground_truth.build(index, ground_truth.folder(index), workers=workers)
         print(f"{files}: depth ground truth of {sum(len(frame.cameras) for frame in index):,} images")
+    if capacities is not None:
+        print(_count(index, capacities, sweeps, workers))
+
+
+def _count(index: Index, model: str, sweeps: int | None, workers: int) -> str:
+    """Counts what the samples of a split need, and writes the file; what to say of it."""
+    from bevfn import recipes, waiting
+    from bevfn.data import source
+    from bevfn.models import bevfusion
+    from bevfn.models import capacities as counting
+    from bevfn.training import command_line
+
+    experiment = catalogue.MODELS[model].experiment
+    config: Any = command_line.fitting_root(recipes.defaults(experiment, model), index.root)
+    refusal = ValueError(f"--capacities is of BEVFusion's detectors with a LiDAR, {model} has no voxels; leave it out")
+    if not hasattr(config, "capacity_file"):
+        raise refusal
+    config = replace(config, data_root=index.root, **({} if sweeps is None else {"sweeps": sweeps}))
+    task = recipes.load(experiment).task(config, source.Source(index, index))
+    network, data = task.network, task.data
+    if not isinstance(network, bevfusion.Config) or network.lidar is None:
+        raise refusal
+    places = np.unique(data.items)
+    with waiting.batches(f"counting for {model}", len(places)) as progress:
+        measured = counting.measure(
+            *(index, places, data.reading(0), network),
+            database=data.database,
+            workers=min(workers, len(places)),
+            progress=progress,
+        )
+    file = counting.folder(index) / f"{model}_{measured.sweeps}.json"
+    counting.write(file, measured)
+    voxels, sites = measured.rooms(config.headroom)
+    now = (network.voxels.max_voxels[0], *network.lidar.encoder.capacities)
+    rows = zip(
+        ("voxels", *(f"sites {i + 1}" for i in range(len(sites)))),
+        (measured.voxels, *measured.sites),
+        (voxels, *sites),
+        now,
+    )
+    lines = [f"{file}: {measured.samples:,} samples with {measured.sweeps} sweeps need room for"]
+    lines += [
+        f"  {name:<8} {most:>9,}, with headroom {room:>9,}; the recipe has {had:>9,}" for name, most, room, had in rows
+    ]
+    return "\n".join([*lines, f"use it: --capacity-file {file}"])

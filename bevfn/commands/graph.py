@@ -17,7 +17,7 @@ from bevfn.data.batch import needed
 from bevfn.files import check_json, check_writable
 from bevfn.precision import Precision
 from bevfn.synth import key_frame, rig
-from bevfn.training import assembly, command_line, tasks
+from bevfn.training import assembly, command_line, limits, tasks
 
 # Names of what a step takes and returns.
 NAMES: dict[str, dict[str, Any]] = {
@@ -38,6 +38,8 @@ def graph(
     execute: int = 0,
     kernels: Literal["published", "a2", "a2-hf32"] = "published",
     checkpoint_activations: bool = False,
+    host_tables: bool = True,
+    capacities: tuple[int, ...] | None = None,
     opp: Path | None = None,
     estimate: bool = False,
     calibrate: Path | None = None,
@@ -62,6 +64,10 @@ def graph(
         kernels: --execute computes by the published meaning of the types, or as an Atlas A2's kernels do where that differs
             (integer selects through float32), or with its HF32 convolutions besides
         checkpoint_activations: blocks are computed again for the gradient
+        host_tables: of BEVFusion's family, as a run on an Ascend has it: voxels, neighbour tables and depth maps come with the
+            batch; no: the graph makes them
+        capacities: of BEVFusion's family, voxels of a sample, then active sites at each level of the encoder, such as
+            `bevfn data prepare --capacities` counted; none: the recipe's
         opp: an installed CANN (its toolkit's folder, or opp): where each node runs, by its tables instead of our facts
         estimate: also print how long each step would take on an Atlas A2, in three scenarios (docs/ascend.md)
         calibrate: an op_summary_*.csv of msprof, of the train step: --estimate by what its tasks took
@@ -94,6 +100,13 @@ def graph(
     config = of_scale[scale].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
+    if hasattr(config, "host_tables"):
+        changes["host_tables"] = host_tables
+        if capacities is not None:
+            limits.check({"capacities": capacities})
+            changes |= {"voxel_capacity": capacities[0], "site_capacity": capacities[1:]}
+    elif capacities is not None:
+        raise ValueError(f"--capacities are voxels and sites, which {experiment} has not; leave them out")
     config = replace(config, precision=precision, device="cpu", **changes)  # fake tensors, whatever devices are here
     made: dict[str, dict] = {}
     complete = True
@@ -166,6 +179,8 @@ def steps(
         valid, labels = needed(batch.boxes_valid, "boxes_valid"), needed(batch.labels, "labels")
         batch = replace(batch, boxes_valid=valid & _first_of_its_class(labels))
     train_state = assembly.initial_state(made)
+    finish = task.finishing(train=False)  # other capacities than in training
+    seen = batch if finish is None else finish(replace(batch, tables=None))
     if comparable:
         for path, leaf in tree.flatten(train_state.params).items():
             if path.endswith("offset.bias"):
@@ -174,7 +189,7 @@ def steps(
             train_state.loss_scale.scale.fill_(64.0)
     return {
         "train": (assembly.pure_step(made), (train_state, batch)),
-        "inference": (task.predict, (train_state.params, train_state.state, batch)),
+        "inference": (task.predict, (train_state.params, train_state.state, seen)),
     }
 
 

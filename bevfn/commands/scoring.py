@@ -122,6 +122,7 @@ def _found(task: tasks.Task, checkpoint: Path, *, device: str, **settings: Any) 
         *(detect if task.score is None else collect, index),
         *(task.predict, params, state, index, task.data.eval_reading),
         device=device,
+        finish=task.finishing(train=False),
         **settings,
     )
 

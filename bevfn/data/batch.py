@@ -16,7 +16,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -143,6 +143,9 @@ class Batch:
     """[B,T,N,3,3] float32: base_from_camera[:3,:3] @ inverse(intrinsics[:3,:3])."""
     depth: Tensor | None = None
     """[B,N,H,W] float32: LiDAR depth along the optical axis in the key frame's images [m], 0 where no point falls."""
+    tables: Any = None
+    """A model's own pytree: what it computes of the other fields alone, where the loader's workers have done it
+    (`training.tasks.Task.tables`). None: the model does it in its graph."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -183,7 +186,7 @@ class Batch:
         Raises ValueError naming the first field that is wrong.
         """
         _check_groups(self)
-        values = tree.flatten(self)
+        values = {name: value for name, value in tree.flatten(self).items() if name in _LAYOUT}
         _check_layouts(values)
         for name, valid in (("points", self.points_valid), ("boxes", self.boxes_valid), ("labels", self.boxes_valid)):
             if valid is not None and not bool(valid.all()) and bool((values[name][~valid] != 0).any()):

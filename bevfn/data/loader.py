@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -110,13 +110,15 @@ def batches(
     accumulate: int = 1,
     start_step: int = 0,
     wrap: bool = True,
+    finish: Callable[[Batch], Batch] | None = None,
 ) -> Generator[Loaded, None, None]:
     """This process' microbatches of one epoch, from step `start_step` on: `accumulate` of them per step.
 
     order: [n] int, the places of the epoch's samples. With B = batch_size * replicas * accumulate, step s has the positions
     [s*B, (s+1)*B), of which microbatch rank * accumulate + a takes its part: R processes and A accumulations with the
     same R * A see the same microbatches. Positions behind the end wrap around (as mmengine's DefaultSampler), or without
-    `wrap` repeat the last sample, whose token the caller then sees again.
+    `wrap` repeat the last sample, whose token the caller then sees again. `finish` adds to a batch what can be computed of it
+    beforehand, in the worker that read it.
 
     Closing the iterator ends the workers. Raises ValueError for arguments that do not fit; while iterating, ValueError
     with a damaged sample's own sentence (on_damaged "stop", or TRIES in a row), ChildProcessError if a worker was killed.
@@ -130,7 +132,7 @@ def batches(
     steps = range(start_step, steps_per_epoch(len(order), config.batch_size, replicas, accumulate))
     parts = [rank * accumulate + a for a in range(accumulate)]
     starts = [(step * replicas * accumulate + part) * config.batch_size for step in steps for part in parts]
-    return _iterate(_Epoch(load, order, config, seed, epoch, capacities, wrap), starts)
+    return _iterate(_Epoch(load, order, config, seed, epoch, capacities, wrap, finish), starts)
 
 
 def _iterate(epoch: "_Epoch", starts: list[int]) -> Generator[Loaded, None, None]:
@@ -167,6 +169,7 @@ class _Epoch(torch.utils.data.Dataset):
     epoch: int
     capacities: Capacities
     wrap: bool
+    finish: Callable[[Batch], Batch] | None
 
     def __getitem__(self, start: int) -> "Loaded | _Damaged":
         samples: list[Sample] = []
@@ -175,6 +178,7 @@ class _Epoch(torch.utils.data.Dataset):
             for position in range(start, start + self.config.batch_size):
                 samples.append(self._sample(position, problems, samples[0] if samples else None))
             batch, counts = collate(samples, capacities=self.capacities)
+            batch = batch if self.finish is None else self.finish(batch)
         except DAMAGED as error:
             return _Damaged(_sentence(error), traceback.format_exc())
         return Loaded(batch, {**counts, "bad/samples": len(problems)}, [s.token for s in samples], problems)

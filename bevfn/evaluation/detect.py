@@ -50,6 +50,7 @@ def collect(
     backend: str = "eager",
     device: str = "cpu",
     replicas: Replicas | None = None,
+    finish: Callable[[Batch], Batch] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
@@ -57,7 +58,7 @@ def collect(
     those that the model got, and `metrics.COUNTERS`; both on every replica.
 
     predict(params, state, batch) -> {name: [B ...]}, and counters, 0-d. reading: how key frames are read. pick: what is kept
-    of a key frame's rows. Key frames are shared out over the replicas; what pads the last batch appears once, but counts
+    of a key frame's rows. finish: see `loader.batches`. Key frames are shared out over the replicas; what pads the last batch appears once, but counts
     again. warn: gets a sentence as soon as a counter is not zero.
     """
     rank, count = (replicas.rank, replicas.count) if replicas is not None else (0, 1)
@@ -73,6 +74,7 @@ def collect(
         capacities=reading.capacities,
         rank=rank,
         replicas=count,
+        finish=finish,
     )
     found: dict[str, np.ndarray] = {}
     names: dict[str, None] = {}

@@ -112,6 +112,18 @@ class Config:
         return x, y, z + 1
 
 
+@tree.register
+@dataclass(frozen=True)
+class Tables:
+    """What `apply` computes of a batch's points and calibration alone, before its first parameter; see `with_tables`."""
+
+    voxels: dict[str, Tensor] | None
+    """"features" [B V 5] float32, "coords" [B V 3], "count" [B V], "found" [B] int32; of the LiDAR branch, see `voxelize`"""
+    neighbours: sparse_encoder.Tables | None
+    depth: Tensor | None
+    """[B N H W] float32, of cameras that see LiDAR depth (`lift_splat.lidar_depth_map`)"""
+
+
 def lidar_camera() -> Config:
     """The published LiDAR-camera model (mmdetection3d bevfusion_lidar-cam_voxel0075_second_secfpn)."""
     return Config()
@@ -249,6 +261,23 @@ def needs(config: Config) -> Needs:
     )
 
 
+def with_tables(batch: Batch, *, config: Config, train: bool) -> Batch:
+    """The batch, on the CPU, with its `Tables`, which `apply` then does not compute: the same numbers, bit for bit, of the C++
+    kernels in the processes that read. On an Ascend NPU they are half of a step (docs/ascend.md)."""
+    voxels = sites = depth = None
+    with torch.no_grad():
+        if config.lidar is not None:
+            points, valid = needed(batch.points, "points"), needed(batch.points_valid, "points_valid")
+            voxels = _voxels(points, valid, config.voxels, train=train)
+            grid = config.sparse_grid
+            of = config.lidar.encoder
+            sites = sparse_encoder.tables(voxels["coords"], voxels["count"] > 0, config=of, grid=grid)
+        if config.camera is not None and config.camera.view.lidar_depth:
+            size = config.camera.view.grid.image_size
+            depth = lift_splat.lidar_depth_map(batch, size, on_host=True)
+    return replace(batch, tables=Tables(voxels, sites, depth))
+
+
 def apply(
     params: dict,
     state: dict,
@@ -311,8 +340,10 @@ def _camera_branch(
     assert config.camera is not None
     outputs, new = image_features(params, state, batch, config, train, policy, key)
     # Upstream forces the view transform to float32 under autocast.
+    depth = None if batch.tables is None else batch.tables.depth
+    neck, view = outputs["neck"][0].float(), config.camera.view
     outputs["view"], new["view"] = lift_splat.apply(
-        params["view"], state["view"], outputs["neck"][0].float(), batch, config=config.camera.view, train=train
+        params["view"], state["view"], neck, batch, config=view, train=train, depth=depth
     )
     return outputs, new
 
@@ -333,15 +364,34 @@ def image_features(
 def _lidar_branch(
     params: dict, state: dict, batch: Batch, config: Config, train: Train, policy: Policy
 ) -> tuple[dict, dict]:
-    points, valid = needed(batch.points, "points"), needed(batch.points_valid, "points_valid")
-    voxels, overflow = voxelise(points, valid, config.voxels, train=train)
-    sparse, new = encode(params, state, voxels, config, train, policy)
+    if batch.tables is None:
+        points, valid = needed(batch.points, "points"), needed(batch.points_valid, "points_valid")
+        made, sites = _voxels(points, valid, config.voxels, train=train), None
+    else:
+        made, sites = batch.tables.voxels, batch.tables.neighbours
+        wanted = [batch.base_aug.shape[0], config.voxels.max_voxels[0 if train else 1]]
+        if made is None or list(made["count"].shape) != wanted:
+            given = "no" if made is None else f"{list(made['count'].shape)}"
+            raise ValueError(
+                f"the batch's tables have {given} voxels, the model has {wanted} (samples, voxels each, "
+                f"{'training' if train else 'evaluation'}); make tables by the config that is run"
+            )
+    voxels, overflow = _counted(made)
+    sparse, new = encode(params, state, voxels, config, train, policy, sites)
     overflow |= sparse.pop("overflow")
     return {"voxels": voxels, "lidar": sparse, "overflow": overflow}, new
 
 
-def encode(params: dict, state: dict, voxels: dict, config: Config, train: Train, policy: Policy) -> tuple[dict, dict]:
-    """`sparse_encoder.apply` of voxels as `voxelise` makes them; those with a count of 0 are none."""
+def encode(
+    params: dict,
+    state: dict,
+    voxels: dict,
+    config: Config,
+    train: Train,
+    policy: Policy,
+    sites: sparse_encoder.Tables | None = None,
+) -> tuple[dict, dict]:
+    """`sparse_encoder.apply` of voxels as `voxelise` makes them; those with a count of 0 are none. sites: their tables."""
     assert config.lidar is not None
     return sparse_encoder.apply(
         params,
@@ -352,6 +402,7 @@ def encode(params: dict, state: dict, voxels: dict, config: Config, train: Train
         config=config.lidar.encoder,
         grid=config.sparse_grid,
         train=train,
+        given=sites,
     )
 
 
@@ -364,7 +415,12 @@ def _encoded(features: Tensor, config: Lidar) -> Tensor:
 
 def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: Train) -> tuple[dict, dict]:
     """points [B P 5] -> {"features" [B V 5], "coords" [B V 3], "count" [B V]}, {"voxels_l0": voxels dropped}."""
-    features, coords, count, found = voxelize(
+    return _counted(_voxels(points, valid, config, train=train))
+
+
+def _voxels(points: Tensor, valid: Tensor, config: Voxels, *, train: Train) -> dict[str, Tensor]:
+    """`voxelize`'s results by their names."""
+    made = voxelize(
         points,
         valid,
         lower=config.lower,
@@ -373,8 +429,14 @@ def voxelise(points: Tensor, valid: Tensor, config: Voxels, *, train: Train) -> 
         max_points=config.max_points,
         max_voxels=config.max_voxels[0 if train else 1],
     )
-    dropped = (found - features.shape[1]).clamp(min=0).sum()
-    return {"features": features, "coords": coords, "count": count}, {"voxels_l0": dropped}
+    return dict(zip(("features", "coords", "count", "found"), made))
+
+
+def _counted(voxels: dict[str, Tensor]) -> tuple[dict, dict]:
+    """The voxels, and what did not fit."""
+    kept = {name: value for name, value in voxels.items() if name != "found"}
+    dropped = (voxels["found"] - voxels["count"].shape[1]).clamp(min=0).sum()
+    return kept, {"voxels_l0": dropped}
 
 
 def loss(

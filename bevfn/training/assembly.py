@@ -88,4 +88,5 @@ def example(run: Run) -> Batch:
     data, reading = run.task.data, run.task.data.reading(0)
     sample = scene.load(data.training, 0, reading, np.random.default_rng(0), database=data.database)
     batch, _ = collate([sample] * run.config.batch_size, capacities=reading.capacities)
-    return batch.to(run.device)
+    finish = run.task.finishing(train=True)
+    return (batch if finish is None else finish(batch)).to(run.device)

@@ -173,7 +173,7 @@ def parse(defaults: Defaults, arguments: list[str], description: str | None = No
     fitting = (m for m, one in some.items() if all(str(getattr(one, n)) == v for n, v in chosen.items()))
     # Tyro names the choices for an unknown model, the config what contradicts a known one.
     of = defaults.get(next(fitting, chosen.get("model", "")), first)
-    default = _fitting(of, None if root is None else Path(root))
+    default = fitting_root(of, None if root is None else Path(root))
     if replayed is not None:
         stored = run_folder.stored_config(replayed, default)
         default = replace(stored, run_dir=default.run_dir, resume=False, force=False)
@@ -203,7 +203,7 @@ def _replayed(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return path, rest
 
 
-def _fitting(defaults: Mapping[source.Kind, Config], root: Path | None) -> Config:
+def fitting_root(defaults: Mapping[source.Kind, Config], root: Path | None) -> Config:
     """The defaults for what lies at the data root; those of the synthetic world for one that somebody made. Raises ValueError."""
     found = source.of_kind(defaults, root)
     return defaults["synthetic"] if "synthetic" in defaults and source.is_world(root) else found

@@ -33,6 +33,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
             backend=config.eval_backend,
             device=run.device,
             replicas=run.replicas,
+            finish=run.task.finishing(train=False),
             warn=print,
             progress=progress,
         )

@@ -42,7 +42,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("warm_up", "warmup_steps", "sync_after", "workers", "checkpoint_every", "eval_every"), COUNT),
     **dict.fromkeys(("sweeps", "paste_off", "ema_updates", "eval_last"), COUNT),
     **dict.fromkeys(("lr", "recipe_lr", "clip_norm", "ema_ramp", "class_reach", "range_m"), POSITIVE),
-    **dict.fromkeys(("weight_decay", "image_backbone_lr", "depth_loss"), WEIGHT),
+    **dict.fromkeys(("headroom", "weight_decay", "image_backbone_lr", "depth_loss"), WEIGHT),
     **dict.fromkeys(("warmup_factor", "start_lr", "final_lr"), SHARE),
     **dict.fromkeys(("lr_turn", "beta1_turn"), WITHIN),
     "milestones": SIZE,
@@ -56,7 +56,7 @@ LIMITS: dict[str, Limit] = {
     "seed": SEED,
     "stage": Limit(1, 2),
     # of the commands
-    **dict.fromkeys(("repeats", "samples", "scenes", "frames", "image_size"), SIZE),
+    **dict.fromkeys(("repeats", "samples", "scenes", "frames", "image_size", "capacities"), SIZE),
     **dict.fromkeys(("threads", "execute", "show"), COUNT),
     **dict.fromkeys(("devices", "buckets"), SIZE),
     **dict.fromkeys(("step_seconds", "disk"), POSITIVE),

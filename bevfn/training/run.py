@@ -187,6 +187,7 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
             replicas=count,
             accumulate=config.accumulate,
             start_step=within,
+            finish=run.task.finishing(train=True),
         )
         with contextlib.closing(stream):
             for step in range(epoch * plan.steps_per_epoch + within, (epoch + 1) * plan.steps_per_epoch):

@@ -88,6 +88,12 @@ class Task:
     """of a model that detects, in evaluation -> (outputs that name every boundary, state)"""
     decode: Callable[[dict], dict[str, torch.Tensor]] | None = None
     """these outputs -> what `predict` gives"""
+    tables: Callable[..., Batch] | None = None
+    """(batch on the CPU, train=) -> the batch with `Batch.tables`: what the loader's workers compute in place of the step"""
+
+    def finishing(self, *, train: bool) -> Callable[[Batch], Batch] | None:
+        """`loader.batches`' finish."""
+        return self.tables and partial(self.tables, train=train)
 
 
 class Family(Protocol):

@@ -78,15 +78,24 @@ def init(config: Config, generator: torch.Generator) -> tuple[dict, dict]:
 
 
 def apply(
-    params: dict, state: dict, feature: Tensor, batch: Batch, *, config: Config, train: Train
+    params: dict,
+    state: dict,
+    feature: Tensor,
+    batch: Batch,
+    *,
+    config: Config,
+    train: Train,
+    depth: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict]:
     """feature [B*N C H W] of the batch's cameras -> (outputs, new state), float32.
+
+    depth: the `lidar_depth_map` [B N image rows, columns]; None: it is made here.
 
     Outputs: `depth_map` [B*N image rows, columns] (m, 0 = no point) and `depth_transform` [B*N 64 H W] with LiDAR depth;
     `depth_net` [B*N D+C H W] logits and context; `geometry` [B N D H W 3] (m, augmented base frame); `bev_pool`
     [B C X Y]; `bev` [B C X/2 Y/2]. No gradient flows into geometry or the depth map.
 
-    Raises ValueError if the batch has no cameras or the feature is not of `config.grid.feature_size`.
+    Raises ValueError if the batch has no cameras, if the feature is not of `config.grid.feature_size` or depth of another size.
     """
     size = tuple(feature.shape[-2:])
     grid = config.grid
@@ -97,7 +106,13 @@ def apply(
     through = partial(_layers, params, state, new, train=train, recompute=config.recompute)
     x = feature.float()
     if config.lidar_depth:
-        depth_map = lidar_depth_map(batch, grid.image_size).flatten(0, 1)  # BN image rows, columns
+        depth = lidar_depth_map(batch, grid.image_size) if depth is None else depth
+        if depth.shape[2:] != grid.image_size or len(x) != depth.shape[0] * depth.shape[1]:
+            raise ValueError(
+                f"the batch's depth maps are {list(depth.shape)}, the model's are of {len(x)} images of {grid.image_size}; "
+                "make tables by the config that is run"
+            )
+        depth_map = depth.flatten(0, 1)  # BN image rows, columns
         image = depth_map[..., None].permute(0, 3, 1, 2)  # one channel, and channels-last to what decides by strides
         y = through("depth_transform", image)
         outputs |= {"depth_map": depth_map, "depth_transform": y}
@@ -111,11 +126,15 @@ def apply(
     return outputs, new
 
 
-def lidar_depth_map(batch: Batch, image_size: tuple[int, int]) -> Tensor:
-    """Depth of the LiDAR points in the key frame's images [B N *image_size], m, 0 where no point falls."""
+def lidar_depth_map(batch: Batch, image_size: tuple[int, int], *, on_host: bool = False) -> Tensor:
+    """Depth of the LiDAR points in the key frame's images [B N *image_size], m, 0 where no point falls.
+
+    on_host: written point by point, the same bits; not for graphs.
+    """
     cloud = camera_grid.of_frame(batch, 0, "points", "points_valid")
     fields = camera_grid.of_frame(batch, 0, "undo_base_aug", "base_aug", "image_from_base", "image_aug")
-    return geometry.depth_map(geometry.project(cloud["points"], **fields), cloud["points_valid"], image_size)
+    drawn = geometry.depth_map_on_host if on_host else geometry.depth_map
+    return drawn(geometry.project(cloud["points"], **fields), cloud["points_valid"], image_size)
 
 
 def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: Train, recompute: bool) -> Tensor:

@@ -80,22 +80,28 @@ def half_convolutions(module: fx.GraphModule) -> None:
 
 
 def shifts(module: fx.GraphModule) -> None:
-    """Right shifts of integers that a mask keeps below 2^32, in float32: the AI Core has no shift.
+    """Right shifts of integers of 32 bits, of which a mask keeps 24 at most, without a shift, which the AI Core has not.
 
-    The mask must clear what is shifted out, and at most 24 bits stay: exact in float32.
+    int32 as a division, which A2's kernel makes in float32: exact, as the mask clears what is shifted out and negative numbers
+    are rounded down. int64, below 2^32, in float32 likewise.
     """
     for node in list(module.graph.nodes):
         if node.target is not aten.__rshift__.Scalar or node.args[0].target is not aten.bitwise_and.Scalar:
             continue
         (masked, bits), mask = node.args, node.args[0].args[1]
-        if not (8 <= bits < 32 and 0 <= mask < 1 << 32 and mask % (1 << bits) == 0):
-            continue
         value, dtype = node.meta["val"], masked.meta["val"].dtype
+        most, whole = (30, -(1 << 31) <= mask < 0) if dtype == torch.int32 else (31, 0 <= mask < 1 << 32)
+        if not (8 <= bits <= most and whole and mask % (1 << bits) == 0):
+            continue
         with module.graph.inserting_before(node):
-            wide = module.graph.call_function(aten._to_copy.default, (masked,), {"dtype": torch.float32})
-            scaled = module.graph.call_function(aten.mul.Tensor, (wide, 2.0**-bits))
-            shifted = module.graph.call_function(aten._to_copy.default, (scaled,), {"dtype": dtype})
-        wide.meta = scaled.meta = dict(node.meta, val=value.float())
+            if dtype == torch.int32:
+                step: dict[str, Any] = {"rounding_mode": "floor"}
+                shifted = module.graph.call_function(aten.div.Tensor_mode, (masked, 1 << bits), step)
+            else:
+                wide = module.graph.call_function(aten._to_copy.default, (masked,), {"dtype": torch.float32})
+                scaled = module.graph.call_function(aten.mul.Tensor, (wide, 2.0**-bits))
+                shifted = module.graph.call_function(aten._to_copy.default, (scaled,), {"dtype": dtype})
+                wide.meta = scaled.meta = dict(node.meta, val=value.float())
         shifted.meta = dict(node.meta)
         node.replace_all_uses_with(shifted)
         module.graph.erase_node(node)
