@@ -9,7 +9,7 @@ import small_cameras
 import torch
 
 from bevfn import cli
-from bevfn.bench import attention, checkpoint, data, deform, machine, pool, startup, step, views
+from bevfn.bench import attention, checkpoint, data, deform, deploy, machine, pool, startup, step, views
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.models import bevdepth
@@ -114,6 +114,26 @@ def test_a_step_is_measured(model, frame):
     figures = made["train/eager"]
     assert figures["gflop"] > 1 and figures["seconds"] > 0 and figures["share_of_gemm_peak"] > 0
     assert 0.2 < figures["first_call_peak_memory_gb"] <= figures["peak_memory_gb"]
+
+
+def test_exported_files_are_measured_beside_the_detector(monkeypatch):
+    """In this process, without compilers; that a process is a fresh one is `in_process`'s."""
+    monkeypatch.setattr(machine, "in_process", lambda target, *arguments: target(*arguments))
+    threads = torch.get_num_threads()
+    setting = deploy.Setting("bevfusion-lidar", None, None, "mini", threads, 1, ("eager", "onnxruntime"))
+    made = deploy.measure(setting)
+    assert list(made["runtimes"]) == ["eager", "onnxruntime"] and made["absent"] == {}
+    assert list(made["export"]) == ["onnx"] and made["export"]["onnx"]["bytes"] > 100_000
+    assert made["export"]["onnx"]["seconds"].keys() == {"trace", "write", "run"}
+    for figures in made["runtimes"].values():
+        assert figures["seconds"] > 0 and figures["peak_memory_gb"] >= figures["imports_gb"] > 0
+        assert figures["found_of_eager"] > 0.99
+
+
+def test_a_runtime_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert deploy.missing("openvino-voxels") == "openvino is not installed: pip install openvino"
+    assert deploy.missing("onnxruntime").startswith("onnxruntime is not installed")
 
 
 def test_checkpoints_are_measured_and_leave_nothing(tmp_path):

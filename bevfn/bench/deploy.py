@@ -60,7 +60,7 @@ def measure(setting: Setting) -> dict:
     absent = {name: why for name in setting.only if (why := missing(name))}
     names = [name for name in setting.only if name not in absent]
     files = sorted({READS[name] for name in names if name in READS})
-    if "air" not in files and _has_converters():
+    if setting.only == RUNTIMES and _has_converters():  # which runs nowhere here
         files.append("air")
     with tempfile.TemporaryDirectory(prefix="bevfn-deploy-") as made:
         folder = Path(made)
