@@ -101,7 +101,7 @@ def test_half_precision_and_voxels_in(trained, frame, tmp_path):
 
     assert DT_FLOAT16 in kinds
     said = json.loads((tmp_path / "half" / manifest.NAME).read_text())
-    assert [entry["name"] for entry in said["inputs"]][0] == "voxel_features" and said["precision"] == "fp16"
+    assert said["inputs"][0]["name"] == "voxel_features" and said["precision"] == "fp16"
 
 
 def tiny() -> tuple:
@@ -114,7 +114,7 @@ def tiny() -> tuple:
 def test_a_graph_beyond_what_a_protobuf_holds_is_refused(monkeypatch, tmp_path):
     for most in (100, 300):  # the weights alone; with the graph
         monkeypatch.setattr(air, "MOST", most)
-        with pytest.raises(ValueError, match="more than the 2 GB of an .air, which is one protobuf message"):
+        with pytest.raises(ValueError, match=r"more than the 2 GB of an \.air, which is one protobuf message"):
             air.write(tiny(), tmp_path / air.FILE)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(air, "MOST", 2**20)

@@ -51,9 +51,7 @@ def test_without_a_compiler_nothing_is_written(monkeypatch, capsys, tmp_path):
 
 def test_what_is_there_is_kept(monkeypatch, capsys, tmp_path):
     (tmp_path / "mine").touch()
-    refused(
-        monkeypatch, capsys, "exists and is not empty", tmp_path / "none.pth", "--out", tmp_path, "--to", "aoti"
-    )
+    refused(monkeypatch, capsys, "exists and is not empty", tmp_path / "none.pth", "--out", tmp_path, "--to", "aoti")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

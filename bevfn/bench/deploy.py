@@ -111,7 +111,12 @@ def _prepared(setting: Setting) -> tuple[detector.Detector, Batch]:
 
 def _export(setting: Setting, name: str, folder: Path) -> dict:
     """Writes a file and its inputs: seconds of every phase, bytes, peak memory."""
-    kinds = {"onnx": build.onnx_kind, "onnx-voxels": build.onnx_kind, "aoti": lambda: aoti.KIND, "air": lambda: air.KIND}
+    kinds = {
+        "onnx": build.onnx_kind,
+        "onnx-voxels": build.onnx_kind,
+        "aoti": lambda: aoti.KIND,
+        "air": lambda: air.KIND,
+    }
     kind = kinds[name]()
     made, batch = _prepared(setting)
     seconds: dict[str, float] = {}

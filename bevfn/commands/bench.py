@@ -156,9 +156,7 @@ def deploy(
     scale: Scale = "published",
     threads: int = 1,
     repeats: int = 5,
-    only: tuple[
-        Literal["eager", "inductor", "aoti", "onnxruntime", "onnxruntime-voxels", "openvino-voxels"], ...
-    ] = (),
+    only: tuple[Literal["eager", "inductor", "aoti", "onnxruntime", "onnxruntime-voxels", "openvino-voxels"], ...] = (),
     json_file: Json = None,
 ) -> None:
     """A detector in the runtimes that `bevfn export` writes for, which take turns: seconds per frame, memory, files, export.

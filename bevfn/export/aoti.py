@@ -21,7 +21,6 @@ from torch import fx
 
 from bevfn import compile as compilation
 from bevfn import provenance
-from bevfn.ascend.trace import results
 from bevfn.data.batch import Batch
 from bevfn.detector import Detector
 from bevfn.export import flow
@@ -73,9 +72,7 @@ def write(made: flow.Flow, path: Path) -> tuple[Run, dict[str, Any]]:
     compilation.ready()
     with writing(path), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's own parts
-        torch._inductor.aoti_compile_and_package(
-            exported(made), package_path=str(path), inductor_configs=dict(OPTIONS)
-        )
+        torch._inductor.aoti_compile_and_package(exported(made), package_path=str(path), inductor_configs=dict(OPTIONS))
 
     def ran(inputs: Arrays, _: bool) -> dict[str, np.ndarray]:
         return dict(zip(made.outputs, run(path, inputs), strict=True))

@@ -1,5 +1,7 @@
 """A flow as torch.export's program, without tracing it again: what torch's own writers of files take."""
 
+from typing import Any
+
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
