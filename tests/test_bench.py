@@ -9,7 +9,8 @@ import small_cameras
 import torch
 
 from bevfn import cli
-from bevfn.bench import attention, checkpoint, data, deform, deploy, machine, pool, startup, step, views
+from bevfn.bench import attention, checkpoint, data, deform, machine, pool, startup, step, views
+from bevfn.export import bench as deploy
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.models import bevdepth

@@ -171,7 +171,7 @@ def deploy(
         only: which are measured; by default all that are installed
         json_file: also write the figures there, with the machine named
     """
-    from bevfn.bench import deploy
+    from bevfn.export import bench as deploy
 
     threads = _threads(threads)
     setting = deploy.Setting(model, checkpoint, frame, scale, threads, repeats, only or deploy.RUNTIMES)

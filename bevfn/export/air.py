@@ -6,9 +6,8 @@ an A2's kernels compute. Neither CANN nor a device is needed, and none has read 
 Source: hicann/ge ffdcbc9f, api/atc/main_impl.cc (`Model::LoadFromFile`: one ModelDef, which torchair hands to GE too).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -76,11 +75,10 @@ def write(made: flow.Flow, path: Path) -> tuple[Run, dict[str, Any]]:
         raise ValueError(_too_large(model.ByteSize()))
     with writing(path):
         path.write_bytes(model.SerializeToString())
-    names = {value: name for name, value in found.items()}
 
     def ran(inputs: Arrays, inside: bool) -> dict[str, np.ndarray]:
-        results, seen = run(path, inputs, names if inside else {})
-        return dict(zip(made.outputs, results)) | seen
+        results, seen = run(path, inputs, found.values() if inside else ())
+        return dict(zip(made.outputs, results)) | {name: seen[value] for name, value in found.items() if inside}
 
     return ran, {"values": found}
 
@@ -113,13 +111,8 @@ def _only(graph: Any, end: Any, values: list[str]) -> None:
             del graph.op[place]
 
 
-def run(
-    path: Path, inputs: Arrays, names: Mapping[str, str] = MappingProxyType({})
-) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """The file in the interpreter, as an A2's kernels compute: (outputs in order, values inside by their `names`).
-
-    names: {GE value ("node:index"): name}.
-    """
+def run(path: Path, inputs: Arrays, inside: Iterable[str] = ()) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """The file in the interpreter, as an A2's kernels compute: (outputs in order, values `inside` by name, "node:index")."""
     from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
 
     from bevfn.ascend import interpret
@@ -128,11 +121,11 @@ def run(
     model = ModelDef()
     model.ParseFromString(path.read_bytes())
     (graph,) = model.graph
-    found: dict[str, np.ndarray] = {}
+    wanted, found = set(inside), {}
 
     def watch(node: Any, results: tuple) -> None:
         for i, value in enumerate(results):
-            if name := names.get(f"{node.name}:{i}"):
+            if (name := f"{node.name}:{i}") in wanted:
                 found[name] = value.numpy().copy()
 
     program = interpret.prepare(graph, kernels.meanings(), device="a2")
