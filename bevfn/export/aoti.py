@@ -31,7 +31,10 @@ from bevfn.kernels import ascend as kernels
 from bevfn.kernels import native
 
 FILE = "model.pt2"
-OPTIONS = {"cpp.dynamic_threads": True}  # else the exporting process' number of threads would be compiled in
+OPTIONS = {
+    "cpp.dynamic_threads": True,  # else the exporting process' number of threads would be compiled in
+    "aot_inductor.precompile_headers": False,  # one file includes them: once is what it would cost beforehand too
+}
 CHILD = """
 import sys, numpy, torch
 package, given, found, threads = sys.argv[1:]
