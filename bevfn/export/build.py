@@ -118,8 +118,17 @@ def folder(
         )
         if failed:
             raise Differs(f"{verdict.text()}\nrefused, nothing is written: {failed}")
-        about = {"runtime": kind.runtime, "packages": kind.packages, "facts": facts}
-        said = manifest.make(detector, file, inputs, plain, **about, verdict=verdict, data=data)
+        said = manifest.make(
+            detector,
+            file,
+            inputs,
+            plain,
+            facts=facts,
+            runtime=kind.runtime,
+            packages=kind.packages,
+            verdict=verdict,
+            data=data,
+        )
         write_atomically(made / manifest.NAME, to_json(said, indent=1))
         with writing(made / EXAMPLE):
             np.savez_compressed(made / EXAMPLE, **inputs, **plain)

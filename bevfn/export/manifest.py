@@ -51,8 +51,8 @@ FRAMES = {
 def make(
     detector: Detector,
     file: Path,
-    inputs: dict[str, np.ndarray],
-    outputs: dict[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.ndarray],
     *,
     facts: Mapping[str, Any],
     runtime: str,
