@@ -74,11 +74,12 @@ def export(
     flags: dict[str, Any] = {"intensity": intensity, "fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
     made = detector.load(checkpoint, model=model, averages=averages, precision=precision, **flags)
-    full = made
+    float32 = None
     if precision != "fp32":
-        full = detector.load(checkpoint, model=model, averages=averages, precision="fp32", **flags)
+        float32 = detector.load(checkpoint, model=model, averages=averages, precision="fp32", **flags)
     with _shown(data, made.config.scale) as place:
-        made, full = made.at(place), full.at(place)
+        made = made.at(place)
+        full = made if float32 is None else float32.at(place)  # one object: the detector runs once
         index = inputs.read(place, scene_name, version)
         reading = made.ready(index)
         sample = scene.load(index, 0, reading)
