@@ -1,5 +1,6 @@
 """Benchmarks: what they compare computes the same, what they count is right, and files name the machine. No timings."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -134,9 +135,14 @@ def test_exported_files_are_measured_beside_the_detector(monkeypatch):
 
 
 def test_a_runtime_that_is_not_installed_is_told(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
     assert deploy.missing("openvino-voxels") == "openvino is not installed: pip install openvino"
-    assert deploy.missing("onnxruntime").startswith("onnxruntime is not installed")
+    assert deploy.missing("onnxruntime") == deploy.missing("eager") == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "pip install 'bevfn[export]'" in deploy.missing("onnxruntime") == deploy.missing("openvino-voxels")
+    assert "C++17 compiler" in deploy.missing("aoti")
 
 
 def test_checkpoints_are_measured_and_leave_nothing(tmp_path):

@@ -78,8 +78,16 @@ def measure(setting: Setting) -> dict:
 
 def missing(runtime: str) -> str:
     """Why a runtime cannot be measured here, or nothing."""
-    package = {"openvino-voxels": "openvino"}.get(runtime, "onnxruntime" if runtime.startswith("onnx") else "torch")
-    return "" if importlib.util.find_spec(package) else f"{package} is not installed: pip install {package}"
+    try:
+        if runtime == "aoti":
+            aoti.check()
+        elif runtime in READS:
+            build.check()
+    except ValueError as error:
+        return str(error)
+    if runtime.startswith("openvino") and importlib.util.find_spec("openvino") is None:
+        return "openvino is not installed: pip install openvino"
+    return ""
 
 
 def _has_converters() -> bool:
