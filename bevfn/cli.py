@@ -66,6 +66,7 @@ GROUPS: dict[str, tuple[str, Commands]] = {
                 "world": "bench world",
                 "checkpoint": "bench checkpoint",
                 "startup": "bench startup",
+                "deploy": "bench deploy",
                 "scale": "bench scale",
                 "cuda": "bench cuda",
                 "list": "bench list_",

@@ -129,10 +129,15 @@ def _compiled(flat: Callable, backend: str) -> Callable:
 
         return device.compiled(flat, backend)  # type: ignore[arg-type]
     if backend == "inductor":
-        native.compiler()  # one sentence now, not a traceback of inductor's later
-        _trust_cache()
-        _drop_half_written_libraries()
+        ready()
     return torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)
+
+
+def ready() -> None:
+    """What inductor wants before it compiles. Raises FileNotFoundError, one sentence, without a C++ compiler."""
+    native.compiler()  # now, not a traceback of inductor's later
+    _trust_cache()
+    _drop_half_written_libraries()
 
 
 def _cache() -> Path:

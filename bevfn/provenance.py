@@ -26,7 +26,7 @@ def head(device: str = "cpu") -> dict:
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -90,7 +90,7 @@ def _commit() -> str | None:
     return (git("describe", "--always", "--dirty", "--exclude", "*") or None) if tracked else None
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,5 +1,6 @@
 """Benchmarks: what they compare computes the same, what they count is right, and files name the machine. No timings."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 
 from bevfn import cli
 from bevfn.bench import attention, checkpoint, data, deform, machine, pool, startup, step, views
+from bevfn.export import bench as deploy
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.models import bevdepth
@@ -114,6 +116,33 @@ def test_a_step_is_measured(model, frame):
     figures = made["train/eager"]
     assert figures["gflop"] > 1 and figures["seconds"] > 0 and figures["share_of_gemm_peak"] > 0
     assert 0.2 < figures["first_call_peak_memory_gb"] <= figures["peak_memory_gb"]
+
+
+def test_exported_files_are_measured_beside_the_detector(monkeypatch):
+    """In this process, without compilers; that a process is a fresh one is `in_process`'s."""
+    monkeypatch.setattr(machine, "in_process", lambda target, *arguments: target(*arguments))
+    threads = torch.get_num_threads()
+    setting = deploy.Setting("bevfusion-lidar", None, None, "mini", threads, 1, ("eager", "onnxruntime"))
+    made = deploy.measure(setting)
+    assert list(made["runtimes"]) == ["eager", "onnxruntime"] and made["absent"] == {}
+    assert list(made["export"]) == ["onnx"] and made["export"]["onnx"]["bytes"] > 100_000
+    assert made["export"]["onnx"]["seconds"].keys() == {"trace", "write", "run"}
+    for figures in made["runtimes"].values():
+        assert figures["seconds"] > 0 and figures["peak_memory_gb"] >= figures["imports_gb"] > 0
+        assert (
+            figures["found_of_eager"] > 0.9
+        )  # 96 of 100: of drawn weights rounding decides which scores are the highest
+
+
+def test_a_runtime_that_is_not_installed_is_told(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
+    assert deploy.missing("openvino-voxels") == "openvino is not installed: pip install openvino"
+    assert deploy.missing("onnxruntime") == deploy.missing("eager") == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "pip install 'bevfn[export]'" in deploy.missing("onnxruntime") == deploy.missing("openvino-voxels")
+    assert "C++17 compiler" in deploy.missing("aoti")
 
 
 def test_checkpoints_are_measured_and_leave_nothing(tmp_path):

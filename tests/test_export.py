@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,42 +9,24 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import small_exports
 import small_runs
 import torch
+from small_exports import LIDAR, export, flow_of, refused, shown
 
 import bevfn
-from bevfn import cli, geometry, tree
-from bevfn.ascend.trace import trace
-from bevfn.data import inputs, scene
-from bevfn.data.batch import collate
+from bevfn import geometry, tree
 from bevfn.export import build, flow, manifest, translations, verify
 from bevfn.export import onnx as writer
 from bevfn.kernels.voxelize import voxelize
 from bevfn.parity import golden
 from bevfn.synth import key_frame
 
-LIDAR = "bevfusion-lidar"
-SMALL = {"sweeps": 1, "point_capacity": 40_000, "voxel_capacity": 20_000, "site_capacity": (20_000, 15_000, 9_000)}
-
-
 # --- operators: graphs of a few nodes, in onnxruntime as in torch
 
 
-def graph(step, *given: torch.Tensor) -> flow.Flow:
-    """The flow of a function of tensors that returns some."""
-    traced = trace(
-        lambda *x: {f"outputs.{i}": value for i, value in enumerate(step(*x))},
-        given,
-        decompositions=writer.table(),
-        takes=tuple("abcdefgh"[: len(given)]),
-    )
-    flow.simplified(traced.module)
-    names = [value.name for value in traced.inputs]
-    return flow.Flow(traced.module, dict(zip(names, given)), tuple(v.name for v in traced.outputs), ())
-
-
 def computed(step, *given: torch.Tensor, folder: Path) -> list[np.ndarray]:
-    made = graph(step, *given)
+    made = flow_of(step, *given, table=writer.table())
     writer.write(made, folder / "op.onnx")
     return list(verify.run(folder / "op.onnx", {name: value.numpy() for name, value in made.inputs.items()}).values())
 
@@ -141,27 +122,12 @@ def test_an_operator_without_a_translation_is_named_with_its_layer_and_line(tmp_
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    return small_runs.write(tmp_path_factory.mktemp("run") / "run", LIDAR, **SMALL).parent.parent
+    return small_exports.write_run(tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.fixture(scope="module")
 def frame(tmp_path_factory) -> Path:
-    return key_frame.write_frame(tmp_path_factory.mktemp("frame"), image_size=(90, 160))
-
-
-def shown(detector, frame: Path):
-    """(the detector as it reads the frame, the batch)."""
-    index = inputs.read(frame)
-    made = detector.at(frame)
-    reading = made.ready(index)
-    return made, collate([scene.load(index, 0, reading)], capacities=reading.capacities)[0]
-
-
-def export(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["bevfn", "export", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
+    return small_exports.write_frame(tmp_path_factory.mktemp("frame"))
 
 
 @pytest.fixture(scope="module")
@@ -293,12 +259,6 @@ def test_openvino_needs_voxels_in(exported, trained, frame, tmp_path):
 # --- refusals: one sentence, nothing left
 
 
-def refused(monkeypatch, capsys, says: str, *arguments) -> None:
-    assert export(monkeypatch, *arguments) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1, said
-
-
 def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported, frame, monkeypatch, capsys, tmp_path):
     out = tmp_path / "out"
     refused(monkeypatch, capsys, "exists and is not empty; choose another --out", trained, "--out", exported)
@@ -405,9 +365,10 @@ def test_a_small_model_of_every_family_is_exported(model, frame, monkeypatch, tm
 
 
 @pytest.mark.slow
-def test_bevnext_agrees_at_every_boundary(frame, tmp_path):
-    """Not in its boxes: nobody trained it, all its scores are 1, and which boxes are the highest is left open."""
-    made, batch = shown(bevfn.load(small_runs.write(tmp_path / "run", "bevnext-stage1")), frame)
+@pytest.mark.parametrize("model", ["bevnext-stage1", "bevnext-stage2", "awml-lidar", "awml-camera-lidar"])
+def test_models_agree_at_every_boundary_until_rounding_chooses(model, frame, tmp_path):
+    """Not in their boxes: nobody trained them, many scores are equal, and which are the highest is left open."""
+    made, batch = shown(bevfn.load(small_runs.write(tmp_path / "run", model)), frame)
     graph = flow.make(made, batch, table=writer.table())
     names = writer.write(graph, tmp_path / build.FILE)
     found = verify.run(tmp_path / build.FILE, {name: value.numpy() for name, value in graph.inputs.items()}, names)
@@ -415,7 +376,10 @@ def test_bevnext_agrees_at_every_boundary(frame, tmp_path):
     assert task.apply is not None
     with torch.no_grad():
         eager = tree.flatten(task.apply(made.params, made.state, batch)[0])
-    assert len(names) > 50 and all(verify.error(found[name], eager[name].numpy()) < 1e-5 for name in names)
+    errors = {name: verify.error(found[name], eager[name].numpy()) for name in names}
+    chosen = [i for i, name in enumerate(names) if name == "head.query_index" and errors[name]]
+    before = names[: chosen[0]] if chosen else names
+    assert len(before) > 20 and max(errors[name] for name in before) < 1e-5
 
 
 # --- published sizes

@@ -38,6 +38,20 @@ class Missing:
 
 
 @dataclass(frozen=True)
+class Converted:
+    """The GE graph of a graph of aten operators."""
+
+    graph: Any
+    """torchair's ge_ir_pb2.GraphDef"""
+    used: tuple[int, ...]
+    """of the Data nodes by index, which placeholder each is; those that nobody reads are not among them"""
+    places: tuple[int, ...]
+    """of the aten graph's outputs, which input of NetOutput each is"""
+    sources: dict[str, tuple[str, CodeLine | None]]
+    missing: tuple[Missing, ...]
+
+
+@dataclass(frozen=True)
 class Lowered:
     """One GE graph and what its inputs and outputs are."""
 
@@ -94,30 +108,23 @@ def lower(
     Raises ValueError naming operators and lines: no converter (strict), or a graph that depends on values.
     """
     torchair.load()
-    register_converters()
     started = time.perf_counter()
     traced = aten(step, arguments, takes=takes, returns=returns, ops=ops)
-    concrete, sources, missing = _convert(traced)
-    if strict and missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(f"no Ascend converter for {missing[0]}{more}; `bevfn graph` lists all")
-    used = tuple(info.func.fx_input_idx for info in concrete._input_info_list)
-    places = concrete._fx_outputs_mapping
-    graph, names = concrete.graph._proto, _finish(concrete.graph._proto, [traced.inputs[i].name for i in used])
-    outputs = [Value("", (), torch.float32)] * len(concrete.outputs)
+    made = convert(traced.module, [value.name for value in traced.inputs], strict=strict)
+    outputs = [Value("", (), torch.float32)] * len(traced.outputs)
     for i, value in enumerate(traced.outputs):
-        outputs[places[i]] = value
+        outputs[made.places[i]] = value
     return Lowered(
-        graph,
-        inputs=tuple(traced.inputs[i] for i in used),
+        made.graph,
+        inputs=tuple(traced.inputs[i] for i in made.used),
         outputs=tuple(outputs),
         aten=traced.module,
         seconds=time.perf_counter() - started,
-        sources={names.get(node, node): source for node, source in sources.items()},
-        missing=tuple(missing),
-        used=used,
+        sources=made.sources,
+        missing=made.missing,
+        used=made.used,
         spec=traced.spec,
-        returned=tuple(None if i is None else places[i] for i in traced.returned),
+        returned=tuple(None if i is None else made.places[i] for i in traced.returned),
         ops=ops,
     )
 
@@ -131,10 +138,14 @@ def aten(
     ops: kernels.Ops = "stock",
 ) -> Traced:
     """The graph of aten operators that is converted, here and on a device; see `lower`."""
-    table = {**decompositions.table(), **kernels.table(ops)}
-    traced = trace(step, arguments, decompositions=table, takes=takes, returns=returns)
+    traced = trace(step, arguments, decompositions=tables(ops), takes=takes, returns=returns)
     rewrites.apply(traced.module)
     return traced
+
+
+def tables(ops: kernels.Ops = "stock") -> dict[Any, Callable]:
+    """{operator: the same in operators that have converters}, for `trace`."""
+    return {**decompositions.table(), **kernels.table(ops)}
 
 
 HF32 = False
@@ -160,7 +171,33 @@ def config() -> Any:
     return made
 
 
-def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, CodeLine | None]], list[Missing]]:
+def convert(module: fx.GraphModule, names: Sequence[str], *, strict: bool = True) -> Converted:
+    """The GE graph of a graph of aten operators (`aten`, or `rewrites.apply` of one that was traced with `tables`).
+
+    Args:
+        names: of its placeholders, in order; the Data nodes'. Tensors that the module holds become Const nodes.
+        strict: as of `lower`
+
+    Raises ValueError as `lower` does.
+    """
+    torchair.load()
+    register_converters()
+    concrete, sources, missing = _convert(module)
+    if strict and missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"no Ascend converter for {missing[0]}{more}; `bevfn graph` lists all")
+    used = tuple(info.func.fx_input_idx for info in concrete._input_info_list)
+    renamed = _finish(concrete.graph._proto, [names[i] for i in used])
+    return Converted(
+        concrete.graph._proto,
+        used=used,
+        places=tuple(place for _, place in sorted(concrete._fx_outputs_mapping.items())),
+        sources={renamed.get(node, node): source for node, source in sources.items()},
+        missing=tuple(missing),
+    )
+
+
+def _convert(module: fx.GraphModule) -> tuple[Any, dict[str, tuple[str, CodeLine | None]], list[Missing]]:
     """(torchair's concrete graph, where every node came from, operators without a converter)."""
     from torchair._ge_concrete_graph.compat_ir import ge_op
     from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph, set_ge_outputs
@@ -171,7 +208,7 @@ def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, CodeLine | None]
     missing: list[Missing] = []
     compiler_config = config()
     # Private parts of torchair, for its public door compiles for a device: everything up to its GE graph, and no further.
-    fakes = [node.meta["val"] for node in traced.module.graph.nodes if node.op == "placeholder"]
+    fakes = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     concrete = GeConcreteGraph(compiler_config, name="step")
     concrete.graph.op_name_list = _Names()
 
@@ -204,10 +241,10 @@ def _convert(traced: Traced) -> tuple[Any, dict[str, tuple[str, CodeLine | None]
         set_ge_outputs(made, tensors)
         return made if isinstance(meta, (tuple, list)) else made[0]
 
-    observer = GraphTransformObserver(traced.module, fakes, compiler_config)
+    observer = GraphTransformObserver(module, fakes, compiler_config)
     context = torch._guards.TracingContext(fakes[0].fake_mode if fakes else None)
     with torch._guards.tracing(context), torch.no_grad():
-        module = _optimize_fx(traced.module, compiler_config, observer)
+        module = _optimize_fx(module, compiler_config, observer)
         concrete.save_fx_graph(module)
         Converter(module, graph=concrete, garbage_collect_values=False).run(*fakes)
         concrete.optimize_graph_without_runtime(*fakes, observer=observer, aot_gm=module)

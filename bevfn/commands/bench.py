@@ -148,6 +148,36 @@ def startup(
     _report("startup", partial(startup.measure, frame, experiment=experiment), json_file)
 
 
+def deploy(
+    *,
+    model: ModelName = "bevfusion-lidar",
+    checkpoint: Path | None = None,
+    frame: Path | None = None,
+    scale: Scale = "published",
+    threads: int = 1,
+    repeats: int = 5,
+    only: tuple[Literal["eager", "inductor", "aoti", "onnxruntime", "onnxruntime-voxels", "openvino-voxels"], ...] = (),
+    json_file: Json = None,
+) -> None:
+    """A detector in the runtimes that `bevfn export` writes for, which take turns: seconds per frame, memory, files, export.
+
+    Args:
+        model: what is exported
+        checkpoint: its weights, as of `bevfn predict`; drawn ones without it, whose boxes say nothing
+        frame: folder of a real key frame; a generated one without it
+        scale: mini is the size of demos and CI
+        threads: CPU threads of every runtime
+        repeats: timed rounds, of which the median counts
+        only: which are measured; by default all that are installed
+        json_file: also write the figures there, with the machine named
+    """
+    from bevfn.export import bench as deploy
+
+    threads = _threads(threads)
+    setting = deploy.Setting(model, checkpoint, frame, scale, threads, repeats, only or deploy.RUNTIMES)
+    _report("deploy", partial(deploy.measure, setting), json_file)
+
+
 def scale(
     *,
     model: ModelName = "bevfusion-lidar-camera",

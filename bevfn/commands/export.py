@@ -13,16 +13,23 @@ from bevfn import catalogue, detector
 from bevfn.choices import one_of
 from bevfn.data import inputs, scene, source
 from bevfn.data.batch import collate
-from bevfn.export import build
+from bevfn.export import air, aoti, build
 from bevfn.files import check_new_folder
 from bevfn.synth import key_frame, rig
+
+KINDS = {
+    "onnx": (build.check, build.onnx_folder),
+    "air": (air.check, air.folder),
+    "aoti": (aoti.check, aoti.folder),
+}
+"""{kind of file: (raises ValueError where what it needs is missing, writes the folder)}"""
 
 
 def export(
     checkpoint: Positional[Path],
     *,
     out: Path,
-    to: Literal["onnx"] = "onnx",
+    to: Literal["onnx", "air", "aoti"] = "onnx",
     model: Annotated[str | None, one_of(catalogue.MODELS)] = None,
     entry: Annotated[Literal["points", "voxels"], tyro.conf.arg(name="input")] = "points",
     precision: Literal["fp32", "fp16"] = "fp32",
@@ -36,16 +43,17 @@ def export(
     voxel_capacity: int | None = None,
     site_capacity: tuple[int, ...] | None = None,
 ) -> int:
-    """Writes the whole detector, from points and images to boxes, as a file that needs no torch, and verifies it.
+    """Writes the whole detector, from points and images to boxes, as a file that needs no bevfn, and verifies it.
 
-    model.onnx (stock operators, fixed shapes), manifest.json (inputs, outputs, capacities, what was compared), example.npz
-    (an example of both); needs `pip install 'bevfn[export]'`. docs/deploy.md reads them in twenty lines. Exit code 1, and
-    nothing is left, if the file's boundaries or boxes are not those of the eager detector.
+    model.onnx (stock operators, fixed shapes; needs `pip install 'bevfn[export]'`), model.air (an Ascend graph for CANN's atc;
+    needs `make npu`) or model.pt2 (compiled by AOTInductor for this CPU; needs a C++ compiler), manifest.json (inputs, outputs,
+    capacities, what was compared), example.npz (an example of both). docs/deploy.md reads them. Exit code 1, and nothing is
+    left, if what the file computes is not what the eager detector does.
 
     Args:
         checkpoint: as of `bevfn predict`: a run's folder, a step's, an imported file or a published one
         out: folder for the files, new or empty
-        to: kind of file
+        to: kind of file: onnx for onnxruntime and OpenVINO, air for Ascend, aoti for CPU servers with libtorch
         model: that the weights are of; by default the run's, or what the published file looks like
         entry: where the file begins: at points, or at voxels, which the vehicle's program then makes
         precision: fp16: half-precision weights and activations; sums by index, positions and geometry stay float32
@@ -60,23 +68,25 @@ def export(
         voxel_capacity: voxels
         site_capacity: active sites at each level of the sparse encoder
     """
-    build.check()
+    check, folder = KINDS[to]
+    check()
     check_new_folder(out)
     flags: dict[str, Any] = {"intensity": intensity, "fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
     made = detector.load(checkpoint, model=model, averages=averages, precision=precision, **flags)
-    full = made
+    float32 = None
     if precision != "fp32":
-        full = detector.load(checkpoint, model=model, averages=averages, precision="fp32", **flags)
+        float32 = detector.load(checkpoint, model=model, averages=averages, precision="fp32", **flags)
     with _shown(data, made.config.scale) as place:
-        made, full = made.at(place), full.at(place)
+        made = made.at(place)
+        full = made if float32 is None else float32.at(place)  # one object: the detector runs once
         index = inputs.read(place, scene_name, version)
         reading = made.ready(index)
         sample = scene.load(index, 0, reading)
         batch, _ = collate([sample], capacities=reading.capacities)
         what = "a generated key frame" if data is None else f"key frame {sample.token} of {data}"
         try:
-            print(build.onnx_folder(made, full, batch, out, entry=entry, data=what))
+            print(folder(made, full, batch, out, entry=entry, data=what))
         except build.Differs as error:
             print(error)
             return 1

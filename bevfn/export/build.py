@@ -4,7 +4,10 @@ What is in the folder was run and compared; a file that differs is not left ther
 """
 
 import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +15,33 @@ import torch
 from bevfn import tree
 from bevfn.data.batch import Batch
 from bevfn.detector import Detector
-from bevfn.export.flow import Entry
+from bevfn.export.flow import Entry, Flow
 from bevfn.files import new_folder, to_json, write_atomically, writing
 
 FILE, EXAMPLE = "model.onnx", "example.npz"
+Arrays = Mapping[str, np.ndarray]
+Run = Callable[[Arrays, bool], Arrays]
+"""(inputs, whether boundaries are asked for) -> outputs, and boundaries, by name"""
 
 
 class Differs(Exception):
     """A file that was verified and is not what the detector is: the first thing that differs, one sentence."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file; its functions import what they need when they are called."""
+
+    file: str
+    runtime: str
+    """where it is verified, for the manifest"""
+    packages: tuple[str, ...]
+    """whose versions make it what it is"""
+    make: Callable[[Detector, Batch, Entry], Flow]
+    write: Callable[[Flow, Path], tuple[Run, dict[str, Any]]]
+    """writes the file; returns how it runs, and what the manifest says of it besides. Raises ValueError, one sentence"""
+    merges: bool = False
+    """whether the runtime computes otherwise what nobody asks for: then the file runs again as it will be used"""
 
 
 def check() -> None:
@@ -33,8 +55,38 @@ def check() -> None:
         raise ValueError(f"an ONNX export needs {' and '.join(missing)}: pip install 'bevfn[export]'")
 
 
-def onnx_folder(
-    detector: Detector, reference: Detector, batch: Batch, out: Path, *, entry: Entry = "points", data: str = ""
+def onnx_folder(detector: Detector, reference: Detector, batch: Batch, out: Path, **how: Any) -> str:
+    """`folder` of an ONNX file."""
+    return folder(onnx_kind(), detector, reference, batch, out, **how)
+
+
+def onnx_kind() -> Kind:
+    """An ONNX file. Needs the extra's packages."""
+    from bevfn.export import flow, onnx, verify
+
+    def write(graph: Flow, file: Path) -> tuple[Run, dict[str, Any]]:
+        boundaries = onnx.write(graph, file)
+        return lambda given, inside: verify.run(file, given, boundaries if inside else ()), {"opset": onnx.OPSET}
+
+    return Kind(
+        file=FILE,
+        runtime="onnxruntime, CPU",
+        packages=("torch", "onnx", "onnxscript", "onnxruntime"),
+        make=lambda detector, batch, entry: flow.make(detector, batch, entry=entry, table=onnx.table()),
+        write=write,
+        merges=True,
+    )
+
+
+def folder(
+    kind: Kind,
+    detector: Detector,
+    reference: Detector,
+    batch: Batch,
+    out: Path,
+    *,
+    entry: Entry = "points",
+    data: str = "",
 ) -> str:
     """Writes `out`, new or empty, which appears complete or not at all; returns what was compared, as a table.
 
@@ -46,18 +98,18 @@ def onnx_folder(
 
     Raises ValueError, one sentence, for what cannot be exported, and Differs.
     """
-    from bevfn.export import flow, manifest, onnx, verify  # of the extra
+    from bevfn.export import manifest, verify
 
-    graph = flow.make(detector, batch, entry=entry, table=onnx.table())
+    graph = kind.make(detector, batch, entry)
     inputs = {name: value.numpy() for name, value in graph.inputs.items()}
-    with new_folder(out) as folder:
-        file = folder / FILE
-        boundaries = onnx.write(graph, file)
+    with new_folder(out) as made:
+        file = made / kind.file
+        run, facts = kind.write(graph, file)
         eager = _eager(detector, batch)
-        ours = verify.run(file, inputs, boundaries)
+        ours = run(inputs, True)
         truth = eager if reference is detector else _eager(reference, batch)
         verdict = verify.compare(ours, eager, truth, graph.outputs, detector.config.precision)
-        plain = verify.run(file, inputs)  # as it is used: the runtime may merge what is not asked for
+        plain = run(inputs, False) if kind.merges else {name: ours[name] for name in graph.outputs}
         again = verify.paired(plain, ours, verdict.boxes.near_m)
         failed = verdict.failed or (
             ""
@@ -66,10 +118,20 @@ def onnx_folder(
         )
         if failed:
             raise Differs(f"{verdict.text()}\nrefused, nothing is written: {failed}")
-        made = manifest.make(detector, file, inputs, plain, opset=onnx.OPSET, verdict=verdict, data=data)
-        write_atomically(folder / manifest.NAME, to_json(made, indent=1))
-        with writing(folder / EXAMPLE):
-            np.savez_compressed(folder / EXAMPLE, **inputs, **plain)
+        said = manifest.make(
+            detector,
+            file,
+            inputs,
+            plain,
+            facts=facts,
+            runtime=kind.runtime,
+            packages=kind.packages,
+            verdict=verdict,
+            data=data,
+        )
+        write_atomically(made / manifest.NAME, to_json(said, indent=1))
+        with writing(made / EXAMPLE):
+            np.savez_compressed(made / EXAMPLE, **inputs, **plain)
     return verdict.text()
 
 

@@ -44,13 +44,16 @@ class Flow:
         return dict(zip((*self.outputs, *self.boundaries), self.module(*inputs), strict=True))
 
 
-def make(detector: Detector, batch: Batch, *, entry: Entry = "points", table: dict[Any, Callable]) -> Flow:
+def make(
+    detector: Detector, batch: Batch, *, entry: Entry = "points", table: dict[Any, Callable], bits: bool = False
+) -> Flow:
     """The graph of a detector for batches of this one's shapes.
 
     Args:
         batch: of one sample, not augmented.
         entry: where it begins: at points, or at the voxels of them (`kernels.voxelize`).
         table: {operator: the same in others}, of the file's kind.
+        bits: whether integers are sorted as the bits of floats where the model says so: of Ascend's AI Core.
 
     Raises ValueError, one sentence, for a model that detects nothing, and for voxels of one that makes none.
     """
@@ -77,18 +80,19 @@ def make(detector: Detector, batch: Batch, *, entry: Entry = "points", table: di
         inputs = dict(zip(begins[-len(given) :], given.items()))
         if entry == "voxels":
             inputs |= _from_voxels(traced.module, inputs, detector.config.model)
-    simplified(traced.module)
+    simplified(traced.module, bits=bits)
     return _named(traced, inputs)
 
 
-def simplified(module: fx.GraphModule) -> None:
-    """The same graph without what says nothing in a file: names of a tensor for a gradient, and casts of bits around a sort."""
+def simplified(module: fx.GraphModule, *, bits: bool = False) -> None:
+    """The same graph without what says nothing in a file: names of a tensor for a gradient, and (unless `bits`) casts of bits
+    around a sort."""
     nodes: list[Any] = list(module.graph.nodes)
     for node in nodes:
         if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-    for node in nodes:
+    for node in nodes if not bits else ():
         if node.target is torch.ops.aten.sort.stable and node.args[0].target is torch.ops.aten.view.dtype:
             _sort_integers(node)
     module.graph.eliminate_dead_code()

@@ -6,6 +6,7 @@ the classes that labels index, what the file was made of and how far it is from 
 
 import hashlib
 import importlib.metadata
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,25 +51,34 @@ FRAMES = {
 def make(
     detector: Detector,
     file: Path,
-    inputs: dict[str, np.ndarray],
-    outputs: dict[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.ndarray],
     *,
-    opset: int,
+    facts: Mapping[str, Any],
+    runtime: str,
+    packages: Sequence[str],
     verdict: Verdict,
     data: str,
 ) -> dict[str, Any]:
-    """The manifest of an ONNX file; data: what the file was verified on, at the values inside that `verdict` names."""
+    """The manifest of a file.
+
+    Args:
+        facts: what a reader of this kind of file must know besides.
+        runtime: in which it was verified.
+        packages: whose versions made it.
+        data: what it was verified on, at the values inside that `verdict` names.
+    """
     config = detector.config
     return {
         "format": FORMAT,
-        "file": {"name": file.name, "bytes": file.stat().st_size, "sha256": checksum(file), "opset": opset},
+        "file": {"name": file.name, "bytes": file.stat().st_size, "sha256": checksum(file), **facts},
         "model": config.model,
         "scale": config.scale,
         "precision": config.precision,
         "checkpoint": str(detector.checkpoint),
         "versions": {
             "bevfn": bevfn.__version__,
-            **{name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
+            **{name: importlib.metadata.version(name) for name in packages},
         },
         "base_frame": FRAMES[detector.reading.base],
         "classes": list(detector.classes),
@@ -76,7 +86,7 @@ def make(
         "inputs": [_described(name, value) for name, value in inputs.items()],
         "outputs": [_described(name, value) for name, value in outputs.items()],
         "capacities": capacities(detector),
-        "verified": {"on": data, "runtime": "onnxruntime, CPU", **verdict.to_json()},
+        "verified": {"on": data, "runtime": runtime, **verdict.to_json()},
     }
 
 

@@ -17,24 +17,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-import torch.utils._pytree as pytree
 from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import fx
-from torch.export import ExportedProgram
-from torch.export.graph_signature import (
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    OutputKind,
-    OutputSpec,
-    TensorArgument,
-)
 from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
 
-from bevfn.ascend.trace import placeholders, results
 from bevfn.export import translations
 from bevfn.export.flow import Flow
+from bevfn.export.program import exported
 from bevfn.files import writing
 from bevfn.kernels import ascend as kernels
 
@@ -96,7 +86,7 @@ def _registry() -> _registration.ONNXRegistry:
 def _translated(flow: Flow) -> ir.Model:
     registry = _registry()
     check(flow.module, registry)
-    program = _program(flow)
+    program = exported(flow)
     _fx_passes.insert_type_promotion_nodes(program.graph_module)
     return _core._exported_program_to_onnx_program(program, registry=registry).model
 
@@ -110,49 +100,6 @@ def check(module: fx.GraphModule, registry: _registration.ONNXRegistry) -> None:
                 f"ONNX has no translation of {operator}, at {node.meta.get('source') or 'an unknown line'}; write one in "
                 "bevfn/export/translations.py"
             )
-
-
-def _program(flow: Flow) -> ExportedProgram:
-    """The flow in torch.export's form: a copy of its graph, whose constants are placeholders in front."""
-    graph = fx.Graph()
-    renamed: dict[fx.Node, fx.Node] = {}
-    held = {}
-    for node in [node for node in flow.module.graph.nodes if node.op == "get_attr"]:
-        name = str(node.target)
-        if name not in held:
-            held[name] = graph.placeholder(name)
-            held[name].meta = {"val": node.meta["val"]}
-        renamed[node] = held[name]
-    for node, name in zip(placeholders(flow.module), flow.inputs):
-        renamed[node] = graph.placeholder(name)
-        renamed[node].meta = dict(node.meta)
-    ends = results(flow.module)
-    copied: Any = graph.graph_copy(flow.module.graph, renamed)
-    graph.output(tuple(copied))
-    module = fx.GraphModule(flow.module, graph)
-    constants = [
-        InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True) for name, node in held.items()
-    ]
-    given = [
-        InputSpec(InputKind.USER_INPUT, TensorArgument(renamed[node].name), None) for node in placeholders(flow.module)
-    ]
-    made = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(renamed[node].name), None) for node in ends]
-    examples = tuple(flow.inputs.values())
-    called = torch.export.ModuleCallSignature(
-        inputs=[],
-        outputs=[],
-        in_spec=pytree.tree_flatten((examples, {}))[1],
-        out_spec=pytree.tree_flatten(tuple(ends))[1],
-    )
-    return ExportedProgram(
-        root=module,
-        graph=module.graph,
-        graph_signature=ExportGraphSignature([*constants, *given], made),
-        state_dict={name: getattr(flow.module, name) for name in held},
-        range_constraints={},
-        module_call_graph=[torch.export.ModuleCallEntry("", called)],
-        example_inputs=(examples, {}),
-    )
 
 
 def _tidy(model: ir.Model) -> None:
