@@ -4,7 +4,9 @@ What is in the folder was run and compared; a file that differs is not left ther
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,10 +55,10 @@ def onnx_folder(
     with new_folder(out) as folder:
         file = folder / FILE
         boundaries = onnx.write(graph, file)
-        eager = _eager(detector, batch)
+        at_boundaries = eager(detector, batch)
         ours = verify.run(file, inputs, boundaries)
-        truth = eager if reference is detector else _eager(reference, batch)
-        verdict = verify.compare(ours, eager, truth, graph.outputs, detector.config.precision)
+        truth = at_boundaries if reference is detector else eager(reference, batch)
+        verdict = verify.compare(ours, at_boundaries, truth, graph.outputs, detector.config.precision)
         plain = verify.run(file, inputs)  # as it is used: the runtime may merge what is not asked for
         again = verify.paired(plain, ours, verdict.boxes.near_m)
         failed = verdict.failed or (
@@ -73,7 +75,7 @@ def onnx_folder(
     return verdict.text()
 
 
-def _eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:
+def eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:
     """Outputs and boundaries of the detector itself."""
     task = detector.task
     assert task.apply is not None and task.decode is not None
@@ -81,3 +83,14 @@ def _eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:
         outputs, _ = task.apply(detector.params, detector.state, batch)
         made = {**tree.flatten(outputs), **task.decode(outputs)}
     return {name: value.numpy() for name, value in made.items()}
+
+
+def autoware_folder(*given: Any, **named: Any) -> str:
+    """`autoware.folder`."""
+    from bevfn.export import autoware  # of the extra
+
+    return autoware.folder(*given, **named)
+
+
+KINDS: dict[str, Callable[..., str]] = {"onnx": onnx_folder, "autoware": autoware_folder}
+"""{what a command line calls it: as `onnx_folder`}"""
