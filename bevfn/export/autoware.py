@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 from torch import Tensor
 
@@ -40,9 +41,9 @@ def folder(
     detector: Detector, reference: Detector, batch: Batch, out: Path, *, runtime: str = runtimes.NEWEST, data: str = ""
 ) -> str:
     """As `build.onnx_folder`, for autoware's node; runtime: of `runtimes.RUNTIMES`."""
+    kind = runtimes.known(runtime)
     check(detector)
     plugins.register()
-    kind = runtimes.RUNTIMES[runtime]
     parameters = node.of_model(detector)
     with new_folder(out) as made:
         file = made / build.FILE
@@ -78,6 +79,10 @@ def check(detector: Detector) -> None:
         raise ValueError(
             f"{detector.config.model} has no sparse encoder, which autoware's BEVFusion node runs; export it --to onnx"
         )
+    if network.camera is not None:
+        raise ValueError(
+            f"{detector.config.model} has cameras, whose part of autoware's BEVFusion node is not written yet; export it --to onnx"
+        )
     runtimes.check(network.voxels.max_voxels[1], None)
 
 
@@ -96,6 +101,7 @@ def model(detector: Detector, batch: Batch, bev: Tensor, runtime: runtimes.Runti
     grid = network.voxels
     traced = flow.make(detector, batch, table=_stock(), decode=outputs, begins={MAP: bev})
     made = writer.translated(traced)
+    common.ShapeInferencePass()(made)
     graph = made.graph
     tape = Tape(graph)
     count = plugin_encoder.VOXELS

@@ -32,8 +32,8 @@ NO_CAMERAS: dict[str, Any] = {
 }
 
 
-def of_model(detector: Detector, cameras: Mapping[str, Any] = NO_CAMERAS) -> dict[str, Any]:
-    """Parameters of the model; cameras: those of its camera branch.
+def of_model(detector: Detector) -> dict[str, Any]:
+    """Parameters of a model without cameras.
 
     Raises ValueError, one sentence, for a model that reads other features of points than the node gives.
     """
@@ -54,28 +54,27 @@ def of_model(detector: Detector, cameras: Mapping[str, Any] = NO_CAMERAS) -> dic
         "out_size_factor": head.stride,
         "max_points_per_voxel": grid.max_points,
         "use_intensity": COLUMNS[network.lidar.features],
-        **cameras,
+        **NO_CAMERAS,
     }
 
 
-def of_node(detector: Detector, model: Mapping[str, Any], file: str, images: str = "") -> dict[str, Any]:
-    """Parameters of the node for a graph in `file`, with its image backbone in `images`."""
+def of_node(detector: Detector, model: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Parameters of the node for a graph in `file`; without an image backbone it reads no cameras."""
     names, points = model["class_names"], detector.reading.points
     assert points is not None
-    precision = detector.config.precision
     return {
-        "max_camera_lidar_delay": 0.12 if images else 0.0,
+        "max_camera_lidar_delay": 0.0,
         "plugins_path": "$(find-pkg-share autoware_tensorrt_plugins)/plugins/libautoware_tensorrt_plugins.so",
-        "trt_precision": precision,
+        "trt_precision": detector.config.precision,
         "cloud_capacity": 2_000_000,
         "onnx_path": f"$(var model_path)/{file}",
         "engine_path": f"$(var model_path)/{file.replace('.onnx', '.engine')}",
-        "image_backbone_onnx_path": images and f"$(var model_path)/{images}",
-        "image_backbone_engine_path": images and f"$(var model_path)/{images.replace('.onnx', '.engine')}",
-        "image_backbone_trt_precision": images and precision,
+        "image_backbone_onnx_path": "",
+        "image_backbone_engine_path": "",
+        "image_backbone_trt_precision": "",
         "densification_num_past_frames": points.sweeps,
         "densification_world_frame_id": "map",
-        "run_image_undistortion": bool(images),
+        "run_image_undistortion": False,
         "circle_nms_dist_threshold": 0.5,
         "iou_nms_search_distance_2d": 10.0,
         "iou_nms_threshold": 0.1,

@@ -14,6 +14,8 @@ at 081957b and 3c46ea3 (2.8); its pull requests 12631, 12658 and issue 13067; AW
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bevfn.names import printable
+
 MOST = 256_000
 """sites that a plugin has room for, voxels too (`out_indices_num_limit_` in get_indices_pairs_implicit_gemm_plugin.hpp)"""
 
@@ -30,6 +32,13 @@ class Runtime:
 
 RUNTIMES = {"2.7": Runtime(sorts=False, fuses=False), "2.8": Runtime(sorts=True, fuses=True)}
 NEWEST = "2.8"
+
+
+def known(name: str) -> Runtime:
+    """The runtime of that name. Raises ValueError, one sentence, for another."""
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime {printable(name)} is unknown; choose one of {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
 
 
 def check(voxels: int | None, sites: Iterable[int] | None) -> None:
