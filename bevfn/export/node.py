@@ -24,7 +24,7 @@ NAMES = {"motorcycle": "MOTORBIKE"}  # autoware's names are ours in capitals but
 UPRIGHT = ("PEDESTRIAN", "TRAFFIC_CONE")  # have no front: any length of (sine, cosine) will do
 SCORE = 0.1
 NO_CAMERAS: dict[str, Any] = {
-    **dict.fromkeys(("d_bound", "x_bound", "y_bound", "z_bound"), [0.0, 0.0, 0.0]),
+    **{axis: [0.0, 0.0, 0.0] for axis in ("d_bound", "x_bound", "y_bound", "z_bound")},
     **dict.fromkeys(("num_cameras", "raw_image_height", "raw_image_width"), 0),
     **dict.fromkeys(("img_aug_scale_x", "img_aug_scale_y"), 0.0),
     **dict.fromkeys(("roi_height", "roi_width", "features_height", "features_width"), 0),

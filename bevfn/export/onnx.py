@@ -82,7 +82,7 @@ def translated(flow: Flow) -> ir.Model:
     names = (*flow.inputs, *flow.outputs, *flow.boundaries)
     for value, name in zip((*model.graph.inputs, *model.graph.outputs), names, strict=True):
         value.name = name
-    del model.graph.outputs[len(flow.outputs) :]
+    model.graph.outputs[len(flow.outputs) :] = []  # deleted they would still count as outputs (onnx-ir 1.1)
     common.RemoveUnusedNodesPass()(model)
     return model
 

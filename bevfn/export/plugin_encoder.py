@@ -36,7 +36,12 @@ class Nodes:
     tape: Tape
 
     def __call__(
-        self, operator: str, *inputs: ir.Value, like: tuple[ir.DataType, Dims], name: str | None = None, **attributes: Any
+        self,
+        operator: str,
+        *inputs: ir.Value,
+        like: tuple[ir.DataType, Dims],
+        name: str | None = None,
+        **attributes: Any,
     ) -> ir.Value:
         """The one result, of dtype and shape `like`, of a stock operator."""
         return self.tape.op(operator, inputs, attributes or None, output=value(name, *like))

@@ -147,7 +147,9 @@ def pairs(indices: Tensor, attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
         way = {"kernel": kernel, "stride": attributes["stride"], "padding": attributes["padding"]}
         sites, used, table, _, found = neighbours.strided(indices, there, **way, grid=grid, capacity=MOST, batch=1)
         if found > MOST:
-            raise ValueError(f"{int(found)} sites of a level are beyond the {MOST} that autoware's plugins have room for")
+            raise ValueError(
+                f"{int(found)} sites of a level are beyond the {MOST} that autoware's plugins have room for"
+            )
         sites, table = sites[used], table[:, used]
     bits = 1 << torch.arange(len(table))
     mask = ((table >= 0) * bits[:, None]).sum(0).to(torch.int32)

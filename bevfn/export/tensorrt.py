@@ -27,7 +27,9 @@ OPERATORS: dict[str, set[int]] = {
     **dict.fromkeys(("And", "Or", "Not", "Xor"), BOOL),
     **dict.fromkeys(("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "MaxPool", "AveragePool"), FLOATS),
     **dict.fromkeys(("BatchNormalization", "LayerNormalization", "Softmax", "Sigmoid", "Tanh", "Erf", "Gelu"), FLOATS),
-    **dict.fromkeys(("Exp", "Log", "Sqrt", "Pow", "Reciprocal", "Sin", "Cos", "Floor", "Ceil", "Round", "Clip"), FLOATS),
+    **dict.fromkeys(
+        ("Exp", "Log", "Sqrt", "Pow", "Reciprocal", "Sin", "Cos", "Floor", "Ceil", "Round", "Clip"), FLOATS
+    ),
     **dict.fromkeys(("Atan", "CumSum", "Resize", "GlobalAveragePool", "HardSigmoid"), FLOATS),
     "NonZero": {TensorProto.FLOAT, TensorProto.FLOAT16},
 }
@@ -82,7 +84,9 @@ def _refused(node: onnx.NodeProto, held: dict[str, TensorProto], types: dict[str
     kinds = [types.get(name, 0) for name in (*node.input[place : place + 1], *node.output[:1]) if name]
     kinds = kinds[1:] if node.op_type in ("ConstantOfShape", "Shape", "Size", "NonZero", "Range") else kinds
     computes = kinds[:1] if node.op_type in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual") else kinds
-    allowed = OPERATORS[node.op_type] | ({TensorProto.INT64} if node.op_type in ("NonZero", "ArgMax", "Shape") else set())
+    allowed = OPERATORS[node.op_type] | (
+        {TensorProto.INT64} if node.op_type in ("NonZero", "ArgMax", "Shape") else set()
+    )
     for kind in computes:
         if kind not in allowed:
             return f"not of type {TensorProto.DataType.Name(kind)}"
