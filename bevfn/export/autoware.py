@@ -164,7 +164,8 @@ def voxels(batch: Batch, network: bevfusion.Config) -> Arrays:
     coords, counts = found["coords"][0][there].numpy(), found["count"][0][there].numpy()
     points = batch.points[0][batch.points_valid[0]].numpy()
     points = points[np.isfinite(points).all(1)]
-    cell = np.floor((points[:, :3] - np.float32(grid.lower)) / np.float32(grid.size)).astype(np.int64)
+    lower, size = np.asarray(grid.lower, np.float32), np.asarray(grid.size, np.float32)
+    cell = np.floor((points[:, :3] - lower) / size).astype(np.int64)
     inside = ((cell >= 0) & (cell < grid.grid)).all(1)
     points, cell = points[inside], cell[inside]
     key, keys = (np.ravel_multi_index(cells.T, grid.grid) for cells in (cell, coords.astype(np.int64)))

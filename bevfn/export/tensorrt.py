@@ -11,9 +11,10 @@ from onnx_ir.tape import Tape
 
 OPSETS = range(9, 21)
 MOST_K = 3840
-FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
-INTEGERS = {TensorProto.INT32, TensorProto.INT64}
-BOOL, UINT8 = {TensorProto.BOOL}, {TensorProto.UINT8}
+FLOATS: set[int] = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+INTEGERS: set[int] = {TensorProto.INT32, TensorProto.INT64}
+BOOL: set[int] = {TensorProto.BOOL}
+UINT8: set[int] = {TensorProto.UINT8}
 NUMBERS, ALL = FLOATS | INTEGERS, FLOATS | INTEGERS | BOOL
 OPERATORS: dict[str, set[int]] = {
     **dict.fromkeys(("Abs", "Add", "Sub", "Mul", "Div", "Neg", "Max", "Min", "Sum", "Sign", "Mod", "Relu"), NUMBERS),
@@ -51,7 +52,8 @@ CONSTANT = {
 
 def without_equal_bools(graph: ir.Graph) -> None:
     """Equal of truth values, which TensorRT has of numbers alone, as Not(Xor)."""
-    for node in [node for node in graph if node.op_type == "Equal" and node.inputs[0].dtype == ir.DataType.BOOL]:
+    equals = [(node, node.inputs[0]) for node in graph if node.op_type == "Equal"]
+    for node in [node for node, first in equals if first is not None and first.dtype == ir.DataType.BOOL]:
         same = node.outputs[0]
         differs = ir.Value(type=same.type, shape=same.shape)
         Tape(graph).op("Xor", node.inputs, output=differs)
