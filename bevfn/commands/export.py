@@ -13,7 +13,7 @@ from bevfn import catalogue, detector
 from bevfn.choices import one_of
 from bevfn.data import inputs, scene, source
 from bevfn.data.batch import collate
-from bevfn.export import build, runtimes
+from bevfn.export import build, kinds, runtimes
 from bevfn.files import check_new_folder
 from bevfn.synth import key_frame, rig
 
@@ -80,7 +80,7 @@ def export(
         batch, _ = collate([sample], capacities=reading.capacities)
         what = "a generated key frame" if data is None else f"key frame {sample.token} of {data}"
         try:
-            print(build.KINDS[to](made, full, batch, out, data=what, **options))
+            print(kinds.KINDS[to](made, full, batch, out, data=what, **options))
         except build.Differs as error:
             print(error)
             return 1

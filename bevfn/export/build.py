@@ -4,9 +4,7 @@ What is in the folder was run and compared; a file that differs is not left ther
 """
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,14 +81,3 @@ def eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:
         outputs, _ = task.apply(detector.params, detector.state, batch)
         made = {**tree.flatten(outputs), **task.decode(outputs)}
     return {name: value.numpy() for name, value in made.items()}
-
-
-def autoware_folder(*given: Any, **named: Any) -> str:
-    """`autoware.folder`."""
-    from bevfn.export import autoware  # of the extra
-
-    return autoware.folder(*given, **named)
-
-
-KINDS: dict[str, Callable[..., str]] = {"onnx": onnx_folder, "autoware": autoware_folder}
-"""{what a command line calls it: as `onnx_folder`}"""

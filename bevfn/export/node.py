@@ -8,7 +8,6 @@ Source: autoware_universe perception/autoware_bevfusion: src/bevfusion_node.cpp 
 lib/postprocess/postprocess_kernel.cu at 035837c (boxes).
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from bevfn.detector import Detector
 from bevfn.export.runtimes import MOST
+from bevfn.files import to_json
 
 MODEL_FILE, NODE_FILE = "ml_package_bevfusion.param.yaml", "bevfusion.param.yaml"
 COLUMNS = {(0, 1, 2, 3, 4): True, (0, 1, 2, 4): False}
@@ -91,7 +91,7 @@ def of_node(detector: Detector, model: Mapping[str, Any], file: str) -> dict[str
 
 def to_yaml(parameters: Mapping[str, Any]) -> bytes:
     """A file of ROS parameters, each in a line; values in JSON, which YAML has inside."""
-    lines = [f"    {name}: {json.dumps(given)}" for name, given in parameters.items()]
+    lines = [f"    {name}: {to_json(given).decode()}" for name, given in parameters.items()]
     return "\n".join(["/**:", "  ros__parameters:", *lines, ""]).encode()
 
 
