@@ -208,7 +208,7 @@ def test_the_parameters_are_those_that_the_node_asks_for(exported, older, traine
     assert model["voxels_num"] == [1, 10_000, 20_000] and model["use_intensity"] is True
     assert model["point_cloud_range"] == [-54.0, -54.0, -5.0, 54.0, 54.0, 3.0] and model["num_proposals"] == 100
     assert model["out_size_factor"] * model["voxel_size"][0] * network.head.cells[0] == pytest.approx(108)
-    assert model["class_names"][0] == "CAR" and "MOTORBIKE" in model["class_names"] and len(model["class_names"]) == 10
+    assert model["class_names"][0] == "CAR" and "MOTORCYCLE" in model["class_names"] and len(model["class_names"]) == 10
     assert own["trt_precision"] == "fp32" and own["onnx_path"].endswith(build.FILE)
     assert own["densification_num_past_frames"] == 1 and len(own["yaw_norm_thresholds"]) == 10
     thresholds = own["model_params"]["detection_score_thresholds"]
@@ -237,6 +237,7 @@ def test_the_manifest_says_what_was_compared(exported):
         ["example.npz", "manifest.json", "model.onnx", node.MODEL_FILE, node.NODE_FILE]
     )
     assert [entry["name"] for entry in said["inputs"]] == list(autoware.INPUTS)
+    assert all(entry["shape"][0] == "voxels_num" for entry in said["inputs"])
     assert said["autoware"] == {"runtime": "2.8", "plugins": {plugins.PAIRS: 6, plugins.GEMM: 10}}
     assert said["capacities"]["sites"] == runtimes.MOST and said["capacities"]["voxels"] == 20_000
     errors = said["verified"]["boundaries"]

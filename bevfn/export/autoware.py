@@ -67,6 +67,8 @@ def folder(
         if failed:
             raise build.Differs(f"{verdict.text()}\nrefused, nothing is written: {failed}")
         said = manifest.make(detector, file, inputs, plain, opset=writer.OPSET, verdict=verdict, data=data)
+        for entry in said["inputs"]:
+            entry["shape"][0] = plugin_encoder.VOXELS
         said["capacities"] |= {"sites": runtimes.MOST, "voxels": parameters["voxels_num"][2]}
         write_atomically(made / manifest.NAME, to_json(said | _plugins(runtime, written), indent=1))
         write_atomically(made / node.MODEL_FILE, node.to_yaml(parameters))

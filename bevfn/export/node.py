@@ -5,7 +5,7 @@ upstream's values where they are no matter of the model (thresholds, suppression
 
 Source: autoware_universe perception/autoware_bevfusion: src/bevfusion_node.cpp at 0bbbdec (names of parameters; older nodes read
 `image_feature_dim` and `score_threshold`), schema/ml_package_bevfusion.schema.json at 051e692, config/ at 0bbbdec and 080dd9f,
-lib/postprocess/postprocess_kernel.cu at 035837c (boxes).
+lib/postprocess/postprocess_kernel.cu at 035837c (boxes); lib/ros_utils.cpp at 8e45118 (names of classes: ours in capitals).
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,6 @@ from bevfn.files import to_json
 MODEL_FILE, NODE_FILE = "ml_package_bevfusion.param.yaml", "bevfusion.param.yaml"
 COLUMNS = {(0, 1, 2, 3, 4): True, (0, 1, 2, 4): False}
 """{features of a point: whether the node gives the intensity}, see generateSweepPoints_kernel"""
-NAMES = {"motorcycle": "MOTORBIKE"}  # autoware's names are ours in capitals but for this one
 UPRIGHT = ("PEDESTRIAN", "TRAFFIC_CONE")  # have no front: any length of (sine, cosine) will do
 SCORE = 0.1
 NO_CAMERAS: dict[str, Any] = {
@@ -46,7 +45,7 @@ def of_model(detector: Detector) -> dict[str, Any]:
         )
     most = min(grid.max_voxels[1], MOST)
     return {
-        "class_names": [NAMES.get(name, name.upper()) for name in detector.classes],
+        "class_names": [name.upper() for name in detector.classes],
         "voxels_num": [1, max(most // 2, 1), most],
         "point_cloud_range": [float(bound) for bound in (*grid.lower, *grid.upper)],
         "voxel_size": [float(side) for side in grid.size],
