@@ -13,23 +13,17 @@ from bevfn import catalogue, detector
 from bevfn.choices import one_of
 from bevfn.data import inputs, scene, source
 from bevfn.data.batch import collate
-from bevfn.export import air, aoti, build
+from bevfn.export import build, kinds, runtimes
 from bevfn.files import check_new_folder
 from bevfn.synth import key_frame, rig
-
-KINDS = {
-    "onnx": (build.check, build.onnx_folder),
-    "air": (air.check, air.folder),
-    "aoti": (aoti.check, aoti.folder),
-}
-"""{kind of file: (raises ValueError where what it needs is missing, writes the folder)}"""
 
 
 def export(
     checkpoint: Positional[Path],
     *,
     out: Path,
-    to: Literal["onnx", "air", "aoti"] = "onnx",
+    to: Literal["onnx", "autoware", "air", "aoti"] = "onnx",
+    runtime: str | None = None,
     model: Annotated[str | None, one_of(catalogue.MODELS)] = None,
     entry: Annotated[Literal["points", "voxels"], tyro.conf.arg(name="input")] = "points",
     precision: Literal["fp32", "fp16"] = "fp32",
@@ -45,15 +39,18 @@ def export(
 ) -> int:
     """Writes the whole detector, from points and images to boxes, as a file that needs no bevfn, and verifies it.
 
-    model.onnx (stock operators, fixed shapes; needs `pip install 'bevfn[export]'`), model.air (an Ascend graph for CANN's atc;
-    needs `make npu`) or model.pt2 (compiled by AOTInductor for this CPU; needs a C++ compiler), manifest.json (inputs, outputs,
-    capacities, what was compared), example.npz (an example of both). docs/deploy.md reads them. Exit code 1, and nothing is
-    left, if what the file computes is not what the eager detector does.
+    model.onnx (stock operators, fixed shapes; needs `pip install 'bevfn[export]'`; --to autoware: from voxels, for its BEVFusion
+    node, with the parameters that this reads), model.air (an Ascend graph for CANN's atc; needs `make npu`) or model.pt2
+    (compiled by AOTInductor for this CPU; needs a C++ compiler), manifest.json (inputs, outputs, capacities, what was compared),
+    example.npz (an example of both). docs/deploy.md reads them. Exit code 1, and nothing is left, if what the file computes is
+    not what the eager detector does.
 
     Args:
         checkpoint: as of `bevfn predict`: a run's folder, a step's, an imported file or a published one
         out: folder for the files, new or empty
-        to: kind of file: onnx for onnxruntime and OpenVINO, air for Ascend, aoti for CPU servers with libtorch
+        to: kind of file: onnx for onnxruntime and OpenVINO; autoware: ONNX with the plugins of its BEVFusion node (LiDAR-only
+            models); air for Ascend; aoti for CPU servers with libtorch
+        runtime: of --to autoware: the plugins' version, 2.7 or 2.8 (default)
         model: that the weights are of; by default the run's, or what the published file looks like
         entry: where the file begins: at points, or at voxels, which the vehicle's program then makes
         precision: fp16: half-precision weights and activations; sums by index, positions and geometry stay float32
@@ -68,9 +65,10 @@ def export(
         voxel_capacity: voxels
         site_capacity: active sites at each level of the sparse encoder
     """
-    check, folder = KINDS[to]
+    check, folder = kinds.KINDS[to]
     check()
     check_new_folder(out)
+    options = _options(to, entry, runtime, voxel_capacity, site_capacity)
     flags: dict[str, Any] = {"intensity": intensity, "fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
     made = detector.load(checkpoint, model=model, averages=averages, precision=precision, **flags)
@@ -86,12 +84,27 @@ def export(
         batch, _ = collate([sample], capacities=reading.capacities)
         what = "a generated key frame" if data is None else f"key frame {sample.token} of {data}"
         try:
-            print(folder(made, full, batch, out, entry=entry, data=what))
+            print(folder(made, full, batch, out, data=what, **options))
         except build.Differs as error:
             print(error)
             return 1
-    print(f"{made.config.model}, {precision}, from {entry}, as {to}: all in {out}")
+    print(f"{made.config.model}, {precision}, as {to}: all in {out}")
     return 0
+
+
+def _options(
+    to: str, entry: str, runtime: str | None, voxels: int | None, sites: tuple[int, ...] | None
+) -> dict[str, Any]:
+    """What the kind of file has of its own. Raises ValueError, one sentence, for flags of another."""
+    if to != "autoware":
+        if runtime is not None:
+            raise ValueError("--runtime is of --to autoware; leave it out")
+        return {"entry": entry}
+    if entry != "points":
+        raise ValueError("--input is of the other kinds, and autoware's node makes voxels itself; leave it out")
+    runtimes.check(voxels, sites)
+    runtimes.known(runtime or runtimes.NEWEST)
+    return {"runtime": runtime or runtimes.NEWEST}
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from bevfn.export.flow import Entry, Flow
 from bevfn.files import new_folder, to_json, write_atomically, writing
 
 FILE, EXAMPLE = "model.onnx", "example.npz"
+ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # whose versions make an ONNX file what it is
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays, bool], Arrays]
 """(inputs, whether boundaries are asked for) -> outputs, and boundaries, by name"""
@@ -71,7 +72,7 @@ def onnx_kind() -> Kind:
     return Kind(
         file=FILE,
         runtime="onnxruntime, CPU",
-        packages=("torch", "onnx", "onnxscript", "onnxruntime"),
+        packages=ONNX_PACKAGES,
         make=lambda detector, batch, entry: flow.make(detector, batch, entry=entry, table=onnx.table()),
         write=write,
         merges=True,
@@ -105,10 +106,10 @@ def folder(
     with new_folder(out) as made:
         file = made / kind.file
         run, facts = kind.write(graph, file)
-        eager = _eager(detector, batch)
+        at_boundaries = eager(detector, batch)
         ours = run(inputs, True)
-        truth = eager if reference is detector else _eager(reference, batch)
-        verdict = verify.compare(ours, eager, truth, graph.outputs, detector.config.precision)
+        truth = at_boundaries if reference is detector else eager(reference, batch)
+        verdict = verify.compare(ours, at_boundaries, truth, graph.outputs, detector.config.precision)
         plain = run(inputs, False) if kind.merges else {name: ours[name] for name in graph.outputs}
         again = verify.paired(plain, ours, verdict.boxes.near_m)
         failed = verdict.failed or (
@@ -135,7 +136,7 @@ def folder(
     return verdict.text()
 
 
-def _eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:
+def eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:
     """Outputs and boundaries of the detector itself."""
     task = detector.task
     assert task.apply is not None and task.decode is not None

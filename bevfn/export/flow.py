@@ -7,8 +7,9 @@ A batch of one. Nothing is augmented on a vehicle, so the augmentation is the id
 inversion makes are inputs, as in `Batch`: their rounding must not depend on the runtime.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -45,7 +46,14 @@ class Flow:
 
 
 def make(
-    detector: Detector, batch: Batch, *, entry: Entry = "points", table: dict[Any, Callable], bits: bool = False
+    detector: Detector,
+    batch: Batch,
+    *,
+    entry: Entry = "points",
+    table: dict[Any, Callable],
+    bits: bool = False,
+    decode: Callable[[dict], dict[str, Tensor]] | None = None,
+    begins: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Flow:
     """The graph of a detector for batches of this one's shapes.
 
@@ -54,13 +62,15 @@ def make(
         entry: where it begins: at points, or at the voxels of them (`kernels.voxelize`).
         table: {operator: the same in others}, of the file's kind.
         bits: whether integers are sorted as the bits of floats where the model says so: of Ascend's AI Core.
+        decode: `apply`'s outputs -> the graph's; by default the detections.
+        begins: boundaries that are inputs in the place of all that they follow from, with values of them.
 
     Raises ValueError, one sentence, for a model that detects nothing, and for voxels of one that makes none.
     """
     task = detector.task
     if task.apply is None or task.decode is None:
         raise ValueError(f"{detector.config.model} detects nothing; export a detector that was trained from it")
-    apply, decode = task.apply, task.decode
+    apply, decode = task.apply, decode or task.decode
     identity = {"base_aug": torch.eye(4)[None], "undo_base_aug": torch.eye(3)[None]}
 
     def step(weights: tuple[dict, dict], given: dict[str, Tensor]) -> tuple[dict, dict]:
@@ -75,12 +85,13 @@ def make(
         traced = trace(
             step, (weights, given), decompositions=kept, takes=("weights", "given"), returns=("outputs", "boundaries")
         )
-        begins = placeholders(traced.module)
-        _fold(traced.module, dict(zip(begins, tree.leaves(weights))))
-        inputs = dict(zip(begins[-len(given) :], given.items()))
+        taken = placeholders(traced.module)
+        _fold(traced.module, dict(zip(taken, tree.leaves(weights))))
+        inputs = dict(zip(taken[-len(given) :], given.items()))
         if entry == "voxels":
             inputs |= _from_voxels(traced.module, inputs, detector.config.model)
     simplified(traced.module, bits=bits)
+    inputs |= _from_boundaries(traced, begins)
     return _named(traced, inputs)
 
 
@@ -177,6 +188,20 @@ def _from_voxels(
     return begins
 
 
+def _from_boundaries(traced: Traced, begins: Mapping[str, Tensor]) -> dict[fx.Node, tuple[str, Tensor]]:
+    """Boundaries as inputs: these, with their values."""
+    ends = dict(zip((value.name for value in traced.outputs), results(traced.module)))
+    made = {}
+    for name, given in begins.items():
+        node = _original(ends[f"boundaries.{name}"])
+        with traced.module.graph.inserting_before(next(iter(traced.module.graph.nodes))):
+            begin = traced.module.graph.placeholder(name.replace(".", "_"))
+        begin.meta = dict(node.meta)
+        node.replace_all_uses_with(begin)
+        made[begin] = (name, given)
+    return made
+
+
 def _named(traced: Traced, inputs: dict[fx.Node, tuple[str, Tensor]]) -> Flow:
     """The graph with the inputs that are read, its boundaries in the order in which they are computed."""
     module, graph = traced.module, traced.module.graph
@@ -186,7 +211,8 @@ def _named(traced: Traced, inputs: dict[fx.Node, tuple[str, Tensor]]) -> Flow:
         for kind in ("outputs.", "boundaries.")
     )
     place = {node: i for i, node in enumerate(graph.nodes)}
-    computed = {name: node for name, node in boundaries.items() if _is_computed(node)}
+    read = _ancestors(outputs.values())
+    computed = {name: node for name, node in boundaries.items() if _original(node) in read}
     computed = dict(sorted(computed.items(), key=lambda item: place[item[1]]))
     graph.output_node().args = ([*outputs.values(), *computed.values()],)
     graph.eliminate_dead_code()
@@ -194,12 +220,23 @@ def _named(traced: Traced, inputs: dict[fx.Node, tuple[str, Tensor]]) -> Flow:
         graph.erase_node(node)
     graph.lint()
     module.recompile()
-    read = dict(inputs[node] for node in placeholders(module))
-    return Flow(module, read, tuple(outputs), tuple(computed))
+    given = dict(inputs[node] for node in placeholders(module))
+    return Flow(module, given, tuple(outputs), tuple(computed))
 
 
-def _is_computed(node: Any) -> bool:
-    """Not what the graph is given, nor a copy of it."""
+def _ancestors(ends: Iterable[fx.Node]) -> set[fx.Node]:
+    """What is computed for these nodes, and they."""
+    found, rest = set[fx.Node](), list(ends)
+    while rest:
+        node = rest.pop()
+        if node not in found and node.op == "call_function":
+            found.add(node)
+            rest += node.all_input_nodes
+    return found
+
+
+def _original(node: Any) -> Any:
+    """What a node is a copy of, or itself."""
     while node.target is torch.ops.aten.clone.default:
         node = node.args[0]
-    return bool(node.op == "call_function")
+    return node

@@ -35,6 +35,14 @@ MEANINGS = {
     "image_from_base": "intrinsics @ inverse(base_from_camera): pixels of the original image (times depth)",
     "undo_image_aug": "inverse(image_aug[:3, :3])",
     "base_from_pixel": "base_from_camera[:3, :3] @ inverse(intrinsics[:3, :3])",
+    "voxels": "first points of a voxel in their order, then zeros: x, y, z [m, base frame], intensity 0..255 (with "
+    "use_intensity), time lag [s]",
+    "coors": "cell (z, y, x) of a voxel",
+    "num_points_per_voxel": "points of a voxel that are not zeros",
+    "bbox_pred": "x, y of the centre [cells of out_size_factor voxels from the range's corner], z of the GRAVITY centre [m], "
+    "logarithm of length, width, height [m], sine and cosine of the yaw [from x to y], vx, vy [m/s]; base frame",
+    "score": "0..1, not sorted",
+    "label_pred": "which of `classes`",
     "boxes": "x, y, z of the BOTTOM centre [m], length, width, height [m], yaw [rad, from x to y], vx, vy [m/s]; base frame",
     "scores": "0..1, not sorted",
     "labels": "which of `classes`",

@@ -57,21 +57,33 @@ def write(flow: Flow, path: Path) -> tuple[str, ...]:
     Returns the boundaries that are there (of those from which nothing follows none is). Raises ValueError, one sentence, that
     names an operator without translation, and for a file beyond 2 GB.
     """
+    model = translated(flow)
+    save(model, path)
+    there = {value.name for node in model.graph for value in node.outputs}
+    return tuple(name for name in flow.boundaries if name in there)
+
+
+def translated(flow: Flow) -> ir.Model:
+    """The model whose inputs and outputs are the flow's. Raises ValueError, one sentence, that names an operator without
+    translation."""
     with _quiet(), torch.no_grad():
         model = _translated(flow)
         _tidy(model)
-    names = (*flow.outputs, *flow.boundaries)
-    for value, name in zip(model.graph.outputs, names, strict=True):
+    names = (*flow.inputs, *flow.outputs, *flow.boundaries)
+    for value, name in zip((*model.graph.inputs, *model.graph.outputs), names, strict=True):
         value.name = name
-    del model.graph.outputs[len(flow.outputs) :]
+    model.graph.outputs[len(flow.outputs) :] = []  # deleted they would still count as outputs (onnx-ir 1.1)
     common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Writes a model. Raises ValueError, one sentence, for a file beyond 2 GB."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size > MOST:
         raise ValueError(f"the weights take {size / 2**30:.1f} GB, more than the 2 GB of an ONNX file")
     with writing(path):
         ir.save(model, path)
-    there = {value.name for node in model.graph for value in node.outputs}
-    return tuple(name for name in flow.boundaries if name in there)
 
 
 def _registry() -> _registration.ONNXRegistry:

@@ -31,7 +31,7 @@ def exported(flow: Flow) -> ExportedProgram:
             held[name].meta = {"val": node.meta["val"]}
         renamed[node] = held[name]
     for node, name in zip(placeholders(flow.module), flow.inputs):
-        renamed[node] = graph.placeholder(name)
+        renamed[node] = graph.placeholder(name.replace(".", "_"))
         renamed[node].meta = dict(node.meta)
     ends = results(flow.module)
     copied: Any = graph.graph_copy(flow.module.graph, renamed)

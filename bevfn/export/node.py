@@ -1,0 +1,114 @@
+"""What autoware's node reads of a model beside its graph, and what it makes of the graph's outputs.
+
+Two files of parameters: those of the model (`ml_package_*.param.yaml`, all of which the node needs), and the node's own, with
+upstream's values where they are no matter of the model (thresholds, suppression: yours to choose).
+
+Source: autoware_universe perception/autoware_bevfusion: src/bevfusion_node.cpp at 0bbbdec (names of parameters; older nodes read
+`image_feature_dim` and `score_threshold`), schema/ml_package_bevfusion.schema.json at 051e692, config/ at 0bbbdec and 080dd9f,
+lib/postprocess/postprocess_kernel.cu at 035837c (boxes); lib/ros_utils.cpp at 8e45118 (names of classes: ours in capitals).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bevfn.detector import Detector
+from bevfn.export.runtimes import MOST
+from bevfn.files import to_json
+
+MODEL_FILE, NODE_FILE = "ml_package_bevfusion.param.yaml", "bevfusion.param.yaml"
+COLUMNS = {(0, 1, 2, 3, 4): True, (0, 1, 2, 4): False}
+"""{features of a point: whether the node gives the intensity}, see generateSweepPoints_kernel"""
+UPRIGHT = ("PEDESTRIAN", "TRAFFIC_CONE")  # have no front: any length of (sine, cosine) will do
+SCORE = 0.1
+NO_CAMERAS: dict[str, Any] = {
+    **{axis: [0.0, 0.0, 0.0] for axis in ("d_bound", "x_bound", "y_bound", "z_bound")},
+    **dict.fromkeys(("num_cameras", "raw_image_height", "raw_image_width"), 0),
+    **dict.fromkeys(("img_aug_scale_x", "img_aug_scale_y"), 0.0),
+    **dict.fromkeys(("roi_height", "roi_width", "features_height", "features_width"), 0),
+    **dict.fromkeys(("num_depth_features", "image_feature_channel"), 0),
+}
+
+
+def of_model(detector: Detector) -> dict[str, Any]:
+    """Parameters of a model without cameras.
+
+    Raises ValueError, one sentence, for a model that reads other features of points than the node gives.
+    """
+    network = detector.task.network
+    grid, head = network.voxels, network.head
+    if network.lidar.features not in COLUMNS:
+        raise ValueError(
+            f"{detector.config.model} reads columns {network.lidar.features} of points; autoware's node gives x, y, z, "
+            "intensity if it shall, and time lag"
+        )
+    most = min(grid.max_voxels[1], MOST)
+    return {
+        "class_names": [name.upper() for name in detector.classes],
+        "voxels_num": [1, max(most // 2, 1), most],
+        "point_cloud_range": [float(bound) for bound in (*grid.lower, *grid.upper)],
+        "voxel_size": [float(side) for side in grid.size],
+        "num_proposals": head.queries,
+        "out_size_factor": head.stride,
+        "max_points_per_voxel": grid.max_points,
+        "use_intensity": COLUMNS[network.lidar.features],
+        **NO_CAMERAS,
+    }
+
+
+def of_node(detector: Detector, model: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Parameters of the node for a graph in `file`; without an image backbone it reads no cameras."""
+    names, points = model["class_names"], detector.reading.points
+    assert points is not None
+    return {
+        "max_camera_lidar_delay": 0.0,
+        "plugins_path": "$(find-pkg-share autoware_tensorrt_plugins)/plugins/libautoware_tensorrt_plugins.so",
+        "trt_precision": detector.config.precision,
+        "cloud_capacity": 2_000_000,
+        "onnx_path": f"$(var model_path)/{file}",
+        "engine_path": f"$(var model_path)/{file.replace('.onnx', '.engine')}",
+        "image_backbone_onnx_path": "",
+        "image_backbone_engine_path": "",
+        "image_backbone_trt_precision": "",
+        "densification_num_past_frames": points.sweeps,
+        "densification_world_frame_id": "map",
+        "run_image_undistortion": False,
+        "circle_nms_dist_threshold": 0.5,
+        "iou_nms_search_distance_2d": 10.0,
+        "iou_nms_threshold": 0.1,
+        "yaw_norm_thresholds": [0.0 if name in UPRIGHT else 0.3 for name in names],
+        "score_threshold": SCORE,
+        "model_params": {
+            "detection_score_thresholds": {
+                "distance_bin_upper_limits": [float(np.ceil(np.hypot(*model["point_cloud_range"][3:5])))],
+                "min_confidence_scores": {name: [SCORE] for name in names},
+            }
+        },
+    }
+
+
+def to_yaml(parameters: Mapping[str, Any]) -> bytes:
+    """A file of ROS parameters, each in a line; values in JSON, which YAML has inside."""
+    lines = [f"    {name}: {to_json(given).decode()}" for name, given in parameters.items()]
+    return "\n".join(["/**:", "  ros__parameters:", *lines, ""]).encode()
+
+
+def detections(outputs: Mapping[str, np.ndarray], model: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the node makes of "bbox_pred" [10 Q], "score" and "label_pred" [Q] before its thresholds and suppression.
+
+    In the form of a detector's: "boxes" [1 Q 9] (x, y, z of the BOTTOM centre, length, width, height, yaw, vx, vy), "scores",
+    "labels", "valid" [1 Q], all of them valid.
+    """
+    p = outputs["bbox_pred"].astype(np.float32)
+    lower, size = model["point_cloud_range"][:2], model["voxel_size"][:2]
+    x, y = (p[axis] * model["out_size_factor"] * size[axis] + lower[axis] for axis in range(2))
+    length, width, height = np.exp(p[3:6])
+    boxes = np.stack([x, y, p[2] - height / 2, length, width, height, np.arctan2(p[6], p[7]), p[8], p[9]], axis=-1)
+    scores, labels = outputs["score"], outputs["label_pred"]
+    return {
+        "boxes": boxes[None].astype(np.float32),
+        "scores": scores[None],
+        "labels": labels[None],
+        "valid": np.ones_like(scores, bool)[None],
+    }

@@ -1,0 +1,361 @@
+"""`bevfn export --to autoware`: the plugins' nodes as each version takes them, what they compute, what the node reads, refusals."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import small_runs
+import torch
+from onnx import TensorProto, helper
+
+import bevfn
+from bevfn import cli
+from bevfn.data import inputs, scene
+from bevfn.data.batch import collate
+from bevfn.export import autoware, build, manifest, node, plugins, runtimes, tensorrt, verify
+from bevfn.models import bevfusion
+from bevfn.parity import golden
+from bevfn.synth import key_frame
+
+SMALL = {"sweeps": 1, "point_capacity": 40_000, "voxel_capacity": 20_000, "site_capacity": (20_000, 15_000, 9_000)}
+ATTRIBUTES = {  # as the creators check them, see bevfn.export.runtimes
+    plugins.PAIRS: "algo batch_size dilation is_train ksize out_padding padding spatial_shape stride subm transpose",
+    plugins.GEMM: "act_alpha act_beta is_subm is_train output_add_scale output_scale",
+}
+MODEL_PARAMETERS = (  # required by upstream's schema/ml_package_bevfusion.schema.json
+    "class_names voxels_num point_cloud_range voxel_size num_proposals out_size_factor max_points_per_voxel d_bound x_bound y_bound "
+    "z_bound num_cameras raw_image_height raw_image_width img_aug_scale_x img_aug_scale_y roi_height roi_width features_height "
+    "features_width num_depth_features image_feature_channel use_intensity"
+)
+
+
+@pytest.fixture(scope="module")
+def frame(tmp_path_factory) -> Path:
+    return key_frame.write_frame(tmp_path_factory.mktemp("frame"), image_size=(90, 160))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return small_runs.write(tmp_path_factory.mktemp("run") / "run", "bevfusion-lidar", **SMALL).parent.parent
+
+
+def shown(detector, frame: Path):
+    """(the detector as it reads the frame, the batch)."""
+    index = inputs.read(frame)
+    made = detector.at(frame)
+    reading = made.ready(index)
+    return made, collate([scene.load(index, 0, reading)], capacities=reading.capacities)[0]
+
+
+def export(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["bevfn", "export", *map(str, arguments), "--to", "autoware"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def exported(trained, frame, tmp_path_factory) -> Path:
+    """Of the newest runtime, by the command."""
+    out = tmp_path_factory.mktemp("export") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        assert export(patch, trained, "--out", out, "--data", frame) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def older(frame, tmp_path_factory):
+    """(graph, its map, eagerly, the model's parameters) of runtime 2.7, of a model that reads Fourier features without
+    intensities; not its boxes, since nobody trained it and which of equal scores are the highest is left open."""
+    run = small_runs.write(tmp_path_factory.mktemp("run") / "run", "awml-lidar", **SMALL)
+    made, batch = shown(bevfn.load(run), frame)
+    return *built(made, batch, "2.7"), node.of_model(made)
+
+
+def built(made, batch, runtime: str):
+    """(graph, its map, the eager one)."""
+    plugins.register()
+    eager = torch.from_numpy(build.eager(made, batch)[autoware.MAP])
+    file = ir.to_proto(autoware.model(made, batch, eager, runtimes.RUNTIMES[runtime]))
+    onnx.checker.check_model(file, full_check=True)
+    tensorrt.check(file, frozenset({plugins.DOMAIN}))
+    found = autoware.run(file, autoware.voxels(batch, made.task.network), ())
+    return file, found[autoware.MAP], eager.numpy()
+
+
+def nodes(file: Path | onnx.ModelProto, operator: str) -> list[onnx.NodeProto]:
+    model = file if isinstance(file, onnx.ModelProto) else onnx.load(file / build.FILE)
+    return [made for made in model.graph.node if made.op_type == operator]
+
+
+def values(made: onnx.NodeProto) -> dict:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in made.attribute}
+
+
+def yaml(path: Path) -> dict:
+    """A file of parameters; values are JSON."""
+    head, second, *lines = path.read_text().splitlines()
+    assert (head, second) == ("/**:", "  ros__parameters:")
+    pairs = (line.removeprefix("    ").partition(": ") for line in lines)
+    return {name: json.loads(given) for name, _, given in pairs}
+
+
+# --- the file
+
+
+def test_inputs_and_outputs_are_the_nodes_with_a_dynamic_number_of_voxels(exported):
+    model = onnx.load(exported / build.FILE)
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", 18), (plugins.DOMAIN, 1)}
+    found = {
+        value.name: (
+            value.type.tensor_type.elem_type,
+            [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
+        )
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert found == {
+        "voxels": (TensorProto.FLOAT, ["voxels_num", 10, 5]),
+        "coors": (TensorProto.INT32, ["voxels_num", 3]),
+        "num_points_per_voxel": (TensorProto.INT32, ["voxels_num"]),
+        "bbox_pred": (TensorProto.FLOAT, [10, 100]),
+        "score": (TensorProto.FLOAT, [100]),
+        "label_pred": (TensorProto.INT64, [100]),
+    }
+
+
+def test_the_newer_plugins_get_one_node_a_table_and_norms_and_relus_inside(exported):
+    pairs, gemms = nodes(exported, plugins.PAIRS), nodes(exported, plugins.GEMM)
+    assert (len(pairs), len(gemms)) == (6, 10)  # of the mini encoder: three levels of a block; 8 and 21 as published
+    assert all(set(values(made)) == {*ATTRIBUTES[plugins.PAIRS].split(), "do_sort"} for made in pairs)
+    assert all(set(values(made)) == {*ATTRIBUTES[plugins.GEMM].split(), "act_type"} for made in gemms)
+    assert all(len(made.input) == 6 for made in gemms) and {values(made)["do_sort"] for made in pairs} == {0}
+    assert Counter(values(made)["act_type"] for made in gemms) == {
+        1: 7,
+        0: 3,
+    }  # a block's second sum has its ReLU behind
+    assert len({made.input[0] for made in pairs if values(made)["subm"]}) == 3
+    grids = [list(values(made)["spatial_shape"]) for made in pairs if values(made)["subm"]]
+    assert grids == [[384, 384, 41], [192, 192, 21], [96, 96, 10]]
+    assert not nodes(exported, "BatchNormalization")
+
+
+def test_the_older_plugins_get_their_eleven_and_six_attributes_and_an_add(older):
+    file, bev, eager, _ = older
+    pairs, gemms = nodes(file, plugins.PAIRS), nodes(file, plugins.GEMM)
+    assert all(set(values(made)) == set(ATTRIBUTES[plugins.PAIRS].split()) for made in pairs)
+    assert all(set(values(made)) == set(ATTRIBUTES[plugins.GEMM].split()) for made in gemms)
+    assert all(len(made.input) == 5 for made in gemms)
+    added = {name for made in nodes(file, "Add") for name in made.input}
+    assert {made.output[0] for made in gemms} <= added
+    assert 0 < verify.error(bev, eager) < 1e-5
+    plugins.check(file, runtimes.RUNTIMES["2.7"])
+    with pytest.raises(ValueError, match="the plugins take no GetIndicePairsImplicitGemm of 1 inputs"):
+        plugins.check(file, runtimes.RUNTIMES["2.8"])
+
+
+def test_the_file_is_the_detector_for_any_voxels_in_any_order(exported):
+    """Fewer voxels than it was made with; sites are the same set, so the map is the same."""
+    file = onnx.load(exported / build.FILE)
+    example = np.load(exported / build.EXAMPLE)
+    given = {name: example[name] for name in autoware.INPUTS}
+    drawn = np.random.default_rng(0).permutation(len(given["coors"]))[:500]
+    mixed = autoware.run(file, {name: value[drawn] for name, value in given.items()}, ())
+    sorted_ = autoware.run(file, {name: value[np.sort(drawn)] for name, value in given.items()}, ())
+    whole = autoware.run(file, given, ())
+    assert np.allclose(mixed[autoware.MAP], sorted_[autoware.MAP], atol=1e-5)
+    assert not np.allclose(mixed[autoware.MAP], whole[autoware.MAP], atol=1e-3)
+    assert all(np.array_equal(whole[name], example[name]) for name in autoware.OUTPUTS)
+
+
+def test_half_precision_has_its_filters_as_halves_and_the_map_is_near(trained, frame):
+    file, bev, eager = built(*shown(bevfn.load(trained, precision="fp16"), frame), "2.8")
+    kinds = {held.name: held.data_type for held in file.graph.initializer if held.name.startswith("lidar.")}
+    assert {kind for name, kind in kinds.items() if name.endswith((".filters", ".bias"))} == {TensorProto.FLOAT16}
+    assert bev.dtype == np.float16 and 0 < verify.error(bev, eager) < 3e-2
+
+
+def test_the_voxels_of_the_example_are_the_voxelizers(trained, frame):
+    """With more points than a voxel holds, points outside, and more voxels than there is room for."""
+    made, batch = shown(bevfn.load(trained), frame)
+    drawn = torch.Generator().manual_seed(0)
+    points = torch.rand(1, 3000, 5, generator=drawn) ** 3 * torch.tensor([6.0, 6.0, 3.0, 255.0, 0.1])
+    points[0, 7] = 1000.0
+    network = made.task.network
+    network = replace(network, voxels=replace(network.voxels, max_voxels=(400, 400)))
+    crowded = replace(batch, points=points, points_valid=torch.rand(1, 3000, generator=drawn) < 0.9)
+    found = autoware.voxels(crowded, network)
+    expected, overflow = bevfusion.voxelise(crowded.points, crowded.points_valid, network.voxels, train=False)
+    assert overflow["voxels_l0"] > 0 and found["num_points_per_voxel"].max() == 10
+    assert found["voxels"].shape == (400, 10, 5)
+    means = found["voxels"].sum(1) / found["num_points_per_voxel"][:, None]
+    assert np.allclose(means, expected["features"][0], rtol=1e-5)
+    assert np.array_equal(found["coors"][:, ::-1], expected["coords"][0])
+
+
+# --- what the node reads
+
+
+def test_the_parameters_are_those_that_the_node_asks_for(exported, older, trained):
+    model, own = yaml(exported / node.MODEL_FILE), yaml(exported / node.NODE_FILE)
+    network = bevfn.load(trained).task.network
+    assert set(model) == set(MODEL_PARAMETERS.split())
+    assert model["voxels_num"] == [1, 10_000, 20_000] and model["use_intensity"] is True
+    assert model["point_cloud_range"] == [-54.0, -54.0, -5.0, 54.0, 54.0, 3.0] and model["num_proposals"] == 100
+    assert model["out_size_factor"] * model["voxel_size"][0] * network.head.cells[0] == pytest.approx(108)
+    assert model["class_names"][0] == "CAR" and "MOTORCYCLE" in model["class_names"] and len(model["class_names"]) == 10
+    assert own["trt_precision"] == "fp32" and own["onnx_path"].endswith(build.FILE)
+    assert own["densification_num_past_frames"] == 1 and len(own["yaw_norm_thresholds"]) == 10
+    thresholds = own["model_params"]["detection_score_thresholds"]
+    assert set(thresholds["min_confidence_scores"]) == set(model["class_names"])
+    assert thresholds["distance_bin_upper_limits"] == [77.0]
+    *_, awml = older
+    assert awml["use_intensity"] is False and awml["class_names"] == ["CAR", "TRUCK", "BUS", "BICYCLE", "PEDESTRIAN"]
+
+
+def test_boxes_are_as_the_node_computes_them():
+    """By hand, from its kernel's lines."""
+    pred = np.zeros((10, 1), np.float32)
+    pred[:, 0] = [10.5, 20.0, 1.0, np.log(4.0), np.log(2.0), np.log(1.5), 1.0, 0.0, 3.0, -1.0]
+    model = {
+        "point_cloud_range": [-54.0, -50.0, -5.0, 54.0, 54.0, 3.0],
+        "voxel_size": [0.1, 0.2, 0.2],
+        "out_size_factor": 8,
+    }
+    found = node.detections({"bbox_pred": pred, "score": np.ones(1), "label_pred": np.ones(1)}, model)
+    assert np.allclose(found["boxes"][0, 0], [-45.6, -18.0, 0.25, 4.0, 2.0, 1.5, np.pi / 2, 3.0, -1.0], atol=1e-5)
+
+
+def test_the_manifest_says_what_was_compared(exported):
+    said = json.loads((exported / manifest.NAME).read_text())
+    assert sorted(path.name for path in exported.iterdir()) == sorted(
+        ["example.npz", "manifest.json", "model.onnx", node.MODEL_FILE, node.NODE_FILE]
+    )
+    assert [entry["name"] for entry in said["inputs"]] == list(autoware.INPUTS)
+    assert all(entry["shape"][0] == "voxels_num" for entry in said["inputs"])
+    assert said["autoware"] == {"runtime": "2.8", "plugins": {plugins.PAIRS: 6, plugins.GEMM: 10}}
+    assert said["capacities"]["sites"] == runtimes.MOST and said["capacities"]["voxels"] == 20_000
+    errors = said["verified"]["boundaries"]
+    assert said["verified"]["boxes"]["found"] == 100 and said["verified"]["failed"] == ""
+    assert {"voxels.features", "lidar.conv_input.features", "lidar.stages.0.coords", autoware.MAP, "bev.neck"} <= set(
+        errors
+    )
+    assert errors["lidar.stages.0.coords"] == 0 and 0 < max(errors.values()) < 1e-4
+
+
+# --- what TensorRT takes
+
+
+def graph(*made: onnx.NodeProto, opset: int = 18, kind: int = TensorProto.FLOAT, k: int = 5) -> onnx.ModelProto:
+    x, y = (helper.make_tensor_value_info(name, kind, None) for name in ("x", "y"))
+    held = [helper.make_tensor("k", TensorProto.INT64, [1], [k])]
+    return helper.make_model(
+        helper.make_graph(list(made), "g", [x], [y], held), opset_imports=[helper.make_opsetid("", opset)]
+    )
+
+
+ADDED = helper.make_node("ScatterND", ["x", "k", "x"], ["y"], reduction="add")
+TOP = helper.make_node("TopK", ["x", "k"], ["y", "i"])
+REFUSED = {
+    "it has no such operator": graph(helper.make_node("Unique", ["x"], ["y"])),
+    "it knows no reduction": graph(ADDED),
+    "it takes 3840 at most": graph(TOP, k=4000),
+    "its input 1 is no constant": graph(helper.make_node("TopK", ["x", "x"], ["y", "i"])),
+    "not of type DOUBLE": graph(helper.make_node("Relu", ["x"], ["y"]), kind=TensorProto.DOUBLE),
+    "not of type BOOL": graph(helper.make_node("Equal", ["x", "x"], ["y"]), kind=TensorProto.BOOL),
+    "takes opsets 9 to 20, not 21": graph(TOP, opset=21),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_tensorrts_parser_does_not_take_is_named(why):
+    with pytest.raises(ValueError, match=why):
+        tensorrt.check(REFUSED[why], frozenset())
+    tensorrt.check(graph(TOP), frozenset())
+
+
+# --- refusals: one sentence, nothing left
+
+
+def refused(monkeypatch, capsys, says: str, *arguments) -> None:
+    assert export(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1, said
+
+
+def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported, frame, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "out"
+    given = (trained, "--out", out, "--data", frame)
+    refused(monkeypatch, capsys, "exists and is not empty; choose another --out", trained, "--out", exported)
+    refused(monkeypatch, capsys, "runtime 2.9 is unknown; choose one of 2.7, 2.8", *given, "--runtime", "2.9")
+    refused(monkeypatch, capsys, "--input is of --to onnx", *given, "--input", "voxels")
+    says = "--voxel-capacity 300000 is beyond the 256000 that autoware's plugins have room for"
+    refused(monkeypatch, capsys, says, *given, "--voxel-capacity", 300_000)
+    says = "--site-capacity 256001 is beyond the 256000"
+    refused(monkeypatch, capsys, says, *given, "--site-capacity", 256_001, 15_000, 9_000)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["bevfn", "export", *map(str, given), "--runtime", "2.7"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--runtime is of --to autoware; leave it out" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("bevdepth-1key-ema", "bevdepth-1key-ema has no sparse encoder"),
+        ("bevfusion-camera", "bevfusion-camera has no sparse encoder"),
+        ("bevfusion-lidar-camera", "bevfusion-lidar-camera has cameras"),
+    ],
+)
+def test_a_model_that_the_node_does_not_run_is_refused(model, says, frame, monkeypatch, capsys, tmp_path):
+    run = small_runs.write(tmp_path / "run", model).parent.parent
+    refused(monkeypatch, capsys, says, run, "--out", tmp_path / "out", "--data", frame)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_sites_than_the_plugins_have_room_for_are_refused(monkeypatch):
+    monkeypatch.setattr(plugins, "MOST", 3)
+    sites = torch.tensor([[0, x, 0, 0] for x in range(0, 16, 4)], dtype=torch.int32)
+    way = plugins.pair_attributes(
+        runtimes.RUNTIMES["2.8"],
+        grid=(16, 1, 1),
+        kernel=(1, 1, 1),
+        stride=(2, 1, 1),
+        padding=(0, 0, 0),
+        submanifold=False,
+    )
+    with pytest.raises(ValueError, match="4 sites of a level are beyond the 3"):
+        plugins.pairs(sites, way)
+
+
+def test_a_file_that_differs_is_not_left(trained, frame, monkeypatch, capsys, tmp_path):
+    """Plugins that leave out a ReLU."""
+    honest = plugins.gemm
+    monkeypatch.setattr(plugins, "gemm", lambda *given, relu: honest(*given, relu=False))
+    assert export(monkeypatch, trained, "--out", tmp_path / "out", "--data", frame) == 1
+    assert "refused, nothing is written: lidar.conv_input.features differs by" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+# --- published sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", runtimes.RUNTIMES)
+@pytest.mark.parametrize("case", ["bevfusion_lidar", "awml_bevfusion_l_offline"])
+def test_a_published_model_is_exported_with_golden_weights(case, runtime, monkeypatch, tmp_path):
+    folder = Path(__file__).parents[2] / "shared" / "goldens" / case
+    if not folder.is_dir():
+        pytest.skip("golden weights are made from ../shared/goldens, which is not here")
+    torch.save(golden.fill_case(folder), tmp_path / "golden.pth")
+    out = tmp_path / "out"
+    assert export(monkeypatch, tmp_path / "golden.pth", "--out", out, "--runtime", runtime) == 0
+    said = json.loads((out / manifest.NAME).read_text())
+    assert said["autoware"]["plugins"] == {plugins.PAIRS: 8, plugins.GEMM: 21}
+    assert said["verified"]["boxes"]["largest_m"] < 0.05
