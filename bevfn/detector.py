@@ -232,15 +232,15 @@ def flagged(experiment: str, config: command_line.Config, given: Mapping[str, An
 
 
 def check_fits(task: tasks.Task, params: dict, state: dict, checkpoint: Path) -> None:
-    """Raises ValueError, naming the first difference, for a checkpoint of another model."""
+    """Raises ValueError, naming both sides and a difference, for a checkpoint of another model."""
     with torch.device("meta"):  # shapes alone
         ours = tree.flatten(dict(zip(("params", "state"), task.init())))
     differences = tree.diff(
         tree.flatten({"params": params, "state": state}), ours, names=("the checkpoint", f"{task.title}")
     )
-    if differences:
+    if differences:  # the last is of a leaf that both have, if there is one
         raise ValueError(
-            f"{checkpoint}{_trained_as(checkpoint)} does not fit {task.title}: {differences[0]} (and {len(differences) - 1} more "
+            f"{checkpoint}{_trained_as(checkpoint)} does not fit {task.title}: {differences[-1]} (and {len(differences) - 1} more "
             "differences); name the --model (of `bevfn eval` the experiment too) and give the flags that it was trained with"
         )
 

@@ -70,7 +70,7 @@ def figure(
     """`draw`'s picture as a figure: of a sample on its original images, or of a sample of a batch on the images that a model sees,
     augmented if they are.
 
-        draw.figure(sample)                                   # points and annotations
+        draw.figure(sample)                                   # points, and annotations in their classes' colours
         draw.figure(sample, model.predict(batch))             # and what `predict` gives of a batch, of its `row`
         draw.figure(batch, row=1)
         draw.figure(sample, model.detect(root)[sample.token])
@@ -79,10 +79,11 @@ def figure(
     height, not of the texts: 1 is 19.6 x 10.1 inches with six cameras. Raises ValueError as `draw`.
     """
     frame = _of_batch(what, row, class_names) if isinstance(what, Batch) else what
-    boxes, scores, labels = _found(found, row)
-    shown = _shown(frame, boxes, scores, labels, score_threshold)
-    heading = _heading(frame, shown, title, score_threshold if found is not None else None)
-    return _render(frame, shown, range_m, heading, scale)
+    if found is None:
+        shown = _annotations(frame)
+        return _render(frame, shown, range_m, f"{title or frame.token}   {len(shown['boxes'])} annotated", scale)
+    shown = _shown(frame, *_found(found, row), score_threshold)
+    return _render(frame, shown, range_m, _heading(frame, shown, title, score_threshold), scale)
 
 
 def draw(
@@ -150,20 +151,27 @@ def _shown(frame: Sample, boxes: Any, scores: Any, labels: Any, score_threshold:
     }
 
 
-def _heading(frame: Sample, shown: dict[str, np.ndarray], title: str, score_threshold: float | None) -> str:
-    """Above the picture; score_threshold None: nothing was predicted."""
-    parts = []
-    if score_threshold is not None:
-        parts.append(f"{len(shown['boxes'])} predicted with score ≥ {score_threshold:.3g} (fainter: lower score)")
-    if count := len(shown["annotated"]):
-        parts.append(f"{count} annotated (dashed)")
-    return f"{title or frame.token}   {', '.join(parts)}"
+def _annotations(frame: Sample) -> dict[str, np.ndarray]:
+    """The annotations as what is drawn, of no score."""
+    boxes, labels = needed(frame.boxes, "boxes"), needed(frame.labels, "labels")
+    shown = _shown(frame, boxes, np.ones(len(boxes)), labels, 0.0)
+    return shown | {
+        "scores": np.full(len(shown["boxes"]), np.nan),
+        "annotated": boxes[:0],
+        "annotated_labels": labels[:0],
+    }
 
 
-def _found(found: Found | Mapping[str, Any] | None, row: int) -> tuple[Any, Any, Any]:
+def _heading(frame: Sample, shown: dict[str, np.ndarray], title: str, score_threshold: float) -> str:
+    """Above the picture."""
+    heading = f"{title or frame.token}   {len(shown['boxes'])} predicted "
+    heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score)"
+    count = len(shown["annotated"])
+    return heading + (f", {count} annotated (dashed)" if count else "")
+
+
+def _found(found: Found | Mapping[str, Any], row: int) -> tuple[Any, Any, Any]:
     """(boxes, scores, labels) of one key frame, whichever form they are in."""
-    if found is None:
-        return np.zeros((0, 9)), np.zeros(0), np.zeros(0, dtype=np.int64)
     if not isinstance(found, Mapping):
         return found.boxes, found.scores, found.labels
     rows = {name: found[name][row].detach().cpu().numpy() for name in ("boxes", "scores", "labels", "valid")}
@@ -296,7 +304,11 @@ def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]
         if not lines:
             continue
         colour = COLOURS[shown["labels"][i] % len(COLOURS)]
-        axes.add_collection(LineCollection(lines, colors=colour, linewidths=1.5, alpha=_alpha(score), zorder=3 + score))
+        axes.add_collection(
+            LineCollection(lines, colors=colour, linewidths=1.5, alpha=_alpha(score), zorder=_order(score))
+        )
+        if np.isnan(score):
+            continue
         corner = np.clip(np.concatenate(lines).min(axis=0), [0, 0.04 * height], [0.94 * width, height])
         if all((np.abs(corner - other) > [0.055 * width, 0.045 * height]).any() for other in labelled):
             labelled.append(corner)
@@ -358,7 +370,12 @@ def footprint(box: np.ndarray) -> list[np.ndarray]:
 
 
 def _alpha(score: float) -> float:
-    return 0.35 + 0.65 * min(max(float(score), 0.0), 1.0)
+    return 1.0 if np.isnan(score) else 0.35 + 0.65 * min(max(float(score), 0.0), 1.0)
+
+
+def _order(score: float) -> float:
+    """Of drawing: the surer, the higher."""
+    return 3.0 if np.isnan(score) else 3.0 + score
 
 
 def _plural(style: dict) -> dict:
