@@ -1,6 +1,6 @@
 """The notebooks' code cells run in order, on a tiny world and a detector of two steps, and what they tell is true.
 
-With all backends, inductor's two minutes included: `pytest -m slow tests/test_notebooks.py`.
+With all backends, inductor's minutes included: `pytest -m slow tests/test_notebooks.py`.
 """
 
 import ast
