@@ -36,13 +36,13 @@ slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check bevfn kernels experiments tests
-	$(BIN)/ruff format --check bevfn kernels experiments tests
+	$(BIN)/ruff check bevfn kernels experiments notebooks tests
+	$(BIN)/ruff format --check bevfn kernels experiments notebooks tests
 	$(BIN)/mypy
 
 format: $(VENV)/.installed
-	$(BIN)/ruff check --fix bevfn kernels experiments tests
-	$(BIN)/ruff format bevfn kernels experiments tests
+	$(BIN)/ruff check --fix bevfn kernels experiments notebooks tests
+	$(BIN)/ruff format bevfn kernels experiments notebooks tests
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

@@ -7,6 +7,7 @@
 A run's recipe is in its config.json; that of a published file is told from its keys, and is the published one.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -14,14 +15,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from bevfn import catalogue, distributed, recipes, tree, upstream, waiting
+from bevfn import catalogue, distributed, metrics, recipes, tree, upstream, waiting
 from bevfn import compile as compilation
 from bevfn.data import inputs, source
-from bevfn.data.batch import Batch
+from bevfn.data import scene as loading
+from bevfn.data.batch import Batch, Sample, collate
 from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.evaluation.detect import detect
@@ -38,7 +41,7 @@ FOREIGN = {  # flags of some recipes alone
 NOTHING = Index(Path("."), "", "", ())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Detector:
     """A recipe's model with its weights; pure functions with everything bound."""
 
@@ -51,6 +54,10 @@ class Detector:
     """batch-norm statistics"""
     checkpoint: Path
     """where the weights are from: a step folder, or a file"""
+
+    def __repr__(self) -> str:
+        count, device = tree.num_elements(self.params), tree.leaves(self.params)[0].device
+        return f"Detector {self.task.title}: {count:,} parameters on {device}, of {self.checkpoint}"
 
     @cached_property
     def task(self) -> tasks.Task:
@@ -74,9 +81,32 @@ class Detector:
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Detections of a batch of fixed shapes, on its device: "boxes" [B Q 9] (x y z of the BOTTOM centre, length, width,
         height [m], yaw [rad], vx, vy [m/s]; the batch's base frame), "scores", "labels", "valid" [B Q], and what did not fit
-        ("overflow/*", 0-d)."""
-        with torch.no_grad():
-            return self.task.predict(self.params, self.state, batch)
+        ("overflow/*", 0-d). Differentiable, as `outputs`."""
+        return self.task.predict(self.params, self.state, batch)
+
+    def sample(self, data: str | Path | Index, place: int = 0, scene: str | None = None) -> Sample:
+        """The key frame at that place, read as the model reads it; data, scene: as of `detect`. Raises ValueError as `detect`."""
+        index = data if isinstance(data, Index) else inputs.read(Path(data), scene)
+        if not -len(index) <= place < len(index):
+            raise ValueError(f"{index.root} has {len(index):,} key frames; {place} is none of them")
+        only = index.select(np.array([place % len(index)]))
+        return loading.load(index, place % len(index), self.ready(only))
+
+    def batch(self, *samples: Sample) -> Batch:
+        """The samples as one batch of the model's capacities, on its device. What does not fit is dropped, and a warning says so."""
+        made, counts = collate(list(samples), capacities=self.reading.capacities)
+        for sentence in metrics.warnings({n: count for n, count in counts.items() if n.startswith("overflow/")}):
+            warnings.warn(sentence, stacklevel=2)
+        return made.to(tree.leaves(self.params)[0].device)
+
+    def outputs(self, batch: Batch) -> dict:
+        """Every boundary of the network in evaluation, as nested dicts; `tree.flatten` lists them by dotted path, and the family's
+        `apply` says what each is. Raises ValueError of a pretraining, which has none here."""
+        if self.task.apply is None:
+            raise ValueError(
+                f"{self.checkpoint} is a pretraining of {self.config.model}; its family's apply names its boundaries"
+            )
+        return self.task.apply(self.params, self.state, batch)[0]
 
     def detect(
         self,
@@ -203,15 +233,26 @@ def flagged(experiment: str, config: command_line.Config, given: Mapping[str, An
 
 
 def check_fits(task: tasks.Task, params: dict, state: dict, checkpoint: Path) -> None:
-    """Raises ValueError, naming the first difference, for a checkpoint of another model."""
+    """Raises ValueError, naming both sides and a difference, for a checkpoint of another model."""
     with torch.device("meta"):  # shapes alone
         ours = tree.flatten(dict(zip(("params", "state"), task.init())))
-    differences = tree.diff(tree.flatten({"params": params, "state": state}), ours)
-    if differences:
+    differences = tree.diff(
+        tree.flatten({"params": params, "state": state}), ours, names=("the checkpoint", f"{task.title}")
+    )
+    if differences:  # the last is of a leaf that both have, if there is one
         raise ValueError(
-            f"{checkpoint} does not fit {task.title}: {differences[0]} (and {len(differences) - 1} more differences); "
-            "name the --model (of `bevfn eval` the experiment too) that it was trained with"
+            f"{checkpoint}{_trained_as(checkpoint)} does not fit {task.title}: {differences[-1]} (and {len(differences) - 1} more "
+            "differences); name the --model (of `bevfn eval` the experiment too) and give the flags that it was trained with"
         )
+
+
+def _trained_as(checkpoint: Path) -> str:
+    """ " (of bevfusion-lidar, mini size)" of a step in a run's folder, where the run says so."""
+    file = checkpoint.parent.parent / run_folder.CONFIG_FILE
+    if not (checkpoint.is_dir() and file.is_file()):
+        return ""
+    told = run_folder.read_config(file)
+    return f" (of {printable(str(told.get('model')))}, {printable(str(told.get('scale')))} size)"
 
 
 # ---------------------------------------------------------------------------------------------------- published files

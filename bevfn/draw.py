@@ -1,8 +1,9 @@
-"""A picture of one frame: the cameras with boxes projected into them, and the scene from above."""
+"""A picture of one frame: the cameras with boxes projected into them, and the scene from above; as a file, or in a notebook."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from matplotlib.text import Text
 
 from bevfn.boxes import bev_corners, corners
 from bevfn.data import image, points
-from bevfn.data.batch import Base, Sample, needed
-from bevfn.data.index import Frame
+from bevfn.data.batch import Base, Batch, Sample, needed
+from bevfn.data.index import CAMERAS, Frame
+from bevfn.data.reading import CLASS_NAMES
 from bevfn.files import write_atomically
 from bevfn.names import printable
 
@@ -34,6 +36,54 @@ NEAR = 0.1  # m, edges are cut at this depth in front of the camera
 # rows of two, so that left cameras are on the left; cameras of other names follow
 ORDER = ("CAM_FRONT", "CAM_BACK", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 ROWS = 3
+
+
+class Shown(Figure):
+    """A figure that a notebook shows where it is a cell's last value; pyplot, which would keep it, knows nothing of it."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self, dpi=round(self.dpi))
+
+
+class Found(Protocol):
+    """Of one key frame, such as `evaluation.results.Detections`."""
+
+    @property
+    def boxes(self) -> Any: ...
+    @property
+    def scores(self) -> Any: ...
+    @property
+    def labels(self) -> Any: ...
+
+
+def figure(
+    what: Sample | Batch,
+    found: Found | Mapping[str, Any] | None = None,
+    *,
+    row: int = 0,
+    class_names: tuple[str, ...] = CLASS_NAMES,
+    score_threshold: float = 0.1,
+    range_m: float = 54.0,
+    title: str = "",
+    scale: float = 0.6,
+) -> Shown:
+    """`draw`'s picture as a figure: of a sample on its original images, or of a sample of a batch on the images that a model sees,
+    augmented if they are.
+
+        draw.figure(sample)                                   # points, and annotations in their classes' colours
+        draw.figure(sample, model.predict(batch))             # and what `predict` gives of a batch, of its `row`
+        draw.figure(batch, row=1)
+        draw.figure(sample, model.detect(root)[sample.token])
+
+    row: of a batch, and of `predict`'s tensors [B Q ...]. class_names: of a batch, which has numbers alone. scale: of width and
+    height, not of the texts: 1 is 19.6 x 10.1 inches with six cameras. Raises ValueError as `draw`.
+    """
+    frame = _of_batch(what, row, class_names) if isinstance(what, Batch) else what
+    if found is None:
+        shown = _annotations(frame)
+        return _render(frame, shown, range_m, f"{title or frame.token}   {len(shown['boxes'])} annotated", scale)
+    shown = _shown(frame, *_found(found, row), score_threshold)
+    return _render(frame, shown, range_m, _heading(frame, shown, title, score_threshold), scale)
 
 
 def draw(
@@ -74,6 +124,12 @@ def picture(
     title: str = "",
 ) -> bytes:
     """What `draw` writes."""
+    shown = _shown(frame, boxes, scores, labels, score_threshold)
+    return png(_render(frame, shown, range_m, _heading(frame, shown, title, score_threshold), 1.0), dpi=110)
+
+
+def _shown(frame: Sample, boxes: Any, scores: Any, labels: Any, score_threshold: float) -> dict[str, np.ndarray]:
+    """What is drawn, the least sure first. Raises ValueError."""
     boxes, scores, labels = np.asarray(boxes, dtype=np.float64), np.asarray(scores), np.asarray(labels)
     if not (len(boxes) == len(scores) == len(labels)) or boxes.ndim != 2 or boxes.shape[1] < 7:
         raise ValueError(
@@ -85,7 +141,7 @@ def picture(
         raise ValueError(f"draw got label {wrong}, but the frame has {len(frame.class_names)} class names.")
     order = np.argsort(scores, kind="stable")  # ascending: the surest are drawn last, on top
     order = order[(scores[order] >= score_threshold) & np.isfinite(boxes[order]).all(axis=1)]
-    shown = {
+    return {
         "boxes": boxes[order],
         "scores": scores[order],
         "labels": labels[order],
@@ -93,10 +149,59 @@ def picture(
         "annotated_labels": needed(frame.labels, "labels"),
         "points": needed(frame.points, "points"),
     }
-    heading = f"{title or frame.token}   {len(order)} predicted "
+
+
+def _annotations(frame: Sample) -> dict[str, np.ndarray]:
+    """The annotations as what is drawn, of no score."""
+    boxes, labels = needed(frame.boxes, "boxes"), needed(frame.labels, "labels")
+    shown = _shown(frame, boxes, np.ones(len(boxes)), labels, 0.0)
+    return shown | {
+        "scores": np.full(len(shown["boxes"]), np.nan),
+        "annotated": boxes[:0],
+        "annotated_labels": labels[:0],
+    }
+
+
+def _heading(frame: Sample, shown: dict[str, np.ndarray], title: str, score_threshold: float) -> str:
+    """Above the picture."""
+    heading = f"{title or frame.token}   {len(shown['boxes'])} predicted "
     heading += f"with score ≥ {score_threshold:.3g} (fainter: lower score)"
     count = len(shown["annotated"])
-    return _render(frame, shown, range_m, heading + (f", {count} annotated (dashed)" if count else ""))
+    return heading + (f", {count} annotated (dashed)" if count else "")
+
+
+def _found(found: Found | Mapping[str, Any], row: int) -> tuple[Any, Any, Any]:
+    """(boxes, scores, labels) of one key frame, whichever form they are in."""
+    if not isinstance(found, Mapping):
+        return found.boxes, found.scores, found.labels
+    rows = {name: found[name][row].detach().cpu().numpy() for name in ("boxes", "scores", "labels", "valid")}
+    boxes, scores, labels = (rows[name][rows["valid"]] for name in ("boxes", "scores", "labels"))
+    return boxes, scores, labels
+
+
+def _of_batch(batch: Batch, row: int, class_names: tuple[str, ...]) -> Sample:
+    """A sample of the batch without its padding, with the key frame's images instead of their files."""
+
+    def real(name: str, valid: str) -> Any:
+        value, rows = getattr(batch, name), getattr(batch, valid)
+        return None if value is None else value[row][rows[row]].cpu().numpy()
+
+    cameras: dict[str, Any] = {}
+    if batch.images is not None:
+        count = batch.images.shape[2]
+        names = CAMERAS if count == len(CAMERAS) else tuple(f"camera {n}" for n in range(count))
+        cameras = {name: getattr(batch, name)[row].cpu().numpy() for name in ("images", "image_from_base", "image_aug")}
+        cameras["camera_names"] = names
+    return Sample(
+        base=batch.base,
+        base_aug=batch.base_aug[row].cpu().numpy(),
+        points=real("points", "points_valid"),
+        boxes=real("boxes", "boxes_valid"),
+        labels=real("labels", "boxes_valid"),
+        token=f"sample {row} of a batch of {len(batch.base_aug)}",
+        class_names=class_names,
+        **cameras,
+    )
 
 
 def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
@@ -131,13 +236,14 @@ def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
     )
 
 
-def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading: str) -> bytes:
-    """The PNG's bytes: cameras on the left, the view from above on the right."""
+def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading: str, scale: float) -> Shown:
+    """Cameras on the left, the view from above on the right."""
     names = frame.camera_names
     cameras = sorted(range(len(names)), key=lambda n: ORDER.index(names[n]) if names[n] in ORDER else len(ORDER))
     columns = -(-len(cameras) // ROWS)
     spacing = ConstrainedLayoutEngine(h_pad=0.08)  # inches
-    figure = Figure(figsize=(5.1 * columns + 9.4, 10.1), layout=spacing, facecolor="white")
+    size = (scale * (5.1 * columns + 9.4), scale * 10.1)
+    figure = Shown(figsize=size, layout=spacing, facecolor="white", dpi=80)
     grid = figure.add_gridspec(ROWS, columns + 1, width_ratios=[5.1] * columns + [9.4])
     for slot, n in enumerate(cameras):
         _draw_camera(figure.add_subplot(grid[slot // columns, slot % columns]), frame, n, shown)
@@ -148,30 +254,44 @@ def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading
         handles.append(Line2D([], [], color="black", label="annotated (white in the images)", **DASHED))
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
-    figure.suptitle(heading, fontsize=12)
-    return png(figure, dpi=110)
+    figure.suptitle(heading, fontsize=12 if scale == 1 else 10)
+    return plain(figure)
 
 
-def png(figure: Figure, *, dpi: int, facecolor: str = "auto") -> bytes:
-    """A figure's bytes, without pyplot: no global figure, no display. Its texts are shown as they are: a token is no formula."""
+Drawn = TypeVar("Drawn", bound=Figure)
+
+
+def plain(figure: Drawn) -> Drawn:
+    """The figure, whose texts are shown as they are: a token is no formula."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
         text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+    return figure
+
+
+def png(figure: Figure, *, dpi: int, facecolor: str = "auto") -> bytes:
+    """A figure's bytes, without pyplot: no global figure, no display. Its texts are shown as they are, see `plain`."""
+    plain(figure)
     encoded = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(encoded, format="png", dpi=dpi, facecolor=facecolor)
     return encoded.getvalue()
 
 
 def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]) -> None:
-    """One original image with both kinds of boxes, and the scores where there is room."""
+    """One image with both kinds of boxes, and the scores where there is room: the original one, or of a batch the model's."""
     assert frame.image_from_base is not None  # a reader gives the calibration with the paths
-    picture = image.decode(frame.image_paths[n])
+    pixel_from_base = frame.image_from_base[0, n].astype(np.float64)
+    if frame.image_paths:
+        picture = image.decode(frame.image_paths[n])
+    else:
+        picture = needed(frame.images, "images")[0, n]
+        pixel_from_base = _augmented(needed(frame.image_aug, "image_aug")[0, n].astype(np.float64)) @ pixel_from_base
     height, width = picture.shape[:2]
     axes.imshow(picture, interpolation="antialiased")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.set_title(frame.camera_names[n], fontsize=9)
-    pixel_from_augmented = frame.image_from_base[0, n] @ np.linalg.inv(frame.base_aug.astype(np.float64))
+    pixel_from_augmented = pixel_from_base @ np.linalg.inv(frame.base_aug.astype(np.float64))
     boxes = np.concatenate([shown["annotated"][:, :7], shown["boxes"][:, :7]]).astype(np.float64)
     projected = [_project(box, pixel_from_augmented, width, height) for box in corners(torch.from_numpy(boxes)).numpy()]
 
@@ -184,7 +304,11 @@ def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]
         if not lines:
             continue
         colour = COLOURS[shown["labels"][i] % len(COLOURS)]
-        axes.add_collection(LineCollection(lines, colors=colour, linewidths=1.5, alpha=_alpha(score), zorder=3 + score))
+        axes.add_collection(
+            LineCollection(lines, colors=colour, linewidths=1.5, alpha=_alpha(score), zorder=_order(score))
+        )
+        if np.isnan(score):
+            continue
         corner = np.clip(np.concatenate(lines).min(axis=0), [0, 0.04 * height], [0.94 * width, height])
         if all((np.abs(corner - other) > [0.055 * width, 0.045 * height]).any() for other in labelled):
             labelled.append(corner)
@@ -192,6 +316,13 @@ def _draw_camera(axes: Axes, frame: Sample, n: int, shown: dict[str, np.ndarray]
             axes.text(
                 corner[0], corner[1], f"{score:.2f}", color="white", fontsize=6.5, zorder=5, va="bottom", bbox=style
             )
+
+
+def _augmented(image_aug: np.ndarray) -> np.ndarray:
+    """4 4 of pixels -> the same of pixels times depth, which `_project` divides by depth only later."""
+    made = np.eye(4)
+    made[:2, :2], made[:2, 2] = image_aug[:2, :2], image_aug[:2, 3]
+    return made
 
 
 def _project(box: np.ndarray, pixel_from_lidar: np.ndarray, width: int, height: int) -> list[np.ndarray]:
@@ -239,7 +370,12 @@ def footprint(box: np.ndarray) -> list[np.ndarray]:
 
 
 def _alpha(score: float) -> float:
-    return 0.35 + 0.65 * min(max(float(score), 0.0), 1.0)
+    return 1.0 if np.isnan(score) else 0.35 + 0.65 * min(max(float(score), 0.0), 1.0)
+
+
+def _order(score: float) -> float:
+    """Of drawing: the surer, the higher."""
+    return 3.0 if np.isnan(score) else 3.0 + score
 
 
 def _plural(style: dict) -> dict:

@@ -80,13 +80,14 @@ def unflatten(flat: dict[str, Any], like: Any) -> Any:
     return pytree.tree_unflatten([None if n is None else flat[n] for n in names], spec)
 
 
-def diff(a: Any, b: Any) -> list[str]:
-    """One line per path where the trees differ in structure, shape or dtype; empty if they agree."""
+def diff(a: Any, b: Any, names: tuple[str, str] = ("the first", "the second")) -> list[str]:
+    """One line per path where the trees differ in structure, shape or dtype; empty if they agree. names: of the two in the lines."""
+    first, second = names
     flat_a, flat_b = flatten(a), flatten(b)
-    lines = [f"{path}: {describe(leaf)} only in the first" for path, leaf in flat_a.items() if path not in flat_b]
-    lines += [f"{path}: {describe(leaf)} only in the second" for path, leaf in flat_b.items() if path not in flat_a]
+    lines = [f"{path}: {describe(leaf)} only in {first}" for path, leaf in flat_a.items() if path not in flat_b]
+    lines += [f"{path}: {describe(leaf)} only in {second}" for path, leaf in flat_b.items() if path not in flat_a]
     both = [(path, describe(flat_a[path]), describe(flat_b[path])) for path in flat_a if path in flat_b]
-    return lines + [f"{path}: {one} in the first, {two} in the second" for path, one, two in both if one != two]
+    return lines + [f"{path}: {one} in {first}, {two} in {second}" for path, one, two in both if one != two]
 
 
 def unzip(made: Any) -> tuple[Any, Any]:

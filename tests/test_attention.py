@@ -106,3 +106,16 @@ def test_a_lowered_step_in_pieces_is_the_eager_one():
     ours = tree.flatten(lowered.results(interpret.run(lowered.graph, lowered.arguments(*arguments))))
     for name, leaf in tree.flatten(f(*arguments)).items():
         torch.testing.assert_close(ours[name], leaf, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_what_the_values_are_weighted_by():
+    params, query, key, _ = operands()
+    found = attention.weights(params, query, key, heads=HEADS)
+    assert found.shape == (BATCH, HEADS, QUERIES, KEYS)
+    torch.testing.assert_close(found.sum(-1), torch.ones(BATCH, HEADS, QUERIES))
+    value = key + 1.0
+    matrix, bias = params["in_proj"]["weight"][-CHANNELS:], params["in_proj"]["bias"][-CHANNELS:]
+    values = (value @ matrix.T + bias).unflatten(-1, (HEADS, -1)).transpose(1, 2)  # B h S d
+    joined = (found @ values).transpose(1, 2).flatten(2)
+    y = joined @ params["out_proj"]["weight"].T + params["out_proj"]["bias"]
+    torch.testing.assert_close(y, attention.apply(params, query, key, value, heads=HEADS))

@@ -140,6 +140,12 @@ def test_a_checkpoint_of_another_model_is_named(trained, tmp_path):
     stored = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(stored | {"scale": "published"}))
     refused("does not fit bevfusion-lidar, published size: .* more differences", other)
+    refused(
+        r"step_00000001 \(of bevfusion-lidar, mini size\) does not fit bevfusion-lidar, published size: .*: float32 .* in the "
+        "checkpoint, float32 .* in bevfusion-lidar, published size",
+        trained,
+        scale="published",
+    )
 
 
 def test_a_step_that_left_its_run_needs_its_model_named(trained, tmp_path):
@@ -170,3 +176,47 @@ def test_t4_images_are_read_as_what_lies_there_is(trained):
     assert model.at(None).config.data_root is None and model.at(Path("x")).config == replace(
         model.config, data_root=Path("x")
     )
+
+
+# --- in a notebook ------------------------------------------------------------------------------------------------
+
+
+def test_a_detector_reads_batches_and_names_its_boundaries(trained, frame):
+    model = bevfn.load(trained)
+    sample = model.sample(frame)
+    batch = model.batch(sample, sample)
+    outputs = model.outputs(batch)
+    assert {"lidar.bev", "head.dense_heatmap", "bev.neck"} <= set(tree.flatten(outputs))
+    assert same(model.task.decode(outputs), model.predict(batch))
+    with pytest.raises(ValueError, match="has 1 key frames; 1 is none of them"):
+        model.sample(frame, 1)
+    few = replace(model, config=replace(model.config, point_capacity=100))
+    with pytest.warns(UserWarning, match="overflow/points: .* points did not fit"):
+        assert few.batch(sample).points.shape[1] == 100
+
+
+def test_predictions_have_gradients(trained, frame):
+    model = bevfn.load(trained)
+    batch = model.batch(model.sample(frame))
+
+    def size(points):
+        return model.predict(replace(batch, points=points))["boxes"][..., 3:6].sum()
+
+    assert float(torch.func.grad(size)(batch.points).abs().sum()) > 0
+
+
+def test_reprs_are_a_line_without_numbers(trained, frame):
+    model = bevfn.load(trained)
+    assert repr(model).startswith("Detector bevfusion-lidar, mini size: ") and repr(model).endswith("step_00000001")
+    sample = model.sample(frame)
+    batch = model.batch(sample, sample)
+    count = len(sample.points)
+    assert repr(sample) == f"Sample {sample.token} (lidar): {count:,} points, {len(sample.boxes)} boxes"
+    assert repr(batch) == (
+        f"Batch of 2 (lidar): {count:,} + {count:,} of {batch.points.shape[1]:,} points, "
+        f"{len(sample.boxes)} + {len(sample.boxes)} of 160 boxes"
+    )
+    said = []
+    torch.func.vmap(lambda one: said.append(repr(replace(batch, **one))) or one["points"].sum())(tree.flatten(batch))
+    assert said == ["Batch, one sample of it (lidar): 70,000 points, 160 boxes"]
+    assert "Batch of 2 (lidar): 70,000 points" in repr(batch.to("meta"))

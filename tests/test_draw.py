@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import small_frames
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
 from bevfn import draw
 from bevfn.boxes import corners
+from bevfn.data.batch import Capacities, collate
+from bevfn.evaluation import results
 from bevfn.synth import key_frame
 
 
@@ -139,3 +142,42 @@ def test_a_frame_that_was_read_without_points_is_refused(sample, tmp_path):
     bare = dataclasses.replace(sample, points=None)
     with pytest.raises(ValueError, match="the batch has no points, which are needed here"):
         draw.draw(bare, np.zeros((0, 9)), np.zeros(0), np.zeros(0, dtype=int), tmp_path / "a.png")
+
+
+# --- in a notebook ------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_is_shown_by_a_notebook_without_pyplot(sample):
+    shown = draw.figure(sample)
+    assert shown._repr_png_().startswith(b"\x89PNG") and not plt.get_fignums()
+    assert shown.get_suptitle() == f"{sample.token}   {len(sample.boxes)} annotated"
+    assert shown.axes[0].get_title() == "CAM_FRONT"
+
+
+def test_predictions_of_a_batch_and_of_a_key_frame_are_the_same_figure(sample):
+    rows = {
+        "boxes": sample.boxes[:3],
+        "scores": np.ones(3),
+        "labels": sample.labels[:3],
+        "valid": np.array([True, True, False]),
+    }
+    batch = {name: torch.from_numpy(np.stack([np.zeros_like(row), row])) for name, row in rows.items()}
+    found = results.Detections(rows["boxes"][:2], rows["scores"][:2], rows["labels"][:2])
+    a, b = (draw.figure(sample, how, row=1) for how in (batch, found))
+    assert "2 predicted with score" in a.get_suptitle() and a._repr_png_() == b._repr_png_()
+
+
+def test_a_batch_is_drawn_as_a_model_sees_it(sample):
+    """Boxes lie on the cropped and resized images where they lie on the original ones."""
+    turned, _ = collate([sample, sample], capacities=Capacities(points=40_000, boxes=64))
+    shown = draw.figure(turned, row=1)
+    front = shown.axes[0]
+    assert front.get_title() == "CAM_FRONT" and front.get_images()[0].get_array().shape == (64, 176, 3)
+    original = draw.figure(sample).axes[0]
+    lines, wanted = (
+        np.concatenate([line for c in axes.collections for line in c.get_segments()]) for axes in (front, original)
+    )
+    moved = wanted @ sample.image_aug[0, 0, :2, :2].T + sample.image_aug[0, 0, :2, 3]
+    near = np.abs(moved[:, None] - lines[None]).max(-1).min(1)  # lines outside of the crop are left out
+    inside = ((moved >= 0) & (moved < [176, 64])).all(1)
+    assert inside.sum() > 20 and near[inside].max() < 1e-2

@@ -204,3 +204,14 @@ def test_the_camera_branch_reproduces_the_golden_case():
         y = y[tuple(slice(None, None, int(step) if step != ":" else 1) for step in begins)]
         assert (y - stored[name]).norm() <= 2e-5 * stored[name].norm(), name  # measured: at most 1.5e-6
     assert torch.equal(view["geometry"][:, :, ::8, ::4, ::8], stored["eval/vt/geometry"])
+
+
+def test_depths_are_the_probabilities_that_the_context_is_weighted_by():
+    params, state, feature, batch = make(CONFIG)
+    outputs, _ = lift_splat.apply(params, state, feature, batch, config=CONFIG, train=False)
+    found = lift_splat.depths(outputs, CONFIG)
+    assert found.shape == (4, 12, 4, 6)
+    torch.testing.assert_close(found.sum(1), torch.ones(4, 4, 6))
+    context = outputs["depth_net"][:, 12:]
+    cell = camera_grid.cells(batch, 0, GRID)
+    torch.testing.assert_close(camera_grid.pool(found, context, cell, GRID), outputs["bev_pool"])

@@ -1,6 +1,7 @@
 """TransFusion head: query selection, box coding, targets, losses."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,3 +133,30 @@ def test_a_map_of_another_size_is_refused_with_both_sizes():
     params, state = transfusion.init(CONFIG, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"\(20, 30\).*\(30, 30\)"):
         transfusion.apply(params, state, torch.zeros(1, 12, 20, 30), config=CONFIG, train=False)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_where_a_query_looks_gives_back_what_it_saw(layers):
+    """The weights times the values, through the rest of the attention, are the boundary `cross_attn` of the last layer."""
+    config = replace(CONFIG, layers=layers)
+    generator = torch.Generator().manual_seed(0)
+    params, state = transfusion.init(config, generator)
+    x = torch.randn(2, 12, 30, 30, generator=generator)
+    outputs, _ = transfusion.apply(params, state, x, config=config, train=False)
+    weights = transfusion.looked_at(params, state, outputs, config=config)  # B h Q X Y
+    assert weights.shape == (2, 4, 8, 30, 30)
+    torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(2, 4, 8))
+    layer, norms = params["decoder"][-1], state["decoder"][-1]
+    everywhere = transfusion.cell_centres(config, x.device).expand(2, -1, -1)
+    at_cells, _ = transfusion._encode_position(
+        layer["cross_position"], norms["cross_position"], everywhere, train=False
+    )
+    cells = outputs["shared"].flatten(2).transpose(1, 2) + at_cells
+    matrix, bias = layer["cross_attn"]["in_proj"]["weight"][-16:], layer["cross_attn"]["in_proj"]["bias"][-16:]
+    values = (cells @ matrix.T + bias).unflatten(-1, (4, -1)).transpose(1, 2)
+    seen = (weights.flatten(3) @ values).transpose(1, 2).flatten(2)
+    out = layer["cross_attn"]["out_proj"]
+    query = torch.nn.functional.layer_norm(outputs["self_attn"], (16,), *layer["norms"][0].values())
+    torch.testing.assert_close(
+        outputs["cross_attn"], query + seen @ out["weight"].T + out["bias"], rtol=1e-4, atol=1e-5
+    )

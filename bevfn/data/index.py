@@ -339,7 +339,7 @@ class Share:
     """Its share of an epoch's samples is this over the sum of all parts'."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Index:
     """The key frames of one split; len(index) of them, index[i] is a Frame."""
 
@@ -349,7 +349,7 @@ class Index:
     """The data set's version ("v1.0-trainval")."""
     split: str
     """"train", "val", "test", "mini_train", "mini_val"; "" where the source does not say."""
-    frames: Sequence[Frame] = field(repr=False)
+    frames: Sequence[Frame]
     """A tuple, or a lazy sequence that makes a Frame when it is asked for one."""
     class_names: tuple[str, ...] = CLASSES
     """What the data set annotates, whether or not this split has any of it."""
@@ -357,6 +357,10 @@ class Index:
     """How detections in it are scored; None: as `judge` finds its files."""
     shares: tuple[Share, ...] = ()
     """Of a mixture; (): it is one data set."""
+
+    def __repr__(self) -> str:
+        of = ", ".join(printable(part) for part in (self.version, self.split) if part)
+        return f"Index of {len(self):,} key frames: {self.root}{f' ({of})' if of else ''}"
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -1,7 +1,7 @@
 """What is read of a key frame: the config of `scene.load`. A recipe's published values are in its experiment."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from bevfn.data import augment
 from bevfn.data import paste as pasting
@@ -164,6 +164,8 @@ class Needs:
     """To learn from."""
     boxes: bool = True
     """To learn from."""
+    range: Range | None = None
+    """Where it looks: lower x, y, z, upper x, y, z [m, base]; None: as its grid says, in x and y alone."""
 
     def check(self, reading: Reading, *, train: bool) -> None:
         """Raises ValueError, one sentence that names both sides, for a reading that the model cannot take."""
@@ -187,3 +189,28 @@ class Needs:
                 f"the {'training' if train else 'evaluation'} reading does not fit {self.model}: it gives {found[0]}; "
                 "change the recipe's Reading or the model's Config"
             )
+
+
+def for_model(needs: Needs, **others: Any) -> Reading:
+    """The plain way to read what a model takes: its base frame, range, image size, key frames and depth maps, the LiDAR's own scan
+    without earlier ones, nothing random.
+
+        how = reading.for_model(bevfusion.needs(config))
+        sample = scene.load(index, 0, how)
+
+    How a published recipe reads, with its sweeps and augmentation, is in its experiment (`Detector.reading` of a trained model).
+
+    others: fields of Reading, such as class_names, capacities or cameras. Raises ValueError, one sentence that names both sides,
+    where they do not fit the model.
+    """
+    seen = None if needs.image_size is None else Cameras(image_size=needs.image_size, frames=needs.frames)
+    made = Reading(
+        base=needs.base,
+        points=Points(sweeps=0) if needs.points else None,
+        cameras=seen,
+        depth=needs.depth,
+        range=needs.range,
+    )
+    made = replace(made, **others)
+    needs.check(made, train=needs.depth)
+    return made

@@ -277,6 +277,24 @@ def _decode_layer(
     return outputs, {"self_position": self_state, "cross_position": cross_state}
 
 
+def looked_at(params: dict, state: dict, outputs: dict, *, config: Config) -> Tensor:
+    """Where each query of the last decoder layer looks: the weights [B heads Q X Y] of its attention over the BEV cells.
+
+    outputs: of `apply` with these parameters in evaluation. Float32; of every head and query they sum to 1.
+    """
+    shared, layer = outputs["shared"], params["decoder"][-1]
+    cells = shared.flatten(2).transpose(1, 2)  # B S C
+    places = outputs["query_pos"] if config.layers == 1 else outputs["pred"][-2]["center"]  # before this layer
+    everywhere = cell_centres(config, cells.device).expand(len(cells), -1, -1)
+    norms = state["decoder"][-1]
+    at_query, _ = _encode_position(layer["self_position"], norms["self_position"], places, train=False)
+    at_cells, _ = _encode_position(layer["cross_position"], norms["cross_position"], everywhere, train=False)
+    query = layer_norm.apply(layer["norms"][0], outputs["self_attn"])
+    placed = query + at_query.to(query.dtype), cells + at_cells.to(cells.dtype)
+    weights = attention.weights(layer["cross_attn"], *placed, heads=config.heads)
+    return weights.unflatten(-1, config.cells)
+
+
 def _encode_position(params: dict, state: dict, position: Tensor, *, train: Train) -> tuple[Tensor, dict]:
     """[B S 2] cells -> [B S C], float32: positions reach 180, where half precision resolves an eighth of a cell."""
     x = linear.apply(params["fc1"], position)

@@ -40,14 +40,7 @@ def apply(
     More than `whole` weights B*h*Q*S are made, and made again for the gradient, in pieces of at most half as many, or of one
     head of one sample: the same numbers, dropout included.
     """
-    C = query.shape[-1]
-    weights = params["in_proj"]["weight"].split(C)
-    biases = params["in_proj"]["bias"].split(C)
-    q, k, v = (
-        _split(linear.apply({"weight": w, "bias": b}, x), heads)
-        for w, b, x in zip(weights, biases, (query, key, value))
-    )  # B*h Q d, B*h S d
-    q = q * (q.shape[-1] ** -0.5)
+    q, k, v = _projected(params, (query, key, value), heads)  # B*h Q d, B*h S d
     matrices, rows, columns = q.shape[0], q.shape[1], k.shape[1]
     if matrices * rows * columns <= whole:
         y, _ = _attend({}, {}, q, k, v, random, dropout=dropout)
@@ -60,6 +53,23 @@ def apply(
             pieces.append(remat.apply(attend, {}, {}, *operands, random, recompute=differentiated)[0])
         y = torch.cat(pieces)
     return linear.apply(params["out_proj"], _join(y, heads))
+
+
+def weights(params: dict, query: Tensor, key: Tensor, *, heads: int) -> Tensor:
+    """What `apply` weights its values by: query [B Q C], key [B S C] -> [B heads Q S] float32, whose sums over S are 1."""
+    q, k = _projected(params, (query, key), heads)
+    logits = torch.bmm(q, k.transpose(1, 2)).float()  # B*h Q S
+    return torch.softmax(logits, dim=-1).unflatten(0, (len(query), heads))
+
+
+def _projected(params: dict, operands: tuple[Tensor, ...], heads: int) -> list[Tensor]:
+    """Scaled queries, keys and, where they are given, values [B S C], each as [B*heads S C/heads]."""
+    C = operands[0].shape[-1]
+    matrices, biases = params["in_proj"]["weight"].split(C), params["in_proj"]["bias"].split(C)
+    q, *others = (
+        _split(linear.apply({"weight": w, "bias": b}, x), heads) for w, b, x in zip(matrices, biases, operands)
+    )
+    return [q * (q.shape[-1] ** -0.5), *others]
 
 
 def _attend(

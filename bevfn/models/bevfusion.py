@@ -258,6 +258,7 @@ def needs(config: Config) -> Needs:
         classes=config.head.classes,
         points=config.lidar is not None or (view is not None and view.lidar_depth),
         image_size=None if view is None else view.grid.image_size,
+        range=(*config.voxels.lower, *config.voxels.upper),
     )
 
 

@@ -126,6 +126,12 @@ def apply(
     return outputs, new
 
 
+def depths(outputs: dict[str, Tensor], config: Config) -> Tensor:
+    """Where along its ray the features of every image cell are put: probabilities [B*N D H W] of the depth bins, of `apply`'s
+    outputs; bin d is at low + d step metres of `config.grid.depth_m`."""
+    return outputs["depth_net"][:, : config.grid.depth_bins].softmax(1)
+
+
 def lidar_depth_map(batch: Batch, image_size: tuple[int, int], *, on_host: bool = False) -> Tensor:
     """Depth of the LiDAR points in the key frame's images [B N *image_size], m, 0 where no point falls.
 
