@@ -43,7 +43,9 @@ def check(
     parts, problems, affected = checking.files(Path(root), packed, deep, workers)
     facts = [_fact(name, index, present[name]) for name, index in indexes.items()]
     for index in indexes.values():
-        told, odd = values.of_frames(index, {problem.path for problem in problems}, values.Drops(reach=1e4), deep=deep)
+        told, odd = values.of_frames(
+            index, {problem.path for problem in problems}, values.Drops(reach=1e4, velocities=False), deep=deep
+        )
         facts += told
         findings += odd
     if own.default_splits(root) is None:

@@ -47,6 +47,8 @@ class Drops:
     """m in x and y, beyond which they drop boxes"""
     sensors: str = "LiDAR or radar"
     """of which a box must have points"""
+    velocities: bool = True
+    """whether data without any are refused"""
 
 
 DROPS = Drops()
@@ -259,7 +261,10 @@ def _boxes(packed: Packed, drops: Drops, split: str) -> Iterator[Finding]:
         if mask.all():
             yield Finding(f"all {len(boxes):,} boxes are {rule}", "it drops them and learns of no object", "left out")
     if np.isnan(boxes[:, 7:9]).any(axis=1).all():
-        yield Finding("no box has a velocity", "it refuses the data set", "refused")
+        if drops.velocities:
+            yield Finding("no box has a velocity", "it refuses the data set", "refused")
+        else:
+            yield Finding("no box has a velocity", "it learns none", "note")
 
 
 def _camera_fact(packed: Packed) -> str:
