@@ -42,6 +42,7 @@ MISTAKES = [
     (TRAIN + "--pretrained resnet.pth", "resnet.pth is a published file (a ResNet or a detector on one), which is imported first: `bevfn checkpoint import resnet.pth "),
     (EVAL + "other.safetensors", "other.safetensors is a published file"),
     (EVAL + "damaged.pth", "damaged.pth is not a complete torch checkpoint"),
+    (EVAL + "runs/good/checkpoints/step_00000001/train_state.safetensors", "is a part of a checkpoint; give its folder, runs/good/checkpoints/step_00000001"),
     # a checkpoint that is not there
     (EVAL + "runs/good/checkpoints/step_0000001", "step_0000001 is not there; did you mean runs/good/checkpoints/step_00000001?"),
     (EVAL + "runs/god", "runs/god is not there; did you mean runs/good?"),

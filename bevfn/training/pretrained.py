@@ -60,6 +60,8 @@ def imported(file: Path) -> upstream.Imported:
     try:
         return upstream.read_imported(file)
     except upstream.NotImported:
+        if (file.parent / checkpoint.META).is_file():
+            raise ValueError(f"{file} is a part of a checkpoint; give its folder, {file.parent}") from None
         looks = recognise.recognise(upstream.read_state_dict(file))
         raise ValueError(
             f"{file} is a published file ({looks.what}), which is imported first: `bevfn checkpoint import {file} "
