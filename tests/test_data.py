@@ -334,8 +334,8 @@ def test_batch_is_a_pytree_that_compiles_as_one_graph(generated):
     made, _ = collate([small_frames.load(generated)], capacities=Capacities())
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(made)[0]]
     assert (
-        ".points" in paths and len(paths) == len(dataclasses.fields(Batch)) - 2
-    )  # no depth, and the base is structure
+        ".points" in paths and len(paths) == len(dataclasses.fields(Batch)) - 3
+    )  # no depth, no tables, and the base is structure
 
     def count(b: Batch) -> torch.Tensor:
         return b.points_valid.sum() + b.boxes_valid.sum()

@@ -293,7 +293,7 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported,
     given = (trained, "--out", out, "--data", frame)
     refused(monkeypatch, capsys, "exists and is not empty; choose another --out", trained, "--out", exported)
     refused(monkeypatch, capsys, "runtime 2.9 is unknown; choose one of 2.7, 2.8", *given, "--runtime", "2.9")
-    refused(monkeypatch, capsys, "--input is of --to onnx", *given, "--input", "voxels")
+    refused(monkeypatch, capsys, "--input is of the other kinds", *given, "--input", "voxels")
     says = "--voxel-capacity 300000 is beyond the 256000 that autoware's plugins have room for"
     refused(monkeypatch, capsys, says, *given, "--voxel-capacity", 300_000)
     says = "--site-capacity 256001 is beyond the 256000"

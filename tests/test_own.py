@@ -115,7 +115,7 @@ def test_without_poses_and_times_there_are_no_sweeps_and_velocities_are_not_lear
     task = custom.task(custom.Config(data_root=root, scale="mini", sweeps=0))
     assert task.loss.keywords["config"].head.code_weights[8:] == (0.0, 0.0)
     report = own_check.check(root)
-    assert report.good and "no box has a velocity" in [finding.what for finding in report.findings]
+    assert report.good and "train: no box has a velocity" in [finding.what for finding in report.findings]
     source.check(task.data.training, task.data.reading(0), train=True)
     with pytest.raises(ValueError, match="has no velocities of objects, but the model learns them"):
         source.check(index, Reading(points=Points(sweeps=0), class_names=index.class_names), train=True)

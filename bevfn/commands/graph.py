@@ -64,7 +64,7 @@ def graph(
         kernels: --execute computes by the published meaning of the types, or as an Atlas A2's kernels do where that differs
             (integer selects through float32), or with its HF32 convolutions besides
         checkpoint_activations: blocks are computed again for the gradient
-        host_tables: of BEVFusion's family, as a run on an Ascend has it: voxels, neighbour tables and depth maps come with the
+        host_tables: of BEVFusion's detectors, as a run on an Ascend has it: voxels, neighbour tables and depth maps come with the
             batch; no: the graph makes them
         capacities: of BEVFusion's family, voxels of a sample, then active sites at each level of the encoder, such as
             `bevfn data prepare --capacities` counted; none: the recipe's
@@ -100,8 +100,9 @@ def graph(
     config = of_scale[scale].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
-    if hasattr(config, "host_tables"):
+    if catalogue.MODELS[config.model].family == "bevfusion":
         changes["host_tables"] = host_tables
+    if hasattr(config, "voxel_capacity"):
         if capacities is not None:
             limits.check({"capacities": capacities})
             changes |= {"voxel_capacity": capacities[0], "site_capacity": capacities[1:]}
