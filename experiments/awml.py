@@ -273,7 +273,7 @@ def sized(config: Config, model: family.Config) -> family.Config:
         model = ranged(model, config.range_m)
     if config.scale == "mini":
         model = family.with_capacities(family.mini(model), bevfusion.MINI_VOXELS, bevfusion.MINI_SITES)
-    elif source.kind(config.data_root) == "frame":
+    elif config.sweeps == 0 and source.kind(config.data_root) == "frame":
         model = family.with_capacities(model, FRAME_VOXELS, FRAME_SITES)
     return bevfusion.with_room(config, model)
 

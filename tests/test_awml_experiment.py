@@ -409,3 +409,12 @@ def test_a_camera_that_some_key_frames_lack_is_refused_or_left_out(tmp_path):
     task = tasks.on_what_is_there(awml.task(config), said.append)
     assert len(task.data.items) == 3 and len(task.data.evaluation) == 3  # CAM_BACK is none of its cameras
     tasks.check(awml.task(replace(config, model="awml-lidar")))
+
+
+def test_one_scan_of_a_key_frame_has_a_frames_room_and_the_recipe_its_own(tmp_path):
+    """`bevfn graph` looks at the recipe on a generated key frame, and must see the published capacities."""
+    synth.key_frame.write_frame(tmp_path / "frame", image_size=(45, 80))
+    model, flags = awml_models.lidar(), awml.DEFAULTS["awml-lidar"]
+    for kind, voxels in (("frame", awml.FRAME_VOXELS), ("t4", model.voxels.max_voxels)):
+        config = replace(flags[kind], data_root=tmp_path / "frame")
+        assert awml.sized(config, model).voxels.max_voxels == voxels
