@@ -10,20 +10,18 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import small_exports
 import small_runs
 import torch
 from onnx import TensorProto, helper
+from small_exports import SMALL, shown
 
 import bevfn
 from bevfn import cli
-from bevfn.data import inputs, scene
-from bevfn.data.batch import collate
 from bevfn.export import autoware, build, manifest, node, plugins, runtimes, tensorrt, verify
 from bevfn.models import bevfusion
 from bevfn.parity import golden
-from bevfn.synth import key_frame
 
-SMALL = {"sweeps": 1, "point_capacity": 40_000, "voxel_capacity": 20_000, "site_capacity": (20_000, 15_000, 9_000)}
 ATTRIBUTES = {  # as the creators check them, see bevfn.export.runtimes
     plugins.PAIRS: "algo batch_size dilation is_train ksize out_padding padding spatial_shape stride subm transpose",
     plugins.GEMM: "act_alpha act_beta is_subm is_train output_add_scale output_scale",
@@ -37,27 +35,16 @@ MODEL_PARAMETERS = (  # required by upstream's schema/ml_package_bevfusion.schem
 
 @pytest.fixture(scope="module")
 def frame(tmp_path_factory) -> Path:
-    return key_frame.write_frame(tmp_path_factory.mktemp("frame"), image_size=(90, 160))
+    return small_exports.write_frame(tmp_path_factory.mktemp("frame"))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    return small_runs.write(tmp_path_factory.mktemp("run") / "run", "bevfusion-lidar", **SMALL).parent.parent
-
-
-def shown(detector, frame: Path):
-    """(the detector as it reads the frame, the batch)."""
-    index = inputs.read(frame)
-    made = detector.at(frame)
-    reading = made.ready(index)
-    return made, collate([scene.load(index, 0, reading)], capacities=reading.capacities)[0]
+    return small_exports.write_run(tmp_path_factory.mktemp("run") / "run")
 
 
 def export(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["bevfn", "export", *map(str, arguments), "--to", "autoware"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
+    return small_exports.export(monkeypatch, *arguments, "--to", "autoware")
 
 
 @pytest.fixture(scope="module")
