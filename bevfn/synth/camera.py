@@ -245,7 +245,7 @@ def _stencil(polygons: list[np.ndarray], size: tuple[int, int]) -> tuple[np.ndar
     v = slice(max(v0 >> SUBPIXEL, 0), min((v1 >> SUBPIXEL) + 2, size[0]))
     mask = np.zeros((max(v.stop - v.start, 0), max(u.stop - u.start, 0)), dtype=np.uint8)
     corner = np.array([u.start << SUBPIXEL, v.start << SUBPIXEL], dtype=np.int32)
-    for polygon in polygons:
+    for polygon in polygons if mask.size else ():  # OpenCV refuses a picture without pixels
         cv2.fillConvexPoly(mask, polygon - corner, [1], cv2.LINE_8, SUBPIXEL)
     return mask, u, v
 
