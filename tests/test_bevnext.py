@@ -1,7 +1,7 @@
 """BEVNeXt: frames in one call are frames one after another, statistics move as published, gradients reach what they must."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bevfn import tree
 from bevfn.backbones import resnet
 from bevfn.data.batch import Base
-from bevfn.distributed import Groups
+from bevfn.distributed import Groups, Replicas
 from bevfn.heads import centerpoint, two_stage
 from bevfn.layers import batch_norm
 from bevfn.models import bevnext, cameras
@@ -301,6 +301,38 @@ def test_held_statistics_stand_still_also_where_they_would_move_twice():
     for i in range(3):
         before, after = (made["image"]["backbone"]["stages"][0][0]["layers"][i]["norm"] for made in (held, new))
         assert torch.equal(before.mean, after.mean) and torch.equal(before.var, after.var)
+
+
+@dataclass(frozen=True)
+class Twin(Replicas):
+    """One of two replicas, the other of which sees the same batch, its statistics `ratio` times as large."""
+
+    group: str = "none"
+    rank: int = 0
+    count: int = 2
+    ratio: float = 1.0
+    asked: list[int] = field(default_factory=list)
+    """sizes of what the batch norms shared"""
+
+    def sum(self, x):
+        return 2 * x
+
+    def stack(self, x):
+        self.asked.append(x.numel())
+        return torch.stack([x, self.ratio * x])
+
+
+def test_all_batch_norms_ask_the_other_replicas_once_for_the_key_frame_and_once_for_the_earlier_ones():
+    config, data = tiny(3), batch(3)
+    params, state = initial(3)
+    twin = Twin()
+    shared, _ = bevnext.apply(params, state, data, config=config, train=twin)
+    norms = [(name.split(".")[0], leaf.numel()) for name, leaf in tree.flatten(state).items() if name.endswith("mean")]
+    # counted rows, means and variances; a channel of each of the two earlier frames in one call
+    expected = [1 + 2 * C for _, C in norms] + [1 + 2 * 2 * C for part, C in norms if part in ("image", "view")]
+    assert sorted(twin.asked) == sorted(expected)
+    alone, _ = bevnext.apply(params, state, data, config=config, train=True)
+    close(shared["head"]["tasks"], alone["head"]["tasks"], 1e-4)
 
 
 def test_dropout_needs_a_key_and_differs_from_key_to_key():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small_world
 import test_bevdepth_experiment
+import test_bevnext
 import torch
 from PIL import Image
 
@@ -354,3 +355,36 @@ def test_detection_normalisers_are_of_all_devices_and_batch_norm_too_from_its_ep
         assembly.compiled_step(made, synchronised=synchronised)
         assert bound[-1].keywords["replicas"] is both
         assert bound[-1].keywords["train"] is (both if synchronised else True)
+
+
+def test_a_stage_two_that_is_killed_before_its_batch_norms_are_of_all_goes_on_across_it_bit_for_bit(tmp_path):
+    """The mini model itself, of three frames, with dropout and averages; its other process is made up, see test_run.py for two."""
+    config = small(TWO, from_scratch=True, epochs=2, steps=3, lr=1e-3, sync_after=1, run_dir=tmp_path)
+    other = test_bevnext.Twin(ratio=1.1)
+    task = bevnext.task(config)
+    made = tasks.Run(task, config, tasks.plan(config, task.data.items, other), other)
+    assert (made.plan.steps_per_epoch, made.plan.total_steps) == (2, 3)
+
+    def steps(after=None):
+        """[(collectives of batch norms, metrics, train state)] of every step behind a checkpoint."""
+        train_state, step = assembly.build(made, resumed=after is not None)
+        if after is not None:
+            train_state, _ = checkpoint.load_step(after, train_state)
+        found = []
+        for done, loaded in run.microbatches(made, int(train_state.step)):
+            other.asked.clear()
+            train_state, metrics = step(train_state, [item.batch for item in loaded])
+            if after is None and done == 1:
+                checkpoint.save_step(tmp_path / "step_00000001", train_state, {"step": done})
+            kept = tree.map(torch.clone, tree.flatten({"metrics": metrics, "state": train_state}))
+            found.append((len(other.asked), kept))
+        return found
+
+    whole, resumed = steps(), steps(tmp_path / "step_00000001")
+    names = [name for name in whole[0][1] if name.startswith("state.state.") and name.endswith("mean")]
+    shared = sum(name.startswith(("state.state.image.", "state.state.view.")) for name in names)
+    assert [asked for asked, _ in whole] == [0, 0, len(names) + shared]  # the earlier frames in one call
+    assert [asked for asked, _ in resumed] == [0, len(names) + shared]
+    for (_, ours), (_, theirs) in zip(whole[1:], resumed, strict=True):
+        assert ours.keys() == theirs.keys() and any(".ema." in name for name in ours)
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
