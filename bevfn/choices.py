@@ -10,6 +10,7 @@ from bevfn import catalogue
 Precision = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"]
 Scale = Literal["published", "mini"]
+Logger = Literal["wandb", "mlflow"]
 
 
 def one_of(names: Iterable[str]) -> PrimitiveConstructorSpec[str]:

@@ -106,6 +106,7 @@ COMMANDS = Commands(
         "eval": "evaluate evaluate",
         "predict": "predict predict",
         "export": "export export",
+        "view": "view view",
         "compare": "compare compare",
         "graph": "graph graph",
     }

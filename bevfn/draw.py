@@ -33,9 +33,12 @@ DASHED: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (4, 2))}  # annotat
 # corner numbers of `boxes.corners`: the bottom's, the top's and the upright edges
 EDGES = tuple((i + k, (i + 1) % 4 + k) for k in (0, 4) for i in range(4)) + tuple((i, i + 4) for i in range(4))
 NEAR = 0.1  # m, edges are cut at this depth in front of the camera
-# rows of two, so that left cameras are on the left; cameras of other names follow
-ORDER = ("CAM_FRONT", "CAM_BACK", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
-ROWS = 3
+# as the field shows them, in two rows; cameras of other names follow
+ORDER = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+ROWS = 2
+CELL, ABOVE = (5.4, 3.6), 7.6  # inches: a camera's picture with its name, and the view from above
+DPI = 110  # of files
+MOVING = 0.3  # m/s, from which a velocity is drawn
 
 
 class Shown(Figure):
@@ -76,7 +79,7 @@ def figure(
         draw.figure(sample, model.detect(root)[sample.token])
 
     row: of a batch, and of `predict`'s tensors [B Q ...]. class_names: of a batch, which has numbers alone. scale: of width and
-    height, not of the texts: 1 is 19.6 x 10.1 inches with six cameras. Raises ValueError as `draw`.
+    height, not of the texts: 1 is 23.8 x 8.2 inches with six cameras. Raises ValueError as `draw`.
     """
     frame = _of_batch(what, row, class_names) if isinstance(what, Batch) else what
     if found is None:
@@ -125,7 +128,7 @@ def picture(
 ) -> bytes:
     """What `draw` writes."""
     shown = _shown(frame, boxes, scores, labels, score_threshold)
-    return png(_render(frame, shown, range_m, _heading(frame, shown, title, score_threshold), 1.0), dpi=110)
+    return png(_render(frame, shown, range_m, _heading(frame, shown, title, score_threshold), 1.0), dpi=DPI)
 
 
 def _shown(frame: Sample, boxes: Any, scores: Any, labels: Any, score_threshold: float) -> dict[str, np.ndarray]:
@@ -236,15 +239,19 @@ def sample(frame: Frame, root: Path, class_names: tuple[str, ...]) -> Sample:
     )
 
 
+def in_order(names: tuple[str, ...]) -> list[int]:
+    """Places of cameras in the order in which they are shown: front left, front, front right, then the back."""
+    return sorted(range(len(names)), key=lambda n: ORDER.index(names[n]) if names[n] in ORDER else len(ORDER))
+
+
 def _render(frame: Sample, shown: dict[str, np.ndarray], range_m: float, heading: str, scale: float) -> Shown:
     """Cameras on the left, the view from above on the right."""
-    names = frame.camera_names
-    cameras = sorted(range(len(names)), key=lambda n: ORDER.index(names[n]) if names[n] in ORDER else len(ORDER))
+    cameras = in_order(frame.camera_names)
     columns = -(-len(cameras) // ROWS)
     spacing = ConstrainedLayoutEngine(h_pad=0.08)  # inches
-    size = (scale * (5.1 * columns + 9.4), scale * 10.1)
+    size = (scale * (CELL[0] * columns + ABOVE), scale * (ROWS * CELL[1] + 1.0))
     figure = Shown(figsize=size, layout=spacing, facecolor="white", dpi=80)
-    grid = figure.add_gridspec(ROWS, columns + 1, width_ratios=[5.1] * columns + [9.4])
+    grid = figure.add_gridspec(ROWS, columns + 1, width_ratios=[CELL[0]] * columns + [ABOVE])
     for slot, n in enumerate(cameras):
         _draw_camera(figure.add_subplot(grid[slot // columns, slot % columns]), frame, n, shown)
     _draw_above(figure.add_subplot(grid[:, columns]), shown, range_m)
@@ -352,13 +359,15 @@ def _draw_above(axes: Axes, shown: dict[str, np.ndarray], range_m: float) -> Non
     for box, score, label in zip(shown["boxes"], shown["scores"], shown["labels"]):
         colour = COLOURS[label % len(COLOURS)]
         axes.add_collection(
-            LineCollection(footprint(box), colors=colour, linewidths=1.7, alpha=_alpha(score), zorder=3)
+            LineCollection([*footprint(box), *arrow(box)], colors=colour, linewidths=1.7, alpha=_alpha(score), zorder=3)
         )
     annotated = [line for box in shown["annotated"] for line in footprint(box)]
     axes.add_collection(LineCollection(annotated, colors="black", zorder=4, **_plural(DASHED)))
     axes.set(xlim=(-range_m, range_m), ylim=(-range_m, range_m), aspect="equal")
     axes.set(xlabel="x right [m]", ylabel="y forward [m]")
-    axes.set_title(f"from above, lidar frame, {len(shown['points']):,} points; a box's tick is its front", fontsize=9)
+    axes.set_title(
+        f"from above, lidar frame, {len(shown['points']):,} points; tick: front, arrow: a second's way", fontsize=9
+    )
 
 
 def footprint(box: np.ndarray) -> list[np.ndarray]:
@@ -367,6 +376,16 @@ def footprint(box: np.ndarray) -> list[np.ndarray]:
     front = box[:2] + heading * box[3] / 2
     outline = bev_corners(torch.from_numpy(box)).numpy()[[0, 1, 2, 3, 0]]  # 5 2
     return [outline, np.stack([front, front + heading * 0.9])]
+
+
+def arrow(box: np.ndarray) -> list[np.ndarray]:
+    """Lines in x, y from a box's middle to where it is in a second, with two barbs; none of one that stands, or has no velocity."""
+    speed = float(np.hypot(*box[7:9])) if len(box) >= 9 else 0.0
+    if not speed > MOVING:
+        return []
+    end, turn = box[:2] + box[7:9], np.arctan2(box[8], box[7])
+    barbs = [end - 0.9 * np.array([np.cos(turn + side), np.sin(turn + side)]) for side in (0.45, -0.45)]
+    return [np.stack([box[:2], end]), *(np.stack([end, barb]) for barb in barbs)]
 
 
 def _alpha(score: float) -> float:

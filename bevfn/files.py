@@ -10,7 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 CHUNK = 2**22  # bytes
 
@@ -76,6 +76,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):  # of a folder that is read-only, or no folder
                 temporary.unlink(missing_ok=True)
+
+
+def write_whole(file: BinaryIO, content: bytes) -> None:
+    """Writes to an unbuffered file, which takes what fits; the rest then meets the error."""
+    while content:
+        content = content[file.write(content) :]
 
 
 def check_new_folder(folder: Path, flag: str = "--out") -> None:

@@ -32,7 +32,10 @@ def made(folder: Path, ap: float | None = None, **flags) -> Path:
     lines = [json.dumps({"step": step, "loss/total": 3.0 / step, "seconds": 1.0}) for step in range(1, 5)]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, ""]))
     if ap is not None:
-        score.write(folder / "evaluations" / "step_00000004" / score.METRICS, scores(ap))
+        part = {"part": "0-10", "annotated": 4, "found": 2, "recall": ap, "AP": None}
+        more = {"breakdown": {"slices": {"visibility": {"all": [part]}}}}
+        score.write(folder / "evaluations" / "step_00000004" / score.METRICS, scores(ap), more=more)
+        (folder / "evaluations" / "step_00000004" / "report.html").write_text("")
     return folder
 
 
@@ -50,6 +53,8 @@ def test_two_runs_differ_in_flags_curves_and_scores(monkeypatch, capfd, tmp_path
     assert "**0.500**" in told and "| slow" in told and "car" in told
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "&lt;fast&gt;" in page and "<fast>" not in page and page.count("<picture>") == 2 and "0.0001" in page
+    assert "<th>visibility 0-10</th><td>0.250</td><td>0.500</td>" in page
+    assert 'href="../%3Cfast%3E/evaluations/step_00000004/report.html"' in page
     for name in ("losses.png", "classes.png"):
         picture = cv2.imdecode(np.frombuffer((tmp_path / "out" / name).read_bytes(), np.uint8), cv2.IMREAD_COLOR)
         assert min(picture.shape[:2]) > 400 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 10

@@ -18,6 +18,8 @@ from bevfn.data.batch import Capacities, collate
 from bevfn.evaluation import results
 from bevfn.synth import key_frame
 
+FRONT = draw.ORDER.index("CAM_FRONT")
+
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
@@ -88,6 +90,16 @@ def test_projection_agrees_with_the_pinhole_and_cuts_what_is_behind():
     assert np.isfinite(np.concatenate(draw._project(around, matrix, 100, 80))).all()
 
 
+def test_an_arrow_ends_where_a_box_is_in_a_second():
+    box = np.array([2.0, 1.0, 0.0, 4.0, 2.0, 2.0, 0.3, 0.0, 5.0])
+    way, *barbs = draw.arrow(box)
+    np.testing.assert_allclose(way, [[2, 1], [2, 6]])
+    assert all(line[0].tolist() == [2.0, 6.0] and line[1, 1] < 6 for line in barbs) and len(barbs) == 2
+    for still in ([0.1, 0.0], [np.nan, np.nan]):
+        assert draw.arrow(np.r_[box[:7], still]) == []
+    assert draw.arrow(box[:7]) == []
+
+
 def test_augmented_boxes_are_taken_back_before_projection(sample, tmp_path):
     """Turning points, boxes and base_aug together must leave the camera pictures as they are."""
     angle = 0.4
@@ -151,7 +163,11 @@ def test_a_figure_is_shown_by_a_notebook_without_pyplot(sample):
     shown = draw.figure(sample)
     assert shown._repr_png_().startswith(b"\x89PNG") and not plt.get_fignums()
     assert shown.get_suptitle() == f"{sample.token}   {len(sample.boxes)} annotated"
-    assert shown.axes[0].get_title() == "CAM_FRONT"
+    assert [axes.get_title() for axes in shown.axes[:6]] == list(
+        draw.ORDER
+    )  # front left, front, front right, then the back
+    rows = [round(axes.get_subplotspec().rowspan.start) for axes in shown.axes[:6]]
+    assert rows == [0, 0, 0, 1, 1, 1]
 
 
 def test_predictions_of_a_batch_and_of_a_key_frame_are_the_same_figure(sample):
@@ -171,9 +187,9 @@ def test_a_batch_is_drawn_as_a_model_sees_it(sample):
     """Boxes lie on the cropped and resized images where they lie on the original ones."""
     turned, _ = collate([sample, sample], capacities=Capacities(points=40_000, boxes=64))
     shown = draw.figure(turned, row=1)
-    front = shown.axes[0]
+    front = shown.axes[FRONT]
     assert front.get_title() == "CAM_FRONT" and front.get_images()[0].get_array().shape == (64, 176, 3)
-    original = draw.figure(sample).axes[0]
+    original = draw.figure(sample).axes[FRONT]
     lines, wanted = (
         np.concatenate([line for c in axes.collections for line in c.get_segments()]) for axes in (front, original)
     )

@@ -50,7 +50,7 @@ def test_own_splits_train_and_are_scored(world, tmp_path, capsys, monkeypatch):
     assert "is finished" in capsys.readouterr().out
     (folder / "metrics.json").unlink()
     again: list[int] = []
-    monkeypatch.setattr(evaluations, "evaluate", lambda run, train_state, done: again.append(done) or {})
+    monkeypatch.setattr(evaluations, "evaluate", lambda run, train_state, done, **_: again.append(done) or {})
     run.main(tiny_experiment.task, replace(config, resume=True))
     assert "is finished" not in capsys.readouterr().out and again == [1]
 

@@ -1,10 +1,15 @@
 """The report's pictures and page: complete, readable without anything else, and absent where there is nothing to draw."""
 
+import base64
 import dataclasses
 import html.parser
 import io
 import json
 import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +19,9 @@ from small_world import annotations, document, index, nothing
 
 from bevfn import draw
 from bevfn.data.reading import CLASS_NAMES
-from bevfn.evaluation import page, plots, score
+from bevfn.evaluation import browse, page, plots, score
 from bevfn.evaluation.results import Detections
+from bevfn.files import read_json
 
 
 def scores(made: dict) -> score.Scores:
@@ -54,7 +60,7 @@ def share(png: bytes, name: str) -> float:
 def test_charts_are_drawn_in_the_theme(halves, theme):
     _, found, silent = halves
     for png in (
-        plots.precision_recall(found, theme), plots.classes(found, theme), plots.training(records(120), theme),
+        plots.classes(found, theme), plots.training(records(120), theme),
         plots.comparison({"untrained": silent, "trained": found}, theme),
     ):  # fmt: skip
         height, width, _ = pixels(png).shape
@@ -65,7 +71,7 @@ def test_charts_are_drawn_in_the_theme(halves, theme):
 
 def test_charts_of_a_silent_detector_and_of_a_run_without_losses_are_drawn(halves):
     _, _, silent = halves
-    assert plots.precision_recall(silent) and plots.classes(silent)
+    assert plots.classes(silent)
     assert plots.training([{"step": 1.0, "seconds": 2.0}])
     assert plots.training([{"step": 1.0, "eval/mAP": 0.1, "eval/NDS": 0.2}])
 
@@ -83,19 +89,47 @@ def test_a_frame_of_an_index_becomes_a_sample_that_projects_into_its_cameras():
     assert pixel[2] > 0
 
 
-class Links(html.parser.HTMLParser):
-    """Everything that the page refers to, and its text."""
+class Page(html.parser.HTMLParser):
+    """A page as a browser sees it: what it refers to, its text, its ids, and what its scripts hold."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.sources, self.text = [], ""
+        self.sources, self.text, self.ids, self.scripts, self.open = [], "", [], [], []
         self.feed(text)
+        self.close()
+        assert not self.open
 
     def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
         self.sources += [value for name, value in attributes if name in ("src", "srcset", "href")]
+        self.ids += [named["id"]] if "id" in named else []
+        if tag not in ("meta", "img", "source", "input"):
+            self.open.append(tag)
+        self.scripts += [(named.get("type"), "")] if tag == "script" else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self.open[-1:] == ["script"]:
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        else:
+            self.text += data
+
+    @property
+    def data(self) -> dict:
+        """Of its one block of data, which is strict JSON."""
+        (block,) = [text for kind, text in self.scripts if kind == "application/json"]
+        return read_json(block.encode())
+
+    @property
+    def asked(self) -> set[str]:
+        """Ids that its script asks for."""
+        (script,) = [text for kind, text in self.scripts if kind is None]
+        listed = re.search(r"for \(const id of \[(.*?)\]", script)
+        return set(re.findall(r'(?:at|getElementById)\("([\w-]+)"\)', script)) | set(
+            re.findall(r'"([\w-]+)"', listed[1])
+        )
 
 
 def test_report_folder_is_complete_and_its_page_stands_alone(halves, tmp_path):
@@ -108,13 +142,13 @@ def test_report_folder_is_complete_and_its_page_stands_alone(halves, tmp_path):
         out, found, title="A <run>", index=index(), found=made, run_dir=run, num_frames=1, name="trained",
         config={"optimizer": {"lr": 1e-3}, "files": ["a & b"]}, others={"untrained": silent},
     )  # fmt: skip
-    charts = {f"{name}.png" for name in ("classes", "precision_recall", "comparison", "training", "frames")}
-    assert set(os.listdir(out)) == charts | {"report.html", "summary.md", "metrics.json", "frames"}
-    assert sorted(os.listdir(out / "frames")) == ["best_1.png", "worst_1.png"]
+    charts = {f"{name}.png" for name in ("classes", "comparison", "training", "worst")}
+    assert set(os.listdir(out)) == charts | {"report.html", "summary.md", "metrics.json"}
     assert score.read(out / "metrics.json").nds == found.nds
     assert "| untrained" in (out / "summary.md").read_text()
-    links = Links(path.read_text())
-    assert len(links.sources) == 2 * 4 + 3 and all(s.startswith("data:image/") for s in links.sources)
+    shown = Page(path.read_text())
+    assert len(shown.sources) == 2 * 3 and all(s.startswith("data:image/") for s in shown.sources)
+    assert len(shown.ids) == len(set(shown.ids)) and shown.asked == set(shown.ids)
     for text in (
         "A <run>",
         f"{found.nds:.3f}",
@@ -123,17 +157,60 @@ def test_report_folder_is_complete_and_its_page_stands_alone(halves, tmp_path):
         "0.001",
         '["a & b"]',
         "untrained",
+        "scene-0003",
     ):
-        assert text in links.text
-    assert share((out / "frames.png").read_bytes(), plots.MISSED) > 1e-4
+        assert text in shown.text
+    assert shown.data["breakdown"] == read_json((out / "metrics.json").read_bytes())["breakdown"]
+    _frames_are_whole(shown.data, made)
+
+
+def _frames_are_whole(data: dict, made: dict) -> None:
+    """The worst, the best and another key frame, with all that the page draws of them."""
+    assert [one["why"] for one in data["frames"]] == ["worst 1", "best 1", "random 1"]
+    assert len({one["token"] for one in data["frames"]}) == 3
+    for one in data["frames"]:
+        frame = index()[index().position(one["token"])]
+        counted = [row for row in one["known"] if row[10] > browse.NOT_COUNTED]
+        assert (len(counted), sum(row[10] >= 0 for row in counted)) == (one["annotated"], one["found"])
+        assert len(one["detected"]) == len(made["results"][one["token"]])
+        assert sum(row[11] for row in one["detected"]) == one["found"]
+        points = np.frombuffer(base64.b64decode(one["points"]), "<i2").reshape(-1, 3) / 100
+        assert 500 < len(points) <= browse.POINTS and np.abs(points[:, :2]).max() < 120
+        assert [camera["name"] for camera in one["cameras"]] == list(draw.ORDER)
+        for camera in one["cameras"]:  # a point lies where the camera's own calibration says, in small pixels
+            small = Image.open(io.BytesIO(base64.b64decode(camera["image"].partition(",")[2])))
+            assert list(small.size) == camera["size"]
+            known = frame.cameras[camera["name"]]
+            at = np.linalg.inv(known.camera_from_lidar) @ [0.4, 0.2, 9.0, 1.0]
+            pixel, by_hand = (np.array(camera["matrix"]).reshape(3, 4) @ at), known.intrinsics @ [0.4, 0.2, 9.0]
+            np.testing.assert_allclose(
+                pixel[:2] / pixel[2] / small.size, by_hand[:2] / by_hand[2] / known.size[::-1], atol=1e-3
+            )
+
+
+def test_names_in_the_data_neither_end_the_pages_script_nor_begin_another(halves, tmp_path):
+    made, found, _ = halves
+    odd = "</script><script>alert(1)</script><!-- $x"
+    renamed = dataclasses.replace(index(), frames=tuple(dataclasses.replace(frame, scene=odd) for frame in index()))
+    shown = Page(page.write(tmp_path, found, index=renamed, found=made, num_frames=1).read_text())
+    assert len(shown.scripts) == 2 and shown.data["frames"][0]["scene"] == odd and odd in shown.text
+
+
+def test_the_pages_script_is_one(tmp_path):
+    """As far as a parser tells: where node is installed."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node")
+    script = Path(page.__file__).with_name("report.js")
+    assert subprocess.run([node, "--check", script], capture_output=True).returncode == 0
 
 
 def test_report_with_scores_alone(halves, tmp_path):
     _, found, _ = halves
-    page.write(tmp_path, found)
-    assert set(os.listdir(tmp_path)) == {
-        "classes.png", "precision_recall.png", "report.html", "summary.md", "metrics.json",
-    }  # fmt: skip
+    shown = Page(page.write(tmp_path, found).read_text())
+    assert set(os.listdir(tmp_path)) == {"classes.png", "report.html", "summary.md", "metrics.json"}
+    assert shown.data["breakdown"] is None and set(shown.ids) == {"pr", "pr-distance", "data"}
+    assert shown.data["scores"][0]["precision"] == [list(row) for row in found.classes[0].precision]
 
 
 def test_report_refuses_a_file_and_scores_of_other_frames(halves, tmp_path):

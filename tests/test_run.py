@@ -22,6 +22,7 @@ import small_world
 import tiny_experiment as tiny
 import torch
 from fuzz import bounded
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bevfn.data import loader, paste, sampling, scene
 from bevfn.data.reading import CLASS_NAMES
@@ -30,6 +31,8 @@ from bevfn.files import read_json
 from bevfn.kernels import native
 from bevfn.metrics import METRICS_FILE, read_metrics
 from bevfn.training import assembly, checkpoint, command_line, optim, origin, pretrained, reporter, run, tasks
+from bevfn.training.board import FOLDER as BOARD
+from bevfn.training.reporter import WORST
 
 HERE = Path(__file__).parent
 STEPS = 6  # 3 epochs of 2
@@ -117,6 +120,9 @@ def test_a_run_leaves_checkpoints_metrics_evaluation_and_summary(whole):
     assert checkpoint.best(run_dir / "checkpoints").name == "step_00000006"
     assert (run_dir / "evaluations" / "step_00000006" / "report.html").is_file()
     assert "peak learning rate 0.001 (--lr)" in printed and "samples/s" in printed
+    tags = EventAccumulator(str(run_dir / BOARD)).Reload().Tags()
+    assert {"loss/total", "eval/NDS", "eval/mAP", "eval/AP/car"} <= set(tags["scalars"])
+    assert (tags["images"], tags["tensors"]) == ([WORST], ["config"])
 
 
 def kill_and_resume(root: Path, run_dir: Path, kills: int, seed: int) -> None:

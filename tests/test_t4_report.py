@@ -65,12 +65,13 @@ def test_thresholds_are_for_all_classes_even_of_as_many():
 def test_judging_t4_data_writes_both_metrics(tmp_path):
     judged = judge(T4, perfect(), LIDAR, tmp_path, title="T4", counts={"overflow/points": 3.0, "points": 5.0})
     assert judged.value == pytest.approx(1.0) == judged.numbers["T4 mAP"] and judged.numbers["NDS"] > 0.3
-    assert {"results_t4.json", "metrics.json", "summary.md", "report.html", "frames"} <= set(os.listdir(tmp_path))
+    assert {"results_t4.json", "metrics.json", "summary.md", "report.html", "worst.png"} <= set(os.listdir(tmp_path))
     stored = json.loads((tmp_path / "metrics.json").read_text())
     assert set(stored["t4"]["bands"]) == {"0-50", "50-90", "90-121", "0-121"}
     assert stored["t4"]["bands"]["0-121"]["center_distance_bev"]["mAP"] == judged.value == stored["t4"]["mAP"]
     assert stored["t4"]["bands"]["90-121"]["plane_distance"]["mAP"] is None and stored["NDS"] == judged.numbers["NDS"]
     assert score.read(tmp_path / "metrics.json").rule.startswith("detection_cvpr_2019 with own classes")
+    assert sum(part["found"] for part in stored["breakdown"]["slices"]["visibility"]["all"]) > 0
     for text in (judged.text, (tmp_path / "summary.md").read_text(), (tmp_path / "report.html").read_text()):
         for word in (
             "T4 mAPH signed",

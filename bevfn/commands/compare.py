@@ -8,7 +8,8 @@ from tyro.conf import Positional
 def compare(runs: Positional[tuple[Path, ...]], *, out: Path = Path("runs/compare")) -> None:
     """Shows what two or more runs did differently: flags, loss curves, scores and AP by class.
 
-    Prints it, and writes compare.html with losses.png and classes.png.
+    Prints it, and writes compare.html with losses.png and classes.png; recall and AP by distance, length, visibility and LiDAR
+    points are in the page.
 
     Args:
         runs: their folders

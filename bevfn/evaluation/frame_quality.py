@@ -60,10 +60,19 @@ class Matched:
     """[n] int64: which of `annotated` a prediction found, -1 for a false alarm."""
 
 
+def match_all(index: Index, results: Mapping[str, Any], ranges: Mapping[str, float] = RANGES) -> dict[str, Matched]:
+    """`compare` of every frame of `index` and its detections in a results document, by token."""
+    return {frame.token: compare(frame, results["results"].get(frame.token, []), ranges) for frame in index}
+
+
 def rank(index: Index, results: Mapping[str, Any], ranges: Mapping[str, float] = RANGES) -> Ranking:
     """Ranks the frames of `index` by their detections in a results document; ties in the index' order. ranges: as of
     `compare`."""
-    matched = {frame.token: compare(frame, results["results"].get(frame.token, []), ranges) for frame in index}
+    return ranked(match_all(index, results, ranges))
+
+
+def ranked(matched: Mapping[str, Matched]) -> Ranking:
+    """`rank` of what has been matched, by token."""
     matched = {token: m for token, m in matched.items() if len(m.annotated)}
     threshold = _best_threshold(list(matched.values()))
     counted = []
@@ -79,21 +88,27 @@ def compare(frame: Frame, entries: list[dict], ranges: Mapping[str, float] = RAN
     ranges: the classes that count, and the distance [m] from the ego vehicle below which they do.
     """
     names = np.array(frame.names, dtype=object)
-    centres = frame.boxes[:, :3] @ frame.global_from_lidar[:3, :3].T + frame.global_from_lidar[:3, 3]  # G 3
-    here = frame.global_from_ego[:2, 3]
-    annotated = np.flatnonzero(frame.valid & _in_range(centres[:, :2] - here, names, ranges))
+    centres = offsets(frame, frame.boxes)  # G 2
+    annotated = np.flatnonzero(frame.valid & _in_range(centres, names, ranges))
     named = np.array([entry["detection_name"] for entry in entries], dtype=object)
     placed = np.array([entry["translation"][:2] for entry in entries], dtype=np.float64).reshape(-1, 2)  # n 2
+    placed -= frame.global_from_ego[:2, 3]
     scores = np.array([entry["detection_score"] for entry in entries], dtype=np.float64)
     order = np.argsort(-scores, kind="stable")
-    order = order[_in_range(placed - here, named, ranges)[order]]
+    order = order[_in_range(placed, named, ranges)[order]]
     takes = np.full(len(order), -1, dtype=np.int64)
     for name in set(named[order]):
         mine = np.flatnonzero(named[order] == name)
         theirs = np.flatnonzero(names[annotated] == name)
-        taken = match(placed[order[mine]], centres[annotated[theirs], :2], DISTANCE)
+        taken = match(placed[order[mine]], centres[annotated[theirs]], DISTANCE)
         takes[mine[taken >= 0]] = theirs[taken[taken >= 0]]
     return Matched(annotated, order, scores[order], takes)
+
+
+def offsets(frame: Frame, boxes: np.ndarray) -> np.ndarray:
+    """[G,2]: where boxes [G,>=3] of the frame's lidar frame are from the ego vehicle, x and y in the world's directions [m]."""
+    centres = boxes[:, :3] @ frame.global_from_lidar[:3, :3].T + frame.global_from_lidar[:3, 3]
+    return centres[:, :2] - frame.global_from_ego[:2, 3]
 
 
 def _in_range(offset: np.ndarray, names: np.ndarray, ranges: Mapping[str, float]) -> np.ndarray:

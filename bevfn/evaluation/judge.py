@@ -33,6 +33,10 @@ class Judgement:
     numbers: dict[str, float]
     text: str
     """For the terminal."""
+    by_class: dict[str, float] = field(default_factory=dict)
+    """AP by "AP/<class>" of the classes that are annotated."""
+    picture: Path | None = None
+    """A PNG of the worst key frame, if it was drawn."""
 
 
 def judge(
@@ -80,10 +84,15 @@ def judge(
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}; the detections are in {file}, without scores") from error
     text = tables.summary(scored.scores, title, counts, scored.extra)
+    told = {f"AP/{c.name}": c.ap for c in scored.scores.classes if c.annotated}, _there(out / page.WORST)
     if scored.extra is None:
-        return Judgement(scored.scores.nds, scored.scores.headline, text)
+        return Judgement(scored.scores.nds, scored.scores.headline, text, *told)
     numbers = {name: value for name, value in scored.extra.headline.items() if np.isfinite(value)}
-    return Judgement(numbers.get("T4 mAP", 0.0), numbers | scored.scores.headline, text)
+    return Judgement(numbers.get("T4 mAP", 0.0), numbers | scored.scores.headline, text, *told)
+
+
+def _there(path: Path) -> Path | None:
+    return path if path.is_file() else None
 
 
 def measure(
@@ -163,7 +172,7 @@ def _recall(
 ) -> Judgement:
     """Recall over frames without nuScenes tables, and pictures of them."""
     numbers: dict[str, float] = {}
-    texts = []
+    texts, pictures = [], dict[Path, float]()
     forget(out)
     for place, frame in enumerate(index):
         sample, mine = scene.load(index, place, reading, np.random.default_rng(0)), found[frame.token]
@@ -179,8 +188,11 @@ def _recall(
         picked = draw.sample(frame, index.root, reading.class_names)
         draw.draw(picked, shown.boxes, shown.scores, shown.labels, picture, score_threshold=SCORE_THRESHOLD)
         texts.append(f"{counted.table()}\n{picture}")
+        pictures[picture] = counted.total.recall
         numbers |= {"recall": counted.total.recall, "precision": counted.total.precision}
         numbers |= {f"recall/{row.name}": row.recall for row in counted.rows}
     numbers = {name: value for name, value in numbers.items() if np.isfinite(value)}
     write_atomically(out / score.METRICS, to_json(numbers | {"counts": dict(counts)}, indent=1))
-    return Judgement(numbers.get("recall", 0.0), numbers, "\n\n".join([*texts, *tables.counted(counts)]))
+    text = "\n\n".join([*texts, *tables.counted(counts)])
+    worst = min(pictures, key=lambda path: pictures[path], default=None)
+    return Judgement(numbers.get("recall", 0.0), numbers, text, picture=worst)

@@ -7,15 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bevfn import draw
-from bevfn.data.index import Frame
-from bevfn.evaluation.frame_quality import Counted, Matched
-from bevfn.evaluation.results import Detections
 from bevfn.evaluation.score import DISTANCES, ERRORS, UNITS, Scores
 from bevfn.evaluation.tables import check_comparable, number
 
@@ -50,34 +46,7 @@ DARK = Theme(
     distances=("#c5dafc", "#8db6fa", "#5b93f5", "#3766b8"),
     series=("#5b93f5", "#f0913d", "#3fbf93", "#dd6fae", "#a48cf0", "#c9b548"),
 )
-FOUND, MISSED, FALSE = "#178a66", "#d62839", "#e8890c"
-
-
-def precision_recall(scores: Scores, theme: Theme = LIGHT) -> bytes:
-    """Small multiples, a class and its AP each, a curve per matching distance; the grey margins below 0.1 do not count."""
-    figure = _figure((12.5, 5.4), theme)
-    grid = figure.subplots(2, -(-len(scores.classes) // 2), sharex=True, sharey=True, squeeze=False)
-    recall = np.linspace(0, 1, 101)
-    for axes, one in zip(grid.flat, scores.classes):
-        _style(axes, theme)
-        # nuScenes' AP leaves out recall and precision below 0.1: grey is what does not count.
-        axes.axvspan(0, 0.1, color=theme.grid, alpha=0.5, linewidth=0)
-        axes.axhspan(0, 0.1, color=theme.grid, alpha=0.5, linewidth=0)
-        for i in reversed(range(len(DISTANCES))):  # wider where looser, so that curves that coincide stay visible
-            shown = np.where(np.array(one.precision[i]) > 0, one.precision[i], np.nan)  # none beyond the recall reached
-            axes.plot(recall, shown, color=theme.distances[i], linewidth=1.5 + 0.7 * i, solid_capstyle="round")
-        axes.set(xlim=(0, 1), ylim=(0, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-        text = number(one.ap) if one.annotated else "not annotated"
-        axes.set_title(pretty(one.name), loc="left", fontsize=9.5, color=theme.ink, fontweight="bold")
-        axes.set_title(text, loc="right", fontsize=9, color=theme.muted)
-    for axes in grid.flat[len(scores.classes) :]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("recall", color=theme.muted, fontsize=9)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("precision", color=theme.muted, fontsize=9)
-    _legend(figure, [f"matched within {d:g} m" for d in DISTANCES], theme.distances, theme)
-    return _png(figure, theme)
+FOUND, MISSED, HIT, FALSE, NOT_COUNTED = "#178a66", "#d62839", "#2f6fde", "#e8890c", "#b4bac4"
 
 
 def classes(scores: Scores, theme: Theme = LIGHT) -> bytes:
@@ -166,68 +135,6 @@ def curves(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, theme
     axes.set_xlabel("step", color=theme.muted, fontsize=9)
     _legend(figure, list(pairs), colours, theme)
     return _png(figure, theme)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One key frame for `outcomes`."""
-
-    heading: str
-    frame: Frame
-    points: np.ndarray
-    """P 3+: x, y, z, lidar frame."""
-    counted: Counted
-    matched: Matched
-    detections: Detections
-    """All entries of the frame (`results.to_lidar`), in the results' order."""
-
-
-def outcomes(panels: Sequence[Panel], score_threshold: float, *, columns: int = 3, range_m: float = 52.0) -> bytes:
-    """Key frames from above, lidar frame: found boxes, missed boxes, false alarms; grey what is out of range or unseen."""
-    rows = -(-len(panels) // columns)
-    figure = _figure((4.6 * columns, 4.95 * rows + 0.35), LIGHT)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, panel in zip(grid.flat, panels):
-        _outcome(axes, panel, score_threshold, range_m)
-    handles = [
-        Line2D([], [], color=FOUND, linewidth=2, label="annotated, found"),
-        Line2D([], [], color=MISSED, linewidth=2.4, label="annotated, missed"),
-        Line2D([], [], color="#2f6fde", linewidth=1.4, label="predicted, right"),
-        Line2D([], [], color=FALSE, linewidth=1.4, label="predicted, false alarm"),
-        Line2D([], [], color="#b4bac4", linewidth=0.8, label="annotated, not counted"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, 2 * columns - 1), fontsize=9, frameon=False)
-    return _png(figure, LIGHT)
-
-
-def _outcome(axes: Axes, panel: Panel, score_threshold: float, range_m: float) -> None:
-    m, boxes = panel.matched, panel.frame.boxes
-    x, y, z = panel.points[:, :3].T
-    axes.scatter(x, y, c=z, s=0.35, cmap="Greys", vmin=-6, vmax=3, linewidths=0, alpha=0.7)
-    sure = m.scores >= score_threshold
-    found = np.isin(np.arange(len(m.annotated)), m.takes[sure])
-    counts = np.isin(np.arange(len(boxes)), m.annotated)
-    known = np.array([bool(name) for name in panel.frame.names], dtype=bool)
-    predicted, right = panel.detections.boxes[m.order[sure]], m.takes[sure] >= 0
-    for outlines, colour, width in (  # in the order of drawing: what was missed stays on top
-        (boxes[known & ~counts], "#b4bac4", 0.8),
-        (boxes[m.annotated[found]], FOUND, 2.0),
-        (predicted[right], "#2f6fde", 1.1),
-        (predicted[~right], FALSE, 1.1),
-        (boxes[m.annotated[~found]], MISSED, 2.4),
-    ):
-        lines = [line for box in outlines for line in draw.footprint(box)]
-        axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, zorder=3))
-    axes.plot(0, 0, marker="+", color="black", markersize=8)
-    axes.set(xlim=(-range_m, range_m), ylim=(-range_m, range_m), aspect="equal", xticks=(), yticks=())
-    for spine in axes.spines.values():
-        spine.set_color("#d7dbe2")
-    c = panel.counted
-    axes.set_title(f"{panel.heading}   F1 {c.f1:.2f}", loc="left", fontsize=10, fontweight="bold")
-    right_text = f"{c.found}/{c.annotated} found, {c.predicted - c.found} false"
-    axes.set_title(right_text, loc="right", fontsize=8.5, color="#66707e")
 
 
 def pretty(name: str) -> str:

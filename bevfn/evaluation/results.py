@@ -217,8 +217,8 @@ def write(path: Path, results: Mapping[str, Any], classes: Collection[str] = tup
     write_atomically(path, text)
 
 
-def read(path: Path) -> dict:
-    """A results file's document. Raises ValueError, one sentence, if it is missing, truncated or no such file."""
+def read(path: Path, classes: Collection[str] | None = tuple(RANGES)) -> dict:
+    """A results file's document; classes: as of `check`. Raises ValueError, one sentence, if it is missing, truncated or no such file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a nuScenes results file (JSON).")
@@ -226,12 +226,13 @@ def read(path: Path) -> dict:
         results = read_json(path.read_bytes(), finite=False)  # `check` names the box
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{path} is not valid JSON ({error}); it is truncated or another file.") from error
-    check(results, str(path))
+    check(results, str(path), classes)
     return results
 
 
-def check(results: Any, where: str, classes: Collection[str] = tuple(RANGES)) -> None:
-    """Raises ValueError, one sentence, for the first thing in which `results` breaks nuScenes' rules."""
+def check(results: Any, where: str, classes: Collection[str] | None = tuple(RANGES)) -> None:
+    """Raises ValueError, one sentence, for the first thing in which `results` breaks nuScenes' rules. classes: those that it may
+    name; None: any."""
     if not isinstance(results, Mapping) or not all(isinstance(results.get(k), Mapping) for k in ("meta", "results")):
         raise ValueError(
             f"{where} is no nuScenes results file: it must be an object with objects `meta` and `results`."
@@ -251,7 +252,7 @@ def check(results: Any, where: str, classes: Collection[str] = tuple(RANGES)) ->
                 raise ValueError(f"{where}: results.{printable(token)}[{i}].{wrong}.")
 
 
-def _first_wrong(token: str, entry: Any, classes: Collection[str]) -> str:
+def _first_wrong(token: str, entry: Any, classes: Collection[str] | None) -> str:
     """What the devkit or the server would refuse in one entry, "" if nothing."""
     if not isinstance(entry, Mapping):
         return f"is a {type(entry).__name__}; it must be an object"
@@ -263,7 +264,9 @@ def _first_wrong(token: str, entry: Any, classes: Collection[str]) -> str:
         return f"size is {entry['size']}; width, length and height must be above 0 m"
     if entry.get("sample_token") != token:
         return f"sample_token is {entry.get('sample_token')!r}; it must be the token it is listed under"
-    if entry.get("detection_name") not in classes:
+    if classes is None and not isinstance(entry.get("detection_name"), str):
+        return f"detection_name is {entry.get('detection_name')!r}; it must be a class's name"
+    if classes is not None and entry.get("detection_name") not in classes:
         return f"detection_name is {entry.get('detection_name')!r}; it must be one of {', '.join(classes)}"
     if entry.get("attribute_name") not in KNOWN_ATTRIBUTES:
         return f"attribute_name is {entry.get('attribute_name')!r}; it must be a nuScenes attribute or empty"

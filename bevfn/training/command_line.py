@@ -123,7 +123,10 @@ class Config:
     eval_first: bool = False
     """evaluate the untrained model too"""
     run_dir: Path = Path("runs/run")
-    """config.json, metrics.jsonl, tensorboard/, checkpoints/, evaluations/, report.html"""
+    """config.json, metrics.jsonl, tensorboard/, checkpoints/, evaluations/"""
+    loggers: tuple[choices.Logger, ...] = ()
+    """wandb, mlflow: besides TensorBoard numbers, scores and the worst key frame go there too (pip install -e '.[wandb]',
+    '.[mlflow]'; where to, their own environment variables say)"""
     resume: bool = False
     """go on from the latest checkpoint in --run-dir. A run that SIGTERM or Ctrl-C stops saves, and exits with 143 or 130"""
     force: bool = False

@@ -18,8 +18,10 @@ def due(run: Run, done: int) -> bool:
     return config.mode == "full" and (now or done == run.plan.total_steps)
 
 
-def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, float]:
-    """Scores of the evaluation split after `done` steps, by name; files in evaluations/step_..."""
+def evaluate(
+    run: Run, train_state: train.TrainState, done: int, report: Callable[[int, dict, Path | None], None]
+) -> dict[str, float]:
+    """Scores of the evaluation split after `done` steps, by name; files in evaluations/step_... report: `Reporter.evaluated`."""
     finite.check_state(train_state, done)
     weights = train_state.ema or {"params": train_state.params, "state": train_state.state}
     data, config = run.task.data, run.config
@@ -57,6 +59,7 @@ def evaluate(run: Run, train_state: train.TrainState, done: int) -> dict[str, fl
                 bottom=run.task.bottom,
             )
     say(run, f"{judgement.text}\neverything about this evaluation is in {out}")
+    report(done, judgement.numbers | judgement.by_class, judgement.picture)
     if done:
         checkpoint.keep_best(config.run_dir / run_folder.CHECKPOINTS, out.name, judgement.value)
     return judgement.numbers

@@ -1,4 +1,4 @@
-"""What a training run says: progress in the terminal, every step's metrics in JSON lines and TensorBoard, peak memory.
+"""What a training run says: progress in the terminal, every step's metrics in JSON lines and its loggers, peak memory.
 
 Counters (`overflow/...` did not fit a capacity, `bad/...` broken data, `empty/...` nothing to learn from, `missing/...`
 not in the data) are metrics like others. A sentence warns the first time that one is not zero, and the last line has
@@ -7,19 +7,16 @@ their sums.
 
 import contextlib
 import datetime
-import io
 import math
-import os
 import resource
-import socket
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,11 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from bevfn import waiting
-from bevfn.files import to_json, write_atomically, writing
+from bevfn import choices, waiting
+from bevfn.files import to_json, write_atomically, write_whole, writing
 from bevfn.metrics import COUNTERS, METRICS_FILE, meaning
+from bevfn.names import sentence
+from bevfn.training import loggers
+from bevfn.training.board import TensorBoard
 
-BOARD = "tensorboard"
+WORST = "eval/worst key frame"
 WIDE = 100  # columns of a terminal in which there is room for a bar
 
 
@@ -55,8 +55,10 @@ class Reporter:
         every: int = 10,
         shown: tuple[str, ...] = ("loss", "lr", "grad_norm"),
         console: Console | None = None,
+        config: Mapping[str, Any] | None = None,
+        others: tuple[choices.Logger, ...] = (),
     ) -> None:
-        """`shown`: metrics whose name contains one of these appear in the terminal (besides counters that are not 0).
+        """config: the run's flags, as plain JSON values, for TensorBoard and the `others`. `shown`: metrics whose name contains one of these appear in the terminal (besides counters that are not 0).
         `start_step`: steps done when a resumed run goes on.
 
         Raises ValueError if total_steps or every is below 1, or if run_dir is a file.
@@ -73,6 +75,9 @@ class Reporter:
         self.every = every
         self.shown = shown
         self.console = console or Console()
+        self.config = config or {}
+        self.others = others
+        self._loggers: dict[str, loggers.Logger] = {}
         self._seconds: deque[float] = deque(maxlen=20)  # recent steps, without the one that compiles
         self._logged = 0
         self._spoke = time.monotonic()
@@ -85,13 +90,12 @@ class Reporter:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         _drop_half_line(self.run_dir / METRICS_FILE)
         with contextlib.ExitStack() as stack:
-            # Unbuffered: what a full disk refused must not be tried again, and fail again, when they are closed.
+            # Unbuffered: what a full disk refused must not be tried again, and fail again, when it is closed.
             self._jsonl = stack.enter_context(open(self.run_dir / METRICS_FILE, "ab", buffering=0))
-            with writing(self.run_dir / BOARD):
-                continued = (self.run_dir / BOARD).exists()
-                (self.run_dir / BOARD).mkdir(exist_ok=True)
-                self._board = stack.enter_context(open(self.run_dir / BOARD / _event_file(), "wb", buffering=0))
-                _write_all(self._board, _first_events(self.start_step if continued else None))
+            self._board = TensorBoard(self.run_dir, self.config, self.start_step)
+            stack.callback(self._board.close)
+            self._loggers = loggers.opened(self.others, self.run_dir, self.config, self.start_step)
+            stack.callback(lambda: self._to_others(lambda logger: logger.close()))
             if self.console.is_terminal:
                 whole = Column(no_wrap=True, min_width=1)
                 self._progress = Progress(
@@ -137,12 +141,9 @@ class Reporter:
         """
         values = {name: float(value) for name, value in metrics.items()}
         line = to_json({"step": step, "seconds": round(seconds, 6), **values}) + b"\n"
-        for file, content in (
-            (self._jsonl, line),
-            (self._board, _scalars(step, {**values, "seconds": seconds})),
-        ):
-            with writing(Path(file.name)):
-                _write_all(file, content)
+        with writing(self.run_dir / METRICS_FILE):
+            write_whole(self._jsonl, line)
+        self._scalars(step, {**values, "seconds": seconds})
         self._warn(step, values)
 
         self._logged += 1
@@ -161,6 +162,28 @@ class Reporter:
             or time.monotonic() - self._spoke > waiting.EVERY_S
         ):
             self._say(f"step {step}/{self.total_steps}  {pace}  {terms}")
+
+    def evaluated(self, step: int, scores: Mapping[str, float], picture: Path | None) -> None:
+        """Reports an evaluation after so many steps to the loggers, as "eval/<name>"; picture: a PNG of its worst key frame."""
+        self._scalars(step, {f"eval/{name}": value for name, value in scores.items()})
+        if picture is not None:
+            png = picture.read_bytes()
+            self._board.image(step, WORST, png)
+            self._to_others(lambda logger: logger.image(step, WORST, png))
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._board.scalars(step, values)
+        self._to_others(lambda logger: logger.scalars(step, values))
+
+    def _to_others(self, report: Callable[[loggers.Logger], None]) -> None:
+        """To the loggers besides TensorBoard; one that fails is left out from then on, since no service should end a run."""
+        for name, logger in list(self._loggers.items()):
+            try:
+                report(logger)
+            except Exception as error:  # whatever a service raises
+                del self._loggers[name]
+                text = sentence(f"warning: {name} is left out from here on ({type(error).__name__}: {error}).")
+                self.console.print(Text(text, style="yellow"), soft_wrap=True)
 
     def _pace(self, step: int, seconds: float) -> str:
         if not self._seconds:  # the first step's time says nothing about the others
@@ -197,50 +220,6 @@ def _scale_is_sought(values: dict[str, float]) -> bool:
     """Whether fp16's step was skipped for a loss scale that was too high, as its first ones are: the scale is halved, and
     training/finite.py says where that does not help."""
     return bool(values.get("skipped")) and "loss_scale" in values
-
-
-def _write_all(file: BinaryIO, content: bytes) -> None:
-    """An unbuffered file takes what fits; the rest then meets the error."""
-    while content:
-        content = content[file.write(content) :]
-
-
-# TensorBoard's files are not written by torch's SummaryWriter: it does so in a thread, whose traceback is all that one
-# hears of a full disk.
-
-
-def _event_file() -> str:
-    """A new name; TensorBoard reads a folder's files in the order of their names."""
-    seconds, rest = divmod(time.time_ns(), 10**9)
-    return f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
-
-
-def _first_events(start_step: int | None) -> bytes:
-    """What an event file begins with; TensorBoard drops what older files have behind `start_step`, if that is given."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-    events = [Event(file_version="brain.Event:2")]
-    if start_step is not None:
-        events.append(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
-    return b"".join(map(_event, events))
-
-
-def _scalars(step: int, values: dict[str, float]) -> bytes:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-    return _event(Event(step=step, summary=Summary(value=scalars)))
-
-
-def _event(event: Any) -> bytes:
-    """A record of an event file: length and content, each with its CRC."""
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    event.wall_time = time.time()
-    buffer = io.BytesIO()
-    RecordWriter(buffer).write(event.SerializeToString())
-    return buffer.getvalue()
 
 
 def _drop_half_line(path: Path) -> None:

@@ -23,7 +23,18 @@ from bevfn.data import loader, sampling, scene, source
 from bevfn.files import read_json, to_json, write_atomically
 from bevfn.metrics import added
 from bevfn.names import sentence
-from bevfn.training import assembly, checkpoint, evaluations, finite, origin, pretrained, run_folder, signals, train
+from bevfn.training import (
+    assembly,
+    checkpoint,
+    evaluations,
+    finite,
+    loggers,
+    origin,
+    pretrained,
+    run_folder,
+    signals,
+    train,
+)
 from bevfn.training.command_line import Config, Defaults, flags, parse
 from bevfn.training.reporter import Reporter, peak_memory
 from bevfn.training.tasks import Data, Run, Task, check, drawn, on_what_is_there, plan, say
@@ -33,7 +44,7 @@ SUMMARY = "summary.json"
 FREE = frozenset(
     {
         *("workers", "resume", "force", "keep", "checkpoint_every", "on_damaged", "run_dir"),
-        *("eval_every", "eval_last", "eval_backend"),
+        *("eval_every", "eval_last", "eval_backend", "loggers"),
     }
 )
 
@@ -62,6 +73,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
     host.keep_freed_memory()
     for backend in (config.backend, config.eval_backend):
         compilation.check_backend(backend)
+    loggers.check(config.loggers)
     if config.resume:
         run_folder.check_resumable(config.run_dir)
     else:  # a checkpoint has all of them
@@ -118,16 +130,16 @@ def _train(run: Run, latest: Path | None) -> dict:
     summary = {"steps": start}
     seconds: list[float] = []
     skipped = 0  # steps in a row
-    if start == 0 and config.eval_first:
-        summary["scores_before"] = evaluations.evaluate(run, train_state, 0)
-    if start and evaluations.due(run, start) and not evaluations.evaluated(run, start):  # killed before or in it
-        summary["scores"] = evaluations.evaluate(run, train_state, start)
-    with (
-        reporting(run, start) as reporter,
-        signals.on_terminate() as stop,
-        contextlib.closing(microbatches(run, start)) as stream,
-        saved_when_others_end(run, train_state),
-    ):
+    with contextlib.ExitStack() as stack:
+        reporter = stack.enter_context(reporting(run, start))
+        evaluate = functools.partial(evaluations.evaluate, run, report=reporter.evaluated)
+        if start == 0 and config.eval_first:
+            summary["scores_before"] = evaluate(train_state, 0)
+        if start and evaluations.due(run, start) and not evaluations.evaluated(run, start):  # killed before or in it
+            summary["scores"] = evaluate(train_state, start)
+        stop = stack.enter_context(signals.on_terminate())
+        stream = stack.enter_context(contextlib.closing(microbatches(run, start)))
+        stack.enter_context(saved_when_others_end(run, train_state))
         done, began = start, time.perf_counter()
         problems: list[Exception] = []
         for done, loaded in readable(run, stream, problems):
@@ -145,7 +157,7 @@ def _train(run: Run, latest: Path | None) -> dict:
             if checkpoint_due(run, done):
                 save(run, train_state, done)
             if evaluations.due(run, done):
-                summary["scores"] = evaluations.evaluate(run, train_state, done)
+                summary["scores"] = evaluate(train_state, done)
             began = time.perf_counter()
         if distributed.agree(stop.requested or bool(problems), run.replicas):
             save_at_stop(run, train_state, start, done, stop, problems)
@@ -383,13 +395,19 @@ def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
 def reporting(run: Run, start: int) -> contextlib.AbstractContextManager:
     """The Reporter of the process that leads, a silent one elsewhere."""
     if run.leads:
-        return Reporter(run.config.run_dir, run.plan.total_steps, start_step=start)
+        config = run.config
+        return Reporter(
+            *(config.run_dir, run.plan.total_steps), start_step=start, config=flags(config), others=config.loggers
+        )
     return contextlib.nullcontext(_Silent())
 
 
 class _Silent:
     def log(self, *_: Any) -> None:
         """Nothing: another process reports."""
+
+    def evaluated(self, *_: Any) -> None:
+        """Nothing: what is reported is the leading process'."""
 
     def working(self, _: str) -> contextlib.AbstractContextManager[None]:
         """Nothing either."""
