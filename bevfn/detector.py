@@ -38,6 +38,7 @@ FOREIGN = {  # flags of some recipes alone
     **dict.fromkeys(("point_capacity", "voxel_capacity", "site_capacity"), "reads no LiDAR points or sweeps"),
     "published_sweeps": "reads no LiDAR points or sweeps",
 }
+BEFORE: dict[str, Any] = {"published_sweeps": False}  # flags, and what runs did that are older than they
 NOTHING = Index(Path("."), "", "", ())
 
 
@@ -211,12 +212,14 @@ def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model:
     default = source.of_kind(recipes.defaults(experiment, model or known), data_root)
     if not is_run:
         if checkpoint.is_dir():
-            print(
-                f"{checkpoint} lies in no run folder ({path} is not there): read with {experiment}'s published settings"
+            whose = (
+                "published settings" if data_root is not None else "settings for the synthetic world (no --data-root)"
             )
+            print(f"{checkpoint} lies in no run folder ({path} is not there): read with {experiment}'s {whose}")
         return default
     silent = {field.name for field in fields(default)} - set(run_folder.read_config(path))
     if silent:
+        default = replace(default, **{name: value for name, value in BEFORE.items() if name in silent})
         values = ", ".join(f"{name} {getattr(default, name)}" for name in sorted(silent))
         print(f"{path} is of an older bevfn, which did not have all flags: taken as {values}")
     return run_folder.stored_config(path, default)

@@ -3,14 +3,16 @@
 0    done
 1    `bevfn data check` found a problem, `bevfn parity` or `bevfn export` a boundary that differs
 2    refused: a file, flag or machine is not what it has to be, in one sentence on standard error
-130  Ctrl-C, 143 SIGTERM (see training/signals.py)
+130  Ctrl-C, once or twice, 143 SIGTERM (see training/signals.py)
 141  nobody reads standard output any more, as by `| head`; nothing is said
 """
 
 import contextlib
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 from bevfn.names import WORD, printable, sentence
@@ -34,6 +36,8 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
             sys.exit(UNHEARD)
         raise
     except KeyboardInterrupt:  # in a run: the second one, see training/signals.py
+        if threading.current_thread() is threading.main_thread():  # another while Python ends would be a traceback
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         print("bevfn: stopped by Ctrl-C; what was written before is whole", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except MemoryError:

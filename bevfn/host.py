@@ -1,12 +1,17 @@
-"""What a process can ask of its host."""
+"""What a process can ask of its host, and how it has others work for it."""
 
 import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import TypeVar
 
+Result = TypeVar("Result")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -23,8 +28,10 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def end_with_parent() -> None:
-    """In a worker process: it ends at once when its parent was killed, instead of holding memory and locks for ever."""
+def start_worker() -> None:
+    """In a worker process: Ctrl-C, which a terminal sends to every process of a command, is left to its parent, and where that was
+    killed it ends at once, instead of holding memory and locks for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -34,6 +41,56 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def ctrl_c_later() -> Iterator[None]:
+    """Inside, Ctrl-C waits, and does not reach processes that are started: one that still imports would print a traceback."""
+    multiprocessing.resource_tracker.ensure_running()  # which starts with the first process, and ends the waiting
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unordered(function: Callable[..., Result], jobs: Iterable[tuple], workers: int) -> Iterator[Result]:
+    """function(*job) of every job as they are done, in `workers` processes (up to 1: in this one).
+
+    `jobs` is read as they are handed out: those of a whole data set need not wait in memory. An exception here or in a job,
+    Ctrl-C included, ends the processes in the middle of their jobs.
+    """
+    if workers <= 1:
+        for job in jobs:
+            yield function(*job)
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    others = multiprocessing.active_children()
+    pending: set[Future] = set()
+    try:
+        for job in jobs:
+            with ctrl_c_later():
+                pending.add(pool.submit(function, *job))
+            if len(pending) >= 2 * workers:
+                yield from _finished(pending)
+        while pending:
+            yield from _finished(pending)
+    except BaseException:
+        with ctrl_c_later():
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.kill()
+            pool.shutdown()
+        raise
+    pool.shutdown()
+
+
+def _finished(pending: set[Future]) -> list:
+    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+    pending -= done
+    return [future.result() for future in done]
 
 
 @contextlib.contextmanager

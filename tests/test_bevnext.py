@@ -391,3 +391,22 @@ def test_bad_batches_and_settings_are_one_sentence():
     ):
         with pytest.raises(ValueError, match=message):
             replace(config, **change)
+
+
+class OfMore(Replicas):
+    """Other processes that count 5 of everything."""
+
+    def sum(self, x):
+        return x + 5
+
+
+def test_the_depth_loss_has_its_own_normaliser_where_the_detection_losses_have_that_of_all_processes():
+    params, state = initial(1)
+    config, data = tiny(1), batch(1)
+    alone, of_more = (
+        bevnext.loss(params, state, data, config=config, replicas=replicas)[1][1]
+        for replicas in (None, OfMore("", 0, 1))
+    )
+    assert torch.equal(alone["loss/depth"], of_more["loss/depth"]) and float(alone["loss/depth"]) > 0
+    for name in ("loss/heatmap", "loss/bbox"):
+        assert 0 < float(of_more[name]) < 0.9 * float(alone[name])

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,11 +71,11 @@ def test_only_the_last_written_checkpoints_are_kept_whatever_their_number(tmp_pa
     ts, _ = small_net.fresh("fp32")
     (tmp_path / "other").mkdir()
     for number in (5, 6, 7, 1):  # a run that began again
-        checkpoint.save_step(tmp_path / f"step_{number}", ts, {}, keep=2)
-        os.utime(tmp_path / f"step_{number}", ns=(0, 10**18 - number))  # copies and clocks do not matter
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["other", "step_1", "step_7"]
-    assert [f.name for f in checkpoint.steps(tmp_path)] == ["step_7", "step_1"]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_1"
+        checkpoint.save_step(tmp_path / f"step_{number:08d}", ts, {}, keep=2)
+        os.utime(tmp_path / f"step_{number:08d}", ns=(0, 10**18 - number))  # copies and clocks do not matter
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["other", "step_00000001", "step_00000007"]
+    assert [f.name for f in checkpoint.steps(tmp_path)] == ["step_00000007", "step_00000001"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000001"
 
 
 def test_a_checkpoint_is_replaced_whole_and_leaves_nothing_behind(tmp_path):
@@ -265,6 +266,17 @@ def test_pruning_removes_only_what_was_written_here(tmp_path):
     assert [f.name for f in checkpoint.steps(tmp_path)] == [
         "step_00000009", "step_00000002", "step_00000004", "step_00000005"
     ]  # fmt: skip
+
+
+def test_copies_under_other_names_are_the_users(tmp_path):
+    first = save(tmp_path, 2)
+    for copy in ("step_00000099", "step_2", "step_000000002", "step_00000004"):
+        shutil.copytree(first, tmp_path / copy)
+    for step in (3, 4, 5, 6):
+        save(tmp_path, step, keep=2)
+    mine = ["step_00000004.replaced", "step_00000099", "step_2", "step_000000002"]
+    assert names(tmp_path) == sorted(["step_00000005", "step_00000006", *mine])
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000006"
 
 
 def test_a_folder_beside_a_checkpoint_that_is_replaced_stays_the_users(tmp_path):

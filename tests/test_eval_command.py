@@ -8,12 +8,14 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_root
 import small_world
 
 from bevfn import cli, detector, distributed
 from bevfn.commands import scoring as evaluate
+from bevfn.data import batch, scene
 from bevfn.evaluation import apart, score
 from bevfn.experiments import bevfusion_lidar
 from bevfn.training import checkpoint, run
@@ -61,8 +63,17 @@ def test_the_config_of_a_run_from_before_the_catalogue_is_read(experiment, befor
 
 def test_a_checkpoint_that_left_its_run_is_said_to_be_read_as_published(tmp_path, capsys):
     (tmp_path / "step_00000001").mkdir()
-    assert detector.run_config("bevfusion", tmp_path / "step_00000001", None, None).published_sweeps is not None
-    assert "lies in no run folder" in capsys.readouterr().out
+    made = [
+        detector.run_config("bevfusion", tmp_path / "step_00000001", root, None)
+        for root in (small_world.unmade(), None)
+    ]
+    assert [config.published_sweeps for config in made] == [True, False] and [config.scale for config in made] == [
+        "published",
+        "mini",
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert "lies in no run folder" in said[0] and said[0].endswith("read with bevfusion's published settings")
+    assert said[1].endswith("read with bevfusion's settings for the synthetic world (no --data-root)")
 
 
 FAST = ("--backend", "eager", "--workers", "0")
@@ -106,19 +117,40 @@ def test_a_precision_against_itself_is_refused(trained, monkeypatch, capsys, tmp
 
 
 def test_what_evaluation_drops_is_printed_and_in_metrics_and_report(trained, monkeypatch, capsys, tmp_path):
-    """As of a LiDAR that is denser than the run's; the capacities are flags."""
+    """As of a LiDAR that is denser than the run's, and misses returns; the capacities are flags."""
+    root = Path(shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn")))
+    last = root / small_world.index()[2].lidar_path  # no other key frame's sweep
+    cloud = np.fromfile(last, "<f4").reshape(-1, 5)
+    cloud[5:12, :3] = np.nan
+    last.write_bytes(cloud.tobytes())
     small = ("--point-capacity", 1000, "--voxel-capacity", 300, "--site-capacity", 200, 100, 50)
-    arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], "--out", tmp_path, *FAST)
+    arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], "--out", tmp_path, "--data-root", root, *FAST)
     assert bevfn(monkeypatch, *arguments, *small) == 0
     counts = json.loads((tmp_path / "metrics.json").read_text())["counts"]
     assert counts["points"] == 3 * 1000
     printed = capsys.readouterr().out
+    assert counts["bad/points"] == 7 and "bad/points: 7 points have numbers that are not finite" in " ".join(
+        printed.split()
+    )
     for name in ("points", "voxels_l0", "voxels_l1", "voxels_l2", "voxels_out"):
         assert counts[f"overflow/{name}"] > 0
         assert f"overflow/{name}: {counts[f'overflow/{name}']:,} " in (tmp_path / "summary.md").read_text()
         assert f"overflow/{name}" in printed and f"overflow/{name}" in (tmp_path / "report.html").read_text()
     share = counts["overflow/points"] / (counts["overflow/points"] + 3000)
     assert f"raise --point-capacity, or accept the loss ({share:.1%} of all in range)." in printed
+
+
+def test_points_of_the_oldest_sweeps_are_cut_first(trained):
+    config = replace(trained[0], sweeps=3)
+    data = bevfusion_lidar.task(config).data
+    sample = scene.load(data.evaluation, 2, data.eval_reading)
+    lags = sample.points[:, 4]
+    starts = np.flatnonzero(np.diff(lags, prepend=-1.0) > 0)
+    assert len(starts) == 4 == len(set(lags)) and lags[0] == 0 and (np.diff(lags) >= 0).all()
+    room = replace(data.eval_reading.capacities, points=int(starts[2]) + 10)
+    made, counts = batch.collate([sample], capacities=room)
+    assert counts["overflow/points"] == len(lags) - room.points > 0
+    np.testing.assert_array_equal(made.points[0], sample.points[: room.points])  # two whole scans, and of the third
 
 
 def test_capacities_of_points_are_not_for_camera_models(monkeypatch, capsys, tmp_path):
@@ -149,12 +181,12 @@ def test_sweeps_move_as_the_run_or_the_flag_says_and_an_older_config_is_named(tr
     bevfn(monkeypatch, *command, checkpoint)
     bevfn(monkeypatch, *command, checkpoint, "--published-sweeps", "False")
     assert "older" not in capsys.readouterr().out
-    bevfn(monkeypatch, *command, tmp_path / "old" / "checkpoints" / checkpoint.name)
-    assert (
-        "config.json is of an older bevfn, which did not have all flags: taken as published_sweeps"
-        in capsys.readouterr().out
-    )
-    assert asked[:2] == [True, False]
+    old = (*command, tmp_path / "old" / "checkpoints" / checkpoint.name)
+    bevfn(monkeypatch, *old)
+    bevfn(monkeypatch, *old, "--data-root", config.data_root)
+    said = "config.json is of an older bevfn, which did not have all flags: taken as published_sweeps False"
+    assert capsys.readouterr().out.count(said) == 2
+    assert asked == [True, False, False, False]  # older runs moved them right
 
 
 def test_the_device_is_the_runs_where_it_is_here(trained, monkeypatch, capsys, tmp_path):

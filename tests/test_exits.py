@@ -1,8 +1,18 @@
 """How commands end: one sentence, one line, one code."""
 
+import signal
+
 import pytest
 
 from bevfn import exits
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """That of the tests themselves stays as it is."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,19 @@ def test_what_a_checkpoint_was_made_with_is_in_it_and_compared(whole, root, tmp_
         run.main(task, config(root, run_dir, checkpoint_every=1, resume=True))
 
 
+def test_a_run_without_its_config_or_checkpoints_is_not_taken_for_another(whole, root, tmp_path):
+    run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    (run_dir / "config.json").unlink()
+    code, printed = cli(root, run_dir, "--resume", "--checkpoint-every", "1", "--lr", "0.5")
+    assert code == 2 and "was begun with another config (lr: 0.001 -> 0.5); give the old values" in " ".join(
+        printed.split()
+    )
+    shutil.rmtree(run_dir / "checkpoints")
+    code, printed = cli(root, run_dir, "--resume", "--checkpoint-every", "1")
+    what = "has no checkpoint, but metrics.jsonl and evaluations and summary.json of later steps than its first one, due at step 1"
+    assert code == 2 and what in " ".join(printed.split())
+
+
 def test_a_resumed_run_whose_evaluation_boxes_moved_is_refused(whole, root, tmp_path):
     """Its best would compare scores of different data."""
     run_dir = Path(shutil.copytree(whole[0], tmp_path / "run"))

@@ -95,6 +95,32 @@ def test_resume_is_refused_where_every_checkpoint_is_damaged(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "name, content, refused",
+    [
+        (METRICS_FILE, '{"step": 10}\n{"step": 11}\n', True), (METRICS_FILE, '{"step": 9}\n{"step": 10}\n', False),
+        ("summary.json", "{}", True), ("evaluations/step_00000010/metrics.json", "{}", True),
+        ("evaluations/step_00000000/metrics.json", "{}", False), ("evaluations/step_00000010_val/metrics.json", "{}", False),
+    ],
+)  # fmt: skip
+def test_resume_is_refused_where_a_run_came_further_and_has_no_checkpoint(tmp_path, name, content, refused):
+    with run_folder.open(tmp_path, CONFIG):
+        (tmp_path / METRICS_FILE).write_text('{"step": 1}\n')
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    before, said = snapshot(tmp_path), []
+    how = {"resume": True, "first": 10, "say": said.append}
+    if refused:
+        what = rf"has no checkpoint, but {name.split('/')[0]} of later steps than its first one, due at step 10; copy its checkpoints/"
+        with pytest.raises(ValueError, match=what), run_folder.open(tmp_path, CONFIG, **how):
+            pass
+        assert snapshot(tmp_path) == before
+        how["force"] = True
+    with run_folder.open(tmp_path, CONFIG, **how) as latest:
+        assert latest is None
+    assert said == [f"{tmp_path} has no whole checkpoint yet: the run begins from its start"]
+
+
 # ----------------------------------------------------------------------------------------------------------- facts
 
 FACTS = {"processes": 2, "accumulate": 4, "microbatches": 8, "total_steps": 100, "data": "00ff"}
@@ -207,6 +233,53 @@ def test_force_goes_on_with_another_config_and_keeps_the_old_ones(tmp_path):
     assert [json.loads((tmp_path / name).read_text())["epochs"] for name in names] == [20, 24, 30]
 
 
+def run_with_flags(folder: Path, config: dict = CONFIG) -> None:
+    run_to(folder, 10, config)
+    meta = {"step": 20, run_folder.FLAGS: json.loads(json.dumps(config, default=str))}
+    checkpoint.save_step(folder / "checkpoints" / "step_00000020", state(20), meta)
+
+
+@pytest.mark.parametrize("config", [None, {"epochs": 3}, {**CONFIG, "optimizer": {"lr": 0.5}}])
+def test_a_run_whose_config_is_gone_or_anothers_has_that_of_its_checkpoint(tmp_path, config):
+    run_with_flags(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    other = {**CONFIG, "optimizer": {"lr": 0.5, "betas": (0.9, 0.99)}}
+    refused = pytest.raises(
+        ValueError, match=r"begun with another config \(optimizer.lr: 0.001 -> 0.5\); give the old values"
+    )
+    with refused, run_folder.open(tmp_path, other, resume=True):
+        pass
+    with run_folder.open(tmp_path, CONFIG, resume=True, say=pytest.fail) as latest:
+        assert latest == tmp_path / "checkpoints" / "step_00000020"
+    assert run_folder.read_config(tmp_path / "config.json") == json.loads(json.dumps(CONFIG, default=str))
+
+
+def test_a_forced_config_holds_although_the_checkpoint_is_older(tmp_path):
+    run_with_flags(tmp_path)
+    with run_folder.open(tmp_path, {**CONFIG, "epochs": 24}, resume=True, force=True):
+        pass
+    with run_folder.open(
+        tmp_path, {**CONFIG, "epochs": 24, "workers": 8}, resume=True, free=frozenset({"workers"})
+    ) as latest:
+        assert latest is not None
+    refused = pytest.raises(ValueError, match=r"another config \(epochs: 24 -> 20\)")
+    with refused, run_folder.open(tmp_path, CONFIG, resume=True, free=frozenset({"workers"})):
+        pass
+
+
+def test_where_nothing_notes_the_flags_it_is_said(tmp_path):
+    run_to(tmp_path, 10)
+    (tmp_path / "config.json").unlink()
+    said = []
+    with run_folder.open(tmp_path, {**CONFIG, "epochs": 1}, resume=True, say=said.append) as latest:
+        assert latest is not None
+    assert said == [
+        f"{tmp_path} has no config.json, and no checkpoint that notes its flags: nothing compares them with these"
+    ]
+
+
 def test_values_that_are_equal_after_json_are_no_difference(tmp_path):
     run_to(tmp_path, 10)
     same = json.loads(json.dumps(CONFIG, default=str))
@@ -217,7 +290,8 @@ def test_values_that_are_equal_after_json_are_no_difference(tmp_path):
 def test_a_damaged_config_is_named(tmp_path):
     run_to(tmp_path, 10)
     (tmp_path / "config.json").write_text('{"epochs": ')
-    with pytest.raises(ValueError, match=r"config\.json is damaged"), run_folder.open(tmp_path, CONFIG, resume=True):
+    what = r"config\.json is damaged .* copy it back\. Without it --resume compares the flags with those that the last checkpoint"
+    with pytest.raises(ValueError, match=what), run_folder.open(tmp_path, CONFIG, resume=True):
         pass
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from bevfn import host
+
 
 def best_seconds(run: Callable[[], object], *, repeats: int = 5, warm_up: int = 1) -> float:
     """Median wall-clock seconds of `run`, after `warm_up` calls; waits for CUDA where there is one."""
@@ -63,17 +65,22 @@ def in_process(target: Callable, *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, target, arguments))
-    process.start()
+    with host.ctrl_c_later():
+        process.start()
     sender.close()
     try:
         return receiver.recv()
     except EOFError:
         raise RuntimeError(f"the benchmark process of {target.__name__}{arguments} died (out of memory?)") from None
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     finally:
         process.join()
 
 
 def _send(sender: Any, target: Callable, arguments: tuple) -> None:
+    host.start_worker()
     sender.send(target(*arguments))
 
 

@@ -63,7 +63,7 @@ def check(
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> int:
     """Says what of a nuScenes, T4 or own data set is there, missing or damaged, file by file, and what training does with odd
-    values. Exit code 1 if something is missing, damaged, refused or left out.
+    values. Exit code 1 if something is missing, damaged, refused, left out or suspect.
 
     Args:
         root: the folder that holds samples/, sweeps/, maps/ and the version's tables, a T4 data set (docs/t4.md), or data of
@@ -72,7 +72,7 @@ def check(
         split: train, val, ...; all that the root has without it
         train_split: the one that a run would train on, which may share no scene with
         eval_split: the one that it would be evaluated on; without either, the defaults are compared, and every two of splits.json
-        deep: decode every file, instead of looking at sizes and ends
+        deep: decode every file, instead of looking at sizes and ends, and look at the values of all scans instead of a few
         workers: threads; 0: twice the processors
         show: problems to print
         json_file: write all of them there

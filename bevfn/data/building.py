@@ -1,24 +1,19 @@
-"""What is made of a data set once: where it lies, and long builds in a folder: one process at a time, its jobs in
-parallel. A job writes its own files atomically, so a stopped build goes on where it was."""
+"""What is made of a data set once: where it lies, of what it was made, and that one process at a time makes it. Its jobs
+(`host.unordered`) write their own files atomically, so a stopped build goes on where it was."""
 
 import contextlib
 import fcntl
 import hashlib
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
-from bevfn import host
 from bevfn.data.index import Index
 from bevfn.files import writing
 from bevfn.kernels.cache import cache_dir
 from bevfn.names import printable
-
-Result = TypeVar("Result")
 
 
 def home(root: Path) -> Path:
@@ -87,33 +82,3 @@ def only_writer(out: Path) -> Iterator[None]:
         except OSError as error:
             raise ValueError(f"{out}: another build is writing here; wait for it or choose another folder.") from error
         yield
-
-
-def unordered(function: Callable[..., Result], jobs: Iterable[tuple], workers: int) -> Iterator[Result]:
-    """function(*job) of every job as they are done, in `workers` processes (up to 1: in this one).
-
-    `jobs` is read as they are handed out: those of a whole data set need not wait in memory.
-    """
-    if workers <= 1:
-        for job in jobs:
-            yield function(*job)
-        return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=host.end_with_parent) as pool:
-        pending: set[Future] = set()
-        try:
-            for job in jobs:
-                pending.add(pool.submit(function, *job))
-                if len(pending) >= 2 * workers:
-                    yield from _finished(pending)
-            while pending:
-                yield from _finished(pending)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _finished(pending: set[Future]) -> list:
-    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-    pending -= done
-    return [future.result() for future in done]

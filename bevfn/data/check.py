@@ -96,10 +96,11 @@ class Inspection:
             lines.append(f"  and {len(self.findings) - shown:,} more; --json FILE writes all of them")
         total = sum(self.samples.values())
         if not self.problems:
-            refused = any(finding.kind == "refused" for finding in self.findings)
+            kinds = {finding.kind for finding in self.findings}
+            but = ", and training refuses the data" if "refused" in kinds else ", but values are suspect"
             ends = (
-                "no file is missing or damaged, and training refuses the data"
-                if refused
+                f"no file is missing or damaged{but}"
+                if kinds & {"refused", "suspect"}
                 else "nothing is missing or damaged"
             )
             return "\n".join([*lines, ends])

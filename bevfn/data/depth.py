@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from bevfn import host
 from bevfn.data import building, image, points
 from bevfn.data.index import Camera, Frame, Index
 from bevfn.data.possible import DISTANCE, SIDE
@@ -209,14 +210,14 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
                 path.unlink()
             seals = _seals(files)
             jobs = ((part, files, {n: seals[n] for n in part if n in seals}, True) for part in _parts(names))
-            bad = {name for found in building.unordered(_damaged, jobs, workers) for name in found}
+            bad = {name for found in host.unordered(_damaged, jobs, workers) for name in found}
         else:
             files.mkdir()
             bad = set(names)
         todo = [i for i, frame in enumerate(index) if not bad.isdisjoint(_images_of(frame))]
         with Progress(disable=not progress) as bar:
             task = bar.add_task("depth ground truth", total=len(index), completed=len(index) - len(todo))
-            for frames in building.unordered(_make, _jobs(index, files, todo), workers):
+            for frames in host.unordered(_make, _jobs(index, files, todo), workers):
                 bar.advance(task, frames)
         _seal(files, names, {name for i in todo for name in _images_of(index[i])}, workers)
         write_atomically(out / DEPTH, to_json({"files": files.name, "made_of": asdict(origin)}))
@@ -269,7 +270,7 @@ def _seal(files: Path, names: list[str], changed: set[str], workers: int) -> Non
     new = [name for name in names if name in changed or name not in known]
     if new or set(known) != set(names):
         jobs = ((part, files) for part in _parts(new))
-        found = {name: seal for seals in building.unordered(_checksums, jobs, workers) for name, seal in seals.items()}
+        found = {name: seal for seals in host.unordered(_checksums, jobs, workers) for name, seal in seals.items()}
         merged = known | found
         write_atomically(files.parent / SEALS, to_json({files.name: {name: merged[name] for name in names}}))
 

@@ -278,11 +278,10 @@ def _unchanged(item: Any) -> Any:
 def _start_worker(_: int) -> None:
     """Runs in a new worker; DataLoader has set torch to one thread."""
     threadpool_limits(1)
-    # Ctrl-C and `timeout` signal every process of the group, but when to stop is the training process' decision. It ends
+    # `timeout` too signals every process of the group, but when to stop is the training process' decision. It ends
     # workers through their queues; the second SIGTERM is multiprocessing's, for one that hangs.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    host.end_with_parent()
+    host.start_worker()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import torch
 from rich.progress import Progress
 
 from bevfn import boxes as overlap
+from bevfn import host
 from bevfn.data import annotations, building, points, possible, sweeps
 from bevfn.data.index import Frame, Index
 from bevfn.files import checksum, write_atomically, writing
@@ -293,7 +294,7 @@ def build(
             with Progress(disable=not progress) as bar:
                 task = bar.add_task("GT-paste database", total=len(index), completed=len(index))
                 bar.update(task, completed=len(index) - sum(len(positions) for _, positions in todo))
-                for frames in building.unordered(_make_part, _jobs(index, todo, class_names, making), workers):
+                for frames in host.unordered(_make_part, _jobs(index, todo, class_names, making), workers):
                     bar.advance(task, frames)
             _merge(out, key, parts, class_names, making, origin)
         made = read(out)

@@ -20,7 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from bevfn.data import building, faults, points, possible, rows, stored, t4_classes, t4_folders, tables
+from bevfn import host
+from bevfn.data import faults, points, possible, rows, stored, t4_classes, t4_folders, tables
 from bevfn.data.index import CAMERAS, Frame, Index, Packed, inverse, join, pack
 from bevfn.data.rows import Impossible, Row
 from bevfn.data.t4_classes import Objects, Rules
@@ -125,7 +126,7 @@ def _header(base: Path, scenes: list[Scene], rules: Rules) -> stored.Header:
 def _build(base: Path, scenes: list[Scene], rules: Rules, split: str, workers: int) -> Packed:
     console = Console(stderr=True)
     jobs = [(i, base, scene, rules) for i, scene in enumerate(scenes)]
-    done = building.unordered(_numbered, jobs, min(workers, len(jobs)))
+    done = host.unordered(_numbered, jobs, min(workers, len(jobs)))
     steps = track(done, f"index of T4 {split}", len(jobs), console=console, disable=not console.is_terminal)
     found = dict(steps)
     reads = [found[i] for i in range(len(scenes))]

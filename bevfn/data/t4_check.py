@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from bevfn.data import check as checking
-from bevfn.data import depth, paste, points, t4, t4_classes, t4_folders, values
+from bevfn.data import depth, paste, plausible, points, t4, t4_classes, t4_folders, values
 from bevfn.data.check import OUTSIDE, Inspection, Problem
 from bevfn.data.index import Index, Packed
 from bevfn.data.t4_folders import Scene
@@ -22,7 +22,7 @@ DROPS = values.Drops(reach=122.4, sensors="LiDAR")  # of AWML's recipes
 RULES = t4_classes.Rules()
 FOREIGN, DROPPED = "of no class", "dropped by attribute"
 Found = dict[str, list[dict]]  # tables
-ODD: dict[str, tuple[str, str, Literal["left out", "note"]]] = {
+ODD: dict[str, tuple[str, str, Literal["left out", "suspect", "note"]]] = {
     "map": ("missing maps", "it needs none", "note"),
     "scan": (f"key frames without a scan of {' or '.join(t4_folders.LIDARS)}", "it leaves them out", "left out"),
     "lens": ("cameras whose lenses distort", "as AWML, it takes their images for undistorted", "note"),
@@ -30,6 +30,11 @@ ODD: dict[str, tuple[str, str, Literal["left out", "note"]]] = {
         "annotations without a velocity of their own",
         "it measures them between annotations of the same object that are near in time, else it takes 0",
         "note",
+    ),
+    "lying": (
+        "annotations that do not stand upright",
+        f"it takes another yaw for theirs; {plausible.QUATERNION}",
+        "suspect",
     ),
     "invalid": ("recordings that are marked as invalid", "it takes them for missing", "note"),
     "sources": (
@@ -274,6 +279,7 @@ def _odd(base: Path, scene: Scene, own: t4.Tables, found: Found, deep: bool) -> 
         "scan": sum(not set(t4_folders.LIDARS) & own.recorded[row["token"]].keys() for row in found["sample"]),
         "lens": sum(_bends(row.get("camera_distortion")) for row in found["calibrated_sensor"]),
         "velocity": sum(row.get("velocity") is None for row in found[t4.ANNOTATIONS]),
+        "lying": plausible.lying(found[t4.ANNOTATIONS]),
         "invalid": sum(row.get("is_valid") is False for row in found["sample_data"]),
         "sources": sum(_is_untiled(base, scene, row) for row in scans if row.get("info_filename")) if deep else 0,
     }

@@ -1,19 +1,23 @@
 """What the values of a data set are, and what training would do with those that are odd: a section of `bevfn data check`.
 
 A fact is measured; a finding says what is odd and what follows. Values come from the tables and from the key frames that
-training would read, with the rules of `possible`; of files, a few of each kind are opened.
+training would read, with the rules of `possible` and `plausible`; of files, a few of each kind are opened (deep: all scans).
 """
 
+import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from bevfn.data import depth, faults, image, nuscenes, paste, points, possible
+from bevfn.data import depth, faults, image, nuscenes, paste, plausible
 from bevfn.data import tables as tables_of
 from bevfn.data.index import CAMERAS, Index, Packed
 from bevfn.names import printable, sentence
@@ -32,8 +36,8 @@ class Finding:
     what: str
     then: str
     """What training does with it."""
-    kind: Literal["refused", "left out", "note"]
-    """A note is fine if it is meant."""
+    kind: Literal["refused", "left out", "suspect", "note"]
+    """What is suspect is trained on, and hardly meant; a note is fine if it is meant."""
 
     def __str__(self) -> str:
         return f"{self.what}: {self.then}"
@@ -61,6 +65,7 @@ def of_tables(
     yield from _channels(tables)
     yield from _categories(tables)
     yield from _links(tables)
+    yield from _told("suspect", plausible.rotations(tables["sample_annotation"]))
     yield from _splits(root, version, tables, chosen)
 
 
@@ -100,9 +105,11 @@ def of_frames(
         Finding(f"{fault.first} ({fault.count:,} {fault.what})", "training refuses the data set", "refused")
         for fault in faults.find(packed)
     ]
-    told, odd = _files(root, packed, damaged)
+    told, odd = _files(root, packed, damaged, deep)
     facts = [_sweep_fact(packed), _box_fact(packed), _dropped_fact(packed, drops), _camera_fact(packed), *told]
-    found += [*_sweeps(packed), *_scans(packed), *_boxes(packed, drops, split), *_cameras(packed), *odd]
+    found += [*_sweeps(packed), *_boxes(packed, drops, split), *_cameras(packed), *odd]
+    found += _told("suspect", plausible.sizes(packed), plausible.poses(packed), plausible.centres(packed))
+    found += _told("note", plausible.repeated(packed))
     found += _made(index, deep)
     return [f"{split}: {fact}" for fact in facts], [replace(one, what=f"{split}: {one.what}") for one in found]
 
@@ -214,12 +221,8 @@ def _sweeps(packed: Packed) -> Iterator[Finding]:
         )
 
 
-def _scans(packed: Packed) -> Iterator[Finding]:
-    """Point files that several key frames have for their own."""
-    files, counts = np.unique(packed.columns["lidar_path"], return_counts=True)
-    if len(again := np.flatnonzero((counts > 1) & (files != b""))):
-        what = f"{counts[again].sum():,} key frames have the LiDAR scan of another, such as {printable(files[again[0]].decode())}"
-        yield Finding(what, "it reads the same points for each, whatever their boxes and images are", "note")
+def _told(kind: Literal["suspect", "note"], *odd: Iterator[plausible.Odd]) -> list[Finding]:
+    return [Finding(what, then, kind) for what, then in chain(*odd)]
 
 
 def _box_fact(packed: Packed) -> str:
@@ -286,25 +289,6 @@ def _cameras(packed: Packed) -> Iterator[Finding]:
                 "a camera model stops there, or with --on-damaged skip leaves them out",
                 "left out",
             )
-    yield from _centres(packed)
-
-
-def _centres(packed: Packed) -> Iterator[Finding]:
-    """Centres of projection outside of the image, camera by camera; those far outside are faults."""
-    column = packed.columns
-    sizes, centres = column["camera_size"], column["intrinsics"][:, :2, 2]
-    off = (sizes > 0).all(axis=1)
-    off[off] = possible.outside(centres[off], sizes[off]) > 0
-    for code, word in enumerate(column["channel_words"]):
-        found = np.flatnonzero(off & (column["channel"] == code))
-        if len(found):
-            (x, y), (height, width) = centres[found[0]], sizes[found[0]]
-            yield Finding(
-                f"{len(found):,} images of {printable(word.decode())} have their centre of projection outside (the first at "
-                f"{x:.0f} {y:.0f} in {width}x{height})",
-                "it takes them as cropped; of images that were resized the intrinsics must be too",
-                "note",
-            )
 
 
 def _made(index: Index, deep: bool) -> Iterator[Finding]:
@@ -339,28 +323,17 @@ def _database(index: Index, deep: bool) -> Iterator[str]:
 # --- files ---
 
 
-def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], list[Finding]]:
-    """What a few point files and images are, and what reading them refuses."""
+def _files(root: Path, packed: Packed, damaged: set[str], deep: bool) -> tuple[list[str], list[Finding]]:
+    """What point files (a few; deep: all) and a few images are, and what reading them refuses."""
     column = packed.columns
-    scans = _some_of(column["lidar_path"])
-    told = [column["columns_words"][code].decode() for code in _some(column["columns"])]
     pictures: dict[str, tuple[int, int] | None] = {}
     for code in range(len(column["channel_words"])):
         places = np.flatnonzero(column["channel"] == code)
         for i in places[:: max(1, -(-len(places) // OPENED))]:
             height, width = column["camera_size"][i].tolist()
             pictures[column["camera_path"][i].decode()] = (height, width) if height else None
-    facts, found = [], []
-    clouds, dropped = [], 0
-    for path, columns in zip(scans, told):
-        if path not in damaged:
-            try:
-                cloud, bad = points.read(root / path, columns)
-                clouds.append(cloud)
-                dropped += bad
-            except (ValueError, OSError) as error:
-                found.append(_refused(error))
-                break  # the others are the same
+    facts = []
+    scans, found = _scans(root, packed, damaged, deep)
     for path, size in pictures.items():
         if path not in damaged:
             try:
@@ -369,28 +342,43 @@ def _files(root: Path, packed: Packed, damaged: set[str]) -> tuple[list[str], li
                 found.append(_refused(error))
     endings = Counter("".join(Path(path.decode()).suffixes[-2:]) for path in column["lidar_path"])
     kinds = Counter(Path(path.decode()).suffix for path in column["camera_path"])
-    if clouds:
-        whole = np.concatenate(clouds)
+    if scans:
+        low, high = min(scan.darkest for scan in scans), max(scan.brightest for scan in scans)
+        columns = column["columns_words"][column["columns"][0]].decode()
         facts.append(
-            f"point files {some(list(endings))}: {told[0] or '5 columns of float32'}, {_span([len(c) for c in clouds])} points, "
-            f"intensities {whole[:, 3].min():g} to {whole[:, 3].max():g} ({len(clouds)} opened)"
+            f"point files {some(list(endings))}: {columns or '5 columns of float32'}, {_span([s.points for s in scans])} points, "
+            f"intensities {low:g} to {high:g} ({len(scans)} opened)"
         )
-        found += _points(whole, dropped)
+        found += _told("suspect", plausible.clouds(scans)) + _told("note", plausible.intensities(scans))
+        if bad := sum(scan.bad for scan in scans):
+            what = f"{bad:,} of {bad + sum(scan.points for scan in scans):,} points that were opened are NaN or beyond what a lidar sees"
+            found.append(Finding(what, "it drops and counts them (bad/points)", "note"))
     facts.append(f"image files {some(list(kinds)) or 'none'} ({len(pictures)} opened)")
     return facts, found
 
 
-def _points(whole: np.ndarray, dropped: int) -> Iterator[Finding]:
-    """What is odd about the points of the files that were opened."""
-    if points.dim(whole):
-        yield Finding(
-            f"the points' intensities are {whole[:, 3].min():g} to {whole[:, 3].max():g}, not 0 to 255",
-            "it reads them so and counts it (bad/intensities); published weights, which know 0 to 255, take all for dark: multiply",
-            "note",
-        )
-    if dropped:
-        what = f"{dropped:,} of {dropped + len(whole):,} points that were opened are NaN or beyond what a lidar sees"
-        yield Finding(what, "it drops and counts them (bad/points)", "note")
+def _scans(root: Path, packed: Packed, damaged: set[str], deep: bool) -> tuple[list[plausible.Scan], list[Finding]]:
+    """Scans of a few key frames, or (deep) of all and their sweeps; and what is refused first, as the others are the same."""
+    column = packed.columns
+    reads: dict[str, Callable[[], plausible.Scan]] = {}
+    for i in range(len(packed)) if deep else _some(np.arange(len(packed))).tolist():
+        reads[column["lidar_path"][i].decode()] = partial(plausible.key_scan, root, packed, i)
+    if deep:
+        owners = np.repeat(np.arange(len(packed)), np.diff(column["sweep_start"]))
+        for path, i in zip(column["sweep_path"], owners):
+            columns = column["columns_words"][column["columns"][i]].decode()
+            reads.setdefault(path.decode(), partial(plausible.sweep_scan, root, path.decode(), columns))
+
+    def read(path: str) -> plausible.Scan | Finding:
+        try:
+            return reads[path]()
+        except (ValueError, OSError) as error:
+            return _refused(error)
+
+    with ThreadPoolExecutor(os.cpu_count() if deep else 1) as pool:
+        results = list(pool.map(read, (path for path in reads if path and path not in damaged)))
+    refused = [one for one in results if isinstance(one, Finding)]
+    return [one for one in results if isinstance(one, plausible.Scan)], refused[:1]
 
 
 def _refused(error: Exception) -> Finding:
@@ -399,11 +387,6 @@ def _refused(error: Exception) -> Finding:
         "training stops there, or with --on-damaged skip leaves such key frames out",
         "refused",
     )
-
-
-def _some_of(paths: np.ndarray) -> list[str]:
-    """A few of the names, spread over all."""
-    return [path.decode() for path in _some(paths) if path]
 
 
 def _some(values: np.ndarray) -> np.ndarray:

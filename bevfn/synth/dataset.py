@@ -3,12 +3,9 @@
 import contextlib
 import errno
 import glob
-import multiprocessing
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,7 +174,13 @@ def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
         for first in range(0, settings.frames_per_scene, CHUNK)
     ]
     seen: dict[tuple[int, int], Seen] = {}
-    made = track(_run(jobs, workers), "synthetic world", total=len(jobs), disable=not progress, transient=True)
+    made = track(
+        host.unordered(_chunk, jobs, min(workers, len(jobs))),
+        "synthetic world",
+        total=len(jobs),
+        disable=not progress,
+        transient=True,
+    )
     plain = progress and not get_console().is_terminal
     total = settings.scenes * settings.frames_per_scene
     with told(lambda: f"synthetic world, {len(seen)} of {total} key frames") if plain else contextlib.nullcontext():
@@ -222,22 +225,6 @@ def _scene(
 def _built(settings: Settings, number: int) -> tuple[World, Rig]:
     world = build(settings.seed, number, settings.frames_per_scene, settings.layout.ticks)
     return world, mounted(settings.seed, number, settings.image_size)
-
-
-def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
-    """Results of `_chunk` in any order."""
-    if min(workers, len(jobs)) == 1:
-        yield from (_chunk(*job) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")  # no copy of the caller's threads and memory
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=host.end_with_parent) as pool:
-        futures = [pool.submit(_chunk, *job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
 
 
 def _chunk(root: Path, settings: Settings, number: int, first: int, end: int) -> dict[tuple[int, int], Seen]:

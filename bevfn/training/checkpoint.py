@@ -31,6 +31,7 @@ from bevfn.files import checksum, read_json, to_json, write_atomically
 TENSORS, META, BEST = "train_state.safetensors", "meta.json", "best.json"
 # "step_00000060+" was on its way to replace another of the same step. Other names beside them are the user's.
 NAME = re.compile(r"step_(\d+)\+?")
+CANONICAL = re.compile(r"step_(\d{8}|[1-9]\d{8,})\+?")  # as runs name them
 LEFTOVER = re.compile(rf"\.step_\d+\+?\.\d+\.(new|old)|\.{re.escape(BEST)}\..*\d")
 FORMAT = 2  # of meta.json: sealed; before it had no format and no seal
 OVERHEAD = 2**20  # bytes on disk besides the tensors' own: names, JSON, the file system's blocks
@@ -72,7 +73,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def save_step(folder: Path, train_state: Any, meta: dict, *, keep: int = 3) -> None:
     """Writes `train_state` and `meta` as `folder`, such as runs/x/checkpoints/step_00000060, then deletes all but the
-    best and the `keep` last written beside it (0: none). What the user put there, or into one of them, stays.
+    best and the `keep` last written beside it (0: none). What the user put there, or into one of them, stays: another name
+    than a run gives, other files, a copy under another step's name.
 
     Raises OSError of one sentence that names the folder and the bytes it takes if they do not fit; nothing is left of
     it then, and the earlier checkpoints are as they were. One process may write there at a time (see run_folder).
@@ -104,8 +106,9 @@ def save_step(folder: Path, train_state: Any, meta: dict, *, keep: int = 3) -> N
         shutil.rmtree(made, ignore_errors=True)
     if keep:
         kept = {folder, best(folder.parent)}
-        for old in steps(folder.parent)[:-keep]:
-            if old not in kept and _is_ours(old):
+        ours = [old for old in steps(folder.parent) if CANONICAL.fullmatch(old.name) and _is_ours(old)]
+        for old in ours[:-keep]:
+            if old not in kept:
                 _remove(old)
 
 
@@ -219,15 +222,21 @@ def read_meta(folder: Path) -> dict:
             f"{folder} is not a training checkpoint: it has no {META}; give a folder such as step_00000060"
         )
     try:
-        meta = read_json(path.read_bytes())
-        if not isinstance(meta, dict):
-            raise ValueError(f"it is a {type(meta).__name__}, not a JSON object")
-        _check_meta(meta)
+        meta = _stated(path)
         named = NAME.fullmatch(Path(folder).name)
         if named and meta.get("step", int(named[1])) != int(named[1]):
             raise ValueError(f"it says step {meta['step']}, its folder's name says {int(named[1])}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); use an older checkpoint") from None
+    return meta
+
+
+def _stated(path: Path) -> dict:
+    """What a meta.json says, whatever the name of its folder. Raises ValueError if it is damaged."""
+    meta = read_json(path.read_bytes())
+    if not isinstance(meta, dict):
+        raise ValueError(f"it is a {type(meta).__name__}, not a JSON object")
+    _check_meta(meta)
     return meta
 
 
@@ -277,9 +286,16 @@ def _step_of_tensors(path: Path) -> int | None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether there is something in it, and nothing but what `save_step` writes."""
+    """Whether there is something in it, nothing but what `save_step` writes, and none of another step, as in a user's copy."""
     inside = {f.name for f in folder.iterdir()}
-    return not folder.is_symlink() and bool(inside) and inside <= {TENSORS, META}
+    if folder.is_symlink() or not inside or not inside <= {TENSORS, META}:
+        return False
+    named = NAME.fullmatch(folder.name)
+    try:
+        stated = _stated(folder / META).get("step")
+    except (ValueError, OSError):
+        return True  # damaged, and damage says nothing of whose it is
+    return named is None or stated is None or stated == int(named[1])
 
 
 def _free_name(folder: Path) -> Path:

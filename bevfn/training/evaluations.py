@@ -67,7 +67,7 @@ def evaluate(
 
 def folder(run: Run, done: int) -> Path:
     """Where the evaluation after `done` steps is written."""
-    return run.config.run_dir / "evaluations" / run_folder.step_name(done)
+    return run.config.run_dir / run_folder.EVALUATIONS / run_folder.step_name(done)
 
 
 def evaluated(run: Run, done: int) -> bool:

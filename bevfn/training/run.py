@@ -39,7 +39,6 @@ from bevfn.training.command_line import Config, Defaults, flags, parse
 from bevfn.training.reporter import Reporter, peak_memory
 from bevfn.training.tasks import Data, Run, Task, check, drawn, on_what_is_there, plan, say
 
-SUMMARY = "summary.json"
 # What a resumed run may change without changing its numbers.
 FREE = frozenset(
     {
@@ -213,8 +212,11 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
 
 
 def checkpoint_due(run: Run, done: int) -> bool:
-    every = run.config.checkpoint_every or run.plan.steps_per_epoch
-    return run.config.mode == "full" and (done % every == 0 or done == run.plan.total_steps)
+    return run.config.mode == "full" and (done % checkpoint_every(run) == 0 or done == run.plan.total_steps)
+
+
+def checkpoint_every(run: Run) -> int:
+    return run.config.checkpoint_every or run.plan.steps_per_epoch
 
 
 def save(run: Run, train_state: train.TrainState, done: int) -> None:
@@ -227,7 +229,8 @@ def save(run: Run, train_state: train.TrainState, done: int) -> None:
 def write(run: Run, train_state: train.TrainState, done: int) -> None:
     """A checkpoint of this process' state, with what the run's numbers depend on."""
     folder = run.config.run_dir / run_folder.CHECKPOINTS / run_folder.step_name(done)
-    checkpoint.save_step(folder, train_state, {"step": done, run_folder.FACTS: run.facts}, keep=run.config.keep)
+    meta = {"step": done, run_folder.FACTS: run.facts, run_folder.FLAGS: flags(run.config)}
+    checkpoint.save_step(folder, train_state, meta, keep=run.config.keep)
 
 
 @contextlib.contextmanager
@@ -270,7 +273,7 @@ def save_at_stop(
 
 def finished(run: Run, latest: Path) -> dict | None:
     """The summary of a run of which nothing is left to do, and says so; None if there is."""
-    done, path = checkpoint.read_meta(latest).get("step"), run.config.run_dir / SUMMARY
+    done, path = checkpoint.read_meta(latest).get("step"), run.config.run_dir / run_folder.SUMMARY
     if done is not None and done > run.plan.total_steps:
         raise ValueError(f"{latest} has made {done} steps, the run has {run.plan.total_steps}; give the old flags")
     if done != run.plan.total_steps or not path.is_file() or not evaluations.evaluated(run, done):
@@ -297,7 +300,7 @@ def finish(run: Run, summary: dict, seconds: list[float], started: float) -> dic
         **provenance.head(run.device),
     }
     if run.leads:
-        write_atomically(run.config.run_dir / SUMMARY, to_json(summary, indent=1))
+        write_atomically(run.config.run_dir / run_folder.SUMMARY, to_json(summary, indent=1))
     counted_from = (
         f"after {run.config.warm_up} steps" if len(seconds) > run.config.warm_up else "without the first step"
     )
@@ -321,6 +324,7 @@ def open_folder(run: Run) -> contextlib.AbstractContextManager[Path | None]:
         resume=config.resume,
         force=config.force,
         facts=run.facts,
+        first=min(checkpoint_every(run), run.plan.total_steps) if config.mode == "full" else None,
         free=FREE.union(
             () if coupled else {"processes", "accumulate"},
             {"checkpoint_activations"}

@@ -4,7 +4,7 @@ with run_folder.open(Path("runs/x"), config, resume=True, facts={"total_steps": 
     ...
 
 What a run's numbers depend on besides its config (`facts`: data, processes, code) is in each checkpoint's meta.json under
-"run", and a run that goes on from it must have the same.
+"run", the config under "config", sealed, and a run that goes on from it must have the same.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -28,8 +29,9 @@ from bevfn.metrics import METRICS_FILE, read_metrics
 from bevfn.names import unusable
 from bevfn.training import checkpoint
 
-FACTS = "run"  # in meta.json
+FACTS, FLAGS = "run", "config"  # in meta.json
 CONFIG_FILE, LOCK_FILE, CHECKPOINTS = "config.json", ".lock", "checkpoints"
+SUMMARY, EVALUATIONS = "summary.json", "evaluations"
 PATIENCE = 3.0  # s for the workers of a killed run, which hold its lock until they notice (data/loader.py)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 
@@ -43,17 +45,19 @@ def open(
     force: bool = False,
     free: frozenset[str] = frozenset(),
     facts: dict | None = None,
+    first: int | None = None,
     say: Callable[[str], Any] = print,
 ) -> Iterator[Path | None]:
     """Context manager: the run folder, locked, with `config` in its config.json; gives the checkpoint to go on from.
 
     config, facts: plain JSON values (others as their str), nested or not; `free` names fields of either, as `workers` or
-    `data.workers`, that a resumed run may change. None is given where there is nothing to go on from: without `resume`,
+    `data.workers`, that a resumed run may change. first: the step of the first checkpoint that the run writes, None if it
+    writes none. None is given where there is nothing to go on from: without `resume`,
     and before a run's first checkpoint. Leftovers of killed writes are deleted; `say` gets a sentence per damaged
-    checkpoint that was skipped, and one if the checkpoint is too old to say which facts it was made with.
+    checkpoint that was skipped, and one if the checkpoint is too old to say which facts or config it was made with.
 
     Raises ValueError of one sentence if the folder cannot be written, is in use by another run, holds a run that is not
-    to be resumed or none that could be, has files that are damaged or checkpoints of which none is whole, or was made
+    to be resumed or none that could be, has files that are damaged, checkpoints of which none is whole, or none although it came further, or was made
     with another config or other facts (each difference named; not with `force`, which says them, and keeps the old
     config beside the new one as config.1.json, ...). Nothing is changed then.
     """
@@ -69,7 +73,11 @@ def open(
         latest = None
         if resume:
             latest = _latest(run_dir, say)
-            changed = _config_changes(run_dir, config, free) + _fact_changes(run_dir, latest, facts, free, say)
+            if latest is None and first is not None and not force:
+                _check_not_lost(run_dir, first)
+            changed = _config_changes(run_dir, latest, config, free, say) + _fact_changes(
+                run_dir, latest, facts, free, say
+            )
             if changed and not force:
                 raise ValueError(
                     f"{run_dir} was begun with another config ({'; '.join(changed)}); give the old values, choose another "
@@ -114,7 +122,8 @@ def read_config(path: Path) -> dict:
             raise ValueError(f"it is a {type(config).__name__}, not a JSON object")
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}); copy it back, or delete it to take the config as it is now."
+            f"{path} is damaged ({error}); copy it back. Without it --resume compares the flags with those that the last "
+            "checkpoint was made with, and with none where an older bevfn made that."
         ) from None
     return _renamed(config)
 
@@ -216,9 +225,39 @@ def _latest(run_dir: Path, say: Callable[[str], Any]) -> Path | None:
     return latest
 
 
-def _config_changes(run_dir: Path, config: dict, free: frozenset[str]) -> list[str]:
-    before = _read_config(run_dir) if _holds_run(run_dir) else None
-    return [] if before is None else _changed(before, config, free)
+def _check_not_lost(run_dir: Path, first: int) -> None:
+    """Raises ValueError for a run without checkpoints that has written what comes behind its first one."""
+    evaluated = [int(m[1]) for f in run_dir.glob(f"{EVALUATIONS}/*") if (m := checkpoint.CANONICAL.fullmatch(f.name))]
+    # The metrics of a checkpoint's own step are written before it, its evaluation and the summary behind it.
+    logged = [row["step"] for row in read_metrics(run_dir)] if (run_dir / METRICS_FILE).is_file() else []
+    behind = {METRICS_FILE: max(logged, default=0) - 1, EVALUATIONS: max(evaluated, default=0)}
+    later = [name for name, step in behind.items() if step >= first]
+    later += [SUMMARY] if (run_dir / SUMMARY).is_file() else []
+    if later:
+        raise ValueError(
+            f"{run_dir} has no checkpoint, but {' and '.join(later)} of later steps than its first one, due at step {first}; copy "
+            f"its {CHECKPOINTS}/ back, begin anew in another folder with --run-dir, or add --force to begin again in this one."
+        )
+
+
+def _config_changes(
+    run_dir: Path, latest: Path | None, config: dict, free: frozenset[str], say: Callable[[str], Any]
+) -> list[str]:
+    """Against config.json, or what the checkpoint was made with where that file is gone or of another run."""
+    if not _holds_run(run_dir):
+        return []
+    stored = _read_config(run_dir)
+    sealed = None if latest is None else checkpoint.read_meta(latest).get(FLAGS)
+    if isinstance(sealed, dict):
+        sealed = _renamed(sealed)
+        # --force leaves the config before beside that with which the next checkpoint will be made.
+        forced = (read_config(path) for path in run_dir.glob("config.[0-9]*.json"))
+        if stored is None or all(_changed(sealed, one, free) for one in itertools.chain([stored], forced)):
+            return _changed(sealed, config, free)
+    if stored is None:
+        say(f"{run_dir} has no {CONFIG_FILE}, and no checkpoint that notes its flags: nothing compares them with these")
+        return []
+    return _changed(stored, config, free)
 
 
 def _fact_changes(
