@@ -74,15 +74,6 @@ def test_the_detector_is_a_package(exported):
 
 
 @pytest.mark.slow
-def test_half_precision_is_a_package_too(exported, monkeypatch, tmp_path):
-    run, frame, how = exported.parent / "run", exported.parent / "frame", ("--to", "aoti", "--precision", "fp16")
-    assert export(monkeypatch, run, "--out", tmp_path / "half", "--data", frame, *how) == 0
-    said = json.loads((tmp_path / "half" / manifest.NAME).read_text())
-    assert said["precision"] == "fp16" and said["verified"]["boxes"]["found"] >= 95
-    assert said["file"]["bytes"] < json.loads((exported / manifest.NAME).read_text())["file"]["bytes"]
-
-
-@pytest.mark.slow
 def test_the_samples_of_the_page_run_the_package(exported, monkeypatch, capsys, tmp_path):
     """docs/deploy.md: Python in this process; C++ compiled against torch's own headers and libraries."""
     text = PAGE.read_text()
