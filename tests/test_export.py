@@ -117,6 +117,14 @@ def test_an_operator_without_a_translation_is_named_with_its_layer_and_line(tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_beyond_a_file_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(writer, "MOST", 100)
+    weight = torch.rand(8, 8)
+    with pytest.raises(ValueError, match="more than the 2 GB of an ONNX file; export with --precision fp16"):
+        computed(lambda x: [x @ weight], torch.rand(4, 8), folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # --- the whole detector
 
 

@@ -14,13 +14,27 @@ import small_exports
 import small_runs
 import torch
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.tape import Tape
 from small_exports import SMALL, shown
 
 import bevfn
-from bevfn import cli
-from bevfn.export import autoware, build, manifest, node, plugins, runtimes, tensorrt, verify
+from bevfn import cli, geometry
+from bevfn.export import (
+    autoware,
+    build,
+    manifest,
+    node,
+    plugin_camera,
+    plugin_encoder,
+    plugins,
+    runtimes,
+    tensorrt,
+    verify,
+)
 from bevfn.models import bevfusion
 from bevfn.parity import golden
+from bevfn.views import camera_grid, lift_splat
 
 ATTRIBUTES = {  # as the creators check them, see bevfn.export.runtimes
     plugins.PAIRS: "algo batch_size dilation is_train ksize out_padding padding spatial_shape stride subm transpose",
@@ -62,18 +76,18 @@ def older(frame, tmp_path_factory):
     intensities; not its boxes, since nobody trained it and which of equal scores are the highest is left open."""
     run = small_runs.write(tmp_path_factory.mktemp("run") / "run", "awml-lidar", **SMALL)
     made, batch = shown(bevfn.load(run), frame)
-    return *built(made, batch, "2.7"), node.of_model(made)
+    return *built(made, batch, "2.7"), node.of_model(made, None, batch)
 
 
 def built(made, batch, runtime: str):
     """(graph, its map, the eager one)."""
     plugins.register()
-    eager = torch.from_numpy(build.eager(made, batch)[autoware.MAP])
+    eager = build.eager(made, batch)
     file = ir.to_proto(autoware.model(made, batch, eager, runtimes.RUNTIMES[runtime]))
     onnx.checker.check_model(file, full_check=True)
     tensorrt.check(file, frozenset({plugins.DOMAIN}))
     found = autoware.run(file, autoware.voxels(batch, made.task.network), ())
-    return file, found[autoware.MAP], eager.numpy()
+    return file, found[autoware.MAP], eager[autoware.MAP]
 
 
 def nodes(file: Path | onnx.ModelProto, operator: str) -> list[onnx.NodeProto]:
@@ -83,6 +97,12 @@ def nodes(file: Path | onnx.ModelProto, operator: str) -> list[onnx.NodeProto]:
 
 def values(made: onnx.NodeProto) -> dict:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in made.attribute}
+
+
+def shapes(given) -> dict[str, tuple]:
+    """{name: (dtype, dimensions)} of a graph's inputs or outputs."""
+    tensors = {value.name: value.type.tensor_type for value in given}
+    return {n: (t.elem_type, [d.dim_param or d.dim_value for d in t.shape.dim]) for n, t in tensors.items()}
 
 
 def yaml(path: Path) -> dict:
@@ -99,14 +119,7 @@ def yaml(path: Path) -> dict:
 def test_inputs_and_outputs_are_the_nodes_with_a_dynamic_number_of_voxels(exported):
     model = onnx.load(exported / build.FILE)
     assert {(o.domain, o.version) for o in model.opset_import} == {("", 18), (plugins.DOMAIN, 1)}
-    found = {
-        value.name: (
-            value.type.tensor_type.elem_type,
-            [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
-        )
-        for value in (*model.graph.input, *model.graph.output)
-    }
-    assert found == {
+    assert shapes([*model.graph.input, *model.graph.output]) == {
         "voxels": (TensorProto.FLOAT, ["voxels_num", 10, 5]),
         "coors": (TensorProto.INT32, ["voxels_num", 3]),
         "num_points_per_voxel": (TensorProto.INT32, ["voxels_num"]),
@@ -160,8 +173,13 @@ def test_the_file_is_the_detector_for_any_voxels_in_any_order(exported):
     assert all(np.array_equal(whole[name], example[name]) for name in autoware.OUTPUTS)
 
 
-def test_half_precision_has_its_filters_as_halves_and_the_map_is_near(trained, frame):
-    file, bev, eager = built(*shown(bevfn.load(trained, precision="fp16"), frame), "2.8")
+def test_half_precision_has_its_filters_as_halves_and_the_map_is_near(frame, tmp_path):
+    """Of a model that reads points' features as they are, for T4's classes."""
+    run = small_runs.write(tmp_path / "run", "awml-lidar-offline", **SMALL)
+    made, batch = shown(bevfn.load(run, precision="fp16"), frame)
+    file, bev, eager = built(made, batch, "2.8")
+    parameters = node.of_model(made, None, batch)
+    assert parameters["use_intensity"] is True and len(parameters["class_names"]) == 5
     kinds = {held.name: held.data_type for held in file.graph.initializer if held.name.startswith("lidar.")}
     assert {kind for name, kind in kinds.items() if name.endswith((".filters", ".bias"))} == {TensorProto.FLOAT16}
     assert bev.dtype == np.float16 and 0 < verify.error(bev, eager) < 3e-2
@@ -225,7 +243,11 @@ def test_the_manifest_says_what_was_compared(exported):
     )
     assert [entry["name"] for entry in said["inputs"]] == list(autoware.INPUTS)
     assert all(entry["shape"][0] == "voxels_num" for entry in said["inputs"])
-    assert said["autoware"] == {"runtime": "2.8", "plugins": {plugins.PAIRS: 6, plugins.GEMM: 10}}
+    about = said["autoware"]
+    assert about["runtime"] == "2.8" and about["plugins"] == {plugins.PAIRS: 6, plugins.GEMM: 10}
+    levels = ["conv_input", "stages.0", "stages.1", "conv_out"]
+    assert list(about["sites_of_example"]) == [f"lidar.{level}.coords" for level in levels]
+    assert all(0 < count < runtimes.MOST for count in about["sites_of_example"].values())
     assert said["capacities"]["sites"] == runtimes.MOST and said["capacities"]["voxels"] == 20_000
     errors = said["verified"]["boundaries"]
     assert said["verified"]["boxes"]["found"] == 100 and said["verified"]["failed"] == ""
@@ -233,6 +255,142 @@ def test_the_manifest_says_what_was_compared(exported):
         errors
     )
     assert errors["lidar.stages.0.coords"] == 0 and 0 < max(errors.values()) < 1e-4
+
+
+# --- cameras: what is written by hand, as bevfn computes it
+
+
+CAMERAS = 3
+VIEW = lift_splat.Config(
+    channels_in=8,
+    channels_out=5,
+    grid=camera_grid.Config(
+        image_size=(16, 24),
+        stride=8,
+        depth_m=(1.0, 9.0, 2.0),
+        x_m=(-8.0, 8.0, 4.0),
+        y_m=(-6.0, 6.0, 3.0),
+        z_m=(-10.0, 10.0, 20.0),
+        rows="x",
+    ),
+)
+
+
+def alone(write, *names: str, **others: ir.Value) -> onnx.ModelProto:
+    """A graph of what `write(to, inputs)` gives, whose inputs are those of these names and others."""
+    made = ir.Graph([], [], nodes=[], opset_imports={"": 18, plugins.DOMAIN: plugins.VERSION}, name="part")
+    given = plugin_camera.inputs(5, (8, 2, 3)) | others
+    end = write(plugin_encoder.Nodes(Tape(made)), given)
+    made.inputs.extend(given[name] for name in (*names, *others))
+    made.outputs.append(end)
+    made.sort()
+    file = ir.to_proto(ir.Model(made, ir_version=10))
+    plugins.register()
+    onnx.checker.check_model(file, full_check=True)
+    tensorrt.check(file, frozenset({plugins.DOMAIN}))
+    return file
+
+
+def test_depth_maps_are_bevfns_bit_for_bit_and_the_last_camera_stands_in_for_those_that_are_missing(tmp_path):
+    drawn = torch.Generator().manual_seed(0)
+    points = (torch.rand(1, 500, 5, generator=drawn) - 0.5) * 40
+    image_from_base = torch.eye(4).repeat(1, CAMERAS, 1, 1)
+    image_from_base[..., :3, :3] = torch.tensor([[10.0, 0.0, 12.0], [0.0, 10.0, 8.0], [0.0, 0.0, 1.0]])
+    image_from_base[..., :3, :] += torch.rand(1, CAMERAS, 3, 4, generator=drawn) / 4
+    image_aug = torch.eye(4).repeat(1, CAMERAS, 1, 1)
+    image_aug[..., 0, 0] = image_aug[..., 1, 1] = 0.7
+    image_aug[..., 1, 3] = -2
+    seen = geometry.project(
+        points,
+        undo_base_aug=torch.eye(3)[None],
+        base_aug=torch.eye(4)[None],
+        image_from_base=image_from_base,
+        image_aug=image_aug,
+    )
+    expected = geometry.depth_map(seen, torch.ones(1, 500, dtype=torch.bool), VIEW.grid.image_size)[0].numpy()
+
+    def write(to, given):
+        matrices = [plugin_camera.every(to, given[name], CAMERAS, name) for name in plugin_camera.MATRICES]
+        return plugin_camera.depth_map(to, given["points"], *matrices, VIEW.grid.image_size)
+
+    onnx.save(alone(write, "points", *plugin_camera.MATRICES), tmp_path / build.FILE)
+
+    def found(cameras: int) -> np.ndarray:
+        matrices = dict(zip(plugin_camera.MATRICES, (image_from_base[0, :cameras], image_aug[0, :cameras])))
+        given = {name: value.numpy() for name, value in matrices.items()} | {"points": points[0].numpy()}
+        return verify.run(tmp_path / build.FILE, given)[plugin_camera.DEPTH_MAP]
+
+    assert (expected > 0).sum() > 50 and np.array_equal(found(CAMERAS), expected)
+    assert np.array_equal(found(2), expected[[0, 1, 1]])
+
+
+def test_features_are_pooled_as_bevfn_pools_them():
+    """Also where no frustum point is in the grid."""
+    (H, W), D, C, (X, Y) = VIEW.grid.feature_size, VIEW.grid.depth_bins, VIEW.channels_out, VIEW.grid.cells
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.rand(CAMERAS, D + C, H, W, generator=drawn)
+    net = plugin_encoder.value(plugin_camera.DEPTH_NET, ir.DataType.FLOAT, (CAMERAS, D + C, H, W))
+    names = ("kept", "geom_feats", "ranks", "indices")
+    file = alone(lambda to, given: plugin_camera.pooled(to, net, given, VIEW), *names, **{plugin_camera.DEPTH_NET: net})
+    evaluator = ReferenceEvaluator(file, new_ops=list(plugins.MEANINGS))
+    (pool,) = nodes(file, plugins.POOL)
+    assert values(pool) == {"batch_size": 1, "dimension": 1, "height": X, "width": Y} and len(pool.input) == 4
+    cells = torch.randint(-1, X * Y, (1, CAMERAS, D, H, W), generator=drawn, dtype=torch.int32)
+    for cell in (cells, torch.full_like(cells, -1)):
+        expected = camera_grid.pool(x[:, :D].softmax(1), x[:, D:], cell, VIEW.grid).numpy()
+        given = plugin_camera.sorted_cells(cell.flatten().numpy(), Y)
+        (found,) = evaluator.run(None, {plugin_camera.DEPTH_NET: x.numpy(), **given})
+        assert found.shape == expected.shape and np.allclose(found, expected, atol=1e-6)
+    assert not expected.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_model_with_cameras_is_two_files_that_the_node_binds(precision, frame, monkeypatch, tmp_path):
+    run = small_runs.write(tmp_path / "run", "bevfusion-lidar-camera", **SMALL).parent.parent
+    out = tmp_path / "out"
+    assert export(monkeypatch, run, "--out", out, "--data", frame, "--precision", precision) == 0
+    said, own, model = (
+        json.loads((out / manifest.NAME).read_text()),
+        yaml(out / node.NODE_FILE),
+        yaml(out / node.MODEL_FILE),
+    )
+    assert set(model) == set(MODEL_PARAMETERS.split()) and model["num_cameras"] == 6
+    assert (model["raw_image_height"], model["raw_image_width"]) == (90, 160)
+    assert (
+        own["image_backbone_onnx_path"].endswith(autoware.IMAGES_FILE)
+        and own["image_backbone_trt_precision"] == precision
+    )
+    assert said["autoware"]["plugins"][plugins.POOL] == 1
+    backbone, main = onnx.load(out / autoware.IMAGES_FILE), onnx.load(out / build.FILE)
+    H, W, rows, columns = (model[f"{part}_{side}"] for part in ("features", "roi") for side in ("height", "width"))
+    assert shapes(backbone.graph.input) == {"imgs": (TensorProto.UINT8, ["num_imgs", 3, rows, columns])}
+    features = {"image_feats": (TensorProto.FLOAT, ["num_imgs", model["image_feature_channel"], H, W])}
+    assert shapes(backbone.graph.output) == features
+    assert shapes(main.graph.input) == features | {
+        "voxels": (TensorProto.FLOAT, ["voxels_num", 10, 5]),
+        "coors": (TensorProto.INT32, ["voxels_num", 3]),
+        "num_points_per_voxel": (TensorProto.INT32, ["voxels_num"]),
+        "points": (TensorProto.FLOAT, ["num_points", 5]),
+        "lidar2image": (TensorProto.FLOAT, ["num_imgs", 4, 4]),
+        "img_aug_matrix": (TensorProto.FLOAT, ["num_imgs", 4, 4]),
+        "geom_feats": (TensorProto.INT32, ["num_kept", 4]),
+        "kept": (TensorProto.BOOL, ["num_geom_feats"]),
+        "ranks": (TensorProto.INT64, ["num_kept"]),
+        "indices": (TensorProto.INT64, ["num_kept"]),
+    }
+    assert list(shapes(main.graph.output)) == list(autoware.OUTPUTS)
+    fewer = np.load(out / build.EXAMPLE)["imgs"][:4]
+    found = verify.run(out / autoware.IMAGES_FILE, {"imgs": fewer})["image_feats"]
+    assert np.allclose(
+        found, np.load(out / build.EXAMPLE)["image_feats"][:4], atol=1e-2 if precision == "fp16" else 1e-5
+    )
+
+
+def test_cameras_of_several_sizes_are_refused(frame, tmp_path):
+    made, batch = shown(bevfn.load(small_runs.write(tmp_path / "run", "bevfusion-lidar-camera", **SMALL)), frame)
+    with pytest.raises(ValueError, match="takes images of one size; the cameras of this key frame have several"):
+        node.of_model(made, None, batch)
 
 
 # --- what TensorRT takes
@@ -297,7 +455,6 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported,
     [
         ("bevdepth-1key-ema", "bevdepth-1key-ema has no sparse encoder"),
         ("bevfusion-camera", "bevfusion-camera has no sparse encoder"),
-        ("bevfusion-lidar-camera", "bevfusion-lidar-camera has cameras"),
     ],
 )
 def test_a_model_that_the_node_does_not_run_is_refused(model, says, frame, monkeypatch, capsys, tmp_path):
@@ -335,14 +492,20 @@ def test_a_file_that_differs_is_not_left(trained, frame, monkeypatch, capsys, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", runtimes.RUNTIMES)
-@pytest.mark.parametrize("case", ["bevfusion_lidar", "awml_bevfusion_l_offline"])
-def test_a_published_model_is_exported_with_golden_weights(case, runtime, monkeypatch, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "case", ["bevfusion_lidar", "awml_bevfusion_l_offline", "bevfusion_lidar_cam", "awml_bevfusion_cl"]
+)
+def test_a_published_model_is_exported_with_golden_weights(case, precision, runtime, monkeypatch, tmp_path):
     folder = Path(__file__).parents[2] / "shared" / "goldens" / case
     if not folder.is_dir():
         pytest.skip("golden weights are made from ../shared/goldens, which is not here")
     torch.save(golden.fill_case(folder), tmp_path / "golden.pth")
     out = tmp_path / "out"
-    assert export(monkeypatch, tmp_path / "golden.pth", "--out", out, "--runtime", runtime) == 0
+    how = ("--runtime", runtime, "--precision", precision)
+    assert export(monkeypatch, tmp_path / "golden.pth", "--out", out, *how) == 0
     said = json.loads((out / manifest.NAME).read_text())
-    assert said["autoware"]["plugins"] == {plugins.PAIRS: 8, plugins.GEMM: 21}
-    assert said["verified"]["boxes"]["largest_m"] < 0.05
+    pool = {plugins.POOL: 1} if said["cameras"] else {}
+    assert said["autoware"]["plugins"] == {plugins.PAIRS: 8, plugins.GEMM: 21, **pool}
+    if precision == "fp32":
+        assert said["verified"]["boxes"]["largest_m"] < 0.05

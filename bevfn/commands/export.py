@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from PIL import Image
 from tyro.conf import Positional
 
 from bevfn import catalogue, detector
 from bevfn.choices import one_of
 from bevfn.data import inputs, scene, source
-from bevfn.data.batch import collate
+from bevfn.data.batch import Sample, collate
 from bevfn.export import build, kinds, runtimes
 from bevfn.files import check_new_folder
 from bevfn.synth import key_frame, rig
@@ -48,8 +49,8 @@ def export(
     Args:
         checkpoint: as of `bevfn predict`: a run's folder, a step's, an imported file or a published one
         out: folder for the files, new or empty
-        to: kind of file: onnx for onnxruntime and OpenVINO; autoware: ONNX with the plugins of its BEVFusion node (LiDAR-only
-            models); air for Ascend; aoti for CPU servers with libtorch
+        to: kind of file: onnx for onnxruntime and OpenVINO; autoware: ONNX with the plugins of its BEVFusion node (models
+            with a LiDAR); air for Ascend; aoti for CPU servers with libtorch
         runtime: of --to autoware: the plugins' version, 2.7 or 2.8 (default)
         model: that the weights are of; by default the run's, or what the published file looks like
         entry: where the file begins: at points, or at voxels, which the vehicle's program then makes
@@ -82,6 +83,8 @@ def export(
         reading = made.ready(index)
         sample = scene.load(index, 0, reading)
         batch, _ = collate([sample], capacities=reading.capacities)
+        if to == "autoware" and reading.cameras is not None:
+            options["picture"] = _picture(sample)
         what = "a generated key frame" if data is None else f"key frame {sample.token} of {data}"
         try:
             print(folder(made, full, batch, out, data=what, **options))
@@ -105,6 +108,12 @@ def _options(
     runtimes.check(voxels, sites)
     runtimes.known(runtime or runtimes.NEWEST)
     return {"runtime": runtime or runtimes.NEWEST}
+
+
+def _picture(sample: Sample) -> tuple[int, int] | None:
+    """Rows and columns of the cameras' own images, if they are all alike and there are any."""
+    sizes = {Image.open(path).size[::-1] for path in sample.image_paths}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from bevfn.data.batch import Batch
 from bevfn.detector import Detector
 from bevfn.export.flow import Entry, Flow
 from bevfn.files import new_folder, to_json, write_atomically, writing
+from bevfn.precision import Precision
+
+if TYPE_CHECKING:  # which needs the extra's packages
+    from bevfn.export import verify
 
 FILE, EXAMPLE = "model.onnx", "example.npz"
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # whose versions make an ONNX file what it is
@@ -111,14 +115,7 @@ def folder(
         truth = at_boundaries if reference is detector else eager(reference, batch)
         verdict = verify.compare(ours, at_boundaries, truth, graph.outputs, detector.config.precision)
         plain = run(inputs, False) if kind.merges else {name: ours[name] for name in graph.outputs}
-        again = verify.paired(plain, ours, verdict.boxes.near_m)
-        failed = verdict.failed or (
-            ""
-            if again.share >= verify.LIMITS[detector.config.precision].found
-            else "run without its boundaries it differs"
-        )
-        if failed:
-            raise Differs(f"{verdict.text()}\nrefused, nothing is written: {failed}")
+        refuse(verdict, verify.paired(plain, ours, verdict.boxes.near_m), detector.config.precision)
         said = manifest.make(
             detector,
             file,
@@ -130,10 +127,29 @@ def folder(
             verdict=verdict,
             data=data,
         )
-        write_atomically(made / manifest.NAME, to_json(said, indent=1))
-        with writing(made / EXAMPLE):
-            np.savez_compressed(made / EXAMPLE, **inputs, **plain)
+        describe(made, said, {**inputs, **plain})
     return verdict.text()
+
+
+def refuse(verdict: "verify.Verdict", again: "verify.Boxes", precision: Precision) -> None:
+    """Raises Differs for a file that is not what the detector is; again: its detections as it is used, without its boundaries,
+    with those that were compared."""
+    from bevfn.export import verify
+
+    failed = verdict.failed
+    if not failed and again.share < verify.LIMITS[precision].found:
+        failed = "run without its boundaries it differs"
+    if failed:
+        raise Differs(f"{verdict.text()}\nrefused, nothing is written: {failed}")
+
+
+def describe(made: Path, said: Mapping[str, Any], example: Arrays) -> None:
+    """Writes the manifest, and the example of inputs and outputs."""
+    from bevfn.export import manifest
+
+    write_atomically(made / manifest.NAME, to_json(said, indent=1))
+    with writing(made / EXAMPLE):
+        np.savez_compressed(made / EXAMPLE, **example)
 
 
 def eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from bevfn.data.batch import Batch
 from bevfn.detector import Detector
 from bevfn.export.runtimes import MOST
 from bevfn.files import to_json
+from bevfn.models import bevfusion
 
 MODEL_FILE, NODE_FILE = "ml_package_bevfusion.param.yaml", "bevfusion.param.yaml"
 COLUMNS = {(0, 1, 2, 3, 4): True, (0, 1, 2, 4): False}
@@ -31,8 +33,8 @@ NO_CAMERAS: dict[str, Any] = {
 }
 
 
-def of_model(detector: Detector) -> dict[str, Any]:
-    """Parameters of a model without cameras.
+def of_model(detector: Detector, picture: tuple[int, int] | None, batch: Batch) -> dict[str, Any]:
+    """Parameters of a model; picture: rows and columns of the cameras' own images, of which `batch` has some, if it reads any.
 
     Raises ValueError, one sentence, for a model that reads other features of points than the node gives.
     """
@@ -53,27 +55,43 @@ def of_model(detector: Detector) -> dict[str, Any]:
         "out_size_factor": head.stride,
         "max_points_per_voxel": grid.max_points,
         "use_intensity": COLUMNS[network.lidar.features],
-        **NO_CAMERAS,
+        **(NO_CAMERAS if network.camera is None else _cameras(network.camera, picture, batch)),
     }
 
 
-def of_node(detector: Detector, model: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Parameters of the node for a graph in `file`; without an image backbone it reads no cameras."""
+def _cameras(config: bevfusion.Camera, picture: tuple[int, int] | None, batch: Batch) -> dict[str, Any]:
+    """Parameters of the cameras. Raises ValueError, one sentence, where they are not all alike, as the node has them."""
+    assert batch.image_aug is not None
+    if picture is None:
+        raise ValueError("autoware's node takes images of one size; the cameras of this key frame have several")
+    grid = config.view.grid
+    x, y = batch.image_aug[0, 0, 0].diagonal()[:2].tolist()
+    (raw_rows, raw_columns), (rows, columns), (H, W) = picture, grid.image_size, grid.feature_size
+    bounds = {f"{axis}_bound": list(bound) for axis, bound in zip("dxyz", (grid.depth_m, grid.x_m, grid.y_m, grid.z_m))}
+    return bounds | {
+        **{"num_cameras": batch.image_aug.shape[2], "raw_image_height": raw_rows, "raw_image_width": raw_columns},
+        **{"img_aug_scale_x": x, "img_aug_scale_y": y, "roi_height": rows, "roi_width": columns},
+        **{"features_height": H, "features_width": W},
+        **{"num_depth_features": grid.depth_bins, "image_feature_channel": config.neck.channels_out},
+    }
+
+
+def of_node(detector: Detector, model: Mapping[str, Any], file: str, images: str) -> dict[str, Any]:
+    """Parameters of the node for a graph in `file`, and for the cameras' features one in `images`; without that it reads none."""
     names, points = model["class_names"], detector.reading.points
+    cameras = model["num_cameras"] > 0
     assert points is not None
     return {
-        "max_camera_lidar_delay": 0.0,
+        "max_camera_lidar_delay": 0.12 if cameras else 0.0,
         "plugins_path": "$(find-pkg-share autoware_tensorrt_plugins)/plugins/libautoware_tensorrt_plugins.so",
         "trt_precision": detector.config.precision,
         "cloud_capacity": 2_000_000,
-        "onnx_path": f"$(var model_path)/{file}",
-        "engine_path": f"$(var model_path)/{file.replace('.onnx', '.engine')}",
-        "image_backbone_onnx_path": "",
-        "image_backbone_engine_path": "",
-        "image_backbone_trt_precision": "",
+        **_paths("", file),
+        **_paths("image_backbone_", images if cameras else ""),
+        "image_backbone_trt_precision": detector.config.precision if cameras else "",
         "densification_num_past_frames": points.sweeps,
         "densification_world_frame_id": "map",
-        "run_image_undistortion": False,
+        "run_image_undistortion": cameras,
         "circle_nms_dist_threshold": 0.5,
         "iou_nms_search_distance_2d": 10.0,
         "iou_nms_threshold": 0.1,
@@ -86,6 +104,12 @@ def of_node(detector: Detector, model: Mapping[str, Any], file: str) -> dict[str
             }
         },
     }
+
+
+def _paths(of: str, file: str) -> dict[str, str]:
+    """Of a graph and its engine; both empty without a file."""
+    path = f"$(var model_path)/{file}" if file else ""
+    return {f"{of}onnx_path": path, f"{of}engine_path": path.replace(".onnx", ".engine")}
 
 
 def to_yaml(parameters: Mapping[str, Any]) -> bytes:

@@ -81,7 +81,10 @@ def save(model: ir.Model, path: Path) -> None:
     """Writes a model. Raises ValueError, one sentence, for a file beyond 2 GB."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size > MOST:
-        raise ValueError(f"the weights take {size / 2**30:.1f} GB, more than the 2 GB of an ONNX file")
+        raise ValueError(
+            f"the weights take {size / 2**30:.1f} GB, more than the 2 GB of an ONNX file; export with --precision fp16, or "
+            "--to aoti"
+        )
     with writing(path):
         ir.save(model, path)
 

@@ -53,10 +53,22 @@ class Nodes:
     def integers(self, *numbers: int, name: str) -> ir.Value:
         return self.constant(numbers, np.int64, name)
 
+    def reshaped(self, x: ir.Value, shape: Dims, name: str, like: Dims | None = None) -> ir.Value:
+        """x as `name` [shape], or [like] where a number of that is -1."""
+        assert x.dtype is not None
+        numbers = self.integers(*(int(number) for number in shape), name=f"{name}.shape")
+        return self("Reshape", x, numbers, like=(x.dtype, shape if like is None else like), name=name)
+
 
 def value(name: str | None, dtype: ir.DataType, shape: Dims) -> ir.Value:
     """A tensor of a graph."""
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def dims(x: ir.Value) -> Dims:
+    """The shape of a value; names of dimensions that are not fixed."""
+    assert x.shape is not None
+    return tuple(d if isinstance(d, int) else str(d.value) for d in x.shape)
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,15 @@ class Table:
     parts: tuple[ir.Value, ...]
     rows: str
     submanifold: bool
+
+
+def inputs(most: int, columns: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(voxels, coors, counts) of `write`; most: points of a voxel; columns: of a point."""
+    return (
+        value("voxels", FLOAT, (VOXELS, most, columns)),
+        value("coors", INT32, (VOXELS, 3)),
+        value("num_points_per_voxel", INT32, (VOXELS,)),
+    )
 
 
 def write(
@@ -98,7 +119,7 @@ def write(
     """
     layers = _Layers(to, config.norm_eps, runtime, half)
     x = _means(to, voxels, counts, fourier)
-    x = to("Cast", x, like=(HALF, _dims(x)), to=HALF) if half else x
+    x = to("Cast", x, like=(HALF, dims(x)), to=HALF) if half else x
     table = layers.table(_sites(to, coors), VOXELS, grid, _SAME, "lidar.conv_input")
     x = layers.conv(x, params["conv_input"], state["conv_input"], table, "lidar.conv_input")
     for level, (stage, old) in enumerate(zip(params["stages"], state["stages"])):
@@ -154,7 +175,7 @@ class _Layers:
         """relu(norm(conv(relu(norm(conv(x))))) + x)."""
         y = self._folded(x, params["conv1"], params["norm1"], state["norm1"], table, f"{at}.conv1", True)
         y = self._folded(y, params["conv2"], params["norm2"], state["norm2"], table, f"{at}.conv2", False)
-        like = (self._dtype, _dims(y))
+        like = (self._dtype, dims(y))
         return self.to("Relu", self.to("Add", y, x, like=like), like=like, name=name)
 
     def _folded(
@@ -197,14 +218,9 @@ class _Layers:
         return self.to.constant(numbers.numpy(), np.float16 if self.half else np.float32, name)
 
 
-def _dims(x: ir.Value) -> Dims:
-    assert x.shape is not None
-    return tuple(d if isinstance(d, int) else str(d.value) for d in x.shape)
-
-
 def _means(to: Nodes, voxels: ir.Value, counts: ir.Value, fourier: fourier_features.Config | None) -> ir.Value:
     """Means of the voxels' points [voxels_num F] float32, or their Fourier features, see `layers.fourier_features`."""
-    n, _, F = _dims(voxels)
+    n, _, F = dims(voxels)
     assert isinstance(F, int)
     axis = to.integers(1, name="voxels.axis")
     total = to("ReduceSum", voxels, axis, like=(FLOAT, (n, F)), keepdims=0)
@@ -219,14 +235,14 @@ def _means(to: Nodes, voxels: ir.Value, counts: ir.Value, fourier: fourier_featu
     x = to("Mul", x, to.constant(math.pi, np.float32, "fourier.turn"), like=(FLOAT, (n, F)))
     x = to("Unsqueeze", x, to.integers(2, name="fourier.axis"), like=(FLOAT, (n, F, 1)))
     x = to("Mul", x, to.constant(2.0 ** np.arange(K), np.float32, "fourier.frequencies"), like=(FLOAT, (n, F, K)))
-    x = to("Reshape", x, to.integers(-1, F * K, name="fourier.shape"), like=(FLOAT, (n, F * K)))
+    x = to.reshaped(x, (-1, F * K), "fourier.angles", (n, F * K))
     waves = [to(name, x, like=(FLOAT, (n, F * K))) for name in ("Cos", "Sin")]
     return to("Concat", *waves, like=(FLOAT, (n, 2 * F * K)), axis=1)
 
 
 def _sites(to: Nodes, coors: ir.Value) -> ir.Value:
     """Cells (z, y, x) -> sites (0, x, y, z), int32."""
-    n = _dims(coors)[0]
+    n = dims(coors)[0]
     turned = to("Gather", coors, to.integers(2, 1, 0, name="sites.axes"), like=(INT32, (n, 3)), axis=1)
     one = to("Gather", coors, to.integers(0, name="sites.one"), like=(INT32, (n, 1)), axis=1)
     zero = to("Sub", one, one, like=(INT32, (n, 1)))
@@ -236,14 +252,13 @@ def _sites(to: Nodes, coors: ir.Value) -> ir.Value:
 def _bev(to: Nodes, x: ir.Value, sites: ir.Value, grid: Axes) -> ir.Value:
     """Rows at distinct sites -> the dense map, as `sparse_encoder.to_bev`."""
     X, Y, Z = grid
-    rows, C = _dims(x)
+    rows, C = dims(x)
     assert isinstance(C, int) and x.dtype is not None
     zero = ir.tensor(np.zeros(1, x.dtype.numpy()))
-    shape = to.integers(X, Y, Z, C, name="lidar.bev.shape")
+    shape = to.integers(X, Y, Z, C, name="lidar.bev.size")
     empty = to("ConstantOfShape", shape, like=(x.dtype, (X, Y, Z, C)), value=zero)
     cells = to("Gather", sites, to.integers(1, 2, 3, name="lidar.bev.axes"), like=(INT32, (rows, 3)), axis=1)
     cells = to("Cast", cells, like=(INT64, (rows, 3)), to=INT64)
     dense = to("ScatterND", empty, cells, x, like=(x.dtype, (X, Y, Z, C)))
     dense = to("Transpose", dense, like=(x.dtype, (C, Z, X, Y)), perm=[3, 2, 0, 1])
-    flat = to.integers(1, C * Z, X, Y, name="lidar.bev.flat")
-    return to("Reshape", dense, flat, like=(x.dtype, (1, C * Z, X, Y)), name="lidar.bev")
+    return to.reshaped(dense, (1, C * Z, X, Y), "lidar.bev")

@@ -4,6 +4,8 @@
         out_indices [W 4], pair_fwd [K W] (input row under kernel offset k, or -1), pair_mask_fwd [W 1] (bit k: there is one),
         mask_argsort_fwd [W] (the order in which the rows are computed), num_act_out [] (W); all int32
     ImplicitGemm(features [V C_in], filters [C_out kx ky kz C_in], pair_fwd, mask, argsort, bias [C_out]) -> [W C_out]
+    QuickCumsumCuda(x [P C] float32, geom_feats [P 4] int32 (x, y, z, b), interval_lengths, interval_starts [n] int32) ->
+        [B Z X Y C], the sums of n intervals of rows at the cells of their last rows, 0 elsewhere
 
 TensorRT finds a plugin by the node's name, with version "1" and namespace "" (onnx-tensorrt 96e7811, onnxOpImporters.cpp,
 FallbackPluginImporter), and hands it the attributes that it asks for. What runs here is bevfn's own meaning of the tables
@@ -27,7 +29,7 @@ from bevfn.export.runtimes import MOST, Runtime
 from bevfn.kernels import neighbours, sparse_conv
 
 DOMAIN, VERSION = "autoware", 1
-PAIRS, GEMM = "GetIndicePairsImplicitGemm", "ImplicitGemm"
+PAIRS, GEMM, POOL = "GetIndicePairsImplicitGemm", "ImplicitGemm", "QuickCumsumCuda"
 MASKED = 1  # spconv's ConvAlgo.MaskImplicitGemm
 RELU = 1  # tv::gemm::Activation
 
@@ -68,12 +70,18 @@ def gemm_attributes(runtime: Runtime, *, submanifold: bool, relu: bool) -> dict[
     return made | ({"act_type": RELU if relu else 0} if runtime.fuses else {})
 
 
+def pool_attributes(cells: tuple[int, int]) -> dict[str, Any]:
+    """Attributes of a pooling node into a map of X, Y cells; "height" is the plugin's word for X."""
+    return {"batch_size": 1, "dimension": 1, "height": cells[0], "width": cells[1]}
+
+
 def check(model: onnx.ModelProto, runtime: Runtime) -> None:
     """Raises ValueError, one sentence, for a plugin node whose attributes or inputs this runtime's plugins do not take."""
     example = {"grid": (1, 1, 1), "kernel": (1, 1, 1), "stride": (1, 1, 1), "padding": (0, 0, 0)}
     wanted = {
         PAIRS: (pair_attributes(runtime, **example, submanifold=True), 1),
         GEMM: (gemm_attributes(runtime, submanifold=True, relu=False), 6 if runtime.fuses else 5),
+        POOL: (pool_attributes((1, 1)), 4),
     }
     for node in model.graph.node:
         if node.domain != DOMAIN:
@@ -118,7 +126,16 @@ def register() -> None:
         type_constraints=[integers, floats],
         attributes=_attributes(*_FLOATS, "is_subm", "is_train", optional=("act_type",)),
     )
-    for schema in (pair, gemm):
+    pool = OpSchema(
+        POOL,
+        DOMAIN,
+        VERSION,
+        inputs=[*values("T", "x"), *values("I", "geom_feats", "interval_lengths", "interval_starts")],
+        outputs=values("T", "out"),
+        type_constraints=[integers, ("T", ["tensor(float)"], "")],
+        attributes=_attributes(*pool_attributes((1, 1)), optional=()),
+    )
+    for schema in (pair, gemm, pool):
         onnx.defs.register_schema(schema)
 
 
@@ -166,6 +183,18 @@ def gemm(x: Tensor, filters: Tensor, table: Tensor, bias: Tensor | None, *, relu
     return (torch.relu(y) if relu else y).to(x.dtype)
 
 
+def pool(x: np.ndarray, cells: np.ndarray, lengths: np.ndarray, starts: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Sums of intervals of rows x [P C] at their cells [P 4]: [*shape C], shape being batches, Z, X, Y."""
+    made = np.zeros((*shape, x.shape[1]), x.dtype)
+    at, y, z, b = cells[starts + lengths - 1].T
+    whole = np.array_equal(starts, np.cumsum(lengths) - lengths)  # which reduceat takes for granted
+    if not whole or lengths.sum() != len(x):
+        raise ValueError("the intervals are not all rows in their order")
+    if len(starts):
+        made[b, z, at, y] = np.add.reduceat(x, starts, axis=0)
+    return made
+
+
 class GetIndicePairsImplicitGemm(OpRun):
     op_domain = DOMAIN
 
@@ -191,7 +220,17 @@ class ImplicitGemm(OpRun):
         return (y.numpy(),)
 
 
-MEANINGS = (GetIndicePairsImplicitGemm, ImplicitGemm)
+class QuickCumsumCuda(OpRun):
+    op_domain = DOMAIN
+
+    def _run(
+        self, x: np.ndarray, cells: np.ndarray, lengths: np.ndarray, starts: np.ndarray, **attributes: int
+    ) -> tuple[np.ndarray]:
+        shape = [attributes[name] for name in ("batch_size", "dimension", "height", "width")]
+        return (pool(x, cells, lengths, starts, shape),)
+
+
+MEANINGS = (GetIndicePairsImplicitGemm, ImplicitGemm, QuickCumsumCuda)
 """for `onnx.reference.ReferenceEvaluator(new_ops=...)`"""
 
 
