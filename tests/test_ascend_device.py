@@ -123,7 +123,7 @@ def test_what_would_be_wrong_or_on_the_host_is_refused():
 def test_the_modes_and_switches_of_torchair():
     ge_graphs.need_torchair()
     made = device.config("torchair")
-    assert made.mode.value == "max-autotune" and device.config("npugraph-ex").mode.value == "reduce-overhead"
+    assert made.mode.value == "max-autotune" and device.config("npugraph-ex").mode.value == "npugraph_ex"
     assert not made.experimental_config.remove_noop_ops and not made.experimental_config.pattern_fusion_pass
 
 

@@ -135,14 +135,15 @@ def estimate(
     tables: placement.Tables | None = None,
     published: float | None = None,
     profile: Mapping[str, float] | None = None,
+    scenarios: Mapping[str, Rates] = SCENARIOS,
 ) -> Estimate:
     """The estimate of a step over `batch` samples.
 
     uses: `used_by(lowered)`, complete. memory: `Report.bytes`. profile: seconds by the tasks' names, `read_profile`.
-    Raises ValueError if `profile` is of another graph.
+    scenarios: "middle" among them. Raises ValueError if `profile` is of another graph.
     """
     tasks = list(tasks_of(lowered, uses, tables or placement.own_tables()))
-    times = {name: {task.name: seconds(task, rates) for task in tasks} for name, rates in SCENARIOS.items()}
+    times = {name: {task.name: seconds(task, rates) for task in tasks} for name, rates in scenarios.items()}
     alone = 0.0
     if profile is not None:
         times["profile"] = calibrated(tasks, times["middle"], profile)
