@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import asdict
 
 import ge_graphs
 import pytest
@@ -73,17 +74,15 @@ def test_the_command_without_an_npu(capsys, tmp_path):
         probed(tmp_path / "p.json")
 
 
-def test_a_process_that_dies_or_sees_no_npu_is_an_answer(monkeypatch, tmp_path):
+def test_a_process_that_dies_is_an_answer_and_one_that_answers_too(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     died = probe.in_a_process(QUESTIONS["sxpy"])
     assert died.answer == REFUSED and died.then == "as assumed: keep _rsub (its process ended with 1: it said nothing)"
-    script = tmp_path / "python"  # -m bevfn.cli ascend probe --only NAME --json FILE
-    script.write_text(
-        '#!/bin/sh\necho \'{"found": [{"question": "sxpy", "asked": "a2", "answer": "x", "then": ""}]}\' > "$8"\n'
-    )
+    script = tmp_path / "python"  # -m bevfn.ascend.probe NAME FILE
+    script.write_text(f"#!/bin/sh\necho '{json.dumps(asdict(FOUND[0]))}' > \"$4\"\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    assert probe.in_a_process(QUESTIONS["sxpy"]).then.startswith("the process saw no NPU")
+    assert probe.in_a_process(QUESTIONS["gather"]) == FOUND[0]
 
 
 def test_what_a_device_computes_is_judged_and_timed(monkeypatch):
@@ -116,7 +115,7 @@ def test_rates_are_read_by_the_estimate(monkeypatch, capsys, tmp_path):
     from bevfn.commands import graph as module
 
     file = tmp_path / "p.json"
-    file.write_text(json.dumps(probe.to_json(FOUND)))
+    file.write_text(json.dumps(probe.figures(FOUND)))
     assert json.loads(file.read_text())["rates"] == {"gather": 0.5e-9}
     made = probed(file)
     assert made.gather == 0.5e-9 and made.index_add == SCENARIOS["middle"].index_add

@@ -5,8 +5,8 @@ rewrites and converters as offline, and then says "npu" where it said "cpu". It 
 `get_npu_backend`, which would trace it once more, on NPU tensors and with torchair's own decompositions.
 
 - torchair: mode max-autotune, one GE graph; operators become GE nodes by torchair's converters and ours;
-- npugraph-ex: mode npugraph_ex (reduce-overhead's name from torch_npu 2.13 on, where that one warns of its end), the aten
-  graph is run once by torch_npu's kernels and captured; no converters.
+- npugraph-ex: mode npugraph_ex (in torch_npu 2.13 reduce-overhead, its older name, warns of its end), the aten graph is
+  run once by torch_npu's kernels and captured; no converters.
 
 Source: torch_npu 2.13.0, dynamo/torchair (public names).
 """
@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from bevfn.ascend import lower, torchair
+from bevfn.ascend import cache, lower, torchair
 from bevfn.ascend.fixes import refusals
 from bevfn.ascend.trace import Traced, placeholders
 
@@ -112,8 +112,8 @@ def config(backend: Backend) -> Any:
 
 
 def set_hf32(allowed: bool) -> None:
-    """Whether convolutions and products of float32 may be computed with HF32's 11 bits (`torch.npu`'s flags, of which torchair
-    makes GE's option once per process): by default convolutions are, and no precision of bevfn means that (`lower.HF32`)."""
+    """Whether float32 may be convolved and multiplied with HF32's 11 bits: `torch.npu`'s flags, of which torchair makes
+    GE's option once per process. By default convolutions are, and no precision of bevfn means that (`lower.HF32`)."""
     npu: Any = torch.get_device_module("npu")
     npu.conv.allow_hf32 = npu.matmul.allow_hf32 = allowed
 
@@ -169,7 +169,8 @@ def _compile(module: fx.GraphModule, device: torch.device, backend: Backend) -> 
         lower.register_converters()
     inputs: list[Any] = propagated(module, device)
     with torch._guards.tracing(torch._guards.TracingContext(inputs[0].fake_mode)), torch.no_grad():
-        return ta.get_compiler(config(backend))(module, inputs)
+        compiled = ta.get_compiler(config(backend))(module, inputs)
+        return cache.kept(compiled) if backend == "torchair" else compiled
 
 
 def _moved(value: Any, device: torch.device) -> Any:

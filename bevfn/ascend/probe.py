@@ -1,7 +1,7 @@
-"""Asks the questions of `questions`: of an NPU through torchair, or of the interpreter, which shows that they can be asked.
+"""Asks the questions of `questions`: an NPU through torchair, or the interpreter, which shows that they can be asked.
 
-On a device every question is a process of its own: a kernel that fails takes its process with it, and GE takes the switch of
-HF32 once. Times are a call's, over several calls, less that of a graph of one addition (launch and host).
+On a device every question is a process of its own: a kernel that fails takes its process with it, and GE takes the
+switch of HF32 once. Times are a call's, over several calls, less that of a graph of one addition (launch and host).
 """
 
 import subprocess
@@ -20,7 +20,7 @@ from bevfn.ascend import device, interpret, torchair
 from bevfn.ascend.lower import lower
 from bevfn.ascend.questions import QUESTIONS, ROWS, Answer, Question
 from bevfn.ascend.rates import SCENARIOS
-from bevfn.files import read_json
+from bevfn.files import read_json, to_json, write_atomically
 
 MODES: tuple[interpret.Device, ...] = ("published", "a2")
 CALLS = 10
@@ -83,7 +83,7 @@ def judged(question: Question, operands: Sequence[Tensor], results: Sequence[Ten
             return answer.name, answer.then
     return (
         NEITHER,
-        f"unknown arithmetic ({_distance(question, operands, results)}): train nothing that uses it before it is",
+        f"unknown arithmetic ({_distance(question, operands, results)}): find out which before training",
     )
 
 
@@ -104,6 +104,7 @@ def interpreted(question: Question, mode: interpret.Device) -> Found:
 
 def on_device(question: Question) -> Found:
     """Of the NPU of this process. Raises what torchair, GE and the device raise."""
+    device.check("torchair")
     operands = question.operands(question.rows or ROWS)
     inputs = tuple(x.to(NPU) for x in operands)
     call = _compiled(step_of(question), hf32=question.hf32)
@@ -120,15 +121,13 @@ def in_a_process(question: Question) -> Found:
     """`on_device` in a process of its own, whose death is an answer too."""
     with tempfile.TemporaryDirectory(prefix="bevfn-probe-") as folder:
         file = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "bevfn.cli", "ascend", "probe", "--only", question.name, "--json", str(file)]
+        command = [sys.executable, "-m", "bevfn.ascend.probe", question.name, str(file)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
         except subprocess.TimeoutExpired:
             return Found(question.name, NPU, REFUSED, f"{question.refused} (no answer in {LONGEST:.0f} s)")
         if done.returncode == 0 and file.is_file():
-            found = Found(**read_json(file.read_bytes())["found"][0])
-            gone = Found(question.name, NPU, REFUSED, "the process saw no NPU; see npu-smi info, and ask again")
-            return found if found.asked == NPU else gone
+            return Found(**read_json(file.read_bytes()))
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         return Found(
             question.name, NPU, REFUSED, f"{question.refused} (its process ended with {done.returncode}: {lines[-1]})"
@@ -145,7 +144,7 @@ def rates(found: Iterable[Found]) -> dict[str, float]:
     return made
 
 
-def to_json(found: Sequence[Found]) -> dict[str, Any]:
+def figures(found: Sequence[Found]) -> dict[str, Any]:
     """Plain values: what was asked, what was found, and the rates."""
     asked = {
         name: {
@@ -160,7 +159,7 @@ def to_json(found: Sequence[Found]) -> dict[str, Any]:
 
 
 def text(found: Sequence[Found]) -> str:
-    """The report for people: a table of the answers; then, per question, what is asked and assumed, and what follows."""
+    """The report for people: a table of the answers; then per question what is asked and assumed, and what follows."""
     names = list(dict.fromkeys(one.question for one in found))
     lines = [_row("question", "by mathematics", [f"answer {i + 1}" for i in range(len(found) // len(names))])]
     for name in names:
@@ -184,7 +183,7 @@ def _row(name: str, expected: str, said: Sequence[str]) -> str:
 def _assumed(question: Question) -> str:
     if question.rate is None:
         return ""
-    return f" ({', '.join(f'{getattr(rates, question.rate) * 1e9:g}' for rates in SCENARIOS.values())} assumed)"
+    return f" ({', '.join(f'{getattr(one, question.rate) * 1e9:g}' for one in SCENARIOS.values())} assumed)"
 
 
 def _compiled(step: Callable, *, hf32: bool) -> Callable:
@@ -226,3 +225,7 @@ def _distance(question: Question, operands: Sequence[Tensor], results: Sequence[
     wanted = question.answers[0].results(*operands)
     errors = [f"{_error(x, y):.1e}" for x, y in zip(results, wanted) if y is not None]
     return f"{', '.join(errors)} from {question.answers[0].name!r}"
+
+
+if __name__ == "__main__":  # of `in_a_process`
+    write_atomically(Path(sys.argv[2]), to_json(asdict(on_device(QUESTIONS[sys.argv[1]]))))

@@ -1,8 +1,8 @@
 """What only a device can answer, as graphs of one operator: the table of `bevfn ascend probe`.
 
-A question has the answers that are thinkable, each with what it would compute: by mathematics first, then as a kernel may
-do it. What is computed says which one it is, and an answer says what is then to be set. Expectations are written in int64,
-float64 or plain indexing, and use neither the interpreter nor a converter.
+A question has the answers that are thinkable, each with what it would compute: by mathematics first, then as a kernel
+may do it. What is computed says which one it is, and an answer says what is then to be set. Expectations are written in
+int64, float64 or plain indexing, and use neither the interpreter nor a converter.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch import Tensor
 Results = tuple[Tensor | None, ...]
 ROWS = 4096
 """of a rate's graph where no time is taken"""
+FLOAT, INT32 = 0, 3  # in GE's numbering
 POINTS = 330_000
 """of a sample of ten sweeps, which voxelization sorts"""
 
@@ -113,7 +114,7 @@ INTEGERS = (
     Question(
         name="select",
         asks="Does SelectV2 choose int32 above 2^24 exactly?",
-        assumes="no, through float32: integers are chosen by products and a sum (ascend/fixes/decompositions.py, _where)",
+        assumes="no, through float32: integers are chosen by products and a sum (ascend/fixes/decompositions.py)",
         operands=lambda rows: (
             torch.tensor([True, False] * 3),
             torch.tensor(LARGE).int(),
@@ -207,7 +208,9 @@ MOVES = (
         asks="Does the installed GE take InplaceScatterAdd, and is a row cheaper there?",
         assumes="it is absent: index_add becomes InplaceIndexAdd (ascend/fixes/converters.py, _index_add)",
         operands=to_add,
-        build=lambda ge, x, index, rows: _custom("InplaceScatterAdd", var=ge.TensorMove(x), indices=index, updates=rows),
+        build=lambda ge, x, index, rows: _custom(
+            "InplaceScatterAdd", var=ge.TensorMove(x), indices=index, updates=rows
+        ),
         answers=(Answer("sums", added, "where a row is cheaper than index-add's, let _index_add make this type"),),
         rows=1_000_000,
         refused="as assumed: keep InplaceIndexAdd (operand names var, indices, updates are guesses from eager's)",
@@ -217,9 +220,13 @@ MOVES = (
         asks="What does a row of GatherV2 of 128 bytes cost?",
         assumes="0.30, 0.65 or 1.2 ns (ascend/rates.py)",
         operands=lambda rows: (random(100_000, 64).half(), whole(rows, most=100_000)),
-        build=lambda ge, table, index: ge.GatherV2(table, index, ge.Const(0, dtype=3)),
+        build=lambda ge, table, index: ge.GatherV2(table, index, ge.Const(0, dtype=INT32)),
         answers=(
-            Answer("rows", lambda table, index: (table[index.long()],), "give the report to `bevfn graph --estimate --rates`"),
+            Answer(
+                "rows",
+                lambda table, index: (table[index.long()],),
+                "give the report to `bevfn graph --estimate --rates`",
+            ),
         ),
         rows=10_000_000,
         rate="gather",
@@ -233,14 +240,15 @@ MOVES = (
         answers=(
             Answer("stable", stable, "as assumed"),
             Answer(
-                "sorted, not stable", lambda x: (stable(x)[0], None),
+                "sorted, not stable",
+                lambda x: (stable(x)[0], None),
                 "use --host-tables, the default here; in the graph, which points a full voxel keeps is undefined",
             ),
         ),
         rows=POINTS,
         rate="sort",
     ),
-)  # fmt: skip
+)
 
 # -------------------------------------------------------------------------------------------------------------- floats
 
@@ -257,6 +265,11 @@ def convolved_hf32(x: Tensor, weight: Tensor) -> Results:
     )
 
 
+def convolve(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+    """The step."""
+    return (torch.nn.functional.conv2d(x, weight),)
+
+
 def images(rows: int) -> tuple[Tensor, ...]:
     """A convolution's."""
     return random(1, 64, 24, 24), random(64, 64, 3, 3)
@@ -267,8 +280,7 @@ def _precision(name: str, asks: str, assumes: str, then: tuple[str, str], **othe
         Answer("float32", convolved, then[0], 1e-5),
         Answer("HF32", convolved_hf32, then[1], 5e-5),
     )
-    step = lambda x, weight: (torch.nn.functional.conv2d(x, weight),)  # noqa: E731
-    return Question(name, asks, assumes, images, answers, step=step, **other)
+    return Question(name, asks, assumes, images, answers, step=convolve, **other)
 
 
 EPS = 1e-5
@@ -285,7 +297,7 @@ def fused_norm(ge: Any, x: Any) -> Any:
     """BNTrainingReduce and BNTrainingUpdate; the running statistics do not matter here."""
     from torchair._ge_concrete_graph.utils import specific_op_input_layout, specific_op_output_layout
 
-    one, zero = (ge.Const([number] * CHANNELS, dtype=0) for number in (1.0, 0.0))
+    one, zero = (ge.Const([number] * CHANNELS, dtype=FLOAT) for number in (1.0, 0.0))
     total, squares = ge.BNTrainingReduce(x)
     running = ge.TensorMove(zero), ge.TensorMove(one)  # which it writes to
     made = ge.BNTrainingUpdate(x, total, squares, one, zero, *running, factor=0.1, epsilon=EPS)
@@ -301,10 +313,12 @@ OFF_CENTRE = 1000.0
 NORMS = (
     Answer("float32", lambda x: tuple(y.float() for y in normalised(x.double())), "exact: take what is faster", 3e-3),
     Answer(
-        "loses digits", lambda x: tuple(y.float() for y in normalised(x.double())),
-        "the variance is a difference of squares: keep the plain batch norm", 0.5,
+        "loses digits",
+        lambda x: tuple(y.float() for y in normalised(x.double())),
+        "the variance is a difference of squares: keep the plain batch norm",
+        0.5,
     ),
-)  # fmt: skip
+)
 
 
 def activations(rows: int) -> tuple[Tensor, ...]:
@@ -315,13 +329,17 @@ def activations(rows: int) -> tuple[Tensor, ...]:
 
 FLOATS = (
     _precision(
-        "hf32-off", "Are convolutions of float32 computed in float32 where HF32 is off?",
+        "hf32-off",
+        "Are convolutions of float32 computed in float32 where HF32 is off?",
         "yes: HF32 is switched off (ascend/lower.py, HF32; ascend/device.py, set_hf32)",
         ("as assumed", "the switch does not reach GE: losses of fp32 differ from a CPU's by 1e-4, not 1e-7"),
     ),
     _precision(
-        "hf32-on", "Does the switch do anything?", "yes: torchair's default is HF32 for convolutions",
-        ("the switch does nothing, and costs nothing", "as assumed: fp32 runs could be faster with it, at 1e-4"), hf32=True,
+        "hf32-on",
+        "Does the switch do anything?",
+        "yes: torchair's default is HF32 for convolutions",
+        ("the switch does nothing, and costs nothing", "as assumed: fp32 runs could be faster with it, at 1e-4"),
+        hf32=True,
     ),
     Question(
         name="batch-norm",
@@ -342,7 +360,7 @@ FLOATS = (
         rows=2 * 128 * 128,
         refused="keep the plain batch norm",
     ),
-)  # fmt: skip
+)
 
 QUESTIONS: dict[str, Question] = {question.name: question for question in (*INTEGERS, *MOVES, *FLOATS)}
 

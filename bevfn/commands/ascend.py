@@ -17,11 +17,11 @@ def probe(
     dry_run: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> int:
-    """Ask an NPU what bevfn takes for granted about it: exact integers, stable sorts, costs of a row; minutes, before anything else.
+    """Ask an NPU what bevfn takes for granted about it: exact integers, stable sorts, costs of a row; before all else.
 
-    Each question is a graph of one operator through torchair, in a process of its own. Without an NPU the graphs run in the
-    interpreter, by the published meaning of the types and as an Atlas A2's kernels do: no times, and nothing learnt about a
-    device. docs/ascend.md says what follows from the answers.
+    Each question is a graph of one operator through torchair, in a process of its own. Without an NPU the graphs run in
+    the interpreter, by the published meaning of the types and as an Atlas A2's kernels do: no times, and nothing learnt
+    about a device. docs/ascend.md says what follows from the answers.
 
     Args:
         only: one question
@@ -40,11 +40,9 @@ def probe(
             + ("" if dry_run else " (none was found here)")
         )
         found = [asking.interpreted(question, mode) for question in questions for mode in asking.MODES]
-    elif only:
-        found = [asking.on_device(questions[0])]
     else:
         found = [asking.in_a_process(question) for question in questions]
     print(asking.text(found), flush=True)
     if json_file is not None:
-        provenance.write(json_file, asking.to_json(found), device="npu" if there else "cpu")
+        provenance.write(json_file, asking.figures(found), device="npu" if there else "cpu")
     return 0
