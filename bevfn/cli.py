@@ -55,6 +55,7 @@ class Commands(Mapping[str, Callable]):
 
 # Name: (what the group is for, its subcommands).
 GROUPS: dict[str, tuple[str, Commands]] = {
+    "ascend": ("Ask an Ascend NPU what bevfn takes for granted about it", Commands({"probe": "ascend probe"})),
     "bench": (
         "Measure against peers and the machine's limits",
         Commands(

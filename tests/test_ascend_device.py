@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import ge_graphs
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from bevfn import compile as compilation
-from bevfn.ascend import device, torchair
+from bevfn.ascend import cache, device, torchair
 from bevfn.ascend.lower import lower
 from bevfn.kernels.linear_assignment import linear_assignment
 
@@ -81,6 +82,33 @@ def test_torchairs_compiler_makes_the_graph_that_is_executed_offline():
     assert placed == {"NPU"} == {op.output_desc[0].device_type for op in lowered.graph.op if op.type == "Data"}
 
 
+def test_a_compiled_graph_is_kept_in_a_folder_of_its_own(monkeypatch, tmp_path):
+    ge_graphs.need_torchair()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+
+    def options(step, *arguments):
+        traced = device.aten(step, arguments)
+        return device._compile(device.retargeted(traced.module, CUDA), CUDA, "torchair").__globals__[
+            "local_compile_options"
+        ]
+
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "kept"))
+    x = torch.ones(3)
+    first, again, other = (options(f, x) for f in (lambda x: (x + 1,), lambda x: (x + 1,), lambda x: (x + 2,)))
+    folders = [Path(made["ge.graph_compiler_cache_dir"]) for made in (first, again, other)]
+    assert folders[0] == folders[1] != folders[2]
+    assert all(folder.is_dir() and folder.name == "world8global_rank3" for folder in folders)
+    assert folders[0].parent.parent == tmp_path / "kept" and first["ge.graph_key"].startswith("graph_")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"file is no folder; choose another TORCHAIR_CACHE_HOME"):
+        options(lambda x: (x + 1,), x)
+    monkeypatch.delenv(cache.VARIABLE)
+    traced = device.aten(lambda x: (x + 1,), (x,))
+    assert hasattr(device._compile(device.retargeted(traced.module, CUDA), CUDA, "torchair"), "runner")
+
+
 def test_the_compiled_call_gives_what_eager_gives(monkeypatch):
     """With the traced module in place of what torchair would make of it."""
     monkeypatch.setattr(device, "check", lambda backend: None)
@@ -123,7 +151,7 @@ def test_what_would_be_wrong_or_on_the_host_is_refused():
 def test_the_modes_and_switches_of_torchair():
     ge_graphs.need_torchair()
     made = device.config("torchair")
-    assert made.mode.value == "max-autotune" and device.config("npugraph-ex").mode.value == "reduce-overhead"
+    assert made.mode.value == "max-autotune" and device.config("npugraph-ex").mode.value == "npugraph_ex"
     assert not made.experimental_config.remove_noop_ops and not made.experimental_config.pattern_fusion_pass
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bevfn.ascend import estimate as module
 from bevfn.ascend import report
-from bevfn.ascend.estimate import Task, calibrated, estimate, read_profile, seconds, tasks_of
+from bevfn.ascend.estimate import Profile, Task, calibrated, estimate, read_profile, seconds, tasks_of
 from bevfn.ascend.lower import lower
 from bevfn.ascend.placement import own_tables
 from bevfn.ascend.rates import LARGE_COPIES, SCENARIOS
@@ -84,20 +84,26 @@ def test_a_task_takes_the_largest_of_its_bounds():
     assert took("AI CPU", size=10**9) + rates.launch == pytest.approx(rates.cpu_launch + 10**9 / rates.cpu_bytes)
 
 
-def written(path, rows, columns=("Op Name", "OP Type", "Task Type", "Task Duration(us)")):
+def written(path, rows, columns=("Op Name", "OP Type", "Task Type", "Task Duration(us)", "Output Shapes")):
+    """rows: (name, microseconds) or (name, microseconds, shapes)."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows([name, "T", "AI_CORE", took] for name, took in rows)
+        writer.writerows([name, "T", "AI_CORE", took, *(shapes or ["N/A"])] for name, took, *shapes in rows)
     return path
 
 
 def test_a_profile_replaces_what_was_assumed(lowered, tasks, tmp_path):
     (gather,) = [task for task in tasks if task.group == "gather"]
     first, second = [task for task in tasks if task.group == "cube"]
-    rows = [(gather.name, 100), (gather.name, "300 "), (first.name, 50), ("trans_TransData_7", 1000)]  # two steps
+    rows = [
+        (gather.name, 100),
+        (gather.name, "300 "),
+        (first.name, 50, f"{COUNT},{WIDTH};"),
+        ("trans_TransData_7", 1000),
+    ]  # two steps
     profile = read_profile(written(tmp_path / "op_summary_1.csv", rows))
-    assert profile[gather.name] == pytest.approx(200e-6)
+    assert profile.seconds[gather.name] == pytest.approx(200e-6) and profile.written == {first.name: COUNT * WIDTH}
     made = guess(lowered, profile=profile)
     assert made.groups["gather"].seconds["profile"] == pytest.approx(200e-6)
     assert made.groups["cube"].seconds["profile"] == pytest.approx(100e-6)  # the other takes as long
@@ -106,7 +112,7 @@ def test_a_profile_replaces_what_was_assumed(lowered, tasks, tmp_path):
     assumed = {task.name: seconds(task, SCENARIOS["middle"]) for task in tasks}
     share = 250e-6 / (assumed[gather.name] + assumed[first.name])
     assert made.groups["copies"].seconds["profile"] == pytest.approx(share * sum(assumed[t.name] for t in copies))
-    assert "profile" in made.text() and second.name not in profile
+    assert "profile" in made.text() and second.name not in profile.seconds
 
 
 @pytest.mark.parametrize(
@@ -130,8 +136,21 @@ def test_a_profile_that_is_not_there_or_of_another_graph_is_one_sentence(lowered
     with pytest.raises(
         ValueError, match=r"names 0 of the graph's \d+ tasks: it is of another graph; profile the step of"
     ):
-        guess(lowered, profile={"Conv2D_1": 1.0})
-    assert calibrated([], {}, {"x": 1.0}) == {}
+        guess(lowered, profile=Profile({"Conv2D_1": 1.0}, {}))
+    assert calibrated([], {}, Profile({"x": 1.0}, {"x": 1})) == {}
+
+
+def test_a_profile_of_the_same_names_and_other_sizes_is_of_another_graph(lowered, tasks, tmp_path):
+    """Names are a type and a number, which graphs have in common: that of another batch, say, names every task."""
+    names = [(task.name, 10, f'"{2 * task.written}"') for task in tasks]
+    profile = read_profile(written(tmp_path / "other.csv", names))
+    said = (
+        f"{len(tasks)} of the {len(tasks)} tasks that the profile names write other sizes in it: it is of another graph"
+    )
+    with pytest.raises(ValueError, match=said):
+        guess(lowered, profile=profile)
+    padded = [(task.name, 10, task.written + 16 * (task.group == "cube")) for task in tasks]  # layouts of the cube
+    assert guess(lowered, profile=read_profile(written(tmp_path / "same.csv", padded))).seconds["profile"] > 0
 
 
 def test_the_command_prints_it(monkeypatch, capsys, tmp_path):

@@ -454,6 +454,17 @@ def batch_norm_build(ge, x, w, b, mean, var):
     return images(ge.BatchNormV3(x, w, b, mean, var, epsilon=1e-3), 0)
 
 
+def training_batch_norm_build(ge, x, w, b, mean, var):
+    total, squares = images(ge.BNTrainingReduce(x), 0)
+    running = ge.TensorMove(mean), ge.TensorMove(var)
+    return images(ge.BNTrainingUpdate(x, total, squares, w, b, *running, factor=0.1, epsilon=1e-3), 0)
+
+
+def trained_with_variance(*operands):
+    *same, rstd = trained(*operands)
+    return *same, 1 / rstd.square() - 1e-3
+
+
 def batch_norm_gradient_build(ge, grad, x, w, mean, var):
     ds, do = images(ge.BNTrainingUpdateGrad(grad, x, mean, var, epsilon=1e-3), 0, 1)
     return images(ge.BNTrainingReduceGrad(grad, x, ds, do, w, mean, var, epsilon=1e-3), 0, 1), ds, do
@@ -612,6 +623,11 @@ SINGLE_NODES: dict[str, Callable[[Drawn], Node]] = {
     "TensorScatterMin": scattered("TensorScatterMin", "amin"),
     "TensorScatterUpdate": scattered("TensorScatterUpdate", None),
     "BatchNormV3": lambda d: (batch_norm_build, trained, batch_norm(d)),
+    "BNTrainingReduce BNTrainingUpdate": lambda d: (
+        training_batch_norm_build,
+        trained_with_variance,
+        batch_norm(d),
+    ),
     "BNTrainingUpdateGrad BNTrainingReduceGrad": lambda d: (
         batch_norm_gradient_build,
         batch_norm_gradient,

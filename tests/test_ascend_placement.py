@@ -178,3 +178,6 @@ def test_tables_of_another_chip_or_none_are_one_sentence(cann, core, chip, said)
 def test_a_folder_without_cann_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"--opp .* has no built-in/op_impl; give CANN's toolkit folder, or its opp"):
         opp.read(tmp_path)
+    (tmp_path / "opp/built-in/op_impl").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"has no table for ascend910b; install the kernels package of Atlas A2"):
+        opp.read(tmp_path)

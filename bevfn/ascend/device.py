@@ -5,7 +5,8 @@ rewrites and converters as offline, and then says "npu" where it said "cpu". It 
 `get_npu_backend`, which would trace it once more, on NPU tensors and with torchair's own decompositions.
 
 - torchair: mode max-autotune, one GE graph; operators become GE nodes by torchair's converters and ours;
-- npugraph-ex: mode reduce-overhead, the aten graph is run once by torch_npu's kernels and captured; no converters.
+- npugraph-ex: mode npugraph_ex (in torch_npu 2.13 reduce-overhead, its older name, warns of its end), the aten graph is
+  run once by torch_npu's kernels and captured; no converters.
 
 Source: torch_npu 2.13.0, dynamo/torchair (public names).
 """
@@ -22,12 +23,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from bevfn.ascend import lower, torchair
+from bevfn.ascend import cache, lower, torchair
 from bevfn.ascend.fixes import refusals
 from bevfn.ascend.trace import Traced, placeholders
 
 Backend = Literal["torchair", "npugraph-ex"]
-MODES: dict[str, str] = {"torchair": "max-autotune", "npugraph-ex": "reduce-overhead"}
+MODES: dict[str, str] = {"torchair": "max-autotune", "npugraph-ex": "npugraph_ex"}
 
 
 def check(backend: str) -> None:
@@ -53,8 +54,10 @@ def available() -> bool:
     return torch.get_device_module("npu").is_available()
 
 
-def compiled(f: Callable, backend: Backend) -> Callable:
+def compiled(f: Callable, backend: Backend, *, hf32: bool = lower.HF32) -> Callable:
     """f(*pytrees of NPU tensors) -> pytree as one compiled graph, compiled on the first call; without gradients.
+
+    hf32: see `set_hf32`.
 
     Raises ValueError if a tensor is not on an NPU, if a later call has other shapes or dtypes, and what `trace` raises.
     """
@@ -66,7 +69,7 @@ def compiled(f: Callable, backend: Backend) -> Callable:
         tensors = [x for x in pytree.tree_leaves(arguments) if x is not None]
         if made is None:
             device = npu(tensors, backend)
-            without_hf32()
+            set_hf32(hf32)
             traced = aten(f, arguments)
             check_module(traced.module, backend)
             made = traced, _compile(retargeted(traced.module, device), device, backend)
@@ -108,11 +111,11 @@ def config(backend: Backend) -> Any:
     return made
 
 
-def without_hf32() -> None:
-    """Convolutions and products of float32 in float32 (`torch.npu`'s flags, which torchair puts into a graph's options): its
-    default takes the cube's HF32, of 11 bits, for convolutions, and no precision of bevfn means that (`lower.HF32`)."""
+def set_hf32(allowed: bool) -> None:
+    """Whether float32 may be convolved and multiplied with HF32's 11 bits: `torch.npu`'s flags, of which torchair makes
+    GE's option once per process. By default convolutions are, and no precision of bevfn means that (`lower.HF32`)."""
     npu: Any = torch.get_device_module("npu")
-    npu.conv.allow_hf32 = npu.matmul.allow_hf32 = lower.HF32
+    npu.conv.allow_hf32 = npu.matmul.allow_hf32 = allowed
 
 
 def npu(tensors: Sequence[Tensor], backend: str) -> torch.device:
@@ -166,7 +169,8 @@ def _compile(module: fx.GraphModule, device: torch.device, backend: Backend) -> 
         lower.register_converters()
     inputs: list[Any] = propagated(module, device)
     with torch._guards.tracing(torch._guards.TracingContext(inputs[0].fake_mode)), torch.no_grad():
-        return ta.get_compiler(config(backend))(module, inputs)
+        compiled = ta.get_compiler(config(backend))(module, inputs)
+        return cache.kept(compiled) if backend == "torchair" else compiled
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -40,7 +40,12 @@ GROUPS = (
     "of GE alone",
 )
 NAMED = 0.1  # share of a graph's tasks that a profile of it names at least: GE renames what it fuses
+ALIKE = (
+    0.5  # share of those that write as many elements as the profile says: names are a type and a number in any graph
+)
 COLUMNS = ("Op Name", "Task Duration(us)")
+SIZES = "Output Shapes"
+"""of msprof, where it was asked for them: "4,64,128,128;64", axes by commas, outputs by semicolons"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,17 @@ class Task:
     """gathered, added or sorted"""
     half: bool
     """whether products are of 16 bits"""
+    written: int = 0
+    """elements of the first result"""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a device took for the tasks that it named."""
+
+    seconds: dict[str, float]
+    written: dict[str, int]
+    """elements of the first output; of those whose sizes are in the file"""
 
 
 @dataclass(frozen=True)
@@ -134,19 +150,20 @@ def estimate(
     memory: Mapping[str, int],
     tables: placement.Tables | None = None,
     published: float | None = None,
-    profile: Mapping[str, float] | None = None,
+    profile: Profile | None = None,
+    scenarios: Mapping[str, Rates] = SCENARIOS,
 ) -> Estimate:
     """The estimate of a step over `batch` samples.
 
-    uses: `used_by(lowered)`, complete. memory: `Report.bytes`. profile: seconds by the tasks' names, `read_profile`.
-    Raises ValueError if `profile` is of another graph.
+    uses: `used_by(lowered)`, complete. memory: `Report.bytes`. profile: `read_profile`.
+    scenarios: "middle" among them. Raises ValueError if `profile` is of another graph.
     """
     tasks = list(tasks_of(lowered, uses, tables or placement.own_tables()))
-    times = {name: {task.name: seconds(task, rates) for task in tasks} for name, rates in SCENARIOS.items()}
+    times = {name: {task.name: seconds(task, rates) for task in tasks} for name, rates in scenarios.items()}
     alone = 0.0
     if profile is not None:
         times["profile"] = calibrated(tasks, times["middle"], profile)
-        alone = sum(took for name, took in profile.items() if name not in times["profile"])
+        alone = sum(took for name, took in profile.seconds.items() if name not in times["profile"])
     groups: dict[str, Group] = {}
     for name in GROUPS:
         members = [task for task in tasks if task.group == name]
@@ -176,7 +193,8 @@ def tasks_of(lowered: Lowered, uses: Sequence[Use], tables: placement.Tables) ->
         group = "AI CPU" if where.place == "AI CPU" else _group(use, str(lowered.sources.get(use.name, ("", None))[1]))
         floats = [x for x in use.operands if isinstance(x, Tensor) and x.is_floating_point()]
         half = bool(floats) and all(x.element_size() == 2 for x in floats)
-        yield Task(use.name, group, flops(use), use.traffic, _rows(use), half)
+        written = use.results[0].numel() if use.results and isinstance(use.results[0], Tensor) else 0
+        yield Task(use.name, group, flops(use), use.traffic, _rows(use), half, written)
 
 
 def seconds(task: Task, rates: Rates) -> float:
@@ -189,8 +207,8 @@ def seconds(task: Task, rates: Rates) -> float:
     return max(moved, cube, task.rows * row) + rates.launch
 
 
-def read_profile(path: Path) -> dict[str, float]:
-    """{task: seconds, mean over steps} of msprof's op_summary_*.csv. Raises ValueError if it is none."""
+def read_profile(path: Path) -> Profile:
+    """Of msprof's op_summary_*.csv, the mean over its steps. Raises ValueError if it is none."""
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
@@ -198,6 +216,7 @@ def read_profile(path: Path) -> dict[str, float]:
             if missing:
                 raise ValueError(f"{path} has no column {missing[0]!r}; give an op_summary_*.csv of msprof")
             took: dict[str, list[float]] = defaultdict(list)
+            written: dict[str, int] = {}
             for row in reader:
                 try:
                     number = float(row[COLUMNS[1]].strip())
@@ -207,31 +226,46 @@ def read_profile(path: Path) -> dict[str, float]:
                     raise ValueError(
                         f"{path}, line {reader.line_num}: {COLUMNS[1]} is {row[COLUMNS[1]]!r}, not microseconds"
                     )
-                took[row[COLUMNS[0]].strip()].append(number * 1e-6)
+                name = row[COLUMNS[0]].strip()
+                took[name].append(number * 1e-6)
+                if (elements := _elements(row.get(SIZES))) is not None:
+                    written[name] = elements
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read the profile {path} ({error}); give an op_summary_*.csv of msprof") from None
     if not took:
         raise ValueError(f"{path} has no task; profile some steps")
     # A task runs once a step in a static graph, so that its mean is a step's; msprof may have lost some.
-    return {name: sum(times) / len(times) for name, times in took.items()}
+    return Profile({name: sum(times) / len(times) for name, times in took.items()}, written)
 
 
-def calibrated(tasks: Sequence[Task], guessed: Mapping[str, float], profile: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of every task: those of the profile, or the guess scaled as the named tasks of the same group were."""
-    named = [task for task in tasks if task.name in profile]
+def _elements(shapes: str | None) -> int | None:
+    """Of the first output; None where the file does not say."""
+    axes = (shapes or "").strip().strip('"').split(";")[0].split(",")
+    return math.prod(map(int, axes)) if all(axis.strip().isdecimal() for axis in axes) else None
+
+
+def calibrated(tasks: Sequence[Task], guessed: Mapping[str, float], profile: Profile) -> dict[str, float]:
+    """Seconds of every task: those of the profile, or the guess scaled as the named tasks of the same group were.
+
+    Raises ValueError if the profile is of another graph: it names few of the tasks, or they write other sizes in it.
+    """
+    took = profile.seconds
+    named = [task for task in tasks if task.name in took]
+    sized = [task for task in named if task.name in profile.written]
+    other = sum(profile.written[task.name] != task.written for task in sized)
+    again = "it is of another graph; profile the step of the same commit, experiment, precision, scale and batch size"
     if len(named) < NAMED * len(tasks):
-        raise ValueError(
-            f"the profile names {len(named)} of the graph's {len(tasks)} tasks: it is of another graph; profile the step of "
-            "the same commit, experiment, precision, scale and batch size"
-        )
+        raise ValueError(f"the profile names {len(named)} of the graph's {len(tasks)} tasks: {again}")
+    if len(sized) - other < ALIKE * len(sized):
+        raise ValueError(f"{other} of the {len(sized)} tasks that the profile names write other sizes in it: {again}")
     real: defaultdict[str, float] = defaultdict(float)
     thought: defaultdict[str, float] = defaultdict(float)
     for task in named:
         for key in (task.group, ""):
-            real[key] += profile[task.name]
+            real[key] += took[task.name]
             thought[key] += guessed[task.name]
     factor = {key: real[key] / thought[key] for key in thought}
-    return {t.name: profile.get(t.name, guessed[t.name] * factor.get(t.group, factor[""])) for t in tasks}
+    return {t.name: took.get(t.name, guessed[t.name] * factor.get(t.group, factor[""])) for t in tasks}
 
 
 def _group(use: Use, source: str) -> str:

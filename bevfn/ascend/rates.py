@@ -9,7 +9,10 @@
     top of these floors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from bevfn.files import read_json
 
 LARGE_COPIES = 1.49e12
 """Bytes a second [2]; the floor of everything that moves memory."""
@@ -51,3 +54,23 @@ SCENARIOS = {
 
 PUBLISHED = {"bevfusion": 4.10, "bevdepth": 4.04, "matrixvt": 5.6}
 """Samples a second and NPU in fp16 training on Atlas 800T A2, by Ascend/DrivingSDK's model pages (issue 13)."""
+
+
+def probed(path: Path) -> Rates:
+    """The middle scenario with the costs of a row that `bevfn ascend probe --json` took on a device.
+
+    Raises ValueError, one sentence, if there are none in the file.
+    """
+    wanted = "give what `bevfn ascend probe --json` wrote on a machine with an NPU"
+    try:
+        report = read_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the rates {path} ({error}); {wanted}") from None
+    found = report.get("rates") if isinstance(report, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path} has no rates: it is no probe's report, or of one without a device; {wanted}")
+    known = {field.name for field in fields(Rates)}
+    for name, value in found.items():
+        if name not in known or isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise ValueError(f"{path}: rate {name!r} is {value!r}, and not one of bevfn's, in seconds; {wanted}")
+    return replace(SCENARIOS["middle"], **found)

@@ -43,6 +43,7 @@ def graph(
     opp: Path | None = None,
     estimate: bool = False,
     calibrate: Path | None = None,
+    rates: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     out: Path | None = None,
 ) -> int:
@@ -71,6 +72,7 @@ def graph(
         opp: an installed CANN (its toolkit's folder, or opp): where each node runs, by its tables instead of our facts
         estimate: also print how long each step would take on an Atlas A2, in three scenarios (docs/ascend.md)
         calibrate: an op_summary_*.csv of msprof, of the train step: --estimate by what its tasks took
+        rates: a report of `bevfn ascend probe` on an NPU: --estimate with the costs of a row that it took, as a fourth scenario
         json_file: also write the figures there
         out: folder for the graphs, as .pbtxt for reading and .air (the serialized model)
     """
@@ -80,17 +82,20 @@ def graph(
     from bevfn.ascend.execute import execute as compare
     from bevfn.ascend.lower import lower
     from bevfn.ascend.opp import read
-    from bevfn.ascend.rates import PUBLISHED
+    from bevfn.ascend.rates import PUBLISHED, SCENARIOS, probed
     from bevfn.ascend.report import report, text
     from bevfn.ascend.uses import used_by
 
     check_json(json_file)
     if calibrate is not None and not estimate:
         raise ValueError("--calibrate is of the estimate; add --estimate")
+    if rates is not None and not estimate:
+        raise ValueError("--rates is of the estimate; add --estimate")
     if out is not None:
         check_writable(out)
     tables = None if opp is None else read(opp)
     profile = None if calibrate is None else read_profile(calibrate)
+    scenarios = SCENARIOS if rates is None else {**SCENARIOS, "probed": probed(rates)}
     if stage is not None:
         model = _of_stage(experiment, model, stage)
     of_scale = {
@@ -127,6 +132,7 @@ def graph(
                 tables=tables,
                 published=PUBLISHED.get(experiment) if of_train else None,
                 profile=profile if of_train else None,
+                scenarios=scenarios,
             )
             print(guess.text(), flush=True)
             made[name]["estimate"] = guess.to_json()

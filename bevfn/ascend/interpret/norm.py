@@ -50,6 +50,38 @@ def batch_norm_v3(
     return y, running_mean, running_var, mean, rstd
 
 
+def bn_training_reduce(x: Tensor, *, image_layout: str) -> tuple[Tensor, Tensor]:
+    """-> sum, square_sum of each channel."""
+    image(image_layout)
+    wide = x.float()
+    return wide.sum(_other_axes(x)), (wide * wide).sum(_other_axes(x))
+
+
+def bn_training_update(
+    x: Tensor,
+    sum: Tensor,
+    square_sum: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    factor: float,
+    epsilon: float,
+    image_layout: str,
+) -> tuple[Tensor, ...]:
+    """-> y, mean, variance, batch_mean, batch_variance; the variance is a difference of squares."""
+    image(image_layout)
+    count = x.numel() // x.shape[1]
+    batch_mean = sum / count
+    batch_variance = square_sum / count - batch_mean * batch_mean
+    m, r, s, o = _channels(x, batch_mean, torch.rsqrt(batch_variance + epsilon), scale, offset)
+    y = ((x.float() - m) * r * s + o).to(x.dtype)
+    mean = torch.lerp(mean, batch_mean, factor)
+    variance = torch.lerp(variance, batch_variance * (count / (count - 1)), factor)
+    return y, mean, variance, batch_mean, batch_variance
+
+
 def bn_training_update_grad(
     grads: Tensor, x: Tensor, batch_mean: Tensor, batch_variance: Tensor, *, epsilon: float = 1e-4, image_layout: str
 ) -> tuple[Tensor, Tensor]:
@@ -168,6 +200,8 @@ def group_norm(
 
 OPS: dict[str, Callable] = {
     "BatchNormV3": batch_norm_v3,
+    "BNTrainingReduce": bn_training_reduce,
+    "BNTrainingUpdate": bn_training_update,
     "BNTrainingUpdateGrad": bn_training_update_grad,
     "BNTrainingReduceGrad": bn_training_reduce_grad,
     "BNInfer": bn_infer,

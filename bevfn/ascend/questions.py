@@ -1,0 +1,372 @@
+"""What only a device can answer, as graphs of one operator: the table of `bevfn ascend probe`.
+
+A question has the answers that are thinkable, each with what it would compute: by mathematics first, then as a kernel
+may do it. What is computed says which one it is, and an answer says what is then to be set. Expectations are written in
+int64, float64 or plain indexing, and use neither the interpreter nor a converter.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Results = tuple[Tensor | None, ...]
+ROWS = 4096
+"""of a rate's graph where no time is taken"""
+FLOAT, INT32 = 0, 3  # in GE's numbering
+POINTS = 330_000
+"""of a sample of ten sweeps, which voxelization sorts"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One thing that a kernel may compute."""
+
+    name: str
+    results: Callable[..., Results]
+    """of the operands; None for a result that does not matter"""
+    then: str
+    """what follows for bevfn"""
+    tolerance: float = 0.0
+    """largest relative error, as a norm; 0: the same bits"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One graph."""
+
+    name: str
+    asks: str
+    assumes: str
+    """what bevfn takes for granted today, and the file"""
+    operands: Callable[[int], tuple[Tensor, ...]]
+    """of a number of rows, on the CPU"""
+    answers: tuple[Answer, ...]
+    """the first one is by mathematics"""
+    build: Callable[..., Any] | None = None
+    """(torchair's builders of GE types, operands) -> nodes; None: `step`"""
+    step: Callable[..., tuple[Tensor, ...]] | None = None
+    """in torch's operators, through bevfn's own lowering"""
+    rows: int = 0
+    """whose time is taken on a device; 0: none"""
+    rate: Literal["gather", "index_add", "sort"] | None = None
+    """the field of `rates.Rates` that a row's time is"""
+    hf32: bool = False
+    """whether the device may compute float32 in HF32"""
+    refused: str = "GE does not take the graph: a device cannot run what bevfn lowers to it"
+    """what follows where there is no kernel"""
+
+
+def random(*shape: int) -> Tensor:
+    """float32, the same numbers every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(13))
+
+
+def whole(*shape: int, most: int) -> Tensor:
+    """int32 from 0 below `most`, the same numbers every time."""
+    return torch.randint(most, shape, generator=torch.Generator().manual_seed(17), dtype=torch.int32)
+
+
+# --------------------------------------------------------------------------------------------------- integer arithmetic
+
+LARGE = (2**24 + 1, 2**30 + 1, -(2**24) - 3, 340_000_001, 83_000_003, 7)
+LIMITS = (-(2**31), 2**31 - 1)
+
+
+def select(condition: Tensor, a: Tensor, b: Tensor) -> Results:
+    """What SelectV2 means."""
+    return (torch.where(condition, a, b),)
+
+
+def select_float(condition: Tensor, a: Tensor, b: Tensor) -> Results:
+    """Through float32."""
+    return (torch.where(condition, a.float(), b.float()).to(torch.int32),)
+
+
+def floor_div(a: Tensor, b: Tensor) -> Results:
+    """Of int64."""
+    return (torch.div(a.long(), b.long(), rounding_mode="floor").int(),)
+
+
+def floor_div_float(a: Tensor, b: Tensor) -> Results:
+    """Through float32."""
+    return (torch.floor(a.float() / b.float()).to(torch.int32),)
+
+
+def wrapped(a: Tensor, b: Tensor) -> Results:
+    """The lower 32 bits of the product, as a signed number."""
+    return (((a.long() * b.long() + 2**31) % 2**32 - 2**31).int(),)
+
+
+def saturated(a: Tensor, b: Tensor) -> Results:
+    """The product, cut off at int32's ends."""
+    return ((a.long() * b.long()).clamp(*LIMITS).int(),)
+
+
+def product_float(a: Tensor, b: Tensor) -> Results:
+    """As float32 rounds it, cut off at int32's ends."""
+    return ((a.float() * b.float()).double().clamp(*LIMITS).long().int(),)
+
+
+INTEGERS = (
+    Question(
+        name="select",
+        asks="Does SelectV2 choose int32 above 2^24 exactly?",
+        assumes="no, through float32: integers are chosen by products and a sum (ascend/fixes/decompositions.py)",
+        operands=lambda rows: (
+            torch.tensor([True, False] * 3),
+            torch.tensor(LARGE).int(),
+            torch.tensor(LARGE[::-1]).int(),
+        ),
+        build=lambda ge, c, a, b: ge.SelectV2(c, a, b),
+        answers=(
+            Answer("exact", select, "_where may go, which saves two products and a sum per select of integers"),
+            Answer("through float32", select_float, "as assumed: keep _where"),
+        ),
+    ),
+    Question(
+        name="floor-div",
+        asks="Does FloorDiv divide int32 above 2^24 exactly?",
+        assumes="no, through float32: only numbers below 2^24 are divided (ascend/interpret/a2.py, docs/ascend.md)",
+        operands=lambda rows: (torch.tensor(LARGE).int(), torch.tensor([1, 3, 1, 7, 1, 2]).int()),
+        build=lambda ge, a, b: ge.FloorDiv(a, b),
+        answers=(
+            Answer("exact", floor_div, "voxelization may divide larger cell numbers"),
+            Answer("through float32", floor_div_float, "as assumed: keep quotients' operands below 2^24"),
+        ),
+    ),
+    Question(
+        name="mul-wrap",
+        asks="Does Mul of int32 keep the lower 32 bits of a product that overflows?",
+        assumes="yes: the hash of dropout's random numbers multiplies so (bevfn/rng.py, _mix)",
+        operands=lambda rows: (
+            torch.tensor([0x7FEB352D, 4099, 2**31 - 1, -(2**31) + 5, 77_777]).int(),
+            torch.tensor([0x7FEB352D, 4099, 2**31 - 1, 3, -0x7B935975]).int(),
+        ),
+        build=lambda ge, a, b: ge.Mul(a, b),
+        answers=(
+            Answer("wraps", wrapped, "as assumed"),
+            Answer("saturates", saturated, "dropout is biased: give rng._bits int64, as before the int32 hash"),
+            Answer(
+                "through float32", product_float, "dropout is biased: give rng._bits int64, as before the int32 hash"
+            ),
+        ),
+    ),
+    Question(
+        name="sxpy",
+        asks="Is there a kernel of Sxpy (x1 - alpha x2)?",
+        assumes="no: what torchair makes Sxpy of is lowered to Sub (ascend/fixes/decompositions.py, _rsub)",
+        operands=lambda rows: (random(8), random(8).flip(0)),
+        build=lambda ge, a, b: ge.Sxpy(a, b, None),
+        answers=(
+            Answer("difference", lambda a, b: (a - b,), "_rsub may go; Sub costs the same, so nothing is urgent"),
+        ),
+        refused="as assumed: keep _rsub",
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def added(buffer: Tensor, index: Tensor, rows: Tensor) -> Results:
+    """Whole numbers, whose sums float32 has exactly in any order."""
+    return (buffer.double().index_add(0, index.long(), rows.double()).to(buffer.dtype),)
+
+
+def to_add(rows: int) -> tuple[Tensor, ...]:
+    """Lift-splat's: cells of 80 channels, in no order, some hit often."""
+    cells = max(rows // 8, 1)
+    return torch.zeros(cells, 80), whole(rows, most=cells), whole(rows, 80, most=8).float()
+
+
+ONE = 0x3F800000
+"""the bits of 1.0: those of whole numbers are denormal, which a device may take for 0"""
+
+
+def stable(x: Tensor) -> Results:
+    """The sorted values, and places of equal ones in their order: of a sort of pairs (value, place)."""
+    pairs = x.view(torch.int32).long() * x.shape[0] + torch.arange(x.shape[0], device=x.device)
+    order = pairs.sort()[0] % x.shape[0]
+    return x[order], order.int()
+
+
+MOVES = (
+    Question(
+        name="index-add",
+        asks="What does a row of InplaceIndexAdd without alpha cost?",
+        assumes="5, 15 or 35 ns (ascend/rates.py)",
+        operands=to_add,
+        build=lambda ge, x, index, rows: ge.InplaceIndexAdd(ge.TensorMove(x), index, rows, None, axis=0),
+        answers=(Answer("sums", added, "give the report to `bevfn graph --estimate --rates`"),),
+        rows=1_000_000,
+        rate="index_add",
+    ),
+    Question(
+        name="scatter-add",
+        asks="Does the installed GE take InplaceScatterAdd, and is a row cheaper there?",
+        assumes="it is absent: index_add becomes InplaceIndexAdd (ascend/fixes/converters.py, _index_add)",
+        operands=to_add,
+        build=lambda ge, x, index, rows: _custom(
+            "InplaceScatterAdd", var=ge.TensorMove(x), indices=index, updates=rows
+        ),
+        answers=(Answer("sums", added, "where a row is cheaper than index-add's, let _index_add make this type"),),
+        rows=1_000_000,
+        refused="as assumed: keep InplaceIndexAdd (operand names var, indices, updates are guesses from eager's)",
+    ),
+    Question(
+        name="gather",
+        asks="What does a row of GatherV2 of 128 bytes cost?",
+        assumes="0.30, 0.65 or 1.2 ns (ascend/rates.py)",
+        operands=lambda rows: (random(100_000, 64).half(), whole(rows, most=100_000)),
+        build=lambda ge, table, index: ge.GatherV2(table, index, ge.Const(0, dtype=INT32)),
+        answers=(
+            Answer(
+                "rows",
+                lambda table, index: (table[index.long()],),
+                "give the report to `bevfn graph --estimate --rates`",
+            ),
+        ),
+        rows=10_000_000,
+        rate="gather",
+    ),
+    Question(
+        name="sort",
+        asks=f"Does Sort keep equal ones among {POINTS:,} numbers in their order, and what does a number cost?",
+        assumes="yes: points of a voxel are taken in their order (kernels/voxelize/ascend.py)",
+        operands=lambda rows: ((whole(POINTS, most=60_000) + ONE).view(torch.float32),),
+        build=lambda ge, x: ge.Sort(x, axis=0, descending=False, stable=True),
+        answers=(
+            Answer("stable", stable, "as assumed"),
+            Answer(
+                "sorted, not stable",
+                lambda x: (stable(x)[0], None),
+                "use --host-tables, the default here; in the graph, which points a full voxel keeps is undefined",
+            ),
+        ),
+        rows=POINTS,
+        rate="sort",
+    ),
+)
+
+# -------------------------------------------------------------------------------------------------------------- floats
+
+
+def convolved(x: Tensor, weight: Tensor) -> Results:
+    """In float64, rounded once."""
+    return (torch.nn.functional.conv2d(x.double(), weight.double()).float(),)
+
+
+def convolved_hf32(x: Tensor, weight: Tensor) -> Results:
+    """Of operands with 11 bits of mantissa, halves to even."""
+    return convolved(
+        *(torch.ldexp(torch.round(m * 2**12) / 2**12, e).float() for m, e in map(torch.frexp, (x, weight)))
+    )
+
+
+def convolve(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+    """The step."""
+    return (torch.nn.functional.conv2d(x, weight),)
+
+
+def images(rows: int) -> tuple[Tensor, ...]:
+    """A convolution's."""
+    return random(1, 64, 24, 24), random(64, 64, 3, 3)
+
+
+def _precision(name: str, asks: str, assumes: str, then: tuple[str, str], **other: Any) -> Question:
+    answers = (
+        Answer("float32", convolved, then[0], 1e-5),
+        Answer("HF32", convolved_hf32, then[1], 5e-5),
+    )
+    return Question(name, asks, assumes, images, answers, step=convolve, **other)
+
+
+EPS = 1e-5
+
+
+def normalised(x: Tensor) -> tuple[Tensor]:
+    """By mean and variance of each channel, two passes: as layers/batch_norm.py."""
+    mean = x.mean((0, 2, 3), keepdim=True)
+    centred = x - mean
+    return (centred * torch.rsqrt((centred * centred).mean((0, 2, 3), keepdim=True) + EPS),)
+
+
+def fused_norm(ge: Any, x: Any) -> Any:
+    """BNTrainingReduce and BNTrainingUpdate; the running statistics do not matter here."""
+    from torchair._ge_concrete_graph.utils import specific_op_input_layout, specific_op_output_layout
+
+    one, zero = (ge.Const([number] * CHANNELS, dtype=FLOAT) for number in (1.0, 0.0))
+    total, squares = ge.BNTrainingReduce(x)
+    running = ge.TensorMove(zero), ge.TensorMove(one)  # which it writes to
+    made = ge.BNTrainingUpdate(x, total, squares, one, zero, *running, factor=0.1, epsilon=EPS)
+    for node in (total, made[0]):
+        specific_op_input_layout(node, indices=0, layout="NCHW")
+    specific_op_output_layout(made[0], indices=0, layout="NCHW")
+    return [made[0]]
+
+
+CHANNELS = 64
+OFF_CENTRE = 1000.0
+"""mean over standard deviation, of which a difference of squares loses most of float32's digits"""
+NORMS = (
+    Answer("float32", lambda x: tuple(y.float() for y in normalised(x.double())), "exact: take what is faster", 3e-3),
+    Answer(
+        "loses digits",
+        lambda x: tuple(y.float() for y in normalised(x.double())),
+        "the variance is a difference of squares: keep the plain batch norm",
+        0.5,
+    ),
+)
+
+
+def activations(rows: int) -> tuple[Tensor, ...]:
+    """[N C 128 128] of 2 x 64 images' worth of numbers, far off 0."""
+    size = 128 if rows > ROWS else 16
+    return (random(2, CHANNELS, size, size) + OFF_CENTRE,)
+
+
+FLOATS = (
+    _precision(
+        "hf32-off",
+        "Are convolutions of float32 computed in float32 where HF32 is off?",
+        "yes: HF32 is switched off (ascend/lower.py, HF32; ascend/device.py, set_hf32)",
+        ("as assumed", "the switch does not reach GE: losses of fp32 differ from a CPU's by 1e-4, not 1e-7"),
+    ),
+    _precision(
+        "hf32-on",
+        "Does the switch do anything?",
+        "yes: torchair's default is HF32 for convolutions",
+        ("the switch does nothing, and costs nothing", "as assumed: fp32 runs could be faster with it, at 1e-4"),
+        hf32=True,
+    ),
+    Question(
+        name="batch-norm",
+        asks="What does the batch norm that bevfn writes out cost?",
+        assumes="its bytes over 1.49 TB/s and 1 to 5 us a node (ascend/rates.py)",
+        operands=activations,
+        step=normalised,
+        answers=NORMS,
+        rows=2 * 128 * 128,
+    ),
+    Question(
+        name="batch-norm-fused",
+        asks="Do BNTrainingReduce and BNTrainingUpdate normalise as exactly, and faster?",
+        assumes="neither is worth it: a variance of squares, and no mask (docs/ascend.md)",
+        operands=activations,
+        build=fused_norm,
+        answers=NORMS,
+        rows=2 * 128 * 128,
+        refused="keep the plain batch norm",
+    ),
+)
+
+QUESTIONS: dict[str, Question] = {question.name: question for question in (*INTEGERS, *MOVES, *FLOATS)}
+
+
+def _custom(kind: str, **operands: Any) -> Any:
+    """A node of a type that torchair has no builder of; its result is called as its first operand."""
+    import torchair
+
+    return torchair.ge.custom_op(kind, inputs=operands, attrs={}, outputs=[next(iter(operands))])

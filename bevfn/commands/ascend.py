@@ -1,0 +1,48 @@
+"""`bevfn ascend probe`: what only an NPU can say, asked as graphs of one operator."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bevfn import provenance
+from bevfn.ascend.questions import QUESTIONS
+from bevfn.choices import one_of
+from bevfn.files import check_json
+
+
+def probe(
+    *,
+    only: Annotated[str | None, one_of(tuple(QUESTIONS))] = None,
+    dry_run: bool = False,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> int:
+    """Ask an NPU what bevfn takes for granted about it: exact integers, stable sorts, costs of a row; before all else.
+
+    Each question is a graph of one operator through torchair, in a process of its own. Without an NPU the graphs run in
+    the interpreter, by the published meaning of the types and as an Atlas A2's kernels do: no times, and nothing learnt
+    about a device. docs/ascend.md says what follows from the answers.
+
+    Args:
+        only: one question
+        dry_run: in the interpreter, also where there is an NPU
+        json_file: also write the report there; `bevfn graph --estimate --rates` reads its costs of a row
+    """
+    from bevfn.ascend import device
+    from bevfn.ascend import probe as asking
+
+    check_json(json_file)
+    questions = [QUESTIONS[only]] if only else list(QUESTIONS.values())
+    there = not dry_run and device.available()
+    if not there:
+        print(
+            "no NPU is asked: the interpreter answers, for its two modes"
+            + ("" if dry_run else " (none was found here)")
+        )
+        found = [asking.interpreted(question, mode) for question in questions for mode in asking.MODES]
+    else:
+        found = [asking.in_a_process(question) for question in questions]
+    print(asking.text(found), flush=True)
+    if json_file is not None:
+        provenance.write(json_file, asking.figures(found), device="npu" if there else "cpu")
+    return 0

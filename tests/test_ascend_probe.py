@@ -1,0 +1,150 @@
+"""The questions to a device: they can be asked, their answers can be told apart, and what is found can be used."""
+
+import json
+import sys
+import types
+from dataclasses import asdict
+
+import ge_graphs
+import pytest
+import torch
+
+from bevfn.ascend import device, probe
+from bevfn.ascend.probe import NEITHER, REFUSED, Found
+from bevfn.ascend.questions import QUESTIONS, ROWS
+from bevfn.ascend.rates import SCENARIOS, probed
+from bevfn.commands.ascend import probe as command
+from bevfn.commands.graph import graph
+
+# What the interpreter says: by the published meanings, and as an A2's kernels do (of hf32-on: with HF32 allowed).
+SAID = {
+    "select": ("exact", "through float32"),
+    "floor-div": ("exact", "through float32"),
+    "mul-wrap": ("wraps", "wraps"),
+    "sxpy": ("difference", REFUSED),
+    "index-add": ("sums", "sums"),
+    "scatter-add": (REFUSED, REFUSED),  # no published prototype
+    "gather": ("rows", "rows"),
+    "sort": ("stable", "stable"),
+    "hf32-off": ("float32", "float32"),
+    "hf32-on": ("float32", "HF32"),
+    "batch-norm": ("float32", "float32"),
+    "batch-norm-fused": ("loses digits", "loses digits"),
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    ge_graphs.need_torchair()
+    return [probe.interpreted(question, mode) for question in QUESTIONS.values() for mode in probe.MODES]
+
+
+def test_every_question_can_be_asked_of_the_interpreter(found):
+    said = {name: tuple(one.answer for one in found if one.question == name) for name in QUESTIONS}
+    assert said == SAID
+    assert [one.asked for one in found if one.question == "hf32-on"] == ["published", "a2-hf32"]
+    assert not probe.rates(found)  # times are a device's
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_answers_can_be_told_apart(name):
+    question = QUESTIONS[name]
+    operands = question.operands(ROWS)
+    exact = question.answers[0].results(*operands)
+    for answer in question.answers:
+        results = [y if y is not None else x.flip(0) for x, y in zip(exact, answer.results(*operands))]
+        if answer.tolerance > 0.1:  # inexact by definition
+            results = [y * 1.05 for y in results]
+        assert probe.judged(question, operands, results) == (answer.name, answer.then)
+    for wrong in ([y + 1 for y in exact], [exact[0].double()], [exact[0].ravel()[:1]]):
+        said, then = probe.judged(question, operands, [y * 3 for y in wrong])
+        assert said == NEITHER and "from" in then
+
+
+def test_the_command_without_an_npu(capsys, tmp_path):
+    ge_graphs.need_torchair()
+    assert command(only="mul-wrap", json_file=tmp_path / "p.json") == 0
+    out = capsys.readouterr().out
+    assert "no NPU is asked: the interpreter answers, for its two modes (none was found here)" in out
+    assert "wraps (published)           wraps (a2)" in out and "bevfn/rng.py" in out
+    made = json.loads((tmp_path / "p.json").read_text())
+    assert made["rates"] == {} and [one["answer"] for one in made["found"]] == ["wraps", "wraps"]
+    assert made["questions"]["mul-wrap"]["answers"]["wraps"] == "as assumed" and made["command"]
+    with pytest.raises(ValueError, match=r"p.json has no rates: it is no probe's report, or of one without a device"):
+        probed(tmp_path / "p.json")
+
+
+def test_a_process_that_dies_is_an_answer_and_one_that_answers_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    died = probe.in_a_process(QUESTIONS["sxpy"])
+    assert died.answer == REFUSED and died.then == "as assumed: keep _rsub (its process ended with 1: it said nothing)"
+    script = tmp_path / "python"  # -m bevfn.ascend.probe NAME FILE
+    script.write_text(f"#!/bin/sh\necho '{json.dumps(asdict(FOUND[0]))}' > \"$4\"\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert probe.in_a_process(QUESTIONS["gather"]) == FOUND[0]
+
+
+def test_what_a_device_computes_is_judged_and_timed(monkeypatch):
+    """With the traced module in place of what torchair would make of it, and a CPU in place of the NPU."""
+    switched = types.SimpleNamespace(
+        conv=types.SimpleNamespace(), matmul=types.SimpleNamespace(), synchronize=lambda: None
+    )
+    monkeypatch.setattr(probe, "NPU", "cpu")
+    monkeypatch.setattr(probe, "register", lambda: None)
+    monkeypatch.setattr(device, "check", lambda backend: None)
+    monkeypatch.setattr(device, "npu", lambda tensors, backend: torch.device("cpu"))
+    monkeypatch.setattr(device, "_compile", lambda module, where, backend: module)
+    monkeypatch.setattr(torch, "get_device_module", lambda name: {"npu": switched}[name])
+    assert probe.on_device(QUESTIONS["hf32-on"]).answer == "float32"
+    assert switched.conv.allow_hf32 and switched.matmul.allow_hf32
+    timed = probe.on_device(QUESTIONS["batch-norm"])
+    assert timed.answer == "float32" and timed.nanoseconds > 0 and not switched.conv.allow_hf32
+
+
+FOUND = [
+    Found("gather", "npu", "rows", "", 0.5),
+    Found("index-add", "npu", NEITHER, "", 9.0),  # a wrong kernel's speed is of no use
+    Found("sort", "npu", "sorted, not stable", "", 2.0),
+    Found("batch-norm", "npu", "float32", "", 3.0),
+]
+
+
+def test_rates_are_read_by_the_estimate(monkeypatch, capsys, tmp_path):
+    ge_graphs.need_torchair()
+    from bevfn.commands import graph as module
+
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps(probe.figures(FOUND)))
+    assert json.loads(file.read_text())["rates"] == {"gather": 0.5e-9}
+    made = probed(file)
+    assert made.gather == 0.5e-9 and made.index_add == SCENARIOS["middle"].index_add
+    assert "0.5 ns a row (0.3, 0.65, 1.2 assumed)" in probe.text(FOUND)
+
+    def train(train_state, batch):
+        return train_state[batch], {}
+
+    arguments = (torch.ones(4, 1), torch.zeros(10**7, dtype=torch.int64))
+    monkeypatch.setattr(module, "steps", lambda *_, **__: {"train": (train, arguments)})
+    assert graph("bevdepth", estimate=True, rates=file, json_file=tmp_path / "g.json") == 0
+    seconds = json.loads((tmp_path / "g.json").read_text())["steps"]["train"]["estimate"]["groups"]["gather"]["seconds"]
+    assert set(seconds) == {*SCENARIOS, "probed"} and seconds["probed"] == pytest.approx(5e-3 + made.launch, rel=1e-3)
+    assert "probed" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--rates is of the estimate; add --estimate"):
+        graph("bevdepth", rates=file)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", r"cannot read the rates .*p.json \("),
+        ("[]", "has no rates"),
+        ('{"rates": {"gathers": 1e-9}}', "rate 'gathers' is 1e-09, and not one of bevfn's"),
+        ('{"rates": {"gather": 3}}', "rate 'gather' is 3, and not one of bevfn's, in seconds"),
+        ('{"rates": {"gather": true}}', "rate 'gather' is True"),
+    ],
+)
+def test_what_are_no_rates_is_one_sentence(tmp_path, text, said):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        probed(tmp_path / "p.json")
