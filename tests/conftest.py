@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # One thread each: `make test` runs a process per core, and sums are in the same order whatever else the machine does.
@@ -20,6 +21,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import small_root
 
 import bevfn  # noqa: F401  (where torch_npu is installed without CANN, torch can be imported only after it)
+
+hypothesis.settings.register_profile("bevfn", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("bevfn")
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_arange_above_the_integers_of_float32(stock, dtype):
     assert not torch.equal(executed(numbers, x), numbers(x))
 
 
-@settings(max_examples=60, deadline=None)  # the first example converts for the first time
+@settings(max_examples=60)  # the first example converts for the first time
 @given(
     st.one_of(st.integers(-5, 5), st.sampled_from([0.25, -1.5, 0.1])),
     st.one_of(st.integers(1, 4), st.sampled_from([0.1, 0.3, 1.5])),
@@ -446,7 +446,7 @@ def test_replaced_operator_equals_eager(name):
         assert_same(executed(f, *arguments, device=device), f(*arguments), 1e-5)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.data())
 def test_index_put_equals_eager_for_any_mixture_of_indices(data):
     shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
@@ -536,7 +536,7 @@ def test_random_numbers_and_masks_on_a_device_are_those_of_eager_without_int64_o
     assert large.count(torch.float32) <= 3  # x / (1 - rate), zeros, and the one or the other
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_chain_of_views_equals_eager(data):
     """Permutations and reshapes that are views in channels-last or contiguous memory, each read by an operator."""

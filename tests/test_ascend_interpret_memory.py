@@ -168,7 +168,7 @@ def test_a_dynamic_shape_is_refused():
 # ----------------------------------------------------------------------------------------------------------- constants
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, derandomize=True, database=None)
 @given(
     dtype=st.sampled_from([dtype for _, _, dtype in DTYPES]),
     shape=st.lists(st.integers(0, 3), max_size=3),

@@ -13,7 +13,7 @@ from bevfn.ascend import interpret
 
 need_torchair()
 aten = torch.ops.aten
-FEW = settings(max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+FEW = settings(max_examples=5, derandomize=True, database=None, phases=[Phase.generate])
 NUMBERS = (*FLOATS, *INTS)
 ANY = (*NUMBERS, torch.bool)
 F32 = (torch.float32,)

@@ -80,7 +80,7 @@ def make_points(samples: int, points: int, seed: int) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------- equal to the op
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     samples=st.integers(1, 3), points=st.sampled_from([0, 1, 2, 30, 400]), seed=st.integers(0, 999),
     max_points=st.sampled_from([1, 3, 10]), max_voxels=st.sampled_from([1, 7, 60, 300]),
@@ -99,7 +99,7 @@ def test_voxelize_keeps_the_first_points_of_a_full_voxel():
     assert (count[0, 0], found[0], features[0, 0, 4]) == (10, 1, 4.5)  # 0 .. 9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.sampled_from([0, 1, 20, 100]), fill=st.sampled_from([0.0, 0.5, 1.0]), batch=st.integers(1, 3),
     kernel=st.sampled_from([(3, 3, 3), (1, 1, 3), (5, 3, 1), (2, 2, 2)]), seed=st.integers(0, 999),
@@ -111,7 +111,7 @@ def test_submanifold_is_the_op(rows, fill, batch, kernel, seed):
     )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.sampled_from([0, 1, 20, 100]), fill=st.sampled_from([0.0, 0.5, 1.0]), batch=st.integers(1, 3),
     setting=st.sampled_from(STRIDES), capacity=st.sampled_from([1, 9, 500]), seed=st.integers(0, 999),
@@ -156,7 +156,7 @@ def test_sparse_conv_is_the_op_over_strided_tables(dtype, tolerance, channels, c
     assert_close(lowered(OPS.sparse_conv.default, *back), OPS.sparse_conv(*back), tolerance)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(*[st.integers(1, 6)] * 4), channels=st.sampled_from([1, 8, 13, 80]), num_cells=st.integers(1, 30),
     ops=st.sampled_from(["stock", "drivingsdk"]), seed=st.integers(0, 999),
@@ -180,7 +180,7 @@ def test_voxel_pool_is_the_op(shape, channels, num_cells, ops, seed, case, store
         assert_close(a, b, tolerance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=deformables(), stored=AT_ONCE)
 def test_deform_conv_is_the_op(problem, stored):
     operands, grad = problem
@@ -207,7 +207,7 @@ def test_deform_conv_sums_half_precision_in_float32_and_an_image_beyond_int32_is
             assert b.numel() == 0 or float((a.float() - b.float()).abs().max()) <= 1e-3 * float(b.abs().max())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=attentions(), stored=AT_ONCE)
 def test_deform_attn_is_the_op(problem, stored):
     operands, grad = problem

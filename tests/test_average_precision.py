@@ -22,7 +22,7 @@ def ap(found: list[int], annotated: int, envelope: bool = True) -> float:
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=60), st.integers(0, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_without_envelope_it_is_the_devkits(found, missed):
     from nuscenes.eval.detection.algo import calc_ap
     from nuscenes.eval.detection.data_classes import DetectionMetricData

@@ -39,7 +39,7 @@ def test_boxes_without_area_share_nothing():
 
 
 @given(some(), some())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_overlaps_are_symmetric_between_0_and_1_and_a_box_is_like_itself(first, second):
     for value in (box_values.iou_bev, box_values.iou_3d):
         ours = value(first, second)
@@ -52,7 +52,7 @@ def test_overlaps_are_symmetric_between_0_and_1_and_a_box_is_like_itself(first, 
 
 
 @given(some(), some())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_distances_are_those_of_their_points(first, second):
     np.testing.assert_allclose(
         box_values.centre_distance(first, second) ** 2,

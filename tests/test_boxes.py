@@ -66,7 +66,7 @@ def test_limited_yaw_excludes_pi_and_keeps_what_is_inside():
     assert torch.equal(boxes.limit_yaw(inside), inside)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.0, 0.5, 2.0, 6.0]), like=st.booleans())
 def test_overlap_equals_polygon_clipping(seed, spread, like):
     limits = {"smallest": 1.0, "largest": 5.0} if like else {}
@@ -78,7 +78,7 @@ def test_overlap_equals_polygon_clipping(seed, spread, like):
     assert error.max() < (3e-6 if like else 3e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     first=st.tuples(*[st.integers(-3, 3)] * 2, *[st.integers(1, 4)] * 2, st.integers(-4, 4)),
     second=st.tuples(*[st.integers(-3, 3)] * 2, *[st.integers(1, 4)] * 2, st.integers(-4, 4)),
@@ -90,7 +90,7 @@ def test_overlap_is_right_when_edges_and_corners_coincide(first, second):
     assert (boxes.rotated_overlap_bev(a.double(), b.double()) - expected).abs().max() < 1e-8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(-3.0, 3.0, width=32), st.sampled_from([1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 1e-38]))
 def test_overlap_of_nearly_coincident_boxes_is_nearly_the_area(yaw, nudge):
     a = box(x=20.0, y=-7.0, dx=4.5, dy=1.9, yaw=yaw)
@@ -109,7 +109,7 @@ def test_overlap_is_symmetric_and_unchanged_by_moving_both():
     torch.testing.assert_close(boxes.rotated_overlap_bev(*moved), overlap, rtol=1e-5, atol=3e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     center=st.tuples(*[st.sampled_from([0.0, 0.5, -3.0, 51.3, 1e3])] * 2),
     gap=st.tuples(*[st.sampled_from([0.0, 1e-4, 0.25, 1.0, 2.0, 40.0])] * 2),

@@ -152,7 +152,7 @@ def test_boxes_are_those_that_the_devkit_and_pyquaternion_make_of_the_annotation
     np.testing.assert_allclose(boxes[:, 7:], expected[:, 7:], atol=2e-2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31))
 def test_boxes_move_as_base_aug_says(seed):
     index = small_world.index()

@@ -78,7 +78,7 @@ def test_heatmaps_and_codes_are_heads_of_their_own():
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 8))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_targets_are_those_of_a_scalar_loop(seed, count):
     boxes, labels = boxes_in(CONFIG, count, seed)
     found = centerpoint_loss.targets(boxes, labels, torch.ones(1, count, dtype=torch.bool), CONFIG)

@@ -103,7 +103,7 @@ def test_is_the_definition(forward, change):
     torch.testing.assert_close(forward(*operands), by_loop(*operands), rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems())
 def test_kernel_and_reference_agree_with_autograd_through_the_reference(problem):
     operands, grad = problem
@@ -117,7 +117,7 @@ def test_kernel_and_reference_agree_with_autograd_through_the_reference(problem)
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problem=problems())
 def test_is_the_grid_sample_formulation(problem):
     operands, grad = problem
@@ -132,7 +132,7 @@ def test_is_the_grid_sample_formulation(problem):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems(dtype=torch.float32))
 def test_float32_kernel_is_close_to_the_reference(problem):
     operands, grad = problem

@@ -108,7 +108,7 @@ def test_without_offsets_it_is_a_convolution(stride, padding, dilation, groups):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems())
 def test_kernel_and_reference_agree_with_autograd_through_the_reference(problem):
     operands, grad = problem
@@ -124,7 +124,7 @@ def test_kernel_and_reference_agree_with_autograd_through_the_reference(problem)
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problem=problems(dtype=torch.float32))
 def test_float32_kernel_is_close_to_float64(problem):
     operands, grad = problem

@@ -63,7 +63,7 @@ def test_the_golden_depth_maps():
     np.testing.assert_array_equal(labels, golden["depth_label_bin"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31))
 def test_what_is_seen_lies_in_front_and_inside_in_the_clouds_order(seed):
     rng = np.random.default_rng(seed)

@@ -28,7 +28,7 @@ def scalar_label(block, low, high, step):
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.49, 1.5, 2.0, 2.5, 7.75, 57.99, 58.0, 70.0]), min_size=16, max_size=16))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_labels_are_the_nearest_points_bin(depths):
     depth = torch.tensor(depths).view(1, 4, 4)
     labels = depth_net.depth_labels(depth, (2.0, 58.0, 0.5), 2)

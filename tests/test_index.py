@@ -69,7 +69,7 @@ def test_a_token_that_would_not_come_back_is_refused(token, what):
 counts = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 6), st.integers(0, 5)), max_size=5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(counts, st.integers(0, 2**31))
 def test_columns_give_back_the_frames(sizes, seed):
     random = np.random.default_rng(seed)

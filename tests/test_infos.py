@@ -246,7 +246,7 @@ def test_arrays_of_objects_hold_plain_data_only(index, tmp_path):
         infos.read(write(tmp_path, plain | {"more": np.array([Call(eval, "1")], dtype=object)}))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_cut_pickle_is_one_sentence(data, whole_pickle):
     folder, raw = whole_pickle

@@ -36,7 +36,7 @@ def costs(rng, kind, shape):
     return rng.random((*shape[:2], 1)) + rng.random((shape[0], 1, shape[2]))  # "separable": every matching ties
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     kind=st.sampled_from(["normal", "integers", "equal", "ranges", "separable"]),
     shape=st.tuples(st.integers(1, 4), st.integers(0, 12), st.integers(0, 12)),
@@ -85,7 +85,7 @@ def test_padding_does_not_influence_the_match_whatever_its_cost():
     assert torch.equal(match[:, valid[0]], compact)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), share=st.sampled_from([0.1, 0.5, 1.0]), scale=st.sampled_from([1e-3, 1.0, 1e30]))
 def test_not_a_number_and_infinity_are_used_as_rarely_as_possible(seed, share, scale):
     rng = np.random.default_rng(seed)

@@ -110,7 +110,7 @@ def test_batches_do_not_depend_on_how_workers_start(start):
 
 
 @given(n=st.integers(1, 30), batch_size=st.integers(1, 4), accumulate=st.integers(1, 3), stop=st.integers(0, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_epoch_entered_at_any_step_goes_on_as_the_one_that_was_never_left(n, batch_size, accumulate, stop):
     arguments = {"order": np.arange(n), "batch_size": batch_size, "accumulate": accumulate}
     whole = read(**arguments)
@@ -122,7 +122,7 @@ def test_an_epoch_entered_at_any_step_goes_on_as_the_one_that_was_never_left(n, 
     n=st.integers(1, 40), batch_size=st.integers(1, 3), replicas=st.integers(1, 4), accumulate=st.integers(1, 3),
     wrap=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_replicas_and_accumulations_share_the_epoch_without_loss(n, batch_size, replicas, accumulate, wrap):
     order = np.random.default_rng(n).permutation(n)
     parts = [

@@ -43,7 +43,7 @@ def brute_force(coords: Tensor, valid: Tensor, out: list[tuple], kernel, stride,
     return torch.tensor(table, dtype=torch.int32).reshape(len(table), len(out))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(0, 60), fill=st.sampled_from([0.0, 0.5, 1.0]), batch=st.integers(1, 3), seed=st.integers(0, 99),
     kernel=st.sampled_from([(3, 3, 3), (1, 1, 3), (5, 3, 1), (2, 2, 2)]),
@@ -58,7 +58,7 @@ def test_submanifold_table_equals_brute_force_and_reference(rows, fill, batch, s
     assert torch.equal(reference.submanifold(coords, valid, list(kernel), list(grid)), wanted)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(0, 60), fill=st.sampled_from([0.0, 0.5, 1.0]), batch=st.integers(1, 3), seed=st.integers(0, 99),
     rule=st.sampled_from(STRIDES), capacity=st.integers(1, 80),

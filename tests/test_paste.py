@@ -272,7 +272,7 @@ def draw(database, seed: int, boxes: int = 8) -> tuple[np.ndarray, np.ndarray, t
     return scene, labels, paste.sample(database, scene, labels, NAMES, QUOTAS, rng)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(0, 12))
 def test_quotas_are_filled_but_for_collisions_and_nothing_overlaps(database, seed, count):
     scene, labels, (boxes, new_labels, cloud) = draw(database, seed, count)

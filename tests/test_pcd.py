@@ -93,7 +93,7 @@ def test_a_number_of_500_digits_is_not_printed_whole(tmp_path, sign):
     assert len(str(error.value)) < 250
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.permutations(["x", "y", "z", "intensity", "ring", "time", "_"]),
     st.sampled_from(["<f4", "<f8"]),
@@ -269,7 +269,7 @@ def test_padding_of_compressed_points_is_there_or_left_out_as_pcl_does(tmp_path,
     np.testing.assert_array_equal(points.read(tmp_path / "a.pcd")[0], want.astype("<f4"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.one_of(st.binary(min_size=1, max_size=32), st.tuples(st.integers(1, 8192), st.integers(3, 264)))))
 def test_copies_repeat_what_came_before(parts):
     """Byte by byte, as LZF is told, against copies of many bytes at once."""
@@ -290,7 +290,7 @@ def test_copies_repeat_what_came_before(parts):
     assert pcd._unpacked(bytes(packed), len(want)) == want
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**31))
 def test_damage_is_a_sentence_or_other_points(tmp_path_factory, seed):
     rng = np.random.default_rng(seed)

@@ -25,7 +25,7 @@ def test_a_ring_and_two_levels_by_hand():
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(1e5, 1e10), st.integers(1, 64), st.integers(1, 300), st.floats(1e-4, 10.0))
 def test_buckets_hide_all_but_the_last_or_what_the_network_cannot_take(size, buckets, devices, backward):
     whole = scale.exposed(size, 1, devices, A2, backward)

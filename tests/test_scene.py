@@ -74,7 +74,7 @@ def source_pixels(sample, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- consistency ---
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**31))
 def test_a_projected_box_corner_keeps_its_source_pixel(index, seed):
     """Whatever was drawn: a corner of the augmented box, through the sample's matrices, is where it was before."""

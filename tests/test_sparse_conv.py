@@ -85,7 +85,7 @@ def test_equals_dense_convolution_with_gradients(kernel, stride, padding, dtype)
         torch.testing.assert_close(a, b, **tolerance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     offsets=st.sampled_from([1, 3, 27]), inputs=st.integers(0, 90), outputs=st.integers(0, 150),
     channels_in=st.sampled_from([1, 5, 16, 33, 64]), channels_out=st.sampled_from([1, 7, 16, 32, 48, 65, 128]),

@@ -63,7 +63,7 @@ NEAR = {"circle": near_circle, "size_aware_circle": near_size_aware, "rotated": 
 
 
 @given(seed=st.integers(0, 10_000), kinds=st.tuples(*[st.sampled_from(KINDS)] * 2), limit=st.integers(1, 12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_suppression_is_the_greedy_loop(seed, kinds, limit):
     boxes, valid = random_boxes(seed)
     thresholds = tuple(THRESHOLDS[kind][t] for t, kind in enumerate(kinds))

@@ -121,7 +121,7 @@ def test_attributes_suit_the_category_and_the_speed(nusc):
     assert {"vehicle.moving", "vehicle.parked", "pedestrian.moving", "cycle.with_rider"} <= seen
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 600))
 def test_scene_names_are_official_and_a_quarter_is_val(scenes):
     names = dataset.scene_names(scenes)
@@ -232,7 +232,7 @@ def test_cloud_is_in_firing_order_with_rings_and_intensities(nusc, root):
     assert cloud[:, 3].min() >= 0 and cloud[:, 3].max() <= 255 and (cloud[:, 3] == np.round(cloud[:, 3])).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1))
 def test_every_ray_finds_its_nearest_solid(seed):
     """The windows of columns and rings never leave a ray out."""

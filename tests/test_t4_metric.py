@@ -121,7 +121,7 @@ def flat(frames: list[Frame], config: Config = ALL) -> np.ndarray:
 
 
 @given(worlds(), st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_order_does_not_matter_where_no_scores_are_equal(frames, seed):
     rng = np.random.default_rng(seed)
 
@@ -135,7 +135,7 @@ def test_order_does_not_matter_where_no_scores_are_equal(frames, seed):
 
 
 @given(worlds())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_detections_that_are_the_annotations_score_1_in_every_mode(frames):
     rng = np.random.default_rng(0)
     perfect = [
@@ -149,7 +149,7 @@ def test_detections_that_are_the_annotations_score_1_in_every_mode(frames):
 
 
 @given(worlds(), st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_false_alarm_less_never_costs_and_a_heading_never_pays(frames, seed):
     rng = np.random.default_rng(seed)
     config = replace(ALL, matching={"center_distance_bev": (2.0,)}, bands=((0.0, 121.0),))
@@ -166,7 +166,7 @@ def test_a_false_alarm_less_never_costs_and_a_heading_never_pays(frames, seed):
 
 
 @given(worlds(), st.floats(-3, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_turn_of_everything_changes_nothing_where_headings_keep_their_sign(frames, angle):
     cos, sin = math.cos(angle), math.sin(angle)
 

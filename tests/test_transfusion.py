@@ -30,7 +30,7 @@ def predictions_at(box, config=CONFIG):
     return pred | {"heatmap": torch.zeros(*box.shape[:2], config.classes)}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_decoding_inverts_encoding(seed):
     box, _ = boxes(5, seed)

@@ -31,7 +31,7 @@ def assert_close(actual, expected, tolerance):
     assert error <= tolerance * max(1.0, expected.abs().max().item() if expected.numel() else 1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 20), st.integers(1, 35)),
     channels=st.sampled_from([1, 3, 15, 16, 17, 80, 128, 129, 150]),

@@ -41,7 +41,7 @@ def test_real_sweep_gives_the_published_voxels():
     torch.testing.assert_close(features[0, order], golden["eval/voxel/features"], rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     batch=st.integers(1, 3), number=st.integers(0, 300), columns=st.integers(3, 6), max_points=st.integers(1, 4),
     max_voxels=st.integers(1, 80), seed=st.integers(0, 99),
