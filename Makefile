@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: try demo npu test slow lint format clean
+.PHONY: try demo npu test slow lint docs format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check bevfn kernels experiments notebooks tests
 	$(BIN)/ruff format --check bevfn kernels experiments notebooks tests
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md docs bevfn experiments notebooks tests) build/docs
+	$(BIN)/mkdocs build --strict
+	@echo "the site: $(CURDIR)/build/site/index.html"
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix bevfn kernels experiments notebooks tests

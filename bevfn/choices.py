@@ -11,6 +11,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"]
 Scale = Literal["published", "mini"]
 Logger = Literal["wandb", "mlflow"]
+Augmented = Literal["flip", "flip-scale"]
 
 
 def one_of(names: Iterable[str]) -> PrimitiveConstructorSpec[str]:

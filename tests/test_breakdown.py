@@ -9,7 +9,7 @@ import pytest
 import small_world
 from small_world import document, index
 
-from bevfn.evaluation import breakdown, calibration, confusion, frame_quality, outcomes, score, slices
+from bevfn.evaluation import breakdown, calibration, confusion, frame_quality, interactive, outcomes, score, slices
 from bevfn.evaluation.outcomes import Annotated, Detected, Outcomes
 from bevfn.evaluation.results import RANGES, Detections
 from bevfn.files import to_json
@@ -156,12 +156,25 @@ def test_parts_add_up_and_the_whole_is_strict_json(world):
     found, _ = world
     told = breakdown.of(found, 0.3)
     for what in ("distance [m]", "length [m]", "visibility"):
-        assert sum(part["annotated"] for part in told["slices"][what]["all"]) == len(found.annotated.label), what
+        assert sum(part["annotated"] for part in told["slices"][what][slices.ALL]) == len(found.annotated.label), what
     counts = np.array(told["confusion"])
     assert counts[:-1].sum() == len(found.annotated.label)  # each annotated box in one cell
     assert counts[:, :-1].sum() == found.sure(0.3).sum()  # and each detection
     assert np.trace(counts) == sum(row["found"] for row in told["scenes"]) == found.found(0.3).sum()
-    every = told["calibration"]["all"]
+    every = told["calibration"][slices.ALL]
     assert sum(every["hits"]) + sum(every["false_alarms"]) == len(found.detected.score)
-    assert sum(told["errors"]["all"]["centre [m]"]["counts"]) == found.found(0.3).sum()
+    assert sum(told["errors"][slices.ALL]["centre [m]"]["counts"]) == found.found(0.3).sum()
     assert json.loads(to_json(told)) == told and b"nan" not in to_json(told)
+
+
+def test_a_class_called_all_is_one_class_of_the_report():
+    """The choice of every class together is another than it, in the data and on the page."""
+    told = breakdown.of(dataclasses.replace(MADE, classes=("all", "truck")), 0.5)
+    of = told["slices"]["length [m]"]
+    counts = [sum(one["annotated"] for one in of[name]) for name in (slices.ALL, "all", "truck")]
+    assert counts == [4, 3, 1]
+    alarms = [sum(told["calibration"][name]["false_alarms"]) for name in (slices.ALL, "all", "truck")]
+    assert alarms == [3, 2, 1]
+    options = interactive._options([slices.ALL, *told["classes"]])
+    assert options.count("<option") == 3 and options.startswith('<option value="">all classes</option>')
+    assert '<option value="all">all</option>' in options

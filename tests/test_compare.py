@@ -11,7 +11,7 @@ import pytest
 import small_runs
 
 from bevfn import cli
-from bevfn.evaluation import score
+from bevfn.evaluation import score, slices
 from bevfn.experiments import bevdepth, bevfusion_lidar
 from bevfn.files import to_json
 from bevfn.training import command_line
@@ -33,7 +33,7 @@ def made(folder: Path, ap: float | None = None, **flags) -> Path:
     (folder / "metrics.jsonl").write_text("\n".join([*lines, ""]))
     if ap is not None:
         part = {"part": "0-10", "annotated": 4, "found": 2, "recall": ap, "AP": None}
-        more = {"breakdown": {"slices": {"visibility": {"all": [part]}}}}
+        more = {"breakdown": {"slices": {"visibility": {slices.ALL: [part]}}}}
         score.write(folder / "evaluations" / "step_00000004" / score.METRICS, scores(ap), more=more)
         (folder / "evaluations" / "step_00000004" / "report.html").write_text("")
     return folder

@@ -110,6 +110,26 @@ def test_boxes_of_half_precision_are_told_against_those_of_float32(trained, monk
     assert (tmp_path / "metrics.json").is_file()
 
 
+def test_key_frames_are_looked_at_in_mirrors_too(trained, monkeypatch, tmp_path):
+    """The same graph four times, over batches that say how they are mirrored."""
+    _, checkpoint = trained
+    sides, detect = [], evaluate.detect
+
+    def watched(predict, *others, **settings):
+        def told(params, state, batch):
+            sides.append(tuple(batch.base_aug[0].diagonal()[:2].tolist()))
+            return predict(params, state, batch)
+
+        return detect(told, *others, **settings)
+
+    monkeypatch.setattr(evaluate, "detect", watched)
+    asked = ("eval", "bevfusion_lidar", "--checkpoint", checkpoint, "--out", tmp_path, "--tta", "flip", *FAST)
+    assert bevfn(monkeypatch, *asked) == 0
+    frames = len(sides) // 4
+    assert sides == [side for side in ((1, 1), (-1, 1), (1, -1), (-1, -1)) for _ in range(frames)] and frames > 0
+    assert (tmp_path / "metrics.json").is_file()
+
+
 def test_a_precision_against_itself_is_refused(trained, monkeypatch, capsys, tmp_path):
     how = ("--against", "fp32", "--out", tmp_path, *FAST)
     assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", trained[1], *how) == 2

@@ -201,6 +201,7 @@ WRONG: dict[str, tuple[Callable[[dict], object], str]] = {
     "columns": (lambda d: d["metainfo"].update(points="x y i"), r"metainfo.points: .*'x y i' have no z"),
     "columns as a list": (lambda d: d["metainfo"].update(points=["x", "y", "z"]), "metainfo.points|points must be a str"),
     "no class": (lambda d: d["metainfo"].update(categories={}), "metainfo.categories names no class"),
+    "a class without a name": (lambda d: d["metainfo"].update(categories={"": 0}), "metainfo.categories: the name '' is empty"),
     "a label of none": (
         lambda d: d["data_list"][0]["instances"][0].update(bbox_label_3d=7), r"data_list\[0\].instances\[0\]: bbox_label_3d 7 is neither"
     ),

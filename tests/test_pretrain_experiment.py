@@ -104,6 +104,8 @@ def test_a_checkpoint_is_evaluated_by_its_command(ran, model, tmp_path, capsys):
     numbers = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert done == 0 and next(iter(summary["scores"])) in capsys.readouterr().out
     assert {name: numbers[name] for name in summary["scores"]} == pytest.approx(summary["scores"], rel=1e-5)
+    with pytest.raises(ValueError, match=f"{model} detects nothing, so --tta flip has no boxes to merge; leave it out"):
+        evaluate.evaluate("pretrain", checkpoint=last(config), tta="flip", workers=0, out=tmp_path / "f")
 
 
 @pytest.mark.parametrize("model", ["bevfusion-lidar-masked", "bevfusion-image"])

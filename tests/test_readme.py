@@ -1,6 +1,8 @@
 """What the README and the docs say can be run, runs."""
 
-import importlib
+import ast
+import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -21,6 +23,27 @@ def test_python_of_the_readme_runs():
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_search_of_the_docs_asks_a_recipe_for_flags_that_it_has():
+    """Optuna need not be here; what the block sets is set on the recipe's own dataclass, which refuses another name."""
+    (block,) = re.findall(
+        r"```python\n((?:(?!```).)*optuna.*?)```", (ROOT / "docs/training.md").read_text(), flags=re.DOTALL
+    )
+    recipe = importlib.import_module(
+        re.search(r"from (bevfn\.experiments) import (\w+) as recipe", block).expand(r"\1.\2")
+    )
+    base = eval(re.search(r"^BASE = (.*?)(?:  #|$)", block, flags=re.MULTILINE)[1], {"recipe": recipe})
+    (call,) = (n for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "replace")
+    given = {word.arg for word in call.keywords}
+    assert {"lr", "run_dir"} <= given <= {field.name for field in dataclasses.fields(base)}
+
+
+def test_the_site_has_every_page_and_reads_modules_that_exist():
+    site, pages = (ROOT / "mkdocs.yml").read_text(), sorted((ROOT / "docs").glob("*.md"))
+    assert [page.name for page in pages if f"- docs/{page.name}\n" not in site] == []
+    modules = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), flags=re.MULTILINE)
+    assert len(modules) > 10 and all(importlib.util.find_spec(module) for module in modules)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -12,7 +12,7 @@ from bevfn.data import annotations as ground_truth
 from bevfn.data import source
 from bevfn.data.batch import Base
 from bevfn.data.reading import CLASS_NAMES, Cameras, Reading
-from bevfn.evaluation import results, score, t4_report
+from bevfn.evaluation import results, score, slices, t4_report
 from bevfn.evaluation.judge import judge
 from bevfn.evaluation.results import KNOWN_ATTRIBUTES
 from bevfn.evaluation.t4_metric import band_name
@@ -71,7 +71,7 @@ def test_judging_t4_data_writes_both_metrics(tmp_path):
     assert stored["t4"]["bands"]["0-121"]["center_distance_bev"]["mAP"] == judged.value == stored["t4"]["mAP"]
     assert stored["t4"]["bands"]["90-121"]["plane_distance"]["mAP"] is None and stored["NDS"] == judged.numbers["NDS"]
     assert score.read(tmp_path / "metrics.json").rule.startswith("detection_cvpr_2019 with own classes")
-    assert sum(part["found"] for part in stored["breakdown"]["slices"]["visibility"]["all"]) > 0
+    assert sum(part["found"] for part in stored["breakdown"]["slices"]["visibility"][slices.ALL]) > 0
     for text in (judged.text, (tmp_path / "summary.md").read_text(), (tmp_path / "report.html").read_text()):
         for word in (
             "T4 mAPH signed",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from bevfn import catalogue
-from bevfn.choices import Backend, Experiment, Precision, one_of
+from bevfn.choices import Augmented, Backend, Experiment, Precision, one_of
 
 
 def evaluate(
@@ -22,6 +22,7 @@ def evaluate(
     out: Path | None = None,
     precision: Precision | None = None,
     against: Precision | None = None,
+    tta: Augmented | None = None,
     published_sweeps: bool | None = None,
     intensity: bool | None = None,
     fuser_kernel: Literal[3, 5] | None = None,
@@ -52,6 +53,8 @@ def evaluate(
         precision: by default the run's
         against: run in this precision too, and tell how far the boxes are apart (apart.json); exit code 1 if by more than
             docs/training.md states
+        tta: test-time augmentation: every key frame also mirrored (flip: 4 passes), or mirrored and scaled by 0.95 and 1.05
+            (flip-scale: 12), boxes merged by suppression within each class; published figures are without
         published_sweeps: of BEVFusion: sweeps move as the published weights were trained (True), or right (False), for weights
             that were trained so; by default the run's, or as published
         intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file what its

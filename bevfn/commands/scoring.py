@@ -3,12 +3,15 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from bevfn import detector, distributed, recipes, tree
+from bevfn.choices import Augmented
 from bevfn.data import source
 from bevfn.evaluation import apart, results, tables
+from bevfn.evaluation import tta as augmented
 from bevfn.evaluation.detect import collect, detect
 from bevfn.evaluation.judge import RESULTS, RESULTS_T4, forget, judge, measure, submission
 from bevfn.evaluation.score import METRICS
@@ -25,7 +28,7 @@ def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
     metric, against = asked["metric"], asked["against"]
     distributed.check_device(device or distributed.AUTO)
     checkpoint = located.whole(checkpoint)
-    of_task = set(asked) - {"device", "out", "backend", "metric", "against", "batch_size", "workers"}
+    of_task = set(asked) - {"device", "out", "backend", "metric", "against", "batch_size", "workers", "tta"}
     config = _config(experiment, checkpoint, device, {name: asked[name] for name in of_task})
     task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
     out = _folder(checkpoint, task.data.evaluation.split) if out is None else _not_the_runs(out)
@@ -35,7 +38,10 @@ def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
         "workers": asked["workers"],
         "backend": backend,
         "device": config.device,
+        "tta": asked["tta"],
     }
+    if task.score is not None and asked["tta"] is not None:
+        raise ValueError(f"{config.model} detects nothing, so --tta {asked['tta']} has no boxes to merge; leave it out")
     reference = None if against is None else _other(experiment, config, task, against)
     found, counts = _found(task, checkpoint, **settings)
     sure = None if reference is None else _found(reference, checkpoint, **settings)[0]
@@ -112,14 +118,17 @@ def _check(task: tasks.Task, out: Path) -> None:
     check_writable(out)
 
 
-def _found(task: tasks.Task, checkpoint: Path, *, device: str, **settings: Any) -> tuple[dict, dict]:
+def _found(
+    task: tasks.Task, checkpoint: Path, *, device: str, tta: Augmented | None, **settings: Any
+) -> tuple[dict, dict]:
     """What `detect` (`collect`, where the task has a score) returns of the checkpoint's weights, under a progress bar; settings:
     its others."""
+    over = detect if tta is None else partial(augmented.detect, detect, kind=tta)
     params, state = (tree.to(part, device) for part in pretrained.read_weights(checkpoint, ema=True))
     detector.check_fits(task, params, state, checkpoint)
     index = task.data.evaluation
     return detector.with_progress(
-        *(detect if task.score is None else collect, index),
+        *(over if task.score is None else collect, index),
         *(task.predict, params, state, index, task.data.eval_reading),
         device=device,
         finish=task.finishing(train=False),

@@ -86,7 +86,7 @@ def numbered(categories: dict, where: str) -> dict[int, str]:
     """Number to class; -1 is what is none of them."""
     names: dict[int, str] = {}
     for name, number in categories.items():
-        if what := unusable(str(name)):
+        if what := unusable(str(name)) or ("" if name else "is empty"):
             raise ValueError(f"{where}: the name '{printable(name)}' {what}; repair or remove it.")
         if not isinstance(number, int) or isinstance(number, bool) or not -1 <= number < MOST_CLASSES:
             raise ValueError(

@@ -61,7 +61,10 @@ def _precision_recall() -> str:
 
 
 def _options(names: Sequence[str]) -> str:
-    return "".join(f'<option value="{escape(name)}">{escape(plots.pretty(name))}</option>' for name in names)
+    """Choices of a class, or of `ALL`, whose name is empty."""
+    return "".join(
+        f'<option value="{escape(name)}">{escape(plots.pretty(name)) or "all classes"}</option>' for name in names
+    )
 
 
 def _broken_down(made: Mapping[str, Any]) -> list[tuple[str, str]]:

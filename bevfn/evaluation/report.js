@@ -152,7 +152,7 @@ function corners([, x, y, z, l, w, h, yaw]) {
 // What is shown of a frame under the filters: [box, colour, dashed, width].
 function shown(frame) {
   const least = +at("least").value, wanted = at("frame-class").value, on = (id) => at(id).checked, made = [];
-  const fits = (box) => wanted === "all" || data.classes[box[0]] === wanted;
+  const fits = (box) => wanted === "" || data.classes[box[0]] === wanted;
   for (const box of frame.known.filter(fits)) {
     const by = box[10];
     if (by === -2) { if (on("show-others")) made.push([box, outcome.not_counted, true, 1]); }

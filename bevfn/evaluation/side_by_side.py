@@ -66,7 +66,10 @@ def parts(runs: Sequence[One]) -> tables.Rows:
     """Recall and AP at 2 m of all classes by distance, length, visibility and points, a column of each run that has been evaluated
     on the same key frames; the head alone where none has them."""
     known = {
-        run.name: {f"{what} {one['part']}": one for what, of in run.slices.items() for one in of[ALL]} for run in runs
+        run.name: {
+            f"{what} {one['part']}": one for what, of in run.slices.items() for one in of.get(ALL, of.get("all", ()))
+        }
+        for run in runs  # "all": what it was called before a class could have that name
     }
     known = {name: of for name, of in known.items() if of}
 

@@ -16,7 +16,8 @@ import numpy as np
 from bevfn.evaluation.average_precision import Ranked, average_precision, curve
 from bevfn.evaluation.outcomes import Outcomes
 
-ALL = "all"
+ALL = ""
+"""what every class together is called in a breakdown: no class can have this name"""
 LENGTHS = (0.0, 1.0, 2.5, 6.0, 10.0, math.inf)
 POINTS = (1, 6, 21, 101, math.inf)
 
