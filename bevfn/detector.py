@@ -185,9 +185,16 @@ def load(
 
 
 def of_run(place: Path, model: str | None) -> str:
-    """The experiment of a step folder: its run's, or that of the model that is named. Raises ValueError."""
+    """The experiment of a step folder: its run's, or that of the model that is named. Raises ValueError if they differ."""
     path = place.parent.parent / run_folder.CONFIG_FILE
     own = run_folder.read_config(path).get("model") if path.is_file() else None
+    is_another = (
+        isinstance(own, str) and own in catalogue.MODELS and known(model or own).experiment != known(own).experiment
+    )
+    if is_another:
+        raise ValueError(
+            f"{path} is of another experiment, {own}, not {model}; leave the model out or name its checkpoint"
+        )
     name = model or (own if isinstance(own, str) and own else None)
     if name is None:
         raise ValueError(

@@ -271,7 +271,17 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported,
     out = tmp_path / "out"
     refused(monkeypatch, capsys, "exists and is not empty; choose another --out", trained, "--out", exported)
     refused(monkeypatch, capsys, "none.pth is not there", tmp_path / "none.pth", "--out", out)
-    refused(monkeypatch, capsys, "is of another experiment", trained, "--out", out, "--model", "bevdepth-2key")
+    for other in ("bevdepth-2key", "awml-lidar"):
+        refused(
+            monkeypatch,
+            capsys,
+            f"is of another experiment, bevfusion-lidar, not {other}",
+            trained,
+            "--out",
+            out,
+            "--model",
+            other,
+        )
     refused(monkeypatch, capsys, "--voxel-capacity 0 must be", trained, "--out", out, "--voxel-capacity", 0)
     empty = tmp_path / "empty"
     empty.mkdir()
