@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bevfn import recipes, synth
-from bevfn.training import run
+from bevfn.training import run, run_folder
 
 RUNS = Path(os.path.relpath(Path(__file__).resolve().parents[1])) / "runs"
 SCENES, FRAMES = 2, 10
@@ -34,10 +34,10 @@ def world() -> Path:
 
 def detector() -> Path:
     """The folder of a finished run on `world`, as `bevfn train bevfusion` makes it."""
-    if (RUNS / "demo" / run.SUMMARY).is_file():
+    if (RUNS / "demo" / run_folder.SUMMARY).is_file():
         return RUNS / "demo"
     made = folder("detector")
-    if not (made / run.SUMMARY).is_file():
+    if not (made / run_folder.SUMMARY).is_file():
         recipe = recipes.load("bevfusion")
         config = replace(
             recipes.defaults("bevfusion")["synthetic"],

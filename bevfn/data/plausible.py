@@ -17,25 +17,25 @@ from bevfn.names import printable
 
 Odd = tuple[str, str]
 
-LONGEST = {  # m: the longest side of a class' median box, from and to; far apart, as data sets draw their classes otherwise
-    "car": (1.0, 10.0),
-    "truck": (2.0, 30.0),
-    "bus": (2.0, 30.0),
-    "trailer": (1.0, 40.0),
-    "construction_vehicle": (1.0, 40.0),
-    "bicycle": (0.5, 4.0),
-    "motorcycle": (0.5, 5.0),
-    "pedestrian": (0.3, 4.0),
-    "traffic_cone": (0.1, 4.0),
-    "barrier": (0.1, 20.0),
+# m: the longest side of a class' median box, from and to; wide, as data sets draw their classes otherwise and small ones have
+# few boxes: another unit is off by a hundred or a thousand.
+LONGEST = {
+    "car": (0.5, 20.0),
+    "truck": (1.0, 60.0),
+    "bus": (1.0, 60.0),
+    "trailer": (0.5, 80.0),
+    "construction_vehicle": (0.5, 80.0),
+    "bicycle": (0.2, 10.0),
+    "motorcycle": (0.2, 10.0),
+    "pedestrian": (0.1, 10.0),
+    "traffic_cone": (0.05, 10.0),
+    "barrier": (0.05, 40.0),
 }
-ANYTHING = 0.05, 50.0  # m, of other classes
+ANYTHING = 0.02, 100.0  # m, of other classes
 UPRIGHT = 0.5  # of an up axis, along that of the frame around it: 60 degrees
 SOME = 0.1  # share of poses that may lie: of a wrong convention those of some headings do
-MIDDLE_X, MIDDLE_Y = (
-    (0.3, 0.7),
-    (0.2, 0.8),
-)  # of its sides an image has its centre of projection; above and below some are cropped
+# Of its sides an image has its centre of projection; above and below some are cropped.
+MIDDLE_X, MIDDLE_Y = (0.3, 0.7), (0.2, 0.8)
 QUATERNION = "rotations are w x y z"
 NEAR = 0.5  # m, within which no cloud has MOST of its points
 MOST = 0.95

@@ -155,7 +155,10 @@ def stored_config(path: Path, default: Any) -> Any:
             values[name] = _typed(value, hints[name])
         except TypeError:
             raise ValueError(f"{path} is damaged: {name} is {json.dumps(value)[:40]}; copy it back") from None
-    return dataclasses.replace(default, **values)
+    try:
+        return dataclasses.replace(default, **values)
+    except ValueError as error:  # of a value that its flag cannot have
+        raise ValueError(f"{path} is damaged ({error}); copy it back") from None
 
 
 def _typed(value: Any, hint: Any) -> Any:
