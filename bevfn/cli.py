@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from bevfn import commands, exits
+from bevfn.export import runtimes
 from bevfn.training import limits
 
 
@@ -119,7 +120,8 @@ def _checked(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def run(*positional: Any, **named: Any) -> Any:
-        limits.check(inspect.signature(command).bind(*positional, **named).arguments)
+        flags = inspect.signature(command).bind(*positional, **named).arguments
+        limits.check(flags, runtimes.LIMITS if flags.get("to") == "autoware" else {})
         return command(*positional, **named)
 
     return run
@@ -141,7 +143,7 @@ def main() -> None:
         sys.exit(
             COMMANDS["train"](arguments[1], tuple(arguments[2:]))
         )  # whose flags are the recipe's, and errors a run's
-    with exits.one_sentence(RuntimeError):
+    with exits.one_sentence(RuntimeError), exits.tidy_on_terminate():
         if arguments[:1] and arguments[0] in GROUPS:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
         sys.exit(_run(COMMANDS, arguments, "bevfn", (__doc__ or "").partition("\n")[0]))

@@ -3,7 +3,7 @@
 0    done
 1    `bevfn data check` found a problem, `bevfn parity` or `bevfn export` a boundary that differs
 2    refused: a file, flag or machine is not what it has to be, in one sentence on standard error
-130  Ctrl-C, once or twice, 143 SIGTERM (see training/signals.py)
+130  Ctrl-C, once or twice, 143 SIGTERM (of a run: see training/signals.py)
 141  nobody reads standard output any more, as by `| head`; nothing is said
 """
 
@@ -14,10 +14,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 from bevfn.names import WORD, printable, sentence
 
-REFUSED, INTERRUPTED, UNHEARD = 2, 130, 141
+REFUSED, INTERRUPTED, UNHEARD, TERMINATED = 2, 130, 141, 143
 
 
 @contextlib.contextmanager
@@ -48,6 +49,31 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
             sys.exit(UNHEARD)
         print(f"bevfn: {sentence(said(error))}", file=sys.stderr)  # on one line, whatever names are in it
         sys.exit(REFUSED)
+
+
+@contextlib.contextmanager
+def tidy_on_terminate() -> Iterator[None]:
+    """Context manager: SIGTERM inside is a SystemExit, so that what is half written is taken away before the process ends.
+
+    Only the first: `timeout` sends two, and the second would end the tidying. Outside the main thread, where Python allows
+    no handlers, and where SIGTERM is already somebody's, nothing changes.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"bevfn: stopped by SIGTERM; what was written before is whole\n")
+        sys.exit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _heard() -> bool:

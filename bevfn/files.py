@@ -93,9 +93,11 @@ def check_new_folder(folder: Path, flag: str = "--out") -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside, to be filled inside the context, which then becomes `folder`; after an error nothing is left of it."""
+    """A hidden folder beside, to be filled inside the context, which then becomes `folder`; after an error nothing is left of it,
+    nor of the folders above it that were missing."""
     folder = folder.absolute()
     made = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+    missing = [above for above in made.parents if not above.exists()]  # innermost first
     try:
         with writing(folder):
             made.mkdir(parents=True)
@@ -104,6 +106,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
             os.replace(made, folder)  # over an empty one too
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        for above in missing:
+            with contextlib.suppress(OSError):  # it is not empty: `folder` is there, or others wrote too
+                above.rmdir()
 
 
 def to_json(value: Any, *, indent: int | None = None) -> bytes:

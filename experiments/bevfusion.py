@@ -245,10 +245,16 @@ def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
 
 
 def with_room(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
-    """The model with the capacities and the momentum of batch norms that flags say."""
+    """The model with the capacities and the momentum of batch norms that flags say. Raises ValueError for too few or many."""
     if model.lidar is not None:
         voxels = model.voxels.max_voxels if config.voxel_capacity is None else (config.voxel_capacity,) * 2
-        model = bevfusion.with_capacities(model, voxels, config.site_capacity or model.lidar.encoder.capacities)
+        sites, levels = config.site_capacity or model.lidar.encoder.capacities, len(model.lidar.encoder.channels)
+        if len(sites) != levels:
+            raise ValueError(
+                f"--site-capacity {' '.join(map(str, sites))} must be {levels} numbers, one for each of the {levels - 1} stride-2 "
+                f"convolutions of {config.model}'s sparse encoder at {config.scale} size and one for conv_out"
+            )
+        model = bevfusion.with_capacities(model, voxels, sites)
     return model if config.norm_momentum is None else bevfusion.with_norm_momentum(model, config.norm_momentum)
 
 

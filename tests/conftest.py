@@ -62,6 +62,22 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A run's folder of the mini LiDAR-only model that the export tests share, see small_exports."""
+    import small_exports
+
+    return small_exports.write_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="session")
+def frame(tmp_path_factory) -> Path:
+    """A key frame with small images, which they share too."""
+    import small_exports
+
+    return small_exports.write_frame(tmp_path_factory.mktemp("frame"))
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> Path:
     """A small nuScenes root that nobody changes."""

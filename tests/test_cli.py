@@ -111,6 +111,13 @@ def test_a_number_that_cannot_be_meant_is_refused_by_its_flag(monkeypatch, capfd
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", ["export x.pth --out o", "predict x.pth . --out o"])
+def test_a_choice_of_numbers_needs_no_limit(monkeypatch, capfd, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    code, text = call(monkeypatch, capfd, *words.split(), "--fuser-kernel", "3")
+    assert code == 2 and "x.pth is not there" in text
+
+
 def test_missing_case_is_one_sentence():
     code, text = run("bevfn.cli", "parity", "/nowhere")
     assert code == 2 and text.startswith("bevfn: /nowhere") and len(text.splitlines()) == 1

@@ -1,6 +1,8 @@
 """How commands end: one sentence, one line, one code."""
 
+import os
 import signal
+import time
 
 import pytest
 
@@ -40,3 +42,22 @@ def test_a_bug_keeps_its_traceback():
         raise RuntimeError("no such op")
     with pytest.raises(KeyError), exits.one_sentence(RuntimeError):
         raise KeyError("x")
+
+
+def test_the_first_sigterm_is_an_exit_that_tidies_and_the_next_wait(capfd):
+    before, tidied = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(SystemExit) as end, exits.tidy_on_terminate():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            tidied.append(True)
+    assert end.value.code == 143 and tidied and signal.getsignal(signal.SIGTERM) == before == signal.SIG_DFL
+    assert capfd.readouterr().err == "bevfn: stopped by SIGTERM; what was written before is whole\n"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever called it wants none
+    try:
+        with exits.tidy_on_terminate():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,12 @@
 """`bevfn export`: an ONNX file that onnxruntime runs as the eager detector, what lies beside it, and what is refused."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +14,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import small_exports
 import small_runs
 import torch
 from small_exports import LIDAR, export, flow_of, refused, shown
@@ -126,16 +130,6 @@ def test_weights_beyond_a_file_are_refused(monkeypatch, tmp_path):
 
 
 # --- the whole detector
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    return small_exports.write_run(tmp_path_factory.mktemp("run") / "run")
-
-
-@pytest.fixture(scope="module")
-def frame(tmp_path_factory) -> Path:
-    return small_exports.write_frame(tmp_path_factory.mktemp("frame"))
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +261,22 @@ def test_openvino_needs_voxels_in(exported, trained, frame, tmp_path):
 # --- refusals: one sentence, nothing left
 
 
+CAPACITIES = [
+    ("--voxel-capacity", 0, "--voxel-capacity 0 must be at least 1\n"),
+    (
+        "--voxel-capacity",
+        99_999_999_999,
+        "--voxel-capacity 99999999999 must be at least 1 and at most 2147483647\n",
+    ),
+    (
+        "--site-capacity",
+        5,
+        "--site-capacity 5 must be 3 numbers, one for each of the 2 stride-2 convolutions of bevfusion-lidar's sparse encoder at "
+        "mini size and one for conv_out\n",
+    ),
+]
+
+
 def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported, frame, monkeypatch, capsys, tmp_path):
     out = tmp_path / "out"
     refused(monkeypatch, capsys, "exists and is not empty; choose another --out", trained, "--out", exported)
@@ -282,7 +292,8 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported,
             "--model",
             other,
         )
-    refused(monkeypatch, capsys, "--voxel-capacity 0 must be", trained, "--out", out, "--voxel-capacity", 0)
+    for flag, value, says in CAPACITIES:
+        refused(monkeypatch, capsys, says, trained, "--out", out, flag, value)
     empty = tmp_path / "empty"
     empty.mkdir()
     refused(monkeypatch, capsys, str(empty), trained, "--out", out, "--data", empty)
@@ -298,6 +309,22 @@ def test_voxels_of_a_camera_model_are_refused(frame, monkeypatch, capsys, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_sigterm_leaves_nothing(trained, tmp_path):
+    """While the file is written, to a folder whose parent is missing too; exit code 143."""
+    out, place = tmp_path / "new" / "out", tmp_path / "temporary"
+    place.mkdir()
+    command = [sys.executable, "-m", "bevfn.cli", "export", str(trained), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(place)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while not list(tmp_path.glob("new/.out.*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=300)
+    assert process.returncode == 143 and error == "bevfn: stopped by SIGTERM; what was written before is whole\n"
+    assert list(tmp_path.iterdir()) == [place] and not list(place.glob("bevfn*"))
+
+
 def test_a_file_that_differs_is_not_left(trained, frame, monkeypatch, capsys, tmp_path):
     """A runtime that computes something else, from the voxels on."""
     honest = verify.run
@@ -308,7 +335,7 @@ def test_a_file_that_differs_is_not_left(trained, frame, monkeypatch, capsys, tm
         }
 
     monkeypatch.setattr(verify, "run", wrong)
-    assert export(monkeypatch, trained, "--out", tmp_path / "out", "--data", frame) == 1
+    assert export(monkeypatch, trained, "--out", tmp_path / "new" / "out", "--data", frame) == 1
     assert "refused, nothing is written: lidar.bev differs by" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import ge_graphs
 import numpy as np
 import pytest
-import small_exports
 import torch
 from small_exports import export, flow_of, refused, shown
 
@@ -17,16 +16,6 @@ from bevfn.ascend.fixes import rewrites
 from bevfn.export import air, build, manifest, verify
 
 ge_graphs.need_torchair()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    return small_exports.write_run(tmp_path_factory.mktemp("run") / "run")
-
-
-@pytest.fixture(scope="module")
-def frame(tmp_path_factory) -> Path:
-    return small_exports.write_frame(tmp_path_factory.mktemp("frame"))
 
 
 @pytest.fixture(scope="module")

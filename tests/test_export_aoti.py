@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_exports
 import torch
 from small_exports import export, flow_of, refused
 
@@ -56,13 +55,11 @@ def test_what_is_there_is_kept(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    frame = small_exports.write_frame(folder / "frame")
+def exported(trained, frame, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "server"
     with pytest.MonkeyPatch.context() as patch:
-        run = small_exports.write_run(folder / "run")
-        assert export(patch, run, "--out", folder / "server", "--data", frame, "--to", "aoti") == 0
-    return folder / "server"
+        assert export(patch, trained, "--out", out, "--data", frame, "--to", "aoti") == 0
+    return out
 
 
 @pytest.mark.slow

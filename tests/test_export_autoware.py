@@ -47,16 +47,6 @@ MODEL_PARAMETERS = (  # required by upstream's schema/ml_package_bevfusion.schem
 )
 
 
-@pytest.fixture(scope="module")
-def frame(tmp_path_factory) -> Path:
-    return small_exports.write_frame(tmp_path_factory.mktemp("frame"))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    return small_exports.write_run(tmp_path_factory.mktemp("run") / "run")
-
-
 def export(monkeypatch, *arguments) -> int:
     return small_exports.export(monkeypatch, *arguments, "--to", "autoware")
 
@@ -247,8 +237,8 @@ def test_the_manifest_says_what_was_compared(exported):
     assert about["runtime"] == "2.8" and about["plugins"] == {plugins.PAIRS: 6, plugins.GEMM: 10}
     levels = ["conv_input", "stages.0", "stages.1", "conv_out"]
     assert list(about["sites_of_example"]) == [f"lidar.{level}.coords" for level in levels]
-    assert all(0 < count < runtimes.MOST for count in about["sites_of_example"].values())
-    assert said["capacities"]["sites"] == runtimes.MOST and said["capacities"]["voxels"] == 20_000
+    assert all(0 < count < runtimes.ROOM for count in about["sites_of_example"].values())
+    assert said["capacities"]["sites"] == runtimes.ROOM and said["capacities"]["voxels"] == 20_000
     errors = said["verified"]["boundaries"]
     assert said["verified"]["boxes"]["found"] == 100 and said["verified"]["failed"] == ""
     assert {"voxels.features", "lidar.conv_input.features", "lidar.stages.0.coords", autoware.MAP, "bev.neck"} <= set(
@@ -428,9 +418,7 @@ def test_what_tensorrts_parser_does_not_take_is_named(why):
 
 
 def refused(monkeypatch, capsys, says: str, *arguments) -> None:
-    assert export(monkeypatch, *arguments) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1, said
+    small_exports.refused(monkeypatch, capsys, says, *arguments, "--to", "autoware")
 
 
 def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported, frame, monkeypatch, capsys, tmp_path):
@@ -439,11 +427,13 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported,
     refused(monkeypatch, capsys, "exists and is not empty; choose another --out", trained, "--out", exported)
     refused(monkeypatch, capsys, "runtime 2.9 is unknown; choose one of 2.7, 2.8", *given, "--runtime", "2.9")
     refused(monkeypatch, capsys, "--input is of the other kinds", *given, "--input", "voxels")
-    says = "--voxel-capacity 300000 is beyond the 256000 that autoware's plugins have room for"
-    refused(monkeypatch, capsys, says, *given, "--voxel-capacity", 300_000)
-    says = "--site-capacity 256001 is beyond the 256000"
-    refused(monkeypatch, capsys, says, *given, "--site-capacity", 256_001, 15_000, 9_000)
-    assert not list(tmp_path.iterdir())
+    for flag, *values in (("--voxel-capacity", 99_999_999_999), ("--site-capacity", 256_001, 15_000, 9_000)):
+        says = f"{flag} {values[0]} must be at least 1 and at most 256000, the room of autoware's plugins"
+        refused(monkeypatch, capsys, says, *given, flag, *values)
+    crowded = small_runs.write(tmp_path / "crowded", small_exports.LIDAR, **SMALL | {"voxel_capacity": 300_000})
+    says = "--voxel-capacity 300000 must be at least 1 and at most 256000"  # of the run, without the flag
+    refused(monkeypatch, capsys, says, crowded, "--out", out, "--data", frame)
+    assert [path.name for path in tmp_path.iterdir()] == ["crowded"]
     monkeypatch.setattr(sys, "argv", ["bevfn", "export", *map(str, given), "--runtime", "2.7"])
     with pytest.raises(SystemExit):
         cli.main()
@@ -464,7 +454,7 @@ def test_a_model_that_the_node_does_not_run_is_refused(model, says, frame, monke
 
 
 def test_more_sites_than_the_plugins_have_room_for_are_refused(monkeypatch):
-    monkeypatch.setattr(plugins, "MOST", 3)
+    monkeypatch.setattr(plugins, "ROOM", 3)
     sites = torch.tensor([[0, x, 0, 0] for x in range(0, 16, 4)], dtype=torch.int32)
     way = plugins.pair_attributes(
         runtimes.RUNTIMES["2.8"],

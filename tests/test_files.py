@@ -106,9 +106,10 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
         (folder / "x").write_text("1")
         assert not out.exists()
     assert (out / "x").read_text() == "1" and sorted(p.name for p in out.parent.iterdir()) == ["out"]
-    with pytest.raises(KeyError), files.new_folder(tmp_path / "b") as folder:
-        (folder / "x").write_text("1")
-        raise KeyError
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    for failed in (tmp_path / "b", tmp_path / "c" / "d" / "out", tmp_path / "a" / "e" / "out"):
+        with pytest.raises(KeyError), files.new_folder(failed) as folder:
+            (folder / "x").write_text("1")
+            raise KeyError
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["a", "a/out", "a/out/x"]
     with pytest.raises(ValueError, match="out exists and is not empty; choose another --out, or empty it"):
         files.check_new_folder(out)

@@ -69,7 +69,7 @@ def export(
     check, folder = kinds.KINDS[to]
     check()
     check_new_folder(out)
-    options = _options(to, entry, runtime, voxel_capacity, site_capacity)
+    options = _options(to, entry, runtime)
     flags: dict[str, Any] = {"intensity": intensity, "fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
     made = detector.load(checkpoint, model=model, averages=averages, precision=precision, **flags)
@@ -95,9 +95,7 @@ def export(
     return 0
 
 
-def _options(
-    to: str, entry: str, runtime: str | None, voxels: int | None, sites: tuple[int, ...] | None
-) -> dict[str, Any]:
+def _options(to: str, entry: str, runtime: str | None) -> dict[str, Any]:
     """What the kind of file has of its own. Raises ValueError, one sentence, for flags of another."""
     if to != "autoware":
         if runtime is not None:
@@ -105,7 +103,6 @@ def _options(
         return {"entry": entry}
     if entry != "points":
         raise ValueError("--input is of the other kinds, and autoware's node makes voxels itself; leave it out")
-    runtimes.check(voxels, sites)
     runtimes.known(runtime or runtimes.NEWEST)
     return {"runtime": runtime or runtimes.NEWEST}
 

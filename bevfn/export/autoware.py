@@ -32,6 +32,7 @@ from bevfn.export import onnx as writer
 from bevfn.files import new_folder, write_atomically
 from bevfn.heads import transfusion
 from bevfn.models import bevfusion
+from bevfn.training import limits
 
 IMAGES_FILE = "image_backbone.onnx"
 INPUTS = ("voxels", "coors", "num_points_per_voxel")
@@ -90,7 +91,7 @@ def folder(
             verdict=verdict,
             data=data,
         )
-        said["capacities"] |= {"sites": runtimes.MOST, "voxels": parameters["voxels_num"][2]}
+        said["capacities"] |= {"sites": runtimes.ROOM, "voxels": parameters["voxels_num"][2]}
         _dynamic(said["inputs"])
         said["autoware"] = {"runtime": runtime, **_about(main, ours, cameras)}
         build.describe(made, said, {**inputs, **plain})
@@ -111,7 +112,7 @@ def check(detector: Detector) -> None:
         raise ValueError(
             f"{detector.config.model} sees no LiDAR depth, which autoware's BEVFusion node gives; export it --to onnx"
         )
-    runtimes.check(network.voxels.max_voxels[1], None)
+    limits.check({"voxel_capacity": network.voxels.max_voxels[1]}, runtimes.LIMITS)
 
 
 def _dynamic(inputs: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bevfn.data.batch import Batch
 from bevfn.detector import Detector
-from bevfn.export.runtimes import MOST
+from bevfn.export.runtimes import ROOM
 from bevfn.files import to_json
 from bevfn.models import bevfusion
 
@@ -45,7 +45,7 @@ def of_model(detector: Detector, picture: tuple[int, int] | None, batch: Batch) 
             f"{detector.config.model} reads columns {network.lidar.features} of points; autoware's node gives x, y, z, "
             "intensity if it shall, and time lag"
         )
-    most = min(grid.max_voxels[1], MOST)
+    most = min(grid.max_voxels[1], ROOM)
     return {
         "class_names": [name.upper() for name in detector.classes],
         "voxels_num": [1, max(most // 2, 1), most],

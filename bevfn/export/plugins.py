@@ -25,7 +25,7 @@ from onnx.defs import OpSchema
 from onnx.reference.op_run import OpRun
 from torch import Tensor
 
-from bevfn.export.runtimes import MOST, Runtime
+from bevfn.export.runtimes import ROOM, Runtime
 from bevfn.kernels import neighbours, sparse_conv
 
 DOMAIN, VERSION = "autoware", 1
@@ -162,10 +162,10 @@ def pairs(indices: Tensor, attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
         sites, table = indices, neighbours.submanifold(indices, there, kernel=kernel, grid=grid)
     else:
         way = {"kernel": kernel, "stride": attributes["stride"], "padding": attributes["padding"]}
-        sites, used, table, _, found = neighbours.strided(indices, there, **way, grid=grid, capacity=MOST, batch=1)
-        if found > MOST:
+        sites, used, table, _, found = neighbours.strided(indices, there, **way, grid=grid, capacity=ROOM, batch=1)
+        if found > ROOM:
             raise ValueError(
-                f"{int(found)} sites of a level are beyond the {MOST} that autoware's plugins have room for"
+                f"{int(found)} sites of a level are beyond the {ROOM} that autoware's plugins have room for"
             )
         sites, table = sites[used], table[:, used]
     bits = 1 << torch.arange(len(table))

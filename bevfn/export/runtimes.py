@@ -11,13 +11,15 @@ Source: autoware_universe perception/autoware_tensorrt_plugins, src/*_plugin_cre
 at 081957b and 3c46ea3 (2.8); its pull requests 12631, 12658 and issue 13067; AWML's pull requests 211 and 220.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bevfn.names import printable
+from bevfn.training.limits import Limit
 
-MOST = 256_000
+ROOM = 256_000
 """sites that a plugin has room for, voxels too (`out_indices_num_limit_` in get_indices_pairs_implicit_gemm_plugin.hpp)"""
+LIMITS = dict.fromkeys(("voxel_capacity", "site_capacity"), Limit(1, ROOM, why=", the room of autoware's plugins"))
+"""of flags, for `training.limits.check`"""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,3 @@ def known(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise ValueError(f"runtime {printable(name)} is unknown; choose one of {', '.join(RUNTIMES)}")
     return RUNTIMES[name]
-
-
-def check(voxels: int | None, sites: Iterable[int] | None) -> None:
-    """Raises ValueError, one sentence, for a --voxel-capacity or --site-capacity beyond the plugins' limit."""
-    for flag, numbers in (("--voxel-capacity", () if voxels is None else (voxels,)), ("--site-capacity", sites or ())):
-        if beyond := [number for number in numbers if number > MOST]:
-            raise ValueError(
-                f"{flag} {beyond[0]} is beyond the {MOST} that autoware's plugins have room for; give at most {MOST}"
-            )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 MOST = 2**31 - 1
@@ -15,17 +16,20 @@ class Limit:
     least: float = -math.inf
     most: float = math.inf
     open: tuple[bool, bool] = (False, False)
+    why: str = ""
+    """of `most`, for its sentence"""
 
     def fits(self, value: float) -> bool:
         above = value > self.least if self.open[0] else value >= self.least
         below = value < self.most if self.open[1] else value <= self.most
         return above and below and abs(value) < math.inf  # no NaN is above anything
 
-    def __str__(self) -> str:
+    def wanted(self, value: float) -> str:
+        """What a value must be that does not fit; that it must be an int32 is told of one that is not."""
         least = f"{'above' if self.open[0] else 'at least'} {self.least:g}"
-        if self.most in (math.inf, MOST):
+        if self.most == math.inf or (self.most == MOST and not value > MOST):
             return least
-        return f"{least} and {'below' if self.open[1] else 'at most'} {self.most:.10g}"
+        return f"{least} and {'below' if self.open[1] else 'at most'} {self.most:.10g}{self.why}"
 
 
 SIZE = Limit(1, MOST)
@@ -67,13 +71,16 @@ LIMITS: dict[str, Limit] = {
 }
 
 
-def check(flags: Mapping[str, Any]) -> None:
+def check(flags: Mapping[str, Any], narrower: Mapping[str, Limit] = MappingProxyType({})) -> None:
     """Raises ValueError naming the flag and what it must be, for a number, or one of several, that it cannot mean.
 
-    flags: by the names of their fields; values that are no numbers (None, a path, a yes or no) are not looked at.
+    flags: by the names of their fields; values that are no numbers (None, a path, a yes or no) are not looked at, nor those of
+    a flag that is in no table, which is one of a few that are listed.
+    narrower: limits in the place of the table's.
     """
     for name, given in flags.items():
+        limit = narrower.get(name) or LIMITS.get(name) or Limit()
         for value in given if isinstance(given, tuple) else (given,):
-            if type(value) in (int, float) and not LIMITS[name].fits(value):
+            if type(value) in (int, float) and not limit.fits(value):
                 shown = f"{value:g}" if type(value) is float else str(value)[:40]
-                raise ValueError(f"--{name.replace('_', '-')} {shown} must be {LIMITS[name]}")
+                raise ValueError(f"--{name.replace('_', '-')} {shown} must be {limit.wanted(value)}")
