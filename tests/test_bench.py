@@ -137,7 +137,7 @@ def test_exported_files_are_measured_beside_the_detector(monkeypatch):
 def test_a_runtime_that_is_not_installed_is_told(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
-    assert deploy.missing("openvino-voxels") == "openvino is not installed: pip install openvino"
+    assert deploy.missing("openvino-voxels") == "openvino is not installed: pip install 'bevfn[openvino]'"
     assert deploy.missing("onnxruntime") == deploy.missing("eager") == ""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)

@@ -84,7 +84,7 @@ def test_what_runs_is_the_file(exported, tmp_path):
 def test_half_precision_and_voxels_in(trained, frame, tmp_path):
     full, batch = shown(bevfn.load(trained), frame)
     half, _ = shown(bevfn.load(trained, precision="fp16"), frame)
-    air.folder(half, full, batch, tmp_path / "half", entry="voxels")
+    build.folder(air.KIND, half, full, batch, tmp_path / "half", entry="voxels")
     kinds = [op.attr["value"].t.desc.dtype for op in model_of(tmp_path / "half").graph[0].op if op.type == "Const"]
     from torchair._ge_concrete_graph.ge_ir_pb2 import DataType
 
@@ -102,11 +102,11 @@ def tiny() -> tuple:
 
 def test_a_graph_beyond_what_a_protobuf_holds_is_refused(monkeypatch, tmp_path):
     for most in (100, 300):  # the weights alone; with the graph
-        monkeypatch.setattr(air, "MOST", most)
+        monkeypatch.setattr(air, "PROTOBUF", most)
         with pytest.raises(ValueError, match=r"more than the 2 GB of an \.air, which is one protobuf message"):
             air.write(tiny(), tmp_path / air.FILE)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(air, "MOST", 2**20)
+    monkeypatch.setattr(air, "PROTOBUF", 2**20)
     run, _ = air.write(tiny(), tmp_path / air.FILE)
     assert len(run({"a": np.ones((4, 8), np.float32)}, False)) == 2
 

@@ -35,6 +35,22 @@ def test_a_package_computes_this_packages_operators_without_it(tmp_path):
     assert "bevfn" not in aoti.CHILD
 
 
+def test_a_package_computes_in_halves(tmp_path):
+    """What a detector in half precision has: convolution, matrix product and a softmax in float32 between."""
+    drawn = torch.Generator().manual_seed(0)
+    kernel, weight = (torch.rand(shape, generator=drawn).half() - 0.5 for shape in ((8, 4, 3, 3), (6, 8)))
+
+    def step(x):
+        y = torch.relu(torch.nn.functional.conv2d(x.half(), kernel, padding=1))
+        shares = y.float().flatten(2).softmax(-1).half()
+        return [y, (weight @ shares[0]).float()]
+
+    x = torch.rand(1, 4, 10, 12, generator=drawn)
+    run, _ = aoti.write(flow_of(step, x, table=kernels.table()), tmp_path / aoti.FILE)
+    for ours, theirs in zip(run({"x": x.numpy()}, False).values(), step(x), strict=True):
+        assert ours.dtype == theirs.numpy().dtype and np.allclose(ours, theirs.numpy(), atol=1e-2)
+
+
 def test_a_package_that_does_not_run_is_one_sentence(tmp_path):
     (tmp_path / aoti.FILE).write_bytes(b"no package")
     with pytest.raises(RuntimeError, match=r"model\.pt2 does not run \(\d+\): "):
@@ -68,6 +84,16 @@ def test_the_detector_is_a_package(exported):
     assert said["verified"]["failed"] == "" and said["verified"]["boxes"]["found"] == 100
     assert said["file"]["compiled_for"]["instruction_set"] and said["file"]["name"] == aoti.FILE
     assert sorted(path.name for path in exported.iterdir()) == ["example.npz", "manifest.json", "model.pt2"]
+
+
+@pytest.mark.slow
+def test_the_detector_in_half_precision_is_a_package(trained, frame, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    how = ("--to", "aoti", "--precision", "fp16")
+    assert export(monkeypatch, trained, "--out", out, "--data", frame, *how) == 0
+    said = json.loads((out / manifest.NAME).read_text())
+    assert said["verified"]["failed"] == "" and said["verified"]["boxes"]["found"] >= 95
+    assert said["precision"] == "fp16" and said["inputs"][0]["dtype"] == "float32"
 
 
 @pytest.mark.slow

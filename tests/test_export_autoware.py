@@ -20,6 +20,7 @@ from small_exports import SMALL, shown
 
 import bevfn
 from bevfn import cli, geometry
+from bevfn.backbones import sparse_encoder
 from bevfn.export import (
     autoware,
     build,
@@ -135,6 +136,18 @@ def test_the_newer_plugins_get_one_node_a_table_and_norms_and_relus_inside(expor
     assert not nodes(exported, "BatchNormalization")
 
 
+def test_the_published_encoder_has_8_pair_nodes_for_21_convolutions():
+    """Where AWML writes a pair node for each."""
+    config, made = bevfusion.lidar_only(), ir.Graph([], [], nodes=[], opset_imports={"": 18, plugins.DOMAIN: 1})
+    params, state = sparse_encoder.init(config.lidar.encoder, torch.Generator().manual_seed(0))
+    given = plugin_encoder.inputs(config.voxels.max_points, len(config.lidar.features))
+    how = {"config": config.lidar.encoder, "fourier": config.lidar.fourier, "grid": config.sparse_grid}
+    to = plugin_encoder.Nodes(Tape(made))
+    plugin_encoder.write(to, *given, params, state, **how, runtime=runtimes.RUNTIMES["2.8"], half=False)
+    written = Counter(found.op_type for found in made)
+    assert (written[plugins.PAIRS], written[plugins.GEMM]) == (8, 21)
+
+
 def test_the_older_plugins_get_their_eleven_and_six_attributes_and_an_add(older):
     file, bev, eager, _ = older
     pairs, gemms = nodes(file, plugins.PAIRS), nodes(file, plugins.GEMM)
@@ -238,7 +251,8 @@ def test_the_manifest_says_what_was_compared(exported):
     levels = ["conv_input", "stages.0", "stages.1", "conv_out"]
     assert list(about["sites_of_example"]) == [f"lidar.{level}.coords" for level in levels]
     assert all(0 < count < runtimes.ROOM for count in about["sites_of_example"].values())
-    assert said["capacities"]["sites"] == runtimes.ROOM and said["capacities"]["voxels"] == 20_000
+    room = said["capacities"]
+    assert (room["sites"], room["voxels"]) == (runtimes.ROOM, 20_000) and "points" not in room  # voxels go in
     errors = said["verified"]["boundaries"]
     assert said["verified"]["boxes"]["found"] == 100 and said["verified"]["failed"] == ""
     assert {"voxels.features", "lidar.conv_input.features", "lidar.stages.0.coords", autoware.MAP, "bev.neck"} <= set(

@@ -49,8 +49,8 @@ def export(
     Args:
         checkpoint: as of `bevfn predict`: a run's folder, a step's, an imported file or a published one
         out: folder for the files, new or empty
-        to: kind of file: onnx for onnxruntime and OpenVINO; autoware: ONNX with the plugins of its BEVFusion node (models
-            with a LiDAR); air for Ascend; aoti for CPU servers with libtorch
+        to: kind of file: onnx for onnxruntime, and with --input voxels for OpenVINO; autoware: ONNX with the plugins of its
+            BEVFusion node (models with a LiDAR); air for Ascend; aoti for CPU servers with libtorch
         runtime: of --to autoware: the plugins' version, 2.7 or 2.8 (default)
         model: that the weights are of; by default the run's, or what the published file looks like
         entry: where the file begins: at points, or at voxels, which the vehicle's program then makes
@@ -66,8 +66,7 @@ def export(
         voxel_capacity: voxels
         site_capacity: active sites at each level of the sparse encoder
     """
-    check, folder = kinds.KINDS[to]
-    check()
+    folder = kinds.folder(to)
     check_new_folder(out)
     options = _options(to, entry, runtime)
     flags: dict[str, Any] = {"intensity": intensity, "fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
@@ -85,7 +84,7 @@ def export(
         batch, _ = collate([sample], capacities=reading.capacities)
         if to == "autoware" and reading.cameras is not None:
             options["picture"] = _picture(sample)
-        what = "a generated key frame" if data is None else f"key frame {sample.token} of {data}"
+        what = "a generated key frame" if data is None else f"key frame {sample.token} of {data.resolve().name}"
         try:
             print(folder(made, full, batch, out, data=what, **options))
         except build.Differs as error:

@@ -3,7 +3,8 @@
 It is lowered as `bevfn graph` lowers a step, and what is verified is the file: read again and executed by the interpreter as
 an A2's kernels compute. Neither CANN nor a device is needed, and none has read such a file yet.
 
-Source: hicann/ge ffdcbc9f, api/atc/main_impl.cc (`Model::LoadFromFile`: one ModelDef, which torchair hands to GE too).
+Source: hicann/ge ffdcbc9f, api/atc/main_impl.cc (`Model::LoadFromFile`: one ModelDef, which torchair hands to GE too) and
+graph_metadef/graph/serialization/model_serialize.cc (no message beyond 2 GB).
 """
 
 from collections.abc import Iterable
@@ -17,23 +18,15 @@ from bevfn.ascend import torchair
 from bevfn.data.batch import Batch
 from bevfn.detector import Detector
 from bevfn.export import flow
-from bevfn.export.build import Arrays, Kind, Run
-from bevfn.export.build import folder as build_folder
+from bevfn.export.build import PROTOBUF, Arrays, Kind, Run
 from bevfn.files import writing
 
 FILE = "model.air"
-MOST = 2**31 - 1
-"""bytes of one protobuf message, which GE reads no further (graph_metadef/graph/serialization/model_serialize.cc)"""
 
 
 def check() -> None:
     """Raises ValueError, one sentence, where torchair's converters cannot be loaded."""
     torchair.load()
-
-
-def folder(detector: Detector, reference: Detector, batch: Batch, out: Path, **how: Any) -> str:
-    """`build.folder` of an .air."""
-    return build_folder(KIND, detector, reference, batch, out, **how)
 
 
 def make(detector: Detector, batch: Batch, entry: flow.Entry) -> flow.Flow:
@@ -57,7 +50,7 @@ def write(made: flow.Flow, path: Path) -> tuple[Run, dict[str, Any]]:
     from bevfn.ascend import lower
 
     held = sum(value.nbytes for value in made.module.buffers())
-    if held > MOST:  # before they are copied
+    if held > PROTOBUF:  # before they are copied
         raise ValueError(_too_large(held))
     converted = lower.convert(made.module, list(made.inputs))
     if [*converted.used] != [*range(len(made.inputs))]:
@@ -71,7 +64,7 @@ def write(made: flow.Flow, path: Path) -> tuple[Run, dict[str, Any]]:
     found = {name: value for name, value in found.items() if value.rpartition(":")[0] in there}
     model = ModelDef(name=path.stem)
     model.graph.add().CopyFrom(graph)
-    if model.ByteSize() > MOST:
+    if model.ByteSize() > PROTOBUF:
         raise ValueError(_too_large(model.ByteSize()))
     with writing(path):
         path.write_bytes(model.SerializeToString())
@@ -137,6 +130,7 @@ KIND = Kind(
     file=FILE,
     runtime="bevfn's interpreter of GE graphs, as an Atlas A2's kernels compute",
     packages=("torch", "torch_npu"),
+    check=check,
     make=make,
     write=write,
 )

@@ -25,7 +25,6 @@ from bevfn.data.batch import Batch
 from bevfn.detector import Detector
 from bevfn.export import flow
 from bevfn.export.build import Arrays, Kind, Run
-from bevfn.export.build import folder as build_folder
 from bevfn.files import writing
 from bevfn.kernels import ascend as kernels
 from bevfn.kernels import native
@@ -51,11 +50,6 @@ def check() -> None:
         native.compiler()
     except FileNotFoundError as error:
         raise ValueError(f"an AOTInductor package is compiled as C++ here: {error}") from None
-
-
-def folder(detector: Detector, reference: Detector, batch: Batch, out: Path, **how: Any) -> str:
-    """`build.folder` of a package."""
-    return build_folder(KIND, detector, reference, batch, out, **how)
 
 
 def make(detector: Detector, batch: Batch, entry: flow.Entry) -> flow.Flow:
@@ -117,6 +111,7 @@ KIND = Kind(
     file=FILE,
     runtime="torch alone, in a process of its own",
     packages=("torch",),
+    check=check,
     make=make,
     write=write,
 )

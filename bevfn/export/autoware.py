@@ -40,6 +40,7 @@ OUTPUTS = ("bbox_pred", "score", "label_pred")
 MAP = "lidar.bev"  # where the traced part begins
 FEATURES = "camera.neck.0"  # with cameras, there too, and where their own file ends
 FOUND = ("boxes", "scores", "labels", "valid")
+RUNTIME = "onnx.reference and onnxruntime, CPU"
 
 Arrays = dict[str, np.ndarray]
 
@@ -54,7 +55,7 @@ def folder(
     picture: tuple[int, int] | None = None,
     data: str = "",
 ) -> str:
-    """As `build.onnx_folder`, for autoware's node; runtime: of `runtimes.RUNTIMES`; picture: rows and columns of the cameras'
+    """As `build.folder`, for autoware's node; runtime: of `runtimes.RUNTIMES`; picture: rows and columns of the cameras'
     own images, where the model reads any."""
     kind = runtimes.known(runtime)
     check(detector)
@@ -72,29 +73,25 @@ def folder(
             inputs |= {plugin_camera.FEATURES: ours[FEATURES]}
         main = written(model(detector, batch, eager, kind), made / build.FILE, kind)
         ours |= run(main, inputs, eager)
-        truth = eager if reference is detector else build.eager(reference, batch)
-        found = {name: value for name, value in ours.items() if name not in OUTPUTS} | node.detections(ours, parameters)
-        alike = _alike(eager, inputs, detector.task.network.lidar.features)
-        verdict = verify.compare(found, alike, _all(truth), FOUND, detector.config.precision)
         # As it is used: the runtime may merge what is not asked for.
         plain = behind(main, {name: ours[name] for name in begins(detector)}, OUTPUTS)
-        again = verify.paired(node.detections(plain, parameters), found, verdict.boxes.near_m)
-        build.refuse(verdict, again, detector.config.precision)
-        said = manifest.make(
-            detector,
-            made / build.FILE,
-            inputs,
-            plain,
-            facts={"opset": writer.OPSET},
-            runtime="onnx.reference and onnxruntime, CPU",
-            packages=build.ONNX_PACKAGES,
-            verdict=verdict,
-            data=data,
+        compared = build.Compared(
+            inputs=inputs,
+            outputs=plain,
+            found={name: value for name, value in ours.items() if name not in OUTPUTS}
+            | node.detections(ours, parameters),
+            again=node.detections(plain, parameters),
+            eager=_alike(eager, inputs, detector.task.network.lidar.features),
+            truth=_all(eager if reference is detector else build.eager(reference, batch)),
+            names=FOUND,
         )
+        how = {"facts": {"opset": writer.OPSET}, "packages": build.ONNX_PACKAGES, "data": data, "runtime": RUNTIME}
+        verdict, said = build.judged(detector, made / build.FILE, compared, **how)
+        del said["capacities"]["points"]  # of which the graph has no fixed number
         said["capacities"] |= {"sites": runtimes.ROOM, "voxels": parameters["voxels_num"][2]}
         _dynamic(said["inputs"])
         said["autoware"] = {"runtime": runtime, **_about(main, ours, cameras)}
-        build.describe(made, said, {**inputs, **plain})
+        build.describe(made, said, compared)
         write_atomically(made / node.MODEL_FILE, node.to_yaml(parameters))
         own = node.of_node(detector, parameters, build.FILE, IMAGES_FILE)
         write_atomically(made / node.NODE_FILE, node.to_yaml(own))

@@ -25,7 +25,7 @@ from bevfn.ascend import torchair
 from bevfn.bench import machine
 from bevfn.data import inputs, scene, source
 from bevfn.data.batch import Batch, collate
-from bevfn.export import air, aoti, build
+from bevfn.export import build, kinds
 from bevfn.synth import key_frame, rig
 from bevfn.training import command_line
 
@@ -79,14 +79,12 @@ def measure(setting: Setting) -> dict:
 def missing(runtime: str) -> str:
     """Why a runtime cannot be measured here, or nothing."""
     try:
-        if runtime == "aoti":
-            aoti.check()
-        elif runtime in READS:
-            build.check()
+        if runtime in READS:
+            _kind(READS[runtime]).check()
     except ValueError as error:
         return str(error)
     if runtime.startswith("openvino") and importlib.util.find_spec("openvino") is None:
-        return "openvino is not installed: pip install openvino"
+        return "openvino is not installed: pip install 'bevfn[openvino]'"
     return ""
 
 
@@ -119,13 +117,7 @@ def _prepared(setting: Setting) -> tuple[detector.Detector, Batch]:
 
 def _export(setting: Setting, name: str, folder: Path) -> dict:
     """Writes a file and its inputs: seconds of every phase, bytes, peak memory."""
-    kinds = {
-        "onnx": build.onnx_kind,
-        "onnx-voxels": build.onnx_kind,
-        "aoti": lambda: aoti.KIND,
-        "air": lambda: air.KIND,
-    }
-    kind = kinds[name]()
+    kind = _kind(name)
     made, batch = _prepared(setting)
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
@@ -140,8 +132,13 @@ def _export(setting: Setting, name: str, folder: Path) -> dict:
     return {"bytes": file.stat().st_size, "seconds": seconds, "peak_memory_gb": _peak_gb()}
 
 
+def _kind(name: str) -> build.Kind:
+    """Of a file, as `READS` names it."""
+    return kinds.TRACED[name.removesuffix("-voxels")]
+
+
 def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}{'.pt2' if name == 'aoti' else '.onnx' if name.startswith('onnx') else '.air'}"
+    return (folder / name).with_suffix(Path(_kind(name).file).suffix)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ What is in the folder was run and compared; a file that differs is not left ther
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,17 @@ import torch
 from bevfn import tree
 from bevfn.data.batch import Batch
 from bevfn.detector import Detector
+from bevfn.export import flow
 from bevfn.export.flow import Entry, Flow
 from bevfn.files import new_folder, to_json, write_atomically, writing
-from bevfn.precision import Precision
 
 if TYPE_CHECKING:  # which needs the extra's packages
     from bevfn.export import verify
 
 FILE, EXAMPLE = "model.onnx", "example.npz"
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # whose versions make an ONNX file what it is
+PROTOBUF = 2**31 - 1  # bytes of one message, which an ONNX file is, and an .air
+OPENVINO = "OpenVINO computes wrong voxels from points, without a word: export --input voxels for it"
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays, bool], Arrays]
 """(inputs, whether boundaries are asked for) -> outputs, and boundaries, by name"""
@@ -35,18 +37,39 @@ class Differs(Exception):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file; its functions import what they need when they are called."""
+    """A kind of file that a flow becomes; its functions import what they need when they are called."""
 
     file: str
     runtime: str
     """where it is verified, for the manifest"""
     packages: tuple[str, ...]
     """whose versions make it what it is"""
+    check: Callable[[], None]
+    """raises ValueError, one sentence, where what it needs is missing"""
     make: Callable[[Detector, Batch, Entry], Flow]
     write: Callable[[Flow, Path], tuple[Run, dict[str, Any]]]
     """writes the file; returns how it runs, and what the manifest says of it besides. Raises ValueError, one sentence"""
     merges: bool = False
     """whether the runtime computes otherwise what nobody asks for: then the file runs again as it will be used"""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a file computes of an example, and what it is held against."""
+
+    inputs: Arrays
+    outputs: Arrays
+    """as it is used, without its boundaries"""
+    found: Arrays
+    """detections and boundaries"""
+    again: Arrays
+    """detections, of `outputs`"""
+    eager: Arrays
+    """as `found`, of the eager detector of its precision"""
+    truth: Arrays
+    """detections of the eager detector in float32"""
+    names: Sequence[str]
+    """of `found`, what are no boundaries"""
 
 
 def check() -> None:
@@ -60,27 +83,31 @@ def check() -> None:
         raise ValueError(f"an ONNX export needs {' and '.join(missing)}: pip install 'bevfn[export]'")
 
 
-def onnx_folder(detector: Detector, reference: Detector, batch: Batch, out: Path, **how: Any) -> str:
-    """`folder` of an ONNX file."""
-    return folder(onnx_kind(), detector, reference, batch, out, **how)
+def _make(detector: Detector, batch: Batch, entry: Entry) -> Flow:
+    from bevfn.export import onnx
+
+    return flow.make(detector, batch, entry=entry, table=onnx.table())
 
 
-def onnx_kind() -> Kind:
-    """An ONNX file. Needs the extra's packages."""
-    from bevfn.export import flow, onnx, verify
+def _write(graph: Flow, file: Path) -> tuple[Run, dict[str, Any]]:
+    from bevfn.export import onnx, verify
 
-    def write(graph: Flow, file: Path) -> tuple[Run, dict[str, Any]]:
-        boundaries = onnx.write(graph, file)
-        return lambda given, inside: verify.run(file, given, boundaries if inside else ()), {"opset": onnx.OPSET}
+    boundaries = onnx.write(graph, file)
+    facts: dict[str, Any] = {"opset": onnx.OPSET}
+    if "points" in graph.inputs and flow.VOXELS[0] not in graph.inputs:
+        facts["warnings"] = [OPENVINO]
+    return lambda given, inside: verify.run(file, given, boundaries if inside else ()), facts
 
-    return Kind(
-        file=FILE,
-        runtime="onnxruntime, CPU",
-        packages=ONNX_PACKAGES,
-        make=lambda detector, batch, entry: flow.make(detector, batch, entry=entry, table=onnx.table()),
-        write=write,
-        merges=True,
-    )
+
+ONNX = Kind(
+    file=FILE,
+    runtime="onnxruntime, CPU",
+    packages=ONNX_PACKAGES,
+    check=check,
+    make=_make,
+    write=_write,
+    merges=True,
+)
 
 
 def folder(
@@ -103,53 +130,43 @@ def folder(
 
     Raises ValueError, one sentence, for what cannot be exported, and Differs.
     """
-    from bevfn.export import manifest, verify
-
     graph = kind.make(detector, batch, entry)
     inputs = {name: value.numpy() for name, value in graph.inputs.items()}
     with new_folder(out) as made:
-        file = made / kind.file
-        run, facts = kind.write(graph, file)
-        at_boundaries = eager(detector, batch)
+        run, facts = kind.write(graph, made / kind.file)
         ours = run(inputs, True)
-        truth = at_boundaries if reference is detector else eager(reference, batch)
-        verdict = verify.compare(ours, at_boundaries, truth, graph.outputs, detector.config.precision)
         plain = run(inputs, False) if kind.merges else {name: ours[name] for name in graph.outputs}
-        refuse(verdict, verify.paired(plain, ours, verdict.boxes.near_m), detector.config.precision)
-        said = manifest.make(
-            detector,
-            file,
-            inputs,
-            plain,
-            facts=facts,
-            runtime=kind.runtime,
-            packages=kind.packages,
-            verdict=verdict,
-            data=data,
-        )
-        describe(made, said, {**inputs, **plain})
+        at_boundaries = eager(detector, batch)
+        truth = at_boundaries if reference is detector else eager(reference, batch)
+        compared = Compared(inputs, plain, ours, plain, at_boundaries, truth, graph.outputs)
+        how = {"facts": facts, "runtime": kind.runtime, "packages": kind.packages, "data": data}
+        verdict, said = judged(detector, made / kind.file, compared, **how)
+        describe(made, said, compared)
     return verdict.text()
 
 
-def refuse(verdict: "verify.Verdict", again: "verify.Boxes", precision: Precision) -> None:
-    """Raises Differs for a file that is not what the detector is; again: its detections as it is used, without its boundaries,
-    with those that were compared."""
-    from bevfn.export import verify
+def judged(detector: Detector, file: Path, compared: Compared, **how: Any) -> tuple["verify.Verdict", dict[str, Any]]:
+    """(what was compared, the file's manifest); how: as of `manifest.make`. Raises Differs for a file that is not what the
+    detector is."""
+    from bevfn.export import manifest, verify
 
-    failed = verdict.failed
+    precision = detector.config.precision
+    verdict = verify.compare(compared.found, compared.eager, compared.truth, compared.names, precision)
+    failed, again = verdict.failed, verify.paired(compared.again, compared.found, verdict.boxes.near_m)
     if not failed and again.share < verify.LIMITS[precision].found:
         failed = "run without its boundaries it differs"
     if failed:
         raise Differs(f"{verdict.text()}\nrefused, nothing is written: {failed}")
+    return verdict, manifest.make(detector, file, compared.inputs, compared.outputs, verdict=verdict, **how)
 
 
-def describe(made: Path, said: Mapping[str, Any], example: Arrays) -> None:
+def describe(made: Path, said: Mapping[str, Any], compared: Compared) -> None:
     """Writes the manifest, and the example of inputs and outputs."""
     from bevfn.export import manifest
 
     write_atomically(made / manifest.NAME, to_json(said, indent=1))
     with writing(made / EXAMPLE):
-        np.savez_compressed(made / EXAMPLE, **example)
+        np.savez_compressed(made / EXAMPLE, **compared.inputs, **compared.outputs)
 
 
 def eager(detector: Detector, batch: Batch) -> dict[str, np.ndarray]:

@@ -1,21 +1,20 @@
 """Kinds of exported files, by the names that a command line has for them."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 from bevfn.export import air, aoti, build
 
+TRACED: dict[str, build.Kind] = {"onnx": build.ONNX, "air": air.KIND, "aoti": aoti.KIND}
 
-def _autoware(*given: Any, **named: Any) -> str:
+
+def folder(name: str) -> Callable[..., str]:
+    """What writes a folder of this kind: `build.folder` or `autoware.folder`. Raises ValueError, one sentence, where what it needs
+    is missing."""
+    if name in TRACED:
+        TRACED[name].check()
+        return partial(build.folder, TRACED[name])
+    build.check()
     from bevfn.export import autoware  # of the extra
 
-    return autoware.folder(*given, **named)
-
-
-KINDS: dict[str, tuple[Callable[[], None], Callable[..., str]]] = {
-    "onnx": (build.check, build.onnx_folder),
-    "autoware": (build.check, _autoware),
-    "air": (air.check, air.folder),
-    "aoti": (aoti.check, aoti.folder),
-}
-"""{name: (raises ValueError where what it needs is missing, writes the folder)}"""
+    return autoware.folder

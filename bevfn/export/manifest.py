@@ -17,6 +17,7 @@ import bevfn
 from bevfn.data.batch import Base
 from bevfn.detector import Detector
 from bevfn.export.verify import Verdict
+from bevfn.training import checkpoint
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -91,7 +92,7 @@ def make(
         "model": config.model,
         "scale": config.scale,
         "precision": config.precision,
-        "checkpoint": str(detector.checkpoint),
+        "checkpoint": _origin(detector.checkpoint),
         "versions": {
             "bevfn": bevfn.__version__,
             **{name: importlib.metadata.version(name) for name in packages},
@@ -104,6 +105,13 @@ def make(
         "capacities": capacities(detector),
         "verified": {"on": data, "runtime": runtime, **verdict.to_json()},
     }
+
+
+def _origin(place: Path) -> dict[str, str]:
+    """The checkpoint without this machine's folders: of a run's step the run's name too."""
+    weights = place / checkpoint.TENSORS if place.is_dir() else place
+    name = "/".join(place.resolve().parts[-3:]) if place.is_dir() else place.name
+    return {"name": name, "file": weights.name, "sha256": checksum(weights)}
 
 
 def _described(name: str, value: np.ndarray) -> dict[str, Any]:

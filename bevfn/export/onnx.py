@@ -23,13 +23,13 @@ from torch import fx
 from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
 
 from bevfn.export import translations
+from bevfn.export.build import PROTOBUF
 from bevfn.export.flow import Flow
 from bevfn.export.program import exported
 from bevfn.files import writing
 from bevfn.kernels import ascend as kernels
 
 OPSET = 18
-MOST = 2**31 - 1  # bytes of one protobuf file
 
 
 def table() -> dict[Any, Callable]:
@@ -80,7 +80,7 @@ def translated(flow: Flow) -> ir.Model:
 def save(model: ir.Model, path: Path) -> None:
     """Writes a model. Raises ValueError, one sentence, for a file beyond 2 GB."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size > MOST:
+    if size > PROTOBUF:
         raise ValueError(
             f"the weights take {size / 2**30:.1f} GB, more than the 2 GB of an ONNX file; export with --precision fp16, or "
             "--to aoti"

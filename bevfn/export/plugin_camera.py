@@ -39,7 +39,6 @@ ROWS = {
 KEPT = ROWS["indices"]
 MATRICES = ("lidar2image", "img_aug_matrix")
 FAR = (1e-5, 1e5)  # m, between which `geometry.project` clamps a depth
-MOST = 2**31 - 1  # more than there are
 
 
 def inputs(columns: int, features: Dims) -> dict[str, ir.Value]:
@@ -220,7 +219,7 @@ def _intervals(to: Nodes, ranks: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Lengths and starts [cells] int32 of equal ranks, which are sorted; of none there are none."""
     before, one, end, axis = (
         to.integers(number, name=f"pool.{name}")
-        for name, number in zip(("before", "one", "end", "axis"), (-1, 1, MOST, 0))
+        for name, number in zip(("before", "one", "end", "axis"), (-1, 1, 2**31 - 1, 0))
     )
     longer = to("Concat", before, ranks, like=(INT64, ("num_kept_1",)), axis=0)
     last = to("Slice", longer, to.integers(0, name="pool.first"), before, axis, like=(INT64, (KEPT,)))

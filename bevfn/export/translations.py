@@ -62,4 +62,4 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.div.Tensor_mode: divide,
     aten.div.Scalar_mode: divide,
 }
-"""{overload: function}, for `torch.onnx.export(custom_translation_table=...)`."""
+"""{overload: the same in ONNX's operators}, in the place of torch.onnx's own or where it has none, see `onnx.write`."""
