@@ -153,6 +153,10 @@ def test_an_installed_canns_tables_decide(cann):
     assert not where("Abs", "float32", "float32", tables).layout
 
 
+def operand(**fields):
+    return {"input0": {"name": "x", **fields}}
+
+
 @pytest.mark.parametrize(
     "core, chip, said",
     [
@@ -167,12 +171,49 @@ def test_an_installed_canns_tables_decide(cann):
             r"ops-info.json is not a table of operators \(it is no object of types\); install CANN again",
         ),
         ("{", "ascend910b", r"ops-info.json is not a table of operators"),
-        ({"Add": {"input0": "x"}}, "ascend910b", r"not a table of operators \(an operand of Add is no object\)"),
+        ({}, "ascend910b", r"ops-info.json is not a table of operators \(no type is in it\); install CANN again"),
+        ({"Add": None}, "ascend910b", r"ops-info.json is not a table of operators \(Add is no object\)"),
+        ({"Add": []}, "ascend910b", r"\(Add is no object\)"),
+        ({"Add": 3}, "ascend910b", r"\(Add is no object\)"),
+        ({"Add": {}}, "ascend910b", r"\(Add has neither operands nor results\)"),
+        ({"Add": {"input0": "x"}}, "ascend910b", r"not a table of operators \(input0 of Add is no object\)"),
+        ({"Add": {"output0": None}}, "ascend910b", r"\(output0 of Add is no object\)"),
+        ({"Add": operand(dtype=None)}, "ascend910b", r"\(dtype of input0 of Add is None, and not names separated by"),
+        ({"Add": operand(dtype=["float"])}, "ascend910b", r"\(dtype of input0 of Add is \['float'\], and not names"),
+        ({"Add": operand(dtype=3)}, "ascend910b", r"\(dtype of input0 of Add is 3, and not names"),
+        ({"Add": operand(dtype="float,")}, "ascend910b", r"\(dtype of input0 of Add is 'float,', and not names"),
+        ({"Add": operand(dtype="float", format=3)}, "ascend910b", r"\(format of input0 of Add is 3, and not names"),
     ],
 )
 def test_tables_of_another_chip_or_none_are_one_sentence(cann, core, chip, said):
     with pytest.raises(ValueError, match=said):
         opp.read(cann(core, chip))
+
+
+def test_an_entry_of_the_ai_cpu_that_cannot_be_read_is_one_sentence(cann):
+    folder = cann(CORE)
+    file = folder / "opp/built-in/op_impl/aicpu/aicpu_kernel/config/aicpu_kernel.json"
+    for table, said in (
+        ({}, "no type is in it"),
+        ({"Sort": None}, "Sort is no object"),
+        ({"Sort": {"input0": 3}}, "input0 of Sort is no object"),
+        (
+            {"Sort": {"input0": {"type": ["DT_FLOAT"]}}},
+            r"type of input0 of Sort is \['DT_FLOAT'\], and not names separated by commas",
+        ),
+        ({"Sort": {}}, "Sort has neither operands nor results"),
+    ):
+        file.write_text(json.dumps(table))
+        with pytest.raises(ValueError, match=rf"aicpu_kernel.json is not a table of operators \({said}\); install"):
+            opp.read(folder)
+
+
+def test_an_entry_that_says_no_dtypes_is_open(cann):
+    """A missing dtype leaves it to the kernel; lists of unequal length do not say what belongs together; MemSet clears memory."""
+    uneven = {"input0": column("x", "float,int8"), "output0": column("y", "float")}
+    tables = opp.read(cann({"MemSet": {"attr": {"list": "sizes"}}, "Mine": operand(), "Abs": uneven}))
+    assert "MemSet" in tables.open and "Mine" in tables.open and not tables.open & tables.core.keys()
+    assert tables.facts == {"Abs"}
 
 
 def test_a_folder_without_cann_is_one_sentence(tmp_path):
