@@ -51,16 +51,32 @@ def test_facts(kind, operands, results, expected, said):
     assert found.place == expected and said in found.reason and bool(found.reason) == bool(said)
 
 
-def test_a_cast_is_to_higher_precision_or_of_sizes_and_never_the_other_way():
+def test_a_cast_is_of_floats_to_higher_precision_and_never_the_other_way():
     assert where("LayerNormGradV3", "float16 float16 float16 float16 float16", "float16 float32 float32").casts == (
         "float16 to float32",
         "float16 to float32",
     )
-    sizes = where("Conv2DBackpropFilter", "float16 int64 float16", "float16")
-    assert sizes.casts == ("int64 to int32", "float32 to float16")
-    constant = tensors("float16") + tensors("int64", constant=True) + tensors("float16")
-    assert place(OWN, "Conv2DBackpropFilter", constant, tensors("float32")).place == "AI Core"
+    assert where("Conv2DBackpropFilter", "float16 int32 float16", "float16").casts == ("float32 to float16",)
+    constant = (*tensors("float32"), *tensors("float16", constant=True))  # cast once, while GE compiles
+    assert place(OWN, "SigmoidGrad", constant, tensors("float32")) == placement.Placed("AI Core")
     assert where("AvgPoolV2Grad", "float32 float32 float32 int64", "float32").place == "none"  # float16 is less
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_an_integer_is_cast_for_no_kernel(constant):
+    """Neither an index nor a constant size."""
+    for kind, before, size, after, result in (
+        ("Conv2DBackpropFilter", "float16", "int64", "float16", "float32"),
+        ("LayerNormV4", "float32", "int64", "float32 float32", "float32 float32 float32"),
+        ("TopKV2", "float32", "int64", "", "float32 int32"),
+        ("Range", "int64", "int32", "int64", "int64"),
+    ):
+        operands = (*tensors(before), *tensors(size, constant=constant), *tensors(after))
+        found = place(OWN, kind, operands, tensors(result))
+        assert found.place in ("none", "AI CPU") and "int64" in found.reason and not found.casts, kind
+        if kind != "Range":
+            operands = (*tensors(before), *tensors("int32", constant=constant), *tensors(after))
+            assert place(OWN, kind, operands, tensors(result)).place == "AI Core", kind
 
 
 def test_every_fact_has_a_source_and_reads_as_a_rule():
