@@ -8,11 +8,13 @@ from dataclasses import asdict
 import ge_graphs
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bevfn.ascend import device, probe
+from bevfn.ascend import device, placement, probe
+from bevfn.ascend.interpret import a2
 from bevfn.ascend.probe import NEITHER, REFUSED, Found
 from bevfn.ascend.questions import QUESTIONS, ROWS
-from bevfn.ascend.rates import SCENARIOS, probed
+from bevfn.ascend.rates import L2, SCENARIOS, probed
 from bevfn.commands.ascend import probe as command
 from bevfn.commands.graph import graph
 
@@ -22,6 +24,7 @@ SAID = {
     "floor-div": ("exact", "through float32"),
     "mul-wrap": ("wraps", "wraps"),
     "sxpy": ("difference", REFUSED),
+    **dict.fromkeys(("maximum", "clip", "reduce-max", "cumsum", "cast-narrow", "cast-wide"), ("exact", "exact")),
     "index-add": ("sums", "sums"),
     "scatter-add": (REFUSED, REFUSED),  # no published prototype
     "gather": ("rows", "rows"),
@@ -148,3 +151,26 @@ def test_what_are_no_rates_is_one_sentence(tmp_path, text, said):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(ValueError, match=said):
         probed(tmp_path / "p.json")
+
+
+def test_the_gathered_table_is_larger_than_the_l2_where_time_is_taken():
+    """Else the rate would be the cache's."""
+    gather = QUESTIONS["gather"]
+    with FakeTensorMode():
+        table, index = gather.operands(gather.rows)
+    assert table.nbytes >= 4 * L2 and table[0].nbytes == 128 and index.shape[0] == gather.rows
+    table, index = gather.operands(ROWS)
+    assert table.nbytes < 2**20 and index.max() < table.shape[0]
+
+
+def test_what_is_unknown_about_integers_is_asked():
+    facts = placement.facts()
+    for kind, fact in facts["integers"].items():
+        assert kind in facts["types"] and fact["source"] in facts["sources"] and set(fact) - {"probe"} == {
+            "int32", "says", "source",
+        }  # fmt: skip
+        asked = fact.get("probe", "").split()
+        assert all(kind in QUESTIONS[name].asks for name in asked)
+        assert asked or fact["int32"] in ("exact", "through float32")
+    through = {kind for kind, fact in facts["integers"].items() if fact["int32"] == "through float32"}
+    assert through == {"SelectV2", "FloorDiv"} == a2.OPS.keys() - {"Sxpy"}  # as the interpreter's mode computes

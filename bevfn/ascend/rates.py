@@ -16,6 +16,8 @@ from bevfn.files import read_json
 
 LARGE_COPIES = 1.49e12
 """Bytes a second [2]; the floor of everything that moves memory."""
+L2 = 192 * 2**20
+"""Bytes that all cores share [1]."""
 MEMORY = 64 * 2**30
 """Bytes of an NPU's memory."""
 SMALL_TASK = 65_536
