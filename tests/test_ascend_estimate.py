@@ -7,12 +7,13 @@ import ge_graphs
 import pytest
 import torch
 
+from bevfn import catalogue
 from bevfn.ascend import estimate as module
 from bevfn.ascend import report
 from bevfn.ascend.estimate import Profile, Task, calibrated, estimate, read_profile, seconds, tasks_of
 from bevfn.ascend.lower import lower
 from bevfn.ascend.placement import own_tables
-from bevfn.ascend.rates import LARGE_COPIES, SCENARIOS
+from bevfn.ascend.rates import LARGE_COPIES, PUBLISHED, SCENARIOS
 from bevfn.ascend.uses import FAMILIES, used_by
 from bevfn.commands import graph as command
 from bevfn.commands.graph import graph
@@ -198,6 +199,18 @@ def test_the_command_prints_it(monkeypatch, capsys, tmp_path):
     assert made["batch"] == 8 and made["tasks"] == 1
     with pytest.raises(ValueError, match="--calibrate is of the estimate; add --estimate"):
         graph("bevdepth", calibrate=tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize(
+    "experiment, stage, published",
+    [("bevfusion", None, "4.10"), ("matrixvt", None, "5.77"), ("bevnext", 1, "2.07"), ("bevnext", 2, "0.95")],
+)
+def test_what_is_published_is_of_the_model(experiment, stage, published, monkeypatch, capsys):
+    one = (lambda train_state, batch: (train_state @ batch, {}), (torch.ones(3, 3), torch.ones(3, 3)))
+    monkeypatch.setattr(command, "steps", lambda *_, **__: {"train": one})
+    assert graph(experiment, stage=stage, estimate=True) == 0
+    assert f"published {published} per NPU" in capsys.readouterr().out
+    assert PUBLISHED.keys() <= catalogue.MODELS.keys()
 
 
 def test_groups_and_reports_agree(lowered):
