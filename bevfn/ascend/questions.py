@@ -143,12 +143,12 @@ def _whole_numbers(
     return Question(
         name=name,
         asks=f"Is {kind} of integers above 2^24 exact?",
-        assumes=f"{says} (ascend/a2.json): the steps' integers that meet it are counts and ranks below 2^24",
+        assumes=f"{says} (ascend/a2.json)",
         operands=lambda rows: operands,
         build=build,
         answers=(
             Answer("exact", exact, "integers of any size may meet it"),
-            Answer("through float32", rounded, "keep its integers below 2^24, and let interpret/a2.py compute it so"),
+            Answer("through float32", rounded, "let interpret/a2.py compute it so, and keep its integers below 2^24"),
         ),
     )
 
@@ -180,7 +180,7 @@ WHOLE = (
         lambda ge, x: ge.ReduceMax(x, ge.Const([1], dtype=INT32), keep_dims=False),
         lambda x: (x.amax(1),),
         lambda x: (x.float().amax(1).to(torch.int32),),
-        "nobody knows, as A2's instruction that reduces takes floats only",
+        "nobody knows, as A2's instruction takes floats only: ranks below 2^24 meet it (heads/suppression.py)",
     ),
     _whole_numbers(
         "cumsum",
@@ -198,7 +198,7 @@ WHOLE = (
         lambda ge, x: ge.Cast(x, dst_type=INT32),
         recast,
         recast_float,
-        "nobody knows",
+        "nobody knows, and indices above 2^24 meet it where the graph makes its tables",
     ),
     _whole_numbers(
         "cast-wide",
@@ -207,7 +207,7 @@ WHOLE = (
         lambda ge, x: ge.Cast(x, dst_type=INT64),
         recast,
         recast_float,
-        "nobody knows",
+        "nobody knows, and indices above 2^24 meet it where the graph makes its tables",
     ),
 )
 INTEGERS = (
