@@ -7,12 +7,13 @@ import ge_graphs
 import pytest
 import torch
 
+from bevfn import catalogue
 from bevfn.ascend import estimate as module
 from bevfn.ascend import report
 from bevfn.ascend.estimate import Profile, Task, calibrated, estimate, read_profile, seconds, tasks_of
 from bevfn.ascend.lower import lower
 from bevfn.ascend.placement import own_tables
-from bevfn.ascend.rates import LARGE_COPIES, SCENARIOS
+from bevfn.ascend.rates import LARGE_COPIES, PUBLISHED, SCENARIOS
 from bevfn.ascend.uses import FAMILIES, used_by
 from bevfn.commands import graph as command
 from bevfn.commands.graph import graph
@@ -84,8 +85,11 @@ def test_a_task_takes_the_largest_of_its_bounds():
     assert took("AI CPU", size=10**9) + rates.launch == pytest.approx(rates.cpu_launch + 10**9 / rates.cpu_bytes)
 
 
-def written(path, rows, columns=("Op Name", "OP Type", "Task Type", "Task Duration(us)", "Output Shapes")):
-    """rows: (name, microseconds) or (name, microseconds, shapes)."""
+COLUMNS = ("Op Name", "OP Type", "Task Type", "Task Duration(us)", "Output Shapes")
+
+
+def written(path, rows, columns=COLUMNS):
+    """rows: (name, microseconds) or (name, microseconds, shapes) or (name, microseconds, shapes, formats)."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -121,6 +125,7 @@ def test_a_profile_replaces_what_was_assumed(lowered, tasks, tmp_path):
         ([("a", 1)], ("Name", "b", "c", "Task Duration(us)"), "has no column 'Op Name'; give an op_summary_"),
         ([("a", "N/A")], None, r"line 2: Task Duration\(us\) is 'N/A', not microseconds"),
         ([("a", -1)], None, "is '-1', not microseconds"),
+        ([("a", "inf")], None, "is 'inf', not microseconds"),
         ([], None, "has no task; profile some steps"),
     ],
 )
@@ -149,8 +154,38 @@ def test_a_profile_of_the_same_names_and_other_sizes_is_of_another_graph(lowered
     )
     with pytest.raises(ValueError, match=said):
         guess(lowered, profile=profile)
-    padded = [(task.name, 10, task.written + 16 * (task.group == "cube")) for task in tasks]  # layouts of the cube
-    assert guess(lowered, profile=read_profile(written(tmp_path / "same.csv", padded))).seconds["profile"] > 0
+    half = [(task.name, 10, task.written * (2 - i % 2)) for i, task in enumerate(tasks)]
+    said = f"{(len(tasks) + 1) // 2} of the {len(tasks)} tasks that the profile names write other sizes in it"
+    with pytest.raises(ValueError, match=said):
+        guess(lowered, profile=read_profile(written(tmp_path / "half.csv", half)))
+    padded = [  # layouts of the cube
+        (task.name, 10, task.written + 16, "NC1HWC0;ND")
+        if task.group == "cube"
+        else (task.name, 10, task.written, "ND")
+        for task in tasks
+    ]
+    columns = (*COLUMNS, "Output Formats")
+    assert guess(lowered, profile=read_profile(written(tmp_path / "same.csv", padded, columns))).seconds["profile"] > 0
+
+
+def test_a_mark_in_front_of_a_profile_is_read_over(tmp_path):
+    """As spreadsheets write it."""
+    path = written(tmp_path / "p.csv", [("a", 1)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_profile(path).seconds == {"a": pytest.approx(1e-6)}
+    path.write_bytes(b"\xff\xfe" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"cannot read the profile .*p.csv"):
+        read_profile(path)
+
+
+def test_rows_without_a_duration_are_left_out_and_said_so(lowered, tasks, tmp_path):
+    rows = [(task.name, 0 if i == 0 else 10, task.written) for i, task in enumerate([*tasks, *tasks])]
+    made = guess(lowered, profile=read_profile(written(tmp_path / "p.csv", rows)))
+    assert made.instant == 1 and made.seconds["profile"] == pytest.approx(len(tasks) * 10e-6)
+    assert "1 rows of the profile have a duration of 0, and are left out" in made.text()
+    assert "of the profile" not in guess(lowered).text()
+    with pytest.raises(ValueError, match=r"p.csv has no task but 2 of a duration of 0; profile some steps"):
+        read_profile(written(tmp_path / "p.csv", [("a", 0), ("b", "0.0")]))
 
 
 def test_the_command_prints_it(monkeypatch, capsys, tmp_path):
@@ -164,6 +199,18 @@ def test_the_command_prints_it(monkeypatch, capsys, tmp_path):
     assert made["batch"] == 8 and made["tasks"] == 1
     with pytest.raises(ValueError, match="--calibrate is of the estimate; add --estimate"):
         graph("bevdepth", calibrate=tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize(
+    "experiment, stage, published",
+    [("bevfusion", None, "4.10"), ("matrixvt", None, "5.77"), ("bevnext", 1, "2.07"), ("bevnext", 2, "0.95")],
+)
+def test_what_is_published_is_of_the_model(experiment, stage, published, monkeypatch, capsys):
+    one = (lambda train_state, batch: (train_state @ batch, {}), (torch.ones(3, 3), torch.ones(3, 3)))
+    monkeypatch.setattr(command, "steps", lambda *_, **__: {"train": one})
+    assert graph(experiment, stage=stage, estimate=True) == 0
+    assert f"published {published} per NPU" in capsys.readouterr().out
+    assert PUBLISHED.keys() <= catalogue.MODELS.keys()
 
 
 def test_groups_and_reports_agree(lowered):

@@ -15,13 +15,13 @@ if importlib.util.find_spec("torch_npu") is None:
     pytest.skip("needs torch_npu: make npu", allow_module_level=True)
 
 from bevfn import rng
-from bevfn.ascend import interpret, torchair
+from bevfn.ascend import interpret, report, torchair
 from bevfn.ascend.fixes import converters, decompositions, refusals, rewrites
 from bevfn.ascend.lower import lower
 from bevfn.ascend.uses import used_by
 
 aten = torch.ops.aten
-INT64 = 8  # in the protobuf's numbering
+INT32, INT64 = 7, 8  # in the protobuf's numbering
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -583,3 +583,26 @@ def test_half_convolutions_are_half_on_the_device_and_round_as_eager():
     }
     assert len(operands) == 2 and all(set(dtypes) == {torch.float16} for dtypes in operands.values())
     assert_same(lowered.results(interpret.run(lowered.graph, lowered.arguments(params, x))), step(params, x), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "f, kind",
+    [(lambda x: torch.topk(x, 3)[0], "TopKV2"), (lambda x: F.layer_norm(x, (8,), torch.ones(8)), "LayerNormV4")],
+)
+def test_a_size_is_int32_as_the_kernels_take_it(f, kind, stock):
+    """GE casts no integers (placement.py)."""
+    x = random(4, 8)
+
+    def size(graph):
+        made = {op.name: op for op in graph.op}
+        (node,) = (op for op in graph.op if op.type == kind)
+        return made[node.input[1].split(":")[0]].output_desc[0].dtype
+
+    lowered = lower(f, (x,))
+    assert size(lowered.graph) == INT32 and not report.report("step", lowered).no_kernel
+    assert_same(executed(f, x), f(x))
+    stock(*((aten.topk.default, "topk") if kind == "TopKV2" else (aten.native_layer_norm.default, "native_layer_norm")))
+    lowered = lower(f, (x,))
+    assert size(lowered.graph) == INT64
+    (said,) = report.report("step", lowered).no_kernel
+    assert said.startswith(f"{kind} x1: no kernel takes float32 int64")

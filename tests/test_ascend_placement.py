@@ -51,16 +51,32 @@ def test_facts(kind, operands, results, expected, said):
     assert found.place == expected and said in found.reason and bool(found.reason) == bool(said)
 
 
-def test_a_cast_is_to_higher_precision_or_of_sizes_and_never_the_other_way():
+def test_a_cast_is_of_floats_to_higher_precision_and_never_the_other_way():
     assert where("LayerNormGradV3", "float16 float16 float16 float16 float16", "float16 float32 float32").casts == (
         "float16 to float32",
         "float16 to float32",
     )
-    sizes = where("Conv2DBackpropFilter", "float16 int64 float16", "float16")
-    assert sizes.casts == ("int64 to int32", "float32 to float16")
-    constant = tensors("float16") + tensors("int64", constant=True) + tensors("float16")
-    assert place(OWN, "Conv2DBackpropFilter", constant, tensors("float32")).place == "AI Core"
+    assert where("Conv2DBackpropFilter", "float16 int32 float16", "float16").casts == ("float32 to float16",)
+    constant = (*tensors("float32"), *tensors("float16", constant=True))  # cast once, while GE compiles
+    assert place(OWN, "SigmoidGrad", constant, tensors("float32")) == placement.Placed("AI Core")
     assert where("AvgPoolV2Grad", "float32 float32 float32 int64", "float32").place == "none"  # float16 is less
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_an_integer_is_cast_for_no_kernel(constant):
+    """Neither an index nor a constant size."""
+    for kind, before, size, after, result in (
+        ("Conv2DBackpropFilter", "float16", "int64", "float16", "float32"),
+        ("LayerNormV4", "float32", "int64", "float32 float32", "float32 float32 float32"),
+        ("TopKV2", "float32", "int64", "", "float32 int32"),
+        ("Range", "int64", "int32", "int64", "int64"),
+    ):
+        operands = (*tensors(before), *tensors(size, constant=constant), *tensors(after))
+        found = place(OWN, kind, operands, tensors(result))
+        assert found.place in ("none", "AI CPU") and "int64" in found.reason and not found.casts, kind
+        if kind != "Range":
+            operands = (*tensors(before), *tensors("int32", constant=constant), *tensors(after))
+            assert place(OWN, kind, operands, tensors(result)).place == "AI Core", kind
 
 
 def test_every_fact_has_a_source_and_reads_as_a_rule():
@@ -153,6 +169,10 @@ def test_an_installed_canns_tables_decide(cann):
     assert not where("Abs", "float32", "float32", tables).layout
 
 
+def operand(**fields):
+    return {"input0": {"name": "x", **fields}}
+
+
 @pytest.mark.parametrize(
     "core, chip, said",
     [
@@ -167,12 +187,49 @@ def test_an_installed_canns_tables_decide(cann):
             r"ops-info.json is not a table of operators \(it is no object of types\); install CANN again",
         ),
         ("{", "ascend910b", r"ops-info.json is not a table of operators"),
-        ({"Add": {"input0": "x"}}, "ascend910b", r"not a table of operators \(an operand of Add is no object\)"),
+        ({}, "ascend910b", r"ops-info.json is not a table of operators \(no type is in it\); install CANN again"),
+        ({"Add": None}, "ascend910b", r"ops-info.json is not a table of operators \(Add is no object\)"),
+        ({"Add": []}, "ascend910b", r"\(Add is no object\)"),
+        ({"Add": 3}, "ascend910b", r"\(Add is no object\)"),
+        ({"Add": {}}, "ascend910b", r"\(Add has neither operands nor results\)"),
+        ({"Add": {"input0": "x"}}, "ascend910b", r"not a table of operators \(input0 of Add is no object\)"),
+        ({"Add": {"output0": None}}, "ascend910b", r"\(output0 of Add is no object\)"),
+        ({"Add": operand(dtype=None)}, "ascend910b", r"\(dtype of input0 of Add is None, and not names separated by"),
+        ({"Add": operand(dtype=["float"])}, "ascend910b", r"\(dtype of input0 of Add is \['float'\], and not names"),
+        ({"Add": operand(dtype=3)}, "ascend910b", r"\(dtype of input0 of Add is 3, and not names"),
+        ({"Add": operand(dtype="float,")}, "ascend910b", r"\(dtype of input0 of Add is 'float,', and not names"),
+        ({"Add": operand(dtype="float", format=3)}, "ascend910b", r"\(format of input0 of Add is 3, and not names"),
     ],
 )
 def test_tables_of_another_chip_or_none_are_one_sentence(cann, core, chip, said):
     with pytest.raises(ValueError, match=said):
         opp.read(cann(core, chip))
+
+
+def test_an_entry_of_the_ai_cpu_that_cannot_be_read_is_one_sentence(cann):
+    folder = cann(CORE)
+    file = folder / "opp/built-in/op_impl/aicpu/aicpu_kernel/config/aicpu_kernel.json"
+    for table, said in (
+        ({}, "no type is in it"),
+        ({"Sort": None}, "Sort is no object"),
+        ({"Sort": {"input0": 3}}, "input0 of Sort is no object"),
+        (
+            {"Sort": {"input0": {"type": ["DT_FLOAT"]}}},
+            r"type of input0 of Sort is \['DT_FLOAT'\], and not names separated by commas",
+        ),
+        ({"Sort": {}}, "Sort has neither operands nor results"),
+    ):
+        file.write_text(json.dumps(table))
+        with pytest.raises(ValueError, match=rf"aicpu_kernel.json is not a table of operators \({said}\); install"):
+            opp.read(folder)
+
+
+def test_an_entry_that_says_no_dtypes_is_open(cann):
+    """A missing dtype leaves it to the kernel; lists of unequal length do not say what belongs together; MemSet clears memory."""
+    uneven = {"input0": column("x", "float,int8"), "output0": column("y", "float")}
+    tables = opp.read(cann({"MemSet": {"attr": {"list": "sizes"}}, "Mine": operand(), "Abs": uneven}))
+    assert "MemSet" in tables.open and "Mine" in tables.open and not tables.open & tables.core.keys()
+    assert tables.facts == {"Abs"}
 
 
 def test_a_folder_without_cann_is_one_sentence(tmp_path):

@@ -8,11 +8,13 @@ from dataclasses import asdict
 import ge_graphs
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bevfn.ascend import device, probe
+from bevfn.ascend import device, placement, probe
+from bevfn.ascend.interpret import a2
 from bevfn.ascend.probe import NEITHER, REFUSED, Found
 from bevfn.ascend.questions import QUESTIONS, ROWS
-from bevfn.ascend.rates import SCENARIOS, probed
+from bevfn.ascend.rates import L2, SCENARIOS, probed
 from bevfn.commands.ascend import probe as command
 from bevfn.commands.graph import graph
 
@@ -22,6 +24,7 @@ SAID = {
     "floor-div": ("exact", "through float32"),
     "mul-wrap": ("wraps", "wraps"),
     "sxpy": ("difference", REFUSED),
+    **dict.fromkeys(("maximum", "clip", "reduce-max", "cumsum", "cast-narrow", "cast-wide"), ("exact", "exact")),
     "index-add": ("sums", "sums"),
     "scatter-add": (REFUSED, REFUSED),  # no published prototype
     "gather": ("rows", "rows"),
@@ -65,13 +68,49 @@ def test_the_command_without_an_npu(capsys, tmp_path):
     ge_graphs.need_torchair()
     assert command(only="mul-wrap", json_file=tmp_path / "p.json") == 0
     out = capsys.readouterr().out
-    assert "no NPU is asked: the interpreter answers, for its two modes (none was found here)" in out
+    assert "no NPU was found: a rehearsal in the interpreter, in its two modes; nothing of a device is measured" in out
     assert "wraps (published)           wraps (a2)" in out and "bevfn/rng.py" in out
     made = json.loads((tmp_path / "p.json").read_text())
     assert made["rates"] == {} and [one["answer"] for one in made["found"]] == ["wraps", "wraps"]
     assert made["questions"]["mul-wrap"]["answers"]["wraps"] == "as assumed" and made["command"]
     with pytest.raises(ValueError, match=r"p.json has no rates: it is no probe's report, or of one without a device"):
         probed(tmp_path / "p.json")
+
+
+def test_an_npu_or_a_cann_that_cannot_be_used_is_refused_with_what_to_do(monkeypatch, capsys, tmp_path):
+    ge_graphs.need_torchair()
+    monkeypatch.setattr(device, "available", lambda: False)
+    monkeypatch.setattr(device, "INSTALLATIONS", (tmp_path / "Ascend",))
+    monkeypatch.setattr(device, "DEVICES", tmp_path)
+
+    def refused(said):
+        with pytest.raises(ValueError, match=f"no NPU can be asked: {said}, or rehearse without one by --dry-run"):
+            command(only="sxpy")
+
+    (tmp_path / "davinci0").write_text("")
+    (tmp_path / "davinci_manager").write_text("")  # no device
+    refused(r"the machine has an NPU \(.*davinci0\) and no CANN was found: install it, and source its set_env.sh")
+    script = tmp_path / "Ascend" / "ascend-toolkit" / "set_env.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text("")
+    refused(f"CANN is installed at {script.parent} and this shell does not have it: source {script}")
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: None)  # sourced
+    refused(r"torch_npu sees no device beside .*davinci0: look at npu-smi info and ASCEND_RT_VISIBLE_DEVICES")
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    refused(r"the machine has an NPU \(.*davinci0\) and CANN, and no torch_npu: pip install -e '.\[npu\]'")
+    monkeypatch.undo()
+    monkeypatch.setattr(device, "hindrance", lambda: "nobody asks")
+    assert command(only="sxpy", dry_run=True) == 0
+    assert "--dry-run: a rehearsal in the interpreter" in capsys.readouterr().out
+
+
+def test_a_machine_with_cann_alone_rehearses(monkeypatch, tmp_path):
+    """As one that only lowers graphs has it, for `--opp`."""
+    monkeypatch.setattr(device, "INSTALLATIONS", (tmp_path,))
+    monkeypatch.setattr(device, "DEVICES", tmp_path)
+    assert device.hindrance() is None
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: None)
+    assert device.hindrance() is None
 
 
 def test_a_process_that_dies_is_an_answer_and_one_that_answers_too(monkeypatch, tmp_path):
@@ -148,3 +187,26 @@ def test_what_are_no_rates_is_one_sentence(tmp_path, text, said):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(ValueError, match=said):
         probed(tmp_path / "p.json")
+
+
+def test_the_gathered_table_is_larger_than_the_l2_where_time_is_taken():
+    """Else the rate would be the cache's."""
+    gather = QUESTIONS["gather"]
+    with FakeTensorMode():
+        table, index = gather.operands(gather.rows)
+    assert table.nbytes >= 4 * L2 and table[0].nbytes == 128 and index.shape[0] == gather.rows
+    table, index = gather.operands(ROWS)
+    assert table.nbytes < 2**20 and index.max() < table.shape[0]
+
+
+def test_what_is_unknown_about_integers_is_asked():
+    facts = placement.facts()
+    for kind, fact in facts["integers"].items():
+        assert kind in facts["types"] and fact["source"] in facts["sources"] and set(fact) - {"probe"} == {
+            "int32", "says", "source",
+        }  # fmt: skip
+        asked = fact.get("probe", "").split()
+        assert all(kind in QUESTIONS[name].asks for name in asked)
+        assert asked or fact["int32"] in ("exact", "through float32")
+    through = {kind for kind, fact in facts["integers"].items() if fact["int32"] == "through float32"}
+    assert through == {"SelectV2", "FloorDiv"} == a2.OPS.keys() - {"Sxpy"}  # as the interpreter's mode computes

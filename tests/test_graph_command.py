@@ -253,9 +253,32 @@ def test_without_torch_npu_the_console_command_says_so(tmp_path):
 
 
 def test_capacities_of_a_model_without_voxels_are_refused_and_so_is_room_for_nothing():
-    with pytest.raises(ValueError, match="--capacities are voxels and sites, which bevdepth has not; leave them out"):
+    with pytest.raises(
+        ValueError, match="--capacities are voxels and sites, which bevdepth-2key has not; leave them out"
+    ):
         graph("bevdepth", scale="mini", capacities=(256, 256))
     with pytest.raises(ValueError, match="--capacities 0 must be at least 1"):
         graph("bevfusion_lidar", scale="mini", capacities=(256, 0))
-    with pytest.raises(ValueError, match="needs 2 paddings and 3 capacities"):
-        graph("bevfusion_lidar", scale="mini", capacities=(256, 256))
+    for scale, capacities, strided in (
+        ("published", (100, 100), 3),
+        ("published", (100,) * 6, 3),
+        ("mini", (256, 256), 2),
+    ):
+        said = (
+            f"--capacities are {strided + 2} numbers at {scale} scale: voxels, then active sites after each of the encoder's "
+            f"{strided} strided convolutions and after its last one; there are {len(capacities)}"
+        )
+        with pytest.raises(ValueError, match=said):
+            graph("bevfusion_lidar", scale=scale, capacities=capacities)
+
+
+def test_flags_that_would_change_nothing_are_refused():
+    for kernels in ("a2", "a2-hf32"):
+        with pytest.raises(
+            ValueError, match=f"--kernels {kernels} is of the steps that --execute runs; add --execute 5"
+        ):
+            graph("bevdepth", scale="mini", kernels=kernels)
+    for experiment, model in (("bevdepth", "bevdepth-2key"), ("matrixvt", "matrixvt"), ("bevnext", "bevnext-stage1")):
+        said = f"--no-host-tables is of BEVFusion's detectors, and {model} has no tables; leave it out"
+        with pytest.raises(ValueError, match=said):
+            graph(experiment, scale="mini", host_tables=False)

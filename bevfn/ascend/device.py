@@ -15,6 +15,7 @@ import ctypes
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,9 @@ from bevfn.ascend.trace import Traced, placeholders
 
 Backend = Literal["torchair", "npugraph-ex"]
 MODES: dict[str, str] = {"torchair": "max-autotune", "npugraph-ex": "npugraph_ex"}
+INSTALLATIONS = (Path("/usr/local/Ascend"), Path("~/Ascend"))
+"""where CANN installs itself, for all users or for one"""
+DEVICES = Path("/dev")
 
 
 def check(backend: str) -> None:
@@ -52,6 +56,26 @@ def available() -> bool:
     except (OSError, ImportError):
         return False
     return torch.get_device_module("npu").is_available()
+
+
+def hindrance() -> str | None:
+    """Why this process cannot use the NPU or the CANN that the machine has, and what to do; None where it has neither, or CANN
+    alone, as a machine that only lowers graphs may."""
+    scripts = [script for folder in INSTALLATIONS for script in sorted(folder.expanduser().glob("*/set_env.sh"))]
+    npus = sorted(DEVICES.glob("davinci[0-9]*"))
+    try:
+        ctypes.CDLL("libascendcl.so")
+    except OSError:
+        if scripts:
+            return f"CANN is installed at {scripts[0].parent} and this shell does not have it: source {scripts[0]}"
+        if npus:
+            return f"the machine has an NPU ({npus[0]}) and no CANN was found: install it, and source its set_env.sh"
+        return None
+    if not npus:
+        return None
+    if importlib.util.find_spec(torchair.PACKAGE) is None:
+        return f"the machine has an NPU ({npus[0]}) and CANN, and no torch_npu: pip install -e '.[npu]'"
+    return f"torch_npu sees no device beside {npus[0]}: look at npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
 
 
 def compiled(f: Callable, backend: Backend, *, hf32: bool = lower.HF32) -> Callable:

@@ -40,12 +40,13 @@ GROUPS = (
     "of GE alone",
 )
 NAMED = 0.1  # share of a graph's tasks that a profile of it names at least: GE renames what it fuses
-ALIKE = (
-    0.5  # share of those that write as many elements as the profile says: names are a type and a number in any graph
-)
+# Share of those that write as many elements as the profile says. Names are a type and a number in any graph, and what
+# has a parameter's size has it at any batch size: in a step, up to half of the tasks.
+ALIKE = 0.9
 COLUMNS = ("Op Name", "Task Duration(us)")
-SIZES = "Output Shapes"
-"""of msprof, where it was asked for them: "4,64,128,128;64", axes by commas, outputs by semicolons"""
+SIZES, LAYOUTS = "Output Shapes", "Output Formats"
+"""of msprof, where it was asked for them: axes by commas, outputs by semicolons, as in "4,64,128,128;64" and "NCHW;ND" """
+PLAIN = ("ND", "NCHW", "NHWC", "NCDHW", "NDHWC")  # others are padded
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Profile:
 
     seconds: dict[str, float]
     written: dict[str, int]
-    """elements of the first output; of those whose sizes are in the file"""
+    """elements of the first output; of those whose sizes are in the file, in a layout that does not pad"""
+    instant: int = 0
+    """rows of a duration of 0, which are left out: a task that ran took time"""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Estimate:
     """bytes of inputs, outputs, activations, workspace and folded constants"""
     published: float | None
     """samples a second and NPU"""
+    instant: int = 0
+    """rows of the profile that are left out"""
 
     @property
     def tasks(self) -> int:
@@ -130,6 +135,8 @@ class Estimate:
         rates = "".join(f"{rate:>13.2f}" for rate in self.samples_per_second.values())
         published = f"   published {self.published:.2f} per NPU" if self.published else ""
         rows = {name: group.million_rows for name, group in self.groups.items()}
+        if self.instant:
+            lines.insert(1, f"  {self.instant} rows of the profile have a duration of 0, and are left out")
         return "\n".join(
             [
                 *lines,
@@ -182,6 +189,7 @@ def estimate(
         compilations=len(_compiled(lowered, uses, {task.name for task in tasks})),
         memory=sum(memory.values()),
         published=published,
+        instant=profile.instant if profile else 0,
     )
 
 
@@ -209,37 +217,47 @@ def seconds(task: Task, rates: Rates) -> float:
 
 def read_profile(path: Path) -> Profile:
     """Of msprof's op_summary_*.csv, the mean over its steps. Raises ValueError if it is none."""
+    took: dict[str, list[float]] = defaultdict(list)
+    written: dict[str, int] = {}
+    instant = 0
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have put a mark in front
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f"{path} has no column {missing[0]!r}; give an op_summary_*.csv of msprof")
-            took: dict[str, list[float]] = defaultdict(list)
-            written: dict[str, int] = {}
             for row in reader:
-                try:
-                    number = float(row[COLUMNS[1]].strip())
-                except (ValueError, AttributeError):
-                    number = math.nan
-                if not 0 <= number < math.inf:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: {COLUMNS[1]} is {row[COLUMNS[1]]!r}, not microseconds"
-                    )
-                name = row[COLUMNS[0]].strip()
-                took[name].append(number * 1e-6)
-                if (elements := _elements(row.get(SIZES))) is not None:
+                microseconds = _microseconds(row[COLUMNS[1]], f"{path}, line {reader.line_num}")
+                if microseconds == 0:
+                    instant += 1
+                    continue
+                name = (row[COLUMNS[0]] or "").strip()
+                took[name].append(microseconds * 1e-6)
+                if (elements := _elements(row.get(SIZES), row.get(LAYOUTS))) is not None:
                     written[name] = elements
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read the profile {path} ({error}); give an op_summary_*.csv of msprof") from None
     if not took:
-        raise ValueError(f"{path} has no task; profile some steps")
+        nothing = f"no task but {instant} of a duration of 0" if instant else "no task"
+        raise ValueError(f"{path} has {nothing}; profile some steps")
     # A task runs once a step in a static graph, so that its mean is a step's; msprof may have lost some.
-    return Profile({name: sum(times) / len(times) for name, times in took.items()}, written)
+    return Profile({name: sum(times) / len(times) for name, times in took.items()}, written, instant)
 
 
-def _elements(shapes: str | None) -> int | None:
-    """Of the first output; None where the file does not say."""
+def _microseconds(text: str | None, where: str) -> float:
+    try:
+        number = float((text or "").strip())
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{where}: {COLUMNS[1]} is {text!r}, not microseconds")
+    return number
+
+
+def _elements(shapes: str | None, layouts: str | None) -> int | None:
+    """Of the first output; None where the file does not say, or its layout may be padded."""
+    if layouts and layouts.strip().strip('"').split(";")[0].removeprefix("FORMAT_") not in PLAIN:
+        return None
     axes = (shapes or "").strip().strip('"').split(";")[0].split(",")
     return math.prod(map(int, axes)) if all(axis.strip().isdecimal() for axis in axes) else None
 

@@ -14,6 +14,7 @@ dtype that one operand may have. The binaries beside the tables are not read: to
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from bevfn.ascend import placement
 from bevfn.ascend.placement import Kernel, Tables
@@ -70,14 +71,32 @@ def _entries(files: list[Path]) -> Iterator[tuple[str, dict]]:
     for path in files:
         try:
             table = read_json(path.read_bytes())
-            if not (isinstance(table, dict) and all(isinstance(entry, dict) for entry in table.values())):
+            if not isinstance(table, dict):
                 raise ValueError("it is no object of types")
+            if not table:
+                raise ValueError("no type is in it")
             for name, entry in table.items():
-                if any(_NUMBERED.match(key) and not isinstance(value, dict) for key, value in entry.items()):
-                    raise ValueError(f"an operand of {name} is no object")
+                _check(name, entry)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a table of operators ({error}); install CANN again") from None
         yield from table.items()
+
+
+def _check(name: str, entry: Any) -> None:
+    """Raises ValueError naming the type, and the operand, whose entry cannot be read."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is no object")
+    operands = {key: value for key, value in entry.items() if _NUMBERED.match(key)}
+    for key, operand in operands.items():
+        if not isinstance(operand, dict):
+            raise ValueError(f"{key} of {name} is no object")
+        for field in ("dtype", "format", "type"):
+            value = operand.get(field, "-")
+            if not isinstance(value, str) or (field != "format" and not all(map(str.strip, value.split(",")))):
+                raise ValueError(f"{field} of {key} of {name} is {value!r}, and not names separated by commas")
+    # CANN's own tables have a few without: of memory to clear (MemSet), which no graph of ours asks for.
+    if not operands and name in placement.facts()["types"]:
+        raise ValueError(f"{name} has neither operands nor results")
 
 
 def _operands(entry: dict) -> tuple[list[dict], list[dict]]:
@@ -91,15 +110,16 @@ def _operands(entry: dict) -> tuple[list[dict], list[dict]]:
 
 
 def _kernel(entry: dict) -> Kernel | None:
-    """None where the table leaves the dtypes of an operand or result to the kernel, or to another type."""
+    """None where the table leaves the dtypes of an operand or result to the kernel, or to another type, or has no operands."""
     inputs, outputs = _operands(entry)
     both = [*inputs, *outputs]
-    if any("dtype" not in operand or operand.get("unknownshape_format") == "NULL" for operand in both):
+    if not both or any("dtype" not in operand or operand.get("unknownshape_format") == "NULL" for operand in both):
         return None
     dtypes = [[_dtype(name) for name in operand["dtype"].split(",")] for operand in both]
-    count = max((len(names) for names in dtypes), default=0)
+    if len({len(names) for names in dtypes}) > 1:  # which belong together, it does not say
+        return None
     return Kernel(
-        frozenset(tuple(names[min(i, len(names) - 1)] for names in dtypes) for i in range(count)),
+        frozenset(zip(*dtypes)),
         tuple(operand.get("paramType") == "dynamic" for operand in both),
         len(inputs),
         tuple(frozenset(name.strip() for name in operand.get("format", "").split(",")) - {""} for operand in both),

@@ -1,9 +1,10 @@
 """Where an Atlas A2 (Ascend 910B) computes a node: on its AI Core, there after a cast, on its AI CPU, or nowhere.
 
 By the tables of an installed CANN (`opp.read`), or by the facts of `a2.json` for the types that our graphs are made of, each
-with its source. The rule for dtypes is GE's default (hicann/ge, OpDtypeSelectionStrategyDefaultMode): the kernel of the
-node's own dtypes, else one of higher precision behind a cast. What GE decides beyond dtypes (fusion, a kernel's refusal of a
-shape) is not in any table: this is what to expect and to look for in a profile, not a verdict.
+with its source. The rule for dtypes is GE's default (hicann/ge ffdcbc9f, SubOpsStore::CheckPrecisionReduce and
+OpDtypeSelectionStrategyDefaultMode): the kernel of the node's own dtypes, else of float32 in place of float16 or bfloat16,
+behind a cast. What GE decides beyond dtypes (fusion, a kernel's refusal of a shape) is not in any table: this is what to
+expect and to look for in a profile, not a verdict.
 
 Dtypes are torch's names ("float32"); a rule in `a2.json` is "operand operand -> result", where T is one of those after
 "for", "a/b" is a choice, and "T*" any number.
@@ -21,8 +22,6 @@ from bevfn.files import read_json
 Place = Literal["AI Core", "AI Core with a cast", "AI CPU", "GE", "HCCL", "none", "unknown"]
 FACTS = Path(__file__).with_name("a2.json")
 HIGHER = {"float16": "float32", "bfloat16": "float32"}
-# Not in the rule, but what a node with a wider operand can only become: sizes and axes fit int32.
-NARROWER = {"int64": "int32"}
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def _casts(wanted: Sequence[tuple[int, Tensor]], column: Sequence[str], operands
         own, read = column[position], position < operands
         if own == x.dtype:
             continue
-        if own not in (HIGHER.get(x.dtype), NARROWER.get(x.dtype) if read else None):
+        if own != HIGHER.get(x.dtype):
             return None
         if not x.constant:  # GE casts a constant once, while it compiles
             casts[position, x.dtype] = f"{x.dtype} to {own}" if read else f"{own} to {x.dtype}"

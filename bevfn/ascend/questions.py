@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bevfn.ascend.rates import L2
+
 Results = tuple[Tensor | None, ...]
 ROWS = 4096
 """of a rate's graph where no time is taken"""
-FLOAT, INT32 = 0, 3  # in GE's numbering
+FLOAT, INT32, INT64 = 0, 3, 9  # in GE's numbering
 POINTS = 330_000
 """of a sample of ten sweeps, which voxelization sorts"""
 
@@ -110,6 +112,104 @@ def product_float(a: Tensor, b: Tensor) -> Results:
     return ((a.float() * b.float()).double().clamp(*LIMITS).long().int(),)
 
 
+def running(x: Tensor) -> Results:
+    """Sums up to each place."""
+    return (x.long().cumsum(0).int(),)
+
+
+def running_float(x: Tensor) -> Results:
+    """Of float32, one after the other."""
+    total, sums = torch.zeros(()), []
+    for number in x.float():
+        total = total + number
+        sums.append(total)
+    return (torch.stack(sums).to(torch.int32),)
+
+
+def recast(x: Tensor) -> Results:
+    """To the other width."""
+    return (x.to(torch.int32 if x.dtype == torch.int64 else torch.int64),)
+
+
+def recast_float(x: Tensor) -> Results:
+    """Through float32."""
+    return (x.float().to(torch.int32 if x.dtype == torch.int64 else torch.int64),)
+
+
+def _whole_numbers(
+    name: str, kind: str, operands: tuple[Tensor, ...], build: Callable[..., Any], exact: Any, rounded: Any, says: str
+) -> Question:
+    """Whether `kind` is exact for integers that float32 has not; as a2.json's "integers" has it."""
+    return Question(
+        name=name,
+        asks=f"Is {kind} of integers above 2^24 exact?",
+        assumes=f"{says} (ascend/a2.json)",
+        operands=lambda rows: operands,
+        build=build,
+        answers=(
+            Answer("exact", exact, "integers of any size may meet it"),
+            Answer("through float32", rounded, "let interpret/a2.py compute it so, and keep its integers below 2^24"),
+        ),
+    )
+
+
+NUMBERS = torch.tensor(LARGE).int()
+WHOLE = (
+    _whole_numbers(
+        "maximum",
+        "Maximum",
+        (NUMBERS, NUMBERS.flip(0)),
+        lambda ge, a, b: ge.Maximum(a, b),
+        lambda a, b: (torch.maximum(a, b),),
+        lambda a, b: (torch.maximum(a.float(), b.float()).to(torch.int32),),
+        "yes, its source casts nothing",
+    ),
+    _whole_numbers(
+        "clip",
+        "ClipByValueV2",
+        (NUMBERS, torch.tensor(-(2**24) - 1).int(), torch.tensor(2**25 + 1).int()),
+        lambda ge, x, low, high: ge.ClipByValueV2(x, low, high),
+        lambda x, low, high: (x.clamp(low, high),),
+        lambda x, low, high: (x.float().clamp(low.float(), high.float()).to(torch.int32),),
+        "yes, its source casts nothing",
+    ),
+    _whole_numbers(
+        "reduce-max",
+        "ReduceMax",
+        (torch.stack((NUMBERS, NUMBERS - 2)),),
+        lambda ge, x: ge.ReduceMax(x, ge.Const([1], dtype=INT32), keep_dims=False),
+        lambda x: (x.amax(1),),
+        lambda x: (x.float().amax(1).to(torch.int32),),
+        "nobody knows, as A2's instruction takes floats only: ranks below 2^24 meet it (heads/suppression.py)",
+    ),
+    _whole_numbers(
+        "cumsum",
+        "Cumsum",
+        (torch.tensor([2**24, 1, 1, 2**28, 3, 5]).int(),),
+        lambda ge, x: ge.Cumsum(x, ge.Const(0, dtype=INT32)),
+        running,
+        running_float,
+        "yes, its source adds in int32",
+    ),
+    _whole_numbers(
+        "cast-narrow",
+        "Cast of int64 to int32",
+        (torch.tensor(LARGE),),
+        lambda ge, x: ge.Cast(x, dst_type=INT32),
+        recast,
+        recast_float,
+        "nobody knows, and indices above 2^24 meet it where the graph makes its tables",
+    ),
+    _whole_numbers(
+        "cast-wide",
+        "Cast of int32 to int64",
+        (NUMBERS,),
+        lambda ge, x: ge.Cast(x, dst_type=INT64),
+        recast,
+        recast_float,
+        "nobody knows, and indices above 2^24 meet it where the graph makes its tables",
+    ),
+)
 INTEGERS = (
     Question(
         name="select",
@@ -181,6 +281,13 @@ def to_add(rows: int) -> tuple[Tensor, ...]:
     return torch.zeros(cells, 80), whole(rows, most=cells), whole(rows, 80, most=8).float()
 
 
+def to_gather(rows: int) -> tuple[Tensor, ...]:
+    """Rows of 128 bytes, in no order. Timed, they are of a table of four times the L2's size: what is taken is the memory's rate,
+    where three of four rows are; tables of the steps that fit into L2 are read faster."""
+    table = 4 * L2 // 128 if rows > ROWS else ROWS
+    return random(table, 64).half(), whole(rows, most=table)
+
+
 ONE = 0x3F800000
 """the bits of 1.0: those of whole numbers are denormal, which a device may take for 0"""
 
@@ -217,9 +324,9 @@ MOVES = (
     ),
     Question(
         name="gather",
-        asks="What does a row of GatherV2 of 128 bytes cost?",
+        asks="What does a row of GatherV2 of 128 bytes cost, of a table that the L2 does not hold?",
         assumes="0.30, 0.65 or 1.2 ns (ascend/rates.py)",
-        operands=lambda rows: (random(100_000, 64).half(), whole(rows, most=100_000)),
+        operands=to_gather,
         build=lambda ge, table, index: ge.GatherV2(table, index, ge.Const(0, dtype=INT32)),
         answers=(
             Answer(
@@ -362,7 +469,7 @@ FLOATS = (
     ),
 )
 
-QUESTIONS: dict[str, Question] = {question.name: question for question in (*INTEGERS, *MOVES, *FLOATS)}
+QUESTIONS: dict[str, Question] = {question.name: question for question in (*INTEGERS, *WHOLE, *MOVES, *FLOATS)}
 
 
 def _custom(kind: str, **operands: Any) -> Any:

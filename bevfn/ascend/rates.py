@@ -16,6 +16,8 @@ from bevfn.files import read_json
 
 LARGE_COPIES = 1.49e12
 """Bytes a second [2]; the floor of everything that moves memory."""
+L2 = 192 * 2**20
+"""Bytes that all cores share [1]."""
 MEMORY = 64 * 2**30
 """Bytes of an NPU's memory."""
 SMALL_TASK = 65_536
@@ -52,8 +54,15 @@ SCENARIOS = {
     "pessimistic": Rates(0.35 * 295e12, 0.35 * 74e12, 1.5, 1.2e-9, 35e-9, 2.5e-9, 4.8e-6, 200e-6, 1e9),
 }
 
-PUBLISHED = {"bevfusion": 4.10, "bevdepth": 4.04, "matrixvt": 5.6}
-"""Samples a second and NPU in fp16 training on Atlas 800T A2, by Ascend/DrivingSDK's model pages (issue 13)."""
+PUBLISHED = {
+    "bevfusion-lidar-camera": 4.10,
+    "bevdepth-2key": 4.04,
+    "matrixvt": 46.19 / 8,
+    "bevnext-stage1": 16.568 / 8,
+    "bevnext-stage2": 7.572 / 8,
+}
+"""Samples a second and NPU in training on Atlas 800T A2, by model: the "FPS" of the results of Ascend/DrivingSDK's
+model_examples, which are of 8 NPUs, in fp16 (BEVNeXt's page does not say)."""
 
 
 def probed(path: Path) -> Rates:

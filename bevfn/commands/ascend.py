@@ -21,7 +21,7 @@ def probe(
 
     Each question is a graph of one operator through torchair, in a process of its own. Without an NPU the graphs run in
     the interpreter, by the published meaning of the types and as an Atlas A2's kernels do: no times, and nothing learnt
-    about a device. docs/ascend.md says what follows from the answers.
+    about a device. A machine that has an NPU or CANN which this process cannot use is refused. docs/ascend.md says what follows from the answers.
 
     Args:
         only: one question
@@ -34,10 +34,12 @@ def probe(
     check_json(json_file)
     questions = [QUESTIONS[only]] if only else list(QUESTIONS.values())
     there = not dry_run and device.available()
+    if not there and not dry_run and (why := device.hindrance()):
+        raise ValueError(f"no NPU can be asked: {why}, or rehearse without one by --dry-run")
     if not there:
         print(
-            "no NPU is asked: the interpreter answers, for its two modes"
-            + ("" if dry_run else " (none was found here)")
+            f"{'--dry-run' if dry_run else 'no NPU was found'}: a rehearsal in the interpreter, in its two modes; nothing of a "
+            "device is measured"
         )
         found = [asking.interpreted(question, mode) for question in questions for mode in asking.MODES]
     else:

@@ -15,6 +15,7 @@ from bevfn.choices import one_of
 from bevfn.data import source
 from bevfn.data.batch import needed
 from bevfn.files import check_json, check_writable
+from bevfn.models import bevfusion
 from bevfn.precision import Precision
 from bevfn.synth import key_frame, rig
 from bevfn.training import assembly, command_line, limits, tasks
@@ -91,6 +92,8 @@ def graph(
         raise ValueError("--calibrate is of the estimate; add --estimate")
     if rates is not None and not estimate:
         raise ValueError("--rates is of the estimate; add --estimate")
+    if kernels != "published" and not execute:
+        raise ValueError(f"--kernels {kernels} is of the steps that --execute runs; add --execute 5")
     if out is not None:
         check_writable(out)
     tables = None if opp is None else read(opp)
@@ -107,12 +110,11 @@ def graph(
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
     if catalogue.MODELS[config.model].family == "bevfusion":
         changes["host_tables"] = host_tables
-    if hasattr(config, "voxel_capacity"):
-        if capacities is not None:
-            limits.check({"capacities": capacities})
-            changes |= {"voxel_capacity": capacities[0], "site_capacity": capacities[1:]}
-    elif capacities is not None:
-        raise ValueError(f"--capacities are voxels and sites, which {experiment} has not; leave them out")
+    elif not host_tables:
+        raise ValueError(
+            f"--no-host-tables is of BEVFusion's detectors, and {config.model} has no tables; leave it out"
+        )
+    changes |= _rooms(config, capacities)
     config = replace(config, precision=precision, device="cpu", **changes)  # fake tensors, whatever devices are here
     made: dict[str, dict] = {}
     complete = True
@@ -130,7 +132,7 @@ def graph(
                 batch=batch_size,
                 memory=reported.bytes,
                 tables=tables,
-                published=PUBLISHED.get(experiment) if of_train else None,
+                published=PUBLISHED.get(config.model) if of_train else None,
                 profile=profile if of_train else None,
                 scenarios=scenarios,
             )
@@ -148,6 +150,23 @@ def graph(
         what = {"experiment": experiment, "model": config.model, "scale": scale, "precision": precision, **changes}
         provenance.write(json_file, {**what, "ops": ops, "steps": made})
     return 0 if complete else 1
+
+
+def _rooms(config: command_line.Config, capacities: tuple[int, ...] | None) -> dict[str, Any]:
+    """The fields of the config that --capacities are short for."""
+    if capacities is None:
+        return {}
+    if not hasattr(config, "voxel_capacity"):
+        raise ValueError(f"--capacities are voxels and sites, which {config.model} has not; leave them out")
+    limits.check({"capacities": capacities})
+    shown = bevfusion.Config() if config.scale == "published" else bevfusion.mini(bevfusion.Config())
+    strided = len(needed(shown.lidar, "lidar").encoder.paddings)
+    if len(capacities) != strided + 2:
+        raise ValueError(
+            f"--capacities are {strided + 2} numbers at {config.scale} scale: voxels, then active sites after each of the "
+            f"encoder's {strided} strided convolutions and after its last one; there are {len(capacities)}"
+        )
+    return {"voxel_capacity": capacities[0], "site_capacity": capacities[1:]}
 
 
 def _of_stage(experiment: str, model: str | None, stage: int) -> str:

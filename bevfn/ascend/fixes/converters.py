@@ -35,6 +35,8 @@ def _converters() -> dict:
         aten.sort.stable: _sort(),
         aten.index_add.default: _index_add(),
         aten.convolution.default: _convolution(),
+        aten.native_layer_norm.default: _with_int32(aten.native_layer_norm.default),
+        aten.topk.default: _with_int32(aten.topk.default),
     }
 
 
@@ -148,6 +150,20 @@ def _index_add() -> Any:
         return ge.InplaceIndexAdd(ge.TensorMove(x), index, source, alpha, axis=dim % x.rank)
 
     return index_add
+
+
+def _with_int32(overload: Any) -> Any:
+    """torchair's converter with its second operand, a size, as int32: TopKV2's prototype and A2's kernels of LayerNormV4 take no
+    other, and GE casts floats only."""
+    from torchair._ge_concrete_graph import ge_apis as ge
+    from torchair.ge._ge_graph import DataType
+
+    stock = _stock(overload)
+
+    def convert(x: Any, size: Any, *more: Any, meta_outputs: Any = None, **named: Any) -> Any:
+        return stock(x, ge.Const(size, dtype=DataType.DT_INT32), *more, meta_outputs=meta_outputs, **named)
+
+    return convert
 
 
 def _convolution() -> Any:
