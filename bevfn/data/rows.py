@@ -162,13 +162,15 @@ def poses(get: Get, data: Row) -> tuple[np.ndarray, np.ndarray]:
 
 def pose(table: str, row: dict[str, Any]) -> np.ndarray:
     """[4,4] float64 of a row's rotation and translation. Raises Impossible."""
-    from nuscenes.utils.geometry_utils import transform_matrix
     from pyquaternion import Quaternion
 
     if not _is_pose(row):  # then one of these says why
         quaternions(table, [row])
         numbers(table, [row], "translation", (3,))
-    return transform_matrix(row["translation"], Quaternion(row["rotation"]))
+    matrix = np.eye(4)
+    matrix[:3, :3] = Quaternion(row["rotation"]).rotation_matrix
+    matrix[:3, 3] = row["translation"]
+    return matrix
 
 
 def _is_pose(row: dict) -> bool:

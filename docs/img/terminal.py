@@ -3,8 +3,8 @@
     pip install pyte
     python docs/img/terminal.py terminal_help bevfn --help
 
-gives terminal_help_80.png and terminal_help_160.png. What the command says of an earlier one goes away with it: the pictures
-are the screen as it stands at the end.
+gives terminal_help_80.png and terminal_help_160.png: the screen as it stands at the end. The command runs once for each, in an
+empty folder.
 """
 
 import fcntl
@@ -13,6 +13,7 @@ import pty
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
 
@@ -33,16 +34,23 @@ def shown(words: list[str], columns: int) -> pyte.Screen:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns)}
-    running = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
+    with tempfile.TemporaryDirectory() as folder:
+        running = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=folder)
+        os.close(theirs)
+        screen = followed(ours, columns)
+        running.wait()
+    return screen
+
+
+def followed(told: int, columns: int) -> pyte.Screen:
+    """The screen of a terminal's descriptor, when nobody writes to it any more."""
     screen = pyte.Screen(columns, HEIGHT)
     stream = pyte.ByteStream(screen)
     try:
-        while told := os.read(ours, 65536):
-            stream.feed(told)
+        while written := os.read(told, 65536):
+            stream.feed(written)
     except OSError:  # what Linux says when the last writer has gone
         pass
-    running.wait()
     return screen
 
 
