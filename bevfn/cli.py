@@ -114,7 +114,7 @@ COMMANDS = Commands(
 )
 
 
-ABOUT = "Bird's-eye-view 3D detectors, from data to a trained and exported one. `bevfn COMMAND --help` says more of a command."
+ABOUT = "Bird's-eye-view 3D detectors. `bevfn COMMAND --help` explains a command."
 
 
 def _checked(command: Callable) -> Callable:
