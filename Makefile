@@ -20,7 +20,7 @@ npu: $(VENV)/.installed
 try: $(VENV)/.installed
 	rm -rf runs/try
 	$(BIN)/bevfn data synth runs/try/world --scenes 2 --frames 10 --image-size 225 400
-	$(BIN)/bevfn train bevfusion_lidar --data-root runs/try/world --backend eager --steps 60 --sweeps 1 --no-eval-first --run-dir runs/try/run
+	$(BIN)/bevfn train bevfusion_lidar --data-root runs/try/world --backend eager --steps 110 --sweeps 1 --no-eval-first --run-dir runs/try/run
 	$(BIN)/bevfn predict runs/try/run runs/try/world --scene val --out runs/try/detections
 	@echo "pictures: $(CURDIR)/runs/try/detections/pictures, scores: $$(ls $(CURDIR)/runs/try/run/evaluations/*/report.html)"
 

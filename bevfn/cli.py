@@ -39,7 +39,7 @@ class Commands(Mapping[str, Callable]):
         return len(self.places)
 
     def listed(self, name: str) -> Callable:
-        """A stand-in that a list of commands is made of: the docstring, read without importing the file."""
+        """A stand-in that a list of commands is made of: the docstring's first paragraph, read without importing the file."""
         place = self.places[name]
         if not isinstance(place, str):
             return place
@@ -50,7 +50,7 @@ class Commands(Mapping[str, Callable]):
         def stand_in() -> None:
             pass
 
-        stand_in.__doc__ = (ast.get_docstring(found) or "").partition("\nArgs:")[0]
+        stand_in.__doc__ = (ast.get_docstring(found) or "").partition("\n\n")[0]
         return stand_in
 
 
@@ -115,6 +115,9 @@ COMMANDS = Commands(
 )
 
 
+ABOUT = "Bird's-eye-view 3D detectors. `bevfn COMMAND --help` explains a command."
+
+
 def _checked(command: Callable) -> Callable:
     """The command, whose numbers are held against `limits` first."""
 
@@ -146,7 +149,7 @@ def main() -> None:
     with exits.one_sentence(RuntimeError), exits.tidy_on_terminate():
         if arguments[:1] and arguments[0] in GROUPS:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
-        sys.exit(_run(COMMANDS, arguments, "bevfn", (__doc__ or "").partition("\n")[0]))
+        sys.exit(_run(COMMANDS, arguments, "bevfn", ABOUT))
 
 
 if __name__ == "__main__":

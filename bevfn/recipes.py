@@ -5,6 +5,8 @@ Only commands and benchmarks, which stand above the experiments, import this.
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from bevfn import catalogue, choices
@@ -39,6 +41,14 @@ def defaults(experiment: str, model: str | None = None) -> Mapping[source.Kind, 
             f"{catalogue.MODELS[name].experiment if name in catalogue.MODELS else 'that it was trained with'}"
         )
     return made[name]
+
+
+def on_frame(model: str, root: Path, **flags: Any) -> tasks.Run:
+    """What the recipe of a model trains on the one key frame at `root`, with its flags for one but `flags`."""
+    experiment = catalogue.MODELS[model].experiment
+    config = replace(defaults(experiment, model)["frame"], data_root=root, **flags)
+    task = load(experiment).task(config)
+    return tasks.Run(task, config, tasks.plan(config, task.data.items))
 
 
 def published(experiment: str, model: str | None = None) -> command_line.Config:

@@ -49,12 +49,28 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
         def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
             return pushforward(plain, saved(ctx), tangents)
 
-    def apply(*operands: Any) -> Tensor:
-        return Value.apply(*operands)
+    return one_node(lambda *operands: Value.apply(*operands))
 
-    # Dynamo reads neither a custom jvp nor the gradient of a gradient (torch 2.13: zeros, silently), and it drops the
-    # gradient of an input of torch.func.grad that goes straight into a Function. So it keeps the call as one node.
-    return torch.compiler.allow_in_graph(apply)
+
+def one_node(f: Callable) -> Callable:
+    """f(*operands), which Dynamo does not read but keeps as one node, as `torch.compiler.allow_in_graph` says it.
+
+    Dynamo reads neither a custom jvp nor the gradient of a gradient (torch 2.13: zeros, silently), and it drops the
+    gradient of an input of torch.func.grad that goes straight into a Function. It is told when it first comes here, and not
+    on import: to tell it is to import it, 1.2 s of CPU for everyone who compiles nothing.
+    """
+
+    def told() -> None:
+        torch.compiler.allow_in_graph(f)
+
+    told._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result's: called, not read
+
+    def apply(*operands: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            told()
+        return f(*operands)
+
+    return apply
 
 
 def _gradients(backward: Callable, plain: Callable) -> Any:

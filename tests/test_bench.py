@@ -9,8 +9,9 @@ import pytest
 import small_cameras
 import torch
 
-from bevfn import cli
+from bevfn import cli, distributed
 from bevfn.bench import attention, checkpoint, data, deform, machine, pool, startup, step, views
+from bevfn.commands import bench as commands
 from bevfn.export import bench as deploy
 from bevfn.kernels.deform_conv import deform_conv
 from bevfn.kernels.voxel_pool import voxel_pool
@@ -116,6 +117,18 @@ def test_a_step_is_measured(model, frame):
     figures = made["train/eager"]
     assert figures["gflop"] > 1 and figures["seconds"] > 0 and figures["share_of_gemm_peak"] > 0
     assert 0.2 < figures["first_call_peak_memory_gb"] <= figures["peak_memory_gb"]
+
+
+def test_a_step_takes_the_device_that_there_is(monkeypatch, capfd):
+    """As training does: auto by default, and a sentence for one that is not here before anything is made."""
+    asked = []
+    monkeypatch.setattr(step, "measure", lambda setting: asked.append(setting.device) or {})
+    commands.step()
+    commands.step(device="auto")
+    assert asked == [distributed.chosen("auto")] * 2
+    with pytest.raises(ValueError, match="there is no device cuda:99"):
+        commands.step(device="cuda:99")
+    assert len(asked) == 2
 
 
 def test_exported_files_are_measured_beside_the_detector(monkeypatch):

@@ -54,6 +54,17 @@ def test_help_waits_for_no_library_that_takes_a_second_to_import():
     assert done.returncode == 0 and done.stdout.count("usage: bevfn") == 9, done.stderr
 
 
+@pytest.mark.parametrize("typed", ["-m bevfn.experiments.bevfusion --help", "-m bevfn.cli train awml --help"])
+def test_a_recipes_help_waits_for_torch_alone(typed):
+    """Its flags are those of a config beside its model, so that torch is imported; nothing else that takes long is."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *typed.split()], capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "usage: " in done.stdout and "torch" in imported
+    slow = {"torch._dynamo", "scipy.spatial", "scipy.optimize", "matplotlib", "sklearn", "nuscenes", "torch_npu"}
+    found = slow & imported
+    assert not found
+
+
 def test_a_list_of_commands_says_what_each_is_for():
     for known in (cli.COMMANDS, *(inside for _, inside in cli.GROUPS.values())):
         for name in known:

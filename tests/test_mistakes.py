@@ -62,6 +62,7 @@ MISTAKES = [
     ("train bevfusoin", "there is no recipe or model bevfusoin; did you mean bevfusion?"),
     (EVAL + "runs/good --batch-size 0", "--batch-size 0 must be at least 1"),
     (TRAIN + "--device cuda:99", "there is no device cuda:99; "),
+    ("bench step --device gpu", "device 'gpu' is none of auto, cpu, cuda, npu"),
     (TRAIN + "--device gpu", "device 'gpu' is none of auto, cpu, cuda, npu"),
     # data
     ("train bevfusion_lidar --data-root nowhere --run-dir runs/new", "nowhere"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bevfn.commands.parity import parity
 from bevfn.parity import awml, compare, golden, replay
@@ -48,6 +49,34 @@ def test_a_folder_that_is_no_case_is_refused(tmp_path):
         golden.read(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         golden.read(tmp_path)
+
+
+def test_a_case_that_bevfn_makes_of_itself_passes_and_notices_a_change(tmp_path, capsys):
+    """In eager torch and as graphs; a number that is another fails its line, and only the line."""
+    folder = tmp_path / "case"
+    assert parity(folder, make="bevfusion-lidar", backend="aot_eager", json_file=tmp_path / "table.json") == 0
+    told = capsys.readouterr().out
+    assert "no published implementation" in told
+    named = {line["name"] for line in json.loads((tmp_path / "table.json").read_text())["lines"]}
+    assert {"eval/lidar.bev", "eval/head.dense_heatmap", "train/loss/loss/total", "train/gradient"} <= named
+    outputs = load_file(folder / "outputs.safetensors")
+    outputs["eval/bev.neck"] = outputs["eval/bev.neck"] * 1.001
+    save_file(outputs, folder / "outputs.safetensors")
+    assert parity(folder, only="eval") == 1
+    assert capsys.readouterr().out.rstrip().endswith("; FAILED: eval/bev.neck")
+
+
+def test_a_case_is_not_made_over_another_folder(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="exists and is not empty; choose another CASE_DIR"):
+        parity(tmp_path / "full", make="bevfusion-lidar")
+
+
+@needs_goldens
+def test_a_published_case_has_no_backend():
+    with pytest.raises(ValueError, match="--backend inductor is for cases that --make made"):
+        parity(GOLDENS / "bevfusion_lidar", backend="inductor")
 
 
 @needs_goldens

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def change(root: Path, table: str, edit: Callable[[list[dict]], object], name: s
 def of(root: Path, scene_name: str = "id-one", **options) -> Index:
     """The index of one scene."""
     return t4.index(next(root.glob(f"**/{scene_name}")), **options)
+
+
+def test_it_is_read_without_nuscenes_devkit(world, monkeypatch):
+    """Which nuScenes roots and scores alone are in need of."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nuscenes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nuscenes", None)  # importing it fails
+    assert of(world)[0].boxes.shape[1] == 9
 
 
 # --- the sample of t4-devkit ---

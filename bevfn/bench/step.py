@@ -6,20 +6,20 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from bevfn import catalogue, host, recipes
 from bevfn import compile as compilation
+from bevfn import host, recipes
 from bevfn.bench import machine
 from bevfn.kernels import deform_conv, sparse_conv  # noqa: F401  they define the operators that are counted
 from bevfn.precision import Precision
 from bevfn.synth import key_frame
-from bevfn.training import assembly, command_line, tasks
+from bevfn.training import assembly, command_line
 
 Variant = Literal["forward/eager", "forward/inductor", "train/eager", "train/inductor"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -91,21 +91,18 @@ def _peak_gb(cuda: bool) -> float:
 
 def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Callable[[], object]:
     """One call is one forward pass with decoding, or one train step, of the experiment on a key frame."""
-    experiment = catalogue.MODELS[setting.model].experiment
     with tempfile.TemporaryDirectory(prefix="bevfn-frame-") as folder:
         root = setting.frame if setting.frame is not None else key_frame.write_frame(Path(folder))
-        config = replace(
-            recipes.defaults(experiment, setting.model)["frame"],
+        run = recipes.on_frame(
+            setting.model,
+            root,
             precision=setting.precision,
             backend=backend,
             device=setting.device,
-            data_root=root,
             batch_size=setting.batch_size,
             scale=setting.scale,
             checkpoint_activations=setting.checkpoint_activations,
         )
-        task = recipes.load(experiment).task(config)
-        run = tasks.Run(task, config, tasks.plan(config, task.data.items))
         batch = assembly.example(run)
     train_state, step = assembly.build(run)
     if what == "train":
@@ -116,7 +113,7 @@ def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Call
             return metrics
 
         return train_step
-    predict = compilation.function(task.predict, backend=backend)
+    predict = compilation.function(run.task.predict, backend=backend)
 
     def forward() -> object:
         with torch.no_grad():

@@ -35,7 +35,7 @@ def step(
     scale: Scale = "published",
     precision: Precision = "fp32",
     batch_size: int = 1,
-    device: str = "cpu",
+    device: str = "auto",
     threads: int = 0,
     repeats: int = 3,
     checkpoint_activations: bool = False,
@@ -50,15 +50,18 @@ def step(
         scale: mini is the size of demos and CI
         precision: of the step
         batch_size: copies of the frame in a batch
-        device: torch device
+        device: torch device; auto: an NPU, else a CUDA device, else the CPU
         threads: CPU threads; 0: all cores
         repeats: timed repetitions, of which the median counts
         checkpoint_activations: blocks are computed again for the gradient
         only: which of the four are measured; by default all
         json_file: also write the figures there, with the machine named
     """
+    from bevfn import distributed
     from bevfn.bench import step
 
+    distributed.check_device(device)
+    device = distributed.chosen(device)
     sizes = precision, batch_size, device, _threads(threads), repeats, scale, checkpoint_activations
     setting = step.Setting(model, frame, *sizes, only or step.VARIANTS)
     _report("step", partial(step.measure, setting), json_file, device)

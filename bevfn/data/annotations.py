@@ -1,8 +1,8 @@
 """A key frame's annotations as models have them: those with LiDAR or radar points, in the base frame that is asked for."""
 
 import numpy as np
+import scipy  # whose rooms are imported when they are entered
 import torch
-from scipy.spatial.transform import Rotation
 
 from bevfn.boxes import limit_yaw
 from bevfn.data.batch import Base
@@ -57,10 +57,10 @@ def ego_pose(frame: Frame, channels: tuple[str, ...]) -> np.ndarray:
     """global_from_ego [4,4] float64 of the frame in which boxes lie whose base has these `clocks`: the mean over the cameras'
     vehicle poses of translation and of quaternion."""
     poses = frame.ego_poses(channels)
-    quaternions = Rotation.from_matrix(poses[:, :3, :3]).as_quat()  # N 4, whose sign is free
+    quaternions = scipy.spatial.transform.Rotation.from_matrix(poses[:, :3, :3]).as_quat()  # N 4, whose sign is free
     quaternions *= np.where(quaternions @ quaternions[:1].T < 0, -1.0, 1.0)
     mean = np.eye(4)
-    mean[:3, :3] = Rotation.from_quat(quaternions.mean(axis=0)).as_matrix()
+    mean[:3, :3] = scipy.spatial.transform.Rotation.from_quat(quaternions.mean(axis=0)).as_matrix()
     mean[:3, 3] = poses[:, :3, 3].mean(axis=0)
     return mean
 

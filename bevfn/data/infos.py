@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+import scipy  # whose rooms are imported when they are entered
 
 from bevfn.data import columns, faults, plain_pickle, possible
 from bevfn.data.index import CLASSES, Camera, Frame, Index, Sweep, inverse, pack
@@ -293,7 +293,7 @@ def _pose(tree: dict, where: str, name: str) -> np.ndarray:
     if not abs(np.linalg.norm(turn) - 1) <= possible.QUATERNION:
         raise ValueError(f"{where}: {name}_rotation is no quaternion of length 1; the file is damaged, make it again.")
     result = np.eye(4)
-    result[:3, :3] = Rotation.from_quat([x, y, z, w]).as_matrix()
+    result[:3, :3] = scipy.spatial.transform.Rotation.from_quat([x, y, z, w]).as_matrix()
     result[:3, 3] = _numbers(tree, where, f"{name}_translation", (3,))
     return result
 

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+import scipy  # whose rooms are imported when they are entered
 
 from bevfn.data import possible
 from bevfn.data.index import Camera, Sweep, inverse
@@ -73,7 +73,8 @@ def boxes_of(table: str, rows: list[dict], velocities: np.ndarray, lidar_from_gl
     turn = lidar_from_global[:3, :3]
     boxes = np.zeros((len(rows), 9))
     boxes[:, :3] = numbers(table, rows, "translation", (3,)) @ turn.T + lidar_from_global[:3, 3]
-    lidar_from_box = turn @ Rotation.from_quat(quaternions(table, rows)[:, [1, 2, 3, 0]]).as_matrix()  # G 3 3
+    turns = scipy.spatial.transform.Rotation.from_quat(quaternions(table, rows)[:, [1, 2, 3, 0]])
+    lidar_from_box = turn @ turns.as_matrix()  # G 3 3
     boxes[:, 3:6] = numbers(table, rows, "size", (3,))[:, [1, 0, 2]]  # width length height -> dx dy dz
     # The yaw of pyquaternion's yaw_pitch_roll, which upstream takes; atan2(R10, R00) differs where the car tilts.
     boxes[:, 6] = np.arctan2(-lidar_from_box[:, 0, 1], lidar_from_box[:, 0, 0])
@@ -161,13 +162,15 @@ def poses(get: Get, data: Row) -> tuple[np.ndarray, np.ndarray]:
 
 def pose(table: str, row: dict[str, Any]) -> np.ndarray:
     """[4,4] float64 of a row's rotation and translation. Raises Impossible."""
-    from nuscenes.utils.geometry_utils import transform_matrix
     from pyquaternion import Quaternion
 
     if not _is_pose(row):  # then one of these says why
         quaternions(table, [row])
         numbers(table, [row], "translation", (3,))
-    return transform_matrix(row["translation"], Quaternion(row["rotation"]))
+    matrix = np.eye(4)
+    matrix[:3, :3] = Quaternion(row["rotation"]).rotation_matrix
+    matrix[:3, 3] = row["translation"]
+    return matrix
 
 
 def _is_pose(row: dict) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+import scipy  # whose rooms are imported when they are entered
 
 from bevfn.data.index import Frame, Index
 from bevfn.files import read_json, to_json, write_atomically
@@ -144,7 +144,8 @@ def entries(
     boxes, labels = boxes[order], labels[order]
     global_from_boxes = np.asarray(global_from_ego) @ ego_from_boxes
     translation = _move(np.asarray(global_from_ego), in_ego[order])
-    turn = Rotation.from_matrix(global_from_boxes[:3, :3]) * Rotation.from_rotvec(boxes[:, 6:7] * [0.0, 0.0, 1.0])
+    turns = scipy.spatial.transform.Rotation
+    turn = turns.from_matrix(global_from_boxes[:3, :3]) * turns.from_rotvec(boxes[:, 6:7] * [0.0, 0.0, 1.0])
     rotation = turn.as_quat()[:, [3, 0, 1, 2]]  # n 4: w x y z
     velocity = boxes[:, 7:9] @ global_from_boxes[:2, :2].T  # the boxes' vz is 0
     moves = np.linalg.norm(velocity, axis=1) > MOVING
@@ -183,7 +184,8 @@ def to_lidar(entries: list[dict], frame: Frame, class_names: tuple[str, ...]) ->
     boxes[:, :3] = _move(np.linalg.inv(matrix), column["translation"])
     boxes[:, 3:6] = column["size"][:, [1, 0, 2]]
     boxes[:, 2] -= 0.5 * boxes[:, 5]
-    turn = Rotation.from_matrix(matrix[:3, :3]).inv() * Rotation.from_quat(column["rotation"][:, [1, 2, 3, 0]])
+    turns = scipy.spatial.transform.Rotation
+    turn = turns.from_matrix(matrix[:3, :3]).inv() * turns.from_quat(column["rotation"][:, [1, 2, 3, 0]])
     ahead = turn.apply([1.0, 0.0, 0.0])  # n 3
     boxes[:, 6] = np.arctan2(ahead[:, 1], ahead[:, 0])
     boxes[:, 7:9] = np.linalg.solve(matrix[:2, :2], column["velocity"].T).T

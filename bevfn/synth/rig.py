@@ -7,7 +7,7 @@ frame: x right, y down, z forward.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+import scipy  # whose rooms are imported when they are entered
 
 CALIBRATED_SIZE = (900, 1600)  # H, W that the focal lengths are for
 # name: heading [deg] counter-clockwise from forward, position in ego [m], focal length [px], exposure after lidar [s]
@@ -55,12 +55,12 @@ def camera_mount(heading_deg: float, position: tuple[float, float, float]) -> np
 
 def _nudge(rng: np.random.Generator) -> np.ndarray:
     result = np.eye(4)
-    result[:3, :3] = Rotation.from_rotvec(rng.normal(0, np.radians(0.3), 3)).as_matrix()
+    result[:3, :3] = scipy.spatial.transform.Rotation.from_rotvec(rng.normal(0, np.radians(0.3), 3)).as_matrix()
     result[:3, 3] = rng.normal(0, 0.005, 3)
     return result
 
 
 def quaternion(matrix: np.ndarray) -> list[float]:
     """w x y z of the rotation in a [4,4], as the tables hold it."""
-    x, y, z, w = Rotation.from_matrix(matrix[:3, :3]).as_quat().tolist()
+    x, y, z, w = scipy.spatial.transform.Rotation.from_matrix(matrix[:3, :3]).as_quat().tolist()
     return [w, x, y, z] if w >= 0 else [-w, -x, -y, -z]

@@ -246,6 +246,6 @@ class _CrossEntropy(torch.autograd.Function):
         return derivatives.pushforward(_CrossEntropy.apply, derivatives.saved(ctx), tangents)
 
 
-@torch.compiler.allow_in_graph  # see `kernels.derivatives`
+@derivatives.one_node
 def _binary_cross_entropy(p: Tensor, target: Tensor) -> Tensor:
     return _CrossEntropy.apply(p, target)

@@ -1,8 +1,8 @@
 """What `linear_assignment` means: scipy on the valid columns of each sample, on the host whatever the device."""
 
 import numpy as np
+import scipy  # whose rooms are imported when they are entered
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 LIMIT = 1e300  # larger magnitudes count as infinite, so that sums of costs stay finite
@@ -13,7 +13,7 @@ def linear_assignment(cost: Tensor, valid: Tensor) -> Tensor:
     match = np.full(valid.shape, -1, dtype=np.int64)  # B G
     for sample, (values, used) in enumerate(zip(cost.double().cpu().numpy(), valid.cpu().numpy())):
         boxes = np.flatnonzero(used)
-        queries, columns = linear_sum_assignment(finite(values[:, boxes]))
+        queries, columns = scipy.optimize.linear_sum_assignment(finite(values[:, boxes]))
         match[sample, boxes[columns]] = queries
     return torch.from_numpy(match).to(cost.device)
 

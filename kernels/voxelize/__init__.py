@@ -103,7 +103,7 @@ class _Voxelize(torch.autograd.Function):
         return derivatives.pushforward(_features, derivatives.saved(ctx), tangents), None, None, None
 
 
-@torch.compiler.allow_in_graph  # see `kernels.derivatives`
+@derivatives.one_node
 def _voxelize(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _Voxelize.apply(*operands)
 
