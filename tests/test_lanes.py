@@ -66,7 +66,10 @@ FILES = ("voxel_pool", "sparse_conv", "deform_conv", "deform_attn", "voxelize", 
 # What says nothing about arm64: torch's compiler, which builds for this machine, and tests of builds and benchmarks.
 NOT_EMULATED = "not compil and not bench and not torchs_own_checks"
 LANES_ARE_SUMMED = ("pool depth", "attn locations", "attn weights")  # the others: one lane, one result
-FUSED_ELSEWHERE = ("deform offset", "deform mask")  # products and sums outside vectors, which a compiler fuses as it likes
+FUSED_ELSEWHERE = (
+    "deform offset",
+    "deform mask",
+)  # products and sums outside vectors, which a compiler fuses as it likes
 
 
 @pytest.fixture
