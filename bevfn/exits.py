@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from bevfn import memory
 from bevfn.names import WORD, printable, sentence
 
 REFUSED, INTERRUPTED, UNHEARD, TERMINATED = 2, 130, 141, 143
@@ -24,7 +25,7 @@ REFUSED, INTERRUPTED, UNHEARD, TERMINATED = 2, 130, 141, 143
 @contextlib.contextmanager
 def one_sentence(*also: type[Exception]) -> Iterator[None]:
     """Context manager: ends the process after Ctrl-C or an exception that a user can mend inside: ValueError, OSError, those
-    of `also`, and no memory.
+    of `also`, and too little memory, however it is said.
 
     RuntimeError is in `also` or not: it is torch's word for a bug, whose traceback is needed where much is computed.
     """
@@ -41,13 +42,13 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
             signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         print("bevfn: stopped by Ctrl-C; what was written before is whole", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except MemoryError:
-        print("bevfn: there is not enough memory for this", file=sys.stderr)
-        sys.exit(REFUSED)
-    except mendable as error:
+    except (MemoryError, RuntimeError, *mendable) as error:
+        why = memory.missing(error)
+        if why is None and not isinstance(error, mendable):
+            raise
         if isinstance(error, BrokenPipeError) and not _heard():
             sys.exit(UNHEARD)
-        print(f"bevfn: {sentence(said(error))}", file=sys.stderr)  # on one line, whatever names are in it
+        print(f"bevfn: {sentence(why or said(error))}", file=sys.stderr)  # on one line, whatever names are in it
         sys.exit(REFUSED)
 
 

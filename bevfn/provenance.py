@@ -27,7 +27,7 @@ def head(device: str = "cpu") -> dict:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {
             "processor": processor(),
-            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "instruction_set": instruction_set(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -88,6 +88,12 @@ def _commit() -> str | None:
     # A wheel may lie inside some other repository, whose commit says nothing about it.
     tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
     return (git("describe", "--always", "--dirty", "--exclude", "*") or None) if tracked else None
+
+
+def instruction_set() -> str:
+    """The processor's vectors as torch names them, AVX512, AVX2, SVE256 …; DEFAULT is NEON on arm64, SSE elsewhere."""
+    name = torch.backends.cpu.get_cpu_capability()
+    return name if name != "DEFAULT" else "NEON" if platform.machine() in ("aarch64", "arm64") else "SSE"
 
 
 def processor() -> str:

@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda
-
-ENTRIES = 16  # that a program adds at a time
+from bevfn.kernels import cuda, gathered
 
 
 def sums_by_pixel(pixels: Tensor, shares: Tensor, values: Tensor, count: int) -> Tensor:
@@ -26,15 +24,9 @@ def sums_by_pixel(pixels: Tensor, shares: Tensor, values: Tensor, count: int) ->
     Returns:
         [count C] float32.
     """
-    C = values.shape[1]
-    out = torch.zeros(count, C, dtype=torch.float32, device=values.device)
-    if pixels.numel() and out.numel():
-        order, starts = cuda.intervals(pixels, count)
-        wide = min(128, triton.next_power_of_2(C))
-        _sums[(count, triton.cdiv(C, wide))](
-            order, starts, shares, values, out, pixels.numel() // len(values), C=C, WIDE=wide, ENTRIES=ENTRIES
-        )
-    return out
+    each = pixels.numel() // max(1, len(values))
+    order, starts = cuda.intervals(pixels, count)
+    return gathered.sums(order, starts, shares, values, image=max(1, each), pixels=1, dtype=torch.float32)
 
 
 @triton.jit
@@ -54,23 +46,3 @@ def corner(inside, top, left, y, x, HEIGHT, WIDTH, DOWN: tl.constexpr, RIGHT: tl
     share_y = (1 - DOWN) + (2 * DOWN - 1) * y
     share_x = (1 - RIGHT) + (2 * RIGHT - 1) * x
     return row * WIDTH + column, there, share_y * share_x, (2 * DOWN - 1) * share_x, (2 * RIGHT - 1) * share_y
-
-
-@triton.jit
-def _sums(order, starts, shares, values, out, EACH, C: tl.constexpr, WIDE: tl.constexpr, ENTRIES: tl.constexpr):
-    """One pixel's interval of the sorted entries, ENTRIES at a time."""
-    pixel = tl.program_id(0)
-    end = tl.load(starts + pixel + 1)
-    channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    total = tl.zeros((ENTRIES, WIDE), tl.float32)
-    for first in range(tl.load(starts + pixel), end, ENTRIES):
-        at = first + tl.arange(0, ENTRIES)
-        entry = tl.load(order + at, mask=at < end, other=0)
-        share = tl.load(shares + entry, mask=at < end, other=0.0)
-        row = tl.load(
-            values + (entry // EACH).to(tl.int64)[:, None] * C + channel[None, :],
-            mask=(at < end)[:, None] & (channel < C)[None, :],
-            other=0.0,
-        )
-        total += share[:, None] * row.to(tl.float32)
-    tl.store(out + pixel.to(tl.int64) * C + channel, tl.sum(total, 0), mask=channel < C)

@@ -25,8 +25,11 @@ from torch import Tensor
 
 from bevfn.kernels.cache import cache_dir
 
-SHARED = Path(__file__).with_name("parallel.h")  # what the sources include
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wall")
+SHARED = sorted(Path(__file__).parent.glob("*.h"))  # what the sources include
+THIS_CPU = (
+    "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+)  # Apple's clang: the first only
+FLAGS = ("-O3", THIS_CPU, "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wall")
 # -ffp-contract=off: voxel and cell indices must round exactly as the published code does. Kernels whose inner loop is
 # a dot product call __builtin_fma (or vector intrinsics) where a fused multiply-add is wanted.
 
@@ -56,7 +59,9 @@ def load(source: Path) -> ctypes.CDLL:
     """
     cxx = compiler()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    key = "\0".join([source.read_text(), SHARED.read_text(), *FLAGS, version, platform.machine(), _cpu_flags()])
+    key = "\0".join(
+        [*(file.read_text() for file in (source, *SHARED)), *FLAGS, version, platform.machine(), _cpu_flags()]
+    )
     name = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = cache_dir()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -125,7 +130,7 @@ def _build(cxx: str, source: Path, target: Path) -> None:
 
 
 def _cpu_flags() -> str:
-    """What -march=native means here: a cache shared between machines must not mix instruction sets."""
+    """What THIS_CPU means here: a cache shared between machines must not mix instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -133,7 +138,7 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def call(op: str, name: str, *values: Tensor | int | Sequence[int] | ctypes.c_void_p | ctypes.Array | None) -> int:
+def call(op: str, name: str, *values: Tensor | int | Sequence[int] | ctypes.Array | None) -> int:
     """Runs a C function of `kernels/<op>/cpu.cpp`, whose last argument is torch's number of threads.
 
     Args:

@@ -5,12 +5,13 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import small_cameras
 import torch
 
 from bevfn import cli, distributed
-from bevfn.bench import attention, checkpoint, data, deform, machine, pool, startup, step, views
+from bevfn.bench import attention, checkpoint, data, deform, machine, pool, sparse, startup, step, views
 from bevfn.commands import bench as commands
 from bevfn.export import bench as deploy
 from bevfn.kernels.deform_conv import deform_conv
@@ -24,6 +25,24 @@ from bevfn.training import optim, train
 @pytest.fixture(scope="module")
 def frame(tmp_path_factory):
     return key_frame.write_frame(tmp_path_factory.mktemp("frame"))
+
+
+def test_the_best_is_the_least(monkeypatch):
+    ticks = iter([0, 10, 15, 20, 22, 30, 33])  # the start of a warm-up, then 5, 2 and 3 s
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks))
+    assert machine.best_seconds(lambda: None, repeats=3) == 2
+
+
+def test_the_figures_of_a_frame_are_of_its_points_and_cameras(frame):
+    points, source = sparse.scan(frame)
+    assert source == str(frame) and torch.equal(
+        points, torch.from_numpy(np.fromfile(next(frame.glob("*.bin")), "<f4")).view(-1, 5)
+    )
+    (one, _), (ten, sites) = sparse.voxels(points), sparse.voxels(points, 10)
+    assert 2 * len(one) < len(ten) == len(sites.unique(dim=0)) < 10 * len(one)
+    cell = pool.cells_of(frame)
+    assert cell.shape == pool.frustum_cells().shape and int(cell.max()) < pool.GRID**2
+    assert (cell >= 0).sum() == pytest.approx(int((pool.frustum_cells() >= 0).sum()), rel=0.2)
 
 
 def test_the_cumsum_trick_is_voxel_pool_in_values_and_gradients():
@@ -207,14 +226,16 @@ def test_reading_t4s_clouds_is_measured_against_their_bytes(monkeypatch):
 
 def test_files_name_the_machine_and_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(deform, "measure", lambda: {"ours": 1})
-    monkeypatch.setattr("bevfn.bench.attention.measure", lambda: {})
-    monkeypatch.setattr("bevfn.bench.pool.measure", lambda: {})
-    monkeypatch.setattr("bevfn.bench.sparse.measure", lambda: {})
+    for op in ("attention", "pool", "sparse"):
+        monkeypatch.setattr(f"bevfn.bench.{op}.measure", lambda frame: {"frame": str(frame)})
     out = tmp_path / "ops.json"
-    monkeypatch.setattr(sys, "argv", ["bevfn", "bench", "ops", "--json", str(out)])
+    monkeypatch.setattr(sys, "argv", ["bevfn", "bench", "ops", "--frame", "a/frame", "--json", str(out)])
     with pytest.raises(SystemExit) as end:
         cli.main()
     made = json.loads(out.read_text())
     assert end.value.code == 0 and json.loads(capsys.readouterr().out) == made
-    assert made["command"] == f"bevfn bench ops --json {out}" and made["figures"]["deform_conv"] == {"ours": 1}
+    assert made["command"] == f"bevfn bench ops --frame a/frame --json {out}"
+    assert made["figures"]["frame"] == "a/frame" and made["figures"]["deform_conv"] == {"ours": 1}
+    for op in ("deform_attn", "voxel_pool", "sparse"):
+        assert made["figures"][op] == {"frame": "a/frame"}
     assert made.keys() == {"command", "commit", "date", "machine", "versions", "benchmark", "figures"}

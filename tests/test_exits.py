@@ -27,7 +27,6 @@ def ctrl_c():
         (PermissionError(13, "Permission denied", "/a"), (), 2, "bevfn: /a: Permission denied\n"),
         (ValueError("a\nb\x1b[31m\ud800"), (), 2, "bevfn: a\\nb\\x1b[31m\\ud800\n"),
         (RuntimeError("no such op"), (RuntimeError,), 2, "bevfn: no such op\n"),
-        (MemoryError(), (), 2, "bevfn: there is not enough memory for this\n"),
         (KeyboardInterrupt(), (), 130, "bevfn: stopped by Ctrl-C; what was written before is whole\n"),
     ],
 )  # fmt: skip

@@ -221,6 +221,18 @@ def test_a_run_without_a_compiler_is_one_sentence(root, tmp_path, monkeypatch, b
     assert outcome.refused and "need a C++17 compiler and 'g++' is not on PATH: install g++" in outcome.out, outcome
 
 
+def test_a_step_that_does_not_fit_is_one_sentence_with_flags_that_need_less(root, tmp_path, monkeypatch):
+    def build(run, resumed):
+        return assembly.initial_state(run), lambda train_state, batches: torch.empty(1 << 55, dtype=torch.uint8)
+
+    monkeypatch.setattr(assembly, "build", build)
+    code, printed = cli(root, tmp_path / "run", "--backend", "eager")
+    assert code == 2 and "Traceback" not in printed
+    (told,) = (line for line in printed.splitlines() if line.startswith("bevfn: "))
+    assert told.startswith("bevfn: there is not enough memory for this: 33,554,432 GiB more are wanted")
+    assert "--batch-size 1 --accumulate 2 and --checkpoint-activations" in told
+
+
 def test_the_codes_are_in_the_help(root, capsys):
     with pytest.raises(SystemExit):
         command_line.parse(tiny.DEFAULTS, ["--data-root", str(root), "--help"])

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bevfn.bench.pool import frustum_cells, textbook
-from bevfn.kernels import native
-from bevfn.kernels.voxel_pool import cpu, reference, voxel_pool
+from bevfn.kernels.voxel_pool import reference, voxel_pool
 
 
 def problem(M, D, H, W, C, num_cells, *, seed=0, dtype=torch.float32):
@@ -46,35 +45,6 @@ def test_cpu_equals_reference_for_any_shape(shape, channels, num_cells, seed):
     expected = reference.backward(weight.double(), depth.double(), context.double(), cell)
     assert_close(grad_depth, expected[0], 1e-5)
     assert_close(grad_context, expected[1], 1e-5)
-
-
-@pytest.fixture
-def to_avx2(monkeypatch):
-    """A function after which kernels are those compiled for AVX2 without AVX-512: 8 float32 per vector."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("the processor has no AVX2")
-
-    def switch():
-        flags = [flag for flag in native.FLAGS if flag != "-march=native"]
-        monkeypatch.setattr(native, "FLAGS", (*flags, "-march=haswell"))
-        native.load.cache_clear()
-
-    yield switch
-    native.load.cache_clear()
-
-
-def test_vectors_of_avx2_give_the_same_bits(to_avx2):
-    problems = [problem(2, 7, 6, 19, channels, 40) for channels in (3, 8, 20, 80, 130)]
-    sums = [cpu.forward(*operands, 40) for operands in problems]
-    to_avx2()
-    for operands, wanted in zip(problems, sums):
-        assert torch.equal(cpu.forward(*operands, 40), wanted)
-        grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0))
-        depth, context, cell = operands
-        for a, b in zip(
-            cpu.backward(grad, *operands), reference.backward(grad.double(), depth.double(), context.double(), cell)
-        ):
-            assert_close(a, b, 1e-5)
 
 
 def test_reference_is_the_textbook_formula_in_slabs(monkeypatch):

@@ -94,7 +94,7 @@ class Convolution:
 
 def encoder() -> Iterator[Convolution]:
     """The 21 convolutions at the published capacities, pairs per row from one scan."""
-    _, sites, _ = sparse.golden_voxels()
+    _, sites = sparse.voxels(sparse.scan()[0])
     layers = sparse.encoder_layers(sparse.tables(sites, sparse.exact_capacities(sites))[0])
     capacities = (VOXELS, *sparse_encoder.Config().capacities)
     for layer in layers:

@@ -5,13 +5,15 @@ images, and which queries a camera sees: "masked" attends with these alone, "all
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevfn.bench import frame, machine
+from bevfn.bench import frame as frames
+from bevfn.bench import machine
 from bevfn.experiments import bevnext as recipe
 from bevfn.experiments.bevdepth import fitted
 from bevfn.heads import perspective
@@ -22,13 +24,13 @@ GRID, IMAGE_SIZE = 128, (256, 704)
 STRIDE, HEADS = 8, 8  # image to feature pixels
 
 
-def measure(*, grid: int = GRID, channels: int = 80, repeats: int = 5) -> dict:
+def measure(frame: Path | None = None, *, grid: int = GRID, channels: int = 80, repeats: int = 5) -> dict:
     """Milliseconds of forward, and of forward and backward, in float32 with threads as torch is set.
 
-    grid: cells of the map along an axis; channels: of all heads.
+    frame: folder of a key frame, whose cameras count; None: a generated one. grid: cells of the map along an axis; channels: of all heads.
     """
     generator = torch.Generator().manual_seed(0)
-    locations, seen = places(grid)
+    locations, seen = places(grid, frame)
     size = (IMAGE_SIZE[0] // STRIDE, IMAGE_SIZE[1] // STRIDE)
     M, Q, P = locations.shape[:3]
     value = torch.randn(M, size[0] * size[1], HEADS, channels // HEADS, generator=generator)
@@ -41,14 +43,14 @@ def measure(*, grid: int = GRID, channels: int = 80, repeats: int = 5) -> dict:
     return figures
 
 
-def places(grid: int) -> tuple[Tensor, Tensor]:
+def places(grid: int, frame: Path | None = None) -> tuple[Tensor, Tensor]:
     """(locations [6 Q P 2], where 0 and 1 are the borders of each image; seen [6 Q]: a point of the pillar lies in it) of a
-    generated key frame's rig, Q = grid^2."""
+    key frame's rig (None: a generated one's), Q = grid^2."""
     lower, upper, _ = perspective.Config().x_m
     axis = (lower, upper, (upper - lower) / grid)
     config = perspective.Config(x_m=axis, y_m=axis)
     reading = fitted(recipe.Config(), bevnext.stage_one(), recipe.EVAL)
-    locations, inside = perspective.anchors(frame.batch_of(None, reading), config, IMAGE_SIZE)
+    locations, inside = perspective.anchors(frames.batch_of(frame, reading), config, IMAGE_SIZE)
     return locations[0], inside[0].any(-1)
 
 

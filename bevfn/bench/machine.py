@@ -6,7 +6,6 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from bevfn import host
 
 
 def best_seconds(run: Callable[[], object], *, repeats: int = 5, warm_up: int = 1) -> float:
-    """Median wall-clock seconds of `run`, after `warm_up` calls; waits for CUDA where there is one."""
+    """Least wall-clock seconds of `run`, after `warm_up` calls; waits for CUDA where there is one."""
     seconds = []
     for i in range(warm_up + repeats):
         _synchronize()
@@ -24,7 +23,7 @@ def best_seconds(run: Callable[[], object], *, repeats: int = 5, warm_up: int = 
         _synchronize()
         if i >= warm_up:
             seconds.append(time.perf_counter() - started)
-    return median(seconds)
+    return min(seconds)
 
 
 def _synchronize() -> None:
@@ -87,7 +86,7 @@ def _send(sender: Any, target: Callable, arguments: tuple) -> None:
 def gemm_gflops(*, size: int = 2048, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """GFLOP/s of a square matrix product: what "peak" means in every figure here."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = min(best_seconds(lambda: a @ b, repeats=3) for _ in range(3))
+    seconds = best_seconds(lambda: a @ b, repeats=9)
     return 2 * size**3 / seconds / 1e9
 
 
@@ -95,5 +94,5 @@ def copy_gbps(*, megabytes: int = 512, device: str = "cpu") -> float:
     """GB/s of a copy between two buffers beyond any cache, read + written bytes."""
     source = torch.zeros(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    seconds = min(best_seconds(lambda: target.copy_(source), repeats=3) for _ in range(3))
+    seconds = best_seconds(lambda: target.copy_(source), repeats=9)
     return 2 * source.numel() * 4 / seconds / 1e9

@@ -2,16 +2,22 @@
 and the machine.
 """
 
+from pathlib import Path
+
 from bevfn.bench import attention, deform, machine, pool, sparse
 
 
-def measure() -> dict:
-    """Figures of every op, and the machine's limits of the same run; sparse convolution with one thread."""
+def measure(frame: Path | None = None) -> dict:
+    """Figures of every op, and the machine's limits of the same run; sparse convolution with one thread.
+
+    frame: folder of a key frame, of whose points and cameras the sizes are; None: what stands for one in each file.
+    """
     return {
         "gemm_gflops": machine.gemm_gflops(),
         "copy_gbps": machine.copy_gbps(),
-        "sparse": sparse.measure(),
-        "voxel_pool": pool.measure(),
+        "frame": None if frame is None else str(frame),
+        "sparse": sparse.measure(frame),
+        "voxel_pool": pool.measure(frame),
         "deform_conv": deform.measure(),
-        "deform_attn": attention.measure(),
+        "deform_attn": attention.measure(frame),
     }

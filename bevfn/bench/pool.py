@@ -6,15 +6,19 @@ second over the bytes per second (read + written) of a plain copy on the same ma
 """
 
 import math
-import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bevfn.bench import frame as frames
+from bevfn.bench.machine import best_seconds
+from bevfn.experiments import bevfusion as recipe
 from bevfn.files import to_json
 from bevfn.kernels.voxel_pool import cpu, voxel_pool
+from bevfn.models import bevfusion
+from bevfn.views import camera_grid
 
 # BEVFusion camera + LiDAR: images 256 × 704 at stride 8, depth 1 .. 59.5 m in 0.5 m, BEV 108 m in 0.3 m cells.
 DEPTHS, ROWS, COLUMNS, CHANNELS, GRID = 118, 32, 88, 80, 360
@@ -48,6 +52,11 @@ def frustum_cells(*, tilt_deg: float = 1.3, roll_deg: float = 0.5) -> Tensor:
         inside = (i >= 0) & (i < GRID) & (j >= 0) & (j < GRID) & (((z - LOWER_Z_M) / CELL_Z_M).int() == 0)
         cells.append(torch.where(inside, i * GRID + j, -1))
     return torch.stack(cells)
+
+
+def cells_of(frame: Path) -> Tensor:
+    """[6 D H W] int32, of a key frame's own cameras."""
+    return camera_grid.cells(frames.batch_of(frame, recipe.EVAL), 0, bevfusion.Camera().view.grid)[0]
 
 
 def textbook(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
@@ -87,9 +96,10 @@ class _SumOfRuns(torch.autograd.Function):
         return grad.index_select(0, last.cumsum(0) - last.long()), None
 
 
-def measure(*, repeats: int = 20) -> dict[str, float]:
+def measure(frame: Path | None = None, *, repeats: int = 20) -> dict[str, float]:
     """Figures of the CPU lowering in float32, threads as torch is set; times are the best of `repeats`.
 
+    frame: folder of a key frame, whose cameras count; None: a rig like nuScenes'.
     Returns: copy_gb_per_s, and per direction seconds, GB/s of the bytes that must move, and their ratio to the copy.
         forward: into memory that was used before, as the copy is; op_forward: the whole op, whose 41 MB result lies on
         pages that the system must first clear. forward_effective counts, for every point, a read of its context row
@@ -97,7 +107,7 @@ def measure(*, repeats: int = 20) -> dict[str, float]:
         and index_add.
     """
     generator = torch.Generator().manual_seed(0)
-    cell = frustum_cells()
+    cell = frustum_cells() if frame is None else cells_of(frame)
     num_cells = GRID * GRID
     depth = torch.rand(len(CAMERAS), DEPTHS, ROWS, COLUMNS, generator=generator).softmax(1)
     context = torch.randn(len(CAMERAS), ROWS, COLUMNS, CHANNELS, generator=generator)
@@ -114,11 +124,11 @@ def measure(*, repeats: int = 20) -> dict[str, float]:
     backward_bytes = operand_bytes + cells_hit * row_bytes + 4 * (depth.numel() + context.numel())
     effective_bytes = operand_bytes + points_inside * row_bytes * 3
 
-    copy_s = _best(lambda: target.copy_(source), repeats)
-    forward_s = _best(lambda: cpu.forward_into(out, depth, context, cell), repeats)
-    op_forward_s = _best(lambda: voxel_pool(depth, context, cell, num_cells), repeats)
-    backward_s = _best(lambda: torch.ops.bevfn.voxel_pool_backward(grad, depth, context, cell), repeats)
-    textbook_s = _best(lambda: textbook(depth, context, cell, num_cells), max(2, repeats // 10))
+    copy_s = best_seconds(lambda: target.copy_(source), repeats=repeats)
+    forward_s = best_seconds(lambda: cpu.forward_into(out, depth, context, cell), repeats=repeats)
+    op_forward_s = best_seconds(lambda: voxel_pool(depth, context, cell, num_cells), repeats=repeats)
+    backward_s = best_seconds(lambda: torch.ops.bevfn.voxel_pool_backward(grad, depth, context, cell), repeats=repeats)
+    textbook_s = best_seconds(lambda: textbook(depth, context, cell, num_cells), repeats=max(2, repeats // 10))
     copy_rate = 2e-9 * source.nbytes / copy_s
     return {
         "threads": torch.get_num_threads(),
@@ -137,15 +147,6 @@ def measure(*, repeats: int = 20) -> dict[str, float]:
         "textbook_forward_s": textbook_s,
         "textbook_over_op_forward": textbook_s / op_forward_s,
     }
-
-
-def _best(run: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):  # the first call compiles and warms up
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 One thread each, same voxels, channels and weights, taking turns in one run, the best of several repetitions. Times are
 CPU time of the process, which on an idle machine is wall time, and does not count waiting for a busy machine's cores.
+Of one sweep, and of ten, which have several times the voxels and more neighbours each.
 `measure()` runs everything in a child process with OMP_NUM_THREADS=1 (spconv's CPU build brings an OpenMP runtime of
 its own, and its results are wrong with more than one thread).
 """
@@ -21,6 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bevfn.data import infos
+from bevfn.data import points as clouds
 from bevfn.files import read_json, to_json
 from bevfn.kernels import neighbours
 from bevfn.kernels.sparse_conv import sparse_conv
@@ -29,6 +32,8 @@ from bevfn.synth import key_frame
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "goldens" / "bevfusion_lidar" / "inputs.safetensors"
 GRID = (1440, 1440, 41)
+SWEEPS = {"one sweep": 1, "ten sweeps": 10}
+SWEEP_METRES = 0.05  # from one to the next: 1 m/s
 CHANNELS = (16, 32, 64, 128)  # of the four levels; 5 point columns come in
 DOWN = (  # kernel, stride, padding after each level: BEVFusion's encoder at 0.075 m
     ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
@@ -53,14 +58,26 @@ class Layer:
         return 2 * int((self.table >= 0).sum()) * self.weight.shape[1] * self.weight.shape[2]
 
 
-def golden_voxels(path: Path = GOLDEN) -> tuple[Tensor, Tensor, str]:
-    """(features [V 5], sites [V 4] int32 (b, x, y, z), where they come from); of a generated scan if `path` is absent."""
-    if path.exists():
-        points, source = load_file(path)["points"], "one nuScenes sweep (goldens/bevfusion_lidar)"
-    else:  # surfaces, as a real scan: how many neighbours a voxel has is what the figures depend on
-        rng = np.random.default_rng(0)
-        scan, _ = key_frame.scan(key_frame.place(rng), rng)
-        points, source = torch.from_numpy(scan), "one generated scan (synth.key_frame)"
+def scan(frame: Path | None = None, golden: Path = GOLDEN) -> tuple[Tensor, str]:
+    """(points [P 5], where they come from): a key frame's folder, else `golden`, else a generated scan."""
+    if frame is not None:
+        index = infos.read(frame / "frame.json")
+        return torch.from_numpy(clouds.scan(index[0], index.root)[0]), str(frame)
+    if golden.exists():
+        return load_file(golden)["points"], "nuScenes (goldens/bevfusion_lidar)"
+    rng = np.random.default_rng(
+        0
+    )  # surfaces, as a real scan: how many neighbours a voxel has is what the figures depend on
+    points, _ = key_frame.scan(key_frame.place(rng), rng)
+    return torch.from_numpy(points), "generated (synth.key_frame)"
+
+
+def voxels(points: Tensor, sweeps: int = 1) -> tuple[Tensor, Tensor]:
+    """(features [V 5], sites [V 4] int32 (b, x, y, z)) of a scan, which also stands for the sweeps before it: moved back as by a
+    car that drives straight on."""
+    shift = torch.zeros(5)
+    shift[1] = -SWEEP_METRES
+    points = torch.cat([points + k * shift for k in range(sweeps)])
     features, cells, count, _ = voxelize(
         points[None],
         torch.ones(1, len(points), dtype=torch.bool),
@@ -71,7 +88,7 @@ def golden_voxels(path: Path = GOLDEN) -> tuple[Tensor, Tensor, str]:
         max_voxels=160_000,
     )
     V = int((count[0] > 0).sum())
-    return features[0, :V].contiguous(), torch.cat([torch.zeros(V, 1, dtype=torch.int32), cells[0, :V]], 1), source
+    return features[0, :V].contiguous(), torch.cat([torch.zeros(V, 1, dtype=torch.int32), cells[0, :V]], 1)
 
 
 def tables(sites: Tensor, capacities: tuple[int, ...]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -126,7 +143,7 @@ def encoder_layers(made: list[tuple[Tensor, Tensor]]) -> list[Layer]:
     return layers
 
 
-def encoder_forward_vs_spconv(repeats: int = 7) -> dict:
+def encoder_forward_vs_spconv(features: Tensor, sites: Tensor, repeats: int = 7) -> dict:
     """Forward of all 21 convolutions with ReLU, neighbour tables included, here and in spconv's CPU build."""
     if os.environ.get("OMP_NUM_THREADS") != "1":
         return {"omitted": "spconv's CPU build is wrong with several threads: set OMP_NUM_THREADS=1 or call measure()"}
@@ -135,7 +152,6 @@ def encoder_forward_vs_spconv(repeats: int = 7) -> dict:
         import spconv.pytorch as peer
     except ImportError as missing:
         return {"omitted": f"spconv is not installed ({missing}): pip install -e '.[bench]'"}
-    features, sites, source = golden_voxels()
     capacities = exact_capacities(sites)
     layers = encoder_layers(tables(sites, capacities)[0])
     modules = _spconv_modules(peer, layers)
@@ -162,7 +178,6 @@ def encoder_forward_vs_spconv(repeats: int = 7) -> dict:
         table_s, our_s, peer_s = best_of(repeats, lambda: tables(sites, capacities), ours, theirs)
         ideal_s = sum(layer.flops for layer in layers) / _gemm_peak(repeats)
     return {
-        "voxels": source,
         "peer": f"spconv {spconv.__version__} CPU",
         "ours_ms": 1e3 * our_s,
         "ours_tables_ms": 1e3 * table_s,
@@ -175,13 +190,13 @@ def encoder_forward_vs_spconv(repeats: int = 7) -> dict:
     }
 
 
-def encoder_backward_vs_torch(repeats: int = 5) -> dict:
+def encoder_backward_vs_torch(features: Tensor, sites: Tensor, repeats: int = 5) -> dict:
     """Forward and backward (features and weights) of all 21 convolutions, here and as gather, matmul, index_add."""
-    features, sites, source = golden_voxels()
     layers = encoder_layers(tables(sites, exact_capacities(sites))[0])
     pairs = [[_pairs(row) for row in layer.table] for layer in layers]  # the peer gets its pairs for free
     weights = [layer.weight.requires_grad_() for layer in layers]
-    leaves = [features.requires_grad_(), *weights]
+    features = features.detach().requires_grad_()
+    leaves = [features, *weights]
 
     def ours() -> tuple[Tensor, ...]:
         x = features
@@ -202,7 +217,6 @@ def encoder_backward_vs_torch(repeats: int = 5) -> dict:
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(ours(), theirs()))
         our_s, peer_s = best_of(repeats, ours, theirs)
     return {
-        "voxels": source,
         "peer": f"torch {torch.__version__} index_select, mm, index_add_ and its autograd",
         "ours_ms": 1e3 * our_s,
         "peer_ms": 1e3 * peer_s,
@@ -211,9 +225,8 @@ def encoder_backward_vs_torch(repeats: int = 5) -> dict:
     }
 
 
-def gemm_share(repeats: int = 5) -> dict:
+def gemm_share(sites: Tensor, repeats: int = 5) -> dict:
     """GFLOP/s over the real pairs of the forward and both gradients, and their share of torch.mm at 2048^3."""
-    _, sites, source = golden_voxels()
     layers = encoder_layers(tables(sites, exact_capacities(sites))[0])
     seconds = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
     by_layer = {}
@@ -227,7 +240,6 @@ def gemm_share(repeats: int = 5) -> dict:
     flops = {layer.name: layer.flops for layer in layers}
     gflop = sum(flops[layer.name] for layer in layers) / 1e9
     return {
-        "voxels": source,
         "gemm_peak_gflops": peak,
         "gflop": gflop,
         "gflops": {kind: gflop / s for kind, s in seconds.items()},
@@ -238,10 +250,10 @@ def gemm_share(repeats: int = 5) -> dict:
     }
 
 
-def measure() -> dict:
-    """All figures of this file, from one child process with OMP_NUM_THREADS=1."""
+def measure(frame: Path | None = None) -> dict:
+    """All figures of this file, from one child process with OMP_NUM_THREADS=1; frame: as of `scan`."""
     child = subprocess.run(
-        [sys.executable, "-m", "bevfn.bench.sparse"],
+        [sys.executable, "-m", "bevfn.bench.sparse", *([] if frame is None else [str(frame)])],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -249,6 +261,21 @@ def measure() -> dict:
     if child.returncode != 0:
         raise RuntimeError(f"`python -m bevfn.bench.sparse` failed: {child.stderr.strip()[-1000:]}")
     return read_json(child.stdout.encode())
+
+
+def figures_of(frame: Path | None) -> dict:
+    """For one sweep and for ten, in this process."""
+    points, source = scan(frame)
+    figures: dict[str, Any] = {"scan": source}
+    for name, sweeps in SWEEPS.items():
+        features, sites = voxels(points, sweeps)
+        figures[name] = {
+            "voxels": len(sites),
+            "encoder_forward_vs_spconv": encoder_forward_vs_spconv(features, sites),
+            "encoder_backward_vs_torch": encoder_backward_vs_torch(features, sites),
+            "gemm_share": gemm_share(sites),
+        }
+    return figures
 
 
 def best_of(repeats: int, *functions: Callable[[], object]) -> list[float]:
@@ -326,5 +353,4 @@ def _spconv_modules(peer: Any, layers: list[Layer]) -> list:
 
 
 if __name__ == "__main__":
-    measured = {f.__name__: f() for f in (encoder_forward_vs_spconv, encoder_backward_vs_torch, gemm_share)}
-    print(to_json(measured, indent=1).decode())
+    print(to_json(figures_of(Path(sys.argv[1]) if sys.argv[1:] else None), indent=1).decode())

@@ -13,19 +13,20 @@ from bevfn.files import check_json, to_json, write_atomically
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
 
-def ops(*, threads: int = 0, json_file: Json = None) -> None:
+def ops(*, frame: Path | None = None, threads: int = 0, json_file: Json = None) -> None:
     """Sparse convolution against spconv, deformable convolution against torchvision (`pip install -e '.[bench]'`),
     both against plain torch and the machine's GEMM peak; voxel pooling against its copy bandwidth; deformable
     attention against plain torch and torch's grid_sample.
 
     Args:
+        frame: folder of a real key frame, whose points and cameras count; what stands for one without it
         threads: CPU threads; 0: all cores (sparse convolution is measured with one)
         json_file: also write the figures there, with the machine named
     """
     from bevfn.bench import ops
 
     _threads(threads)
-    _report("ops", ops.measure, json_file)
+    _report("ops", partial(ops.measure, frame), json_file)
 
 
 def step(
@@ -52,7 +53,7 @@ def step(
         batch_size: copies of the frame in a batch
         device: torch device; auto: an NPU, else a CUDA device, else the CPU
         threads: CPU threads; 0: all cores
-        repeats: timed repetitions, of which the median counts
+        repeats: timed repetitions, of which the best counts
         checkpoint_activations: blocks are computed again for the gradient
         only: which of the four are measured; by default all
         json_file: also write the figures there, with the machine named
@@ -73,7 +74,7 @@ def views(*, frame: Path | None = None, threads: int = 0, repeats: int = 5, json
     Args:
         frame: folder of a real key frame, whose cameras count; a generated one without it
         threads: CPU threads; 0: all cores
-        repeats: timed repetitions, of which the median counts
+        repeats: timed repetitions, of which the best counts
         json_file: also write the figures there, with the machine named
     """
     from bevfn.bench import views

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bevfn import compile as compilation
-from bevfn import distributed, exits, host, provenance, tree, waiting
+from bevfn import distributed, exits, host, memory, provenance, tree, waiting
 from bevfn.data import loader, sampling, scene, source
 from bevfn.files import read_json, to_json, write_atomically
 from bevfn.metrics import added
@@ -141,9 +141,11 @@ def _train(run: Run, latest: Path | None) -> dict:
         stack.enter_context(saved_when_others_end(run, train_state))
         done, began = start, time.perf_counter()
         problems: list[Exception] = []
+        less = memory.smaller(config.batch_size, config.accumulate, config.checkpoint_activations)
         for done, loaded in readable(run, stream, problems):
-            batches = [item.batch.to(run.device) for item in loaded]
-            with reporter.working(doing(run, train_state) if done == start + 1 else f"step {done}"):
+            what = doing(run, train_state) if done == start + 1 else f"step {done}"
+            with memory.advised(less), reporter.working(what):
+                batches = [item.batch.to(run.device) for item in loaded]
                 train_state, metrics = step(train_state, batches)
                 values = {name: float(value) for name, value in metrics.items()}  # the step's only copy to the host
             values |= counters(run, loaded)

@@ -12,80 +12,26 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
 
+#include "../lanes.h"
 #include "../parallel.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kMost = 4;  // of a vector; vectors of a sample that are summed in registers
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kMost = 3;
+#if defined(__AVX__) && !defined(__AVX512F__)
+constexpr int kMost = 3;  // vectors of a sample that are summed in registers, of which there are 16
 #else
-constexpr int kBytes = 16, kMost = 4;
+constexpr int kMost = 4;  // of 32; SSE's few hold smaller ones
 #endif
 constexpr int64_t kBlock = 64;  // queries
 constexpr int64_t kTaps = 16;   // samples whose places are computed at once
 
 template <class T>
-struct Lanes {
-  static constexpr int64_t n = kBytes / int64_t(sizeof(T));
-  typedef T Vector __attribute__((vector_size(kBytes)));
-  typedef T Unaligned __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
-  struct Line {  // one aligned vector, as an element of an array
-    Vector v;
-  };
+struct Line {  // one aligned vector, as an element of an array
+  Vector<T> v;
 };
 template <class T>
-using Vector = typename Lanes<T>::Vector;
-template <class T>
-using Line = typename Lanes<T>::Line;
-template <class T>
 using Lines = std::unique_ptr<Line<T>[]>;
-
-template <class T>
-inline Vector<T> all(T x) {
-  return x - Vector<T>{};
-}
-
-// The first `count` lanes, the others 0: what lies behind a row is not read.
-template <class T>
-inline Vector<T> load(const T* from, int64_t count) {
-  if (count >= Lanes<T>::n) return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(from);
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return (Vector<T>)_mm512_maskz_loadu_ps((1u << count) - 1, from);
-#endif
-  Vector<T> x = {};
-  for (int64_t l = 0; l < count; ++l) x[l] = from[l];
-  return x;
-}
-
-// Nor is it written.
-template <class T>
-inline void store(T* to, Vector<T> x, int64_t count) {
-  if (count >= Lanes<T>::n) {
-    *reinterpret_cast<typename Lanes<T>::Unaligned*>(to) = x;
-    return;
-  }
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)x);
-#endif
-  for (int64_t l = 0; l < count; ++l) to[l] = x[l];
-}
-
-// a * b + c; the shared flags forbid the compiler to fuse it, since positions must round as torch's do.
-template <class T>
-inline Vector<T> fused(Vector<T> a, Vector<T> b, Vector<T> c) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return (Vector<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  if constexpr (std::is_same_v<T, float>) return (Vector<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#endif
-  return a * b + c;
-}
 
 // to[i] += sum of the lanes of x[i], four at once.
 template <class T>
@@ -204,7 +150,7 @@ template <class T>
 void read_plane(const Size& s, const T* value, Line<T>* plane) {
   for_pixels(s, [&, vectors = s.vectors<T>(), step = s.h * s.d](int64_t from, int64_t to) {
     for (int64_t v = 0, c = 0; v < vectors; ++v, c += Lanes<T>::n)
-      plane[to * vectors + v].v = load<T>(value + from * step + c, s.d - c);
+      plane[to * vectors + v].v = load<T>(value + from * step + c, std::min(s.d - c, Lanes<T>::n));
   });
 }
 
@@ -212,7 +158,7 @@ template <class T>
 void write_plane(const Size& s, const Line<T>* plane, T* value) {
   for_pixels(s, [&, vectors = s.vectors<T>(), step = s.h * s.d](int64_t to, int64_t from) {
     for (int64_t v = 0, c = 0; v < vectors; ++v, c += Lanes<T>::n)
-      store<T>(value + to * step + c, plane[from * vectors + v].v, s.d - c);
+      store<T>(value + to * step + c, plane[from * vectors + v].v, std::min(s.d - c, Lanes<T>::n));
   });
 }
 
@@ -266,7 +212,7 @@ void sum_samples(const Size& s, const Line<T>* plane, const T* locations, const 
     }
   });
   for (int64_t v = 0, c = first * Lanes<T>::n; v < NV; ++v, c += Lanes<T>::n)
-    store<T>(out + c, upper[v] + lower[v], s.d - c);
+    store<T>(out + c, upper[v] + lower[v], std::min(s.d - c, Lanes<T>::n));
 }
 
 template <class T>

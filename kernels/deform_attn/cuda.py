@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda
+from bevfn.kernels import cuda, gathered
 from bevfn.kernels.bilinear import corner, place, sums_by_pixel
 from bevfn.kernels.deform_attn.reference import levels
 
@@ -135,10 +135,7 @@ def _attend(
         )
         for i in tl.static_range(4):
             pixel, there, share, _slope_y, _slope_x = corner(inside, top, left, y, x, HEIGHT, WIDTH, i // 2, i % 2)
-            row = ((image + pixel) * HEADS + n % HEADS).to(tl.int64)
-            read = tl.load(
-                value + row[:, None] * D + channel[None, :], mask=there[:, None] & (channel < D)[None, :], other=0.0
-            )
+            read = gathered.rows(value, (image + pixel) * HEADS + n % HEADS, D, there, channel, D)
             total += (share * weight)[:, None] * read.to(tl.float32)
     tl.store(to, total, mask=stored)
 
@@ -174,9 +171,7 @@ def _attend_backward(
     live = n < N
     channel = tl.arange(0, WIDE)
     image = (n // ROWS_OF_IMAGE) * S + FIRST
-    slope = tl.load(
-        grad + n.to(tl.int64)[:, None] * D + channel[None, :], mask=live[:, None] & (channel < D)[None, :], other=0.0
-    ).to(tl.float32)
+    slope = gathered.rows(grad, n, D, live, channel, D).to(tl.float32)
     for p in range(P):
         inside, top, left, y, x, weight, tap, counts = _sample(
             locations, weights, mask, n, N, HEIGHT, WIDTH, LEVEL, p, HEADS, L, P, MASKED
@@ -185,11 +180,7 @@ def _attend_backward(
         for i in tl.static_range(4):
             pixel, there, share, slope_y, slope_x = corner(inside, top, left, y, x, HEIGHT, WIDTH, i // 2, i % 2)
             row = (image + pixel) * HEADS + n % HEADS
-            read = tl.load(
-                value + row.to(tl.int64)[:, None] * D + channel[None, :],
-                mask=there[:, None] & (channel < D)[None, :],
-                other=0.0,
-            )
+            read = gathered.rows(value, row, D, there, channel, D)
             product = tl.where(counts, tl.sum(read.to(tl.float32) * slope, 1), 0.0)
             grad_weight += share * product
             grad_y += slope_y * product

@@ -15,6 +15,7 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
+#include "../lanes.h"
 #include "../parallel.h"
 
 namespace {
@@ -117,8 +118,7 @@ void sample_run(const Size& s, const Run& run, const T* pixels, const Tap<T>* ta
 template <class T>
 void spread_run(const Size& s, const Run& run, const T* pixels, const Tap<T>* taps, const T* grad_columns,
                 T* grad_pixels, T* slopes) {
-  constexpr int64_t kLanes = 64 / sizeof(T);
-  typedef T Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
+  constexpr int64_t kLanes = Lanes<T>::n, kVectors = 64 / kVectorBytes;  // 64 bytes together: one order of sums on every machine
   const T zeros[kRun] = {};
   T nowhere[kRun];
   for (int64_t p = 0; p < s.P(); ++p)
@@ -136,15 +136,17 @@ void spread_run(const Size& s, const Run& run, const T* pixels, const Tap<T>* ta
         const T* from = there ? pixels + tap.pixel[i] * s.C + run.begin : zeros;
         T* to = there ? grad_pixels + tap.pixel[i] * s.C + run.begin : nowhere;
         const T weight = share[i] * tap.mask;
-        Vector sum = {};
+        Vector<T> sum[kVectors] = {};
         int64_t c = 0;
-        for (; c + kLanes <= run.count; c += kLanes) {
-          const Vector g = *reinterpret_cast<const Vector*>(grad + c);
-          sum += g * *reinterpret_cast<const Vector*>(from + c);
-          *reinterpret_cast<Vector*>(to + c) += weight * g;
-        }
+        while (c + kVectors * kLanes <= run.count)
+          for (int64_t v = 0; v < kVectors; ++v, c += kLanes) {
+            const Vector<T> g = load(grad + c);
+            sum[v] = fused<T>(g, load(from + c), sum[v]);
+            store<T>(to + c, fused<T>(all(weight), g, load(to + c)));
+          }
         T total = 0;
-        for (int64_t l = 0; l < kLanes; ++l) total += sum[l];
+        for (const Vector<T>& part : sum)
+          for (int64_t l = 0; l < kLanes; ++l) total += part[l];
         for (; c < run.count; ++c) {
           total += grad[c] * from[c];
           to[c] += weight * grad[c];

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda
+from bevfn.kernels import cuda, gathered
 from bevfn.kernels.bilinear import corner, place, sums_by_pixel
 from bevfn.kernels.deform_conv import reference
 from bevfn.kernels.parts import joined, parts, summed
@@ -173,10 +173,7 @@ def _sample(
     total = tl.zeros((ROWS, WIDE), tl.float32)
     for i in tl.static_range(4):
         pixel, there, share, _slope_y, _slope_x = corner(inside, top, left, y, x, H, W, i // 2, i % 2)
-        row = (r // P * (H * W) + pixel).to(tl.int64)
-        read = tl.load(
-            pixels + row[:, None] * C + channel[None, :], mask=there[:, None] & (of < C // D)[None, :], other=0.0
-        )
+        read = gathered.rows(pixels + kd // K * (C // D), r // P * (H * W) + pixel, C, there, of, C // D)
         total += share[:, None] * read.to(tl.float32)
     total = total * factor[:, None]
     to = (channel // I).to(tl.int64)[None, :] * R + r[:, None]
@@ -226,9 +223,8 @@ def _sample_backward(
         product = tl.zeros_like(y)
         for first in range(0, C // D, WIDE):
             of = first + tl.arange(0, WIDE)
-            read = there[:, None] & (of < C // D)[None, :]
-            value = tl.load(pixels + row.to(tl.int64)[:, None] * C + (d * (C // D) + of)[None, :], mask=read, other=0.0)
-            slope = tl.load(grad_columns + sample[:, None] * (C // D) + of[None, :], mask=read, other=0.0)
+            value = gathered.rows(pixels + d * (C // D), row, C, there, of, C // D)
+            slope = gathered.rows(grad_columns, sample, C // D, there, of, C // D)
             product += tl.sum(value.to(tl.float32) * slope.to(tl.float32), 1)
         grad_share += share * product
         grad_y += slope_y * product

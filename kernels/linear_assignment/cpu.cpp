@@ -6,8 +6,9 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <thread>
 #include <vector>
+
+#include "../parallel.h"
 
 namespace {
 
@@ -132,13 +133,7 @@ void solve(Workspace& w, const double* cost, const uint8_t* valid, int64_t Q, in
 
 extern "C" void linear_assignment(const double* cost, const uint8_t* valid, int64_t* match, int64_t B, int64_t Q,
                                   int64_t G, int64_t threads) {
-  threads = std::max<int64_t>(1, std::min(threads, B));
-  auto work = [=](int64_t thread) {
-    Workspace w;
-    for (int64_t b = thread; b < B; b += threads) solve(w, cost + b * Q * G, valid + b * G, Q, G, match + b * G);
-  };
-  std::vector<std::thread> pool;
-  for (int64_t t = 1; t < threads; ++t) pool.emplace_back(work, t);
-  work(0);
-  for (auto& t : pool) t.join();
+  parallel_workers(B, threads, [&] {
+    return [&, w = Workspace()](int64_t b) mutable { solve(w, cost + b * Q * G, valid + b * G, Q, G, match + b * G); };
+  });
 }

@@ -20,39 +20,28 @@
 #include <utility>
 #include <vector>
 
+#include "../lanes.h"
 #include "../parallel.h"
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, MAX_VECS = 4;  // 32 registers of 16 floats
+constexpr int MAX_VECS = 4;  // 32 registers of 16 floats
 constexpr int rows_of(int vecs) { return vecs == 1 ? 12 : vecs == 2 ? 10 : vecs == 3 ? 8 : 6; }
 #elif defined(__AVX__)
-constexpr int LANES = 8, MAX_VECS = 2;  // 16 registers of 8
+constexpr int MAX_VECS = 2;  // 16 registers of 8
 constexpr int rows_of(int vecs) { return vecs == 1 ? 8 : 6; }
 #else
-constexpr int LANES = 4, MAX_VECS = 4;  // NEON: 32 registers of 4
+constexpr int MAX_VECS = 4;  // NEON: 32 registers of 4
 constexpr int rows_of(int vecs) { return vecs <= 2 ? 8 : 5; }
 #endif
 constexpr int MAX_ROWS = 12;
-constexpr int64_t PANEL = MAX_VECS * LANES;
+constexpr int64_t LANES = Lanes<float>::n, PANEL = MAX_VECS * LANES;
 
-typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef Lanes<float>::Unaligned Vec;
 
-// sum + scale * row. Written out where there are fused ones: tuned for some CPUs (Zen 3) a compiler fuses in some tiles and not in
-// others, and the sums would depend on how pairs fall into tiles, which the number of threads decides.
-inline Vec multiply_add(float scale, Vec row, Vec sum) {
-#if defined(__AVX512F__)
-    return Vec(_mm512_fmadd_ps(_mm512_set1_ps(scale), __m512(row), __m512(sum)));
-#elif defined(__AVX__) && defined(__FMA__)
-    return Vec(_mm256_fmadd_ps(_mm256_set1_ps(scale), __m256(row), __m256(sum)));
-#else
-    return sum + scale * row;
-#endif
-}
+// Fused in every tile or in none, or the sums would depend on how pairs fall into tiles, which the number of threads decides.
+inline Vec multiply_add(float scale, Vec row, Vec sum) { return fused<float>(all(scale), row, sum); }
 
 struct Buffer {  // cache-line aligned floats
     float* data;

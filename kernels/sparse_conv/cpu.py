@@ -1,7 +1,5 @@
 """Host lowering of `sparse_conv`: `cpu.cpp` in float32; float64 (gradient checks) takes the reference."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,12 @@ def sparse_conv(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     K, channels_in, channels_out = weight.shape
     rows, kernel, table = x.float().contiguous(), weight.float(), table.contiguous()
     y = torch.empty(table.shape[1], channels_out)
-    weights = ctypes.c_void_p(kernel.data_ptr()), kernel.stride()  # the gradient passes transposed weights: no copy
+    last = sum((n - 1) * step for n, step in zip(kernel.shape, kernel.stride()))
+    memory = kernel.as_strided(
+        (last + 1 if kernel.numel() else 0,), (1,)
+    )  # the gradient passes transposed weights: no copy
     sizes = (K, x.shape[0], table.shape[1], channels_in, channels_out)
-    bad = native.call("sparse_conv", "sparse_conv", rows, *weights, table, *sizes, y)
+    bad = native.call("sparse_conv", "sparse_conv", rows, memory, kernel.stride(), table, *sizes, y)
     _check(bad, x)
     return y.to(x.dtype)
 

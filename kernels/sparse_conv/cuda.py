@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda
+from bevfn.kernels import cuda, gathered
 
 ROWS = 64  # of a tile
 OFFSETS = 16  # up to here one order is as good as two
@@ -198,11 +198,7 @@ def _multiply(
         k = tl.load(offsets + tile.to(tl.int64) * N + step // CHUNKS)
         of = (step % CHUNKS) * DEEP + tl.arange(0, DEEP)
         index = tl.load(table + k.to(tl.int64) * W + rows, mask=at < W, other=-1)
-        a = tl.load(
-            x + index.to(tl.int64)[:, None] * C_IN + of[None, :],
-            mask=(index >= 0)[:, None] & (of < C_IN)[None, :],
-            other=0.0,
-        )
+        a = gathered.rows(x, index, C_IN, index >= 0, of, C_IN)
         b = tl.load(
             weight + k * step_k + of[:, None] * step_in + to[None, :] * step_out,
             mask=(of < C_IN)[:, None] & (to < C_OUT)[None, :],
@@ -251,11 +247,7 @@ def _multiply_weight(
                 mask=there[None, :] & (of < C_IN)[:, None],
                 other=0.0,
             )
-            b = tl.load(
-                grad + rows.to(tl.int64)[:, None] * C_OUT + to[None, :],
-                mask=there[:, None] & (to < C_OUT)[None, :],
-                other=0.0,
-            )
+            b = gathered.rows(grad, rows, C_OUT, there, to, C_OUT)
             total = tl.dot(a, b, total, input_precision=PRECISION)
     place = ((span.to(tl.int64) * K + k) * C_IN + of[:, None]) * C_OUT + to[None, :]
     tl.store(sums + place, total, mask=(of < C_IN)[:, None] & (to < C_OUT)[None, :])

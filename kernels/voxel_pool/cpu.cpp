@@ -15,9 +15,6 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
 
 // Products and sums may fuse here: no index depends on them.
 #if defined(__clang__)
@@ -26,26 +23,18 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
+#include "../lanes.h"
 #include "../parallel.h"
 
 namespace {
 
-// float32 per vector: wider ones than the machine's would be kept in memory instead of registers.
-#if defined(__AVX512F__)
-constexpr int64_t kLanes = 16;
-#elif defined(__AVX__)
-constexpr int64_t kLanes = 8;
-#else
-constexpr int64_t kLanes = 4;  // SSE, NEON
-#endif
+using Floats = Vector<float>;
+constexpr int64_t kLanes = Lanes<float>::n;
 constexpr int64_t kVectors = 8;                // vectors per channel block, in registers: 128 channels with AVX-512
 constexpr int64_t kBlock = kVectors * kLanes;
 constexpr int64_t kTile = 16;                  // image columns per tile: whole cache lines of depth and cell
 constexpr int64_t kDepths = 32;                // depth bins per step: their output rows stay in the caches
 constexpr int64_t kAhead = 6;                  // bins between asking for an output row and adding to it
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 
 struct Size {
   int64_t M, D, H, W, C, cells;
@@ -81,30 +70,7 @@ void advise(float* data, int64_t floats, int advice) {
 #define MADV_POPULATE_WRITE 23  // since Linux 5.14
 #endif
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
-inline void store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
-
-// The last vector of a row: `count` of its lanes exist.
-inline Vector load_some(const float* from, int64_t count) {
-#if defined(__AVX512F__)
-  return (Vector)_mm512_maskz_loadu_ps((1u << count) - 1, from);
-#else
-  if (count == kLanes) return load(from);
-  Vector x = {};
-  for (int64_t i = 0; i < count; ++i) x[i] = from[i];
-  return x;
-#endif
-}
-inline void store_some(float* to, Vector x, int64_t count) {
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)x);
-#else
-  if (count == kLanes) return store(to, x);
-  for (int64_t i = 0; i < count; ++i) to[i] = x[i];
-#endif
-}
-
-inline float sum_lanes(Vector x) {
+inline float sum_lanes(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
 #elif defined(__AVX__)
@@ -185,7 +151,7 @@ struct Tile {
         const float* row = from + ((m * s.H + h) * s.W + w0 + w) * s.C + c0;
         float* to = context.get() + (w * s.H + h) * padded;
         for (int64_t c = 0; c < padded; c += kLanes)
-          store(to + c, c + kLanes <= n ? load(row + c) : load_some(row + c, n - c));
+          store(to + c, load(row + c, std::min(n - c, kLanes)));
       }
   }
   void read_depths(const Size& s, const float* depths, const int32_t* cells, int64_t d0, int64_t bins) {
@@ -271,7 +237,7 @@ inline void pool_line(const int32_t* cell, const float* depth, const float* cont
       ++h;
       continue;
     }
-    Vector sum[NV];
+    Floats sum[NV];
     for (int v = 0; v < NV; ++v) sum[v] = depth[h] * load(context + (h * NV + v) * kLanes);
     for (++h; h < rows && cell[h] == here; ++h)
       for (int v = 0; v < NV; ++v) sum[v] += depth[h] * load(context + (h * NV + v) * kLanes);
@@ -280,7 +246,7 @@ inline void pool_line(const int32_t* cell, const float* depth, const float* cont
     touched[mine] = 1;
     for (int v = 0; v + 1 < NV; ++v) store(row + v * kLanes, load(before + v * kLanes) + sum[v]);
     const int64_t at = (NV - 1) * kLanes;
-    store_some(row + at, load_some(before + at, last) + sum[NV - 1], last);
+    store(row + at, load(before + at, last) + sum[NV - 1], last);
   }
 }
 
@@ -335,7 +301,7 @@ template <int NV>
 inline void line_gradient(const float* grad, const Size& s, int64_t last, int64_t bins, int64_t line,
                           const int32_t* cell, float* depth, const float* context, float* grad_context) {
   for (int64_t h = 0; h < s.H; ++h) {
-    Vector feature[NV], sum[NV];
+    Floats feature[NV], sum[NV];
     for (int v = 0; v < NV; ++v) {
       feature[v] = load(context + (h * NV + v) * kLanes);
       sum[v] = load(grad_context + (h * NV + v) * kLanes);
@@ -348,9 +314,9 @@ inline void line_gradient(const float* grad, const Size& s, int64_t last, int64_
         continue;
       }
       const float* row = grad + here * s.C;
-      Vector product = {};
+      Floats product = {};
       for (int v = 0; v < NV; ++v) {
-        const Vector g = v + 1 < NV ? load(row + v * kLanes) : load_some(row + v * kLanes, last);
+        const Floats g = v + 1 < NV ? load(row + v * kLanes) : load(row + v * kLanes, last);
         product += g * feature[v];
         sum[v] += weight * g;
       }

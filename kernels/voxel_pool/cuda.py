@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda
+from bevfn.kernels import cuda, gathered
 
-POINTS = 16  # that a program adds at a time: the median cell of BEVFusion's grid has 15
+PIXELS = 16  # of a program
 
 
 def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
@@ -19,21 +19,8 @@ def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Ten
     (_, D, H, W), C = depth.shape, context.shape[3]
     cuda.check_rows("voxel_pool", "points", cell.numel())
     order, starts = cuda.intervals(cell.reshape(-1), num_cells)
-    out = context.new_empty(num_cells, C)
-    if out.numel():
-        _pool[(num_cells,)](
-            depth.contiguous(),
-            context.contiguous(),
-            order,
-            starts,
-            out,
-            D * H * W,
-            H * W,
-            C=C,
-            WIDE=triton.next_power_of_2(C),
-            POINTS=POINTS,
-        )
-    return out
+    rows = context.reshape(-1, C)
+    return gathered.sums(order, starts, depth.reshape(-1), rows, image=D * H * W, pixels=H * W, dtype=depth.dtype)
 
 
 def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +31,7 @@ def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tupl
     grad_context = torch.empty(context.shape, dtype=context.dtype, device=depth.device)
     pixels = M * H * W
     if pixels:
-        _pool_backward[(triton.cdiv(pixels, POINTS),)](
+        _pool_backward[(triton.cdiv(pixels, PIXELS),)](
             grad.contiguous(),
             depth.contiguous(),
             context.contiguous(),
@@ -57,31 +44,9 @@ def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tupl
             grad.shape[0],
             C=C,
             WIDE=triton.next_power_of_2(max(C, 1)),
-            POINTS=POINTS,
+            ROWS=PIXELS,
         )
     return grad_depth, grad_context
-
-
-@triton.jit
-def _pool(depth, context, order, starts, out, IMAGE, PIXELS, C: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr):
-    """One cell: its interval of the sorted points, POINTS at a time."""
-    cell = tl.program_id(0)
-    end = tl.load(starts + cell + 1)
-    channel = tl.arange(0, WIDE)
-    total = tl.zeros((POINTS, WIDE), tl.float32)
-    for first in range(tl.load(starts + cell), end, POINTS):
-        at = first + tl.arange(0, POINTS)
-        point = tl.load(order + at, mask=at < end, other=0)
-        weight = tl.load(depth + point, mask=at < end, other=0.0).to(tl.float32)
-        pixel = (point // IMAGE).to(tl.int64) * PIXELS + point % PIXELS
-        row = tl.load(
-            context + pixel[:, None] * C + channel[None, :],
-            mask=(at < end)[:, None] & (channel < C)[None, :],
-            other=0.0,
-        )
-        total += weight[:, None] * row.to(tl.float32)
-    place = cell.to(tl.int64) * C + channel
-    tl.store(out + place, tl.sum(total, 0).to(out.dtype.element_ty), mask=channel < C)
 
 
 @triton.jit
@@ -98,26 +63,21 @@ def _pool_backward(
     CELLS,
     C: tl.constexpr,
     WIDE: tl.constexpr,
-    POINTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """POINTS pixels, along their depth bins."""
-    pixel = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
+    """ROWS pixels, along their depth bins."""
+    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = pixel < ALL_PIXELS
     channel = tl.arange(0, WIDE)
-    place = pixel.to(tl.int64)[:, None] * C + channel[None, :]
-    stored = live[:, None] & (channel < C)[None, :]
-    row = tl.load(context + place, mask=stored, other=0.0).to(tl.float32)
-    total = tl.zeros((POINTS, WIDE), tl.float32)
+    row = gathered.rows(context, pixel, C, live, channel, C).to(tl.float32)
+    total = tl.zeros((ROWS, WIDE), tl.float32)
     for bin in range(D):
         point = (pixel // PIXELS * D + bin) * PIXELS + pixel % PIXELS
         to = tl.load(cell + point, mask=live, other=-1)
         inside = (to >= 0) & (to < CELLS)
-        slope = tl.load(
-            grad + to.to(tl.int64)[:, None] * C + channel[None, :],
-            mask=inside[:, None] & (channel < C)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        slope = gathered.rows(grad, to, C, inside, channel, C).to(tl.float32)
         weight = tl.load(depth + point, mask=live, other=0.0).to(tl.float32)
         total += weight[:, None] * slope
         tl.store(grad_depth + point, tl.sum(slope * row, 1).to(grad_depth.dtype.element_ty), mask=live)
-    tl.store(grad_context + place, total.to(grad_context.dtype.element_ty), mask=stored)
+    place = grad_context + pixel.to(tl.int64)[:, None] * C + channel[None, :]
+    tl.store(place, total.to(grad_context.dtype.element_ty), mask=live[:, None] & (channel < C)[None, :])

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda
+from bevfn.kernels import cuda, gathered
 from bevfn.kernels.voxelize.reference import Extent
 
 POINTS = 256  # whose cells a program finds
@@ -104,7 +104,7 @@ def _cells(
     live = point < ALL
     row = points + point.to(tl.int64) * C
     column = tl.arange(0, WIDE)
-    values = tl.load(row[:, None] + column[None, :], mask=live[:, None] & (column < C)[None, :], other=0.0)
+    values = gathered.rows(points, point, C, live, column, C)
     kept = live & (tl.load(valid + point, mask=live, other=0) != 0)
     kept = kept & (tl.max((tl.abs(values) < float("inf")).to(tl.int32) ^ 1, 1) == 0)  # false for NaN
     x = tl.floor(tl.div_rn(tl.load(row, mask=kept, other=0.0) - LOW_X, SIZE_X))
@@ -152,11 +152,7 @@ def _means(
         belongs = used & (at < P)
         belongs = belongs & (tl.load(key + at, mask=belongs, other=-1) == cell)
         point = tl.load(order + at, mask=belongs, other=0)
-        total += tl.load(
-            points + point[:, None] * C + column[None, :],
-            mask=belongs[:, None] & (column < C)[None, :],
-            other=0.0,
-        )
+        total += gathered.rows(points, point, C, belongs, column, C)
         number += belongs.to(tl.int32)
     divisor = tl.maximum(number, 1).to(tl.float32)[:, None] + tl.zeros((VOXELS, WIDE), tl.float32)
     mean = tl.div_rn(total, divisor)
