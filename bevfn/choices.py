@@ -9,6 +9,7 @@ from bevfn import catalogue
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["inductor", "aot_eager", "eager", "torchair", "npugraph-ex"]
+TrainBackend = Literal["auto", Backend]
 Scale = Literal["published", "mini"]
 Logger = Literal["wandb", "mlflow"]
 Augmented = Literal["flip", "flip-scale"]

@@ -50,6 +50,11 @@ def fresh(precision="fp32", *, replicas=None, sync=False, dropout=0.0, accumulat
     return train.init(*small_net.init(), config, precision=policy, seed=7, ema=ema), step
 
 
+def named(metrics):
+    """Packed metrics as a flat tree."""
+    return {f"metrics/{name}": value for name, value in zip(metrics.names, metrics.values)}
+
+
 def trained(batches, **options):
     """Flat train state and metrics after STEPS steps; batches(i): the microbatches of step i."""
     torch._dynamo.reset()
@@ -59,7 +64,7 @@ def trained(batches, **options):
         ts, metrics = step(ts, batches(i))
     counts = {"graphs": torch.tensor(graph_counts()["graphs"])}
     counts["breaks"] = torch.tensor(graph_counts()["breaks"])
-    return {**tree.flatten(ts), **{f"metrics/{k}": v for k, v in metrics.items()}, **counts}
+    return {**tree.flatten(ts), **named(metrics), **counts}
 
 
 NORM_CASES = ("images", "rows", "empty", "nothing")
@@ -123,7 +128,7 @@ def overflow_job(replicas):
     if replicas.rank == 1:
         batch["x"][0, 0, 0, 0] = float("inf")
     ts, metrics = step(ts, [batch])
-    return {**tree.flatten(ts), **{f"metrics/{k}": v for k, v in metrics.items()}}
+    return {**tree.flatten(ts), **named(metrics)}
 
 
 def counting_job(replicas):

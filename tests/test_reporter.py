@@ -13,6 +13,7 @@ from rich.console import Console
 from bevfn import waiting
 from bevfn.metrics import METRICS_FILE, read_metrics
 from bevfn.training.reporter import Reporter, peak_memory
+from bevfn.training.speed import Work
 
 
 def run(folder, *, steps=20, terminal=False, metrics=lambda step: {"loss": 1.0 / step}, **options) -> str:
@@ -29,7 +30,7 @@ def test_without_a_terminal_a_plain_line_comes_every_n_steps(tmp_path):
     lines = [line for line in text.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/20", "8/20", "16/20", "20/20"]
     assert "\x1b" not in text
-    assert lines[1] == "step 8/20  0.5 s/step  ETA 0:00:06  loss 0.125"
+    assert re.fullmatch(r"step 8/20  0\.5 s/step  ETA 0:00:06  loss 0\.125  [\d.]+ GiB", lines[1])
 
 
 def test_the_compiling_step_is_reported_and_left_out_of_the_estimate(tmp_path):
@@ -108,6 +109,23 @@ def test_tensorboard_gets_the_scalars(tmp_path):
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 21))
 
 
+def test_speed_and_memory_are_in_the_line_and_in_tensorboard_and_not_in_the_file(tmp_path):
+    """The file has what does not depend on the clock, and the seconds that speed follows from."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    text = run(tmp_path, every=8, work=Work(samples=4, flops=3e12, peak=24e12))
+    assert re.search(r"step 8/20  0\.5 s/step  ETA 0:00:06  8 samples/s  MFU 25%  loss 0\.125  [\d.]+ GiB\n", text)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    named = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert named["speed/samples_per_second"] == 8 and named["speed/mfu"] == 0.25 and named["memory/host_gib"] > 0.05
+    assert not any(name.startswith(("speed/", "memory/")) for name in read_metrics(tmp_path)[-1])
+
+
+def test_without_a_known_peak_there_is_no_mfu(tmp_path):
+    text = run(tmp_path, work=Work(samples=4, flops=3e12))
+    assert "8 samples/s  loss" in text and "MFU" not in text
+
+
 def test_a_continued_run_appends_and_drops_the_half_line_of_a_killed_one(tmp_path):
     run(tmp_path, steps=3)
     with open(tmp_path / METRICS_FILE, "a") as file:
@@ -177,13 +195,13 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_lines_before(small_disk, capf
 def test_of_a_narrow_terminal_the_metrics_are_cut_and_not_step_and_eta(tmp_path, width):
     console = Console(file=io.StringIO(), force_terminal=True, width=width)
     many = {"loss/total": 12.34, "loss/heatmap": 5.678, "loss/boxes": 3.21, "lr": 1e-3, "grad_norm": 35.0}
-    with Reporter(tmp_path, 1200, console=console) as reporter:
+    with Reporter(tmp_path, 1200, console=console, work=Work(samples=4, flops=1e12, peak=1e13)) as reporter:
         for step in range(1, 4):
             reporter.log(step, many, seconds=30.0 if step == 1 else 1.25)
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
     last = [line for line in lines if "3/1200" in line.replace(" ", "")][-1]
     assert "1.25 s/step  ETA 0:24:56" in last and len(last.rstrip()) <= width
-    assert ("grad_norm" in last) == (width == 160)
+    assert ("grad_norm" in last) == (width == 160) and ("samples/s" in last) == (width >= 80)
 
 
 def test_the_gradient_of_fp16s_first_steps_is_no_warning(tmp_path):

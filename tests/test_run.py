@@ -1,7 +1,9 @@
 """Whole runs of a tiny experiment: what they leave, and that killing, stopping and splitting them changes no number."""
 
 import dataclasses
+import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -23,6 +25,7 @@ import tiny_experiment as tiny
 import torch
 from fuzz import bounded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bevfn.data import loader, paste, sampling, scene
 from bevfn.data.reading import CLASS_NAMES
@@ -30,7 +33,20 @@ from bevfn.distributed import Replicas
 from bevfn.files import read_json
 from bevfn.kernels import native
 from bevfn.metrics import METRICS_FILE, read_metrics
-from bevfn.training import assembly, checkpoint, command_line, optim, origin, pretrained, reporter, run, tasks
+from bevfn.training import (
+    assembly,
+    checkpoint,
+    command_line,
+    optim,
+    origin,
+    pretrained,
+    profiling,
+    reporter,
+    run,
+    tasks,
+    train,
+    unread,
+)
 from bevfn.training.board import FOLDER as BOARD
 from bevfn.training.reporter import WORST
 
@@ -703,6 +719,65 @@ def test_performance_mode_measures_and_neither_saves_nor_evaluates(root, tmp_pat
     assert summary["steps"] == 2 and "scores" not in summary
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "evaluations").exists()
     assert "samples/s after 1 steps" in capsys.readouterr().out
+
+
+class Copies(TorchDispatchMode):
+    """Counts what asks a device for a number: .item(), float(), int(), bool()."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(options or {}))
+
+
+def test_metrics_leave_the_device_together_and_between_two_readings_nothing_does(root, tmp_path, monkeypatch):
+    """Steps are those that are read one by one, and the host asks for nothing between the first step, the third and the sixth."""
+    plain = {"mode": "performance", "steps": STEPS}
+    run.main(tiny.task, config(root, tmp_path / "each", **plain))
+    asked, packets = [], []
+    step_made, read = unread.Unread.add, train.read
+
+    def add(self, *arguments):
+        asked.append(copies.count)
+        step_made(self, *arguments)
+
+    monkeypatch.setattr(unread.Unread, "add", add)
+    monkeypatch.setattr(train, "read", lambda made: packets.append(len(made)) or read(made))
+    with Copies() as copies:
+        run.main(tiny.task, config(root, tmp_path / "three", log_every=3, **plain))
+    assert [packet for packet in packets if packet] == [1, 2, 3]
+    assert asked[1] == asked[2] and asked[3] == asked[4] == asked[5]
+    assert numbers(tmp_path / "three") == numbers(tmp_path / "each")
+
+
+def test_a_loss_that_is_not_finite_is_seen_at_the_next_reading_with_its_step_terms_and_samples(root, tmp_path):
+    settings = config(root, tmp_path / "run", lr=1e30, log_every=4, mode="performance", steps=STEPS)
+    said = r"step 2: the loss is not finite, loss/\S+.* \(with --log-every 1 the run says of which sample\); samples [0-9a-f]{32}"
+    with pytest.raises(ValueError, match=said):
+        run.main(tiny.task, settings)
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1]
+    with pytest.raises(ValueError, match=r"step 2: the loss is not finite, sample [0-9a-f]{32}: loss/"):
+        run.main(tiny.task, replace(settings, log_every=1, run_dir=tmp_path / "asked"))
+
+
+def test_a_profile_opens_in_perfetto_and_has_the_phases_of_its_steps(root, tmp_path, capsys):
+    settings = config(root, tmp_path / "run", profile=2, mode="performance", steps=STEPS)
+    run.main(tiny.task, settings)
+    trace = tmp_path / "run" / profiling.TRACE
+    assert f"trace of 2 steps: {trace}" in capsys.readouterr().out
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    ranges = [
+        e for e in events if e.get("cat") == "user_annotation" and e["name"] in ("read", "move", "step", "report")
+    ]
+    ranges.sort(key=lambda event: event["ts"])
+    assert [event["name"] for event in ranges] == ["read", "move", "step", "report"] * 2
+    assert all(a["ts"] + a["dur"] <= b["ts"] for a, b in itertools.pairwise(ranges))
+    inside = [e for e in events if e.get("cat") == "cpu_op" and ranges[2]["ts"] <= e["ts"] <= ranges[3]["ts"]]
+    assert any(event["name"].startswith("bevfn::") for event in inside)  # our operators are in the step
+    run.main(tiny.task, replace(settings, steps=2, run_dir=tmp_path / "short"))
+    assert "no trace, since --profile begins after 3 steps" in capsys.readouterr().out
+    assert not list((tmp_path / "short").glob("*trace*"))
 
 
 def test_the_recipes_learning_rate_follows_the_batch(root, tmp_path):

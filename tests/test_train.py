@@ -1,5 +1,7 @@
 """The train step: equal to a plain torch training loop, skipping, EMA, purity, accumulation, naming what is not finite."""
 
+import math
+
 import numpy as np
 import pytest
 import small_net
@@ -174,7 +176,7 @@ def test_bad_losses_names_sample_and_terms(accumulate):
     step = train.make_accumulated(hiding, config, accumulate=accumulate)
     parts[-1]["y"][1, 2] = float("inf")
     ts, metrics = step(ts, parts)
-    assert float(metrics["skipped"]) == 1
+    assert train.read([metrics])[0]["skipped"] == 1
     expected = train.BadLoss(microbatch=accumulate - 1, sample=1, terms=("loss/total", "loss/box"))
     assert train.bad_losses(hiding, small_net.recipe(), ts, parts) == [expected]
     assert train.bad_losses(hiding, small_net.recipe(), ts, halves(small_net.batch(1))) == []
@@ -227,6 +229,16 @@ def test_only_fp16_carries_a_loss_scale():
         assert (ts.loss_scale is not None) == (name == "fp16")
 
 
+def test_metrics_are_packed_in_order_and_read_as_they_were():
+    """Of any dtype, from 0-d tensors; several steps at once, whose names may differ."""
+    metrics = {"loss/total": torch.tensor(2.5, dtype=torch.float16), "overflow/points": torch.tensor(2**24 - 1)}
+    bad = {"loss/total": torch.tensor(float("nan")), "skipped": torch.tensor(True)}
+    first, second = train.read([train.pack(metrics), train.pack(bad)])
+    assert first == {"loss/total": 2.5, "overflow/points": 2**24 - 1} and list(first) == list(metrics)
+    assert math.isnan(second["loss/total"]) and second["skipped"] == 1
+    assert train.read([]) == []
+
+
 # ------------------------------------------------------------------------------------------------------- accumulation
 
 
@@ -252,14 +264,16 @@ def test_an_accumulated_step_has_the_mean_gradient_statistics_and_metrics_of_its
     mean = tree.map(lambda a, b: (a + b) / 2, *(part.optimizer.m for part, _ in parts))  # m of step 0: (1 - beta1) g
     torch.testing.assert_close(after.optimizer.m, mean)
     torch.testing.assert_close(after.state, tree.map(lambda a, b: (a + b) / 2, *(part.state for part, _ in parts)))
-    assert float(metrics["loss/total"]) == pytest.approx(np.mean([float(m["loss/total"]) for _, m in parts]))
+    (loss, *losses) = (made["loss/total"] for made in train.read([metrics, *(m for _, m in parts)]))
+    assert loss == pytest.approx(np.mean(losses))
     assert int(after.step) == int(after.optimizer.count) == 1
 
 
 def test_one_microbatch_is_the_plain_step_bit_for_bit():
     ts, plain = small_net.fresh("fp16")
     step = train.make_accumulated(small_net.loss_fn(Policy.of("fp16")), small_net.recipe(), accumulate=1)
-    for a, b in zip(*(tree.leaves(s) for s in (plain(ts, small_net.batch()), step(ts, [small_net.batch()])))):
+    (theirs, metrics), ours = plain(ts, small_net.batch()), step(ts, [small_net.batch()])
+    for a, b in zip(tree.leaves((theirs, train.pack(metrics))), tree.leaves(ours), strict=True):
         assert torch.equal(a, b)
 
 
@@ -269,7 +283,7 @@ def test_microbatches_have_their_own_dropout():
     ts, plain = small_net.fresh("fp32")
     half = halves(small_net.batch())[0]
     twice, once = step(ts, [half, half])[1], plain(ts, half)[1]
-    assert float(twice["loss/total"]) != float(once["loss/total"])
+    assert train.read([twice])[0]["loss/total"] != float(once["loss/total"])
 
 
 def test_accumulation_under_a_compiler_is_two_graphs_reused_and_donates_the_state():
@@ -282,7 +296,8 @@ def test_accumulation_under_a_compiler_is_two_graphs_reused_and_donates_the_stat
         after, metrics = step(ours, halves(small_net.batch(i)))
         theirs, expected = eager(theirs, halves(small_net.batch(i)))
         assert after is ours
-        assert float(metrics["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-5)
+        got, wanted = train.read([metrics, expected])
+        assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
     assert graph_counts() == {"graphs": 2, "breaks": 0}
     assert [leaf.data_ptr() for leaf in tree.leaves(ours)] == pointers
     for a, b in zip(tree.leaves(ours), tree.leaves(theirs)):
@@ -304,7 +319,8 @@ def test_the_batch_norms_of_a_frozen_part_use_and_keep_their_statistics(accumula
     shifted = small_net.copy(before)
     shifted.state["stem"]["norm"]["mean"] += 1.0
     _, other = accumulating(accumulate, groups=groups)[1](shifted, parts)
-    assert float(other["loss/total"]) != pytest.approx(float(metrics["loss/total"]), rel=1e-3)  # it normalises by them
+    ours, theirs = train.read([metrics, other])
+    assert theirs["loss/total"] != pytest.approx(ours["loss/total"], rel=1e-3)  # it normalises by them
 
 
 def test_a_bad_microbatch_skips_the_whole_step():
@@ -312,7 +328,7 @@ def test_a_bad_microbatch_skips_the_whole_step():
     parts = halves(small_net.batch())
     parts[0]["x"][0, 0, 0, 0] = float("nan")
     after, metrics = step(ts, parts)
-    assert float(metrics["skipped"]) == 1 and int(after.step) == 1
+    assert train.read([metrics])[0]["skipped"] == 1 and int(after.step) == 1
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(ts.params), tree.leaves(after.params)))
     assert train.first_nonfinite(after.state) is None
 

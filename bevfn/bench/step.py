@@ -1,6 +1,5 @@
 """Forward pass and train step of the full-size detectors: eager against compiled, as a share of the machine's peak."""
 
-import functools
 import gc
 import resource
 import tempfile
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from bevfn import compile as compilation
 from bevfn import host, recipes
 from bevfn.bench import machine
-from bevfn.kernels import deform_conv, sparse_conv  # noqa: F401  they define the operators that are counted
 from bevfn.precision import Precision
 from bevfn.synth import key_frame
-from bevfn.training import assembly, command_line
+from bevfn.training import assembly, command_line, flops
 
 Variant = Literal["forward/eager", "forward/inductor", "train/eager", "train/inductor"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -78,7 +75,7 @@ def _variant(setting: Setting, what: str, backend: compilation.Backend) -> dict:
     figures["seconds"] = machine.best_seconds(run, repeats=setting.repeats)
     figures["peak_memory_gb"] = _peak_gb(cuda)
     if backend == "eager":
-        figures["gflop"] = count_gflop(run)
+        figures["gflop"] = flops.count(run) / 1e9
     return figures
 
 
@@ -120,34 +117,3 @@ def _prepared(setting: Setting, what: str, backend: compilation.Backend) -> Call
             return predict(train_state.params, train_state.state, batch)
 
     return forward
-
-
-def count_gflop(run: Callable[[], object]) -> float:
-    """GFLOP of matrix products and convolutions, ours too: sparse (real neighbour pairs only) and deformable."""
-    _register_formulas()
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() / 1e9
-
-
-@functools.cache
-def _register_formulas() -> None:
-    """FLOPs of our operators; registered once per process."""
-
-    def forward(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, *_: Any, **__: Any) -> int:
-        return 2 * int((table >= 0).sum()) * weight.shape[1] * weight.shape[2]
-
-    def weight_gradient(x: torch.Tensor, grad: torch.Tensor, table: torch.Tensor, *_: Any, **__: Any) -> int:
-        return 2 * int((table >= 0).sum()) * x.shape[1] * grad.shape[1]
-
-    register_flop_formula(torch.ops.bevfn.sparse_conv, get_raw=True)(forward)
-    register_flop_formula(torch.ops.bevfn.sparse_conv_weight_grad, get_raw=True)(weight_gradient)
-
-    def deformable(x: torch.Tensor, offset: torch.Tensor, mask: Any, weight: torch.Tensor, *_: Any, **__: Any) -> int:
-        return 2 * weight.numel() * x.shape[0] * offset.shape[2] * offset.shape[3]  # the product, not the sampling
-
-    def deformable_backward(grad: torch.Tensor, *operands: Any, **__: Any) -> int:
-        return 2 * deformable(*operands)
-
-    register_flop_formula(torch.ops.bevfn.deform_conv, get_raw=True)(deformable)
-    register_flop_formula(torch.ops.bevfn.deform_conv_backward, get_raw=True)(deformable_backward)

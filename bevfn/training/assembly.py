@@ -72,13 +72,16 @@ def compiled_step(run: Run, *, synchronised: bool) -> Callable:
 def synchronising_step(run: Run) -> Callable:
     """The step of `build` that is another one from the first step of epoch --sync-after on, whatever it starts at."""
     change = run.config.sync_after * run.plan.steps_per_epoch
+    done: int | None = None  # asked of the device once
 
     @functools.lru_cache(maxsize=1)  # the graph of before is let go
     def made(synchronised: bool) -> Callable:
         return compiled_step(run, synchronised=synchronised)
 
     def step(train_state: train.TrainState, batches: list[Batch]) -> tuple[train.TrainState, dict]:
-        return made(int(train_state.step) >= change)(train_state, batches)
+        nonlocal done
+        done = int(train_state.step) if done is None else done + 1
+        return made(done >= change)(train_state, batches)
 
     return step
 

@@ -44,8 +44,8 @@ class Config:
     """published: every size as in the paper; mini: the same code at a size for demos and CI"""
     precision: Precision = "fp32"
     """fp16 scales the loss dynamically, in the graph"""
-    backend: choices.Backend = "inductor"
-    """what compiles the train step"""
+    backend: choices.TrainBackend = "inductor"
+    """what compiles the train step; auto: on a CPU nothing in a run too short for compiling to pay, which is printed"""
     eval_backend: choices.Backend = "inductor"
     """what compiles the forward pass of an evaluation"""
     device: str = "auto"
@@ -122,6 +122,14 @@ class Config:
     """last epochs that are all followed by an evaluation, whatever --eval-every says"""
     eval_first: bool = False
     """evaluate the untrained model too"""
+    log_every: int = 0
+    """steps whose metrics leave the device together, in one copy, which is when it is seen that one is not finite; 0: 10,
+    and 1 on a CPU"""
+    profile: int = 0
+    """steps, behind the third, of which RUN/trace.json.gz shows read, move, step and report (ui.perfetto.dev); 0: none"""
+    peak_tflops: float | None = None
+    """what the device can do at best in --precision, for the MFU; none: known of A100, H100 and H200 in fp16 and bf16, elsewhere
+    there is no MFU"""
     run_dir: Path = Path("runs/run")
     """config.json, metrics.jsonl, tensorboard/, checkpoints/, evaluations/"""
     loggers: tuple[choices.Logger, ...] = ()

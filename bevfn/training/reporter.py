@@ -1,4 +1,4 @@
-"""What a training run says: progress in the terminal, every step's metrics in JSON lines and its loggers, peak memory.
+"""What a training run says: progress in the terminal, every step's metrics in JSON lines and its loggers, speed and memory.
 
 Counters (`overflow/...` did not fit a capacity, `bad/...` broken data, `empty/...` nothing to learn from, `missing/...`
 not in the data) are metrics like others. A sentence warns the first time that one is not zero, and the last line has
@@ -30,6 +30,7 @@ from bevfn.metrics import COUNTERS, METRICS_FILE, meaning
 from bevfn.names import sentence
 from bevfn.training import loggers
 from bevfn.training.board import TensorBoard
+from bevfn.training.speed import Work
 
 WORST = "eval/worst key frame"
 WIDE = 100  # columns of a terminal in which there is room for a bar
@@ -41,9 +42,11 @@ class Reporter:
     with Reporter(Path("runs/demo"), total_steps=300) as reporter:
         reporter.log(1, {"loss": 3.2, "overflow/points": 0}, seconds=0.8)
 
-    In a terminal one live line shows step, step time, remaining time and losses, of which narrow ones cut off the latter;
-    otherwise a plain line every `every` steps, after `waiting.EVERY_S` seconds, and the first and the last. A run folder that already has metrics is continued: what it has of the steps that
-    come again counts no longer, nor what it has behind them (`read_metrics`, and TensorBoard with `start_step`).
+    In a terminal one live line shows step, step time, remaining time, samples/s, MFU, losses and memory, of which narrow ones
+    cut off what comes behind the remaining time; otherwise a plain line every `every` steps, after `waiting.EVERY_S` seconds,
+    and the first and the last. A run folder that already has metrics is continued: what it has of the steps that come again
+    counts no longer, nor what it has behind them (`read_metrics`, and TensorBoard with `start_step`). Speed and memory depend on
+    the clock and are for the loggers: the file has each step's seconds.
     """
 
     def __init__(
@@ -57,9 +60,11 @@ class Reporter:
         console: Console | None = None,
         config: Mapping[str, Any] | None = None,
         others: tuple[choices.Logger, ...] = (),
+        work: Work | None = None,
     ) -> None:
-        """config: the run's flags, as plain JSON values, for TensorBoard and the `others`. `shown`: metrics whose name contains one of these appear in the terminal (besides counters that are not 0).
-        `start_step`: steps done when a resumed run goes on.
+        """config: the run's flags, as plain JSON values, for TensorBoard and the `others`. `shown`: metrics whose name contains
+        one of these appear in the terminal (besides counters that are not 0). `start_step`: steps done when a resumed run goes
+        on. work: what a step computes; without it there is no speed. It may be set anew.
 
         Raises ValueError if total_steps or every is below 1, or if run_dir is a file.
         """
@@ -77,6 +82,7 @@ class Reporter:
         self.console = console or Console()
         self.config = config or {}
         self.others = others
+        self.work = work
         self._loggers: dict[str, loggers.Logger] = {}
         self._seconds: deque[float] = deque(maxlen=20)  # recent steps, without the one that compiles
         self._logged = 0
@@ -143,7 +149,9 @@ class Reporter:
         line = to_json({"step": step, "seconds": round(seconds, 6), **values}) + b"\n"
         with writing(self.run_dir / METRICS_FILE):
             write_whole(self._jsonl, line)
-        self._scalars(step, {**values, "seconds": seconds})
+        speeds = self.work.speeds(seconds) if self.work is not None else {}
+        memory = {f"memory/{where}_gib": size / 2**30 for where, size in peak_memory().items()}
+        self._scalars(step, {**values, "seconds": seconds, **speeds, **memory})
         self._warn(step, values)
 
         self._logged += 1
@@ -152,7 +160,8 @@ class Reporter:
         else:
             self._seconds.append(seconds)
         pace = self._pace(step, seconds)
-        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name, value))
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name, value)]
+        terms = "  ".join([*self._speed(seconds), *shown, f"{list(memory.values())[-1]:.3g} GiB"])
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=terms, pace=pace)
         elif (
@@ -191,6 +200,12 @@ class Reporter:
         usual = statistics.median(self._seconds)
         remaining = datetime.timedelta(seconds=round(usual * max(0, self.total_steps - step)))
         return f"{usual:.3g} s/step  ETA {remaining}"
+
+    def _speed(self, seconds: float) -> list[str]:
+        """Samples/s and MFU of recent steps, as far as they are known."""
+        speeds = {} if self.work is None else self.work.speeds(statistics.median(self._seconds or [seconds]))
+        told = {"speed/samples_per_second": "{:.3g} samples/s", "speed/mfu": "MFU {:.0%}"}
+        return [told[name].format(value) for name, value in speeds.items()]
 
     def _is_shown(self, name: str, value: float) -> bool:
         return value != 0 if name.startswith(COUNTERS) else any(part in name for part in self.shown)

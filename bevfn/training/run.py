@@ -21,8 +21,6 @@ from bevfn import compile as compilation
 from bevfn import distributed, exits, host, memory, provenance, tree, waiting
 from bevfn.data import loader, sampling, scene, source
 from bevfn.files import read_json, to_json, write_atomically
-from bevfn.metrics import added
-from bevfn.names import sentence
 from bevfn.training import (
     assembly,
     checkpoint,
@@ -31,21 +29,28 @@ from bevfn.training import (
     loggers,
     origin,
     pretrained,
+    profiling,
     run_folder,
     signals,
+    speed,
     train,
 )
 from bevfn.training.command_line import Config, Defaults, flags, parse
+from bevfn.training.moving import Mover
 from bevfn.training.reporter import Reporter, peak_memory
-from bevfn.training.tasks import Data, Run, Task, check, drawn, on_what_is_there, plan, say
+from bevfn.training.tasks import Data, Plan, Run, Task, check, drawn, on_what_is_there, plan, say
+from bevfn.training.unread import Unread
 
 # What a resumed run may change without changing its numbers.
 FREE = frozenset(
     {
         *("workers", "resume", "force", "keep", "checkpoint_every", "on_damaged", "run_dir"),
-        *("eval_every", "eval_last", "eval_backend", "loggers"),
+        *("eval_every", "eval_last", "eval_backend", "loggers", "log_every", "profile", "peak_tflops"),
     }
 )
+# Samples of a run on a CPU from which on compiling its step pays: more than the time that it takes is won in later steps. By
+# experiments/results/step_*_fp32_cpu.json it did after 22 (MatrixVT) to 190 samples (BEVFusion LiDAR-camera) of published size.
+PAYS = 200
 
 
 def cli(
@@ -70,7 +75,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
     run is gone, and signals.Stopped, a SystemExit, after a signal.
     """
     host.keep_freed_memory()
-    for backend in (config.backend, config.eval_backend):
+    for backend in {config.backend, config.eval_backend} - {"auto"}:
         compilation.check_backend(backend)
     loggers.check(config.loggers)
     if config.resume:
@@ -94,7 +99,9 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
             check(task, whole=config.on_damaged == "stop")
             if config.on_damaged == "skip":
                 task = on_what_is_there(task, print if replicas is None or replicas.rank == 0 else lambda text: None)
-            run = Run(task, config, plan(config, task.data.items, replicas), replicas)
+            planned = plan(config, task.data.items, replicas)
+            config = with_backend(config, planned, leads=replicas is None or replicas.rank == 0)
+            run = Run(task, config, planned, replicas)
             run = dataclasses.replace(run, facts=facts(run))
             latest = stack.enter_context(open_folder(run)) if run.leads else None
             agreed = distributed.gather(None if latest is None else str(latest), replicas)[0]  # of the one that leads
@@ -116,6 +123,25 @@ def on_device(config: Config, *, leads: bool = True) -> Config:
     return dataclasses.replace(config, device=device)
 
 
+def with_backend(config: Config, plan: Plan, *, leads: bool = True) -> Config:
+    """The config with the backend that "auto" means for this run, which is said."""
+    if config.backend != "auto":
+        return config
+    samples = plan.total_steps * config.batch_size * config.accumulate  # of one device
+    backend: compilation.Backend
+    if config.device.startswith("cpu"):
+        backend = "eager" if samples < PAYS else "inductor"
+        why = f"on a CPU compiling pays from about {PAYS} samples on, and this run has {samples}"
+    elif config.device.startswith("npu"):
+        backend, why = "torchair", "which is made for NPUs"
+    else:
+        backend, why = "inductor", "of GPUs it was not measured when compiling pays"
+    if leads:
+        print(f"backend {backend} (--backend auto: {why})", flush=True)
+    compilation.check_backend(backend)
+    return dataclasses.replace(config, backend=backend)
+
+
 def _train(run: Run, latest: Path | None) -> dict:
     """The run from its latest checkpoint, or from the start; its summary."""
     started, config = time.perf_counter(), run.config
@@ -128,7 +154,6 @@ def _train(run: Run, latest: Path | None) -> dict:
     say(run, describe(run, train_state, start))
     summary = {"steps": start}
     seconds: list[float] = []
-    skipped = 0  # steps in a row
     with contextlib.ExitStack() as stack:
         reporter = stack.enter_context(reporting(run, start))
         evaluate = functools.partial(evaluations.evaluate, run, report=reporter.evaluated)
@@ -139,27 +164,46 @@ def _train(run: Run, latest: Path | None) -> dict:
         stop = stack.enter_context(signals.on_terminate())
         stream = stack.enter_context(contextlib.closing(microbatches(run, start)))
         stack.enter_context(saved_when_others_end(run, train_state))
-        done, began = start, time.perf_counter()
+        next_traced = stack.enter_context(profiling.traced(run))
         problems: list[Exception] = []
         less = memory.smaller(config.batch_size, config.accumulate, config.checkpoint_activations)
-        for done, loaded in readable(run, stream, problems):
-            what = doing(run, train_state) if done == start + 1 else f"step {done}"
-            with memory.advised(less), reporter.working(what):
-                batches = [item.batch.to(run.device) for item in loaded]
+        mover, unread, done = Mover(readable(run, stream, problems), run.device), Unread(run), start
+
+        def report() -> None:
+            for made, values, took in unread.read(train_state):
+                seconds.append(took)
+                reporter.log(made, values, took)
+                loss = values["loss/total"]
+                summary.update({"first_loss": summary.get("first_loss", loss), "last_loss": loss, "steps": made})
+
+        while (item := mover.take()) is not None:
+            done, loaded, batches = item
+            first = done == start + 1
+            if first and run.leads:
+                reporter.work = speed.counted(run, train_state, batches[0], reporter.work)
+            with (
+                memory.advised(less),
+                reporter.working(doing(run, train_state) if first else f"step {done}"),
+                profiling.phase("step"),
+            ):
                 train_state, metrics = step(train_state, batches)
-                values = {name: float(value) for name, value in metrics.items()}  # the step's only copy to the host
-            values |= counters(run, loaded)
-            skipped = finite.check_step(run, train_state, values, batches, loaded, done, skipped)
-            seconds.append(time.perf_counter() - began)
-            reporter.log(done, values, seconds[-1])
-            summary = {"first_loss": values["loss/total"], **summary, "last_loss": values["loss/total"], "steps": done}
+            unread.add(done, metrics, loaded, batches)
+            if not evaluations.due(run, done):  # which wants the memory, and no reading processes beside its own
+                mover.fetch()
+            due = first or report_due(run, done)
+            with profiling.phase("report"):
+                if due:
+                    report()
             if distributed.agree(stop.requested, run.replicas):
                 break
             if checkpoint_due(run, done):
                 save(run, train_state, done)
             if evaluations.due(run, done):
                 summary["scores"] = evaluate(train_state, done)
-            began = time.perf_counter()
+            next_traced()
+            if due:
+                unread.start_clock()
+        report()
         if distributed.agree(stop.requested or bool(problems), run.replicas):
             save_at_stop(run, train_state, start, done, stop, problems)
             raise signals.Stopped(stop.number or signal.SIGTERM)  # which another process got
@@ -215,6 +259,12 @@ def microbatches(run: Run, start: int) -> Generator[tuple[int, list[loader.Loade
 
 def checkpoint_due(run: Run, done: int) -> bool:
     return run.config.mode == "full" and (done % checkpoint_every(run) == 0 or done == run.plan.total_steps)
+
+
+def report_due(run: Run, done: int) -> bool:
+    """Whether the metrics of the steps so far are read: every so often, and before anything is kept or judged."""
+    kept = checkpoint_due(run, done) or evaluations.due(run, done)
+    return done % run.log_every == 0 or done == run.plan.total_steps or kept
 
 
 def checkpoint_every(run: Run) -> int:
@@ -386,24 +436,16 @@ def shares(data: Data) -> str:
     return f" ({', '.join(told)})" if of else ""
 
 
-def counters(run: Run, loaded: list[loader.Loaded]) -> dict[str, float]:
-    """What the loaders of all processes counted in a step, and this one's waiting time; names damaged samples."""
-    counts: dict[str, float] = {}
-    for item in loaded:
-        for problem in item.problems:
-            print(f"warning: skipped a damaged sample: {sentence(problem)}", flush=True)
-        counts = added(counts, item.counts)
-    return functools.reduce(added, distributed.gather(counts, run.replicas)) | {
-        "seconds/waited": sum(item.waited for item in loaded)
-    }
-
-
 def reporting(run: Run, start: int) -> contextlib.AbstractContextManager:
     """The Reporter of the process that leads, a silent one elsewhere."""
     if run.leads:
         config = run.config
         return Reporter(
-            *(config.run_dir, run.plan.total_steps), start_step=start, config=flags(config), others=config.loggers
+            *(config.run_dir, run.plan.total_steps),
+            start_step=start,
+            config=flags(config),
+            others=config.loggers,
+            work=speed.Work(run.plan.batch, peak=speed.peak(run)),
         )
     return contextlib.nullcontext(_Silent())
 

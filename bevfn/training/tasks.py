@@ -179,6 +179,11 @@ class Run:
     def policy(self) -> Policy:
         return Policy.of(self.config.precision)
 
+    @property
+    def log_every(self) -> int:
+        """Steps whose metrics are read together. Each by itself on a CPU, where nothing goes on while the host asks."""
+        return self.config.log_every or (1 if self.device.startswith("cpu") else 10)
+
 
 def drawn(data: Data, seed: int, epoch: int) -> np.ndarray:
     """The places in the training split that an epoch reads, before they are shuffled: `items`, or a mixture's draw of them."""

@@ -12,8 +12,9 @@ faster: 40 convolutions with batch norm (120 leaves), inductor, one core: 34.0 s
 and 22.1 s, steps of 8.3 and 8.0 ms.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,28 @@ def _init_loss_scale(policy: precision.Policy) -> precision.LossScale | None:
     return precision.init_loss_scale() if policy.scales_loss else None
 
 
+@partial(tree.register, static=("names",))
+@dataclass
+class Metrics:
+    """A step's metrics as one tensor, so that they leave the device in one copy; a pytree."""
+
+    values: Tensor  # float32 [n]; counts are exact to 2^24
+    names: tuple[str, ...]
+
+
+def pack(metrics: dict[str, Tensor]) -> Metrics:
+    """Metrics of one step, 0-d tensors of any dtype, as one tensor."""
+    return Metrics(torch.stack([value.float() for value in metrics.values()]), tuple(metrics))
+
+
+def read(made: Sequence[Metrics]) -> list[dict[str, float]]:
+    """The metrics of several steps on the host: one copy, which waits for the steps."""
+    if not made:
+        return []
+    values = iter(torch.cat([metrics.values for metrics in made]).tolist())
+    return [{name: next(values) for name in metrics.names} for metrics in made]
+
+
 Loss = Callable[[dict, dict, Any, Tensor], tuple[Tensor, tuple[dict, dict]]]
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]
 
@@ -102,8 +125,9 @@ def make_accumulated(
     ema: optim.Ema | None = None,
     replicas: Replicas | None = None,
     compiled: Callable[[Callable], Callable] = lambda step: step,
-) -> Callable[[TrainState, Iterable[Any]], tuple[TrainState, dict[str, Tensor]]]:
-    """`make_step` for the host, of a train state and the `accumulate` microbatches that make one step's batch.
+) -> Callable[[TrainState, Iterable[Any]], tuple[TrainState, Metrics]]:
+    """`make_step` for the host, of a train state and the `accumulate` microbatches that make one step's batch; its metrics are
+    packed in the graph (`read` unpacks them).
 
     Of the mean of their gradients, statistics and metrics: R replicas with A microbatches each make the same step
     for equal R A (replica r's a-th is microbatch r A + a). Each one's batch norm starts from the step's old statistics.
@@ -113,8 +137,12 @@ def make_accumulated(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1 microbatch per step")
-    whole = compiled(make_step(loss_fn, optimizer, ema=ema, replicas=replicas))
+    alone = make_step(loss_fn, optimizer, ema=ema, replicas=replicas)
     first = accumulate * (replicas.rank if replicas is not None else 0)
+
+    def make(old: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        new, metrics = alone(old, batch)
+        return new, pack(metrics)
 
     def add(sums: Sums, inputs: tuple[TrainState, Any]) -> tuple[Sums, dict]:
         old, batch = inputs
@@ -122,14 +150,16 @@ def make_accumulated(
         state = tree.map(torch.add, sums.state, state)
         return Sums(sums.gradient + gradient, state, sums.count + 1), metrics
 
-    def finish(old: TrainState, inputs: tuple[Sums, list[dict]]) -> tuple[TrainState, dict]:
+    def finish(old: TrainState, inputs: tuple[Sums, list[dict]]) -> tuple[TrainState, Metrics]:
         sums, parts = inputs
         metrics = {name: torch.stack([part[name].float() for part in parts]).sum() for name in parts[0]}
-        return _update(optimizer, ema, old, *_average(sums.gradient, sums.state, metrics, accumulate, replicas))
+        averaged = _average(sums.gradient, sums.state, metrics, accumulate, replicas)
+        new, metrics = _update(optimizer, ema, old, *averaged)
+        return new, pack(metrics)
 
-    add_microbatch, finish_step = compiled(add), compiled(finish)
+    whole, add_microbatch, finish_step = compiled(make), compiled(add), compiled(finish)
 
-    def step(train_state: TrainState, batches: Iterable[Any]) -> tuple[TrainState, dict[str, Tensor]]:
+    def step(train_state: TrainState, batches: Iterable[Any]) -> tuple[TrainState, Metrics]:
         batches = list(batches)
         if len(batches) != accumulate:
             raise ValueError(f"the step got {len(batches)} microbatches, it accumulates {accumulate}")
