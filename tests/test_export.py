@@ -436,7 +436,7 @@ def test_a_model_of_own_classes_and_cameras_is_exported(frame, monkeypatch, tmp_
         (-25.6, -25.6, -5.0, 25.6, 25.6, 3.0),
     )
     own = {"classes": tuple(classes), "small_classes": ("person",), "cameras": tuple(cameras)}
-    own |= {"image_size": (128, 384), "bounds_m": range_m}
+    own |= {"image_size": (128, 384), "bounds_m": range_m, "voxel_m": (0.2, 0.2, 0.2)}
     run = small_runs.write(tmp_path / "run", "custom-lidar-camera", **small_exports.SMALL, **own).parent.parent
     assert export(monkeypatch, run, "--out", tmp_path / "out", "--data", frame) == 0
     said = json.loads((tmp_path / "out" / manifest.NAME).read_text())

@@ -18,7 +18,8 @@ from bevfn.ascend import torchair
 from bevfn.data.batch import Batch
 from bevfn.detector import Detector
 from bevfn.export import flow
-from bevfn.export.build import PROTOBUF, Arrays, Kind, Run
+from bevfn.export.build import Arrays, Kind, Run
+from bevfn.export.flow import PROTOBUF
 from bevfn.files import writing
 
 FILE = "model.air"

@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # which needs the extra's packages
 
 FILE, EXAMPLE = "model.onnx", "example.npz"
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # whose versions make an ONNX file what it is
-PROTOBUF = 2**31 - 1  # bytes of one message, which an ONNX file is, and an .air
 OPENVINO = "OpenVINO computes wrong voxels from points, without a word: export --input voxels for it"
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays, bool], Arrays]

@@ -21,6 +21,7 @@ from bevfn.data.batch import Batch
 from bevfn.detector import Detector
 
 Entry = Literal["points", "voxels"]
+PROTOBUF = 2**31 - 1  # bytes of one message at most, which an ONNX file is, and an .air
 LEAST = 1 << 16  # bytes of a constant that may be larger than what it follows from
 VOXELIZE = torch.ops.bevfn.voxelize.default
 VOXELS = ("voxel_features", "voxel_coords", "voxel_count", "voxels_found")  # results of kernels.voxelize

@@ -23,8 +23,7 @@ from torch import fx
 from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
 
 from bevfn.export import translations
-from bevfn.export.build import PROTOBUF
-from bevfn.export.flow import Flow
+from bevfn.export.flow import PROTOBUF, Flow
 from bevfn.export.program import exported
 from bevfn.files import writing
 from bevfn.kernels import ascend as kernels
