@@ -160,7 +160,8 @@ def _rooms(config: command_line.Config, capacities: tuple[int, ...] | None) -> d
         raise ValueError(f"--capacities are voxels and sites, which {config.model} has not; leave them out")
     limits.check({"capacities": capacities})
     shown = bevfusion.Config() if config.scale == "published" else bevfusion.mini(bevfusion.Config())
-    strided = len(needed(shown.lidar, "lidar").encoder.paddings)
+    assert shown.lidar is not None
+    strided = len(shown.lidar.encoder.paddings)
     if len(capacities) != strided + 2:
         raise ValueError(
             f"--capacities are {strided + 2} numbers at {config.scale} scale: voxels, then active sites after each of the "
