@@ -162,9 +162,10 @@ def test_foreign_score_files_say_so(tmp_path, perfect):
 
 def test_the_summary_names_numbers_and_absent_classes(perfect):
     text = tables.summary(perfect, "A title")
-    assert text.startswith("## A title\n") and "| class" in text
+    assert text.startswith("## A title\n") and "| class" in text and "AVE [m/s]" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines[:3]}) == len({len(line) for line in lines[3:]}) == 1
+    assert max(map(len, lines)) <= 80  # columns of a terminal
     for c in perfect.classes:
         if not c.annotated:
             assert f"Not annotated here, so AP 0 and errors 1 in every mean: {c.name}" in text

@@ -39,13 +39,14 @@ def summary(
             lines += [f"{heading}:", "", *_table(rows), ""]
         lines += [extra.note, ""]
     lines += _table([list(scores.headline), [number(value) for value in scores.headline.values()]])
-    rows = [["class", "boxes", "AP", *(f"{name} [{UNITS[name]}]" for name in ERRORS)]]
+    rows = [["class", "boxes", "AP", *ERRORS]]  # 80 columns, as narrow terminals have
     for c in scores.classes:
         # The devkit gives a class without annotations AP 0 and errors 1: numbers that measure nothing.
         values = [c.ap, *c.errors.values()] if c.annotated else [math.nan] * 6
-        rows.append([c.name, f"{c.annotated:,}", *map(number, values)])
+        rows.append([c.name, str(c.annotated), *map(number, values)])
+    units = ", ".join(f"{name} [{UNITS[name]}]" for name in ERRORS)
     lost = [f"- {line}" for line in counted(counts or {})]
-    return "\n".join([*lines, "", *_table(rows), "", note(scores), *(["", *lost] if lost else []), ""])
+    return "\n".join([*lines, "", *_table(rows), "", f"{units}.", note(scores), *(["", *lost] if lost else []), ""])
 
 
 def measured(numbers: Mapping[str, float], title: str, frames: int, counts: Mapping[str, float]) -> str:
