@@ -42,7 +42,7 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
             signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         print("bevfn: stopped by Ctrl-C; what was written before is whole", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (MemoryError, RuntimeError, *mendable) as error:
+    except Exception as error:
         why = memory.missing(error)
         if why is None and not isinstance(error, mendable):
             raise

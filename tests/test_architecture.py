@@ -20,7 +20,7 @@ WRITTEN = re.compile(r"(?:^|-m\s*|\b(?:import|from)\s+)(bevfn\.[\w.]*)")
 # The rooms from the ground up: a room imports what stands below it, not what stands beside or above. A file that lies in
 # bevfn/ itself is a room too, named by its stem. docs/architecture.md draws the same.
 FLOORS = (
-    ("catalogue", "files", "kernels", "names"),
+    ("catalogue", "files", "kernels", "memory", "names"),
     ("bevfn", "boxes", "choices", "exits", "geometry", "host", "metrics", "rng", "tree", "waiting"),
     ("ascend", "distributed", "precision", "provenance", "synth"),
     ("compile", "data", "layers", "losses"),
