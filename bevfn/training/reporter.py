@@ -42,8 +42,8 @@ class Reporter:
     with Reporter(Path("runs/demo"), total_steps=300) as reporter:
         reporter.log(1, {"loss": 3.2, "overflow/points": 0}, seconds=0.8)
 
-    In a terminal one live line shows step, step time, remaining time, samples/s, MFU, losses and memory, of which narrow ones
-    cut off what comes behind the remaining time; otherwise a plain line every `every` steps, after `waiting.EVERY_S` seconds,
+    In a terminal one live line shows step, step time, remaining time, samples/s, losses, MFU and memory, of which narrow ones
+    cut off what comes behind the remaining time, losses last; otherwise a plain line every `every` steps, after `waiting.EVERY_S` seconds,
     and the first and the last. A run folder that already has metrics is continued: what it has of the steps that come again
     counts no longer, nor what it has behind them (`read_metrics`, and TensorBoard with `start_step`). Speed and memory depend on
     the clock and are for the loggers: the file has each step's seconds.
@@ -161,7 +161,10 @@ class Reporter:
             self._seconds.append(seconds)
         pace = self._pace(step, seconds)
         shown = [f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name, value)]
-        terms = "  ".join([*self._speed(seconds), *shown, f"{list(memory.values())[-1]:.3g} GiB"])
+        samples, share = self._speed(seconds)
+        narrow = self._progress is not None and self.console.width < WIDE  # there the losses come first
+        told = [*shown, *samples] if narrow else [*samples, *shown]
+        terms = "  ".join([*told, *share, f"{list(memory.values())[-1]:.3g} GiB"])
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=terms, pace=pace)
         elif (
@@ -201,11 +204,12 @@ class Reporter:
         remaining = datetime.timedelta(seconds=round(usual * max(0, self.total_steps - step)))
         return f"{usual:.3g} s/step  ETA {remaining}"
 
-    def _speed(self, seconds: float) -> list[str]:
+    def _speed(self, seconds: float) -> tuple[list[str], list[str]]:
         """Samples/s and MFU of recent steps, as far as they are known."""
         speeds = {} if self.work is None else self.work.speeds(statistics.median(self._seconds or [seconds]))
-        told = {"speed/samples_per_second": "{:.3g} samples/s", "speed/mfu": "MFU {:.0%}"}
-        return [told[name].format(value) for name, value in speeds.items()]
+        told = (("speed/samples_per_second", "{:.3g} samples/s"), ("speed/mfu", "MFU {:.0%}"))
+        samples, share = ([form.format(speeds[name])] if name in speeds else [] for name, form in told)
+        return samples, share
 
     def _is_shown(self, name: str, value: float) -> bool:
         return value != 0 if name.startswith(COUNTERS) else any(part in name for part in self.shown)
