@@ -36,8 +36,8 @@ slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check bevfn kernels experiments notebooks tests
-	$(BIN)/ruff format --check bevfn kernels experiments notebooks tests
+	$(BIN)/ruff check bevfn kernels experiments notebooks tests docs/img
+	$(BIN)/ruff format --check bevfn kernels experiments notebooks tests docs/img
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
@@ -49,8 +49,8 @@ docs: $(VENV)/.installed
 	@echo "the site: $(CURDIR)/build/site/index.html"
 
 format: $(VENV)/.installed
-	$(BIN)/ruff check --fix bevfn kernels experiments notebooks tests
-	$(BIN)/ruff format bevfn kernels experiments notebooks tests
+	$(BIN)/ruff check --fix bevfn kernels experiments notebooks tests docs/img
+	$(BIN)/ruff format bevfn kernels experiments notebooks tests docs/img
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info
