@@ -119,14 +119,40 @@ def _digest_file(library: Path) -> Path:
 def _build(cxx: str, source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # same file system, so the renames are atomic
         built, digest = Path(folder) / "kernel.so", Path(folder) / "digest"
-        done = subprocess.run([cxx, *FLAGS, str(source), "-o", str(built)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise OSError(f"{cxx} cannot build {source}: {done.stderr.strip()[-2000:]}")
+        _run([cxx, *FLAGS, str(source), "-o", str(built)], f"build {source}")
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
         for file in (built, digest):
             file.chmod(0o755 if file is built else 0o644)  # whatever the umask says
         os.replace(built, target)
         os.replace(digest, _digest_file(target))
+
+
+def archive(sources: Sequence[Path], target: Path, include: Sequence[str] = ()) -> None:
+    """Compiles C++ files into a static library whose functions nothing but what it is linked into sees.
+
+    Raises:
+        OSError: there is no compiler, or it or `ar` refuses (the message is quoted).
+    """
+    flags = [
+        *(flag for flag in FLAGS if flag != "-shared"),
+        "-fvisibility=hidden",
+        *(f"-I{place}" for place in include),
+    ]
+    cxx = compiler()
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [str(Path(folder) / f"{i}.o") for i in range(len(sources))]
+        for source, made in zip(sources, objects):
+            _run([cxx, *flags, "-c", str(source), "-o", made], f"build {source}")
+        _run(["ar", "rcs", str(target), *objects], f"make {target}")
+
+
+def _run(command: list[str], what: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise OSError(f"{command[0]} is not on PATH and cannot {what}") from None
+    if done.returncode != 0:
+        raise OSError(f"{command[0]} cannot {what}: {done.stderr.strip()[-2000:]}")
 
 
 def _cpu_flags() -> str:

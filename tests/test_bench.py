@@ -166,6 +166,37 @@ def test_exported_files_are_measured_beside_the_detector(monkeypatch):
         )  # 96 of 100: of drawn weights rounding decides which scores are the highest
 
 
+def test_what_capacities_of_ones_own_leave_out_is_told(monkeypatch, frame):
+    monkeypatch.setattr(machine, "in_process", lambda target, *arguments: target(*arguments))
+    setting = deploy.Setting("bevfusion-lidar", None, frame, "mini", torch.get_num_threads(), 1, ("eager",))
+    made = deploy.measure(replace(setting, capacities={"voxel_capacity": 500, "site_capacity": (400, 300, 200)}))
+    assert (made["voxel_capacity"], made["site_capacity"]) == (500, (400, 300, 200))
+    lost = made["runtimes"]["eager"]["lost"]
+    assert 0 < lost["overflow/voxels_l1"] < lost["overflow/voxels_l0"]
+    assert "lost" not in deploy.measure(setting)["runtimes"]["eager"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--voxel-capacity", "0"], "--voxel-capacity 0 must be at least 1"),
+        (["--site-capacity", "9", "8"], "--site-capacity 9 8 must be 3 numbers, one for each of the 2 stride-2"),
+        (
+            ["--model", "bevdepth-2key", "--voxel-capacity", "9"],
+            "reads no LiDAR points or sweeps; leave out --voxel-capacity",
+        ),
+        (["--checkpoint", "none.pth"], "none.pth"),
+    ],
+)
+def test_a_detector_that_cannot_be_measured_is_one_sentence(flags, says, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bevfn", "bench", "deploy", "--scale", "mini", *flags])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and said.count("\n") == 1, said
+
+
 def test_a_runtime_that_is_not_installed_is_told(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))

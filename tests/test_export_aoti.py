@@ -11,28 +11,78 @@ import torch
 from small_exports import export, flow_of, refused
 
 from bevfn.export import aoti, build, manifest
-from bevfn.kernels import ascend as kernels
+from bevfn.kernels import aoti as kernels
+from bevfn.kernels import neighbours
+from bevfn.kernels.sparse_conv import sparse_conv
+from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.kernels.voxelize import voxelize
 
 PAGE = Path(__file__).parents[1] / "docs" / "deploy.md"
-HOW = {"lower": (0.0, 0.0, 0.0), "size": (1.0, 1.0, 1.0), "grid": (4, 3, 4), "max_points": 3, "max_voxels": 30}
+HOW = {"lower": (0.0, 0.0, 0.0), "size": (1.0, 1.0, 1.0), "grid": (6, 5, 4), "max_points": 3, "max_voxels": 100}
+GRID = HOW["grid"]
 
 
-def test_a_package_computes_this_packages_operators_without_it(tmp_path):
-    """Voxels of points and a sum by index: sorts, gathers and scatters, compiled, in a process that has torch alone."""
+def encoder(points, valid, first, second):
+    """Voxels, a submanifold and a strided convolution, as a sparse encoder has them."""
+    features, cells, count, found = voxelize(points, valid, **HOW)
+    sites, active = torch.cat([torch.zeros_like(cells[0, :, :1]), cells[0]], 1), count[0] > 0
+    table = neighbours.submanifold(sites, active, kernel=(3, 3, 3), grid=GRID, batch=1)
+    how = {"kernel": (3, 3, 3), "stride": (2, 2, 2), "padding": (1, 1, 1), "grid": GRID, "capacity": 40, "batch": 1}
+    further, further_active, down, inverse, further_found = neighbours.strided(sites, active, **how)
+    x = torch.relu(sparse_conv(features[0].to(first.dtype), first, table, table.flip(0)))
+    x = torch.relu(sparse_conv(x, second, down, inverse))
+    return [x, cells, count, found, table, further, further_active, further_found]
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.float16, 2e-3)])
+def test_a_package_has_this_packages_kernels_in_it(dtype, near, tmp_path):
+    """What a LiDAR detector is slow without, in a process that has torch alone."""
     drawn = torch.Generator().manual_seed(0)
-    points, valid = torch.rand(1, 300, 5, generator=drawn) * 4, torch.rand(1, 300, generator=drawn) < 0.9
-
-    def step(points, valid):
-        features, coords, count, found = voxelize(points, valid, **HOW)
-        return [features @ torch.ones(5, 2), coords, count, found]
-
-    run, facts = aoti.write(flow_of(step, points, valid, table=kernels.table()), tmp_path / aoti.FILE)
-    made = run({"points": points.numpy(), "points_valid": valid.numpy()}, False)
-    for ours, theirs in zip(made.values(), step(points, valid), strict=True):
-        assert np.allclose(ours, theirs.numpy(), rtol=1e-6) and ours.dtype == theirs.numpy().dtype
+    points, valid = torch.rand(1, 300, 5, generator=drawn) * 6, torch.rand(1, 300, generator=drawn) < 0.9
+    weights = [torch.rand(27, *size, generator=drawn).to(dtype) - 0.5 for size in ((5, 20), (20, 36))]
+    graph = flow_of(encoder, points, valid, *weights, table=kernels.table())
+    called = {node.target for node in graph.module.graph.nodes} & set(kernels.functions())
+    assert len(called) == len(kernels.functions()) == 4
+    run, facts = aoti.write(graph, tmp_path / aoti.FILE)
+    made = list(run({name: value.numpy() for name, value in graph.inputs.items()}, False).values())
+    for ours, theirs in zip(made, encoder(points, valid, *weights), strict=True):
+        apart = np.linalg.norm(ours.astype(np.float64) - theirs.double().numpy())  # inductor may round fewer halves
+        assert ours.dtype == theirs.numpy().dtype and apart <= near * theirs.double().norm()
+    assert (made[0] > 0).sum() > 100 and 0 < made[-1] <= 40
     assert {"machine", "processor", "instruction_set", "compiler"} <= facts["compiled_for"].keys()
     assert "bevfn" not in aoti.CHILD
+
+
+def test_a_package_computes_the_other_operators_in_torchs_own(tmp_path):
+    """A sum by index, compiled: sorts, gathers and scatters."""
+    drawn = torch.Generator().manual_seed(0)
+    depth, context = (torch.rand(shape, generator=drawn) for shape in ((1, 5, 4, 6), (1, 4, 6, 3)))
+    cell = torch.randint(-1, 9, depth.shape, dtype=torch.int32, generator=drawn)
+
+    def step(depth, context, cell):
+        return [voxel_pool(depth, context, cell, 9)]
+
+    graph = flow_of(step, depth, context, cell, table=kernels.table())
+    assert not [node for node in graph.module.graph.nodes if str(node.target).startswith("bevfn")]
+    run, _ = aoti.write(graph, tmp_path / aoti.FILE)
+    (made,) = run({name: value.numpy() for name, value in graph.inputs.items()}, False).values()
+    assert np.allclose(made, step(depth, context, cell)[0].numpy(), rtol=1e-5)
+
+
+def test_a_voxel_outside_the_grid_is_the_callers_error(tmp_path):
+    """Of `--input voxels`: the vehicle's program made it, and no table has a place for it."""
+    sites, active = torch.tensor([[0, 1, 1, 1], [0, 2, 1, 1]], dtype=torch.int32), torch.ones(2, dtype=torch.bool)
+
+    def step(sites, active):
+        return [neighbours.submanifold(sites, active, kernel=(3, 3, 3), grid=GRID, batch=1)]
+
+    run, _ = aoti.write(flow_of(step, sites, active, table=kernels.table()), tmp_path / aoti.FILE)
+    given = {"sites": sites.numpy(), "active": active.numpy()}
+    (table,) = run(given, False).values()
+    assert np.array_equal(table, step(sites, active)[0].numpy())
+    given["sites"][1, 1] = GRID[0]
+    with pytest.raises(RuntimeError, match="voxel 1 lies outside the grid"):
+        run(given, False)
 
 
 def test_a_package_computes_in_halves(tmp_path):

@@ -161,6 +161,8 @@ def deploy(
     threads: int = 1,
     repeats: int = 5,
     only: tuple[Literal["eager", "inductor", "aoti", "onnxruntime", "onnxruntime-voxels", "openvino-voxels"], ...] = (),
+    voxel_capacity: int | None = None,
+    site_capacity: tuple[int, ...] | None = None,
     json_file: Json = None,
 ) -> None:
     """A detector in the runtimes that `bevfn export` writes for, which take turns: seconds per frame, memory, files, export.
@@ -173,12 +175,16 @@ def deploy(
         threads: CPU threads of every runtime
         repeats: timed rounds, of which the median counts
         only: which are measured; by default all that are installed
+        voxel_capacity: room for voxels, and the next for sites, as of `bevfn export`: what files are padded to
+        site_capacity: active sites at each level of the sparse encoder
         json_file: also write the figures there, with the machine named
     """
     from bevfn.export import bench as deploy
 
     threads = _threads(threads)
-    setting = deploy.Setting(model, checkpoint, frame, scale, threads, repeats, only or deploy.RUNTIMES)
+    given = {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
+    capacities = {name: value for name, value in given.items() if value is not None}
+    setting = deploy.Setting(model, checkpoint, frame, scale, threads, repeats, only or deploy.RUNTIMES, capacities)
     _report("deploy", partial(deploy.measure, setting), json_file)
 
 

@@ -1,19 +1,23 @@
 """A flow compiled ahead of time for this CPU: a package that libtorch runs, from C++ or Python, without bevfn.
 
-bevfn's operators become stock ones, as for Ascend: those of Python cannot be called from C++. What is verified is the package,
-in a process of its own that imports torch and numpy alone; its boundaries are fused away and cannot be asked for.
+What dominates a LiDAR detector stays this package's C++, linked into the file: in operators of torch's own the sparse convolutions
+multiply the padding too (`kernels.aoti`). What is verified is the package, in a process of its own that imports torch and numpy
+alone; its boundaries are fused away and cannot be asked for.
 
 Source: torch 2.13's torch._inductor (aoti_compile_and_package, aoti_load_package).
 """
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,10 +30,10 @@ from bevfn.detector import Detector
 from bevfn.export import flow
 from bevfn.export.build import Arrays, Kind, Run
 from bevfn.files import writing
-from bevfn.kernels import ascend as kernels
+from bevfn.kernels import aoti as kernels
 from bevfn.kernels import native
 
-FILE = "model.pt2"
+FILE, LIBRARY = "model.pt2", "bevfn_kernels"
 OPTIONS = {
     "cpp.dynamic_threads": True,  # else the exporting process' number of threads would be compiled in
     "aot_inductor.precompile_headers": False,  # one file includes them: once is what it would cost beforehand too
@@ -53,7 +57,7 @@ def check() -> None:
 
 
 def make(detector: Detector, batch: Batch, entry: flow.Entry) -> flow.Flow:
-    """The flow in torch's own operators, without boundaries."""
+    """The flow without boundaries, in torch's own operators but for those that `kernels.aoti` links."""
     made = flow.make(detector, batch, entry=entry, table=kernels.table())
     graph = fx.Graph()
     copied: Any = graph.graph_copy(made.module.graph, {})
@@ -67,14 +71,28 @@ def write(made: flow.Flow, path: Path) -> tuple[Run, dict[str, Any]]:
     from bevfn.export.program import exported
 
     compilation.ready()
-    with writing(path), torch.no_grad(), warnings.catch_warnings():
+    with writing(path), torch.no_grad(), warnings.catch_warnings(), _linked() as options:
         warnings.simplefilter("ignore", FutureWarning)  # of torch's own parts
-        torch._inductor.aoti_compile_and_package(exported(made), package_path=str(path), inductor_configs=dict(OPTIONS))
+        torch._inductor.aoti_compile_and_package(exported(made), package_path=str(path), inductor_configs=options)
 
     def ran(inputs: Arrays, _: bool) -> dict[str, np.ndarray]:
         return dict(zip(made.outputs, run(path, inputs), strict=True))
 
     return ran, {"compiled_for": target()}
+
+
+@contextlib.contextmanager
+def _linked() -> Iterator[dict[str, Any]]:
+    """Inductor's options with this package's kernels, in a library that the linker finds meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="bevfn-kernels-") as folder:
+        kernels.archive(Path(folder) / f"lib{LIBRARY}.a")
+        places = [folder, *filter(None, [os.environ.get("LIBRARY_PATH")])]
+        with mock.patch.dict(os.environ, LIBRARY_PATH=os.pathsep.join(places)):
+            yield {
+                **OPTIONS,
+                "aot_inductor.custom_ops_to_c_shims": kernels.functions(),
+                "aot_inductor.custom_op_libs": [LIBRARY],
+            }
 
 
 def target() -> dict[str, str]:

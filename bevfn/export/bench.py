@@ -9,8 +9,8 @@ import contextlib
 import importlib.util
 import resource
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -53,10 +53,16 @@ class Setting:
     threads: int
     repeats: int
     only: tuple[Runtime, ...] = RUNTIMES
+    capacities: Mapping[str, Any] = field(default_factory=dict)
+    """flags of the recipe that make room for voxels and sites; without them as the checkpoint's, or as published"""
 
 
 def measure(setting: Setting) -> dict:
-    """Figures: "export" by file, "runtimes" by runtime, "absent" with the reason."""
+    """Figures: "export" by file, "runtimes" by runtime, "absent" with the reason.
+
+    Raises ValueError, one sentence, for a checkpoint or capacities that do not fit the model.
+    """
+    _ = _detector(setting).task  # what is refused is refused now, not in a process of its own
     absent = {name: why for name in setting.only if (why := missing(name))}
     names = [name for name in setting.only if name not in absent]
     files = sorted({READS[name] for name in names if name in READS})
@@ -73,7 +79,7 @@ def measure(setting: Setting) -> dict:
             if "eager" in together:
                 figures["speedup_over_eager"] = together["eager"]["seconds"] / figures["seconds"]
     settings = {"model": setting.model, "scale": setting.scale, "threads": setting.threads, "repeats": setting.repeats}
-    return {**settings, "export": exports, "runtimes": together, "absent": absent}
+    return {**settings, **setting.capacities, "export": exports, "runtimes": together, "absent": absent}
 
 
 def missing(runtime: str) -> str:
@@ -101,18 +107,23 @@ def _prepared(setting: Setting) -> tuple[detector.Detector, Batch]:
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
     assert setting.frame is not None
+    found = _detector(setting).at(setting.frame)
     if setting.checkpoint is None:
-        experiment = catalogue.MODELS[setting.model].experiment
-        config = replace(recipes.published(experiment, setting.model), scale=setting.scale).plain()
-        empty = detector.Detector(experiment, config, {}, {}, Path("drawn"))
-        params, state = empty.task.init()
-        found = replace(empty, params=params, state=state)
-    else:
-        found = detector.load(setting.checkpoint, model=setting.model, scale=setting.scale)
-    found = found.at(setting.frame)
+        params, state = found.task.init()
+        found = replace(found, params=params, state=state)
     index = inputs.read(setting.frame)
     reading = found.ready(index)
     return found, collate([scene.load(index, 0, reading)], capacities=reading.capacities)[0]
+
+
+def _detector(setting: Setting) -> detector.Detector:
+    """The detector, without weights where they are drawn."""
+    flags = {"scale": setting.scale, **setting.capacities}
+    if setting.checkpoint is not None:
+        return detector.load(setting.checkpoint, model=setting.model, **flags)
+    experiment = catalogue.MODELS[setting.model].experiment
+    config = detector.flagged(experiment, recipes.published(experiment, setting.model), flags)
+    return detector.Detector(experiment, config.plain(), {}, {}, Path("drawn"))
 
 
 def _export(setting: Setting, name: str, folder: Path) -> dict:
@@ -154,7 +165,7 @@ def _peak_gb() -> float:
 
 
 def _together(setting: Setting, names: list[str], folder: Path) -> dict[str, dict]:
-    """Median seconds of runtimes that take turns, and how many of eager's detections each finds."""
+    """Median seconds of runtimes that take turns, how many of eager's detections each finds, and what did not fit."""
     from bevfn.export import verify
 
     runs = {name: runtime(name, setting, folder) for name in names}
@@ -172,6 +183,8 @@ def _together(setting: Setting, names: list[str], folder: Path) -> dict[str, dic
     figures: dict[str, dict] = {}
     for name in names:
         figures[name] = {"seconds": median(seconds[name]), "first_call_seconds": first[name]}
+        if lost := {key: int(count) for key, count in found[name].items() if key.startswith("overflow/") and count}:
+            figures[name]["lost"] = lost
         if "eager" in found:
             figures[name]["found_of_eager"] = verify.paired(found[name], found["eager"], NEAR_M).share
     return figures
