@@ -446,6 +446,29 @@ def test_replaced_operator_equals_eager(name):
         assert_same(executed(f, *arguments, device=device), f(*arguments), 1e-5)
 
 
+def idle_casts(f, *arguments):
+    """How many casts of a dtype to itself, of what is no constant."""
+    return report.report("f", lower(f, arguments)).casts["idle"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool])
+def test_products_sums_and_floors_are_not_cast_to_the_dtype_that_they_have(dtype, stock):
+    x, y = (random(4, 3, seed=i) * 9 for i in (0, 1))
+    small = torch.tensor([1.5, -2.0, 0.5])
+
+    def f(x, y, small):
+        floor = torch.floor(x) if dtype.is_floating_point else x
+        return x * y, x * 3, 2.5 * y, x * small, y * torch.tensor(2), floor, x.sum(), x.sum(dtype=torch.float32)
+
+    arguments = (x.to(dtype), y.to(dtype), small)
+    for device in ("published", "a2"):
+        assert_same(executed(f, *arguments, device=device), f(*arguments), 1e-6 if dtype.itemsize > 2 else 2e-2)
+    assert idle_casts(f, *arguments) == 0
+    for overload, file in ((aten.mul.Tensor, "mul"), (aten.sum.default, "sum"), (aten.floor.default, "floor")):
+        stock(overload, file)
+    assert idle_casts(f, *arguments) >= 3
+
+
 @settings(max_examples=15)
 @given(st.data())
 def test_index_put_equals_eager_for_any_mixture_of_indices(data):
