@@ -109,9 +109,13 @@ def test_a_select_of_integers_is_exact_on_an_a2(stock, dtype):
     def choice(x, y):
         return torch.where(x > y, x, y + 1), torch.where(x > y, x, 0), x.masked_fill(x < y, 5)
 
+    def by_bytes(x, y):
+        return torch.where((x > y).to(torch.uint8) * 3, x, y)  # which torch still takes
+
     x = torch.tensor([2**31 - 2, LARGE + 1, -(2**31), 3], dtype=dtype)
     y = torch.tensor([-5, LARGE + 2, 2**30 + 1, 2], dtype=dtype)
     assert_same(executed(choice, x, y, device="a2"), choice(x, y), 0)
+    assert_same(executed(by_bytes, x, y, device="a2"), by_bytes(x, y), 0)
     stock(aten.where)
     assert "SelectV2" in types(choice, x, y)
     if dtype == torch.int32:

@@ -248,6 +248,9 @@ def test_a_node_without_a_kernel_is_exit_code_1_and_an_installed_cann_decides(mo
     table.parent.mkdir(parents=True)
     both = {"dtype": "float", "name": "x"}
     table.write_text(json.dumps({"Mul": {"input0": both, "input1": both, "output0": both}}))
+    listed = tmp_path / "built-in/op_impl/aicpu/aicpu_kernel/config/aicpu_kernel.json"
+    listed.parent.mkdir(parents=True)
+    listed.write_text(json.dumps({"Unique": {"input0": {"name": "x", "type": "DT_FLOAT"}}}))
     assert graph("bevfusion", opp=tmp_path, json_file=tmp_path / "g.json") == 1
     assert f"kernels by {tmp_path}: " in capsys.readouterr().out
     made = json.loads((tmp_path / "g.json").read_text())["steps"]["train"]
