@@ -180,7 +180,8 @@ def test_a_profile_without_sizes_is_taken_and_said_so(lowered, tasks, tmp_path):
 
 def test_a_mark_in_front_of_a_profile_is_read_over(tmp_path):
     """As spreadsheets write it."""
-    path = written(tmp_path / "p.csv", [("a", 1)])
+    columns = [f"{name} " for name in COLUMNS]  # as a table that was pasted may have them
+    path = written(tmp_path / "p.csv", [("a", 1), ("", 5)], columns)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert read_profile(path).seconds == {"a": pytest.approx(1e-6)}
     path.write_bytes(b"\xff\xfe" + path.read_bytes())

@@ -230,7 +230,8 @@ def read_profile(path: Path) -> Profile:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have put a mark in front
             reader = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            missing = [name for name in COLUMNS if name not in reader.fieldnames]
             if missing:
                 raise ValueError(f"{path} has no column {missing[0]!r}; give an op_summary_*.csv of msprof")
             for row in reader:
@@ -238,7 +239,8 @@ def read_profile(path: Path) -> Profile:
                 if microseconds == 0:
                     instant += 1
                     continue
-                name = (row[COLUMNS[0]] or "").strip()
+                if not (name := (row[COLUMNS[0]] or "").strip()):
+                    continue
                 took[name].append(microseconds * 1e-6)
                 if (elements := _elements(row.get(SIZES), row.get(LAYOUTS))) is not None:
                     written[name] = elements

@@ -511,7 +511,7 @@ FLOATS = (
     Question(
         name="batch-norm-fused",
         asks="Do BNTrainingReduce and BNTrainingUpdate normalise as exactly, and faster?",
-        assumes="neither is worth it: a variance of squares, and no mask (docs/ascend.md)",
+        assumes="unknown, and so not used: its variance is a difference of squares (docs/ascend.md)",
         operands=activations,
         build=fused_norm,
         answers=NORMS,

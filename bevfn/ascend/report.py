@@ -85,8 +85,8 @@ def report(
 ) -> Report:
     """The figures of `lowered`; where its nodes run by `tables`, an installed CANN's (`opp.read`), or by our own.
 
-    uses: what `used_by` gives, if it is there already. If operators are missing, or types that `interpret` does not know are in the graph, shapes are not known: bytes,
-    FLOPs and places are left out.
+    uses: what `used_by` gives, if it is there already. If operators are missing, or types that `interpret` does not know
+    are in the graph, shapes are not known: bytes, FLOPs and places are left out.
     """
     graph, kinds = lowered.graph, Counter(op.type for op in lowered.graph.op)
     unknown = [
