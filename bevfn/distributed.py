@@ -99,12 +99,14 @@ def start(device: str) -> Replicas | None:
     world, device = _environment(), chosen(device)
     if world is None or world["WORLD_SIZE"] == 1:
         check_device(device)
+        _without_hf32(device)
         return None
     kind, index = _kind_and_index(device)
     if index:
         raise ValueError(f"device {device!r} is one device for {world['WORLD_SIZE']} processes; give {kind!r}")
     if kind != "cpu":
         _take_device(kind, world["LOCAL_RANK"])
+    _without_hf32(kind)
     backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
     rank, size = world["RANK"], world["WORLD_SIZE"]
     torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -270,6 +272,13 @@ def _take_device(kind: str, index: int) -> None:
         remedy = f"start at most {found} processes per node" if found else _remedy(kind, found)
         raise ValueError(f"process {index} of this node needs device {kind}:{index}, but there are {found}; {remedy}")
     torch.get_device_module(kind).set_device(index)
+
+
+def _without_hf32(device: str) -> None:
+    """float32 is float32 on an NPU whatever runs the step (`ascend.lower.HF32`); torch_npu's default is HF32 for convolutions."""
+    if device.startswith("npu"):
+        npu: Any = torch.get_device_module("npu")
+        npu.conv.allow_hf32 = npu.matmul.allow_hf32 = False
 
 
 # ------------------------------------------------------------------------------------------------------ on the host

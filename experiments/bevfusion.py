@@ -250,8 +250,9 @@ def with_room(config: Shared, model: bevfusion.Config) -> bevfusion.Config:
         voxels = model.voxels.max_voxels if config.voxel_capacity is None else (config.voxel_capacity,) * 2
         sites, levels = config.site_capacity or model.lidar.encoder.capacities, len(model.lidar.encoder.channels)
         if len(sites) != levels:
+            of_file = "" if config.capacity_file is None else f" (of {config.capacity_file})"
             raise ValueError(
-                f"--site-capacity {' '.join(map(str, sites))} must be {levels} numbers, one for each of the {levels - 1} stride-2 "
+                f"--site-capacity {' '.join(map(str, sites))}{of_file} must be {levels} numbers, one for each of the {levels - 1} stride-2 "
                 f"convolutions of {config.model}'s sparse encoder at {config.scale} size and one for conv_out"
             )
         model = bevfusion.with_capacities(model, voxels, sites)

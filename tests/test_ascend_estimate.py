@@ -168,9 +168,20 @@ def test_a_profile_of_the_same_names_and_other_sizes_is_of_another_graph(lowered
     assert guess(lowered, profile=read_profile(written(tmp_path / "same.csv", padded, columns))).seconds["profile"] > 0
 
 
+def test_a_profile_without_sizes_is_taken_and_said_so(lowered, tasks, tmp_path):
+    names = [(task.name, 10) for task in tasks]
+    made = guess(lowered, profile=read_profile(written(tmp_path / "p.csv", names)))
+    said = "the profile has no Output Shapes: whether it is of this batch and scale could not be compared"
+    assert made.unsized and said in made.text()
+    sized = [(task.name, 10, task.written) for task in tasks]
+    assert said not in guess(lowered, profile=read_profile(written(tmp_path / "q.csv", sized))).text()
+    assert said not in guess(lowered).text()
+
+
 def test_a_mark_in_front_of_a_profile_is_read_over(tmp_path):
     """As spreadsheets write it."""
-    path = written(tmp_path / "p.csv", [("a", 1)])
+    columns = [f"{name} " for name in COLUMNS]  # as a table that was pasted may have them
+    path = written(tmp_path / "p.csv", [("a", 1), ("", 5)], columns)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert read_profile(path).seconds == {"a": pytest.approx(1e-6)}
     path.write_bytes(b"\xff\xfe" + path.read_bytes())

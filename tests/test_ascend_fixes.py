@@ -109,9 +109,13 @@ def test_a_select_of_integers_is_exact_on_an_a2(stock, dtype):
     def choice(x, y):
         return torch.where(x > y, x, y + 1), torch.where(x > y, x, 0), x.masked_fill(x < y, 5)
 
+    def by_bytes(x, y):
+        return torch.where((x > y).to(torch.uint8) * 3, x, y)  # which torch still takes
+
     x = torch.tensor([2**31 - 2, LARGE + 1, -(2**31), 3], dtype=dtype)
     y = torch.tensor([-5, LARGE + 2, 2**30 + 1, 2], dtype=dtype)
     assert_same(executed(choice, x, y, device="a2"), choice(x, y), 0)
+    assert_same(executed(by_bytes, x, y, device="a2"), by_bytes(x, y), 0)
     stock(aten.where)
     assert "SelectV2" in types(choice, x, y)
     if dtype == torch.int32:
@@ -444,6 +448,29 @@ def test_replaced_operator_equals_eager(name):
     f, *arguments = REPLACED[name]
     for device in ("published", "a2"):
         assert_same(executed(f, *arguments, device=device), f(*arguments), 1e-5)
+
+
+def idle_casts(f, *arguments):
+    """How many casts of a dtype to itself, of what is no constant."""
+    return report.report("f", lower(f, arguments)).casts["idle"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool])
+def test_products_sums_and_floors_are_not_cast_to_the_dtype_that_they_have(dtype, stock):
+    x, y = (random(4, 3, seed=i) * 9 for i in (0, 1))
+    small = torch.tensor([1.5, -2.0, 0.5])
+
+    def f(x, y, small):
+        floor = torch.floor(x) if dtype.is_floating_point else x
+        return x * y, x * 3, 2.5 * y, x * small, y * torch.tensor(2), floor, x.sum(), x.sum(dtype=torch.float32)
+
+    arguments = (x.to(dtype), y.to(dtype), small)
+    for device in ("published", "a2"):
+        assert_same(executed(f, *arguments, device=device), f(*arguments), 1e-6 if dtype.itemsize > 2 else 2e-2)
+    assert idle_casts(f, *arguments) == 0
+    for overload, file in ((aten.mul.Tensor, "mul"), (aten.sum.default, "sum"), (aten.floor.default, "floor")):
+        stock(overload, file)
+    assert idle_casts(f, *arguments) >= 3
 
 
 @settings(max_examples=15)

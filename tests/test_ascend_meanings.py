@@ -158,6 +158,27 @@ def test_integers_through_float32_are_what_ieee_says():
     assert exact.tolist() == x.tolist()
 
 
+@pytest.mark.parametrize(
+    "kind, rounding", [("FloorDiv", np.floor), ("TruncateDiv", np.trunc), ("FloorMod", np.floor), ("Mod", np.trunc)]
+)
+def test_divisions_of_int32_are_made_in_float32(kind, rounding):
+    """Of numbers below 2^24 they are the mathematics; above, the quotient is float32's, and so is `Mod` as a whole."""
+    x = np.array([7, -7, 2**24 - 1, -(2**24) + 1, 2**24 + 1, 340_000_001, -83_000_003], dtype=np.int64)
+    y = np.array([3, 3, -5, 7, 1, 3, 7], dtype=np.int64)
+    quotient = rounding(x.astype(np.float32) / y.astype(np.float32))
+    through = {"FloorDiv": quotient, "TruncateDiv": quotient, "FloorMod": x - quotient.astype(np.int64) * y}
+    through["Mod"] = (x.astype(np.float32) - quotient * y.astype(np.float32)).astype(np.int64)
+    whole = np.floor_divide(x, y) if rounding is np.floor else np.trunc(x.astype(np.float64) / y).astype(np.int64)
+    exact = whole if kind.endswith("Div") else x - whole * y
+    tensors = torch.from_numpy(x.astype(np.int32)), torch.from_numpy(y.astype(np.int32))
+    graph = ge_graphs.node_graph(lambda ge, a, b: getattr(ge, kind)(a, b), *tensors)
+    (found,) = interpret.run(interpret.prepare(graph, device="a2"), tensors)
+    assert found.dtype == torch.int32 and found.tolist() == through[kind].astype(np.int64).tolist()
+    assert found[:4].tolist() == exact[:4].tolist() and found.tolist() != exact.tolist()
+    (published,) = interpret.run(interpret.prepare(graph), tensors)
+    assert published.tolist() == exact.tolist()
+
+
 def test_hf32_keeps_eleven_bits_of_the_mantissa_halves_to_even():
     one, step = 1.0, 2.0**-11
     x = [one + step / 2, one + 3 * step / 2, one + step * 0.51, -(one + step * 0.49), 3e38, math.inf, 0.0, 1e-3]

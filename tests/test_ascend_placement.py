@@ -224,6 +224,15 @@ def test_an_entry_of_the_ai_cpu_that_cannot_be_read_is_one_sentence(cann):
             opp.read(folder)
 
 
+def test_a_cann_without_a_list_of_ai_cpu_kernels_is_one_sentence(cann):
+    folder = cann(CORE)
+    (folder / "opp/built-in/op_impl/aicpu/aicpu_kernel/config/aicpu_kernel.json").unlink()  # host_cpu_kernel.json stays
+    with pytest.raises(
+        ValueError, match=r"--opp .* has no list of AI CPU kernels .*; install CANN's toolkit with them"
+    ):
+        opp.read(folder)
+
+
 def test_an_entry_that_says_no_dtypes_is_open(cann):
     """A missing dtype leaves it to the kernel; lists of unequal length do not say what belongs together; MemSet clears memory."""
     uneven = {"input0": column("x", "float,int8"), "output0": column("y", "float")}

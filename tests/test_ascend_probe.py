@@ -22,6 +22,8 @@ from bevfn.commands.graph import graph
 SAID = {
     "select": ("exact", "through float32"),
     "floor-div": ("exact", "through float32"),
+    "floor-div-small": ("exact", "exact"),
+    "compare": ("exact", "exact"),
     "mul-wrap": ("wraps", "wraps"),
     "sxpy": ("difference", REFUSED),
     **dict.fromkeys(("maximum", "clip", "reduce-max", "cumsum", "cast-narrow", "cast-wide"), ("exact", "exact")),
@@ -145,6 +147,7 @@ FOUND = [
     Found("gather", "npu", "rows", "", 0.5),
     Found("index-add", "npu", NEITHER, "", 9.0),  # a wrong kernel's speed is of no use
     Found("sort", "npu", "sorted, not stable", "", 2.0),
+    Found("sort", "npu", "stable", "", 0.0),  # no longer than an empty call
     Found("batch-norm", "npu", "float32", "", 3.0),
 ]
 
@@ -178,8 +181,10 @@ def test_rates_are_read_by_the_estimate(monkeypatch, capsys, tmp_path):
     [
         ("{", r"cannot read the rates .*p.json \("),
         ("[]", "has no rates"),
-        ('{"rates": {"gathers": 1e-9}}', "rate 'gathers' is 1e-09, and not one of bevfn's"),
-        ('{"rates": {"gather": 3}}', "rate 'gather' is 3, and not one of bevfn's, in seconds"),
+        ('{"rates": {"gathers": 1e-9}}', "rate 'gathers' is 1e-09, and not gather, index_add, sort in seconds a row"),
+        ('{"rates": {"traffic": 0.5}}', "rate 'traffic' is 0.5, and not gather, index_add, sort"),
+        ('{"rates": {"gather": 2e-6}}', "rate 'gather' is 2e-06, .* below 1e-06"),
+        ('{"rates": {"sort": 0.0}}', "rate 'sort' is 0.0"),
         ('{"rates": {"gather": true}}', "rate 'gather' is True"),
     ],
 )
@@ -209,4 +214,6 @@ def test_what_is_unknown_about_integers_is_asked():
         assert all(kind in QUESTIONS[name].asks for name in asked)
         assert asked or fact["int32"] in ("exact", "through float32")
     through = {kind for kind, fact in facts["integers"].items() if fact["int32"] == "through float32"}
-    assert through == {"SelectV2", "FloorDiv"} == a2.OPS.keys() - {"Sxpy"}  # as the interpreter's mode computes
+    assert (
+        through == {"SelectV2", "FloorDiv", "FloorMod", "TruncateDiv", "Mod"} == a2.OPS.keys() - {"Sxpy"}
+    )  # as the interpreter's mode computes

@@ -279,6 +279,26 @@ def test_tables_of_other_sizes_are_refused_in_a_sentence(folder):
     refused(
         with_encoder(capacities=(1400, 1200)), r"table of the sparse encoder's level 0 is \[27, 1400\].*\[27, 1500\]"
     )
+    tables = bevfusion.with_tables(batch, config=model, train=True).tables
+
+    def damaged(sentence, submanifold=lambda made: made, voxels=lambda made: made, **ways):
+        strided = [{k: ways.get(k, lambda x: x)(x) for k, x in way.items()} for way in tables.neighbours.strided]
+        strided = [{k: x for k, x in way.items() if x is not None} for way in strided]
+        neighbours = replace(tables.neighbours, submanifold=submanifold(tables.neighbours.submanifold), strided=strided)
+        given = replace(tables, neighbours=neighbours, voxels=voxels(tables.voxels))
+        with pytest.raises(ValueError, match=sentence + ".*make tables by the config that is run"):
+            bevfusion.apply(params, state, replace(batch, tables=given), config=model, train=True)
+
+    damaged(r"are of 1 levels \(submanifold\) and 2 \(strided\), the model's of 2", submanifold=lambda made: made[:1])
+    damaged("inverse table of the sparse encoder's level 0 is missing", inverse=lambda x: None)
+    damaged(
+        r"active table of the sparse encoder's level 0 is \[1497\], the model's is \[1500\]", active=lambda x: x[3:]
+    )
+    damaged(r"sites table of the sparse encoder's level 0 is \[1497, 4\]", sites=lambda x: x[3:])
+    damaged(
+        "voxel features of torch.float16, the model reads torch.float32",
+        voxels=lambda made: {**made, "features": made["features"].half()},
+    )
     lidar = tiny("lidar")
     params, state = bevfusion.init(lidar, seed=0)
     without = bevfusion.with_tables(batch, config=tiny("camera"), train=True)

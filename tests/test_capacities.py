@@ -67,7 +67,9 @@ def test_a_file_is_read_as_it_was_written_and_refused_for_other_data_and_voxels(
     with pytest.raises(ValueError, match=r"was made of other key frames .* make it again with `bevfn data prepare`"):
         capacities.read(path, index.select([0, 1]), grid, 1)
     content = json.loads(path.read_text())
-    for broken in ("{", "[]", json.dumps({**content, "voxels": -1}), json.dumps({**content, "format": 0}), "{}"):
+    wrong = {"voxels": (-1, 10**30, 1.5), "sites": ([], [3, "x"]), "samples": ("x", 0), "format": (0,)}
+    changed = (json.dumps({**content, name: value}) for name, values in wrong.items() for value in values)
+    for broken in ("{", "[]", "{}", *changed):
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"capacity file .* is damaged \(.*\); measure again"):
             capacities.read(path, index, grid, 1)
@@ -101,6 +103,10 @@ def test_prepare_counts_for_a_model_and_its_recipe_takes_the_numbers(monkeypatch
     assert (chosen.voxel_capacity, chosen.site_capacity) == (77, made.site_capacity)
     with pytest.raises(ValueError, match="is of voxels of"):
         replace(config, scale="published").completed()
+    more = file.with_name("more.json")
+    more.write_text(json.dumps({**found, "sites": [*found["sites"], 5]}))
+    with pytest.raises(ValueError, match=r"--site-capacity .* \(of .*more.json\) must be . numbers, one for each"):
+        bevfusion.task(replace(config, capacity_file=more).completed())
     lidar = bevfusion_lidar.DEFAULTS["bevfusion-lidar"]["synthetic"]
     assert (
         replace(

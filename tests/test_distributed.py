@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -475,6 +476,16 @@ def environment(monkeypatch):
 def test_without_torchrun_or_with_one_process_there_are_no_replicas(values, environment):
     environment(values)
     assert distributed.start("cpu") is None and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("device", ["npu", "npu:1"])
+def test_on_an_npu_float32_is_float32_whatever_runs_the_step(device, environment, monkeypatch):
+    environment({})
+    npu = SimpleNamespace(conv=SimpleNamespace(allow_hf32=True), matmul=SimpleNamespace(allow_hf32=True))
+    monkeypatch.setattr(distributed, "_count", lambda kind: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: {"npu": npu}[kind])
+    assert distributed.start(device) is None
+    assert not npu.conv.allow_hf32 and not npu.matmul.allow_hf32
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,7 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(
         assert made["complete"] and (made["graph_breaks"], made["ge_graphs"]) == (0, 1)
         assert made["nodes"] == sum(made["types"].values())
         assert made["families"]["matrix products"]["gflop"] > 0 and made["bytes"]["activations"] > 0
-        # A node that no unit of an A2 computes, or its AI CPU without a reason (`accepted` in bevfn/ascend/a2.json).
-        assert made["no_kernel"] == made["unlisted"] == []
-        assert [line for line in made["off_core"] if ": accepted: " not in line] == []
+        check_nodes(made)
     files = sorted(path.name for path in (tmp_path / "o").iterdir())
     assert files == [
         f"{model or experiment}_mini_{precision}_{s}.{e}" for s in ("inference", "train") for e in ("air", "pbtxt")
@@ -168,6 +166,32 @@ def test_an_experiment_is_one_static_graph_that_trains_like_eager(
         check(found.to_json(), "fp16" if kernels == "a2-hf32" else case)
     if "a2-hf32" in also.found:  # the mode does something
         assert also.found["a2-hf32"].metrics["loss/total"] > also.found["a2"].metrics["loss/total"]
+
+
+def check_nodes(made):
+    """None that no unit of an A2 computes, or its AI CPU without a reason (`accepted` in bevfn/ascend/a2.json), or that does
+    nothing."""
+    assert made["no_kernel"] == made["unlisted"] == []
+    assert [line for line in made["off_core"] if ": accepted: " not in line] == []
+    assert made["casts"]["idle"] == 0  # torchair's own `mul` makes hundreds
+
+
+@pytest.mark.parametrize(
+    ("experiment", "step"),
+    [
+        ("bevfusion_lidar", "train"),
+        ("matrixvt", "inference"),
+        ("bevnext", "inference"),
+        pytest.param("matrixvt", "train", marks=pytest.mark.slow),  # a minute each
+        pytest.param("bevnext", "train", marks=pytest.mark.slow),
+    ],
+)
+def test_in_fp16_too_the_ai_core_has_kernels(experiment, step, few_pixels, monkeypatch, tmp_path):
+    """Of the experiments that CI executes in fp32 alone: casts make other nodes of fp16."""
+    steps = command.steps
+    monkeypatch.setattr(command, "steps", lambda *given, **how: {step: steps(*given, **how)[step]})
+    assert graph(experiment, scale="mini", precision="fp16", json_file=tmp_path / "g.json") == 0
+    check_nodes(json.loads((tmp_path / "g.json").read_text())["steps"][step])
 
 
 def check(compared, case):
@@ -247,6 +271,9 @@ def test_a_node_without_a_kernel_is_exit_code_1_and_an_installed_cann_decides(mo
     table.parent.mkdir(parents=True)
     both = {"dtype": "float", "name": "x"}
     table.write_text(json.dumps({"Mul": {"input0": both, "input1": both, "output0": both}}))
+    listed = tmp_path / "built-in/op_impl/aicpu/aicpu_kernel/config/aicpu_kernel.json"
+    listed.parent.mkdir(parents=True)
+    listed.write_text(json.dumps({"Unique": {"input0": {"name": "x", "type": "DT_FLOAT"}}}))
     assert graph("bevfusion", opp=tmp_path, json_file=tmp_path / "g.json") == 1
     assert f"kernels by {tmp_path}: " in capsys.readouterr().out
     made = json.loads((tmp_path / "g.json").read_text())["steps"]["train"]

@@ -105,6 +105,8 @@ class Estimate:
     """samples a second and NPU"""
     instant: int = 0
     """rows of the profile that are left out"""
+    unsized: bool = False
+    """whether a profile says no sizes of the tasks that it names: it may be of another batch"""
 
     @property
     def tasks(self) -> int:
@@ -137,6 +139,10 @@ class Estimate:
         rows = {name: group.million_rows for name, group in self.groups.items()}
         if self.instant:
             lines.insert(1, f"  {self.instant} rows of the profile have a duration of 0, and are left out")
+        if self.unsized:
+            lines.insert(
+                1, f"  the profile has no {SIZES}: whether it is of this batch and scale could not be compared"
+            )
         return "\n".join(
             [
                 *lines,
@@ -190,6 +196,7 @@ def estimate(
         memory=sum(memory.values()),
         published=published,
         instant=profile.instant if profile else 0,
+        unsized=profile is not None and not any(task.name in profile.written for task in tasks),
     )
 
 
@@ -223,7 +230,8 @@ def read_profile(path: Path) -> Profile:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have put a mark in front
             reader = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            missing = [name for name in COLUMNS if name not in reader.fieldnames]
             if missing:
                 raise ValueError(f"{path} has no column {missing[0]!r}; give an op_summary_*.csv of msprof")
             for row in reader:
@@ -231,7 +239,8 @@ def read_profile(path: Path) -> Profile:
                 if microseconds == 0:
                     instant += 1
                     continue
-                name = (row[COLUMNS[0]] or "").strip()
+                if not (name := (row[COLUMNS[0]] or "").strip()):
+                    continue
                 took[name].append(microseconds * 1e-6)
                 if (elements := _elements(row.get(SIZES), row.get(LAYOUTS))) is not None:
                     written[name] = elements

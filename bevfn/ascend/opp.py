@@ -48,7 +48,12 @@ def read(folder: Path) -> Tables:
         *root.glob("built-in/op_impl/aicpu/*/config/*.json"),
         *root.glob("vendors/*/op_impl/cpu/config/*.json"),
     ]
-    for name, entry in _entries(sorted(path for path in cpu_files if not path.name.startswith("host_cpu"))):
+    cpu_files = sorted(path for path in cpu_files if not path.name.startswith("host_cpu"))
+    if not any("built-in" in path.relative_to(root).parts for path in cpu_files):
+        raise ValueError(
+            f"--opp {folder} has no list of AI CPU kernels (built-in/op_impl/aicpu/*/config); install CANN's toolkit with them"
+        )
+    for name, entry in _entries(cpu_files):
         cpu.setdefault(name, set()).update(_cpu_dtypes(entry))
     dtypes = {name: frozenset(names) for name, names in cpu.items()}
     return _completed(Tables(str(folder), core, frozenset(kernels.keys() - core.keys()), dtypes))

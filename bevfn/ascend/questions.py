@@ -97,6 +97,22 @@ def floor_div_float(a: Tensor, b: Tensor) -> Results:
     return (torch.floor(a.float() / b.float()).to(torch.int32),)
 
 
+def multiples() -> tuple[Tensor, Tensor]:
+    """Products below 2^24 and one of their factors, of either sign."""
+    b = whole(ROWS, most=4095) + 1
+    a = b * (whole(ROWS, most=2**24) // b)
+    return torch.where(whole(ROWS, most=2) > 0, a, -a), b
+
+
+def neighbouring() -> tuple[Tensor, Tensor]:
+    """Numbers of all sizes, against themselves, one more, one less, and the ends of the type."""
+    some = torch.tensor([*LARGE, *LIMITS, 0, 2**24])
+    pairs = [torch.stack((some, (some + step).clamp(*LIMITS))) for step in (-1, 0, 1)]
+    ends = [torch.stack((some, torch.full_like(some, end))) for end in LIMITS]
+    a, b = torch.cat([*pairs, *ends], 1).int()
+    return a, b
+
+
 def wrapped(a: Tensor, b: Tensor) -> Results:
     """The lower 32 bits of the product, as a signed number."""
     return (((a.long() * b.long() + 2**31) % 2**32 - 2**31).int(),)
@@ -235,6 +251,41 @@ INTEGERS = (
         answers=(
             Answer("exact", floor_div, "voxelization may divide larger cell numbers"),
             Answer("through float32", floor_div_float, "as assumed: keep quotients' operands below 2^24"),
+        ),
+    ),
+    Question(
+        name="floor-div-small",
+        asks="Does FloorDiv of int32 below 2^24 give the whole quotient where the divisor divides it?",
+        assumes="yes, float32 divides with the nearest number: cells and shifts are divided so (ascend/fixes/rewrites.py)",
+        operands=lambda rows: multiples(),
+        build=lambda ge, a, b: ge.FloorDiv(a, b),
+        answers=(
+            Answer("exact", floor_div, "as assumed"),
+            Answer(
+                "by the reciprocal",
+                lambda a, b: (torch.floor(a.float() * (1 / b.float())).int(),),
+                "quotients are one less at times: keep --host-tables; shifts, by powers of 2, are right all the same",
+            ),
+        ),
+    ),
+    Question(
+        name="compare",
+        asks="Does GreaterEqual compare int32 above 2^24 exactly, to both ends of the type?",
+        assumes="yes: cell numbers of 340 M are compared (ascend/a2.json)",
+        operands=lambda rows: neighbouring(),
+        build=lambda ge, a, b: ge.GreaterEqual(a, b),
+        answers=(
+            Answer("exact", lambda a, b: (a.long() >= b.long(),), "as assumed"),
+            Answer(
+                "through float32",
+                lambda a, b: (a.float() >= b.float(),),
+                "keep --host-tables: voxelize and neighbours compare cells in the graph",
+            ),
+            Answer(
+                "by the difference",
+                lambda a, b: ((a - b) >= 0,),
+                "the difference of the type's ends overflows: cells, below 2^30, may be compared",
+            ),
         ),
     ),
     Question(
@@ -460,7 +511,7 @@ FLOATS = (
     Question(
         name="batch-norm-fused",
         asks="Do BNTrainingReduce and BNTrainingUpdate normalise as exactly, and faster?",
-        assumes="neither is worth it: a variance of squares, and no mask (docs/ascend.md)",
+        assumes="unknown, and so not used: its variance is a difference of squares (docs/ascend.md)",
         operands=activations,
         build=fused_norm,
         answers=NORMS,

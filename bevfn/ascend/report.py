@@ -58,7 +58,8 @@ class Report:
     cast_kernels: list[str]
     """likewise, that the AI Core computes in other dtypes, with casts that GE inserts"""
     casts: dict[str, int]
-    """nodes: those the step asks for, those that converters insert; folded ones left out"""
+    """nodes: those the step asks for, those that converters insert, those of both to the dtype that there is already; folded
+    ones left out"""
     transposes: int
     allow_hf32: bool
     """whether a device may compute float32 with HF32's 11 bits"""
@@ -84,8 +85,8 @@ def report(
 ) -> Report:
     """The figures of `lowered`; where its nodes run by `tables`, an installed CANN's (`opp.read`), or by our own.
 
-    uses: what `used_by` gives, if it is there already. If operators are missing, or types that `interpret` does not know are in the graph, shapes are not known: bytes,
-    FLOPs and places are left out.
+    uses: what `used_by` gives, if it is there already. If operators are missing, or types that `interpret` does not know
+    are in the graph, shapes are not known: bytes, FLOPs and places are left out.
     """
     graph, kinds = lowered.graph, Counter(op.type for op in lowered.graph.op)
     unknown = [
@@ -126,7 +127,7 @@ def report(
         no_kernel=_where(lowered, placed, "none"),
         unlisted=_where(lowered, placed, "unknown"),
         cast_kernels=_where(lowered, placed, "AI Core with a cast"),
-        casts={"asked": asked, "inserted": len(casts) - asked},
+        casts={"asked": asked, "inserted": len(casts) - asked, "idle": sum(map(_idle, working))},
         transposes=sum(op.type == "Transpose" and op.name not in constant for op in graph.op),
         allow_hf32=HF32,
         bytes={**_inputs(lowered), **(_memory(uses) if uses else {})},
@@ -149,7 +150,7 @@ def text(made: Report) -> str:
         f"  off the AI Core: {_listed(made.off_core)}",
         f"  kernels not known: {_listed(made.unlisted)}",
         f"  on the AI Core behind a cast: {_listed(made.cast_kernels)}",
-        f"  casts: {made.casts['asked']} asked for, {made.casts['inserted']} inserted; transposes: {made.transposes}; "
+        f"  casts: {made.casts['asked']} asked for, {made.casts['inserted']} inserted, {made.casts['idle']} to the dtype that there is; transposes: {made.transposes}; "
         f"HF32: {'allowed' if made.allow_hf32 else 'off'}",
     ]
     if made.bytes:
@@ -160,6 +161,11 @@ def text(made: Report) -> str:
         lines += [f"  {n:<20}{f.nodes:>8}{f.gflop:>12.3f}{f.gigabytes:>10.3f}" for n, f in made.families.items()]
     lines.append("  types: " + ", ".join(f"{kind} {count}" for kind, count in made.types.items()))
     return "\n".join(lines)
+
+
+def _idle(use: Use) -> bool:
+    """Whether it is a cast of a dtype to itself."""
+    return use.kind == "Cast" and bool(use.results) and use.operands[0].dtype == use.results[0].dtype  # type: ignore[union-attr]
 
 
 def _listed(items: list[str]) -> str:

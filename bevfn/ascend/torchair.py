@@ -66,8 +66,8 @@ def find() -> Path:
     spec = importlib.util.find_spec(PACKAGE) if not loaded() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            "torch_npu is not installed, and Ascend graphs need its converters; run `make npu`, or pip install --no-deps --target "
-            f"{CONVERTERS} torch_npu=={_release(torch.__version__)}"
+            "torch_npu is not installed, and Ascend graphs need its converters; run `make npu`, or pip install --no-deps "
+            f"--target {CONVERTERS} torch_npu=={_release(torch.__version__)}"
         )
     theirs, ours = importlib.metadata.version(PACKAGE), torch.__version__
     if _release(theirs) != _release(ours):

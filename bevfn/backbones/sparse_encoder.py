@@ -96,15 +96,24 @@ def _sites(coords: Tensor) -> Tensor:
 
 def _check(tables: Tables, config: Config, B: int, V: int) -> None:
     """Raises ValueError where tables are not of so many samples and voxels, and of the config's capacities; free in a graph."""
-    rows = [B * room for room in (V, *config.capacities)]
+    rows, levels = [B * room for room in (V, *config.capacities)], len(config.capacities)
+    if (len(tables.submanifold), len(tables.strided)) != (levels, levels):
+        raise ValueError(
+            f"the batch's tables of the sparse encoder are of {len(tables.submanifold)} levels (submanifold) and "
+            f"{len(tables.strided)} (strided), the model's of {levels}; make tables by the config that is run"
+        )
     for level, (way, below, above) in enumerate(zip(ways(config), rows, rows[1:])):
         K = math.prod(way["kernel"])
-        wanted = {"submanifold": [math.prod(KERNEL), below], "table": [K, above], "inverse": [K, below]}
+        wanted = {
+            **{"submanifold": [math.prod(KERNEL), below], "table": [K, above], "inverse": [K, below]},
+            **{"sites": [above, 4], "active": [above], "found": []},
+        }
+        given = {"submanifold": tables.submanifold[level], **tables.strided[level]}
         for name, shape in wanted.items():
-            table = tables.submanifold[level] if name == "submanifold" else tables.strided[level][name]
-            if list(table.shape) != shape:
+            found = list(given[name].shape) if name in given else "missing"
+            if found != shape:
                 raise ValueError(
-                    f"the batch's {name} table of the sparse encoder's level {level} is {list(table.shape)}, the model's is "
+                    f"the batch's {name} table of the sparse encoder's level {level} is {found}, the model's is "
                     f"{shape} ({B} samples, {V} voxels, capacities {config.capacities}); make tables by the config that is run"
                 )
 

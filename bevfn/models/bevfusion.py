@@ -377,6 +377,11 @@ def _lidar_branch(
                 f"the batch's tables have {given} voxels, the model has {wanted} (samples, voxels each, "
                 f"{'training' if train else 'evaluation'}); make tables by the config that is run"
             )
+        if (features := made["features"]).dtype != torch.float32:
+            raise ValueError(
+                f"the batch's tables have voxel features of {features.dtype}, the model reads torch.float32; make tables by the "
+                "config that is run"
+            )
     voxels, overflow = _counted(made)
     sparse, new = encode(params, state, voxels, config, train, policy, sites)
     overflow |= sparse.pop("overflow")

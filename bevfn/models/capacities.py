@@ -145,8 +145,12 @@ def read(path: Path, index: Index, grid: bevfusion.Voxels, sweeps: int) -> Measu
         origin = building.Origin(**content["made_of"])
         rows = {name: tuple(content[name]) for name in ("lower", "upper", "size", "sites")}
         made = Measured(**{**content, **rows, "made_of": origin})
-        if made.format != FORMAT or not all(type(n) is int and n >= 0 for n in (made.voxels, *made.sites, made.sweeps)):
-            raise ValueError("its counts are none")
+        if made.format != FORMAT:
+            raise ValueError(f"format {made.format!r}, not {FORMAT}")
+        for name, least in (("samples", 1), ("sweeps", 0), ("voxels", 0), ("sites", 0)):
+            counted = made.sites if name == "sites" else (getattr(made, name),)
+            if not counted or not all(type(n) is int and least <= n < 1 << 31 for n in counted):  # rows are int32
+                raise ValueError(f"{name} is {getattr(made, name)!r}")
     except OSError as error:
         raise ValueError(f"the capacity file {path} cannot be read ({error.strerror}); {again}") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -66,6 +66,16 @@ def _elementwise() -> dict:
 
         return convert
 
+    stock_mul = _stock(aten.mul.Tensor)
+
+    def mul(x: Any, y: Any, meta_outputs: Any = None) -> Any:
+        # torchair casts products, sums and floors to the dtype that they have. A product of bools, one of bytes, needs its cast.
+        if meta_outputs.dtype == DataType.DT_BOOL:
+            return stock_mul(x, y, meta_outputs=meta_outputs)
+        if isinstance(y, (int, float)) and x.dtype in (DataType.DT_FLOAT16, DataType.DT_BF16):
+            return ge.Muls(x, value=y)
+        return ge.Mul(*dtype_promote(x, y, target_dtype=meta_outputs.dtype))
+
     def bitwise(integer: Any, boolean: Any) -> Any:
         def convert(x: Any, y: Any, meta_outputs: Any = None) -> Any:
             x, y = dtype_promote(x, y, target_dtype=meta_outputs.dtype)
@@ -80,6 +90,8 @@ def _elementwise() -> dict:
         aten.gelu.default: gelu,
         aten.gelu_backward.default: gelu_backward,
         aten.roll.default: roll,
+        aten.mul.Tensor: mul,
+        aten.floor.default: unary(ge.Floor),
         aten.trunc.default: unary(ge.Trunc),
         aten.atan2.default: binary(ge.Atan2),
         aten.bitwise_xor.Tensor: xor,
@@ -107,7 +119,11 @@ def _reductions() -> dict:
 
         return convert
 
+    def total(x: Any, *, dtype: Any = None, meta_outputs: Any = None) -> Any:
+        return ge.ReduceSum(dtype_promote(x, target_dtype=meta_outputs.dtype), list(range(x.rank)))
+
     return {
+        aten.sum.default: total,
         aten.amax.default: reduce(ge.ReduceMax),
         aten.amin.default: reduce(ge.ReduceMin),
         aten.all.dim: reduce(ge.ReduceAll, DataType.DT_BOOL),
@@ -206,7 +222,6 @@ def _convolution() -> Any:
 def _counters() -> dict:
     """arange in its three forms."""
     from torchair._ge_concrete_graph import ge_apis as ge
-    from torchair._ge_concrete_graph.utils import dtype_promote
     from torchair.ge._ge_graph import DataType
 
     integers = (DataType.DT_INT32, DataType.DT_INT64)
@@ -219,7 +234,7 @@ def _counters() -> dict:
             dtype = DataType.DT_DOUBLE if meta_outputs.dtype == DataType.DT_DOUBLE else DataType.DT_FLOAT
             end = start + step * (meta_outputs.size[0] - 0.5)  # the last number is not a matter of rounding
         counted = ge.Range(*(ge.Const(number, dtype=dtype) for number in (start, end, step)))
-        return dtype_promote(counted, target_dtype=meta_outputs.dtype)
+        return counted if dtype == meta_outputs.dtype else ge.Cast(counted, dst_type=meta_outputs.dtype)
 
     def arange_to(end: Any, *, meta_outputs: Any = None, **_: Any) -> Any:
         return arange(0, end, 1, meta_outputs)

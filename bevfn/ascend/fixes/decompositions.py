@@ -148,6 +148,7 @@ def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(a.dtype, b.dtype)
     if dtype not in (torch.int32, torch.int64):
         return NotImplemented
+    condition = condition.bool()  # of bytes, ~ would be the complement of 8 bits
     chosen = condition.to(dtype)
     return a.to(dtype) * chosen + b.to(dtype) * (~condition).to(dtype)
 

@@ -30,6 +30,29 @@ def floor_div(x1: Tensor, x2: Tensor) -> Tensor:
     return torch.div(x1, x2, rounding_mode="floor")
 
 
+def floor_mod(x1: Tensor, x2: Tensor) -> Tensor:
+    """int32 less the quotient of float32 times the divisor, in int32 (`floor_mod.py`, high performance, its default)."""
+    same_dtype(x1, x2)
+    return x1 - floor_div(x1, x2) * x2 if x1.dtype == torch.int32 else torch.remainder(x1, x2)
+
+
+def truncate_div(x1: Tensor, x2: Tensor) -> Tensor:
+    """int32 is divided as float32 (`truncate_div.py`)."""
+    same_dtype(x1, x2)
+    if x1.dtype == torch.int32:
+        return torch.trunc(x1.float() / x2.float()).to(torch.int32)
+    return torch.div(x1, x2, rounding_mode="trunc")
+
+
+def mod(x1: Tensor, x2: Tensor) -> Tensor:
+    """int32 is float32 all the way (`mod.py`)."""
+    same_dtype(x1, x2)
+    if x1.dtype == torch.int32:
+        x, y = x1.float(), x2.float()
+        return (x - torch.trunc(x / y) * y).to(torch.int32)
+    return torch.fmod(x1, x2)
+
+
 def sxpy(x1: Tensor, x2: Tensor, alpha: Tensor | None = None) -> Tensor:
     """In no list of kernels, of the AI Core, the AI CPU or the host."""
     raise Invalid("A2 has no kernel of this type")
@@ -58,4 +81,7 @@ def _of_hf32(function: Callable) -> Callable:
 
 
 HF32_OPS: dict[str, Callable] = {name: _of_hf32(function) for name, function in conv.OPS.items()}
-OPS: dict[str, Callable] = {"SelectV2": select_v2, "FloorDiv": floor_div, "Sxpy": sxpy}
+OPS: dict[str, Callable] = {
+    **{"SelectV2": select_v2, "FloorDiv": floor_div, "FloorMod": floor_mod, "TruncateDiv": truncate_div, "Mod": mod},
+    "Sxpy": sxpy,
+}
