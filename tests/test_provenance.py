@@ -18,8 +18,6 @@ from bevfn.training import command_line
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION_SETS = ("AVX512", "AVX2", "SSE", "NEON", "SVE256", "SVE128")
-# Of 21 November, before a file's head had it.
-NOT_RECORDED = ("graph_bevdepth_fp32_execute.json", "graph_bevfusion_fp32_execute.json", "graph_bevfusion_lidar_fp32_execute.json", "graph_matrixvt_fp32_execute.json")  # fmt: skip
 FILES = provenance.read()
 
 
@@ -62,7 +60,7 @@ def test_a_file_of_figures_says_what_made_it(name):
     assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", content["commit"])
     assert datetime.date.fromisoformat(content["date"]) >= datetime.date(2026, 11, 1)
     assert content["machine"]["processor"]
-    assert content["machine"]["instruction_set"] in INSTRUCTION_SETS or name in NOT_RECORDED
+    assert content["machine"]["instruction_set"] in INSTRUCTION_SETS
     assert content["versions"].keys() == {"python", "torch", "bevfn"} and all(content["versions"].values())
     assert commands(content)
     for command in commands(content):
