@@ -251,7 +251,7 @@ def test_a_file_from_voxels_finds_what_the_one_from_points_finds(exported, from_
 def test_half_precision_is_a_file_with_weights_as_halves(exported, trained, frame, monkeypatch, capsys, tmp_path):
     """On a key frame that has more points and voxels than there is room for, which is told."""
     out = tmp_path / "out"
-    room = ("--point-capacity", 20_000, "--voxel-capacity", 5_000)
+    room = ("--point-capacity", 20_000, "--voxel-capacity", 3_000)
     assert export(monkeypatch, trained, "--out", out, "--data", frame, "--precision", "fp16", *room) == 0
     counts = json.loads((out / manifest.NAME).read_text())["verified"]["counts"]
     assert counts["points"] == 20_000 and counts["overflow/points"] > 0 and counts["overflow/voxels_l0"] > 0
