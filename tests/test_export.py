@@ -186,6 +186,12 @@ def test_the_manifest_says_what_is_needed_to_use_the_file(exported, trained, fra
     assert verified["failed"] == "" and verified["boxes"]["found"] == 100 and verified["boxes"]["largest_m"] < 1e-3
     assert len(verified["boundaries"]) > 30 and 0 < max(verified["boundaries"].values()) < 1e-4
     assert verified["boundaries"]["voxels.coords"] == 0
+    assert set(verified["boxes"]["differences"]) == {"score", "size", "yaw_rad", "velocity_mps"}
+    assert max(verified["boxes"]["differences"].values()) < 1e-4
+    counts = verified["counts"]
+    assert counts.pop("points") > 10_000
+    assert set(counts) == {"overflow/points", *(f"overflow/voxels_{level}" for level in ("l0", "l1", "l2", "out"))}
+    assert not any(counts.values())
     inside = {name for node in model.graph.node for name in node.output}
     assert set(verified["boundaries"]) <= inside  # a user adds one as an output and sees where a runtime goes astray
 
@@ -242,9 +248,16 @@ def test_a_file_from_voxels_finds_what_the_one_from_points_finds(exported, from_
     assert sorts[0] < sorts[1]  # the voxelizer's is cut off
 
 
-def test_half_precision_is_a_file_with_weights_as_halves(exported, trained, frame, monkeypatch, tmp_path):
+def test_half_precision_is_a_file_with_weights_as_halves(exported, trained, frame, monkeypatch, capsys, tmp_path):
+    """On a key frame that has more points and voxels than there is room for, which is told."""
     out = tmp_path / "out"
-    assert export(monkeypatch, trained, "--out", out, "--data", frame, "--precision", "fp16") == 0
+    room = ("--point-capacity", 20_000, "--voxel-capacity", 3_000)
+    assert export(monkeypatch, trained, "--out", out, "--data", frame, "--precision", "fp16", *room) == 0
+    counts = json.loads((out / manifest.NAME).read_text())["verified"]["counts"]
+    assert counts["points"] == 20_000 and counts["overflow/points"] > 0 and counts["overflow/voxels_l0"] > 0
+    said, dropped = capsys.readouterr().out, counts["overflow/points"]
+    assert f"overflow/points: {dropped:,} points did not fit and were dropped; raise --point-capacity" in said
+    assert f"overflow/voxels_l0: {counts['overflow/voxels_l0']:,} voxels did not fit" in said
     said, example = json.loads((out / manifest.NAME).read_text()), np.load(out / build.EXAMPLE)
     found = verify.run(out / build.FILE, {name: example[name] for name in ("points", "points_valid")})
     assert all(np.array_equal(value, example[name]) for name, value in found.items())
@@ -325,6 +338,9 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(trained, exported,
         )
     for flag, value, says in CAPACITIES:
         refused(monkeypatch, capsys, says, trained, "--out", out, flag, value)
+    for flag in ("--scene", "--version"):
+        says = f"{flag} is of --data; give --data, or leave {flag} out"
+        refused(monkeypatch, capsys, says, trained, "--out", out, flag, "v1")
     empty = tmp_path / "empty"
     empty.mkdir()
     refused(monkeypatch, capsys, str(empty), trained, "--out", out, "--data", empty)
@@ -380,19 +396,27 @@ def test_the_extra_is_named_where_it_is_missing(trained, monkeypatch, capsys, tm
 
 
 def outcome(**changes) -> dict[str, np.ndarray]:
+    """What is detected and counted, and boundaries in the order in which they are computed; changes: by name, "." as "__"."""
     boxes = np.zeros((1, 4, 9), np.float32)
     boxes[0, :, 0] = [0, 10, 20, 30]
+    boxes[0, :, 3:] = [4, 2, 1.5, 3.1, 5, 0]
     valid = np.array([[True, True, True, False]])
     made = {
         "boxes": boxes,
         "scores": np.full((1, 4), 0.5, np.float32),
         "labels": np.array([[0, 0, 1, 1]]),
         "valid": valid,
+        "overflow/voxels_l1": np.array(0),
+        "voxels.coords": np.arange(30).reshape(1, 10, 3),
+        "lidar.bev": np.ones(8, np.float32),
+        "head.query_index": np.arange(100)[None],
+        "head.pred.0.dim": np.ones(8, np.float32),
     }
-    return {**made, "map": np.ones(8, np.float32), "cell": np.arange(100), "row": np.ones(8, np.float32), **changes}
+    return made | {name.replace("__", "."): value for name, value in changes.items()}
 
 
-NAMES = ("boxes", "scores", "labels", "valid")
+NAMES = ("boxes", "scores", "labels", "valid", "overflow/voxels_l1")
+DETECTED = NAMES[:4]
 
 
 def judged(precision="fp32", **changes) -> verify.Verdict:
@@ -402,27 +426,102 @@ def judged(precision="fp32", **changes) -> verify.Verdict:
 def test_boxes_are_compared_as_sets_of_what_is_valid():
     swapped = np.array([1, 0, 2, 3])
     same = outcome()
-    moved = {name: same[name][:, swapped] for name in NAMES}
+    moved = {name: same[name][:, swapped] for name in DETECTED}
     assert judged(**moved).failed == "" and judged(**moved).boxes.largest_m == 0
     nowhere = same["boxes"].copy()
     nowhere[0, 3] = 99  # not valid
     assert judged(boxes=nowhere).failed == ""
-    far = same["boxes"] + np.float32(0.2)
-    assert "0 of 3 detections are within 0.05 m" in judged(boxes=far).failed
-    assert judged("fp16", boxes=same["boxes"] + np.float32(0.1)).failed == ""
+    beside = np.float32([0.2, 0, 0, 0, 0, 0, 0, 0, 0])
+    assert "0 of 3 detections are within 0.05 m" in judged(boxes=same["boxes"] + beside).failed
+    assert judged("fp16", boxes=same["boxes"] + beside).failed == ""
     assert "2 of 3" in judged(labels=np.array([[0, 0, 0, 0]])).failed
     assert "3 of 4" in judged(valid=np.ones((1, 4), bool)).failed  # one that nobody else found
 
 
-def test_a_boundary_behind_a_choice_that_fell_otherwise_is_told_not_judged():
-    other = np.arange(100)
-    other[7] = 0
-    assert judged(map=np.full(8, 1.01, np.float32)).failed.startswith("map differs by 1.0e-02")
-    assert judged(cell=other, row=np.zeros(8, np.float32)).failed == ""
-    assert judged(cell=other, row=np.zeros(8, np.float32)).boundaries["row"] == 1
-    assert judged(cell=np.arange(100)[::-1], row=np.zeros(8, np.float32)).failed == ""  # the same ones
-    assert judged(cell=np.zeros(100, int)).failed.startswith("cell differs by 9.9e-01")
-    assert judged(map=np.full(8, np.nan, np.float32)).failed.startswith("map differs by nan")
+WRONG = {  # column, the wrong value, what is said
+    "length and width swapped": (
+        slice(3, 5),
+        [2, 4],
+        "3 of 3 detections differ from the eager float32 detector's in size by",
+    ),
+    "height": (5, 3, "in size by more than"),
+    "yaw": (6, 3.1 + 1.5, "in yaw by more than"),
+    "velocity": (slice(7, 9), [50, 50], "in velocity by more than"),
+    "velocity turned round": (slice(7, 9), [-5, 0], "in velocity by more than"),
+    "not a number": (7, np.nan, "3 of 3 detections have values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("what", WRONG)
+def test_a_box_in_its_place_that_is_another_is_refused(what, precision):
+    columns, value, says = WRONG[what]
+    boxes = outcome()["boxes"]
+    boxes[..., columns] = value
+    assert says in judged(precision, boxes=boxes).failed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_scores_are_judged_and_a_yaw_is_an_angle(precision):
+    same = outcome()
+    small = judged(precision, scores=same["scores"] * np.float32(0.01))
+    assert "in score by more than" in small.failed and small.boxes.differences["score"] == pytest.approx(0.495)
+    some = same["scores"].copy()
+    some[0, 1] = np.nan
+    assert "1 of 3 detections have values that are not finite" in judged(precision, scores=some).failed
+    turned = same["boxes"].copy()
+    turned[..., 6] -= 2 * np.pi
+    assert judged(precision, boxes=turned).failed == ""
+    assert judged(precision, boxes=turned).boxes.differences["yaw_rad"] < 1e-5
+    near = same["boxes"].copy()
+    near[..., 3:] += 0.05  # by what halves may differ and float32 may not
+    assert bool(judged(precision, boxes=near).failed) == (precision == "fp32")
+
+
+def test_what_the_head_computes_of_another_query_is_told_not_judged():
+    other = np.arange(100)[None]
+    other[0, 7] = 0
+    zero, wrong = np.zeros(8, np.float32), np.full(8, 1.01, np.float32)
+    assert judged(head__query_index=other, head__pred__0__dim=zero).failed == ""
+    assert judged(head__query_index=other, head__pred__0__dim=zero).boundaries["head.pred.0.dim"] == 1
+    assert judged(head__query_index=np.arange(100)[None, ::-1], head__pred__0__dim=zero).failed == ""  # the same ones
+    assert judged(head__query_index=0 * other).failed.startswith("head.query_index differs by 9.9e-01")
+    assert judged(lidar__bev=wrong).failed.startswith("lidar.bev differs by 1.0e-02")
+    assert judged(head__pred__0__dim=wrong).failed.startswith("head.pred.0.dim differs by 1.0e-02")
+    assert judged(lidar__bev=wrong * np.nan).failed.startswith("lidar.bev differs by nan")
+    assert judged("fp16", head__query_index=0 * other, lidar__bev=zero).failed.startswith(
+        "lidar.bev differs by 1.0e+00"
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_voxels_shapes_and_counts_are_the_same_whatever_lies_behind(precision):
+    """A boundary of integers that differs excuses none of floats."""
+    coords, far = outcome()["voxels.coords"], np.full(8, 1e6, np.float32)
+    says = "voxels.coords differs by"
+    assert judged(precision, voxels__coords=coords[..., ::-1], lidar__bev=far).failed.startswith(says)
+    assert judged(precision, voxels__coords=coords[:, ::-1]).failed.startswith(says)  # their features are row by row
+    one = coords.copy()
+    one[0, 3] = 0
+    assert judged(precision, voxels__coords=one, lidar__bev=far * np.nan).failed.startswith(says)
+    more = np.arange(36).reshape(1, 12, 3)
+    says = "voxels.coords has the shape (1, 12, 3), not (1, 10, 3)"
+    assert judged(precision, voxels__coords=more, lidar__bev=far).failed == says
+    says = "head.query_index has the shape (1, 50), not (1, 100)"
+    assert judged(precision, head__query_index=np.arange(50)[None]).failed == says
+    elsewhere, place = np.zeros(1000, int), np.zeros(1000, int)
+    elsewhere[0] = 1
+    maps = {"frames.0.view.place": place, "frames.0.bev": np.ones(8, np.float32)}
+
+    def pooled(cells: np.ndarray, factor: float) -> str:
+        made = maps | {"frames.0.view.place": cells, "frames.0.bev": maps["frames.0.bev"] * np.float32(factor)}
+        return verify.compare(outcome(**made), outcome(**maps), outcome(), NAMES, precision).failed
+
+    assert pooled(elsewhere, 1.05) == "" and pooled(place, 1.05).startswith("frames.0.bev differs by 5.0e-02")
+    assert pooled(elsewhere, 1e6).startswith("frames.0.bev differs by 1.0e+06")  # one of a thousand is not that much
+    assert pooled(place + 1, 1).startswith("frames.0.view.place differs by 1.0e+00")
+    lost = {"overflow/voxels_l1": np.array(5)}
+    assert judged(precision, **lost).failed == "overflow/voxels_l1 is 5, not 0"
 
 
 # --- every family

@@ -482,6 +482,33 @@ def test_more_sites_than_the_plugins_have_room_for_are_refused(monkeypatch):
         plugins.pairs(sites, way)
 
 
+def test_sites_that_the_detector_drops_and_the_plugins_keep_are_refused(trained, frame, monkeypatch, capsys, tmp_path):
+    says = "sites of the verified key frame do not fit --site-capacity 500 400 300, and the graph"
+    given = (trained, "--out", tmp_path / "out", "--data", frame, "--site-capacity", 500, 400, 300)
+    refused(monkeypatch, capsys, says, *given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "factor", "says"),
+    [
+        ([0, 1, 2, 4, 3, 5, 6, 7, 8, 9], 1, "in size by"),  # length and width
+        ([0, 1, 2, 3, 4, 5, 7, 6, 8, 9], 1, "in yaw by"),  # sine and cosine
+        ([0, 1, 2, 3, 4, 5, 6, 7, 9, 8], 1, "in velocity by"),
+        ([*range(10)], 0.01, "in score by"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_outputs_that_the_node_would_read_otherwise_are_refused(rows, factor, says, precision, exported):
+    """They are no boundary: what guards them are the boxes that the node makes of them."""
+    example, model = np.load(exported / build.EXAMPLE), yaml(exported / node.MODEL_FILE)
+    right = {name: example[name] for name in autoware.OUTPUTS}
+    wrong = right | {"bbox_pred": right["bbox_pred"][rows], "score": right["score"] * np.float32(factor)}
+    ours, eager = (node.detections(given, model) for given in (wrong, right))
+    assert verify.compare(eager, eager, eager, autoware.FOUND, precision).failed == ""
+    assert says in verify.compare(ours, eager, eager, autoware.FOUND, precision).failed
+
+
 def test_a_file_that_differs_is_not_left(trained, frame, monkeypatch, capsys, tmp_path):
     """Plugins that leave out a ReLU."""
     honest = plugins.gemm

@@ -13,7 +13,8 @@ from tyro.conf import Positional
 from bevfn import catalogue, detector
 from bevfn.choices import one_of
 from bevfn.data import inputs, scene, source
-from bevfn.data.batch import Sample, collate
+from bevfn.data.batch import Batch, Sample, collate
+from bevfn.data.reading import Reading
 from bevfn.export import build, kinds, runtimes
 from bevfn.files import check_new_folder
 from bevfn.synth import key_frame, rig
@@ -66,6 +67,9 @@ def export(
         voxel_capacity: voxels
         site_capacity: active sites at each level of the sparse encoder
     """
+    for flag, given in (("--scene", scene_name), ("--version", version)):
+        if data is None and given is not None:
+            raise ValueError(f"{flag} is of --data; give --data, or leave {flag} out")
     folder = kinds.folder(to)
     check_new_folder(out)
     options = _options(to, entry, runtime)
@@ -81,12 +85,12 @@ def export(
         index = inputs.read(place, scene_name, version)
         reading = made.ready(index)
         sample = scene.load(index, 0, reading)
-        batch, _ = collate([sample], capacities=reading.capacities)
+        batch, counts = _collated(sample, reading)
         if to == "autoware" and reading.cameras is not None:
             options["picture"] = _picture(sample)
         what = "a generated key frame" if data is None else f"key frame {sample.token} of {data.resolve().name}"
         try:
-            print(folder(made, full, batch, out, data=what, **options))
+            print(folder(made, full, batch, out, data=what, counts=counts, **options))
         except build.Differs as error:
             print(error)
             return 1
@@ -104,6 +108,14 @@ def _options(to: str, entry: str, runtime: str | None) -> dict[str, Any]:
         raise ValueError("--input is of the other kinds, and autoware's node makes voxels itself; leave it out")
     runtimes.known(runtime or runtimes.NEWEST)
     return {"runtime": runtime or runtimes.NEWEST}
+
+
+def _collated(sample: Sample, reading: Reading) -> tuple[Batch, dict[str, int]]:
+    """The batch, and how many "points" it has and "overflow/points" had no room; annotations are no matter of an export."""
+    batch, counts = collate([sample], capacities=reading.capacities)
+    if batch.points_valid is None:
+        return batch, {}
+    return batch, {"points": int(batch.points_valid.sum()), "overflow/points": counts["overflow/points"]}
 
 
 def _picture(sample: Sample) -> tuple[int, int] | None:

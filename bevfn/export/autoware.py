@@ -11,7 +11,7 @@ outputs); AWML projects/BEVFusion/deploy at 7a6ec07 (their meaning: containers.p
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def folder(
     runtime: str = runtimes.NEWEST,
     picture: tuple[int, int] | None = None,
     data: str = "",
+    counts: Mapping[str, int] = build.NONE,
 ) -> str:
     """As `build.folder`, for autoware's node; runtime: of `runtimes.RUNTIMES`; picture: rows and columns of the cameras'
     own images, where the model reads any."""
@@ -61,8 +62,9 @@ def folder(
     check(detector)
     plugins.register()
     parameters = node.of_model(detector, picture, batch)
+    eager = build.eager(detector, batch)
+    check_sites(eager, detector)
     with new_folder(out) as made:
-        eager = build.eager(detector, batch)
         inputs = given(batch, detector.task.network)
         ours: Arrays = {}
         cameras = None if detector.task.network.camera is None else made / IMAGES_FILE
@@ -84,6 +86,7 @@ def folder(
             eager=_alike(eager, inputs, detector.task.network.lidar.features),
             truth=_all(eager if reference is detector else build.eager(reference, batch)),
             names=FOUND,
+            counts=counts,
         )
         how = {"facts": {"opset": writer.OPSET}, "packages": build.ONNX_PACKAGES, "data": data, "runtime": RUNTIME}
         verdict, said = build.judged(detector, made / build.FILE, compared, **how)
@@ -110,6 +113,17 @@ def check(detector: Detector) -> None:
             f"{detector.config.model} sees no LiDAR depth, which autoware's BEVFusion node gives; export it --to onnx"
         )
     limits.check({"voxel_capacity": network.voxels.max_voxels[1]}, runtimes.LIMITS)
+
+
+def check_sites(eager: Mapping[str, np.ndarray], detector: Detector) -> None:
+    """Raises ValueError, one sentence, where the detector drops sites of the key frame, which the plugins would keep."""
+    for name, count in eager.items():
+        if name.startswith("overflow/") and name != "overflow/voxels_l0" and count > 0:
+            room = " ".join(map(str, detector.task.network.lidar.encoder.capacities))
+            raise ValueError(
+                f"{name}: {int(count):,} sites of the verified key frame do not fit --site-capacity {room}, and the graph, which "
+                f"has room for {runtimes.ROOM:,} of each level, would keep them; raise it"
+            )
 
 
 def _dynamic(inputs: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # which needs the extra's packages
 FILE, EXAMPLE = "model.onnx", "example.npz"
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # whose versions make an ONNX file what it is
 OPENVINO = "OpenVINO computes wrong voxels from points, without a word: export --input voxels for it"
+NONE: Mapping[str, int] = MappingProxyType({})
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays, bool], Arrays]
 """(inputs, whether boundaries are asked for) -> outputs, and boundaries, by name"""
@@ -69,6 +71,8 @@ class Compared:
     """detections of the eager detector in float32"""
     names: Sequence[str]
     """of `found`, what are no boundaries"""
+    counts: Mapping[str, int]
+    """of the key frame, before the file"""
 
 
 def check() -> None:
@@ -118,6 +122,7 @@ def folder(
     *,
     entry: Entry = "points",
     data: str = "",
+    counts: Mapping[str, int] = NONE,
 ) -> str:
     """Writes `out`, new or empty, which appears complete or not at all; returns what was compared, as a table.
 
@@ -126,6 +131,7 @@ def folder(
         reference: the same in float32, against whose boxes the file's are held.
         batch: what is computed and compared on, of one sample, not augmented; the file has its shapes.
         data: for the manifest: what the batch is.
+        counts: and how many "points" it has, and "overflow/points" that it had no room for.
 
     Raises ValueError, one sentence, for what cannot be exported, and Differs.
     """
@@ -137,7 +143,7 @@ def folder(
         plain = run(inputs, False) if kind.merges else {name: ours[name] for name in graph.outputs}
         at_boundaries = eager(detector, batch)
         truth = at_boundaries if reference is detector else eager(reference, batch)
-        compared = Compared(inputs, plain, ours, plain, at_boundaries, truth, graph.outputs)
+        compared = Compared(inputs, plain, ours, plain, at_boundaries, truth, graph.outputs, counts)
         how = {"facts": facts, "runtime": kind.runtime, "packages": kind.packages, "data": data}
         verdict, said = judged(detector, made / kind.file, compared, **how)
         describe(made, said, compared)
@@ -150,9 +156,10 @@ def judged(detector: Detector, file: Path, compared: Compared, **how: Any) -> tu
     from bevfn.export import manifest, verify
 
     precision = detector.config.precision
-    verdict = verify.compare(compared.found, compared.eager, compared.truth, compared.names, precision)
-    failed, again = verdict.failed, verify.paired(compared.again, compared.found, verdict.boxes.near_m)
-    if not failed and again.share < verify.LIMITS[precision].found:
+    verdict = verify.compare(compared.found, compared.eager, compared.truth, compared.names, precision, compared.counts)
+    limits, failed = verify.LIMITS[precision], verdict.failed
+    again = verify.paired(compared.again, compared.found, limits.near_m, limits.alike)
+    if not failed and verify.beyond(again, limits):
         failed = "run without its boundaries it differs"
     if failed:
         raise Differs(f"{verdict.text()}\nrefused, nothing is written: {failed}")
