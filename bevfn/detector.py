@@ -55,6 +55,8 @@ class Detector:
     """batch-norm statistics"""
     checkpoint: Path
     """where the weights are from: a step folder, or a file"""
+    averaged: bool = False
+    """whether they are a run's averaged weights (EMA); False also of a file, which has one set"""
 
     def __repr__(self) -> str:
         count, device = tree.num_elements(self.params), tree.leaves(self.params)[0].device
@@ -174,7 +176,8 @@ def load(
         is_run = (place.parent.parent / run_folder.CONFIG_FILE).is_file()
         own = run_config(experiment, place, None, model) if is_run else recipes.published(experiment, model)
         config = flagged(experiment, own, given)
-        made = Detector(experiment, config.plain(), *pretrained.read_weights(place, ema=averages), place)
+        averaged = averages and checkpoint.averaged(place)
+        made = Detector(experiment, config.plain(), *pretrained.read_weights(place, ema=averages), place, averaged)
     else:
         made = _of_file(place, model, given)
     check_fits(made.task, made.params, made.state, place)
