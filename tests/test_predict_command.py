@@ -88,6 +88,7 @@ def test_lidar_needs_neither_cameras_nor_poses_nor_annotations(trained, frame, m
     assert sorted(path.name for path in out.iterdir()) == ["frames", "results_nusc.json"]
     (document,) = (json.loads(path.read_text()) for path in (out / "frames").iterdir())
     assert document["token"] == "a" and document["cameras"] == {}
+    assert "empty/boxes" not in "".join(capsys.readouterr())  # nothing is taught here
 
 
 def test_a_frame_without_poses_says_where_its_boxes_are(trained, frame, monkeypatch, capsys, tmp_path):
