@@ -331,6 +331,17 @@ def test_openvino_needs_voxels_in(exported, from_voxels, monkeypatch, tmp_path):
     assert verify.error(names["found"]["boxes"], names["example"]["boxes"]) < 1e-4
 
 
+def test_a_cloud_of_other_columns_is_what_a_file_is_verified_on(exported, trained, frame, monkeypatch, tmp_path):
+    rows = np.fromfile(frame / key_frame.LIDAR_FILE, "<f4").reshape(-1, 5)
+    rows[:, :4].tofile(tmp_path / "four.bin")
+    arguments = ("--data", tmp_path / "four.bin", "--columns", "x y z intensity", "--no-averages")
+    assert export(monkeypatch, trained, "--out", tmp_path / "out", *arguments) == 0
+    ours, theirs = (np.load(folder / build.EXAMPLE)["points"] for folder in (tmp_path / "out", exported))
+    assert np.array_equal(ours, theirs)
+    said, before = (json.loads((folder / manifest.NAME).read_text()) for folder in (tmp_path / "out", exported))
+    assert said["averages"] is False and said["checkpoint"] == before["checkpoint"]  # which has both
+
+
 # --- refusals: one sentence, nothing left
 
 
