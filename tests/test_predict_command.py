@@ -152,6 +152,7 @@ def four_columns(folder: Path) -> Path:
      (["{run}", "{frame}", "--model", "bevdepth-2key"], "is of another experiment"),
      (["{camera}", "{clouds}"], "has no camera CAM_FRONT_LEFT, "),
      (["{run}", "{four}"], "16016 bytes are not a whole number of points (5 float32 = 20 bytes each)"),
+     (["{run}", "{frame}", "--columns", "x y z"], "the columns x y z are of bare clouds, which "),
      (["{run}", "{frame}", "--fps", "0"], "--fps 0 must be at least 0.01"),
      (["{run}", "{frame}", "--intensity", "True"], "bevfusion_lidar is not AWML's; leave out --intensity")],
 )  # fmt: skip
