@@ -55,6 +55,8 @@ class Detector:
     """batch-norm statistics"""
     checkpoint: Path
     """where the weights are from: a step folder, or a file"""
+    averaged: bool = False
+    """whether they are a run's averaged weights (EMA); False also of a file, which has one set"""
 
     def __repr__(self) -> str:
         count, device = tree.num_elements(self.params), tree.leaves(self.params)[0].device
@@ -85,9 +87,16 @@ class Detector:
         ("overflow/*", 0-d). Differentiable, as `outputs`."""
         return self.task.predict(self.params, self.state, batch)
 
-    def sample(self, data: str | Path | Index, place: int = 0, scene: str | None = None) -> Sample:
-        """The key frame at that place, read as the model reads it; data, scene: as of `detect`. Raises ValueError as `detect`."""
-        index = data if isinstance(data, Index) else inputs.read(Path(data), scene)
+    def sample(
+        self,
+        data: str | Path | Index,
+        place: int = 0,
+        scene: str | None = None,
+        version: str | None = None,
+        columns: str = "",
+    ) -> Sample:
+        """The key frame at that place, read as the model reads it; the rest as of `detect`. Raises ValueError as `detect`."""
+        index = data if isinstance(data, Index) else inputs.read(Path(data), scene, version, columns)
         if not -len(index) <= place < len(index):
             raise ValueError(f"{index.root} has {len(index):,} key frames; {place} is none of them")
         only = index.select(np.array([place % len(index)]))
@@ -114,6 +123,7 @@ class Detector:
         data: str | Path | Index,
         scene: str | None = None,
         version: str | None = None,
+        columns: str = "",
         *,
         batch_size: int = 1,
         workers: int = 0,
@@ -121,10 +131,10 @@ class Detector:
     ) -> dict[str, Detections]:
         """What is found in every key frame of `data` (of a scene of it), by its token, in the frame that `reading.base` names.
 
-        data, scene, version: as of `data.inputs.read`, or key frames. Raises ValueError, one sentence, for data without what
-        the model reads.
+        data, scene, version, columns: as of `data.inputs.read`, or key frames. Raises ValueError, one sentence, for data without
+        what the model reads.
         """
-        index = data if isinstance(data, Index) else inputs.read(Path(data), scene, version)
+        index = data if isinstance(data, Index) else inputs.read(Path(data), scene, version, columns)
         found, _ = self.over(index, batch_size=batch_size, workers=workers, backend=backend)
         return found
 
@@ -174,7 +184,8 @@ def load(
         is_run = (place.parent.parent / run_folder.CONFIG_FILE).is_file()
         own = run_config(experiment, place, None, model) if is_run else recipes.published(experiment, model)
         config = flagged(experiment, own, given)
-        made = Detector(experiment, config.plain(), *pretrained.read_weights(place, ema=averages), place)
+        averaged = averages and checkpoint.averaged(place)
+        made = Detector(experiment, config.plain(), *pretrained.read_weights(place, ema=averages), place, averaged)
     else:
         made = _of_file(place, model, given)
     check_fits(made.task, made.params, made.state, place)
@@ -291,10 +302,43 @@ def _published(file: Path, model: str | None, given: Mapping[str, Any]) -> Detec
     try:
         params, state, report = upstream.import_state(tensors, layout, config=made.task.network)
     except ValueError as error:
-        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+        said = str(error) if str(file) in str(error) else f"{file}: {error}"
+        if _is_mini(made, tensors, layout):
+            named = "" if model is None else f"model={model!r}, "
+            said = f"{said.removesuffix('.')}; it is of mini size, which `bevfn.load({str(file)!r}, {named}scale='mini')` reads"
+        raise ValueError(said) from None
     for line in report.warnings:
         print(f"warning: {file}: {line}")
     return replace(made, params=params, state=state)
+
+
+def _is_mini(made: Detector, tensors: Mapping[str, Tensor], layout: str) -> bool:
+    """Whether what the recipe cannot be is it at mini size."""
+    if made.config.scale == "mini":
+        return False
+    mini = replace(made, config=replace(made.config, scale="mini"))
+    try:
+        upstream.import_state(tensors, layout, config=mini.task.network)
+    except ValueError:
+        return False
+    return True
+
+
+def flags_of(made: Detector) -> dict[str, Any]:
+    """Flags with which `load` reads this model's weights from a file of the published layout: those of its own, in the place of
+    the published ones, on which its network or its reading depends, but for where data are."""
+    published = recipes.published(made.experiment, made.config.model).plain()
+    own = replace(made, config=replace(made.config, data_root=published.data_root))
+    wanted, left = (own.task.network, own.reading), own.config
+    for name in [field.name for field in fields(left)]:
+        without = replace(own, config=replace(left, **{name: getattr(published, name)}))
+        if without.config != left and (without.task.network, without.reading) == wanted:
+            left = without.config
+    return {
+        field.name: value
+        for field in fields(left)
+        if (value := getattr(left, field.name)) != getattr(published, field.name)
+    }
 
 
 def _recipe(

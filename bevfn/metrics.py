@@ -9,6 +9,7 @@ METRICS_FILE = "metrics.jsonl"
 # Metrics whose names begin so count what is wrong: `overflow/` did not fit a fixed capacity, `bad/` is broken, `empty/` has
 # nothing to learn from, `missing/` is not in the data. 0 is what one hopes for; a run warns of everything else.
 COUNTERS = ("overflow/", "bad/", "empty/", "missing/")
+OF_LABELS = ("empty/boxes", "overflow/boxes")  # of what is learned: where nothing is, they say nothing
 # What a counter that is not zero means to the user; the longest matching beginning of its name counts.
 _MEANINGS = {
     "overflow/": "did not fit a fixed capacity and were dropped; raise that capacity, or accept the loss",

@@ -1,5 +1,6 @@
 """`bevfn checkpoint export` of what was trained here: upstream's layout, and back bit for bit, for every layout."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import small_runs
 import torch
 
 import bevfn
-from bevfn import catalogue, tree, upstream
+from bevfn import catalogue, detector, tree, upstream
 from bevfn.commands import checkpoint
 from bevfn.upstream import checkpoints
 
@@ -31,6 +32,10 @@ def test_a_trained_model_leaves_and_returns_bit_for_bit(layout, tmp_path, capsys
     checkpoint.export(step, tmp_path / "a.pth")
     said = capsys.readouterr().out
     assert f"tensors of {layout}" in said and "averaged weights; of mini size, which" in said
+    again = said_call(said)
+    assert (
+        same(again.params, model.params) and again.reading == model.reading and again.task.network == model.task.network
+    )
     found = upstream.read_state_dict(tmp_path / "a.pth")
     network = model.task.network
     params, state, report = upstream.import_state(found, layout, config=network)
@@ -59,7 +64,13 @@ def test_weights_kernels_and_naming_are_chosen(tmp_path):
     assert not same(params, bevfn.load(step).params)
 
 
-def test_a_run_in_another_shape_is_exported_where_the_layout_holds_it(tmp_path):
+def said_call(said: str) -> detector.Detector:
+    """The model that the command says how to load."""
+    (call,) = re.findall(r"bevfn reads it by (bevfn\.load\(.*\))\n", said)
+    return eval(call, {"bevfn": bevfn})
+
+
+def test_a_run_in_another_shape_is_exported_where_the_layout_holds_it(tmp_path, capsys):
     """As of other data: the keys are the model's, the sizes its own."""
     step = small_runs.write(tmp_path / "run", "awml-lidar", range_m=60.0, intensity=True)
     checkpoint.export(step, tmp_path / "a.pth")
@@ -68,8 +79,22 @@ def test_a_run_in_another_shape_is_exported_where_the_layout_holds_it(tmp_path):
     assert same(upstream.import_state(found, "awml-lidar", config=model.task.network)[0], model.params)
     bounds = found["pts_middle_encoder.aug_features_max_values"]  # follow from the run's own range
     assert bounds[0] == pytest.approx(60.0)
-    again = bevfn.load(tmp_path / "a.pth", scale="mini", range_m=60.0, intensity=True)
-    assert same(again.params, model.params)
+    said = capsys.readouterr().out
+    assert "scale='mini'" in said and "range_m=60.0" in said and "batch_size" not in said  # which no network is of
+    assert same(said_call(said).params, model.params) and said_call(said).reading == model.reading
+    with pytest.raises(ValueError, match=r"a\.pth: the checkpoint does not fit --model awml-lidar: ") as refusal:
+        bevfn.load(tmp_path / "a.pth")
+    assert "mini size" not in str(refusal.value)  # nor that of published classes and range
+
+
+def test_a_file_of_mini_size_is_refused_with_the_flag_that_reads_it(tmp_path):
+    step = small_runs.write(tmp_path / "run", "bevfusion-lidar")
+    checkpoint.export(step, tmp_path / "a.pth")
+    with pytest.raises(
+        ValueError, match=r"it lacks .*; it is of mini size, which `bevfn\.load\('.*', scale='mini'\)` reads"
+    ):
+        bevfn.load(tmp_path / "a.pth")
+    assert same(bevfn.load(tmp_path / "a.pth", scale="mini").params, bevfn.load(step).params)
 
 
 @pytest.mark.parametrize("model", ["bevfusion-image", "bevfusion-lidar-masked", "bevfusion-camera"])

@@ -63,7 +63,8 @@ def test_a_run_is_loaded_with_its_recipe_and_its_averages(trained):
     config = small_runs.config(LIDAR, sweeps=1, published_sweeps=False)
     params, state = small_runs.weights(config)
     assert same(model.params, tree.map(lambda leaf: 0.75 * leaf, params)) and same(model.state, state)
-    assert same(bevfn.load(trained, averages=False).params, params)
+    plain = bevfn.load(trained, averages=False)
+    assert same(plain.params, params) and (model.averaged, plain.averaged) == (True, False)
     assert model.reading.points is not None and model.reading.points.sweeps == 1
     assert not model.reading.points.published_sweeps and model.classes == model.reading.class_names
     assert bevfn.load(trained, published_sweeps=True).reading.points.published_sweeps
@@ -81,6 +82,20 @@ def test_predict_is_the_tasks_own_and_detect_reads_the_frame(trained, frame):
     assert same(model.task.predict(model.params, model.state, batch), outputs)
 
 
+def test_clouds_of_other_columns_are_read_by_detect_and_sample(trained, frame, tmp_path):
+    model, rows = bevfn.load(trained), np.fromfile(frame / key_frame.LIDAR_FILE, "<f4").reshape(-1, 5)
+    for name, count in (("five", 5), ("four", 4)):
+        (tmp_path / name).mkdir()
+        rows[:, :count].tofile(tmp_path / name / "a.bin")
+    (usual,) = model.detect(tmp_path / "five").values()
+    (found,) = model.detect(tmp_path / "four", columns="x y z intensity").values()
+    assert np.array_equal(found.boxes, usual.boxes) and len(found.boxes) > 10
+    sample = model.sample(tmp_path / "four", columns="x y z intensity")
+    assert np.array_equal(sample.points, model.sample(tmp_path / "five").points)
+    with pytest.raises(ValueError, match="which fits four float32 a point"):
+        model.sample(tmp_path / "four")
+
+
 def test_a_published_file_is_imported_on_the_fly_as_the_imported_one(tmp_path, monkeypatch):
     """At mini size, whose shapes the recipe's flag says."""
     model = small_runs.config(LIDAR)
@@ -91,7 +106,7 @@ def test_a_published_file_is_imported_on_the_fly_as_the_imported_one(tmp_path, m
         upstream.write_state_dict(tmp_path / name, exported, sparse="spconv2")
         made = bevfn.load(tmp_path / name, scale="mini")
         assert same(made.params, params) and same(made.state, state) and made.config.model == LIDAR
-        assert made.config.sweeps == 9 and not made.config.augment
+        assert made.config.sweeps == 9 and not made.config.augment and not made.averaged
     *trees, report = upstream.import_state(exported, LIDAR, config=network)
     upstream.write_imported(tmp_path / "c.safetensors", *trees, report, source="a.pth")
     assert same(bevfn.load(tmp_path / "c.safetensors", scale="mini").params, params)

@@ -17,10 +17,12 @@ import pytest
 import small_exports
 import small_runs
 import torch
+from PIL import Image
 from small_exports import LIDAR, export, flow_of, refused, shown
 
 import bevfn
 from bevfn import geometry, tree
+from bevfn.data.reading import Points, Reading
 from bevfn.export import build, flow, manifest, translations, verify
 from bevfn.export import onnx as writer
 from bevfn.kernels.voxelize import voxelize
@@ -55,6 +57,19 @@ CASES = {
         lambda x, i, y: [x.index_add(0, i, y)],
         [torch.zeros(4).half(), ints(1, 3, 1), torch.tensor([1.0, 2.0, 3.0]).half()],
     ),
+    "index of int32": (lambda x, i: [x[i], x[:, i[:1]]], [torch.rand(4, 2), ints(1, 0, 1)]),
+    "index_put of int32": (
+        lambda x, i, y: [x.index_put([i], y), x.index_put([i, i[[1]]], y[:, 0])],
+        [torch.zeros(4, 4), ints(1, 3, 0), torch.rand(3, 4)],
+    ),
+    "index_put that adds": (
+        lambda x, i, y: [x.index_put([i], y, accumulate=True), x.index_put([i, i], y[:, 0], accumulate=True)],
+        [torch.ones(4, 4), ints(1, 3, 1), torch.rand(3, 4)],
+    ),
+    "index_put that adds halves": (
+        lambda x, i, y: [x.index_put([i], y, accumulate=True)],
+        [torch.zeros(4).half(), ints(1, 3, 1), torch.tensor([1.0, 2.0, 3.0]).half()],
+    ),
     "sort": (lambda x: torch.sort(x, dim=1, stable=True), [torch.tensor([[3, 1, 2**24 + 1, 1, 2**24, 3]])]),
     "falling sort of an outer axis": (
         lambda x: torch.sort(x, dim=0, stable=True, descending=True),
@@ -77,10 +92,11 @@ def test_an_operator_is_translated_as_torch_computes_it(name, tmp_path):
         assert ours.dtype == theirs.numpy().dtype and np.array_equal(ours, theirs.numpy())
 
 
-@pytest.mark.parametrize("name", ["floor", "index_add", "sort"])
+@pytest.mark.parametrize("name", ["floor", "index_add", "index of int32", "index_put of int32", "sort"])
 def test_torchs_own_translation_is_still_wrong(name, tmp_path, monkeypatch):
     """Or ours can go."""
     monkeypatch.setattr(translations, "TABLE", {})
+    monkeypatch.setattr(translations, "DECOMPOSITIONS", {})
     step, given = CASES[name]
     try:
         found = computed(step, *given, folder=tmp_path)
@@ -120,6 +136,25 @@ def test_an_operator_without_a_translation_is_named_with_its_layer_and_line(tmp_
     with pytest.raises(ValueError, match=r"no translation of aten\.view\.dtype, at .*test_export\.py:\d+ in .*layer"):
         computed(layer, torch.eye(3), folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+REFUSED = {  # translated, but of other arguments
+    "index_add.default with these arguments (index_add is translated along the first axis and without a factor), at": (
+        lambda x: [x.index_add(1, torch.tensor([0, 2]), x[:, :2])]
+    ),
+    "div.Tensor_mode with these arguments (div with a rounding mode is translated of integers), at": (
+        lambda x: [torch.div(x, 7.0, rounding_mode="floor")]
+    ),
+}
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_arguments_without_a_translation_are_named_with_their_layer_and_line(says, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"of aten\.{re.escape(says)} .*test_export\.py:\d+ in .*; write one in"
+    ) as refusal:
+        computed(REFUSED[says], torch.eye(3), folder=tmp_path)
+    assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
 
 
 def test_weights_beyond_a_file_are_refused(monkeypatch, tmp_path):
@@ -178,6 +213,13 @@ def test_the_manifest_says_what_is_needed_to_use_the_file(exported, trained, fra
     weights = {"file": "train_state.safetensors", "sha256": manifest.checksum(next(trained.rglob("*.safetensors")))}
     assert said["checkpoint"] == {"name": f"{trained.name}/{step}", **weights}
     assert said["verified"]["on"].endswith(f" of {frame.name}")
+    assert said["averages"] is True
+    points, cameras = said["reading"]["points"], said["reading"]["cameras"]
+    assert cameras is None and points.pop("rule") == manifest.POINTS
+    assert points == {
+        **{"sweeps": 1, "sweep_choice": "newest", "pad_empty_sweeps": False, "published_sweeps": True, "close_m": 1.0},
+        **{"range_m": [-54.0, -54.0, -5.0, 54.0, 54.0, 3.0]},
+    }
     assert '"/' not in (exported / manifest.NAME).read_text()  # it leaves this machine
     room = said["capacities"]
     assert (room["points"], room["voxels"], room["sites"]) == (40_000, 20_000, [20_000, 15_000, 9_000])
@@ -300,6 +342,17 @@ def test_openvino_needs_voxels_in(exported, from_voxels, monkeypatch, tmp_path):
     names: dict = {}
     exec(compile(sample, "docs/deploy.md", "exec"), names)
     assert verify.error(names["found"]["boxes"], names["example"]["boxes"]) < 1e-4
+
+
+def test_a_cloud_of_other_columns_is_what_a_file_is_verified_on(exported, trained, frame, monkeypatch, tmp_path):
+    rows = np.fromfile(frame / key_frame.LIDAR_FILE, "<f4").reshape(-1, 5)
+    rows[:, :4].tofile(tmp_path / "four.bin")
+    arguments = ("--data", tmp_path / "four.bin", "--columns", "x y z intensity", "--no-averages")
+    assert export(monkeypatch, trained, "--out", tmp_path / "out", *arguments) == 0
+    ours, theirs = (np.load(folder / build.EXAMPLE)["points"] for folder in (tmp_path / "out", exported))
+    assert np.array_equal(ours, theirs)
+    said, before = (json.loads((folder / manifest.NAME).read_text()) for folder in (tmp_path / "out", exported))
+    assert said["averages"] is False and said["checkpoint"] == before["checkpoint"]  # which has both
 
 
 # --- refusals: one sentence, nothing left
@@ -527,6 +580,30 @@ def test_voxels_shapes_and_counts_are_the_same_whatever_lies_behind(precision):
 # --- every family
 
 
+def as_the_manifest_says(how: dict, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(an image, image_aug), by the numbers and the rule of a manifest alone."""
+    picture, (rows, columns) = Image.open(file).convert("RGB"), how["image_size"]
+    cover = max(rows / picture.height, columns / picture.width)
+    factor = cover if how["resize"] is None else how["resize"] * cover / how["covering"]
+    height, width = int(picture.height * factor), int(picture.width * factor)
+    left, top = int(max(0, width - columns) / 2), height - rows
+    seen = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + columns, top + rows))
+    moved = np.diag([factor, factor, 1.0, 1.0])
+    moved[:2, 3] = -left, -top
+    return np.asarray(seen), moved
+
+
+def test_how_points_are_read_is_said_with_the_numbers_of_the_reading():
+    """As published of BEVFusion: nine sweeps; at random a pool is named."""
+    published = Points(sweeps=9, pad_empty_sweeps=True, published_sweeps=True)
+    said = manifest.reading(Reading(points=published))
+    assert said["cameras"] is None and (said["points"]["sweeps"], said["points"]["range_m"]) == (9, None)
+    assert said["points"]["pad_empty_sweeps"] is said["points"]["published_sweeps"] is True
+    drawn = Points(sweeps=2, sweep_choice="random", sweep_pool=5)
+    assert manifest.reading(Reading(points=drawn))["points"]["sweep_pool"] == 5 and "sweep_pool" not in said["points"]
+    assert set(re.findall(r"`(\w+)`", manifest.POINTS)) <= {*said["points"], "sweep_pool"}
+
+
 def test_a_model_of_own_classes_and_cameras_is_exported(frame, monkeypatch, tmp_path):
     """Two cameras in an order of one's own, images of another shape, three classes, another range."""
     classes, cameras, range_m = (
@@ -542,6 +619,11 @@ def test_a_model_of_own_classes_and_cameras_is_exported(frame, monkeypatch, tmp_
     assert (said["model"], said["classes"], said["cameras"]) == ("custom-lidar-camera", classes, cameras)
     shapes = {entry["name"]: entry["shape"] for entry in said["inputs"]}
     assert shapes["images"] == [1, 1, 2, 32, 96, 3]  # a quarter: of mini size
+    example = np.load(tmp_path / "out" / build.EXAMPLE)
+    info = json.loads((frame / "frame.json").read_text())["data_list"][0]["images"]
+    for i, channel in enumerate(cameras):
+        seen, moved = as_the_manifest_says(said["reading"]["cameras"], frame / info[channel]["img_path"])
+        assert np.array_equal(example["images"][0, 0, i], seen) and np.allclose(example["image_aug"][0, 0, i], moved)
     grid = said["capacities"]["voxel_grid"]
     assert (*grid["lower"], *grid["upper"]) == range_m and said["verified"]["failed"] == ""
     assert set(np.unique(np.load(tmp_path / "out" / build.EXAMPLE)["labels"])) <= {0, 1, 2}

@@ -46,6 +46,12 @@ MODEL_PARAMETERS = (  # required by upstream's schema/ml_package_bevfusion.schem
     "z_bound num_cameras raw_image_height raw_image_width img_aug_scale_x img_aug_scale_y roi_height roi_width features_height "
     "features_width num_depth_features image_feature_channel use_intensity"
 )
+OTHERS = (  # declared by upstream's src/bevfusion_node.cpp at 0bbbdec besides, without a default that will do
+    "max_camera_lidar_delay plugins_path onnx_path engine_path trt_precision image_backbone_onnx_path image_backbone_engine_path "
+    "image_backbone_trt_precision densification_world_frame_id densification_num_past_frames iou_nms_search_distance_2d "
+    "iou_nms_threshold allow_remapping_by_area_matrix min_area_matrix max_area_matrix cloud_capacity circle_nms_dist_threshold "
+    "yaw_norm_thresholds model_params run_image_undistortion"
+)
 
 
 def export(monkeypatch, *arguments) -> int:
@@ -211,8 +217,16 @@ def test_the_voxels_of_the_example_are_the_voxelizers(trained, frame):
 
 def test_the_parameters_are_those_that_the_node_asks_for(exported, older, trained):
     model, own = yaml(exported / node.MODEL_FILE), yaml(exported / node.NODE_FILE)
+    remapper = yaml(exported / node.REMAPPER_FILE)
     network = bevfn.load(trained).task.network
     assert set(model) == set(MODEL_PARAMETERS.split())
+    assert {*own, *remapper} == {*OTHERS.split(), "score_threshold"} and not {*own} & {
+        *remapper
+    }  # one is of older nodes
+    assert {len(given) for given in remapper.values()} == {8 * 8}  # square, of the message's labels
+    kinds = {name: {type(value) for value in given} for name, given in remapper.items()}  # ROS tells 0 from 0.0
+    assert kinds.pop("allow_remapping_by_area_matrix") == {int} and [*kinds.values()] == [{float}, {float}]
+    assert not any(remapper["allow_remapping_by_area_matrix"])
     assert model["voxels_num"] == [1, 10_000, 20_000] and model["use_intensity"] is True
     assert model["point_cloud_range"] == [-54.0, -54.0, -5.0, 54.0, 54.0, 3.0] and model["num_proposals"] == 100
     assert model["out_size_factor"] * model["voxel_size"][0] * network.head.cells[0] == pytest.approx(108)
@@ -224,6 +238,20 @@ def test_the_parameters_are_those_that_the_node_asks_for(exported, older, traine
     assert thresholds["distance_bin_upper_limits"] == [77.0]
     *_, awml = older
     assert awml["use_intensity"] is False and awml["class_names"] == ["CAR", "TRUCK", "BUS", "BICYCLE", "PEDESTRIAN"]
+
+
+def test_the_farthest_corner_of_the_range_is_within_reach(trained, frame):
+    """Whichever it is: the node gives a score of 0 to all that is beyond."""
+    assert node.farthest_m((-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)) == 77.0
+    assert (
+        node.farthest_m((-100.0, -50.0, -5.0, 50.0, 50.0, 3.0)) == 112.0
+    )  # 111.8, where the upper corner is 70.7 away
+    assert node.farthest_m((0.0, -40.0, -3.0, 70.4, 40.0, 1.0)) == 81.0
+    assert node.farthest_m((-90.0, -30.0, -3.0, -10.0, 20.0, 1.0)) == 95.0
+    made, batch = shown(bevfn.load(trained), frame)
+    model = node.of_model(made, None, batch) | {"point_cloud_range": [-100.0, -50.0, -5.0, 50.0, 50.0, 3.0]}
+    own = node.of_node(made, model, build.FILE, "")
+    assert own["model_params"]["detection_score_thresholds"]["distance_bin_upper_limits"] == [112.0]
 
 
 def test_boxes_are_as_the_node_computes_them():
@@ -242,7 +270,7 @@ def test_boxes_are_as_the_node_computes_them():
 def test_the_manifest_says_what_was_compared(exported):
     said = json.loads((exported / manifest.NAME).read_text())
     assert sorted(path.name for path in exported.iterdir()) == sorted(
-        ["example.npz", "manifest.json", "model.onnx", node.MODEL_FILE, node.NODE_FILE]
+        ["example.npz", "manifest.json", "model.onnx", node.MODEL_FILE, node.NODE_FILE, node.REMAPPER_FILE]
     )
     assert [entry["name"] for entry in said["inputs"]] == list(autoware.INPUTS)
     assert all(entry["shape"][0] == "voxels_num" for entry in said["inputs"])

@@ -1,6 +1,8 @@
 """`bevfn predict`: the same detections as an evaluation's, as files; and nothing written where something is refused."""
 
+import io
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -12,9 +14,9 @@ import small_runs
 import small_world
 from PIL import Image
 
-from bevfn import cli
+from bevfn import cli, files
 from bevfn.data.index import CAMERAS
-from bevfn.evaluation import results
+from bevfn.evaluation import predicted, results
 from bevfn.evaluation.detect import detect
 from bevfn.evaluation.judge import submission
 from bevfn.synth import key_frame
@@ -86,6 +88,7 @@ def test_lidar_needs_neither_cameras_nor_poses_nor_annotations(trained, frame, m
     assert sorted(path.name for path in out.iterdir()) == ["frames", "results_nusc.json"]
     (document,) = (json.loads(path.read_text()) for path in (out / "frames").iterdir())
     assert document["token"] == "a" and document["cameras"] == {}
+    assert "empty/boxes" not in "".join(capsys.readouterr())  # nothing is taught here
 
 
 def test_a_frame_without_poses_says_where_its_boxes_are(trained, frame, monkeypatch, capsys, tmp_path):
@@ -149,6 +152,7 @@ def four_columns(folder: Path) -> Path:
      (["{run}", "{frame}", "--model", "bevdepth-2key"], "is of another experiment"),
      (["{camera}", "{clouds}"], "has no camera CAM_FRONT_LEFT, "),
      (["{run}", "{four}"], "16016 bytes are not a whole number of points (5 float32 = 20 bytes each)"),
+     (["{run}", "{frame}", "--columns", "x y z"], "the columns x y z are of bare clouds, which "),
      (["{run}", "{frame}", "--fps", "0"], "--fps 0 must be at least 0.01"),
      (["{run}", "{frame}", "--intensity", "True"], "bevfusion_lidar is not AWML's; leave out --intensity")],
 )  # fmt: skip
@@ -176,9 +180,44 @@ def test_an_output_folder_with_something_in_it_is_refused_before_anything_is_rea
     assert "out exists and is not empty; choose another --out, or empty it" in capsys.readouterr().err
 
 
-def test_what_fails_while_it_is_written_leaves_nothing(trained, frame, monkeypatch, capsys, tmp_path):
-    from bevfn.evaluation import predicted
+def test_a_recording_that_the_disk_did_not_take_is_refused(trained, frame, monkeypatch, capsys, tmp_path):
+    """As a video, whose test says how; a small frame's recording has some megabytes."""
+    pytest.importorskip("rerun")
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, most))
+    try:
+        code = bevfn(monkeypatch, "predict", trained, frame, "--out", tmp_path / "out", "--rrd", "--no-pictures")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    said = capsys.readouterr().err
+    assert code == 2 and "recording.rrd could not be written (File too large)" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
+
+@pytest.mark.parametrize("codec", predicted.CODECS)
+def test_a_video_that_the_disk_did_not_take_is_refused(codec, monkeypatch, tmp_path):
+    """A limit on files' sizes ends a write as a full disk does; opencv says nothing, and leaves the beginning."""
+    noise = np.random.default_rng(0).integers(0, 255, (12, 120, 160, 3), dtype=np.uint8)
+    made = [io.BytesIO() for _ in noise]
+    for file, pixels in zip(made, noise):
+        Image.fromarray(pixels).save(file, "PNG")
+    pictures = [file.getvalue() for file in made]
+    monkeypatch.setattr(predicted, "CODECS", (codec,))
+    predicted.film(tmp_path / "whole.mp4", pictures, 2.0)
+    size, (before, most) = (tmp_path / "whole.mp4").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (size // 2, size * 9 // 10):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+        try:
+            with pytest.raises(
+                files.NotWritten, match=r"film\.mp4 could not be written .* of its 12 pictures can be read"
+            ):
+                predicted.film(tmp_path / "film.mp4", pictures, 2.0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+        assert (tmp_path / "film.mp4").stat().st_size == room  # which is not nothing
+
+
+def test_what_fails_while_it_is_written_leaves_nothing(trained, frame, monkeypatch, capsys, tmp_path):
     def fails(*_, **__):
         raise OSError(28, "No space left on device", "frame.png")
 

@@ -1,8 +1,9 @@
 """`bevfn checkpoint import|export|show`: published checkpoints in, published layout out, every key accounted for."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from torch import Tensor
 from tyro.conf import Positional
@@ -67,6 +68,9 @@ def export(
     upstream.write_state_dict(output, found.tensors, sparse=found.sparse)
     kernels = f", sparse kernels {found.sparse}" if checkpoints.has_sparse_kernels(layout) else ""
     print(f"wrote {output}: {len(found.tensors)} tensors of {layout}{kernels}{found.note}")
+    if found.flags:
+        named = ", ".join(f"{name}={value!r}" for name, value in found.flags.items())
+        print(f"as the run had it bevfn reads it by bevfn.load({str(output)!r}, {named})")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class _Exported:
     tensors: dict[str, Tensor]
     sparse: recognise.SparseLayout
     note: str = ""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """of `detector.load`, without which it would be read as the published model"""
 
 
 def _as_imported(file: Path, sparse: str, naming: str) -> tuple[str, _Exported]:
@@ -105,7 +111,8 @@ def _of_run(place: Path, sparse: str, naming: str, averages: bool) -> tuple[str,
     note = f"\n{place}, {'averaged' if averages and checkpoint_files.averaged(place) else 'trained'} weights"
     if model.config.scale != "published":
         note += f"; of {model.config.scale} size, which upstream's published configuration does not load"
-    return layout, _Exported(tensors, kernels, note)
+    other = {} if catalogue.LAYOUTS[layout] == model.config.model else {"model": model.config.model}
+    return layout, _Exported(tensors, kernels, note, other | detector.flags_of(model))
 
 
 def show(source: Positional[Path], *, every_key: bool = False) -> None:

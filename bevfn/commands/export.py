@@ -33,6 +33,7 @@ def export(
     data: Path | None = None,
     scene_name: Annotated[str | None, tyro.conf.arg(name="scene")] = None,
     version: str | None = None,
+    columns: str = "",
     intensity: bool | None = None,
     fuser_kernel: Literal[3, 5] | None = None,
     point_capacity: int | None = None,
@@ -60,6 +61,7 @@ def export(
         data: what the file is verified on, its first key frame: as of `bevfn predict`; by default a generated key frame
         scene_name: of a data set: see `bevfn predict`
         version: of a nuScenes root that has several, or the revision of T4 scenes
+        columns: of bare clouds: see `bevfn predict`
         intensity: of awml-lidar: see `bevfn predict`
         fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0
         point_capacity: room for points; this and the next two are by default the run's, and what does not fit is counted by
@@ -82,7 +84,7 @@ def export(
     with _shown(data, made.config.scale) as place:
         made = made.at(place)
         full = made if float32 is None else float32.at(place)  # one object: the detector runs once
-        index = inputs.read(place, scene_name, version)
+        index = inputs.read(place, scene_name, version, columns)
         reading = made.ready(index)
         sample = scene.load(index, 0, reading)
         batch, counts = _collated(sample, reading)

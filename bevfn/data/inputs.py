@@ -31,12 +31,14 @@ def read(data: Path, scene_name: str | None = None, version: str | None = None, 
     version: of a nuScenes root, or the revision of T4 scenes; None: the only one, the highest. columns: of clouds that lie there
     without a data set, see `columns.parse`.
 
-    Raises ValueError, one sentence, where nothing of a known kind is there, for a scene or version that is not there, and where
-    a scene has to be named.
+    Raises ValueError, one sentence, where nothing of a known kind is there, for a scene or version that is not there, for columns
+    of other data, and where a scene has to be named.
     """
     data = Path(data)
     if not data.exists():
         raise ValueError(f"{data} does not exist; {GIVE}")
+    if columns and not _is_bare(data):
+        raise ValueError(f"the columns {printable(columns)} are of bare clouds, which {data} is not; leave them out")
     if data.is_file() and not t4_folders.is_list(data):
         made = _of_file(data, columns)
     elif (data / "frame.json").is_file():
@@ -82,6 +84,13 @@ def clouds_in(folder: Path) -> list[Path]:
     """Point files that lie in a folder itself, scan 9 before scan 10."""
     found = (f for f in folder.iterdir() if f.suffix in CLOUDS and not f.name.startswith(".") and f.is_file())
     return sorted(found, key=lambda file: [(not w.isdigit(), int(w) if w.isdigit() else w) for w in _words(file.name)])
+
+
+def _is_bare(data: Path) -> bool:
+    """Whether clouds lie there without a data set."""
+    if data.is_file():
+        return data.suffix in CLOUDS
+    return not (data / "frame.json").is_file() and bool(clouds_in(data))
 
 
 def clouds(folder: Path, files: list[Path], columns: str = "") -> Index:

@@ -17,7 +17,7 @@ from bevfn.data.index import Index
 from bevfn.data.reading import Reading
 from bevfn.distributed import Replicas
 from bevfn.evaluation.results import Detections
-from bevfn.metrics import COUNTERS, added, warnings
+from bevfn.metrics import COUNTERS, OF_LABELS, added, warnings
 from bevfn.names import printable
 
 _PARTS = ("boxes", "scores", "labels")
@@ -55,7 +55,7 @@ def collect(
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
     """What is predicted of all key frames, {token: {name: array}} in the index' order, and what training counts too: "points",
-    those that the model got, and `metrics.COUNTERS`; both on every replica.
+    those that the model got, and `metrics.COUNTERS` but for `metrics.OF_LABELS`; both on every replica.
 
     predict(params, state, batch) -> {name: [B ...]}, and counters, 0-d. reading: how key frames are read. pick: what is kept
     of a key frame's rows. finish: see `loader.batches`. Key frames are shared out over the replicas; what pads the last batch appears once, but counts
@@ -100,7 +100,8 @@ def collect(
 
 
 def _counted(loaded: loader.Loaded, outputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The counters of a batch: the loader's and the model's."""
+    """The counters of a batch: the loader's, but of what is learned, and the model's."""
     valid = loaded.batch.points_valid
     points = {} if valid is None else {"points": int(valid.sum())}
-    return points | loaded.counts | {n: int(v) for n, v in outputs.items() if n.startswith(COUNTERS)}
+    read = {name: count for name, count in loaded.counts.items() if name not in OF_LABELS}
+    return points | read | {n: int(v) for n, v in outputs.items() if n.startswith(COUNTERS)}

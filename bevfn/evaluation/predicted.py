@@ -6,7 +6,9 @@ OUT/pictures/0000_<token>.png
 OUT/video.mp4
 """
 
+import errno
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from bevfn.data.reading import Reading
 from bevfn.evaluation import results
 from bevfn.evaluation.judge import RESULTS, submission
 from bevfn.evaluation.results import Detections
-from bevfn.files import to_json, write_atomically
+from bevfn.files import NotWritten, to_json, write_atomically
 from bevfn.names import file_name
 
 FRAMES, PICTURES, VIDEO = "frames", "pictures", "video.mp4"
@@ -134,18 +136,29 @@ def rate(index: Index) -> float:
 
 
 def film(path: Path, pictures: Iterable[bytes], fps: float) -> None:
-    """An MP4 of PNGs, each as large as the first (cut, or filled up with white). Raises OSError where none can be encoded."""
-    writer, size = None, (0, 0)
+    """An MP4 of PNGs, each as large as the first (cut, or filled up with white). Raises OSError where none can be encoded, and
+    NotWritten where the disk does not take all of it, of which opencv says nothing."""
+    writer, size, count = None, (0, 0), 0
     for picture in pictures:
         pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         if writer is None:
             size = (pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2)  # codecs halve the colours' resolution
             writer = _encoder(path, fps, size)
         writer.write(np.ascontiguousarray(_fitted(pixels, size)[..., ::-1]))  # opencv has BGR
+        count += 1
     if writer is not None:
         writer.release()
-    if not path.is_file() or not path.stat().st_size:
-        raise OSError(f"{path} could not be encoded; leave the video out (--no-video)")
+    if (there := shown(path)) != count:
+        raise NotWritten(errno.EIO, f"{there} of its {count} pictures can be read again", str(path))
+
+
+def shown(path: Path) -> int:
+    """How many pictures of a video can be read."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what it says of a broken file, on standard error; read once
+    film, count = cv2.VideoCapture(str(path)), 0
+    while film.grab():
+        count += 1
+    return count
 
 
 def _encoder(path: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:

@@ -18,6 +18,7 @@ from bevfn.data.index import Camera, Frame, Index, inverse
 from bevfn.data.reading import Reading
 from bevfn.evaluation.predicted import above, in_lidar
 from bevfn.evaluation.results import Detections
+from bevfn.files import writing
 
 WORLD = "world"
 LIDAR = f"{WORLD}/lidar"
@@ -32,21 +33,24 @@ def check() -> None:
 
 
 def write(path: Path, index: Index, found: Mapping[str, Detections], reading: Reading, *, threshold: float) -> None:
-    """Writes all key frames to a .rrd, those of a score from `threshold` on. Raises ValueError as `check`."""
+    """Writes all key frames to a .rrd, those of a score from `threshold` on. Raises ValueError as `check`, and NotWritten."""
     check()
     import rerun as rr  # of the extra
 
     recording = rr.new_recording("bevfn", recording_id=uuid4())  # by default all of a process have one
-    recording.save(path)
+    made = recording.binary_stream()  # its own file sink logs that a disk is full, and goes on
     classes = [(i, name, _colour(i)) for i, name in enumerate(reading.class_names)]
     recording.log(WORLD, rr.AnnotationContext(classes), static=True)
     recording.log(WORLD, rr.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
-    for number, (frame, detections) in enumerate(in_lidar(index, found, reading)):
-        recording.set_time_sequence("key frame", number)
-        if frame.timestamp > 0:
-            recording.set_time_seconds("time", frame.timestamp)
-        _frame(rr, recording, frame, index.root, above(detections, threshold), reading.class_names)
-    recording.disconnect()  # which writes what is left
+    with writing(path), open(path, "wb") as file:
+        for number, (frame, detections) in enumerate(in_lidar(index, found, reading)):
+            recording.set_time_sequence("key frame", number)
+            if frame.timestamp > 0:
+                recording.set_time_seconds("time", frame.timestamp)
+            _frame(rr, recording, frame, index.root, above(detections, threshold), reading.class_names)
+            file.write(made.read())
+        recording.disconnect()
+        file.write(made.read())  # the end
 
 
 def _frame(rr: Any, recording: Any, frame: Frame, root: Path, found: Detections, classes: tuple[str, ...]) -> None:

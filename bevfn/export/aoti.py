@@ -67,7 +67,7 @@ def make(detector: Detector, batch: Batch, entry: flow.Entry) -> flow.Flow:
 
 
 def write(made: flow.Flow, path: Path) -> tuple[Run, dict[str, Any]]:
-    """Compiles the package; returns how it runs, and what it was compiled for. Raises ValueError where the compiler refuses."""
+    """Compiles the package; returns how it runs, and what it was compiled for."""
     from bevfn.export.program import exported
 
     compilation.ready()

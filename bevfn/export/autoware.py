@@ -98,6 +98,7 @@ def folder(
         write_atomically(made / node.MODEL_FILE, node.to_yaml(parameters))
         own = node.of_node(detector, parameters, build.FILE, IMAGES_FILE)
         write_atomically(made / node.NODE_FILE, node.to_yaml(own))
+        write_atomically(made / node.REMAPPER_FILE, node.to_yaml(node.of_remapper()))
     return verdict.text()
 
 

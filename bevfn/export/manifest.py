@@ -1,7 +1,8 @@
 """What lies beside an exported file: all that its reader must know of it, as JSON.
 
 A reader needs no bevfn: inputs and outputs with shapes, dtypes, units and how they are made, sizes that must not be exceeded,
-the classes that labels index, what the file was made of and how far it is from the eager detector.
+how scans and images become its inputs, the classes that labels index, what the file was made of and how far it is from the
+eager detector.
 """
 
 import hashlib
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 
 import bevfn
+from bevfn.data import sweeps
 from bevfn.data.batch import Base
+from bevfn.data.reading import Reading
 from bevfn.detector import Detector
 from bevfn.export.verify import Verdict
 from bevfn.training import checkpoint
@@ -58,6 +61,23 @@ MEANINGS = {
     "valid": "which rows are detections; the others are to be left out",
 }
 OVERFLOW = "what did not fit a capacity and was dropped; 0 unless a capacity is too small"
+POINTS = (
+    "All points of the key frame's scan come first, with time lag 0, then those of `sweeps` scans before it (fewer where there are "
+    "fewer): the newest, or with sweep_choice random any of the `sweep_pool` newest. Of an earlier scan points with |x| and |y| "
+    "below `close_m` in its own frame, the vehicle's, are left out; the others are moved into the key frame's by turn (3 x 3) and "
+    "shift (3): turn @ p + shift, or with published_sweeps turn @ p + transpose(turn) @ shift, as the published weights were "
+    "trained. Where there is no earlier scan and pad_empty_sweeps is true, the key frame's own, without the points below "
+    "`close_m`, is repeated `sweeps` times, with time lag 0. Last, points that are not strictly inside range_m (lower x, y, z, upper "
+    "x, y, z) are left out."
+)
+CAMERAS = (
+    "Of an image of h x w pixels and an image_size of H x W: cover = max(H / h, W / w); r = cover where `resize` is null, else "
+    "resize * cover / covering, or `resize` where covering is null. The image is resized to int(h * r) x int(w * r) pixels "
+    "(bicubic, antialiased, as Pillow's), and rows from int(h * r) - H on and columns from int(max(0, int(w * r) - W) / 2) on are "
+    "cut out, H x W of them; what lies outside is black. With covering null and cameras of several sizes h and w are the largest "
+    "ones in both. image_aug has r twice on its diagonal, and minus that column and row as its shift. `frames` are the key frame, "
+    "then those before it, as far apart as in the data of the training (nuScenes: 0.5 s); the key frame again where there is none."
+)
 FRAMES = {
     Base.LIDAR: "the LiDAR's at its scan (x right, y forward, z up on nuScenes)",
     Base.EGO_AT_CAMERAS: "the vehicle's (x forward, y left, z up) at the cameras' exposures",
@@ -93,6 +113,7 @@ def make(
         "scale": config.scale,
         "precision": config.precision,
         "checkpoint": _origin(detector.checkpoint),
+        "averages": detector.averaged,
         "versions": {
             "bevfn": bevfn.__version__,
             **{name: importlib.metadata.version(name) for name in packages},
@@ -100,6 +121,7 @@ def make(
         "base_frame": FRAMES[detector.reading.base],
         "classes": list(detector.classes),
         "cameras": [] if detector.reading.cameras is None else list(detector.reading.cameras.channels),
+        "reading": reading(detector.reading),
         "inputs": [_described(name, value) for name, value in inputs.items()],
         "outputs": [_described(name, value) for name, value in outputs.items()],
         "capacities": capacities(detector),
@@ -112,6 +134,25 @@ def _origin(place: Path) -> dict[str, str]:
     weights = place / checkpoint.TENSORS if place.is_dir() else place
     name = "/".join(place.resolve().parts[-3:]) if place.is_dir() else place.name
     return {"name": name, "file": weights.name, "sha256": checksum(weights)}
+
+
+def reading(how: Reading) -> dict[str, Any]:
+    """What becomes of scans and images before they are inputs; null where the model reads none."""
+    points, cameras = how.points, how.cameras
+    said: dict[str, Any] = {"points": None, "cameras": None}
+    if points is not None:
+        said["points"] = {
+            **{"sweeps": points.sweeps, "sweep_choice": points.sweep_choice},
+            **({"sweep_pool": points.oldest} if points.sweep_choice == "random" else {}),
+            **{"pad_empty_sweeps": points.pad_empty_sweeps, "published_sweeps": points.published_sweeps},
+            **{"close_m": sweeps.CLOSE_M, "range_m": None if how.range is None else list(how.range), "rule": POINTS},
+        }
+    if cameras is not None:
+        said["cameras"] = {
+            **{"frames": cameras.frames, "image_size": list(cameras.image_size)},
+            **{"resize": cameras.resize, "covering": cameras.covering, "rule": CAMERAS},
+        }
+    return said
 
 
 def _described(name: str, value: np.ndarray) -> dict[str, Any]:

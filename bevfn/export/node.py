@@ -1,14 +1,16 @@
 """What autoware's node reads of a model beside its graph, and what it makes of the graph's outputs.
 
-Two files of parameters: those of the model (`ml_package_*.param.yaml`, all of which the node needs), and the node's own, with
-upstream's values where they are no matter of the model (thresholds, suppression: yours to choose).
+Three files of parameters: those of the model (`ml_package_*.param.yaml`, all of which the node needs), the node's own, with
+upstream's values where they are no matter of the model (thresholds, suppression: yours to choose), and those of its remapper of
+classes, which is told to change none. A fourth, of its diagnostics, is a file of the node's package.
 
 Source: autoware_universe perception/autoware_bevfusion: src/bevfusion_node.cpp at 0bbbdec (names of parameters; older nodes read
 `image_feature_dim` and `score_threshold`), schema/ml_package_bevfusion.schema.json at 051e692, config/ at 0bbbdec and 080dd9f,
-lib/postprocess/postprocess_kernel.cu at 035837c (boxes); lib/ros_utils.cpp at 8e45118 (names of classes: ours in capitals).
+lib/postprocess/postprocess_kernel.cu at 035837c (boxes); lib/detection_class_remapper.cpp at 1d4859f and
+launch/bevfusion.launch.xml at 7eebd11 (the third file, and where the node looks for all of them); lib/ros_utils.cpp at 8e45118 (names of classes: ours in capitals).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from bevfn.files import to_json
 from bevfn.models import bevfusion
 
 MODEL_FILE, NODE_FILE = "ml_package_bevfusion.param.yaml", "bevfusion.param.yaml"
+REMAPPER_FILE = "detection_class_remapper.param.yaml"
+LABELS = 8  # of autoware's ObjectClassification: unknown, car, truck, bus, trailer, motorcycle, bicycle, pedestrian
 COLUMNS = {(0, 1, 2, 3, 4): True, (0, 1, 2, 4): False}
 """{features of a point: whether the node gives the intensity}, see generateSweepPoints_kernel"""
 UPRIGHT = ("PEDESTRIAN", "TRAFFIC_CONE")  # have no front: any length of (sine, cosine) will do
@@ -99,10 +103,25 @@ def of_node(detector: Detector, model: Mapping[str, Any], file: str, images: str
         "score_threshold": SCORE,
         "model_params": {
             "detection_score_thresholds": {
-                "distance_bin_upper_limits": [float(np.ceil(np.hypot(*model["point_cloud_range"][3:5])))],
+                "distance_bin_upper_limits": [farthest_m(model["point_cloud_range"])],
                 "min_confidence_scores": {name: [SCORE] for name in names},
             }
         },
+    }
+
+
+def farthest_m(range_m: Sequence[float]) -> float:
+    """To the farthest corner of a range (lower x, y, z, upper x, y, z), in whole metres: the node drops every box beyond."""
+    lower, upper = np.abs(range_m[:2]), np.abs(range_m[3:5])
+    return float(np.ceil(np.hypot(*np.maximum(lower, upper))))
+
+
+def of_remapper() -> dict[str, list]:
+    """Parameters of what gives a label to objects of an area [m2] that have another, row by row from label to label: to none."""
+    return {
+        "allow_remapping_by_area_matrix": [0] * LABELS**2,
+        "min_area_matrix": [0.0] * LABELS**2,
+        "max_area_matrix": [0.0] * LABELS**2,
     }
 
 

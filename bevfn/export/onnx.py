@@ -9,6 +9,7 @@ Source: torch 2.13's torch/onnx/_internal/exporter, of which private functions a
 import contextlib
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -102,11 +103,28 @@ def _translated(flow: Flow) -> ir.Model:
     check(flow.module, registry)
     program = exported(flow)
     _fx_passes.insert_type_promotion_nodes(program.graph_module)
-    return _core._exported_program_to_onnx_program(program, registry=registry).model
+    try:
+        return _core._exported_program_to_onnx_program(program, registry=registry).model
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(_refused(program.graph, error)) from error
+
+
+def _refused(graph: fx.Graph, error: BaseException) -> str:
+    """What torch.onnx refused, with the layer and line of the node that it names, and the reason, which is the innermost error's."""
+    named = re.search(r"node %(\w+)", str(error))
+    node = next((node for node in graph.nodes if named is not None and node.name == named[1]), None)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    what, where = ("the graph", None) if node is None else (node.target, node.meta.get("source"))
+    return (
+        f"ONNX has no translation of {what} with these arguments ({str(error).partition(chr(10))[0]}), at "
+        f"{where or 'an unknown line'}; write one in bevfn/export/translations.py"
+    )
 
 
 def check(module: fx.GraphModule, registry: _registration.ONNXRegistry) -> None:
-    """Raises ValueError, naming operator, layer and line, unless there is a translation of every operator."""
+    """Raises ValueError, naming operator, layer and line, unless there is a translation of every operator, be it not of all
+    arguments."""
     for node in module.graph.nodes:
         operator = node.target
         if isinstance(operator, torch._ops.OpOverload) and not registry.is_registered(operator):

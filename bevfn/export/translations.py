@@ -1,7 +1,7 @@
 """Aten operators that torch.onnx 2.13 cannot translate to ONNX, or translates wrongly, in ONNX operators.
 
 What is wrong there, without a word (tests/test_export.py holds each against torch): a quotient of integers is computed in
-float32, which is exact below 2^24 only; `index_add` of int32 indices makes a graph that no runtime loads.
+float32, which is exact below 2^24 only; int32 indices (`index_add`, `index`, `index_put`) make a graph that no runtime loads.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,31 @@ def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tens
     return aten.clamp.default(x, *(None if bound is None else float(bound) for bound in (min, max)))
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {aten.clamp.default: clamp}
+def index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """Indices of int32 as int64, which ONNX's GatherND asks for."""
+    return aten.index.Tensor(x, _int64(indices)) if _int32(indices) else NotImplemented
+
+
+def index_put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
+    """As `index`, for ScatterND; halves are added in float32, as of `index_add`."""
+    if accumulate and x.dtype == torch.float16:
+        return aten.index_put.default(x.float(), indices, values.float(), True).half()
+    return aten.index_put.default(x, _int64(indices), values, accumulate) if _int32(indices) else NotImplemented
+
+
+def _int32(indices: list[Tensor | None]) -> bool:
+    return any(one is not None and one.dtype == torch.int32 for one in indices)
+
+
+def _int64(indices: list[Tensor | None]) -> list[Tensor | None]:
+    return [one.long() if one is not None and one.dtype == torch.int32 else one for one in indices]
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten.clamp.default: clamp,
+    aten.index.Tensor: index,
+    aten.index_put.default: index_put,
+}
 """{overload: the same in others}, while the model is traced; a function that gives NotImplemented leaves it as it is."""
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.sort.stable: sort_stable,
