@@ -64,7 +64,11 @@ def tidy_on_terminate() -> Iterator[None]:
         yield
         return
 
+    stopped = False
+
     def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"bevfn: stopped by SIGTERM; what was written before is whole\n")
@@ -75,6 +79,8 @@ def tidy_on_terminate() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if stopped:  # whatever became of the SystemExit: an import of compiled code makes an ImportError of it
+            sys.exit(TERMINATED)
 
 
 def _heard() -> bool:
