@@ -54,7 +54,10 @@ def test_the_first_sigterm_is_an_exit_that_tidies_and_the_next_wait(capfd):
             tidied.append(True)
     assert end.value.code == 143 and tidied and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert capfd.readouterr().err == "bevfn: stopped by SIGTERM; what was written before is whole\n"
-    with pytest.raises(SystemExit) as end, exits.tidy_on_terminate():  # as pybind11's modules do while they are imported
+    with (
+        pytest.raises(SystemExit) as end,
+        exits.tidy_on_terminate(),
+    ):  # as pybind11's modules do while they are imported
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except SystemExit:
