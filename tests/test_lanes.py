@@ -66,10 +66,8 @@ FILES = ("voxel_pool", "sparse_conv", "deform_conv", "deform_attn", "voxelize", 
 # What says nothing about arm64: torch's compiler, which builds for this machine, and tests of builds and benchmarks.
 NOT_EMULATED = "not compil and not bench and not torchs_own_checks"
 LANES_ARE_SUMMED = ("pool depth", "attn locations", "attn weights")  # the others: one lane, one result
-FUSED_ELSEWHERE = (
-    "deform offset",
-    "deform mask",
-)  # products and sums outside vectors, which a compiler fuses as it likes
+# Products and sums outside vectors, which a compiler fuses as it likes: for Sapphire Rapids otherwise than for Haswell (4e-8).
+FUSED_ELSEWHERE = ("deform offset", "deform mask")
 
 
 @pytest.fixture
@@ -90,13 +88,13 @@ def distances(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, 
     return {name: float((found[name] - x).abs().max() / x.abs().max()) for name, x in wanted.items()}
 
 
-def test_vectors_of_avx2_give_the_same_bits_but_where_lanes_are_summed(built_for):
+def test_vectors_of_avx2_give_the_same_bits_but_where_sums_are_made_otherwise(built_for):
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("the processor has no AVX2")
     wanted = results()
     built_for("haswell")
     for name, distance in distances(results(), wanted).items():
-        assert distance <= (ROUNDING if name.startswith(LANES_ARE_SUMMED) else 0), name
+        assert distance <= (ROUNDING if name.startswith(LANES_ARE_SUMMED + FUSED_ELSEWHERE) else 0), name
 
 
 def in_arm64() -> None:
