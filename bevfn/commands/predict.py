@@ -74,7 +74,7 @@ def predict(
         batch_size: key frames at a time
         workers: processes that read; 0: none
     """
-    from bevfn import detector  # and torch, which help need not wait for
+    from bevfn import detector, host  # and torch, which help need not wait for
     from bevfn.data import inputs
     from bevfn.evaluation import predicted, tables, viewer
     from bevfn.training import located
@@ -82,6 +82,7 @@ def predict(
     check_new_folder(out)
     if rrd:
         viewer.check()
+    host.keep_freed_memory()
     flags: dict[str, Any] = {"precision": precision, "published_sweeps": published_sweeps, "intensity": intensity}
     flags |= {"fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from bevfn import detector, distributed, recipes, tree
+from bevfn import detector, distributed, host, recipes, tree
 from bevfn.choices import Augmented
 from bevfn.data import source
 from bevfn.evaluation import apart, results, tables
@@ -27,6 +27,7 @@ def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
     device, out, backend = asked["device"], asked["out"], asked["backend"]
     metric, against = asked["metric"], asked["against"]
     distributed.check_device(device or distributed.AUTO)
+    host.keep_freed_memory()
     checkpoint = located.whole(checkpoint)
     of_task = set(asked) - {"device", "out", "backend", "metric", "against", "batch_size", "workers", "tta"}
     config = _config(experiment, checkpoint, device, {name: asked[name] for name in of_task})

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from bevfn import catalogue, detector, recipes
+from bevfn import catalogue, detector, host, recipes
 from bevfn import compile as compilation
 from bevfn.ascend import torchair
 from bevfn.bench import machine
@@ -168,6 +168,7 @@ def _together(setting: Setting, names: list[str], folder: Path) -> dict[str, dic
     """Median seconds of runtimes that take turns, how many of eager's detections each finds, and what did not fit."""
     from bevfn.export import verify
 
+    host.keep_freed_memory()  # as `bevfn predict` does; a server in C++ should
     runs = {name: runtime(name, setting, folder) for name in names}
     first, found = {}, {}
     for name, run in runs.items():
@@ -192,6 +193,7 @@ def _together(setting: Setting, names: list[str], folder: Path) -> dict[str, dic
 
 def _alone(setting: Setting, name: str, folder: Path) -> dict[str, float]:
     """Peak memory of a process that loads one runtime and runs it twice, and what its imports took of it."""
+    host.keep_freed_memory()
     torch.set_num_threads(setting.threads)
     imports = _peak_gb()
     run = runtime(name, setting, folder)
