@@ -373,5 +373,7 @@ def test_an_evaluation_never_overwrites_another(trained, monkeypatch, capsys, tm
     assert asked == [home / f"{made.name}_val", home / f"{made.name}_val_2"]
     (home / made.name).mkdir()  # as the run itself makes it
     (home / made.name / "metrics.json").write_text("{}")
-    assert bevfn(monkeypatch, *command, "--out", home / made.name) == 2
-    assert "is the run's own evaluation; choose another --out" in capsys.readouterr().err and len(asked) == 2
+    monkeypatch.chdir(home / made.name)
+    for out in (home / made.name, ".", home / "missing" / ".." / made.name):
+        assert bevfn(monkeypatch, *command, "--out", out) == 2
+        assert "is the run's own evaluation; choose another --out" in capsys.readouterr().err and len(asked) == 2

@@ -146,10 +146,11 @@ def _folder(checkpoint: Path, split: str) -> Path:
 
 
 def _not_the_runs(out: Path) -> Path:
-    """The folder. Raises ValueError for that of an evaluation which a run made itself."""
-    home = out.absolute().parent
-    own = checkpoints.NAME.fullmatch(out.name) and (home.parent / run_folder.CONFIG_FILE).is_file()
-    if own and home.name == "evaluations" and (out / METRICS).is_file():
+    """The folder. Raises ValueError for that of an evaluation which a run made itself, however it is written."""
+    place = out.resolve()
+    home = place.parent
+    own = checkpoints.NAME.fullmatch(place.name) and (home.parent / run_folder.CONFIG_FILE).is_file()
+    if own and home.name == "evaluations" and (place / METRICS).is_file():
         raise ValueError(f"{out} is the run's own evaluation; choose another --out, or leave it out for a new folder")
     return out
 
