@@ -156,7 +156,7 @@ class Reporter:
 
         self._logged += 1
         if self._logged == 1:
-            self.console.print(Text(f"first step: {seconds:.2f} s, compilation included"))
+            self.console.print(Text(f"first step: {seconds:.2f} s"))
         else:
             self._seconds.append(seconds)
         pace = self._pace(step, seconds)
