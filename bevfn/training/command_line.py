@@ -226,7 +226,7 @@ def _hint(default: Config, arguments: list[str]) -> None:
         name = word.partition("=")[0].replace("_", "-")
         if name in ELSEWHERE and not hasattr(default, name[2:].replace("-", "_")):
             raise ValueError(f"there is no flag {name}; {ELSEWHERE[name]}")
-        if word == "--resume" and not following.startswith("--"):
+        if word == "--resume" and not following.startswith("-"):
             raise ValueError(
                 f"--resume takes no folder: `--run-dir {following} --resume` goes on with the run that is there"
             )
