@@ -78,11 +78,10 @@ def unordered(function: Callable[..., Result], jobs: Iterable[tuple], workers: i
             yield from _finished(pending)
     except BaseException:
         with ctrl_c_later():
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 if process not in others:
                     process.kill()
-            pool.shutdown()
+            pool.shutdown(cancel_futures=True)  # waits for its thread: a second Ctrl-C ends at once and would leave its semaphores
         raise
     pool.shutdown()
 
