@@ -65,7 +65,8 @@ def unordered(function: Callable[..., Result], jobs: Iterable[tuple], workers: i
             yield function(*job)
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    with ctrl_c_later():
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     others = multiprocessing.active_children()
     pending: set[Future] = set()
     try:
