@@ -25,6 +25,9 @@ LOWERINGS = {
     "strided_neighbours": ("neighbours", "strided"),
     "sparse_conv": ("sparse_conv", "sparse_conv"),
     "sparse_conv_weight_grad": ("sparse_conv", "weight_grad"),
+    "sparse_conv_tiled": ("sparse_conv", "tiled"),
+    "sparse_conv_tiled_weight_grad": ("sparse_conv", "tiled_weight_grad"),
+    "sparse_conv_tiles": ("sparse_conv", "tiles"),
     "voxel_pool": ("voxel_pool", "forward"),
     "voxel_pool_backward": ("voxel_pool", "backward"),
     "deform_conv": ("deform_conv", "forward"),
@@ -180,32 +183,35 @@ def test_sparse_convolution_without_rows():
     check("sparse_conv_weight_grad", randn(4, 8), randn(0, 3), table)
 
 
-def test_rows_are_grouped_by_the_offsets_that_they_read():
-    from bevfn.kernels.sparse_conv import cuda as lowering
-
-    table, _ = tables("submanifold", 200, 180)
-    made = lowering.tiles(table)
-    assert made.order.shape == (2, 200) and made.counts.shape == (2, 4)
-    half = 14  # of 27 offsets
-    for part in range(2):
-        assert made.order[part].sort().values.tolist() == list(range(200))
-        for tile in range(4):
-            rows = made.order[part, tile * 64 : (tile + 1) * 64].long()
-            read = [k for k in range(part * half, min(27, (part + 1) * half)) if (table[k, rows] >= 0).any()]
-            assert made.offsets[part, tile, : made.counts[part, tile]].tolist() == read
+@pytest.mark.parametrize("offsets, rows", [(27, 200), (27, 64), (3, 70), (1, 1), (61, 130), (27, 0)])
+def test_rows_are_grouped_by_the_offsets_that_they_read(offsets, rows):
+    table = tables("submanifold", 200, 180)[0][:, :rows].repeat(3, 1)[:offsets]
+    for order, lists, counts in (torch.ops.bevfn.sparse_conv_tiles(table), REFERENCES["sparse_conv_tiles"](table)):
+        parts = counts.shape[0]
+        per_part = -(-offsets // parts)
+        assert parts == (1 if offsets <= 16 else 3 if offsets == 61 else 2) and counts.shape[1] == -(-rows // 64)
+        for part in range(parts):
+            assert order[part].sort().values.tolist() == list(range(rows))
+            for tile in range(counts.shape[1]):
+                of = order[part, tile * 64 : (tile + 1) * 64].long()
+                within = range(part * per_part, min(offsets, (part + 1) * per_part))
+                read = [k for k in within if (table[k, of] >= 0).any()]
+                assert lists[part, tile, : counts[part, tile]].tolist() == read
 
 
 def test_derivatives_of_a_sparse_convolution_in_one_graph():
     table, inverse = tables("overflow", 40, 35)
     x, weight = randn(40, 8), randn(27, 8, 12) / 8
+    shared = *torch.ops.bevfn.sparse_conv_tiles(table), *torch.ops.bevfn.sparse_conv_tiles(inverse)
 
-    def loss(x, weight, table, inverse):
-        return torch.relu(sparse_conv.sparse_conv(x, weight, table, inverse)).square().sum()
+    def loss(x, weight, table, inverse, tiles):
+        return torch.relu(sparse_conv.sparse_conv(x, weight, table, inverse, tiles)).square().sum()
 
     step = torch.func.grad(loss, (0, 1))
-    made = step(x, weight, table, inverse)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x, weight, table, inverse)
-    assert all(torch.equal(a, b) for a, b in zip(made, compiled))
+    made = step(x, weight, table, inverse, shared)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x, weight, table, inverse, shared)
+    alone = step(x, weight, table, inverse, ())
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(made, compiled, alone))
 
     def plain(x, weight):
         y = sparse_conv.reference.sparse_conv(x, weight, table)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bevfn import provenance
+from bevfn.backbones import sparse_encoder
 from bevfn.bench import cuda as bench
 from bevfn.kernels import cuda, sparse_conv, voxel_pool
 
@@ -105,6 +107,29 @@ def test_operators_trace_with_fake_cuda_tensors():
     ]  # fmt: skip
     results = graph.graph.output_node().args[0]
     assert {node.meta["val"].device.type for node in results} == {"cuda"}
+
+
+def test_the_rows_of_a_table_are_grouped_once_for_all_its_convolutions(monkeypatch):
+    """16 groupings, of eight tables and their inverses, where each of 62 products made its own; grouped here as on a GPU."""
+    config = sparse_encoder.Config(channels=(4, 4, 4, 4), channels_out=4, capacities=(64, 64, 64, 64))
+    params, state = sparse_encoder.init(config, torch.Generator().manual_seed(0))
+    coords = torch.arange(60)[:, None] * torch.tensor([5, 3, 7]) % torch.tensor([32, 32, 41])
+    voxels = torch.rand(1, 60, 5), coords[None].int(), torch.arange(60)[None] < 50  # the last ten are padding
+
+    def loss(params):
+        made, _ = sparse_encoder.apply(params, state, *voxels, config=config, grid=(32, 32, 41), train=True)
+        return made["bev"].square().sum()
+
+    group = torch.ops.bevfn.sparse_conv_tiles
+    alone = make_fx(torch.func.grad(loss))(params)
+    monkeypatch.setattr(sparse_encoder, "tiles", lambda *tables: tuple(x for table in tables for x in group(table)))
+    graph = make_fx(torch.func.grad(loss))(params)
+    counts = Counter(str(node.target).removeprefix("bevfn.").removesuffix(".default") for node in graph.graph.nodes)
+    assert (counts["sparse_conv_tiles"], counts["sparse_conv"], counts["sparse_conv_weight_grad"]) == (16, 0, 0)
+    assert (counts["sparse_conv_tiled"], counts["sparse_conv_tiled_weight_grad"]) == (21 + 20, 21)
+    torch.testing.assert_close(
+        graph(params), alone(params), rtol=1e-4, atol=1e-4
+    )  # the reference and the host's kernel
 
 
 def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):

@@ -7,6 +7,7 @@ Source: mmdetection3d projects/BEVFusion/bevfusion/sparse_encoder.py (behaviour)
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from bevfn import tree
 from bevfn.distributed import Train
 from bevfn.kernels import neighbours
+from bevfn.kernels.sparse_conv import Tiles, tiles
 from bevfn.layers import batch_norm, remat, sparse_conv
 
 KERNEL = (3, 3, 3)
@@ -178,33 +180,39 @@ def apply(
     norm = {"train": train, "momentum": config.norm_momentum, "eps": config.norm_eps}
     x = features.flatten(0, 1)  # V C, V = B * voxels per sample
     sites, active, table = _sites(coords), valid.flatten(), given.submanifold[0]  # V 4, V, K V
-    x, new_input = sparse_conv.apply(params["conv_input"], state["conv_input"], x, table, table.flip(0), active, **norm)
+    shared = tiles(table, table.flip(0))  # by the convolutions of a level
+    x, new_input = sparse_conv.apply(
+        params["conv_input"], state["conv_input"], x, table, table.flip(0), active, shared, **norm
+    )
     outputs: dict = {"conv_input": {"features": x, "coords": sites, "valid": active}, "stages": [], "overflow": {}}
     stages = []
     for level, (stage, old) in enumerate(zip(params["stages"], state["stages"])):
         new: dict = {"blocks": []}
         for block, statistics in zip(stage["blocks"], old["blocks"]):
             through = partial(_block, norm=norm)
-            x, seen = remat.apply(through, block, statistics, x, table, active, recompute=config.recompute)
+            x, seen = remat.apply(through, block, statistics, x, table, active, shared, recompute=config.recompute)
             new["blocks"].append(seen)
         if "down" in stage:
             way = given.strided[level]
             sites, active, table = way["sites"], way["active"], given.submanifold[level + 1]
-            x, new["down"] = sparse_conv.apply(
-                stage["down"], old["down"], x, way["table"], way["inverse"], active, **norm
-            )
+            x, new["down"] = _down(stage["down"], old["down"], x, way, **norm)
+            shared = tiles(table, table.flip(0))
             outputs["overflow"][f"voxels_l{level + 1}"] = _lost(way)
         outputs["stages"].append({"features": x, "coords": sites, "valid": active})
         stages.append(new)
     way = given.strided[-1]
     sites, active = way["sites"], way["active"]
-    x, new_out = sparse_conv.apply(
-        params["conv_out"], state["conv_out"], x, way["table"], way["inverse"], active, **norm
-    )
+    x, new_out = _down(params["conv_out"], state["conv_out"], x, way, **norm)
     outputs["conv_out"] = {"features": x, "coords": sites, "valid": active}
     outputs["overflow"]["voxels_out"] = _lost(way)
     outputs["bev"] = to_bev(x, sites, active, B, output_grid(config, grid))
     return outputs, {"conv_input": new_input, "stages": stages, "conv_out": new_out}
+
+
+def _down(params: dict, state: dict, x: Tensor, way: dict[str, Tensor], **norm: Any) -> tuple[Tensor, dict]:
+    """The convolution from one level's sites to the next one's."""
+    table, inverse = way["table"], way["inverse"]
+    return sparse_conv.apply(params, state, x, table, inverse, way["active"], tiles(table, inverse), **norm)
 
 
 def _lost(way: dict[str, Tensor]) -> Tensor:
@@ -212,12 +220,14 @@ def _lost(way: dict[str, Tensor]) -> Tensor:
     return (way["found"] - way["active"].shape[0]).clamp(min=0)
 
 
-def _block(params: dict, state: dict, x: Tensor, table: Tensor, active: Tensor, *, norm: dict) -> tuple[Tensor, dict]:
+def _block(
+    params: dict, state: dict, x: Tensor, table: Tensor, active: Tensor, shared: Tiles, *, norm: dict
+) -> tuple[Tensor, dict]:
     """relu(norm(conv(relu(norm(conv(x))))) + x), x [V C] on the sites of a submanifold table [K V]."""
     inverse = table.flip(0)  # offset k seen from the other end is offset K-1-k
-    y = sparse_conv.convolve(params["conv1"], x, table, inverse)
+    y = sparse_conv.convolve(params["conv1"], x, table, inverse, shared)
     y, norm1 = batch_norm.apply(params["norm1"], state["norm1"], y, valid=active, **norm)
-    y = sparse_conv.convolve(params["conv2"], torch.relu(y), table, inverse)
+    y = sparse_conv.convolve(params["conv2"], torch.relu(y), table, inverse, shared)
     y, norm2 = batch_norm.apply(params["norm2"], state["norm2"], y, valid=active, **norm)
     return torch.relu(y + x), {"norm1": norm1, "norm2": norm2}
 

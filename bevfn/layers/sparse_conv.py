@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevfn.kernels.sparse_conv import sparse_conv
+from bevfn.kernels.sparse_conv import Tiles, sparse_conv
 from bevfn.layers import conv_norm
 
 
@@ -22,17 +22,17 @@ def init(
     return conv_norm.with_norm(init_weight(channels_in, channels_out, kernel, generator), channels_out)
 
 
-def convolve(params: dict, x: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    """x [V C_in], neighbour table [K W] and its inverse [K V] -> [W C_out]."""
+def convolve(params: dict, x: Tensor, table: Tensor, inverse: Tensor, tiles: Tiles = ()) -> Tensor:
+    """x [V C_in], neighbour table [K W], its inverse [K V] and the `tiles` of both -> [W C_out]."""
     weight = params["weight"]
-    return sparse_conv(x, weight.reshape(-1, *weight.shape[3:]).to(x.dtype), table, inverse)
+    return sparse_conv(x, weight.reshape(-1, *weight.shape[3:]).to(x.dtype), table, inverse, tiles)
 
 
 def apply(
-    params: dict, state: dict, x: Tensor, table: Tensor, inverse: Tensor, valid: Tensor, **norm: Any
+    params: dict, state: dict, x: Tensor, table: Tensor, inverse: Tensor, valid: Tensor, tiles: Tiles = (), **norm: Any
 ) -> tuple[Tensor, dict]:
     """relu(norm(conv(x))) [W C_out] with rows that are not `valid` [W] at zero, and the new state.
 
     `norm`: train, momentum and eps, as in `conv_norm.finish`.
     """
-    return conv_norm.finish(params, state, convolve(params["conv"], x, table, inverse), valid=valid, **norm)
+    return conv_norm.finish(params, state, convolve(params["conv"], x, table, inverse, tiles), valid=valid, **norm)

@@ -4,9 +4,8 @@ A row reads few of the K offsets, and a tile of rows multiplies an offset that a
 their mask of offsets, the offsets in two halves, each with an order of its own: tiles then multiply 1.13 to 1.19 times
 what the table asks for, unsorted 2 to 2.2 times (real tables, ../shared/kernels/README.md). A tile's offsets come as a
 list, so that its loop has no branch and the gathers are loaded ahead. Sums are float32; a half adds to the one before.
+The tiles are made once for all convolutions that read a table; `sparse_conv` and `weight_grad` are without them.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,54 +13,38 @@ import triton.language as tl
 from torch import Tensor
 
 from bevfn.kernels import cuda, gathered
+from bevfn.kernels.sparse_conv.reference import TILE_ROWS, tile_shape
 
-ROWS = 64  # of a tile
-OFFSETS = 16  # up to here one order is as good as two
-BITS = 30  # of a mask
 SPANS = 2048  # programs that a weight gradient is divided among, about
-
-
-class Tiles(NamedTuple):
-    """How the rows of a table [K W] are grouped: S parts of the offsets, T tiles of `ROWS` rows."""
-
-    order: Tensor  # [S W] int32, rows sorted by their mask of the part's offsets
-    offsets: Tensor  # [S T N] int32, offsets that any row of the tile reads, ascending; the rest is not read
-    counts: Tensor  # [S T] int32, how many
 
 
 def sparse_conv(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     """x [V C_in], weight [K C_in C_out], table [K W] int32 -> [W C_out]; also the input gradient, see `__init__`."""
-    return tiled(x, weight, table, tiles(table))
+    return tiled(x, weight, table, *tiles(table))
 
 
 def weight_grad(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
     """x [V C_in], grad [W C_out], table [K W] -> [K C_in C_out]."""
-    return tiled_weight_grad(x, grad, table, tiles(table))
+    return tiled_weight_grad(x, grad, table, *tiles(table))
 
 
-def tiles(table: Tensor) -> Tiles:
-    """The grouping of table [K W] int32; its shapes depend on the table's alone."""
+def tiles(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(order, offsets, counts) of table [K W] int32, see `reference.tiles`."""
     (K, W), table = table.shape, table.contiguous()
-    parts = parts_of(K)
-    per_part = triton.cdiv(K, parts)
     cuda.check_rows("sparse_conv", "rows of the table", W)
-    T, N = triton.cdiv(W, ROWS), triton.next_power_of_2(per_part)
+    parts, T, N = tile_shape(table)
+    per_part = triton.cdiv(K, parts)
     mask, offsets = table.new_empty(parts, W), table.new_empty(parts, T, N)
     count = table.new_empty(parts, T)
     if W == 0:
-        return Tiles(mask, offsets, count)
+        return mask, offsets, count
     _masks[(triton.cdiv(W, 256), parts)](table, mask, W, K=K, PER_PART=per_part, BLOCK=256)
     mask, order = torch.sort(mask, dim=1, stable=True)
-    _offsets[(T, parts)](mask, offsets, count, W, T, PER_PART=per_part, N=N, ROWS=ROWS)
-    return Tiles(order.to(torch.int32), offsets, count)
+    _offsets[(T, parts)](mask, offsets, count, W, T, PER_PART=per_part, N=N, ROWS=TILE_ROWS)
+    return order.to(torch.int32), offsets, count
 
 
-def parts_of(offsets: int) -> int:
-    """In how many parts that many offsets are sorted."""
-    return 1 if offsets <= OFFSETS else max(2, triton.cdiv(offsets, BITS))
-
-
-def tiled(x: Tensor, weight: Tensor, table: Tensor, grouped: Tiles) -> Tensor:
+def tiled(x: Tensor, weight: Tensor, table: Tensor, order: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
     """`sparse_conv` with the table's tiles."""
     _, channels_in, channels_out = weight.shape
     W = table.shape[1]
@@ -69,7 +52,7 @@ def tiled(x: Tensor, weight: Tensor, table: Tensor, grouped: Tiles) -> Tensor:
     y = x.new_empty(W, channels_out)
     if y.numel() == 0:
         return y
-    parts, T, N = grouped.offsets.shape
+    parts, T, N = offsets.shape
     sums = y if parts == 1 else torch.empty(y.shape, dtype=torch.float32, device=y.device)
     wide, deep = block(channels_out, 128), block(channels_in, 64)
     for part in range(parts):
@@ -78,9 +61,9 @@ def tiled(x: Tensor, weight: Tensor, table: Tensor, grouped: Tiles) -> Tensor:
             x,
             weight,
             table,
-            grouped.order[part],
-            grouped.offsets[part],
-            grouped.counts[part],
+            order[part],
+            offsets[part],
+            counts[part],
             sums,
             y if last else sums,
             W,
@@ -89,7 +72,7 @@ def tiled(x: Tensor, weight: Tensor, table: Tensor, grouped: Tiles) -> Tensor:
             C_IN=channels_in,
             C_OUT=channels_out,
             ADD=part > 0,
-            ROWS=ROWS,
+            ROWS=TILE_ROWS,
             WIDE=wide,
             DEEP=deep,
             PRECISION=cuda.float32_products(),
@@ -97,13 +80,13 @@ def tiled(x: Tensor, weight: Tensor, table: Tensor, grouped: Tiles) -> Tensor:
     return y
 
 
-def tiled_weight_grad(x: Tensor, grad: Tensor, table: Tensor, grouped: Tiles) -> Tensor:
+def tiled_weight_grad(x: Tensor, grad: Tensor, table: Tensor, order: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
     """`weight_grad` with the table's tiles."""
     (K, W), channels_in, channels_out = table.shape, x.shape[1], grad.shape[1]
     x, grad, table = x.contiguous(), grad.contiguous(), table.contiguous()
     if W == 0:
         return x.new_zeros(K, channels_in, channels_out)
-    T = grouped.counts.shape[1]
+    T = counts.shape[1]
     wide, deep = block(channels_out, 64), block(channels_in, 64)
     patches = triton.cdiv(channels_in, deep) * triton.cdiv(channels_out, wide)
     spans = min(T, max(1, SPANS // (K * patches)))
@@ -114,16 +97,16 @@ def tiled_weight_grad(x: Tensor, grad: Tensor, table: Tensor, grouped: Tiles) ->
         x,
         grad,
         table,
-        grouped.order,
+        order,
         sums,
         W,
         T,
         span,
         K=K,
-        PER_PART=triton.cdiv(K, grouped.counts.shape[0]),
+        PER_PART=triton.cdiv(K, counts.shape[0]),
         C_IN=channels_in,
         C_OUT=channels_out,
-        ROWS=ROWS,
+        ROWS=TILE_ROWS,
         WIDE=wide,
         DEEP=deep,
         PRECISION=cuda.float32_products(),
