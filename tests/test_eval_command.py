@@ -109,9 +109,13 @@ def test_boxes_of_half_precision_are_told_against_those_of_float32(trained, monk
     assert (tmp_path / "metrics.json").is_file()
 
 
-def test_key_frames_are_looked_at_in_mirrors_too(trained, monkeypatch, tmp_path):
-    """The same graph four times, over batches that say how they are mirrored."""
-    _, checkpoint = trained
+@pytest.mark.parametrize("augment", [True, False])
+def test_key_frames_are_looked_at_in_mirrors_too(augment, trained, monkeypatch, capsys, tmp_path):
+    """The same graph four times, over batches that say how they are mirrored; a model that has seen no mirrors is warned of."""
+    run_dir = shutil.copytree(trained[0].run_dir, tmp_path / "run")
+    told = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(told | {"augment": augment}))
+    checkpoint = run_dir / "checkpoints" / trained[1].name
     sides, detect = [], evaluate.detect
 
     def watched(predict, *others, **settings):
@@ -124,6 +128,7 @@ def test_key_frames_are_looked_at_in_mirrors_too(trained, monkeypatch, tmp_path)
     monkeypatch.setattr(evaluate, "detect", watched)
     asked = ("eval", "bevfusion_lidar", "--checkpoint", checkpoint, "--out", tmp_path, "--tta", "flip", *FAST)
     assert bevfn(monkeypatch, *asked) == 0
+    assert ("was trained without --augment and saw nothing mirrored" in capsys.readouterr().out) == (not augment)
     frames = len(sides) // 4
     assert sides == [side for side in ((1, 1), (-1, 1), (1, -1), (-1, -1)) for _ in range(frames)] and frames > 0
     assert (tmp_path / "metrics.json").is_file()
