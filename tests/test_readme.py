@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def test_links_and_paths_of_a_page_exist(page):
     modules = set(re.findall(r"`((?:bevfn|kernels|experiments|layers|views|heads|backbones|models)/[\w/]+\.py)`", text))
     missing = [m for m in modules if not (ROOT / m).exists() and not (ROOT / "bevfn" / m).exists()]
     assert missing == []
+
+
+def test_an_extra_is_installed_from_a_clone_as_everybody_says_it():
+    """Nothing is on PyPI under our name."""
+    sources = [path for room in ("bevfn", "kernels", "experiments") for path in (ROOT / room).rglob("*.py")]
+    told = "".join(path.read_text() for path in [*PAGES, *sources])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "'bevfn[" not in told and set(re.findall(r"'\.\[(\w+)\]'", told)) <= set(extras)
 
 
 def test_the_table_of_models_is_the_catalogues():

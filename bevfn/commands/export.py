@@ -33,7 +33,7 @@ def export(
 ) -> int:
     """Writes the whole detector, from points and images to boxes, as a file that needs no bevfn, and verifies it.
 
-    model.onnx (stock operators, fixed shapes; needs `pip install 'bevfn[export]'`; --to autoware: from voxels, for its BEVFusion
+    model.onnx (stock operators, fixed shapes; needs `pip install -e '.[export]'`; --to autoware: from voxels, for its BEVFusion
     node, with the parameters that this reads), model.air (an Ascend graph for CANN's atc; needs `make npu`) or model.pt2
     (compiled by AOTInductor for this CPU; needs a C++ compiler), manifest.json (inputs, outputs, capacities, what was compared),
     example.npz (an example of both). docs/deploy.md reads them. Exit code 1, and nothing is left, if what the file computes is
