@@ -65,6 +65,15 @@ def test_an_extra_is_installed_from_a_clone_as_everybody_says_it():
     assert "'bevfn[" not in told and set(re.findall(r"'\.\[(\w+)\]'", told)) <= set(extras)
 
 
+def test_nothing_that_is_shipped_points_at_what_lies_beside_our_own_clone():
+    rooms = ("bevfn", "kernels", "experiments", "notebooks")
+    sources = [
+        path for room in rooms for ending in ("py", "cpp", "ipynb") for path in (ROOT / room).rglob(f"*.{ending}")
+    ]
+    told = [path for path in [*PAGES, *sources, ROOT / "bevfn/ascend/a2.json"] if "shared/" in path.read_text()]
+    assert told == []  # experiments/results alone, which keep the commands as typed
+
+
 def test_the_table_of_models_is_the_catalogues():
     assert catalogue.table() in (ROOT / "README.md").read_text(), f"the README's table should be\n{catalogue.table()}"
 
