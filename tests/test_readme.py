@@ -43,6 +43,9 @@ def test_the_search_of_the_docs_asks_a_recipe_for_flags_that_it_has():
 def test_the_site_has_every_page_and_reads_modules_that_exist():
     site, pages = (ROOT / "mkdocs.yml").read_text(), sorted((ROOT / "docs").glob("*.md"))
     assert [page.name for page in pages if f"- docs/{page.name}\n" not in site] == []
+    (plugins,) = re.findall(r"^plugins:\n((?: .*\n)+)", site, flags=re.MULTILINE)
+    asked = re.findall(r"^  - (\w+)", plugins, flags=re.MULTILINE)
+    assert asked == ["search", "mkdocstrings"] and "\n  font: false" in site  # others ask the network
     modules = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), flags=re.MULTILINE)
     assert len(modules) > 10 and all(importlib.util.find_spec(module) for module in modules)
 
