@@ -40,8 +40,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check bevfn kernels experiments notebooks tests docs/img
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed
+$(VENV)/.documented: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.documented
 	rm -rf build/docs build/site
 	mkdir -p build/docs
 	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md docs bevfn experiments notebooks tests) build/docs

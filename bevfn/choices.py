@@ -13,6 +13,9 @@ TrainBackend = Literal["auto", Backend]
 Scale = Literal["published", "mini"]
 Logger = Literal["wandb", "mlflow"]
 Augmented = Literal["flip", "flip-scale"]
+QUESTIONS = """select floor-div floor-div-small compare mul-wrap sxpy maximum clip reduce-max cumsum cast-narrow cast-wide
+index-add scatter-add gather sort hf32-off hf32-on batch-norm batch-norm-fused"""
+"""names of `ascend.questions`"""
 
 
 def one_of(names: Iterable[str]) -> PrimitiveConstructorSpec[str]:

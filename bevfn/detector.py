@@ -238,9 +238,11 @@ def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model:
     silent = {field.name for field in fields(default)} - set(run_folder.read_config(path))
     if silent:
         default = replace(default, **{name: value for name, value in BEFORE.items() if name in silent})
+    stored = run_folder.stored_config(path, default)  # or it is of another experiment, whose flags are others
+    if silent:
         values = ", ".join(f"{name} {getattr(default, name)}" for name in sorted(silent))
         print(f"{path} is of an older bevfn, which did not have all flags: taken as {values}")
-    return run_folder.stored_config(path, default)
+    return stored
 
 
 def flagged(experiment: str, config: command_line.Config, given: Mapping[str, Any]) -> command_line.Config:

@@ -2,7 +2,7 @@
 
 No generator and no hidden state: the same key gives the same numbers in eager mode, under every compiler and on every
 device, a resumed run repeats the run that was never stopped, and a seed is not baked into a compiled graph (which is
-what happens to torch's random operators on Ascend, shared/npu/COVERAGE.md).
+what happens to torch's random operators on Ascend, by torchair of torch_npu 2.13.0).
 
 A key is an int64 scalar tensor in [0, 2^32). `fold` derives the key of a step, a layer, a site:
 

@@ -47,7 +47,7 @@ def unusable(device: torch.device) -> str | None:
     if not _has_triton():
         return (
             "bevfn's CUDA kernels need Triton, which is not installed, so their plain-torch references run, slower and "
-            "not bit-reproducible: pip install 'bevfn[cuda]'."
+            "not bit-reproducible: pip install -e '.[cuda]'."
         )
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST:

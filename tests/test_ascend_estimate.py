@@ -15,7 +15,7 @@ from bevfn.ascend.lower import lower
 from bevfn.ascend.placement import own_tables
 from bevfn.ascend.rates import LARGE_COPIES, PUBLISHED, SCENARIOS
 from bevfn.ascend.uses import FAMILIES, used_by
-from bevfn.commands import graph as command
+from bevfn.commands import lowering
 from bevfn.commands.graph import graph
 
 ge_graphs.need_torchair()
@@ -203,7 +203,7 @@ def test_the_command_prints_it(monkeypatch, capsys, tmp_path):
     def train(train_state, batch):
         return train_state @ batch, {}
 
-    monkeypatch.setattr(command, "steps", lambda *_, **__: {"train": (train, (torch.ones(3, 3), torch.ones(3, 3)))})
+    monkeypatch.setattr(lowering, "steps", lambda *_, **__: {"train": (train, (torch.ones(3, 3), torch.ones(3, 3)))})
     assert graph("bevdepth", estimate=True, json_file=tmp_path / "g.json") == 0
     assert "published 4.04 per NPU" in capsys.readouterr().out
     made = json.loads((tmp_path / "g.json").read_text())["steps"]["train"]["estimate"]
@@ -218,7 +218,7 @@ def test_the_command_prints_it(monkeypatch, capsys, tmp_path):
 )
 def test_what_is_published_is_of_the_model(experiment, stage, published, monkeypatch, capsys):
     one = (lambda train_state, batch: (train_state @ batch, {}), (torch.ones(3, 3), torch.ones(3, 3)))
-    monkeypatch.setattr(command, "steps", lambda *_, **__: {"train": one})
+    monkeypatch.setattr(lowering, "steps", lambda *_, **__: {"train": one})
     assert graph(experiment, stage=stage, estimate=True) == 0
     assert f"published {published} per NPU" in capsys.readouterr().out
     assert PUBLISHED.keys() <= catalogue.MODELS.keys()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bevfn import choices
 from bevfn.ascend import device, placement, probe
 from bevfn.ascend.interpret import a2
 from bevfn.ascend.probe import NEITHER, REFUSED, Found
@@ -42,6 +43,10 @@ SAID = {
 def found():
     ge_graphs.need_torchair()
     return [probe.interpreted(question, mode) for question in QUESTIONS.values() for mode in probe.MODES]
+
+
+def test_the_command_line_knows_every_question():
+    assert choices.QUESTIONS.split() == list(QUESTIONS)
 
 
 def test_every_question_can_be_asked_of_the_interpreter(found):
@@ -154,7 +159,7 @@ FOUND = [
 
 def test_rates_are_read_by_the_estimate(monkeypatch, capsys, tmp_path):
     ge_graphs.need_torchair()
-    from bevfn.commands import graph as module
+    from bevfn.commands import lowering
 
     file = tmp_path / "p.json"
     file.write_text(json.dumps(probe.figures(FOUND)))
@@ -167,7 +172,7 @@ def test_rates_are_read_by_the_estimate(monkeypatch, capsys, tmp_path):
         return train_state[batch], {}
 
     arguments = (torch.ones(4, 1), torch.zeros(10**7, dtype=torch.int64))
-    monkeypatch.setattr(module, "steps", lambda *_, **__: {"train": (train, arguments)})
+    monkeypatch.setattr(lowering, "steps", lambda *_, **__: {"train": (train, arguments)})
     assert graph("bevdepth", estimate=True, rates=file, json_file=tmp_path / "g.json") == 0
     seconds = json.loads((tmp_path / "g.json").read_text())["steps"]["train"]["estimate"]["groups"]["gather"]["seconds"]
     assert set(seconds) == {*SCENARIOS, "probed"} and seconds["probed"] == pytest.approx(5e-3 + made.launch, rel=1e-3)

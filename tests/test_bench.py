@@ -200,11 +200,11 @@ def test_a_detector_that_cannot_be_measured_is_one_sentence(flags, says, monkeyp
 def test_a_runtime_that_is_not_installed_is_told(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
-    assert deploy.missing("openvino-voxels") == "openvino is not installed: pip install 'bevfn[openvino]'"
+    assert deploy.missing("openvino-voxels") == "openvino is not installed: pip install -e '.[openvino]'"
     assert deploy.missing("onnxruntime") == deploy.missing("eager") == ""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "pip install 'bevfn[export]'" in deploy.missing("onnxruntime") == deploy.missing("openvino-voxels")
+    assert "pip install -e '.[export]'" in deploy.missing("onnxruntime") == deploy.missing("openvino-voxels")
     assert "C++17 compiler" in deploy.missing("aoti")
 
 

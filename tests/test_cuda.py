@@ -77,7 +77,7 @@ def test_a_case_that_is_not_there_is_named():
 
 def test_compiling_without_triton_is_one_sentence(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"not installed: pip install 'bevfn\[cuda\]'"):
+    with pytest.raises(RuntimeError, match=r"not installed: pip install -e '\.\[cuda\]'"):
         bench.measure()
 
 
@@ -136,7 +136,7 @@ def test_without_triton_the_reference_runs_and_one_warning_says_so(monkeypatch):
     monkeypatch.setattr(cuda, "_has_triton", lambda: False)
     cuda._warn.cache_clear()
     run = cuda.lowering(never, "sparse_conv", lambda x: REFERENCE_RAN)
-    with pytest.warns(UserWarning, match=r"need Triton, which is not installed.*pip install 'bevfn\[cuda\]'") as told:
+    with pytest.warns(UserWarning, match=r"need Triton, which is not installed.*pip install -e '\.\[cuda\]'") as told:
         assert run(torch.zeros(2)) is REFERENCE_RAN and run(torch.zeros(2)) is REFERENCE_RAN
     assert len(told) == 1
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bevfn import recipes, tree
 from bevfn.backbones import sparse_encoder
-from bevfn.commands import graph
+from bevfn.commands import lowering
 from bevfn.data import source
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.experiments import bevfusion, bevfusion_lidar, custom
@@ -86,7 +86,7 @@ def test_it_reads_data_of_every_kind_with_the_classes_and_cameras_that_are_there
 
 def test_its_steps_are_made_for_lowering_with_the_classes_of_a_generated_frame():
     config = replace(recipes.defaults("custom", "custom-lidar-camera")["synthetic"].plain(), batch_size=1)
-    made = graph.steps("custom", config)
+    made = lowering.steps("custom", config)
     batch = made["train"][1][1]
     assert batch.images.shape[2] == 6 and made["inference"][1][2] is batch
 

@@ -316,7 +316,7 @@ def test_openvino_needs_voxels_in(exported, from_voxels, monkeypatch, tmp_path):
     said = json.loads((exported / manifest.NAME).read_text())
     assert said["file"]["warnings"] == [build.OPENVINO] and "export --input voxels" in build.OPENVINO
     openvino = pytest.importorskip(
-        "openvino", reason="OpenVINO (60 MB) is of no test: `pip install 'bevfn[openvino]'`, then this test runs"
+        "openvino", reason="OpenVINO (60 MB) is of no test: `pip install -e '.[openvino]'`, then this test runs"
     )
     core = openvino.Core()
 
@@ -442,7 +442,7 @@ def test_a_file_that_differs_is_not_left(trained, frame, monkeypatch, capsys, tm
 
 def test_the_extra_is_named_where_it_is_missing(trained, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(monkeypatch, capsys, "pip install 'bevfn[export]'", trained, "--out", tmp_path / "out")
+    refused(monkeypatch, capsys, "pip install -e '.[export]'", trained, "--out", tmp_path / "out")
 
 
 # --- the comparison

@@ -13,7 +13,7 @@ import torch
 
 from bevfn import catalogue
 from bevfn.ascend import execute
-from bevfn.commands import graph as command
+from bevfn.commands import lowering
 from bevfn.commands.graph import graph
 from bevfn.kernels.voxel_pool import voxel_pool
 from bevfn.models import bevdepth, bevnext
@@ -188,8 +188,8 @@ def check_nodes(made):
 )
 def test_in_fp16_too_the_ai_core_has_kernels(experiment, step, few_pixels, monkeypatch, tmp_path):
     """Of the experiments that CI executes in fp32 alone: casts make other nodes of fp16."""
-    steps = command.steps
-    monkeypatch.setattr(command, "steps", lambda *given, **how: {step: steps(*given, **how)[step]})
+    steps = lowering.steps
+    monkeypatch.setattr(lowering, "steps", lambda *given, **how: {step: steps(*given, **how)[step]})
     assert graph(experiment, scale="mini", precision="fp16", json_file=tmp_path / "g.json") == 0
     check_nodes(json.loads((tmp_path / "g.json").read_text())["steps"][step])
 
@@ -218,7 +218,7 @@ def test_the_choice_of_operators_is_in_the_report(ops, kind, monkeypatch, capsys
         return voxel_pool(train_state, batch["context"], batch["cell"], 5), {}
 
     batch = {"context": torch.ones(1, 3, 4, 8), "cell": torch.zeros(1, 2, 3, 4, dtype=torch.int32)}
-    monkeypatch.setattr(command, "steps", lambda *_, **__: {"train": (train, (torch.ones(1, 2, 3, 4), batch))})
+    monkeypatch.setattr(lowering, "steps", lambda *_, **__: {"train": (train, (torch.ones(1, 2, 3, 4), batch))})
     assert graph("bevfusion", ops=ops, json_file=tmp_path / "g.json") == 0
     assert f"custom operators: {ops}" in capsys.readouterr().out
     figures = json.loads((tmp_path / "g.json").read_text())
@@ -243,7 +243,7 @@ def test_a_dynamic_operator_put_in_on_purpose_is_named(monkeypatch):
     def train(train_state, batch):
         return dynamic(train_state), batch
 
-    monkeypatch.setattr(command, "steps", tiny_steps(train))
+    monkeypatch.setattr(lowering, "steps", tiny_steps(train))
     with pytest.raises(
         ValueError, match=r"aten.index.Tensor makes the graph depend on values at .*test_graph_command.py"
     ):
@@ -254,7 +254,7 @@ def test_a_missing_converter_is_exit_code_1(monkeypatch, capsys, tmp_path):
     def train(train_state, batch):
         return torch.linalg.eigvalsh(torch.outer(train_state, batch))
 
-    monkeypatch.setattr(command, "steps", lambda *_, **__: {"train": (train, (torch.ones(3), torch.ones(3)))})
+    monkeypatch.setattr(lowering, "steps", lambda *_, **__: {"train": (train, (torch.ones(3), torch.ones(3)))})
     assert graph("bevfusion", json_file=tmp_path / "g.json") == 1
     assert "_linalg_eigh" in capsys.readouterr().out
     assert json.loads((tmp_path / "g.json").read_text())["steps"]["train"]["complete"] is False
@@ -265,7 +265,7 @@ def test_a_node_without_a_kernel_is_exit_code_1_and_an_installed_cann_decides(mo
         return torch.sort(train_state, stable=True)[0] * 2, batch
 
     arguments = {"train": (train, (torch.ones(3), torch.ones(3)))}
-    monkeypatch.setattr(command, "steps", lambda *_, **__: arguments)
+    monkeypatch.setattr(lowering, "steps", lambda *_, **__: arguments)
     assert graph("bevfusion") == 0
     table = tmp_path / "built-in/op_impl/ai_core/tbe/config/ascend910b/aic-ascend910b-ops-info.json"
     table.parent.mkdir(parents=True)
@@ -284,7 +284,7 @@ def test_a_node_without_a_kernel_is_exit_code_1_and_an_installed_cann_decides(mo
 
 def test_the_stage_is_short_for_bevnexts_models(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(command, "steps", lambda _, config, **__: asked.append(config.model) or {})
+    monkeypatch.setattr(lowering, "steps", lambda _, config, **__: asked.append(config.model) or {})
     assert graph("bevnext", stage=2) == graph("bevnext", stage=1, model="bevnext-stage1") == 0
     assert asked == ["bevnext-stage2", "bevnext-stage1"]
     for experiment, model in (("bevdepth", None), ("bevnext", "bevnext-pers-stage2")):

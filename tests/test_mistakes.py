@@ -50,6 +50,7 @@ MISTAKES = [
     (EVAL + "elsewhere/x.safetensors", "elsewhere/x.safetensors is not there; "),
     (TRAIN + "--pretrained runs/god", "runs/god is not there; did you mean runs/good?"),
     ("predict runs/god WORLD --scene all --out out", "runs/god is not there; did you mean runs/good?"),
+    ("eval bevdepth --data-root WORLD --checkpoint runs/good", "is of another experiment (it sets "),
     # going on with a run
     ("train bevfusion_lidar --run-dir runs/god --resume", "runs/god holds no run to go on with (it has no config.json); runs has the runs good; check --run-dir"),
     ("train bevfusion_lidar --resume runs/good", "--resume takes no folder: `--run-dir runs/good --resume` goes on with the run that is there"),
@@ -58,6 +59,10 @@ MISTAKES = [
     (TRAIN + "--load-from=x.pth", "there is no flag --load-from; --pretrained takes weights to start from"),
     (TRAIN + "--amp", "there is no flag --amp; --precision fp16 (or bf16) is mixed precision"),
     (TRAIN + "--cfg-options a=1", "there is no flag --cfg-options; every number of a recipe is a flag of its own"),
+    (TRAIN + "--freeze camera", "there is no flag --freeze; --frozen takes paths of parameters that are not trained"),
+    (TRAIN + "--config", "--config takes a run's folder, or its config.json; name one behind it"),
+    (TRAIN + "--config --steps 3", "--config takes a run's folder, or its config.json; name one behind it"),
+    (TRAIN + "--config=", "--config takes a run's folder, or its config.json; name one behind it"),
     # names and numbers
     ("train bevfusoin", "there is no recipe or model bevfusoin; did you mean bevfusion?"),
     (EVAL + "runs/good --batch-size 0", "--batch-size 0 must be at least 1"),
@@ -78,9 +83,9 @@ def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(place, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["bevfn", *words.replace("WORLD", str(small_world.index().root)).split()])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    error = capfd.readouterr().err
+    told, error = capfd.readouterr()
     assert end.value.code == 2 and error.startswith("bevfn: ") and error.count("\n") == 1
-    assert says in error
+    assert says in error and "older bevfn" not in told
     assert sorted(place.rglob("*")) == before
 
 

@@ -78,6 +78,7 @@ def test_a_notebook_is_stored_as_it_ran_from_top_to_bottom(path):
     outputs = [output for cell in made for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"stream", "execute_result", "display_data"}
     assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert not [output for output in outputs if " object at 0x" in json.dumps(output)]  # a last value that says nothing
     pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 2
     for picture in pictures:
@@ -88,6 +89,7 @@ def test_a_notebook_is_stored_as_it_ran_from_top_to_bottom(path):
 def test_the_readme_lists_every_notebook():
     readme = (FOLDER.parent / "README.md").read_text()
     assert [path.name for path in NOTEBOOKS if f"](notebooks/{path.name})" not in readme] == []
+    assert [path.stem for path in NOTEBOOKS if f"](docs/img/notebook_{path.stem}.png)" not in readme] == []
 
 
 def test_a_key_frame_and_its_data(example):

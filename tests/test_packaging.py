@@ -162,6 +162,7 @@ def test_what_names_a_version_names_the_packages() -> None:
     citation, changes = (REPO / "CITATION.cff").read_text(), (REPO / "CHANGELOG.md").read_text()
     assert f"\nversion: {bevfn.__version__}\n" in citation
     assert f"## {bevfn.__version__}" in changes
+    assert ("date-released" in citation) != (f"## {bevfn.__version__}, not released" in changes)
     asked = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"]
     (torch_,) = [line for line in asked if Requirement(line).name == "torch"]
     assert f" {torch_} " in (REPO / "Dockerfile").read_text()

@@ -223,13 +223,14 @@ def test_a_line_may_be_off_by_ten_times_what_rounding_moves_and_no_more(capsys):
         for name, value in zip(stored, (x, y, z)):
             compare.boundary(case, table, name, torch.full((4,), 1 + value), 1e-4)
         compare.gradients(case, table, {key: torch.full((1,), 1 + norm) for key in ("a", "b")})
-        compare.differing(table, "train/labels", torch.ones(2), torch.zeros(2), "labels that differ")
+        compare.differing(table, "train/labels", torch.ones(2), torch.zeros(2), "labels")
         return table
 
     table, other = run(1e-3, 1e-3, 1e-5, 5e-2), run(1.2e-3, 1.05e-3, 2e-5, 6e-2)
     table.allow_rounding(other)
     ok = {line.name: line.ok for line in table.lines}
     assert ok["train/x"] and not ok["train/y"] and ok["train/z"] and not ok["train/labels"]
+    assert table.lines[-1].note == "2 of 2 labels differ"
     assert ok["train/grad_norm (99 % of parameters)"] and ok["train/grad_norm (median)"]
     assert table.lines[2].tolerance == 1e-4  # what passes is left as it is
     assert "by which half an ulp in every parameter moves it; 1e-04 without" in capsys.readouterr().out

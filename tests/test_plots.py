@@ -205,6 +205,41 @@ def test_the_pages_script_is_one(tmp_path):
     assert subprocess.run([node, "--check", script], capture_output=True).returncode == 0
 
 
+LEGENDS = """
+class Element {
+  constructor() { this.attributes = {}; this.dataset = {}; this.style = {}; this.children = []; this.names = new Set(); }
+  setAttribute(name, value) { this.attributes[name] = value; if (name === "data-series") this.dataset.series = String(value); }
+  append(...children) { this.children.push(...children.filter((child) => child instanceof Element)); }
+  get classList() { return { remove: (name) => this.names.delete(name), toggle: (name, on = !this.names.has(name)) =>
+    (this.names[on ? "add" : "delete"](name), on) }; }
+  querySelectorAll() { return this.children.flatMap((c) => [c, ...c.querySelectorAll()]).filter((c) => "series" in c.dataset); }
+}
+const made = () => new Element(), found = { textContent: "{}" };
+globalThis.document = { createElement: made, createElementNS: made, getElementById: () => found };
+SCRIPT
+const axes = { title: "", x: [0, 2, []], y: 1 }, bars = [0, 1, 0, 1].map((series, from) => ({ from, to: from + 1, value: 1, series }));
+const lines = [0, 1].map(() => ({ dots: true, points: [[0, 0], [1, 1]] })), told = [];
+for (const drawn of [chart({ ...axes, bars }), chart({ ...axes, lines })]) {
+  const button = legend([["a"], ["b"]], drawn).children[1], all = drawn.querySelectorAll();
+  const said = () => all.map((one) => one.dataset.series + (one.style.display || "") + [...one.names]).join(" ");
+  for (const act of ["onclick", "onclick", "onpointerenter", "onpointerleave"]) { button[act](); told.push(said()); }
+}
+console.log(told.join("\\n"));
+"""
+
+
+def test_a_click_on_a_legend_hides_its_bars_lines_and_dots_and_the_pointer_lets_the_others_fade():
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node")
+    script = Path(page.__file__).with_name("report.js").read_text()
+    charts = script[: script.index('const dashes = ["')]  # what follows looks for the page's places
+    said = subprocess.run([node, "-e", LEGENDS.replace("SCRIPT", charts)], capture_output=True, text=True, check=True)
+    of_bars = ["0 1none 0 1none", "0 1 0 1", "0faint 1 0faint 1", "0 1 0 1"]
+    of_lines = ["0 0 0 1none 1none 1none", "0 0 0 1 1 1", "0faint 0faint 0faint 1 1 1", "0 0 0 1 1 1"]
+    assert said.stdout.splitlines() == of_bars + of_lines
+
+
 def test_report_with_scores_alone(halves, tmp_path):
     _, found, _ = halves
     shown = Page(page.write(tmp_path, found).read_text())

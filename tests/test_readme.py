@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,9 @@ def test_the_search_of_the_docs_asks_a_recipe_for_flags_that_it_has():
 def test_the_site_has_every_page_and_reads_modules_that_exist():
     site, pages = (ROOT / "mkdocs.yml").read_text(), sorted((ROOT / "docs").glob("*.md"))
     assert [page.name for page in pages if f"- docs/{page.name}\n" not in site] == []
+    (plugins,) = re.findall(r"^plugins:\n((?: .*\n)+)", site, flags=re.MULTILINE)
+    asked = re.findall(r"^  - (\w+)", plugins, flags=re.MULTILINE)
+    assert asked == ["search", "mkdocstrings"] and "\n  font: false" in site  # others ask the network
     modules = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), flags=re.MULTILINE)
     assert len(modules) > 10 and all(importlib.util.find_spec(module) for module in modules)
 
@@ -54,6 +58,23 @@ def test_links_and_paths_of_a_page_exist(page):
     modules = set(re.findall(r"`((?:bevfn|kernels|experiments|layers|views|heads|backbones|models)/[\w/]+\.py)`", text))
     missing = [m for m in modules if not (ROOT / m).exists() and not (ROOT / "bevfn" / m).exists()]
     assert missing == []
+
+
+def test_an_extra_is_installed_from_a_clone_as_everybody_says_it():
+    """Nothing is on PyPI under our name."""
+    sources = [path for room in ("bevfn", "kernels", "experiments") for path in (ROOT / room).rglob("*.py")]
+    told = "".join(path.read_text() for path in [*PAGES, *sources])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "'bevfn[" not in told and set(re.findall(r"'\.\[(\w+)\]'", told)) <= set(extras)
+
+
+def test_nothing_that_is_shipped_points_at_what_lies_beside_our_own_clone():
+    rooms = ("bevfn", "kernels", "experiments", "notebooks")
+    sources = [
+        path for room in rooms for ending in ("py", "cpp", "ipynb") for path in (ROOT / room).rglob(f"*.{ending}")
+    ]
+    told = [path for path in [*PAGES, *sources, ROOT / "bevfn/ascend/a2.json"] if "shared/" in path.read_text()]
+    assert told == []  # experiments/results alone, which keep the commands as typed
 
 
 def test_the_table_of_models_is_the_catalogues():

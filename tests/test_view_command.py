@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_world
 from PIL import Image
 
 from bevfn import cli, draw
@@ -76,10 +77,19 @@ def test_a_batch_after_augmentation_is_drawn_as_the_model_gets_it(frame, monkeyp
     code, told = bevfn(
         monkeypatch, capfd, "view", frame, "--augmented", "bevfusion-lidar", "--seed", 3, "--out", tmp_path / "a"
     )
-    assert code == 0 and "1 picture in" in told
+    assert code == 0 and "1 picture in" in told and "feeds it" in told  # by default nothing is augmented there
     moved = seen["what"].base_aug[0].numpy()
     assert np.abs(moved - np.eye(4)).max() > 1e-3 and seen["class_names"] == CLASS_NAMES
     assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+def test_of_a_world_that_somebody_made_the_batch_is_the_one_that_is_trained_on(monkeypatch, capfd, tmp_path):
+    """The published recipe would ask for the database of objects to paste, which a world's does not."""
+    seen, world = recorded(monkeypatch), small_world.training().root
+    code, told = bevfn(
+        monkeypatch, capfd, "view", world, "--augmented", "bevfusion-lidar", "--samples", 1, "--out", tmp_path / "a"
+    )
+    assert code == 0 and "1 picture in" in told and len(seen["what"].points) == 1
 
 
 @pytest.mark.parametrize(

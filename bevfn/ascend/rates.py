@@ -5,7 +5,7 @@
 [1] CANN's platform files of the 910B variants (`Ascend910B*.ini`): 20 to 24 cube cores, 295 to 364 TFLOP/s in float16,
     40 to 48 vector cores, L2 of 192 MB.
 [2] Huawei's DataCopy sample on A2: 1.49 TB/s for large copies, 128-byte copies at 0.232 ns each over the whole chip.
-[3] Audit of the published fp16 graphs, ../shared/npu/A2.md: costs of gather, index_add, sort and launches, assumed there on
+[3] An audit of the published models' fp16 train graphs against CANN 8.1.RC1's operator tables: costs of gather, index_add, sort and launches, assumed there on
     top of these floors.
 """
 

@@ -40,7 +40,7 @@ def measure(only: str = "") -> dict:
     if not cases:
         raise ValueError(f"--only {only!r} is in no case's name; choose of {', '.join(CASES)}")
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("bench cuda compiles with Triton, which is not installed: pip install 'bevfn[cuda]'")
+        raise RuntimeError("bench cuda compiles with Triton, which is not installed: pip install -e '.[cuda]'")
     launches = {name: recorded(lower) for name, lower in cases.items()}
     return {
         gpu: {

@@ -5,15 +5,13 @@ from typing import Annotated
 
 import tyro
 
-from bevfn import provenance
-from bevfn.ascend.questions import QUESTIONS
-from bevfn.choices import one_of
+from bevfn.choices import QUESTIONS, one_of
 from bevfn.files import check_json
 
 
 def probe(
     *,
-    only: Annotated[str | None, one_of(tuple(QUESTIONS))] = None,
+    only: Annotated[str | None, one_of(QUESTIONS.split())] = None,
     dry_run: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> int:
@@ -28,11 +26,13 @@ def probe(
         dry_run: in the interpreter, also where there is an NPU
         json_file: also write the report there; `bevfn graph --estimate --rates` reads its costs of a row
     """
+    from bevfn import provenance  # and what these import, which help need not wait for
     from bevfn.ascend import device
     from bevfn.ascend import probe as asking
+    from bevfn.ascend import questions as table
 
     check_json(json_file)
-    questions = [QUESTIONS[only]] if only else list(QUESTIONS.values())
+    questions = [table.QUESTIONS[only]] if only else list(table.QUESTIONS.values())
     there = not dry_run and device.available()
     if not there and not dry_run and (why := device.hindrance()):
         raise ValueError(f"no NPU can be asked: {why}, or rehearse without one by --dry-run")

@@ -100,7 +100,7 @@ def _lines(case: golden.Case, table: compare.Table, phase: str, made: dict[str, 
         if ours is None or _kept(ours).shape != stored.shape:
             table.add(f"{phase}/{name}", float("inf"), 0.0, "is not there, or has another shape")
         elif not stored.is_floating_point():
-            table.add(f"{phase}/{name}", float((_kept(ours) != stored).sum()), 0.0, "whole numbers that differ")
+            compare.differing(table, f"{phase}/{name}", _kept(ours), stored, "whole numbers")
         else:
             table.add(f"{phase}/{name}", _error(_kept(ours), stored), _tolerance(phase, name))
 

@@ -27,8 +27,8 @@ def view(
 ) -> None:
     """Draws key frames, a PNG each: cameras, and the view from above, with annotations in their classes' colours.
 
-    With --results what was detected in them, annotations dashed; with --augmented the first batch that a recipe trains on, turned,
-    scaled and mirrored as the model sees it. A film of a scene: `bevfn predict`.
+    With --results what was detected in them, annotations dashed; with --augmented the first batch that `bevfn train` feeds of this data,
+    turned, scaled and mirrored as the model sees it. A film of a scene: `bevfn predict`.
 
     Args:
         data: a nuScenes root, a T4 data set or data of your own, an info file (.pkl, .json), a folder with frame.json, a
@@ -104,12 +104,17 @@ def _of_batch(
     import torch
 
     from bevfn import draw, recipes
-    from bevfn.data import loader, sampling, scene, source
+    from bevfn.data import loader, sampling, scene
     from bevfn.names import file_name
-    from bevfn.training import tasks
+    from bevfn.training import command_line, tasks
 
     experiment = catalogue.MODELS[model].experiment
-    config = replace(source.of_kind(recipes.defaults(experiment, model), data), data_root=data, augment=True, seed=seed)
+    default = command_line.fitting_root(recipes.defaults(experiment, model), data)
+    if not default.augment:
+        print(
+            f"{model} is trained on such data without augmentation; drawn as `bevfn train {model} --augment` feeds it"
+        )
+    config = replace(default, data_root=data, augment=True, seed=seed)
     config = config if version is None else replace(config, version=version)
     split = recipes.load(experiment).task(config.completed()).data
     reading = split.reading(0)

@@ -20,7 +20,7 @@ function html(name, attributes = {}, ...children) {
   return made;
 }
 
-// A chart of lines [{name, colour, dash, points}] and bars [{from, to, value, colour, title}] in one pair of axes.
+// A chart of lines [{name, colour, dash, points}] and bars [{from, to, value, colour, title, series}] in one pair of axes.
 // x: [least, most, ticks, text of a tick]; log: y is a count, from 0.7 up.
 function chart({ title, x, y, log = false, lines = [], bars = [], xlabel = "", grey = 0, wide = 320, high = 220 }) {
   const left = 44, bottom = 34, top = 26, right = 20;
@@ -44,14 +44,15 @@ function chart({ title, x, y, log = false, lines = [], bars = [], xlabel = "", g
   }
   for (const bar of bars) {
     const drawn = { x: px(bar.from), width: Math.max(1, px(bar.to) - px(bar.from)), y: py(bar.value), fill: bar.colour };
-    svg.append(node("rect", { ...drawn, height: Math.max(0, py(0) - py(bar.value)) }, node("title", {}, bar.title)));
+    const of = bar.series === undefined ? {} : { "data-series": bar.series };
+    svg.append(node("rect", { ...drawn, ...of, height: Math.max(0, py(0) - py(bar.value)) }, node("title", {}, bar.title)));
   }
-  for (const line of lines) {
+  lines.forEach((line, series) => {
     const points = line.points.filter((p) => p[1] !== null).map((p) => `${px(p[0]).toFixed(1)},${py(p[1]).toFixed(1)}`);
-    const drawn = { points: points.join(" "), stroke: line.colour, "stroke-dasharray": line.dash || "", class: "line" };
+    const drawn = { points: points.join(" "), stroke: line.colour, "stroke-dasharray": line.dash || "", class: "line", "data-series": series };
     svg.append(node("polyline", drawn, node("title", {}, line.name)));
-    if (line.dots) for (const p of points) svg.append(node("circle", { cx: p.split(",")[0], cy: p.split(",")[1], r: 3, fill: line.colour }));
-  }
+    if (line.dots) for (const p of points) svg.append(node("circle", { cx: p.split(",")[0], cy: p.split(",")[1], r: 3, fill: line.colour, "data-series": series }));
+  });
   return svg;
 }
 
@@ -60,10 +61,13 @@ function legend(names, host) {
   return html("div", { className: "legend" }, ...names.map(([name, colour, dash], i) => {
     const swatch = node("svg", { viewBox: "0 0 26 8" }, node("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: colour, "stroke-dasharray": dash || "", "stroke-width": 3 }));
     const button = html("button", { type: "button" }, swatch, name);
-    const lines = () => host.querySelectorAll("polyline");
-    button.onpointerenter = () => lines().forEach((line, k) => line.classList.toggle("faint", k !== i));
-    button.onpointerleave = () => lines().forEach((line) => line.classList.remove("faint"));
-    button.onclick = () => { const hidden = button.classList.toggle("off"); if (lines()[i]) lines()[i].style.display = hidden ? "none" : ""; };
+    const each = (act) => host.querySelectorAll("[data-series]").forEach((drawn) => act(drawn, +drawn.dataset.series === i));
+    button.onpointerenter = () => each((drawn, own) => drawn.classList.toggle("faint", !own));
+    button.onpointerleave = () => each((drawn) => drawn.classList.remove("faint"));
+    button.onclick = () => {
+      const hidden = button.classList.toggle("off");
+      each((drawn, own) => { if (own) drawn.style.display = hidden ? "none" : ""; });
+    };
     return button;
   }));
 }
@@ -87,8 +91,8 @@ function slices(name) {
   const [recall, ap] = [data.series[0], data.series[1]];
   const charts = Object.entries(data.breakdown.slices).map(([what, of]) => {
     const parts = of[name], bars = [], alone = parts.every((part) => part.AP === null);
-    parts.forEach((part, i) => [["recall", recall, alone ? 0.31 : 0.1], ["AP", ap, 0.5]].forEach(([key, colour, from]) => {
-      if (part[key] !== null) bars.push({ from: i + from, to: i + from + 0.38, value: part[key], colour,
+    parts.forEach((part, i) => [["recall", recall, alone ? 0.31 : 0.1], ["AP", ap, 0.5]].forEach(([key, colour, from], series) => {
+      if (part[key] !== null) bars.push({ from: i + from, to: i + from + 0.38, value: part[key], colour, series,
         title: `${what} ${part.part}: ${key} ${part[key].toFixed(3)}, ${part.found} of ${part.annotated} found` });
     }));
     const ticks = parts.map((_, i) => i + 0.5);

@@ -105,7 +105,7 @@ class Config:
         return tuple(tuple(sorted(set(column))) for column in zip(*rows))
 
 
-# The versions of the fixtures in shared/t4dataset/metrics: what each key means.
+# Versions of autoware's metric whose scores ours are tested against, by the names of those scores.
 AWML_V2 = Config()
 PE_9D8C977 = replace(AWML_V2, handed_over="centre_wlh", drop_nan=False, single_precision=False)
 PE_1_3_6 = replace(PE_9D8C977, inclusive_lower_range=False, pairing="aligned", hazard_is_unknown=True)

@@ -121,7 +121,7 @@ def classes(score: Score) -> Rows:
 
 
 def to_json(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """Plain data in the form of shared/t4dataset/metrics' `expected`; NaN becomes None."""
+    """Plain data by band of range, then matching, as the tests' scores of autoware's own metric are; NaN becomes None."""
     return {band: {mode: _score(score) for mode, score in modes.items()} for band, modes in evaluation.items()}
 
 

@@ -90,7 +90,7 @@ def missing(runtime: str) -> str:
     except ValueError as error:
         return str(error)
     if runtime.startswith("openvino") and importlib.util.find_spec("openvino") is None:
-        return "openvino is not installed: pip install 'bevfn[openvino]'"
+        return "openvino is not installed: pip install -e '.[openvino]'"
     return ""
 
 

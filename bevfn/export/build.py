@@ -83,7 +83,7 @@ def check() -> None:
         "onnxruntime": importlib.util.find_spec("onnxruntime"),
     }
     if missing := [name for name, place in found.items() if place is None]:
-        raise ValueError(f"an ONNX export needs {' and '.join(missing)}: pip install 'bevfn[export]'")
+        raise ValueError(f"an ONNX export needs {' and '.join(missing)}: pip install -e '.[export]'")
 
 
 def _make(detector: Detector, batch: Batch, entry: Entry) -> Flow:

@@ -1,7 +1,7 @@
 """Batch norm (Ioffe & Szegedy 2015), numerically torch's BatchNorm1d and BatchNorm2d, statistics in float32.
 
 Hand-written: the stock Ascend converter of `F.batch_norm(training=True)` returns its outputs in the wrong order
-(shared/npu/COVERAGE.md, second risk), and a published model's statistics are state that a step must return. The
+(torch_npu 2.13.0), and a published model's statistics are state that a step must return. The
 gradient is the closed form: half the graph nodes of differentiating the forward.
 """
 

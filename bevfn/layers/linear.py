@@ -30,7 +30,7 @@ def xavier(*shape: int, generator: torch.Generator) -> Tensor:
 
 def apply(params: dict, x: Tensor) -> Tensor:
     """x [... C_in] -> [... C_out], dtype of x. A product of two matrices whatever the rank of x:
-    the gradient of a 3-D times 2-D product is wrong in stock torchair (shared/npu/COVERAGE.md, first risk)."""
+    the gradient of a 3-D times 2-D product is wrong in stock torchair (torch_npu 2.13.0)."""
     bias = params.get("bias")
     rows = x.reshape(-1, x.shape[-1])  # R C_in
     y = F.linear(rows, params["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -5,8 +5,7 @@ have voxels of 0.17 m, L-offline those of nuScenes. What differs from mmdetectio
 models read Fourier features, the fuser is 5 x 5, the depth net is wider and without biases, one class is not suppressed, and the
 camera-only model has no layers between its view transform and its head.
 
-Source: AWML commit 7a6ec07 (behaviour); ../shared/goldens/awml_*/README.md, recipe_bevnext_awml/awml_configs.json,
-t4dataset/README.md section 7.
+Source: AWML commit 7a6ec07 (behaviour); its configs in projects/BEVFusion.
 """
 
 from dataclasses import replace

@@ -130,7 +130,7 @@ def _voxels(case: Case, table: Table, ours: dict[str, Tensor]) -> None:
     compare.same_set(case, table, "eval/voxel/coords", coords)
     order = compare.order_like(coords, case.outputs["eval/voxel/coords"])
     count, stored = ours["count"][0][filled][order], case.outputs["eval/voxel/num_points"]
-    compare.differing(table, "eval/voxel/num_points", count, stored, "voxels with another count")
+    compare.differing(table, "eval/voxel/num_points", count, stored, "voxels' counts")
     compare.boundary(case, table, "eval/voxel/mean_feats", ours["features"][0][filled][order], EVAL_TOLERANCE)
 
 
@@ -139,10 +139,12 @@ def _sites(case: Case, table: Table, name: str, ours: dict[str, Tensor]) -> None
     coords, about = ours["coords"][ours["valid"]][:, 1:], case.stats[name]
     sums = [len(coords), *coords.long().sum(0).tolist()]
     wrong = sum(a != b for a, b in zip(sums, [about["active"], *about["coord_sum"]]))
-    table.add(f"{name}/coords", wrong, 0.0, f"of {len(coords)} sites: number and sums that differ")
+    table.add(
+        f"{name}/coords", wrong, 0.0, f"{wrong} of {len(sums)} differ: number of sites, and sums of their coordinates"
+    )
     stored = case.outputs[f"{name}/coords"]
     order = compare.order_like(coords, stored)
-    compare.differing(table, f"{name}/coords (stored)", coords[order], stored, "coordinates that differ")
+    compare.differing(table, f"{name}/coords (stored)", coords[order], stored, "coordinates")
     error = compare.relative_l2(ours["features"][ours["valid"]][order], case.outputs[f"{name}/feats"])
     floor = 10 * case.noise("eval", name.removeprefix("eval/"))
     table.add(f"{name}/feats", error, max(EVAL_TOLERANCE, floor))
@@ -196,9 +198,9 @@ def trained(case: Case, table: Table, outputs: dict, targets: dict, batch: Batch
     ours = {k: targets[k][0].cpu() for k in ("heatmap", "labels", "code", "ious", "positive")}
     compare.nonzero(case, table, "train/target/heatmap", ours["heatmap"].flatten(), TRAIN_TOLERANCE)
     stored = {k: case.outputs[f"train/target/{k}"][0] for k in ("labels", "bbox_weights", "bbox_targets", "ious")}
-    compare.differing(table, "train/target/labels", ours["labels"][order], stored["labels"], "labels that differ")
+    compare.differing(table, "train/target/labels", ours["labels"][order], stored["labels"], "labels")
     positive = (stored["bbox_weights"].sum(-1) > 0).float()
-    compare.differing(table, "train/target/positive", ours["positive"][order], positive, "queries that differ")
+    compare.differing(table, "train/target/positive", ours["positive"][order], positive, "queries")
     error = compare.relative_l2(ours["code"][order], stored["bbox_targets"])
     table.add("train/target/bbox_targets", error, TRAIN_TOLERANCE)
     error = float((ours["ious"][order] - stored["ious"]).abs().max())

@@ -126,7 +126,7 @@ def places(case: Case, table: Table, batch: Batch, config: bevdepth.Config) -> d
     assert batch.depth is not None
     ours = depth_net.depth_labels(batch.depth[0], config.grid.depth_m, config.grid.stride)
     stored = case.inputs["depth_label_bin"]
-    compare.differing(table, "inputs/depth_label_bin", ours, stored, f"of {stored.numel()} cells differ")
+    compare.differing(table, "inputs/depth_label_bin", ours, stored, "cells")
     if config.matrix is not None:
         return {"places": [_matrices(case, table, batch, config)]}
     found: list[bevdepth.Place] = []
@@ -140,8 +140,7 @@ def places(case: Case, table: Table, batch: Batch, config: bevdepth.Config) -> d
 def _cells(case: Case, table: Table, name: str, ours: Tensor) -> Tensor:
     """The stored cells [1 ...] of frustum points, few of which ours may have elsewhere."""
     stored = case.outputs[f"eval/{name}"][None]
-    note = f"of {stored.numel()} points in another cell"
-    compare.differing(table, f"eval/{name}", ours, stored, note, limit=MOVED_POINTS)
+    compare.differing(table, f"eval/{name}", ours, stored, "points' cells", limit=MOVED_POINTS)
     return stored.long().to(ours.device)
 
 
@@ -245,6 +244,6 @@ def _targets(case: Case, table: Table, labels: Tensor, targets: dict, head: cent
         mask, index = case.outputs[f"{name}/mask"].bool(), case.outputs[f"{name}/ind"]
         rows = rows[: len(mask)]
         wrong = int((ours["inside"][0, rows].bool() != mask).sum() + (ours["cell"][0, rows] != index)[mask].sum())
-        table.add(f"{name}/ind", wrong, 0.0, f"of {len(mask)} boxes differ in cell or validity")
+        table.add(f"{name}/ind", wrong, 0.0, f"{wrong} of {len(mask)} boxes differ in cell or validity")
         code, stored = ours["code"][0, rows][mask], case.outputs[f"{name}/anno_box"][mask]
         table.add(f"{name}/anno_box", compare.relative_l2(code, stored), TRAIN_TOLERANCE)

@@ -222,7 +222,7 @@ def _targets(case: Case, table: Table, name: str, order: Tensor, targets: dict) 
     ours = {k: targets[k][0].cpu() for k in ("heatmap", "labels", "code", "ious", "match")}
     compare.nonzero(case, table, f"{name}/target/heatmap", ours["heatmap"], TRAIN_TOLERANCE)
     labels = case.outputs[f"{name}/target/labels"]
-    compare.differing(table, f"{name}/target/labels", ours["labels"][order], labels, "labels that differ")
+    compare.differing(table, f"{name}/target/labels", ours["labels"][order], labels, "labels")
     compare.boundary(case, table, f"{name}/target/bbox_targets", ours["code"][order], TRAIN_TOLERANCE)
     error = (ours["ious"][order] - case.outputs[f"{name}/target/ious"]).abs().max()
     table.add(f"{name}/target/ious", float(error), 1e-4, "absolute")

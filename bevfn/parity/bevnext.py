@@ -169,15 +169,15 @@ def places(case: Case, table: Table, batch: Batch, config: bevnext.Config) -> di
     name = "eval/view_transform"
     stored = case.outputs[f"{name}/points_per_cell"]
     ours = torch.bincount(found[found >= 0], minlength=stored.numel()).view(stored.shape)
-    note = f"of {int(stored.sum())} points in another cell"
-    table.add(f"{name}/points_per_cell", float((ours - stored).abs().sum()) / 2, MOVED_POINTS, note)
+    moved = float((ours - stored).abs().sum()) / 2
+    note = f"{moved:g} of {int(stored.sum()):,} points are in another cell"
+    table.add(f"{name}/points_per_cell", moved, MOVED_POINTS, note)
     point, cell, pixel = (case.outputs[f"{name}/ranks_{k}_sorted"].long() for k in ("depth", "bev_of", "feat_of"))
-    note = f"of {len(point)} points in another cell"
-    compare.differing(table, f"{name}/ranks_bev_of_sorted", found[point], cell, note, limit=MOVED_POINTS)
+    compare.differing(table, f"{name}/ranks_bev_of_sorted", found[point], cell, "points' cells", limit=MOVED_POINTS)
     pixels = config.grid.feature_size
     per_image = pixels[0] * pixels[1]
     own = point // (per_image * config.grid.depth_bins) * per_image + point % per_image
-    compare.differing(table, f"{name}/ranks_feat_of_sorted", own, pixel, f"of {len(point)} points of another pixel")
+    compare.differing(table, f"{name}/ranks_feat_of_sorted", own, pixel, "points' pixels")
     return {}
 
 
@@ -231,7 +231,7 @@ def _anchors(case: Case, table: Table, phase: str, refine: dict[str, Tensor]) ->
     table.add(f"{name}/reference_points_cam", error, EVAL_TOLERANCE, f"{int(seen.sum())} of {seen.numel()} anchors")
     stored = case.outputs[f"{name}/mask"].bool()
     ours = compare.sliced(refine["mask"].transpose(0, 1).cpu(), case.slicing(f"{name}/mask"))
-    compare.differing(table, f"{name}/mask", ours, stored, f"of {stored.numel()} anchors differ")
+    compare.differing(table, f"{name}/mask", ours, stored, "anchors")
     shape = case.shape(f"{name}/bev_pos")
     assert shape is not None
     compare.boundary(case, table, f"{name}/bev_pos", refine["position"].expand(shape), EVAL_TOLERANCE)
@@ -246,7 +246,7 @@ def trained(case: Case, table: Table, outputs: dict, targets: dict, batch: Batch
     assert batch.depth is not None and batch.labels is not None and batch.boxes_valid is not None
     ours = depth_net.depth_labels(batch.depth.flatten(0, 1), config.grid.depth_m, config.grid.stride) + 1
     stored = case.outputs["train/target/depth_bin"]
-    compare.differing(table, "train/target/depth_bin", ours, stored.long(), f"of {stored.numel()} cells differ")
+    compare.differing(table, "train/target/depth_bin", ours, stored.long(), "cells")
     made = {k: targets[k] for k in ("cell", "inside", "code", "heatmaps")}
     made |= {"labels": torch.where(batch.boxes_valid, batch.labels, -1)}
     made = tree.map(lambda x: x.detach().cpu(), made)
@@ -267,6 +267,6 @@ def _targets(case: Case, table: Table, t: int, ours: dict, head: centerpoint.Con
     mine = (ours["labels"] >= first) & (ours["labels"] < first + count) & ours["inside"].bool()
     wrong = abs(int(mine.sum()) - len(rows)) + int((~mine[sample, rows]).sum())
     wrong += int((ours["cell"][sample, rows] != case.outputs[f"{name}/ind"]).sum())
-    table.add(f"{name}/ind", wrong, 0.0, f"of {len(rows)} boxes differ in cell or validity")
+    table.add(f"{name}/ind", wrong, 0.0, f"{wrong} of {len(rows)} boxes differ in cell or validity")
     error = compare.relative_l2(ours["code"][sample, rows], case.outputs[f"{name}/anno_box"])
     table.add(f"{name}/anno_box", error, TRAIN_TOLERANCE)

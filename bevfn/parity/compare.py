@@ -238,12 +238,13 @@ def statistics(case: Case, table: Table, ours: Mapping[str, Tensor]) -> None:
 def overflow(table: Table, outputs: Mapping[str, Any]) -> None:
     """What did not fit into static capacities: nothing may be dropped in a comparison."""
     for name, count in outputs.get("overflow", {}).items():
-        table.add(f"overflow/{name}", float(count), 0.0, "sites dropped")
+        table.add(f"overflow/{name}", float(count), 0.0, f"{int(count):,} dropped")
 
 
-def differing(table: Table, name: str, ours: Tensor, stored: Tensor, note: str, *, limit: float = 0.0) -> None:
-    """How many integers differ from the stored ones."""
-    table.add(name, float((ours.cpu() != stored).sum()), limit, note)
+def differing(table: Table, name: str, ours: Tensor, stored: Tensor, what: str, *, limit: float = 0.0) -> None:
+    """How many integers, which are `what`, differ from the stored ones."""
+    wrong = int((ours.cpu() != stored).sum())
+    table.add(name, wrong, limit, f"{wrong:,} of {stored.numel():,} {what} differ")
 
 
 def same_set(case: Case, table: Table, name: str, ours: Tensor) -> None:
@@ -289,4 +290,4 @@ def detections(
     for key, floor in zip(("boxes", "scores"), noise):
         error = relative_l2(found[key][order], stored[key])
         table.add(f"{name}/{key}", error, max(EVAL_TOLERANCE, 10 * floor))
-    differing(table, f"{name}/labels", found["labels"][order], stored["labels"], "labels that differ")
+    differing(table, f"{name}/labels", found["labels"][order], stored["labels"], "labels")

@@ -217,7 +217,7 @@ def fill_case(folder: Path, *, config: Any = None) -> dict[str, Tensor]:
 def draw(key: str, spec: Mapping[str, Any], seed: int) -> np.ndarray:
     """One tensor's values: a Philox stream keyed by (CRC-32 of the name, seed), drawn in float64, then cast.
 
-    Source: ../shared/goldens/fill.py, its rule in our own words.
+    The rule by which upstream's models were filled for the golden cases, in our own words.
     """
     stream = np.random.Generator(np.random.Philox(key=[zlib.crc32(key.encode()), seed]))
     shape = tuple(spec["shape"])

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "--gpus": "torchrun --nproc-per-node N in place of python starts N processes, one for each device",
     "--checkpoint": "--pretrained takes weights to start from, and `bevfn eval` evaluates a checkpoint",
     "--max-epochs": "--epochs is their number",
+    "--freeze": "--frozen takes paths of parameters that are not trained, such as 'camera.*', in the recipes that have it (--help)",
 }
 """Flags that mmdetection3d's tools and Lightning have for what has another name here."""
 Scale = choices.Scale
@@ -202,6 +203,8 @@ def _replayed(arguments: list[str]) -> tuple[Path | None, list[str]]:
     file = flag(arguments, "--config")
     if file is None:
         return None, arguments
+    if not file or file.startswith("-"):
+        raise ValueError(f"--config takes a run's folder, or its {run_folder.CONFIG_FILE}; name one behind it")
     path = Path(file) / run_folder.CONFIG_FILE if Path(file).is_dir() else Path(file)
     if not path.is_file():
         raise ValueError(f"--config {path} is not there; give a run's folder, or its {run_folder.CONFIG_FILE}")

@@ -77,7 +77,7 @@ def beta1_cycle(turn: int, total: int, *, base: float = 0.9, published: bool = T
 
     The published configs give 0.85 / 0.95 and 1 as mmengine's `eta_min`, meaning the ratios of the original one-cycle
     schedule; mmengine reads absolute values, so beta1 goes 0.9 -> 0.8947 -> 1.0. `published=False` is what was meant:
-    0.9 -> 0.805 -> 0.9. Source: shared/goldens/bevfusion_lidar_cam/README.md part B.
+    0.9 -> 0.805 -> 0.9. Source: mmengine's CosineAnnealingMomentum, and mmdetection3d 1.4.0's projects/BEVFusion/configs.
     """
     scale = 1.0 if published else base
     return Schedule(base, (Phase(turn, 0.85 / 0.95 * scale), Phase(total, scale)))

@@ -1,7 +1,7 @@
 """Foreign names of TIER IV's BEVFusion: mmdetection3d's, with `.net` in the view transform's parts since December 2025, and
 what its releases differ in.
 
-Source: ../shared/goldens/awml_*/README.md and manifest.json (keys and shapes), the history of AWML's depth_lss.py.
+Source: state dicts of AWML's models (7a6ec07), the history of AWML's depth_lss.py.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Foreign names of BEVDepth's family: the detectors as BEVDepth's Lightning module and its EMA callback write them
 (prefix `model.`), and torchvision's ResNet-50.
 
-Source: ../shared/goldens/bevdepth_r50_2key and matrixvt_r50, README.md and manifest.json (keys and shapes); the keys of
+Source: state dicts of BEVDepth's and MatrixVT's published models; the keys of
 depth aggregation, which no golden case has, from BEVDepth bevdepth/layers/backbones/base_lss_fpn.py.
 """
 

@@ -1,6 +1,6 @@
 """Foreign names of BEVNeXt's detectors, as mmcv writes them and the EMA hook's files.
 
-Source: ../shared/goldens/bevnext_stage1 and bevnext_stage2, README.md and manifest.json (keys and shapes).
+Source: state dicts of BEVNeXt's published models of both stages.
 """
 
 from bevfn.upstream.entries import Named, Names, conv_norm

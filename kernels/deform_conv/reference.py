@@ -1,6 +1,6 @@
 """What `deform_conv` means, in plain torch on any device: four gathers of rows per sample, then a matrix product.
 
-Every spelling has an Ascend converter (shared/npu/COVERAGE.md); `ascend.py` says the same with 2.7 times fewer bytes.
+Every spelling has an Ascend converter (torchair of torch_npu 2.13.0); `ascend.py` says the same with 2.7 times fewer bytes.
 
 Axes: B images, D deformable groups of c channels, K taps, P output positions, G groups of I input channels, R = B P.
 """

@@ -2,7 +2,7 @@
 
 A row reads few of the K offsets, and a tile of rows multiplies an offset that any of its rows reads. So rows are sorted by
 their mask of offsets, the offsets in two halves, each with an order of its own: tiles then multiply 1.13 to 1.19 times
-what the table asks for, unsorted 2 to 2.2 times (real tables, ../shared/kernels/README.md). A tile's offsets come as a
+what the table asks for, unsorted 2 to 2.2 times (tables of a real key frame). A tile's offsets come as a
 list, so that its loop has no branch and the gathers are loaded ahead. Sums are float32; a half adds to the one before.
 The tiles are made once for all convolutions that read a table; `sparse_conv` and `weight_grad` are without them.
 """

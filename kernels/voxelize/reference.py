@@ -1,6 +1,6 @@
 """Meaning of `voxelize` in plain torch, with static shapes: one sort by cell, then ranks within equal keys.
 
-Spelled with operators that stock torchair converts (shared/npu/COVERAGE.md): no stable sort, all(dim) or index_copy.
+Spelled with operators that stock torchair converts (torch_npu 2.13.0): no stable sort, all(dim) or index_copy.
 """
 
 import torch

@@ -6,7 +6,7 @@ made to differ from torch's, a device's private bits are opaque. Half precision 
 where the device's units do so. Results do not depend on the host beyond the rounding of torch's float32 kernels.
 
 Source: CANN's operator repositories on GitHub, hicann/ops-nn, ops-math, ops-cv (prototypes with their comments);
-../shared/npu/GE_IR.md; prototypes in torchair's builders.
+torchair's ge_ir.proto; prototypes in torchair's builders.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """What the kernels of an Atlas A2 (Ascend 910B) compute where it differs from a type's published meaning.
 
-Source: the operators' published implementations of CANN 8.1.RC1 (`impl/dynamic/*.py`, ops-math), read in ../shared/npu/A2.md.
+Source: the operators' published implementations of CANN 8.1.RC1 (`impl/dynamic/*.py`) and hicann/ops-math.
 The gradient of a filter in float32 is no difference: it is what the prototype states.
 """
 

@@ -1,7 +1,7 @@
 """Activations and their gradients. The order of a gradient's operands differs from type to type.
 
 Half precision is computed in float32 and rounded once. Source: hicann/ops-nn at e5c3fa93, activation/*/op_graph and
-README.md; ../shared/npu/GE_IR.md.
+README.md; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable

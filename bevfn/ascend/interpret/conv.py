@@ -1,7 +1,7 @@
 """Convolutions and their gradients in NCHW and NCDHW; half precision sums in float32 and rounds once.
 
 strides and dilations are in the order of the layout (leading 1, 1), pads are begin and end of each image axis.
-Source: hicann/ops-nn at e5c3fa93, conv/*/op_graph; ../shared/npu/GE_IR.md.
+Source: hicann/ops-nn at e5c3fa93, conv/*/op_graph; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable

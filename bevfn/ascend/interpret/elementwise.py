@@ -1,6 +1,6 @@
 """Element-wise arithmetic, comparison, selection and casts. Operands broadcast as torch's; dtypes must agree.
 
-Source: op_graph/*_proto.h of CANN's hicann/ops-math at c4193324; ../shared/npu/GE_IR.md.
+Source: op_graph/*_proto.h of CANN's hicann/ops-math at c4193324; torchair's ge_ir.proto.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Multi-tensor arithmetic: one node for a list of tensors.
 
-Source: ../shared/npu/GE_IR.md; prototypes in torchair's builders.
+Source: torchair's ge_ir.proto; prototypes in torchair's builders.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Gathering by index and scattering to it. An index outside is Invalid: the device would read or write anywhere.
 
 Where several updates meet in one cell without being added, the order of writing is undefined: cells whose updates differ
-are poisoned. Source: hicann/ops-nn at e5c3fa93, index/*/op_graph; ../shared/npu/GE_IR.md.
+are poisoned. Source: hicann/ops-nn at e5c3fa93, index/*/op_graph; torchair's ge_ir.proto.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Softmax and losses with their gradients.
 
-Source: hicann/ops-nn at e5c3fa93, activation/*softmax*, loss/*/op_graph; ../shared/npu/GE_IR.md.
+Source: hicann/ops-nn at e5c3fa93, activation/*softmax*, loss/*/op_graph; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable

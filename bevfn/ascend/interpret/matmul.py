@@ -1,6 +1,6 @@
 """Matrix products. The cube unit multiplies half precision into float32 sums, which are rounded once.
 
-Source: hicann/ops-nn at e5c3fa93, matmul/*/op_graph; ../shared/npu/GE_IR.md.
+Source: hicann/ops-nn at e5c3fa93, matmul/*/op_graph; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ inputs in order (default None: optional; `list[Tensor]`: a dynamic input x0, x1,
 input that the function does not know), keyword-only ones its attributes (a default is the prototype's default; `fixed`
 names those that may have no other value). A name that is a Python keyword ends in an underscore. `image_layout` receives the layout that the node states for its images.
 
-Source: ../shared/npu/GE_IR.md (container, the two numberings of data types).
+Source: torchair's ge_ir.proto (container, the two numberings of data types).
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """Batch, layer and group normalisation; statistics are float32.
 
-Source: hicann/ops-nn at e5c3fa93, norm/*/op_graph; ../shared/npu/GE_IR.md.
+Source: hicann/ops-nn at e5c3fa93, norm/*/op_graph; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable

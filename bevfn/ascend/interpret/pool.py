@@ -1,6 +1,6 @@
 """Pooling of images in NCHW.
 
-Source: ../shared/npu/GE_IR.md; hicann/ops-nn at e5c3fa93, pooling/avg_pool_v2/op_graph.
+Source: torchair's ge_ir.proto; hicann/ops-nn at e5c3fa93, pooling/avg_pool_v2/op_graph.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """A GE graph prepared once and executed node by node, with every result checked against its descriptor.
 
 Nodes run in the graph's own order, made topological; what the outputs do not need does not run (GE prunes it too).
-A value is dropped after its last use. Source: ../shared/npu/GE_IR.md.
+A value is dropped after its last use. Source: torchair's ge_ir.proto.
 """
 
 from collections import Counter

@@ -1,6 +1,6 @@
 """Reductions along axes, cumulative sums.
 
-Source: hicann/ops-math at c4193324, math/*/op_graph; ../shared/npu/GE_IR.md.
+Source: hicann/ops-math at c4193324, math/*/op_graph; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Resizing and sampling of images in NCHW.
 
-Source: hicann/ops-cv at 6ae87653, image/*/op_graph and resize_nearest_neighbor_v2/README; ../shared/npu/GE_IR.md.
+Source: hicann/ops-cv at 6ae87653, image/*/op_graph and resize_nearest_neighbor_v2/README; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable

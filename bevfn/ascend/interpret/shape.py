@@ -1,7 +1,7 @@
 """Shapes, copies and constants: views, layout, joining and splitting, padding, slicing, filling.
 
 Tensors have no strides: every result is contiguous in the stated order. Source: hicann/ops-math at c4193324,
-conversion/*/op_graph; ../shared/npu/GE_IR.md.
+conversion/*/op_graph; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Sorting, the largest elements, binary search.
 
-Source: hicann/ops-math at c4193324, math/{sort,top_k_v2,search_sorted}/op_graph; ../shared/npu/GE_IR.md.
+Source: hicann/ops-math at c4193324, math/{sort,top_k_v2,search_sorted}/op_graph; torchair's ge_ir.proto.
 """
 
 from collections.abc import Callable
