@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda, gathered
+from bevfn.kernels import cuda, gathered, indices
 
 ROWS = 64  # of a tile
 OFFSETS = 16  # up to here one order is as good as two
@@ -44,7 +44,7 @@ def tiles(table: Tensor) -> Tiles:
     (K, W), table = table.shape, table.contiguous()
     parts = parts_of(K)
     per_part = triton.cdiv(K, parts)
-    cuda.check_rows("sparse_conv", "rows of the table", W)
+    indices.check("sparse_conv", "rows of the table", W)
     T, N = triton.cdiv(W, ROWS), triton.next_power_of_2(per_part)
     mask, offsets = table.new_empty(parts, W), table.new_empty(parts, T, N)
     count = table.new_empty(parts, T)
