@@ -114,7 +114,7 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
     x = layer_norm.apply(params["patch_embed"]["norm"], x.flatten(2).transpose(1, 2))  # M T C
     outputs: list[Tensor] = []
     index, last = 0, max(sum(config.depths) - 1, 1)
-    # One draw for all blocks: 22 of them were a seventh of the train step's nodes. [blocks 2 M]
+    # [blocks 2 M], one draw for all blocks: a draw for each branch was an eighth of the train step's nodes.
     noise = None if key is None or not train else rng.uniform(key, (last + 1, 2, len(images)))
     for stage, stage_params in enumerate(params["stages"]):
         for place, block in enumerate(stage_params["blocks"]):
