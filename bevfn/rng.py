@@ -57,22 +57,18 @@ def _bits(key: Tensor, shape: tuple[int, ...], first_row: int) -> Tensor:
     return _mix(row[:, None] ^ column)
 
 
-def dropout(
-    x: Tensor, rate: float, key: Tensor | None, *, shape: tuple[int, ...] | None = None, first_row: int = 0
-) -> Tensor:
+def dropout(x: Tensor, rate: float, key: Tensor | None, *, first_row: int = 0) -> Tensor:
     """x with elements zeroed with probability `rate` and the others scaled by 1 / (1 - rate); x itself without a key.
 
-    `shape` is the shape of the mask, broadcast against x: (B, 1, 1) drops whole samples (stochastic depth); `first_row`: see
-    `uniform`.
+    `first_row`: see `uniform`.
     """
     if key is None or rate == 0.0:
         return x
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout rate {rate} is outside [0, 1)")
-    shape = tuple(x.shape) if shape is None else shape
     # uniform(...) >= rate, of whole numbers: int32 is compared exactly, and three arrays of the mask's size are never made.
     least = math.ceil(rate * 2.0**24) << 8
-    keep = ((_bits(key, shape, first_row) ^ -_SIGN) >= least - _SIGN).view(shape)
+    keep = ((_bits(key, tuple(x.shape), first_row) ^ -_SIGN) >= least - _SIGN).view(x.shape)
     return torch.where(keep, x * (1.0 / (1.0 - rate)), torch.zeros((), dtype=x.dtype, device=x.device))
 
 

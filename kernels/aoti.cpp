@@ -24,6 +24,10 @@ int64_t strided(const int32_t* coords, const uint8_t* valid, int64_t V, const in
 void voxelize(const float* points, const uint8_t* valid, int64_t B, int64_t P, int64_t C, const float* lower, const float* size,
               const int64_t* grid, int64_t max_points, int64_t V, float* features, int32_t* coords, int32_t* count,
               int32_t* found, int64_t threads);
+void voxel_pool_forward(const float* depth, const float* context, const int32_t* cell, float* out, int64_t M, int64_t D, int64_t H,
+                        int64_t W, int64_t C, int64_t cells, int64_t threads);
+void deform_attn_forward_float(const float* value, const float* locations, const float* weights, const bool* mask, float* out,
+                               const int64_t* numbers, int64_t threads);
 }
 
 namespace {
@@ -126,6 +130,27 @@ AOTITorchError aoti_torch_cpu_voxelize(AtenTensorHandle points, AtenTensorHandle
     int32_t *cells = made<int32_t>({B, max_voxels, 3}, coords), *kept = made<int32_t>({B, max_voxels}, count);
     voxelize(data<float>(points), data<uint8_t>(valid), B, P, C, corner, extent, grid, max_points, max_voxels, means, cells, kept,
              made<int32_t>({B}, found), threads());
+    return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_voxel_pool(AtenTensorHandle depth, AtenTensorHandle context, AtenTensorHandle cell,
+                                         int64_t num_cells, AtenTensorHandle* sums) {
+    const int64_t M = size(depth, 0), D = size(depth, 1), H = size(depth, 2), W = size(depth, 3), C = size(context, 3);
+    float* out = made<float>({num_cells, C}, sums);
+    voxel_pool_forward(data<float>(depth), data<float>(context), data<int32_t>(cell), out, M, D, H, W, C, num_cells, threads());
+    return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_deform_attn(AtenTensorHandle value, AtenTensorHandle locations, AtenTensorHandle weights,
+                                          AtenTensorHandle* mask, const int64_t* sizes, int64_t levels2,
+                                          AtenTensorHandle* attended) {
+    const int64_t B = size(value, 0), h = size(value, 2), d = size(value, 3), Q = size(weights, 1), P = size(weights, 4);
+    std::vector<int64_t> numbers = {B, Q, h, d, P, levels2 / 2};
+    numbers.insert(numbers.end(), sizes, sizes + levels2);
+    const bool* attends = mask ? reinterpret_cast<const bool*>(data<uint8_t>(*mask)) : nullptr;
+    float* out = made<float>({B, Q, h * d}, attended);
+    deform_attn_forward_float(data<float>(value), data<float>(locations), data<float>(weights), attends, out, numbers.data(),
+                              threads());
     return AOTI_TORCH_SUCCESS;
 }
 

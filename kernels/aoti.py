@@ -1,11 +1,12 @@
 """What the ops of this package become in a package of AOTInductor: calls of the C++ kernels, which are linked into it.
 
 libtorch finds no operator of Python's, but a package calls a C function for an operator that inductor is told of: `aoti.cpp`
-has them, of what dominates a LiDAR detector. The other ops become aten operators, as for Ascend.
+has them. The other ops (`deform_conv`, whose products are torch's) become aten operators, as for Ascend.
 """
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bevfn.kernels import ascend, native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FUNCTION = re.compile(r"^(AOTITorchError aoti_torch_cpu_(\w+)\(.*?\)) \{", flags=re.DOTALL | re.MULTILINE)
-LINKED = ("sparse_conv", "neighbours", "voxelize")  # whose kernels those functions call
+LINKED = ("sparse_conv", "neighbours", "voxelize", "voxel_pool", "deform_attn")  # whose kernels those functions call
 
 
 def functions() -> dict[torch._ops.OpOverload, list[str]]:
@@ -29,14 +30,17 @@ def table() -> dict[Any, Callable]:
     """{operator: what it is traced as}; operators that are called are in it only where operands must be cast before."""
     called = functions()
     aten = {operator: same for operator, same in ascend.table().items() if operator not in called}
-    return {**aten, torch.ops.bevfn.sparse_conv.default: _sparse_conv}
+    casting = (torch.ops.bevfn.sparse_conv, torch.ops.bevfn.voxel_pool, torch.ops.bevfn.deform_attn)
+    return {**aten, **{operator.default: partial(_in_float32, operator) for operator in casting}}
 
 
-def _sparse_conv(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """Halves are widened, as on the host; float32 stays the call that it is."""
-    if x.dtype == torch.float32:
+def _in_float32(operator: Any, *operands: Any) -> Any:
+    """Halves are widened and operands laid out in order, as on the host; where they are, the call stays what it is."""
+    plain = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in operands]
+    plain = [x.contiguous() if isinstance(x, Tensor) else x for x in plain]
+    if all(x is y for x, y in zip(plain, operands)):
         return NotImplemented
-    return torch.ops.bevfn.sparse_conv(x.float(), weight.float(), rows).to(x.dtype)
+    return operator(*plain).to(operands[0].dtype)
 
 
 def archive(target: Path) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 OLDEST = (8, 0)  # compute capability that Triton and the asynchronous copies in the kernels ask for: Ampere
-ROWS = 2**31 - 1  # largest index of rows and points in the kernels; elements of a row are counted in 64 bits
 
 
 def lowering(load: Callable[[], Any], name: str, reference: Callable, *, float64: bool = False) -> Callable:
@@ -67,14 +66,6 @@ def _has_triton() -> bool:
 @functools.cache
 def _warn(why: str) -> None:
     warnings.warn(why, stacklevel=2)
-
-
-def check_rows(op: str, what: str, count: int) -> None:
-    """Raises ValueError where `count` of `what` passes the kernels' 32-bit indices."""
-    if count > ROWS:
-        raise ValueError(
-            f"{op}: {count} {what} are more than the {ROWS} that its CUDA kernel can number: use a smaller batch."
-        )
 
 
 def float32_products() -> str:

@@ -87,8 +87,8 @@ def test_merging_patches_orders_channels_as_unfold():
     weight = torch.randn(10, 20, generator=generator)
     columns = F.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2)  # M L 4C
     expected = F.layer_norm(columns, (20,), norm["weight"], norm["bias"]) @ weight.t()
-    found = swin.merge_patches({"norm": norm, "reduction": {"weight": weight}}, x)
-    assert torch.allclose(found.reshape(2, 12, 10), expected, atol=1e-5)
+    found = swin.merge_patches({"norm": norm, "reduction": {"weight": weight}}, x.flatten(1, 2), (6, 8))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_position_bias_follows_the_published_index():
@@ -144,11 +144,11 @@ def test_drop_path_drops_each_branch_per_image_and_keeps_its_expectation(branch)
     last = params["stages"][0]["blocks"][1]
     silent = last["mlp"]["fc2"] if branch == "attention" else last["attn"]["proj"]
     silent["weight"].zero_()
-    block = {"heads": 2, "window": 4, "shift": 2}
-    x = torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(1)).expand(256, -1, -1, -1)
-    branch_only = swin._block(last, x, rate=0.0, key=None, **block) - x
-    found = swin._block(last, x, rate=0.5, key=rng.key(3), **block) - x
-    scale = (found * branch_only).sum((1, 2, 3)) / (branch_only**2).sum((1, 2, 3))  # 0 (dropped) or 2 (kept)
+    block = {"size": (4, 4), "heads": 2, "window": 4, "shift": 2}
+    x = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(1)).expand(256, -1, -1)
+    branch_only = swin._block(last, x, rate=0.0, noise=None, **block) - x
+    found = swin._block(last, x, rate=0.5, noise=rng.uniform(rng.key(3), (2, 256)), **block) - x
+    scale = (found * branch_only).sum((1, 2)) / (branch_only**2).sum((1, 2))  # 0 (dropped) or 2 (kept)
     assert torch.allclose(scale, (scale > 1).float() * 2, atol=1e-4)
     assert abs(float(scale.mean()) - 1.0) < 0.2  # 256 images: standard deviation 0.06
 

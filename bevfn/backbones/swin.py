@@ -1,6 +1,8 @@
-"""Swin transformer (Liu et al. 2021, arXiv 2103.14030), numerically mmdetection's, tokens kept as [M H W C].
+"""Swin transformer (Liu et al. 2021, arXiv 2103.14030), numerically mmdetection's, tokens kept as [M T C].
 
-M images, H W token rows and columns of a stage, S = window^2 tokens of a window, L windows of an image, A heads.
+M images, T = H W tokens of a stage, S = window^2 tokens of a window, L windows of an image, A heads.
+Tokens that are used twice have no four axes: on the way to a convolution inductor takes [M H W C] for channels, rows and columns
+and stores them with the rows innermost, which made a third of the fused kernels several times as slow (docs/benchmarks.md).
 Source: mmdetection mmdet/models/backbones/swin.py; golden case bevfusion_lidar_cam.
 """
 
@@ -107,44 +109,72 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
         raise ValueError(
             f"images of {height}x{width} pixels: choose a height and width that are multiples of {config.stride}"
         )
-    x = conv.apply(params["patch_embed"]["conv"], images, stride=config.patch, padding=0).permute(0, 2, 3, 1)  # M H W C
-    x = layer_norm.apply(params["patch_embed"]["norm"], x)
+    x = conv.apply(params["patch_embed"]["conv"], images, stride=config.patch, padding=0)  # M C H W
+    size = (x.shape[2], x.shape[3])
+    x = layer_norm.apply(params["patch_embed"]["norm"], x.flatten(2).transpose(1, 2))  # M T C
     outputs: list[Tensor] = []
     index, last = 0, max(sum(config.depths) - 1, 1)
+    # [blocks 2 M], one draw for all blocks: a draw for each branch was an eighth of the train step's nodes.
+    noise = None if key is None or not train else rng.uniform(key, (last + 1, 2, len(images)))
     for stage, stage_params in enumerate(params["stages"]):
         for place, block in enumerate(stage_params["blocks"]):
-            site = None if key is None or not train else rng.fold(key, index)
             shift = config.window // 2 if place % 2 else 0
             rate = config.drop_path * index / last
-            through = partial(_keyed_block, heads=config.heads[stage], window=config.window, shift=shift, rate=rate)
-            x, _ = remat.apply(through, block, {}, x, site, recompute=config.recompute)
+            through = partial(
+                _stateless_block, size=size, heads=config.heads[stage], window=config.window, shift=shift, rate=rate
+            )
+            drawn = None if noise is None or rate == 0.0 else noise[index]
+            x, _ = remat.apply(through, block, {}, x, drawn, recompute=config.recompute)
             index += 1
         if stage in config.out_stages:
             norm = params["out_norms"][config.out_stages.index(stage)]
-            outputs.append(layer_norm.apply(norm, x).permute(0, 3, 1, 2))  # M C H W
+            outputs.append(layer_norm.apply(norm, x).transpose(1, 2).unflatten(2, size))  # M C H W
         if "downsample" in stage_params:
-            x = merge_patches(stage_params["downsample"], x)
+            x = merge_patches(stage_params["downsample"], x, size)
+            size = (size[0] // 2, size[1] // 2)
     return outputs
 
 
-def _keyed_block(params: dict, state: dict, x: Tensor, key: Tensor | None, **shape: Any) -> tuple[Tensor, dict]:
-    return _block(params, x, key=key, **shape), state
+def _stateless_block(params: dict, state: dict, x: Tensor, noise: Tensor | None, **shape: Any) -> tuple[Tensor, dict]:
+    return _block(params, x, noise=noise, **shape), state
 
 
-def _block(params: dict, x: Tensor, *, heads: int, window: int, shift: int, rate: float, key: Tensor | None) -> Tensor:
-    sites = (None, None) if key is None else (rng.fold(key, 0), rng.fold(key, 1))
-    per_image = (x.shape[0], 1, 1, 1)  # drop path drops a branch of a whole image
-    y = window_attention(params["attn"], layer_norm.apply(params["norm1"], x), heads=heads, window=window, shift=shift)
-    x = x + rng.dropout(y, rate, sites[0], shape=per_image)
+def _block(
+    params: dict,
+    x: Tensor,
+    *,
+    size: tuple[int, int],
+    heads: int,
+    window: int,
+    shift: int,
+    rate: float,
+    noise: Tensor | None,  # [2 M] in [0, 1)
+) -> Tensor:
+    attention, mlp = (None, None) if noise is None else noise
+    y = layer_norm.apply(params["norm1"], x).unflatten(1, size)
+    y = window_attention(params["attn"], y, heads=heads, window=window, shift=shift).flatten(1, 2)
+    x = x + _drop_path(y, rate, attention)
     y = linear.apply(params["mlp"]["fc1"], layer_norm.apply(params["norm2"], x))
     y = linear.apply(params["mlp"]["fc2"], F.gelu(y))
-    return x + rng.dropout(y, rate, sites[1], shape=per_image)
+    return x + _drop_path(y, rate, mlp)
 
 
-def merge_patches(params: dict, x: Tensor) -> Tensor:
-    """x [M H W C] -> [M H/2 W/2 2C]; the 4C vector is ordered (channel, row, column) as nn.Unfold's."""
-    x = rearrange(x, "m (h r) (w s) c -> m h w (c r s)", r=2, s=2)
-    return linear.apply(params["reduction"], layer_norm.apply(params["norm"], x))
+def _drop_path(y: Tensor, rate: float, noise: Tensor | None) -> Tensor:
+    """y [M T C], of whole images where their `noise` [M] is below the rate 0, of others scaled up (Huang et al. 2016)."""
+    if noise is None:
+        return y
+    return torch.where(
+        (noise >= rate)[:, None, None], y * (1.0 / (1.0 - rate)), torch.zeros((), dtype=y.dtype, device=y.device)
+    )
+
+
+def merge_patches(params: dict, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """x [M T C] of `size` (H, W) -> [M T/4 2C]; weights are for 4C vectors ordered (channel, row, column) as nn.Unfold's."""
+    norm = {name: rearrange(w, "(c p) -> (p c)", p=4) for name, w in params["norm"].items()}
+    reduction = {"weight": rearrange(params["reduction"]["weight"], "o (c p) -> o (p c)", p=4)}
+    # Not the tokens, whose channels lie together.
+    x = rearrange(x, "m (h r w s) c -> m (h w) (r s c)", h=size[0] // 2, w=size[1] // 2, r=2, s=2)
+    return linear.apply(reduction, layer_norm.apply(norm, x))
 
 
 def window_attention(params: dict, x: Tensor, *, heads: int, window: int, shift: int) -> Tensor:
@@ -184,7 +214,7 @@ def position_bias(table: Tensor, window: int) -> Tensor:
     offset = place[:, None] - place + window - 1  # query key
     index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]  # qi qj ki kj
     pick = index.reshape(-1, 1) == torch.arange(table.shape[0], device=table.device)  # S*S T
-    return torch.mm(pick.to(table.dtype), table).t().reshape(-1, window**2, window**2)
+    return torch.mm(table.t(), pick.to(table.dtype).t()).view(-1, window**2, window**2)
 
 
 def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
@@ -196,7 +226,9 @@ def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.d
         regions.append((place >= edge - window).int() + (place >= edge - shift).int())
     region = regions[0][:, None] * 3 + regions[1]  # H W
     region = rearrange(region, "(r i) (c j) -> (r c) (i j)", i=window, j=window)  # L S
-    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+    member = (region[:, :, None] == torch.arange(9, dtype=region.dtype, device=device)).float()  # L S 9
+    # A product, which a compiler stores: inductor computed the regions again, by divisions of indices, for every logit.
+    return (torch.bmm(member, member.transpose(1, 2)) - 1.0) * 100.0
 
 
 def _roll_and_pad(x: Tensor, dim: int, size: int, shift: int, fill: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def with_backend(config: Config, plan: Plan, *, leads: bool = True) -> Config:
 
 def _train(run: Run, latest: Path | None) -> dict:
     """The run from its latest checkpoint, or from the start; its summary."""
-    started, config = time.perf_counter(), run.config
+    started = time.perf_counter()
     if latest is not None and (summary := finished(run, latest)) is not None:
         return summary
     train_state, step = assembly.build(run, resumed=latest is not None)
@@ -152,62 +152,74 @@ def _train(run: Run, latest: Path | None) -> dict:
         train_state, _ = checkpoint.load_step(latest, train_state)
     start = int(train_state.step)
     say(run, describe(run, train_state, start))
-    summary = {"steps": start}
-    seconds: list[float] = []
-    with contextlib.ExitStack() as stack:
-        reporter = stack.enter_context(reporting(run, start))
-        evaluate = functools.partial(evaluations.evaluate, run, report=reporter.evaluated)
-        if start == 0 and config.eval_first:
-            summary["scores_before"] = evaluate(train_state, 0)
+    with reporting(run, start) as reporter:
+        told = Told(run, reporter, start)
+        if start == 0 and run.config.eval_first:
+            told.summary["scores_before"] = told.evaluate(train_state, 0)
         if start and evaluations.due(run, start) and not evaluations.evaluated(run, start):  # killed before or in it
-            summary["scores"] = evaluate(train_state, start)
-        stop = stack.enter_context(signals.on_terminate())
-        stream = stack.enter_context(contextlib.closing(microbatches(run, start)))
-        stack.enter_context(saved_when_others_end(run, train_state))
-        next_traced = stack.enter_context(profiling.traced(run))
-        problems: list[Exception] = []
-        less = memory.smaller(config.batch_size, config.accumulate, config.checkpoint_activations)
-        mover, unread, done = Mover(readable(run, stream, problems), run.device), Unread(run), start
+            told.summary["scores"] = told.evaluate(train_state, start)
+        _steps(run, train_state, step, told)
+    return finish(run, told.summary, told.seconds, started)
 
-        def report() -> None:
-            for made, values, took in unread.read(train_state):
-                seconds.append(took)
-                reporter.log(made, values, took)
-                loss = values["loss/total"]
-                summary.update({"first_loss": summary.get("first_loss", loss), "last_loss": loss, "steps": made})
 
+class Told:
+    """What a run has told so far: its summary, the seconds of its steps, and its reporter."""
+
+    def __init__(self, run: Run, reporter: Any, start: int) -> None:
+        self.reporter, self.start, self.unread = reporter, start, Unread(run)
+        self.evaluate = functools.partial(evaluations.evaluate, run, report=reporter.evaluated)
+        self.summary: dict[str, Any] = {"steps": start}
+        self.seconds: list[float] = []
+
+    def read(self, train_state: train.TrainState) -> None:
+        """Reads and tells the metrics of all steps that were not read yet."""
+        for made, values, took in self.unread.read(train_state):
+            self.seconds.append(took)
+            self.reporter.log(made, values, took)
+            loss = values["loss/total"]
+            self.summary.update({"first_loss": self.summary.get("first_loss", loss), "last_loss": loss, "steps": made})
+
+
+def _steps(run: Run, train_state: train.TrainState, step: Callable, told: Told) -> None:
+    """The steps that are left, with their checkpoints and evaluations. Raises `signals.Stopped` where the run is ended."""
+    problems: list[Exception] = []
+    less = memory.smaller(run.config.batch_size, run.config.accumulate, run.config.checkpoint_activations)
+    with (
+        signals.on_terminate() as stop,
+        contextlib.closing(microbatches(run, told.start)) as stream,
+        saved_when_others_end(run, train_state),
+        profiling.traced(run) as next_traced,
+    ):
+        mover, done = Mover(readable(run, stream, problems), run.device), told.start
+        told.unread.start_clock()
         while (item := mover.take()) is not None:
             done, loaded, batches = item
-            first = done == start + 1
+            first = done == told.start + 1
             if first and run.leads:
-                reporter.work = speed.counted(run, train_state, batches[0], reporter.work)
-            with (
-                memory.advised(less),
-                reporter.working(doing(run, train_state) if first else f"step {done}"),
-                profiling.phase("step"),
-            ):
+                told.reporter.work = speed.counted(run, train_state, batches[0], told.reporter.work)
+            what = doing(run, train_state) if first else f"step {done}"
+            with memory.advised(less), told.reporter.working(what), profiling.phase("step"):
                 train_state, metrics = step(train_state, batches)
-            unread.add(done, metrics, loaded, batches)
+            told.unread.add(done, metrics, loaded, batches)
             if not evaluations.due(run, done):  # which wants the memory, and no reading processes beside its own
                 mover.fetch()
             due = first or report_due(run, done)
             with profiling.phase("report"):
                 if due:
-                    report()
+                    told.read(train_state)
             if distributed.agree(stop.requested, run.replicas):
                 break
             if checkpoint_due(run, done):
                 save(run, train_state, done)
             if evaluations.due(run, done):
-                summary["scores"] = evaluate(train_state, done)
+                told.summary["scores"] = told.evaluate(train_state, done)
             next_traced()
             if due:
-                unread.start_clock()
-        report()
+                told.unread.start_clock()
+        told.read(train_state)
         if distributed.agree(stop.requested or bool(problems), run.replicas):
-            save_at_stop(run, train_state, start, done, stop, problems)
+            save_at_stop(run, train_state, told.start, done, stop, problems)
             raise signals.Stopped(stop.number or signal.SIGTERM)  # which another process got
-    return finish(run, summary, seconds, started)
 
 
 def readable(run: Run, steps: Iterator[tuple], problems: list[Exception]) -> Iterator[tuple]:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda, gathered
+from bevfn.kernels import gathered, indices
 from bevfn.kernels.bilinear import corner, place, sums_by_pixel
 from bevfn.kernels.deform_attn.reference import levels
 
@@ -80,8 +80,8 @@ def backward(
 def _checked(value: Tensor, locations: Tensor, weights: Tensor, mask: Tensor | None) -> tuple[list[Tensor], int]:
     """(Operands of the kernels, without a mask any address in its place; queries times heads)."""
     N = weights.shape[0] * weights.shape[1] * weights.shape[2]
-    cuda.check_rows("deform_attn", "corners of samples", 4 * weights.numel())
-    cuda.check_rows("deform_attn", "pixels of all heads", value.numel() // value.shape[3])
+    indices.check("deform_attn", "corners of samples", 4 * weights.numel())
+    indices.check("deform_attn", "pixels of all heads", value.numel() // value.shape[3])
     floats = [x.contiguous() for x in (value, locations, weights)]
     return [*floats, floats[2] if mask is None else mask.contiguous()], N
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bevfn.kernels import native
+from bevfn.kernels import indices, native
 
 
 def forward(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int) -> Tensor:
@@ -60,6 +60,7 @@ class _Call:
 
     @staticmethod
     def of(x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *step: int) -> "_Call":
+        indices.check("deform_conv", "pixels of an image", x.shape[2] * x.shape[3], smaller="image")
         wide = torch.promote_types(x.dtype, torch.float32)
         stride, padding, dilation = step
         return _Call(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda, gathered
+from bevfn.kernels import gathered, indices
 from bevfn.kernels.bilinear import corner, place, sums_by_pixel
 from bevfn.kernels.deform_conv import reference
 from bevfn.kernels.parts import joined, parts, summed
@@ -98,8 +98,8 @@ def _backward(
     grad_columns = grad_columns.view(G, R, K, I).permute(1, 2, 0, 3).reshape(R * K * D, C // D)
     grad_offset = torch.empty(offset.shape, dtype=offset.dtype, device=x.device)
     grad_mask = grad_offset if mask is None else torch.empty(mask.shape, dtype=mask.dtype, device=x.device)
-    cuda.check_rows("deform_conv", "corners of samples", R * K * D * 4)
-    cuda.check_rows("deform_conv", "pixels of all groups", B * H * W * D)
+    indices.check("deform_conv", "corners of samples", R * K * D * 4)
+    indices.check("deform_conv", "pixels of all groups", B * H * W * D)
     reached = torch.empty(R * K * D * 4, dtype=torch.int32, device=x.device)
     shares = torch.empty(R * K * D * 4, dtype=torch.float32, device=x.device)
     if R:

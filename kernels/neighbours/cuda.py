@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda
+from bevfn.kernels import indices
 from bevfn.kernels.neighbours import reference
 from bevfn.kernels.neighbours.reference import NOWHERE, Axes
 
@@ -21,7 +21,7 @@ ROWS = 128  # of a program
 def submanifold(coords: Tensor, valid: Tensor, kernel: Axes, grid: Axes, batch: int | None = None) -> Tensor:
     """As `bevfn.kernels.neighbours.submanifold`, in the order of the operator's schema."""
     V = coords.shape[0]
-    cuda.check_rows("neighbours", "rows", V)
+    indices.check("neighbours", "rows", V)
     table = coords.new_empty(math.prod(kernel), V)
     if V == 0:
         return table
@@ -53,8 +53,8 @@ def strided(
     V, device = coords.shape[0], coords.device
     out = reference.out_grid(grid, kernel, stride, padding)
     reach = [-(-k // s) for k, s in zip(kernel, stride)]  # outputs that an input can feed along an axis
-    cuda.check_rows("neighbours", "candidates for outputs", V * math.prod(reach))
-    cuda.check_rows("neighbours", "output rows", capacity)
+    indices.check("neighbours", "candidates for outputs", V * math.prod(reach))
+    indices.check("neighbours", "output rows", capacity)
     coords, valid = coords.contiguous(), valid.contiguous()
     rule = (*stride, *padding, *out)
     candidates = torch.empty(math.prod(reach), V, dtype=torch.int64, device=device)

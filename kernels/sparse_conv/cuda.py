@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda, gathered
+from bevfn.kernels import cuda, gathered, indices
 from bevfn.kernels.sparse_conv.reference import TILE_ROWS, tile_shape
 
 SPANS = 2048  # programs that a weight gradient is divided among, about
@@ -31,7 +31,7 @@ def weight_grad(x: Tensor, grad: Tensor, table: Tensor) -> Tensor:
 def tiles(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(order, offsets, counts) of table [K W] int32, see `reference.tiles`."""
     (K, W), table = table.shape, table.contiguous()
-    cuda.check_rows("sparse_conv", "rows of the table", W)
+    indices.check("sparse_conv", "rows of the table", W)
     parts, T, N = tile_shape(table)
     per_part = triton.cdiv(K, parts)
     mask, offsets = table.new_empty(parts, W), table.new_empty(parts, T, N)

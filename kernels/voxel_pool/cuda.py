@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda, gathered
+from bevfn.kernels import cuda, gathered, indices
 
 PIXELS = 16  # of a program
 
@@ -17,7 +17,7 @@ PIXELS = 16  # of a program
 def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
     """depth [M D H W], context [M H W C], cell [M D H W] int32 -> [num_cells C], dtype of depth."""
     (_, D, H, W), C = depth.shape, context.shape[3]
-    cuda.check_rows("voxel_pool", "points", cell.numel())
+    indices.check("voxel_pool", "points", cell.numel())
     order, starts = cuda.intervals(cell.reshape(-1), num_cells)
     rows = context.reshape(-1, C)
     return gathered.sums(order, starts, depth.reshape(-1), rows, image=D * H * W, pixels=H * W, dtype=depth.dtype)
@@ -26,7 +26,7 @@ def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Ten
 def backward(grad: Tensor, depth: Tensor, context: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """grad [num_cells C] -> gradients of depth [M D H W] and context [M H W C]."""
     (M, D, H, W), C = depth.shape, context.shape[3]
-    cuda.check_rows("voxel_pool", "points", cell.numel())
+    indices.check("voxel_pool", "points", cell.numel())
     grad_depth = torch.empty(depth.shape, dtype=depth.dtype, device=depth.device)
     grad_context = torch.empty(context.shape, dtype=context.dtype, device=depth.device)
     pixels = M * H * W

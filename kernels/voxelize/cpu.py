@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from bevfn.kernels import native
+from bevfn.kernels import indices, native
 from bevfn.kernels.voxelize.reference import Extent
 
 
@@ -14,6 +14,7 @@ def voxelize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `bevfn.kernels.voxelize.voxelize`, in the order of the operator's schema."""
     B, P, C = points.shape
+    indices.check("voxelize", "points of a sample", P, smaller="cloud")
     points, valid = points.contiguous(), valid.contiguous()
     features = torch.empty(B, max_voxels, C)
     coords = torch.empty(B, max_voxels, 3, dtype=torch.int32)

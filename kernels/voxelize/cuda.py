@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bevfn.kernels import cuda, gathered
+from bevfn.kernels import gathered, indices
 from bevfn.kernels.voxelize.reference import Extent
 
 POINTS = 256  # whose cells a program finds
@@ -20,7 +20,7 @@ def voxelize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `bevfn.kernels.voxelize.voxelize`, in the order of the operator's schema."""
     (B, P, C), V, device = points.shape, max_voxels, points.device
-    cuda.check_rows("voxelize", "points", B * P)
+    indices.check("voxelize", "points", B * P)
     points = points.contiguous()
     features = torch.empty(B, V, C, dtype=torch.float32, device=device)
     coords = torch.empty(B, V, 3, dtype=torch.int32, device=device)
