@@ -1,4 +1,4 @@
-# make try: a first look, minutes.  make demo: the main job on data it makes itself.  make lint: ruff and mypy.
+# make try: a first look, minutes.  make demo: the main job on data it makes itself.  make lint: ruff, mypy, the site.
 # make test: everything CI checks but lint, JOBS files at a time (3 GB each).
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,7 +35,7 @@ test: $(VENV)/.installed
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/.installed
+lint: docs
 	$(BIN)/ruff check bevfn kernels experiments notebooks tests docs/img
 	$(BIN)/ruff format --check bevfn kernels experiments notebooks tests docs/img
 	$(BIN)/mypy

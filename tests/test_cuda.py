@@ -114,7 +114,11 @@ def test_the_rows_of_a_table_are_grouped_once_for_all_its_convolutions(monkeypat
     config = sparse_encoder.Config(channels=(4, 4, 4, 4), channels_out=4, capacities=(64, 64, 64, 64))
     params, state = sparse_encoder.init(config, torch.Generator().manual_seed(0))
     coords = torch.arange(60)[:, None] * torch.tensor([5, 3, 7]) % torch.tensor([32, 32, 41])
-    voxels = torch.rand(1, 60, 5), coords[None].int(), torch.arange(60)[None] < 50  # the last ten are padding
+    voxels = (
+        torch.rand(1, 60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+        coords[None].int(),
+        torch.arange(60)[None] < 50,
+    )  # the last ten are padding
 
     def loss(params):
         made, _ = sparse_encoder.apply(params, state, *voxels, config=config, grid=(32, 32, 41), train=True)
