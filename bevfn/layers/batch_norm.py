@@ -16,6 +16,8 @@ from bevfn import tree
 from bevfn.distributed import Groups, Replicas, Train
 from bevfn.kernels import derivatives
 
+aten = torch.ops.aten
+
 
 @tree.register
 @dataclass(frozen=True)
@@ -102,9 +104,50 @@ def _normalised(
     # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
     # 2.13, silently): a view of it does not.
     x, weight, bias = (t.view_as(t) for t in (x, weight, bias))
+    if valid is None and replicas is None and _of_images(x, weight):
+        y, mean, var = _normalised_images(x, weight, bias, eps)
+        count = x.numel() // x.shape[1]
+        return y, {"mean": mean, "var": var * (count / (count - 1))}
     function = _Normalise if torch.compiler.is_dynamo_compiling() else _NormaliseForward
     y, mean, var, count = function.apply(x, weight, bias, mask, rows, eps, replicas)
     return y, {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
+
+
+def _of_images(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's operator, and Ascend's, computes it in float32. Not rows, of which those that count may be given, and which
+    may be no activations: Ascend's variance is a difference of squares (docs/ascend.md), and camera matrices are far off 0."""
+    narrow = weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return x.dim() == 4 and weight.dim() == 1 and narrow and x.numel() > x.shape[1]
+
+
+def _images(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B C H W], weight and bias [C] to y like x, mean and biased variance [C]."""
+    y, mean, rstd = aten._native_batch_norm_legit.no_stats(x, weight, bias, True, 0.0, eps)
+    return y, mean, rstd.pow(-2) - eps
+
+
+def _gradients_of_images(
+    wanted: frozenset[int],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mean: Tensor,
+    var: Tensor,
+) -> tuple[Tensor | None, ...]:
+    statistics = (None, None, mean, torch.rsqrt(var + eps))
+    made = aten.native_batch_norm_backward(grad, x, weight, *statistics, True, eps, [True] * 3)
+    return *made, None, None, None
+
+
+def _plain_images(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *_: Tensor) -> Tensor:
+    one = torch.ones((), device=x.device)
+    return _Normalise.forward(x, weight, bias, one, one * (x.numel() // x.shape[1]), eps, None)[0]
+
+
+_normalised_images = derivatives.differentiable(_images, _gradients_of_images, _plain_images)
+"""`_images` with all derivatives of y."""
 
 
 def _per_channel(c: Tensor, x: Tensor) -> Tensor:
