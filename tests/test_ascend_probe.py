@@ -34,7 +34,7 @@ SAID = {
     "hf32-off": ("float32", "float32"),
     "hf32-on": ("float32", "HF32"),
     "batch-norm": ("float32", "float32"),
-    "batch-norm-fused": ("loses digits", "loses digits"),
+    "batch-norm-fused": ("float32", "loses digits"),
 }
 
 

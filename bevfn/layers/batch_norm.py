@@ -121,24 +121,22 @@ def _of_images(x: Tensor, weight: Tensor) -> bool:
 
 
 def _images(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B C H W], weight and bias [C] to y like x, mean and biased variance [C]."""
-    y, mean, rstd = aten._native_batch_norm_legit.no_stats(x, weight, bias, True, 0.0, eps)
-    return y, mean, rstd.pow(-2) - eps
+    """x [B C H W], weight and bias [C] to y like x, mean and biased variance [C].
+
+    Of float32: torch's decomposition for compilers rounds the statistics to x's dtype on a CPU (2.13).
+    """
+    y, mean, rstd = aten._native_batch_norm_legit.no_stats(x.float(), weight, bias, True, 0.0, eps)
+    return y.to(x.dtype), mean, rstd.pow(-2) - eps
 
 
 def _gradients_of_images(
-    wanted: frozenset[int],
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    mean: Tensor,
-    var: Tensor,
+    wanted: frozenset[int], grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, var: Tensor
 ) -> tuple[Tensor | None, ...]:
     statistics = (None, None, mean, torch.rsqrt(var + eps))
-    made = aten.native_batch_norm_backward(grad, x, weight, *statistics, True, eps, [True] * 3)
-    return *made, None, None, None
+    dx, *rest = aten.native_batch_norm_backward(
+        grad.float(), x.float(), weight, *statistics, True, eps, [True, True, True]
+    )
+    return dx.to(x.dtype), *rest, None, None, None
 
 
 def _plain_images(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *_: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def table() -> dict[Any, Callable]:
     """{overload: function} for `make_fx`. A function that returns NotImplemented leaves its operator as it is."""
     return {
         **get_decompositions(list(TORCH)),
-        **batch_norm.DECOMPOSITIONS,
+        **batch_norm.decompositions(),
         aten.select_backward.default: _select_backward,
         aten.avg_pool2d.default: _avg_pool2d,
         aten.avg_pool2d_backward.default: _avg_pool2d_backward,
