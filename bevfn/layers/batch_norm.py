@@ -104,7 +104,7 @@ def _normalised(
     # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
     # 2.13, silently): a view of it does not.
     x, weight, bias = (t.view_as(t) for t in (x, weight, bias))
-    if valid is None and replicas is None and _of_images(x, weight):
+    if valid is None and replicas is None and _by_operator(x, weight):
         y, mean, var = _normalised_images(x, weight, bias, eps)
         count = x.numel() // x.shape[1]
         return y, {"mean": mean, "var": var * (count / (count - 1))}
@@ -113,30 +113,29 @@ def _normalised(
     return y, {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
 
 
-def _of_images(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's operator, and Ascend's, computes it in float32. Not rows, of which those that count may be given, and which
-    may be no activations: Ascend's variance is a difference of squares (docs/ascend.md), and camera matrices are far off 0."""
+def _by_operator(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's operator computes it, in eager mode and in the graph for Ascend, which has operators for it.
+
+    A compiler fuses the closed form better. Rows are none of its cases: on Ascend the variance is a difference of squares
+    (docs/ascend.md), and rows may be no activations: camera matrices are far off 0.
+    """
     narrow = weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return x.dim() == 4 and weight.dim() == 1 and narrow and x.numel() > x.shape[1]
+    whole = x.dim() == 4 and weight.dim() == 1 and x.numel() > x.shape[1]
+    return whole and narrow and not torch.compiler.is_compiling()
 
 
 def _images(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B C H W], weight and bias [C] to y like x, mean and biased variance [C].
-
-    Of float32: torch's decomposition for compilers rounds the statistics to x's dtype on a CPU (2.13).
-    """
-    y, mean, rstd = aten._native_batch_norm_legit.no_stats(x.float(), weight, bias, True, 0.0, eps)
-    return y.to(x.dtype), mean, rstd.pow(-2) - eps
+    """x [B C H W], weight and bias [C] to y like x, mean and biased variance [C]."""
+    y, mean, rstd = aten._native_batch_norm_legit.no_stats(x, weight, bias, True, 0.0, eps)
+    return y, mean, rstd.pow(-2) - eps
 
 
 def _gradients_of_images(
     wanted: frozenset[int], grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, var: Tensor
 ) -> tuple[Tensor | None, ...]:
     statistics = (None, None, mean, torch.rsqrt(var + eps))
-    dx, *rest = aten.native_batch_norm_backward(
-        grad.float(), x.float(), weight, *statistics, True, eps, [True, True, True]
-    )
-    return dx.to(x.dtype), *rest, None, None, None
+    made = aten.native_batch_norm_backward(grad, x, weight, *statistics, True, eps, [True, True, True])
+    return *made, None, None, None
 
 
 def _plain_images(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *_: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ _FORWARD, _BACKWARD = aten._native_batch_norm_legit.no_stats, aten.native_batch_
 _TORCH = get_decompositions([_FORWARD, _BACKWARD])
 
 FUSED = True
-"""Whether it is Ascend's operators; if not, torch's closed form: 2 % fewer samples/s and up. For who finds them wrong or slow."""
+"""Whether they are used. If not, the closed form is, which is slower on paper: for who finds them wrong on a device."""
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define("batch_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)")
@@ -29,7 +29,7 @@ _library.define(
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x [B C H W], weight and bias [C] float32 -> y like x, mean and biased variance [C] float32."""
-    y, mean, rstd = _TORCH[_FORWARD](x, weight, bias, True, 0.0, eps)
+    y, mean, rstd = _written_out(x, weight, bias, True, 0.0, eps)
     return y, mean, rstd.pow(-2) - eps
 
 
@@ -56,9 +56,15 @@ def _fake_backward(
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
+def _written_out(x: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    """Torch's, of float32: it rounds the statistics to x's dtype on a CPU (2.13), which its operator does not."""
+    y, *statistics = _TORCH[_FORWARD](x.float(), *more)
+    return y.to(x.dtype), *statistics
+
+
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float, eps: float) -> Any:
-    if not training or not _takes(x, weight) or bias is None:
-        return _TORCH[_FORWARD](x, weight, bias, training, momentum, eps)
+    if not training or bias is None or not _takes(x, weight):
+        return _written_out(x, weight, bias, training, momentum, eps)
     y, mean, var = torch.ops.bevfn.batch_norm(x, weight, bias, eps)
     return y, mean, torch.rsqrt(var + eps)
 
@@ -67,17 +73,17 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor | None, *more: Any) -> Any
     _, _, mean, rstd, training, eps, _ = more
     if not training or not _takes(x, weight):
         return _TORCH[_BACKWARD](grad, x, weight, *more)
-    return torch.ops.bevfn.batch_norm_backward(grad, x, weight, mean, rstd.pow(-2) - eps, eps)
+    return torch.ops.bevfn.batch_norm_backward(grad.to(x.dtype), x, weight, mean, rstd.pow(-2) - eps, eps)
 
 
 def _takes(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether A2's kernels take it: images, with a weight per channel; all float32 here, see `half`."""
-    return x.dim() == 4 and weight is not None and x.dtype == weight.dtype == torch.float32
+    """Whether A2's kernels take it: images of at most float32, with float32 per channel."""
+    return x.dim() == 4 and x.element_size() <= 4 and weight is not None and weight.dtype == torch.float32
 
 
 def decompositions() -> dict[Any, Callable]:
     """{overload: function}, over torch's own."""
-    return {_FORWARD: _forward, _BACKWARD: _backward} if FUSED else _TORCH
+    return {_FORWARD: _forward, _BACKWARD: _backward} if FUSED else {_FORWARD: _written_out}
 
 
 def variances(module: fx.GraphModule) -> None:
@@ -87,31 +93,6 @@ def variances(module: fx.GraphModule) -> None:
         total = _operand(_operand(power, aten.pow.Tensor_Scalar, -2), aten.rsqrt.default)
         if (var := _operand(total, aten.add.Tensor, *node.args[1:])) is not None:
             node.replace_all_uses_with(var)
-
-
-def half(module: fx.GraphModule) -> None:
-    """Images of float16 or bfloat16 in that dtype: a layer casts them and the result, and the operators do so themselves."""
-    for node in list(module.graph.nodes):
-        if (images := _IMAGES.get(node.target, 0)) == 0:
-            continue
-        first = [user for user in node.users if user.args[1] == 0]
-        casts = [user for result in first for user in result.users]
-        sources = [_operand(operand, aten._to_copy.default) for operand in node.args[:images]]
-        if not all(sources) or any(cast.target is not aten._to_copy.default for cast in casts):
-            continue
-        if {value.meta["val"].dtype for value in (*filter(None, sources), *casts)} not in _HALF:
-            continue
-        node.args = (*sources, *node.args[images:])
-        node.meta["val"] = (casts[0].meta["val"], *node.meta["val"][1:])
-        first[0].meta["val"] = casts[0].meta["val"]
-        for cast in casts:
-            cast.replace_all_uses_with(first[0])
-            module.graph.erase_node(cast)
-
-
-_HALF = ({torch.float16}, {torch.bfloat16})
-_IMAGES = {torch.ops.bevfn.batch_norm.default: 1, torch.ops.bevfn.batch_norm_backward.default: 2}
-"""How many of the first operands are images; the first result is one."""
 
 
 def _operand(node: fx.Node | None, target: Any, *constants: Any) -> fx.Node | None:

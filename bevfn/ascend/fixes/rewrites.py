@@ -24,7 +24,6 @@ def apply(module: fx.GraphModule) -> None:
     half_convolutions(module)
     shifts(module)
     batch_norm.variances(module)
-    batch_norm.half(module)
     remove_noop_ops(module.graph)  # here, and not in torchair: it would take out the copies of the next line
     contiguous_views(module)
     module.graph.eliminate_dead_code()
