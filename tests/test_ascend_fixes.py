@@ -16,10 +16,10 @@ if importlib.util.find_spec("torch_npu") is None:
 
 from bevfn import rng
 from bevfn.ascend import interpret, report, torchair
-from bevfn.ascend.fixes import batch_norm as batch_norm_fixes
 from bevfn.ascend.fixes import converters, decompositions, refusals, rewrites
 from bevfn.ascend.lower import lower
 from bevfn.ascend.uses import used_by
+from bevfn.kernels.batch_norm import ascend as batch_norm_kernel
 from bevfn.layers import batch_norm as layer
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ def test_batch_norm_of_images_is_four_tasks(dtype, device, monkeypatch):
     assert not {use.kind for use in large if "batch_norm." in str(lowered.sources[use.name][1])} - {*FOUR, "Data"}
     tolerance = 2e-5 if dtype == torch.float32 else 2e-3  # a2: a product and a sum of float32; float16 is rounded once
     assert_same(executed(trained, params, state, x, device=device), trained(params, state, x), tolerance)
-    monkeypatch.setattr(batch_norm_fixes, "FUSED", False)
+    monkeypatch.setattr(batch_norm_kernel, "FUSED", False)
     assert not any(kind.startswith("BN") for kind in types(trained, params, state, x))
     assert_same(executed(trained, params, state, x, device=device), trained(params, state, x), tolerance)
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.distributed import Groups, Replicas, Train
+from bevfn.kernels import batch_norm as kernel
 from bevfn.kernels import derivatives
-
-aten = torch.ops.aten
 
 
 @tree.register
@@ -105,46 +104,18 @@ def _normalised(
     # 2.13, silently): a view of it does not.
     x, weight, bias = (t.view_as(t) for t in (x, weight, bias))
     if valid is None and replicas is None and _by_operator(x, weight):
-        y, mean, var = _normalised_images(x, weight, bias, eps)
+        y, mean, var = kernel.batch_norm(x, weight, bias, eps)
         count = x.numel() // x.shape[1]
-        return y, {"mean": mean, "var": var * (count / (count - 1))}
+        return y, {"mean": mean, "var": var * (count / max(count - 1, 1))}
     function = _Normalise if torch.compiler.is_dynamo_compiling() else _NormaliseForward
     y, mean, var, count = function.apply(x, weight, bias, mask, rows, eps, replicas)
     return y, {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
 
 
 def _by_operator(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's operator computes it, in eager mode and in the graph for Ascend, which has operators for it.
-
-    A compiler fuses the closed form better. Rows are none of its cases: on Ascend the variance is a difference of squares
-    (docs/ascend.md), and rows may be no activations: camera matrices are far off 0.
-    """
-    narrow = weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    whole = x.dim() == 4 and weight.dim() == 1 and x.numel() > x.shape[1]
-    return whole and narrow and not torch.compiler.is_compiling()
-
-
-def _images(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B C H W], weight and bias [C] to y like x, mean and biased variance [C]."""
-    y, mean, rstd = aten._native_batch_norm_legit.no_stats(x, weight, bias, True, 0.0, eps)
-    return y, mean, rstd.pow(-2) - eps
-
-
-def _gradients_of_images(
-    wanted: frozenset[int], grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, var: Tensor
-) -> tuple[Tensor | None, ...]:
-    statistics = (None, None, mean, torch.rsqrt(var + eps))
-    made = aten.native_batch_norm_backward(grad, x, weight, *statistics, True, eps, [True, True, True])
-    return *made, None, None, None
-
-
-def _plain_images(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *_: Tensor) -> Tensor:
-    one = torch.ones((), device=x.device)
-    return _Normalise.forward(x, weight, bias, one, one * (x.numel() // x.shape[1]), eps, None)[0]
-
-
-_normalised_images = derivatives.differentiable(_images, _gradients_of_images, _plain_images)
-"""`_images` with all derivatives of y."""
+    """Images; a compiler fuses the closed form that it sees. Not rows: on Ascend the operator's variance is a difference of
+    squares (docs/ascend.md), and rows may be no activations: camera matrices are far off 0."""
+    return x.dim() == 4 and weight.dim() == 1 and not torch.compiler.is_compiling()
 
 
 def _per_channel(c: Tensor, x: Tensor) -> Tensor:

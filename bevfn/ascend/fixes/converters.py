@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from bevfn.ascend.fixes import batch_norm
-
 aten = torch.ops.aten
 
 
@@ -34,7 +32,6 @@ def _converters() -> dict:
         **_elementwise(),
         **_reductions(),
         **_counters(),
-        **batch_norm.converters(),
         aten.sort.stable: _sort(),
         aten.index_add.default: _index_add(),
         aten.convolution.default: _convolution(),

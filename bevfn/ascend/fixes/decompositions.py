@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import get_decompositions
 
-from bevfn.ascend.fixes import batch_norm
-
 aten = torch.ops.aten
 
 # Without a converter, or with a wrong one (batch norm); torch takes them apart into operators that convert.
@@ -30,7 +28,6 @@ def table() -> dict[Any, Callable]:
     """{overload: function} for `make_fx`. A function that returns NotImplemented leaves its operator as it is."""
     return {
         **get_decompositions(list(TORCH)),
-        **batch_norm.decompositions(),
         aten.select_backward.default: _select_backward,
         aten.avg_pool2d.default: _avg_pool2d,
         aten.avg_pool2d_backward.default: _avg_pool2d_backward,

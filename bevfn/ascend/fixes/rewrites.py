@@ -7,8 +7,6 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bevfn.ascend.fixes import batch_norm
-
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 _VIEWS = (aten.permute.default, aten.transpose.int, aten.t.default, aten.view.default, aten.reshape.default)
@@ -23,7 +21,6 @@ def apply(module: fx.GraphModule) -> None:
     without_aliases(module)
     half_convolutions(module)
     shifts(module)
-    batch_norm.variances(module)
     remove_noop_ops(module.graph)  # here, and not in torchair: it would take out the copies of the next line
     contiguous_views(module)
     module.graph.eliminate_dead_code()
