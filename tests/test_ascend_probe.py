@@ -215,5 +215,7 @@ def test_what_is_unknown_about_integers_is_asked():
         assert asked or fact["int32"] in ("exact", "through float32")
     through = {kind for kind, fact in facts["integers"].items() if fact["int32"] == "through float32"}
     assert (
-        through == {"SelectV2", "FloorDiv", "FloorMod", "TruncateDiv", "Mod"} == a2.OPS.keys() - {"Sxpy", "BNTrainingUpdate"}
+        through
+        == {"SelectV2", "FloorDiv", "FloorMod", "TruncateDiv", "Mod"}
+        == a2.OPS.keys() - {"Sxpy", "BNTrainingUpdate"}
     )  # as the interpreter's mode computes

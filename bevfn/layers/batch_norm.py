@@ -2,7 +2,8 @@
 
 Hand-written: the stock Ascend converter of `F.batch_norm(training=True)` returns its outputs in the wrong order
 (shared/npu/COVERAGE.md, second risk), and a published model's statistics are state that a step must return. The
-gradient is the closed form: half the graph nodes of differentiating the forward.
+gradient is the closed form: half the graph nodes of differentiating the forward. Images whose statistics are their own
+are an operator (`kernels.batch_norm`), for Ascend's sake.
 """
 
 from collections.abc import Container
