@@ -99,15 +99,15 @@ def _normalised(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """x [B C ...] and params [C], or groups [G B C ...] and [G C], to (y, {"mean", unbiased "var"} like the params)."""
     weight, bias = params["weight"], params["bias"]
+    if valid is None and replicas is None and _by_operator(x, weight):
+        y, mean, var = kernel.batch_norm(x, weight, bias, eps)
+        counted = x.numel() // x.shape[1]
+        return y, {"mean": mean, "var": var * (counted / max(counted - 1, 1))}
     mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
     rows = mask.sum() if valid is not None else mask * (x.numel() // weight.numel())
     # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
     # 2.13, silently): a view of it does not.
     x, weight, bias = (t.view_as(t) for t in (x, weight, bias))
-    if valid is None and replicas is None and _by_operator(x, weight):
-        y, mean, var = kernel.batch_norm(x, weight, bias, eps)
-        count = x.numel() // x.shape[1]
-        return y, {"mean": mean, "var": var * (count / max(count - 1, 1))}
     function = _Normalise if torch.compiler.is_dynamo_compiling() else _NormaliseForward
     y, mean, var, count = function.apply(x, weight, bias, mask, rows, eps, replicas)
     return y, {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
