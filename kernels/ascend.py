@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from bevfn.kernels.batch_norm import ascend as batch_norm
 from bevfn.kernels.deform_attn import ascend as deform_attn
 from bevfn.kernels.deform_conv import ascend as deform_conv
 from bevfn.kernels.linear_assignment import ascend as linear_assignment
@@ -31,6 +32,7 @@ def table(ops: Ops = "stock") -> dict[torch._ops.OpOverload, Callable]:
     if ops not in get_args(Ops):
         raise ValueError(f"ops = {ops!r} is not known; choose one of {', '.join(get_args(Ops))}")
     return {
+        **batch_norm.decompositions(),
         **voxelize.DECOMPOSITIONS,
         **neighbours.DECOMPOSITIONS,
         **sparse_conv.DECOMPOSITIONS,
@@ -43,6 +45,7 @@ def table(ops: Ops = "stock") -> dict[torch._ops.OpOverload, Callable]:
 
 def register() -> None:
     """Converters of the operators that stay; call it once, after torchair is loaded."""
+    batch_norm.register()
     linear_assignment.register()
     voxel_pool.register()
     wait_for.register()

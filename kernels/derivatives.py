@@ -7,6 +7,7 @@ hessian, vmap and `create_graph=True` give right numbers through every op.
 """
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
     """`forward` with all its derivatives, as a function of the same positional operands (tensors, None and numbers).
 
     Args:
-        forward: the operator, operands -> Tensor.
+        forward: the operator, operands -> Tensor, or a tuple of it and of what `backward` takes after the operands, which
+            has no derivative.
         backward: (wanted, grad, *operands) -> one gradient per operand, by operators too; those whose place is not
             in `wanted` may be anything.
-        plain: what `forward` computes, in torch functions that autograd differentiates twice.
+        plain: the Tensor that `forward` computes, in torch functions that autograd differentiates twice; it gets all that
+            `backward` does.
     """
 
     gradients_of = _gradients(backward, plain)
@@ -32,22 +35,26 @@ def differentiable(forward: Callable, backward: Callable, plain: Callable) -> Ca
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*operands: Any) -> Tensor:
+        def forward(*operands: Any) -> Any:
             return forward(*operands)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-            save(ctx, inputs)
+            kept = output[1:] if isinstance(output, tuple) else ()
+            ctx.mark_non_differentiable(*kept)
+            ctx.kept = len(kept)
+            save(ctx, inputs, kept)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple:
+        def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
             wanted = frozenset(i for i, needed in enumerate(ctx.needs_input_grad) if needed)
             gradients = iter(gradients_of.apply(wanted, grad, *saved(ctx)))
-            return tuple(next(gradients) if i in wanted else None for i in range(len(ctx.others)))
+            return tuple(next(gradients) if i in wanted else None for i in range(len(ctx.needs_input_grad)))
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-            return pushforward(plain, saved(ctx), tangents)
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            y = pushforward(plain, saved(ctx), tangents)
+            return (y, *(None for _ in range(ctx.kept))) if ctx.kept else y
 
     return one_node(lambda *operands: Value.apply(*operands))
 
@@ -103,17 +110,17 @@ def _gradients(backward: Callable, plain: Callable) -> Any:
     return Gradients
 
 
-def save(ctx: Any, operands: tuple) -> None:
-    """Keeps a Function's operands for `backward` and `jvp`."""
+def save(ctx: Any, operands: tuple, kept: tuple = ()) -> None:
+    """Keeps a Function's operands for `backward` and `jvp`, and for `backward` what else is `kept`."""
     tensors = [x if isinstance(x, Tensor) else None for x in operands]
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *kept)
     ctx.save_for_forward(*tensors)
     ctx.others = tuple(None if isinstance(x, Tensor) else x for x in operands)
 
 
 def saved(ctx: Any) -> tuple:
     """What `save` kept."""
-    return tuple(other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others))
+    return tuple(other if tensor is None else tensor for tensor, other in zip_longest(ctx.saved_tensors, ctx.others))
 
 
 def _at(places: frozenset[int], values: tuple) -> tuple[Tensor, ...]:

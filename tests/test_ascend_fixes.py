@@ -19,6 +19,8 @@ from bevfn.ascend import interpret, report, torchair
 from bevfn.ascend.fixes import converters, decompositions, refusals, rewrites
 from bevfn.ascend.lower import lower
 from bevfn.ascend.uses import used_by
+from bevfn.kernels.batch_norm import ascend as batch_norm_kernel
+from bevfn.layers import batch_norm as layer
 
 aten = torch.ops.aten
 INT32, INT64 = 7, 8  # in the protobuf's numbering
@@ -99,6 +101,52 @@ def test_batch_norm_in_training_mode(stock):
     for overload in (aten._native_batch_norm_legit_functional, aten.native_batch_norm_backward):
         stock(overload)
     assert differs(executed(batch_norm, *BATCH_NORM), batch_norm(*BATCH_NORM))
+
+
+def trained(params, state, x):
+    """A layer's outputs, statistics and gradients."""
+
+    def loss(params, x):
+        y, seen = layer.apply(params, state, x, train=True)
+        return torch.sin(y.float()).sum(), (y, seen)
+
+    return grad_and_value(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+
+FOUR = ["BNTrainingReduce", "BNTrainingReduceGrad", "BNTrainingUpdate", "BNTrainingUpdateGrad"]
+
+
+@pytest.mark.parametrize("device", ["published", "a2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_batch_norm_of_images_is_four_tasks(dtype, device, monkeypatch):
+    params = {"weight": random(3, seed=1), "bias": random(3, seed=2)}
+    state = {"mean": random(3, seed=3), "var": random(3, seed=4).abs()}
+    x = (random(4, 3, 5, 5) * 2 + 1).to(dtype)
+    lowered = lower(trained, (params, state, x))
+    assert sorted(op.type for op in lowered.graph.op if op.type.startswith("BN")) == FOUR
+    large = [use for use in used_by(lowered) if use.results and use.results[0].shape == x.shape]
+    assert not {use.kind for use in large if "batch_norm." in str(lowered.sources[use.name][1])} - {*FOUR, "Data"}
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-3  # a2: a product and a sum of float32; float16 is rounded once
+    assert_same(executed(trained, params, state, x, device=device), trained(params, state, x), tolerance)
+    monkeypatch.setattr(batch_norm_kernel, "FUSED", False)
+    assert not any(kind.startswith("BN") for kind in types(trained, params, state, x))
+    assert_same(executed(trained, params, state, x, device=device), trained(params, state, x), tolerance)
+
+
+def test_an_a2_loses_the_variance_of_images_far_off_zero_and_no_more_than_that():
+    """A difference of squares of 1000 +- 1 has two digits; it is never negative, so that equal numbers stay finite."""
+    params, state = layer.init(2)
+    x = torch.stack([1000 + random(4, 9, 9), torch.full((4, 9, 9), 1001.0)], 1)
+    exact, a2 = (executed(trained, params, state, x, device=device)[1][1] for device in ("published", "a2"))
+    assert_same(exact[0][:, 0], layer.apply(params, state, x, train=True)[0][:, 0], 1e-3)
+    error = (a2[0][:, 0] - exact[0][:, 0]).abs().max()
+    assert 1e-3 < error < 0.5 and torch.isfinite(a2[0]).all()
+    assert_same(a2[1]["mean"], exact[1]["mean"])
+
+
+@pytest.mark.parametrize("rows", [(6, 3), (3, 3, 1, 1)])
+def test_what_is_far_off_zero_is_rows_whose_variance_takes_two_passes(rows):
+    assert any(kind.startswith("BN") for kind in types(trained, *layer.init(3), random(*rows))) == (len(rows) == 4)
 
 
 LARGE = 2**24

@@ -161,13 +161,20 @@ def check_inputs(traced: Traced, tensors: Sequence[Tensor]) -> None:
             )
 
 
+_ANYWHERE = (
+    *(torch.ops.bevfn.wait_for.default, torch.ops.bevfn.batch_norm.default),
+    torch.ops.bevfn.batch_norm_backward.default,
+)
+"""Operators of this package that are aten operators on any device."""
+
+
 def check_module(module: fx.GraphModule, backend: Backend) -> None:
     """Raises ValueError naming an operator that would be wrong on the device, or cannot be captured there."""
     for node in module.graph.nodes:
         where = f"{node.target} at {node.meta.get('source') or 'an unknown line'}"
         if backend == "torchair" and (reason := refusals.reason(node)):
             raise ValueError(f"no Ascend converter for {where}: {reason}")
-        own = getattr(node.target, "namespace", "") == "bevfn" and node.target is not torch.ops.bevfn.wait_for.default
+        own = getattr(node.target, "namespace", "") == "bevfn" and node.target not in _ANYWHERE
         if backend == "npugraph-ex" and own:
             raise ValueError(f"backend 'npugraph-ex' cannot capture {where}, which runs on the host; use torchair")
 

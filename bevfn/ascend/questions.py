@@ -473,7 +473,7 @@ NORMS = (
     Answer(
         "loses digits",
         lambda x: tuple(y.float() for y in normalised(x.double())),
-        "the variance is a difference of squares: keep the plain batch norm",
+        "as read in CANN's source: the variance is a difference of squares, of numbers this far off 0",
         0.5,
     ),
 )
@@ -501,7 +501,7 @@ FLOATS = (
     ),
     Question(
         name="batch-norm",
-        asks="What does the batch norm that bevfn writes out cost?",
+        asks="What does batch norm that is written out cost, as bevfn's of rows?",
         assumes="its bytes over 1.49 TB/s and 1 to 5 us a node (ascend/rates.py)",
         operands=activations,
         step=normalised,
@@ -511,12 +511,12 @@ FLOATS = (
     Question(
         name="batch-norm-fused",
         asks="Do BNTrainingReduce and BNTrainingUpdate normalise as exactly, and faster?",
-        assumes="unknown, and so not used: its variance is a difference of squares (docs/ascend.md)",
+        assumes="less than batch-norm does, and so used for images; its variance is a difference of squares (docs/ascend.md)",
         operands=activations,
         build=fused_norm,
         answers=NORMS,
         rows=2 * 128 * 128,
-        refused="keep the plain batch norm",
+        refused="set FUSED = False in kernels/batch_norm/ascend.py: batch norm is written out then",
     ),
 )
 

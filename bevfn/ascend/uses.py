@@ -30,6 +30,7 @@ FAMILIES: dict[str, frozenset[str] | set[str]] = {
     "reductions": {
         *("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceAll", "ReduceAny"),
         *("ArgMaxWithValue", "Cumsum", "LayerNormV4", "LayerNormGradV3", "SoftmaxV2", "SoftmaxGrad"),
+        *("BNTrainingReduce", "BNTrainingUpdate", "BNTrainingUpdateGrad", "BNTrainingReduceGrad"),
     },
     "gather and scatter": {
         *("Gather", "GatherV2", "GatherElements", "GatherNd", "ScatterElements", "InplaceIndexAdd", "IndexByTensor"),

@@ -1,8 +1,14 @@
 """Batch norm (Ioffe & Szegedy 2015), numerically torch's BatchNorm1d and BatchNorm2d, statistics in float32.
 
 Hand-written: the stock Ascend converter of `F.batch_norm(training=True)` returns its outputs in the wrong order
+<<<<<<< HEAD
 (torch_npu 2.13.0), and a published model's statistics are state that a step must return. The
 gradient is the closed form: half the graph nodes of differentiating the forward.
+=======
+(shared/npu/COVERAGE.md, second risk), and a published model's statistics are state that a step must return. The
+gradient is the closed form: half the graph nodes of differentiating the forward. Images whose statistics are their own
+are an operator (`kernels.batch_norm`), for Ascend's sake.
+>>>>>>> w-bn
 """
 
 from collections.abc import Container
@@ -14,6 +20,7 @@ from torch import Tensor
 
 from bevfn import tree
 from bevfn.distributed import Groups, Replicas, Train
+from bevfn.kernels import batch_norm as kernel
 from bevfn.kernels import derivatives
 
 
@@ -97,6 +104,10 @@ def _normalised(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """x [B C ...] and params [C], or groups [G B C ...] and [G C], to (y, {"mean", unbiased "var"} like the params)."""
     weight, bias = params["weight"], params["bias"]
+    if valid is None and replicas is None and _by_operator(x, weight):
+        y, mean, var = kernel.batch_norm(x, weight, bias, eps)
+        counted = x.numel() // x.shape[1]
+        return y, {"mean": mean, "var": var * (counted / max(counted - 1, 1))}
     mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
     rows = mask.sum() if valid is not None else mask * (x.numel() // weight.numel())
     # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
@@ -105,6 +116,12 @@ def _normalised(
     function = _Normalise if torch.compiler.is_dynamo_compiling() else _NormaliseForward
     y, mean, var, count = function.apply(x, weight, bias, mask, rows, eps, replicas)
     return y, {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
+
+
+def _by_operator(x: Tensor, weight: Tensor) -> bool:
+    """Images; a compiler fuses the closed form that it sees. Not rows: on Ascend the operator's variance is a difference of
+    squares (docs/ascend.md), and rows may be no activations: camera matrices are far off 0."""
+    return x.dim() == 4 and weight.dim() == 1 and not torch.compiler.is_compiling()
 
 
 def _per_channel(c: Tensor, x: Tensor) -> Tensor:

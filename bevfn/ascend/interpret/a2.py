@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevfn.ascend.interpret import conv, elementwise
-from bevfn.ascend.interpret.node import Invalid, same_dtype
+from bevfn.ascend.interpret import conv, elementwise, norm
+from bevfn.ascend.interpret.node import Invalid, image, same_dtype
 
 
 def select_v2(condition: Tensor, then: Tensor, else_: Tensor) -> Tensor:
@@ -53,6 +53,30 @@ def mod(x1: Tensor, x2: Tensor) -> Tensor:
     return torch.fmod(x1, x2)
 
 
+def bn_training_update(
+    x: Tensor,
+    sum: Tensor,
+    square_sum: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    factor: float,
+    epsilon: float,
+    image_layout: str,
+) -> tuple[Tensor, ...]:
+    """The variance is a difference of squares in float32, 0 at least, and y a product and a sum (`bn_training_update.py`)."""
+    image(image_layout)
+    count = x.numel() // x.shape[1]
+    batch_mean = sum * (1 / count)
+    batch_variance = (square_sum * (1 / count) - batch_mean * batch_mean).clamp(min=0)
+    factor_of_x = scale / torch.sqrt(batch_variance + epsilon)
+    f, o = norm.channels(x, factor_of_x, offset - factor_of_x * batch_mean)
+    y = (x.float() * f + o).to(x.dtype)
+    return y, *norm.updated(x, batch_mean, batch_variance, mean, variance, factor)
+
+
 def sxpy(x1: Tensor, x2: Tensor, alpha: Tensor | None = None) -> Tensor:
     """In no list of kernels, of the AI Core, the AI CPU or the host."""
     raise Invalid("A2 has no kernel of this type")
@@ -83,5 +107,6 @@ def _of_hf32(function: Callable) -> Callable:
 HF32_OPS: dict[str, Callable] = {name: _of_hf32(function) for name, function in conv.OPS.items()}
 OPS: dict[str, Callable] = {
     **{"SelectV2": select_v2, "FloorDiv": floor_div, "FloorMod": floor_mod, "TruncateDiv": truncate_div, "Mod": mod},
+    "BNTrainingUpdate": bn_training_update,
     "Sxpy": sxpy,
 }

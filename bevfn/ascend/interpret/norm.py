@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bevfn.ascend.interpret.node import Invalid, fixed, image, ints, of_dtype, only, same_dtype
 
 
-def _channels(x: Tensor, *values: Tensor) -> list[Tensor]:
+def channels(x: Tensor, *values: Tensor) -> list[Tensor]:
     """Per-channel float32 values [C] to stand beside x [N C ...]."""
     for value in values:
         of_dtype(value, torch.float32)
@@ -43,7 +44,7 @@ def batch_norm_v3(
     var, mean = torch.var_mean(wide, _other_axes(x), correction=0)
     count = x.numel() // x.shape[1]
     rstd = torch.rsqrt(var + epsilon)
-    m, r, w, b = _channels(x, mean, rstd, weight.float(), bias.float())
+    m, r, w, b = channels(x, mean, rstd, weight.float(), bias.float())
     y = ((wide - m) * r * w + b).to(x.dtype)
     running_mean = torch.lerp(running_mean, mean.to(running_mean.dtype), momentum)
     running_var = torch.lerp(running_var, (var * (count / (count - 1))).to(running_var.dtype), momentum)
@@ -70,16 +71,27 @@ def bn_training_update(
     epsilon: float,
     image_layout: str,
 ) -> tuple[Tensor, ...]:
-    """-> y, mean, variance, batch_mean, batch_variance; the variance is a difference of squares."""
+    """-> y, mean, variance, batch_mean, batch_variance.
+
+    Sum and squares are those of x (its documents: after BNTrainingReduce), so the variance is taken of x, without cancellation.
+    """
     image(image_layout)
-    count = x.numel() // x.shape[1]
-    batch_mean = sum / count
-    batch_variance = square_sum / count - batch_mean * batch_mean
-    m, r, s, o = _channels(x, batch_mean, torch.rsqrt(batch_variance + epsilon), scale, offset)
+    for given, own in zip((sum, square_sum), bn_training_reduce(x, image_layout=image_layout)):
+        if not isinstance(own, FakeTensor) and not torch.allclose(given, own, rtol=1e-4, equal_nan=True):
+            raise Invalid("sum and square_sum are not those of x")
+    batch_variance, batch_mean = torch.var_mean(x.float(), _other_axes(x), correction=0)
+    m, r, s, o = channels(x, batch_mean, torch.rsqrt(batch_variance + epsilon), scale, offset)
     y = ((x.float() - m) * r * s + o).to(x.dtype)
-    mean = torch.lerp(mean, batch_mean, factor)
-    variance = torch.lerp(variance, batch_variance * (count / (count - 1)), factor)
-    return y, mean, variance, batch_mean, batch_variance
+    return y, *updated(x, batch_mean, batch_variance, mean, variance, factor)
+
+
+def updated(
+    x: Tensor, batch_mean: Tensor, batch_variance: Tensor, mean: Tensor, variance: Tensor, factor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What BNTrainingUpdate returns beside y: the running statistics, of the unbiased variance, and the batch's."""
+    count = x.numel() // x.shape[1]
+    unbiased = batch_variance * (count / max(count - 1, 1))
+    return torch.lerp(mean, batch_mean, factor), torch.lerp(variance, unbiased, factor), batch_mean, batch_variance
 
 
 def bn_training_update_grad(
@@ -88,7 +100,7 @@ def bn_training_update_grad(
     """-> diff_scale, diff_offset: gradients of scale and offset. The fourth operand is a variance, not 1 / std."""
     image(image_layout)
     same_dtype(grads, x)
-    m, r = _channels(x, batch_mean, torch.rsqrt(batch_variance + epsilon))
+    m, r = channels(x, batch_mean, torch.rsqrt(batch_variance + epsilon))
     g = grads.float()
     return (g * ((x.float() - m) * r)).sum(_other_axes(x)), g.sum(_other_axes(x))
 
@@ -110,7 +122,7 @@ def bn_training_reduce_grad(
     same_dtype(grads, x)
     count = x.numel() // x.shape[1]
     rstd = torch.rsqrt(batch_variance + epsilon)
-    ds, do, s, m, r = _channels(x, diff_scale / count, diff_offset / count, scale, batch_mean, rstd)
+    ds, do, s, m, r = channels(x, diff_scale / count, diff_offset / count, scale, batch_mean, rstd)
     return (s * r * (grads.float() - do - (x.float() - m) * r * ds)).to(x.dtype)
 
 
@@ -125,7 +137,7 @@ def bn_infer(
     image_layout: str,
 ) -> Tensor:
     image(image_layout)
-    s, o, m, r = _channels(x, scale, offset, mean, torch.rsqrt(variance + epsilon))
+    s, o, m, r = channels(x, scale, offset, mean, torch.rsqrt(variance + epsilon))
     return ((x.float() - m) * r * s + o).to(x.dtype)
 
 
@@ -133,7 +145,7 @@ def bn_infer_grad(
     grads: Tensor, scale: Tensor, batch_variance: Tensor, *, epsilon: float = 1e-4, image_layout: str
 ) -> Tensor:
     image(image_layout)
-    (factor,) = _channels(grads, scale * torch.rsqrt(batch_variance + epsilon))
+    (factor,) = channels(grads, scale * torch.rsqrt(batch_variance + epsilon))
     return (grads.float() * factor).to(grads.dtype)
 
 
