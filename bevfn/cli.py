@@ -10,11 +10,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from bevfn import commands, exits
+from bevfn.choices import Experiment
 from bevfn.export import runtimes
 from bevfn.training import limits
 
@@ -147,6 +148,9 @@ def main() -> None:
             COMMANDS["train"](arguments[1], tuple(arguments[2:]))
         )  # whose flags are the recipe's, and errors a run's
     with exits.one_sentence(RuntimeError), exits.tidy_on_terminate():
+        path = "".join(arguments[1:2])
+        if arguments[:1] == ["eval"] and path not in get_args(Experiment) and Path(path or "-").exists():
+            raise ValueError(f"eval takes a recipe first: `bevfn eval RECIPE --checkpoint {path}`")
         if arguments[:1] and arguments[0] in GROUPS:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
         sys.exit(_run(COMMANDS, arguments, "bevfn", ABOUT))

@@ -51,6 +51,7 @@ MISTAKES = [
     (TRAIN + "--pretrained runs/god", "runs/god is not there; did you mean runs/good?"),
     ("predict runs/god WORLD --scene all --out out", "runs/god is not there; did you mean runs/good?"),
     ("eval bevdepth --data-root WORLD --checkpoint runs/good", "is of another experiment (it sets "),
+    ("eval runs/good", "eval takes a recipe first: `bevfn eval RECIPE --checkpoint runs/good`"),
     # going on with a run
     ("train bevfusion_lidar --run-dir runs/god --resume", "runs/god holds no run to go on with (it has no config.json); runs has the runs good; check --run-dir"),
     ("train bevfusion_lidar --resume runs/good", "--resume takes no folder: `--run-dir runs/good --resume` goes on with the run that is there"),
