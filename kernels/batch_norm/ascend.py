@@ -2,7 +2,7 @@
 
 Four tasks that read or write the images eight times. A2's kernels take the variance as a difference of squares (`interpret.a2`),
 float16, bfloat16 or float32 images, float32 per channel, and the layout of the cube's results. Not run on a device.
-Source: CANN 8.1.RC1, impl/dynamic/bn_training_*.py; outputs as in op_proto/inc/reduce_ops.h and nn_batch_norm_ops.h.
+Source: CANN 8.1.RC1, impl/dynamic/bn_training_*.py; outputs as in op_proto/inc/reduce_ops.h.
 """
 
 from collections.abc import Callable
