@@ -82,7 +82,8 @@ def unordered(function: Callable[..., Result], jobs: Iterable[tuple], workers: i
             for process in multiprocessing.active_children():
                 if process not in others:
                     process.kill()
-            pool.shutdown(cancel_futures=True)  # waits for its thread: a second Ctrl-C ends at once and would leave its semaphores
+            # Which waits for its thread: a second Ctrl-C ends at once and would leave its semaphores.
+            pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 

@@ -44,7 +44,9 @@ def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
     if task.score is not None and asked["tta"] is not None:
         raise ValueError(f"{config.model} detects nothing, so --tta {asked['tta']} has no boxes to merge; leave it out")
     if asked["tta"] is not None and not config.augment:
-        print("warning: this model was trained without --augment and saw nothing mirrored: --tta may turn its boxes round")
+        print(
+            "warning: this model was trained without --augment and saw nothing mirrored: --tta may turn its boxes round"
+        )
     reference = None if against is None else _other(experiment, config, task, against)
     found, counts = _found(task, checkpoint, **settings)
     sure = None if reference is None else _found(reference, checkpoint, **settings)[0]
