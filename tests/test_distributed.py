@@ -433,10 +433,10 @@ def test_one_process_needs_no_replicas():
     distributed.stop()
 
 
-# Metrics, and the worst leaf (the median leaf: a tenth of it) as test_bevfusion measures it. Sums over one sample and
-# over two are rounded differently, and inductor's again. Measured: 18 s with aot_eager, 8 minutes with inductor, which
-# compiles on both processes.
-DETECTOR = {"eager": (1e-6, 1e-5), "aot_eager": (1e-6, 1e-5), "inductor": (2e-3, 2e-2)}
+# Metrics, worst and median leaf as test_bevfusion measures them. Sums over one sample and over two are rounded differently, and
+# inductor's again: 4e-4 on a bias that starts at 0, of a norm in front of a ReLU that equal pixels of the depth image cross
+# together; 5e-6 on the next leaf. Measured: 18 s with aot_eager, 8 minutes with inductor, which compiles on both processes.
+DETECTOR = {"eager": (1e-6, 1e-3, 1e-7), "aot_eager": (1e-6, 1e-3, 1e-7), "inductor": (2e-3, 2e-2, 2e-3)}
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_a_detector_on_two_replicas_is_the_detector_on_both_samples(backend, tmp
     assert all(torch.equal(one[k], two[k]) for k in one)
     torch.testing.assert_close(one["history"], whole["history"], atol=1e-6, rtol=DETECTOR[backend][0])
     start = bevfusion.init(test_bevfusion.tiny("lidar-camera"), seed=0)[0]
-    small_steps.compare_leaves(start, states(one), states(whole), DETECTOR[backend][1])
+    small_steps.compare_leaves(start, states(one), states(whole), *DETECTOR[backend][1:])
     assert one["graphs"].tolist() == [0 if backend == "eager" else 1, 0]
 
 

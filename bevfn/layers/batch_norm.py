@@ -210,9 +210,9 @@ class _NormaliseForward(_Normalise):
 
 def _moments(wide: Tensor, mask: Tensor, count: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, biased variance, masked wide - mean) over `dims`, in two passes: no cancellation."""
-    mean = _masked(wide, mask).sum(dims) / count
+    mean = kernel.total(_masked(wide, mask), dims) / count
     centred = _masked(wide - _per_channel(mean, wide), mask)
-    return mean, (centred * centred).sum(dims) / count, centred
+    return mean, kernel.total(centred * centred, dims) / count, centred
 
 
 def _pooled(mean: Tensor, var: Tensor, rows: Tensor, replicas: Replicas) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,8 @@
 On a CPU or GPU it is the closed form, which a compiler gets as it is (`layers.batch_norm`).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +29,22 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form, the variance in two passes: no cancellation."""
     wide, count = x.float(), x.numel() // x.shape[1]
-    mean = wide.sum(_AXES) / count
+    mean = total(wide, _AXES) / count
     centred = wide - _images(mean)
-    var = (centred * centred).sum(_AXES) / count
+    var = total(centred * centred, _AXES) / count
     y = centred * _images(weight * torch.rsqrt(var + eps)) + _images(bias)
     return y.to(x.dtype), mean, var
+
+
+def total(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """Sum of images [... H W] or rows [R C] over `axes`, ascending, in two steps: inductor adds one number to the next, which rounds a mean of
+    10^5 equal numbers by 5e-5 (docs/benchmarks.md); in two it is at 1e-7, as torch's own sum, a tree, in one."""
+    if axes[-1] == x.dim() - 1:
+        return x.sum(-1).sum(list(axes[:-1]))
+    some = math.gcd(len(x), 64)
+    if x.dim() > 2 or some == 1:
+        return x.sum(list(axes))
+    return x.reshape(-1, some, x.shape[1]).sum(1).sum(0)
 
 
 def backward(
