@@ -5,7 +5,7 @@ Hand-written: the stock Ascend converter of `F.batch_norm(training=True)` return
 (torch_npu 2.13.0), and a published model's statistics are state that a step must return. The
 gradient is the closed form: half the graph nodes of differentiating the forward.
 =======
-(shared/npu/COVERAGE.md, second risk), and a published model's statistics are state that a step must return. The
+(docs/ascend.md, "Wrong without a message"), and a published model's statistics are state that a step must return. The
 gradient is the closed form: half the graph nodes of differentiating the forward. Images whose statistics are their own
 are an operator (`kernels.batch_norm`), for Ascend's sake.
 >>>>>>> w-bn
