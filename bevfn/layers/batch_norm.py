@@ -1,14 +1,9 @@
 """Batch norm (Ioffe & Szegedy 2015), numerically torch's BatchNorm1d and BatchNorm2d, statistics in float32.
 
 Hand-written: the stock Ascend converter of `F.batch_norm(training=True)` returns its outputs in the wrong order
-<<<<<<< HEAD
 (torch_npu 2.13.0), and a published model's statistics are state that a step must return. The
-gradient is the closed form: half the graph nodes of differentiating the forward.
-=======
-(docs/ascend.md, "Wrong without a message"), and a published model's statistics are state that a step must return. The
 gradient is the closed form: half the graph nodes of differentiating the forward. Images whose statistics are their own
 are an operator (`kernels.batch_norm`), for Ascend's sake.
->>>>>>> w-bn
 """
 
 from collections.abc import Container
