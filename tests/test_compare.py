@@ -69,7 +69,8 @@ def test_runs_that_cannot_be_compared_by_scores_say_why(monkeypatch, capfd, tmp_
 
 @pytest.mark.parametrize(
     "words, says",
-    [(["{0}/a"], "takes two runs or more"), (["{0}/a", "{0}/c"], "c is no run's folder; "), (["{0}/a", "{0}/a"], "is named twice")],
+    [(["{0}/a"], "takes two runs or more"), (["{0}/a", "{0}/c"], "c is no run's folder; "),
+     (["{0}/a", "{0}/a/config.json"], "config.json is no run's folder; its folder is "), (["{0}/a", "{0}/a"], "is named twice")],
 )  # fmt: skip
 def test_a_wrong_folder_is_one_sentence(monkeypatch, capfd, tmp_path, words, says):
     made(tmp_path / "a")

@@ -23,8 +23,8 @@ def compare(runs: Positional[tuple[Path, ...]], *, out: Path = Path("runs/compar
         raise ValueError("bevfn compare takes two runs or more; name their folders, such as runs/a runs/b")
     for run in runs:
         if not (run / run_folder.CONFIG_FILE).is_file():
-            there = f"it has no {run_folder.CONFIG_FILE}" if run.is_dir() else located.near(run)
-            raise ValueError(f"{run} is no run's folder; {there}")
+            what = f"it has no {run_folder.CONFIG_FILE}" if run.is_dir() else f"its folder is {run.parent}"
+            raise ValueError(f"{run} is no run's folder; {what if run.exists() else located.near(run)}")
     check_writable(out)
     short = [run.name for run in runs]
     names = short if len(set(short)) == len(runs) else [str(run) for run in runs]
