@@ -133,6 +133,33 @@ def test_batch_norm_of_images_is_four_tasks(dtype, device, monkeypatch):
     assert_same(executed(trained, params, state, x, device=device), trained(params, state, x), tolerance)
 
 
+@pytest.mark.parametrize("device", ["published", "a2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("counted", [40, 1, 0])
+def test_batch_norm_of_the_rows_that_count_is_the_same_four_tasks(counted, dtype, device):
+    """What the other rows hold does not matter, not even where they are most."""
+
+    def trained_rows(params, state, x, valid):
+        def loss(params, x):
+            y, seen = layer.apply(params, state, x, train=True, valid=valid)
+            return torch.sin(y.float()).sum(), (y, seen)
+
+        return grad_and_value(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    params = {"weight": random(3, seed=1), "bias": random(3, seed=2)}
+    state = {"mean": random(3, seed=3), "var": random(3, seed=4).abs()}
+    valid = torch.arange(150) % 3 == 0
+    valid &= valid.cumsum(0) <= counted
+    x = (random(150, 3) * 2 + 1 + 50 * ~valid[:, None]).to(dtype)
+    operands = (params, state, x, valid)
+    assert sorted(kind for kind in types(trained_rows, *operands) if kind.startswith("BN")) == FOUR
+    wanted = trained_rows(*operands)
+    assert counted == 0 or not torch.equal(
+        wanted[1][1][1]["mean"], layer.apply(params, state, x, train=True)[1]["mean"]
+    )
+    assert_same(executed(trained_rows, *operands, device=device), wanted, 2e-5 if dtype == torch.float32 else 2e-3)
+
+
 def test_an_a2_loses_the_variance_of_images_far_off_zero_and_no_more_than_that():
     """A difference of squares of 1000 +- 1 has two digits; it is never negative, so that equal numbers stay finite."""
     params, state = layer.init(2)

@@ -70,13 +70,11 @@ def apply(
     if isinstance(train, Groups):
         if valid is not None or len(x) % train.count:
             raise ValueError(f"{len(x)} rows must be {train.count} groups of equal size, without `valid`")
-        parts = x.view(train.count, -1, *x.shape[1:])  # G B/G C ...
-        weights = {name: leaf.expand(train.count, -1) for name, leaf in params.items()}
-        y, seen = _normalised(weights, parts, None, eps, train.replicas)
+        y, seen = _normalised_apart(params, x, train, eps)
         # r <- r + momentum (s - r) group after group is a sum, since the factors of r and of all s add up to 1.
         powers = [momentum * (1 - momentum) ** i for i in reversed(range(train.count))]
         factors = torch.tensor(powers, device=x.device)[:, None]  # G 1
-        return y.reshape(x.shape), {k: state[k] + (factors * (seen[k] - state[k])).sum(0) for k in ("mean", "var")}
+        return y, {k: state[k] + (factors * (seen[k] - state[k])).sum(0) for k in ("mean", "var")}
     if train:
         y, seen = _normalised(params, x, valid, eps, train if isinstance(train, Replicas) else None)
         return y, {k: state[k] + momentum * (seen[k] - state[k]) for k in ("mean", "var")}
@@ -94,17 +92,28 @@ def again(before: Any, after: Any, now: Any, *, momentum: float = 0.1) -> Any:
     return tree.map(lambda old, new, last: last + (new - old) - momentum * (last - old), before, after, now)
 
 
+def _normalised_apart(params: dict, x: Tensor, groups: Groups, eps: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """x [B C ...], every group of it by its own statistics, which are [G C]."""
+    parts = x.view(groups.count, -1, *x.shape[1:])  # G B/G C ...
+    if groups.replicas is None and _by_operator(parts[0], params["weight"], None):
+        each, seen = zip(*(_normalised(params, part, None, eps, None) for part in parts.unbind()))
+        return torch.cat(each), {name: torch.stack([own[name] for own in seen]) for name in ("mean", "var")}
+    weights = {name: leaf.expand(groups.count, -1) for name, leaf in params.items()}
+    y, pooled = _normalised(weights, parts, None, eps, groups.replicas)
+    return y.reshape(x.shape), pooled
+
+
 def _normalised(
     params: dict, x: Tensor, valid: Tensor | None, eps: float, replicas: Replicas | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """x [B C ...] and params [C], or groups [G B C ...] and [G C], to (y, {"mean", unbiased "var"} like the params)."""
     weight, bias = params["weight"], params["bias"]
-    if valid is None and replicas is None and _by_operator(x, weight):
-        y, mean, var = kernel.batch_norm(x, weight, bias, eps)
-        counted = x.numel() // x.shape[1]
-        return y, {"mean": mean, "var": var * (counted / max(counted - 1, 1))}
     mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
     rows = mask.sum() if valid is not None else mask * (x.numel() // weight.numel())
+    if replicas is None and _by_operator(x, weight, valid):
+        own = () if valid is None else (mask, rows.clamp(min=1.0))
+        y, mean, var = kernel.batch_norm(x, weight, bias, eps, *own)
+        return y, {"mean": mean, "var": var * (rows / (rows - 1).clamp(min=1.0))}
     # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
     # 2.13, silently): a view of it does not.
     x, weight, bias = (t.view_as(t) for t in (x, weight, bias))
@@ -113,10 +122,11 @@ def _normalised(
     return y, {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
 
 
-def _by_operator(x: Tensor, weight: Tensor) -> bool:
-    """Images; a compiler fuses the closed form that it sees. Not rows: on Ascend the operator's variance is a difference of
-    squares (docs/ascend.md), and rows may be no activations: camera matrices are far off 0."""
-    return x.dim() == 4 and weight.dim() == 1 and not torch.compiler.is_compiling()
+def _by_operator(x: Tensor, weight: Tensor, valid: Tensor | None) -> bool:
+    """Images, and rows of which some count, a sparse convolution's; a compiler fuses the closed form that it sees. Not rows of which
+    all do: on Ascend the operator's variance is a difference of squares (docs/ascend.md), and such rows may be no activations:
+    camera matrices are far off 0."""
+    return (x.dim() == 4 or valid is not None) and weight.dim() == 1 and not torch.compiler.is_compiling()
 
 
 def _per_channel(c: Tensor, x: Tensor) -> Tensor:

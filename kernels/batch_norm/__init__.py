@@ -1,4 +1,5 @@
-"""Batch norm of images by the statistics of all of them: an operator in the graph for Ascend, which has its own for it.
+"""Batch norm of images, or of the rows that a mask counts, by their statistics: an operator in the graph for Ascend, which has its
+own for it.
 
 On a CPU or GPU it is the closed form, which a compiler gets as it is (`layers.batch_norm`).
 """
@@ -13,27 +14,37 @@ from torch import Tensor
 from bevfn.kernels.derivatives import differentiable
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
-_library.define("batch_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor var, float eps)"
+    "batch_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? mask, Tensor? rows) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor var, float eps, Tensor? mask, Tensor? rows)"
     " -> (Tensor, Tensor, Tensor)"
 )
-_AXES = (0, 2, 3)
 
 
-def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B C H W], weight and bias [C] to y like x, and mean and biased variance [C], float32, which have no derivative."""
-    return _batch_norm(x, weight, bias, eps)
+def batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mask: Tensor | None = None, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y like x, and mean and biased variance [C], float32, which have no derivative.
+
+    Args:
+        x: [B C H W], or [R C] of rows of which some count; weight and bias: [C] float32.
+        mask: [R 1] float32, 1 where a row counts, else 0, as its y is; None for images. rows: [], their number, 1 at least.
+    """
+    return _batch_norm(x, weight, bias, eps, mask, rows)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mask: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The closed form, the variance in two passes: no cancellation."""
-    wide, count = x.float(), x.numel() // x.shape[1]
-    mean = total(wide, _AXES) / count
-    centred = wide - _images(mean)
-    var = total(centred * centred, _AXES) / count
-    y = centred * _images(weight * torch.rsqrt(var + eps)) + _images(bias)
-    return y.to(x.dtype), mean, var
+    wide, count = x.float(), _count(x, rows)
+    mean = total(_masked(wide, mask), _axes(x)) / count
+    centred = _masked(wide - _per_channel(mean, x), mask)
+    var = total(centred * centred, _axes(x)) / count
+    y = centred * _per_channel(weight * torch.rsqrt(var + eps), x) + _per_channel(bias, x)
+    return _masked(y, mask).to(x.dtype), mean, var
 
 
 def total(x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -48,19 +59,38 @@ def total(x: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    mask: Tensor | None,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias: with h = (x - mean) rstd, dx = weight rstd (dy - mean(dy) - h mean(dy h))."""
-    dy, count = grad.float(), x.numel() // x.shape[1]
+    dy, count = _masked(grad.float(), mask), _count(x, rows)
     rstd = torch.rsqrt(var + eps)
-    h = (x.float() - _images(mean)) * _images(rstd)
-    of_bias, of_weight = dy.sum(_AXES), (dy * h).sum(_AXES)
-    dx = (dy - _images(of_bias / count) - h * _images(of_weight / count)) * _images(weight * rstd)
-    return dx.to(x.dtype), of_weight, of_bias
+    h = (x.float() - _per_channel(mean, x)) * _per_channel(rstd, x)
+    of_bias, of_weight = dy.sum(_axes(x)), (dy * h).sum(_axes(x))
+    dx = dy - _per_channel(of_bias / count, x) - h * _per_channel(of_weight / count, x)
+    return _masked(dx * _per_channel(weight * rstd, x), mask).to(x.dtype), of_weight, of_bias
 
 
-def _images(c: Tensor) -> Tensor:
-    return c[:, None, None]
+def _axes(x: Tensor) -> list[int]:
+    return [axis for axis in range(x.dim()) if axis != 1]
+
+
+def _count(x: Tensor, rows: Tensor | None) -> Tensor | int:
+    return x.numel() // x.shape[1] if rows is None else rows
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _per_channel(c: Tensor, x: Tensor) -> Tensor:
+    return c if x.dim() == 2 else c[:, None, None]
 
 
 def _operator(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,26 +98,38 @@ def _operator(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gradients(
-    wanted: frozenset[int], grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, var: Tensor
+    wanted: frozenset[int],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    return *torch.ops.bevfn.batch_norm_backward(grad, x, weight, mean, var, eps), None, None, None
+    gradients = torch.ops.bevfn.batch_norm_backward(grad, x, weight, mean, var, eps, mask, rows)
+    return *gradients, None, None, None, None, None
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *_: Tensor) -> Tensor:
-    return forward(x, weight, bias, eps)[0]
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mask: Tensor | None, rows: Tensor | None, *_: Tensor
+) -> Tensor:
+    return forward(x, weight, bias, eps, mask, rows)[0]
 
 
 _batch_norm = differentiable(_operator, _gradients, _plain)
 
 
 @torch.library.register_fake("bevfn::batch_norm", lib=_library)
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
 
 
 @torch.library.register_fake("bevfn::batch_norm_backward", lib=_library)
 def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, *_: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
