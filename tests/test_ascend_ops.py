@@ -36,7 +36,7 @@ from bevfn.kernels.neighbours import ascend as neighbours_ascend
 from bevfn.kernels.sparse_conv import ascend as sparse_conv_ascend
 from bevfn.kernels.sparse_conv import sparse_conv
 from bevfn.kernels.voxel_pool import ascend as voxel_pool_ascend
-from bevfn.kernels.voxel_pool import voxel_pool
+from bevfn.kernels.voxel_pool import intervals, voxel_pool
 from bevfn.kernels.voxelize import ascend as voxelize_ascend
 
 needs_torchair = pytest.mark.skipif(importlib.util.find_spec("torch_npu") is None, reason="needs torch_npu: make npu")
@@ -171,6 +171,14 @@ def test_voxel_pool_is_the_op(shape, channels, num_cells, ops, seed, case, store
         ours = lowered(OPS.voxel_pool.default, depth, context, cell, num_cells, ops=ops)
     assert ours.dtype == dtype and ours.shape == (num_cells, channels)
     assert_close(ours, OPS.voxel_pool(depth, context, cell, num_cells), tolerance)
+    for samples in {1, len(cell)} if num_cells % len(cell) == 0 else {1}:
+        per_sample = num_cells // samples
+        sample = torch.arange(samples).repeat_interleave(len(cell) // samples).view(-1, 1, 1, 1)
+        of_own = torch.where((cell < 0) | (cell >= num_cells), cell, cell % per_sample + sample * per_sample).int()
+        own = intervals.made(of_own.unflatten(0, (samples, -1)), per_sample)
+        ours = lowered(OPS.voxel_pool_intervals.default, depth, context, of_own, num_cells, *own, ops=ops)
+        assert ours.dtype == dtype
+        assert_close(ours, OPS.voxel_pool(depth, context, of_own, num_cells), tolerance)
     grad = torch.randn(num_cells, channels, generator=torch.Generator().manual_seed(seed)).to(dtype)
     expected = OPS.voxel_pool_backward(grad, depth, context, cell)
     with storing(stored):

@@ -245,6 +245,7 @@ def test_tables_that_come_with_the_batch_are_those_that_the_model_makes(folder, 
     tables = brought.tables
     assert (tables.voxels is None) == (tables.neighbours is None) == (modality == "camera")
     assert (tables.depth is not None) == (modality == "lidar-camera")
+    assert (tables.pool is not None) == (modality != "lidar")
 
 
 def test_tables_train_like_none(folder):
@@ -278,7 +279,16 @@ def test_tables_of_other_sizes_are_refused_in_a_sentence(folder):
     refused(
         with_encoder(capacities=(1400, 1200)), r"table of the sparse encoder's level 0 is \[27, 1400\].*\[27, 1500\]"
     )
+    view = model.camera.view
+    coarser = replace(view, grid=replace(view.grid, depth_m=(1.0, 60.0, 11.8)))
+    refused(
+        replace(model, camera=replace(model.camera, view=coarser)),
+        r"cells of frustum points are \[1, 6, 5, .*, the model's are",
+    )
     tables = bevfusion.with_tables(batch, config=model, train=True).tables
+    pool = {**tables.pool, "points": tables.pool["points"][:, 1:]}
+    with pytest.raises(ValueError, match=r"voxel_pool: intervals of cell .* make them of this cell"):
+        bevfusion.apply(params, state, replace(batch, tables=replace(tables, pool=pool)), config=model, train=True)
 
     def damaged(sentence, submanifold=lambda made: made, voxels=lambda made: made, **ways):
         strided = [{k: ways.get(k, lambda x: x)(x) for k, x in way.items()} for way in tables.neighbours.strided]

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bevfn.bench.pool import frustum_cells, textbook
-from bevfn.kernels.voxel_pool import reference, voxel_pool
+from bevfn.kernels.voxel_pool import intervals, reference, voxel_pool
+from bevfn.kernels.voxel_pool.intervals import Intervals
 
 
 def problem(M, D, H, W, C, num_cells, *, seed=0, dtype=torch.float32):
@@ -206,3 +207,47 @@ def test_fake_and_schema_agree_with_the_kernels():
 def test_wrong_operands_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         voxel_pool(*change(*problem(2, 3, 4, 5, 7, 9)))
+
+
+@settings(max_examples=40)
+@given(
+    shape=st.tuples(*[st.integers(1, 5)] * 2, *[st.integers(1, 9)] * 3),
+    num_cells=st.integers(1, 200),
+    seed=st.integers(0, 1000),
+)
+def test_every_point_of_the_grid_is_in_one_interval_of_its_cell(shape, num_cells, seed):
+    B, N, _, H, W = shape
+    generator = torch.Generator().manual_seed(seed)
+    few = torch.randint(1, num_cells + 1, (), generator=generator)  # of the cells some are full
+    own = torch.randint(-1, int(few), shape, generator=generator, dtype=torch.int32)
+    start = num_cells * torch.arange(B, dtype=torch.int32).view(B, 1, 1, 1, 1)
+    points, cells = intervals.made(torch.where(own < 0, own, own + start), num_cells)
+    padded = torch.cat([own, torch.full((B, N, 1, H, W), -1, dtype=torch.int32)], 2).view(B, -1)
+    of_point = padded.gather(1, points.view(B, -1).long()).view(points.shape)
+    assert torch.equal(of_point.amax(-1), cells)  # who has points
+    assert ((of_point == cells[..., None]) | (of_point == -1)).all()
+    for sample, listed in zip(padded, points.view(B, -1)):
+        listed = listed[sample[listed.long()] >= 0]
+        assert torch.equal(listed.sort()[0], (sample >= 0).nonzero()[:, 0].int())
+
+
+def test_intervals_change_nothing_on_a_cpu_and_those_of_other_points_are_refused():
+    depth, context, cell = problem(4, 9, 4, 5, 6, 30)
+    cell = torch.where(
+        cell < 0, cell, cell % 15 + 15 * (torch.arange(4) // 2).view(4, 1, 1, 1)
+    ).int()  # two samples of two
+    own = intervals.made(cell.unflatten(0, (2, 2)), 15)
+    weight = torch.randn(30, 6)
+
+    def slopes(*given):
+        return torch.func.grad(lambda d, c: (voxel_pool(d, c, cell, 30, *given) * weight).sum(), (0, 1))(depth, context)
+
+    assert all(torch.equal(a, b) for a, b in zip(slopes(own), slopes(), strict=True))
+    assert torch.equal(voxel_pool(depth, context, cell, 30, own), voxel_pool(depth, context, cell, 30))
+    for wrong, sentence in (
+        (Intervals(own.points[:, :-1], own.cells), "got .* make them of this cell"),
+        (Intervals(own.points.long(), own.cells), "must be int32 on cpu, got torch.int64"),
+        (Intervals(own.points.repeat(2, 1, 1)[:3], own.cells), "of 3 samples do not fit 4 images and 30 cells"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            voxel_pool(depth, context, cell, 30, wrong)

@@ -122,6 +122,8 @@ class Tables:
     neighbours: sparse_encoder.Tables | None
     depth: Tensor | None
     """[B N H W] float32, of cameras that see LiDAR depth (`lift_splat.lidar_depth_map`)"""
+    pool: dict[str, Tensor] | None
+    """of the camera branch, see `lift_splat.pool_tables`"""
 
 
 def lidar_camera() -> Config:
@@ -265,7 +267,7 @@ def needs(config: Config) -> Needs:
 def with_tables(batch: Batch, *, config: Config, train: bool) -> Batch:
     """The batch, on the CPU, with its `Tables`, which `apply` then does not compute: the same numbers, bit for bit, of the C++
     kernels in the processes that read. On an Ascend NPU they are half of a step (docs/ascend.md)."""
-    voxels = sites = depth = None
+    voxels = sites = depth = pool = None
     with torch.no_grad():
         if config.lidar is not None:
             points, valid = needed(batch.points, "points"), needed(batch.points_valid, "points_valid")
@@ -273,10 +275,12 @@ def with_tables(batch: Batch, *, config: Config, train: bool) -> Batch:
             grid = config.sparse_grid
             of = config.lidar.encoder
             sites = sparse_encoder.tables(voxels["coords"], voxels["count"] > 0, config=of, grid=grid)
-        if config.camera is not None and config.camera.view.lidar_depth:
-            size = config.camera.view.grid.image_size
-            depth = lift_splat.lidar_depth_map(batch, size, on_host=True)
-    return replace(batch, tables=Tables(voxels, sites, depth))
+        if config.camera is not None:
+            view = config.camera.view
+            pool = lift_splat.pool_tables(batch, view.grid)
+            if view.lidar_depth:
+                depth = lift_splat.lidar_depth_map(batch, view.grid.image_size, on_host=True)
+    return replace(batch, tables=Tables(voxels, sites, depth, pool))
 
 
 def apply(
@@ -341,10 +345,10 @@ def _camera_branch(
     assert config.camera is not None
     outputs, new = image_features(params, state, batch, config, train, policy, key)
     # Upstream forces the view transform to float32 under autocast.
-    depth = None if batch.tables is None else batch.tables.depth
+    given = {} if batch.tables is None else {"depth": batch.tables.depth, "pool": batch.tables.pool}
     neck, view = outputs["neck"][0].float(), config.camera.view
     outputs["view"], new["view"] = lift_splat.apply(
-        params["view"], state["view"], neck, batch, config=view, train=train, depth=depth
+        params["view"], state["view"], neck, batch, config=view, train=train, **given
     )
     return outputs, new
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from bevfn import geometry
 from bevfn.data.batch import CAMERA_FIELDS, Batch, needed
 from bevfn.kernels.voxel_pool import voxel_pool
+from bevfn.kernels.voxel_pool.intervals import Intervals
 
 Bounds = tuple[float, float, float]
 
@@ -104,19 +105,19 @@ def locate(point: geometry.Planes, config: Config) -> Tensor:
     return geometry.bev_cells(config.ordered(point), config.bounds_m, truncate_toward_zero=config.truncate_toward_zero)
 
 
-def pool(depth: Tensor, context: Tensor, cell: Tensor, config: Config) -> Tensor:
+def pool(depth: Tensor, context: Tensor, cell: Tensor, config: Config, intervals: Intervals | None = None) -> Tensor:
     """Sums depth x context per cell.
 
     Args:
         depth: [B*N D H W] float32, softmax over D; context: [B*N C H W] float32.
-        cell: [B N D H W] int32, see `cells`.
+        cell: [B N D H W] int32, see `cells`; intervals: of the same cells, if they are known.
 
     Returns:
         [B C rows columns] float32; the D x C product is never stored.
     """
     rows, columns = config.cells
     B = cell.shape[0]
-    pooled = voxel_pool(depth, context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns)
+    pooled = voxel_pool(depth, context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns, intervals)
     return rearrange(pooled, "(b r c) k -> b k r c", b=B, r=rows)
 
 

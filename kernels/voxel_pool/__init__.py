@@ -6,6 +6,7 @@ The D × C outer product of the textbook formulation (630 MB for BEVFusion on nu
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,19 @@ from torch import Tensor
 from bevfn.kernels.cuda import lowering
 from bevfn.kernels.derivatives import differentiable
 from bevfn.kernels.voxel_pool import cpu, reference
+from bevfn.kernels.voxel_pool.intervals import LENGTH, Intervals, room
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
 _library.define("voxel_pool(Tensor depth, Tensor context, Tensor cell, int num_cells) -> Tensor")
+_library.define(
+    "voxel_pool_intervals(Tensor depth, Tensor context, Tensor cell, int num_cells, Tensor points, Tensor cells) -> Tensor"
+)
 _library.define("voxel_pool_backward(Tensor grad, Tensor depth, Tensor context, Tensor cell) -> (Tensor, Tensor)")
 
 
-def voxel_pool(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+def voxel_pool(
+    depth: Tensor, context: Tensor, cell: Tensor, num_cells: int, intervals: Intervals | None = None
+) -> Tensor:
     """Pools lifted image features into BEV cells. Any derivative in `depth` and `context` (`kernels.derivatives`).
 
     Args:
@@ -28,6 +35,7 @@ def voxel_pool(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> 
         cell: [M D H W] int32, row of the output that the point falls into, the sample's offset included;
             anything outside 0 .. num_cells - 1 (by convention -1) is not pooled.
         num_cells: rows of the output, for all samples.
+        intervals: of the same cells, for who can use them (Ascend); the sums are the same but for rounding.
 
     Returns:
         [num_cells C], dtype of `depth`. Sums are float32 (float64 for float64) and, on a CPU, in an order that does
@@ -39,7 +47,10 @@ def voxel_pool(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> 
     Source: Philion & Fidler 2020 (arXiv 2008.05711) section 3; Liu et al. 2022 (arXiv 2205.13542) section 3.2.
     """
     _check(depth, context, cell, num_cells)
-    return _voxel_pool(depth, context, cell, num_cells)
+    if intervals is None:
+        return _voxel_pool(depth, context, cell, num_cells)
+    _check_intervals(intervals, cell, num_cells)
+    return _by_intervals(depth, context, cell, num_cells, *intervals)
 
 
 def _check(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> None:
@@ -72,6 +83,27 @@ def _check(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> None
         raise ValueError(f"voxel_pool: num_cells must be at least 1, got {num_cells}.")
 
 
+def _check_intervals(intervals: Intervals, cell: Tensor, num_cells: int) -> None:
+    points, cells = intervals
+    samples = len(points)
+    given = [*points.shape], [*cells.shape]
+    if samples == 0 or len(cell) % samples or num_cells % samples:
+        raise ValueError(
+            f"voxel_pool: intervals of {samples} samples do not fit {len(cell)} images and {num_cells} cells."
+        )
+    count = room(cell.numel() // samples, num_cells // samples)
+    if given != ([samples, count, LENGTH], [samples, count]):
+        raise ValueError(
+            f"voxel_pool: intervals of cell {list(cell.shape)} and {num_cells} cells are points {[samples, count, LENGTH]} and "
+            f"cells {[samples, count]}, got {given[0]} and {given[1]}; make them of this cell."
+        )
+    if points.dtype != torch.int32 or cells.dtype != torch.int32 or not points.device == cells.device == cell.device:
+        raise ValueError(
+            f"voxel_pool: intervals must be int32 on {cell.device}, got {points.dtype} on {points.device} and {cells.dtype} on "
+            f"{cells.device}."
+        )
+
+
 def _operator(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
     return torch.ops.bevfn.voxel_pool(depth, context, cell, num_cells)
 
@@ -82,11 +114,27 @@ def _gradients(
     return *torch.ops.bevfn.voxel_pool_backward(grad, depth, context, cell), None, None
 
 
+def _operator_of_intervals(
+    depth: Tensor, context: Tensor, cell: Tensor, num_cells: int, points: Tensor, cells: Tensor
+) -> Tensor:
+    return torch.ops.bevfn.voxel_pool_intervals(depth, context, cell, num_cells, points, cells)
+
+
+def _gradients_of_intervals(wanted: frozenset[int], grad: Tensor, *operands: Any) -> tuple[Tensor | None, ...]:
+    return *_gradients(wanted, grad, *operands[:4]), None, None
+
+
+def _plain_of_intervals(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int, *_: Tensor) -> Tensor:
+    return reference.forward(depth, context, cell, num_cells)
+
+
 _voxel_pool = differentiable(_operator, _gradients, reference.forward)
+_by_intervals = differentiable(_operator_of_intervals, _gradients_of_intervals, _plain_of_intervals)
 
 
 @torch.library.register_fake("bevfn::voxel_pool", lib=_library)
-def _forward_fake(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+@torch.library.register_fake("bevfn::voxel_pool_intervals", lib=_library)
+def _forward_fake(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int, *_: Tensor) -> Tensor:
     return context.new_empty(num_cells, context.shape[-1])
 
 
@@ -101,7 +149,15 @@ def _cuda() -> ModuleType:
     return cuda
 
 
+def _whatever_the_intervals(
+    depth: Tensor, context: Tensor, cell: Tensor, num_cells: int, points: Tensor, cells: Tensor
+) -> Tensor:
+    """Where rows are added as fast as they are read the cells alone do."""
+    return torch.ops.bevfn.voxel_pool(depth, context, cell, num_cells)
+
+
 _library.impl("voxel_pool", reference.forward, "CompositeExplicitAutograd")
+_library.impl("voxel_pool_intervals", _whatever_the_intervals, "CompositeExplicitAutograd")
 _library.impl("voxel_pool_backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("voxel_pool", cpu.forward, "CPU")
 _library.impl("voxel_pool_backward", cpu.backward, "CPU")

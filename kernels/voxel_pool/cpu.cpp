@@ -405,3 +405,34 @@ extern "C" void voxel_pool_backward(const float* grad, const float* depth, const
       });
   });
 }
+
+// Points of every cell in intervals of `length`, see intervals.py: counted, then put in their places, ascending. A sample a unit.
+extern "C" void voxel_pool_intervals(const int32_t* cell, int32_t* points, int32_t* cells, int64_t B, int64_t N, int64_t D,
+                                     int64_t pixels, int64_t per_sample, int64_t count, int64_t length, int64_t threads) {
+  parallel(B, threads, [&](int64_t b) {
+    const int32_t* own = cell + b * N * D * pixels;
+    const int64_t first = b * per_sample;
+    std::vector<int64_t> place(per_sample, 0);  // points of each cell, then where its next one goes
+    for (int64_t i = 0; i < N * D * pixels; ++i) {
+      const int64_t c = own[i] - first;
+      if (c >= 0 && c < per_sample) ++place[c];
+    }
+    int32_t* to = points + b * count * length;
+    int32_t* of = cells + b * count;
+    int64_t used = 0;
+    for (int64_t c = 0; c < per_sample; ++c) {
+      const int64_t start = used;
+      used += (place[c] + length - 1) / length;
+      std::fill(of + start, of + used, static_cast<int32_t>(c));
+      place[c] = start * length;
+    }
+    std::fill(of + used, of + count, -1);
+    for (int64_t i = 0; i < count * length; ++i) to[i] = static_cast<int32_t>(D * pixels + i % pixels);  // many rows, not one
+    for (int64_t n = 0, i = 0; n < N; ++n)
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t p = 0; p < pixels; ++p, ++i) {
+          const int64_t c = own[i] - first;
+          if (c >= 0 && c < per_sample) to[place[c]++] = static_cast<int32_t>((n * (D + 1) + d) * pixels + p);
+        }
+  });
+}
