@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from bevfn import distributed
 from bevfn.choices import one_of
 from bevfn.data import augment, source
 from bevfn.data.batch import Batch, Capacities
@@ -93,8 +92,8 @@ class Shared(command_line.Config):
     headroom: float = 0.1
     """share by which capacities of --capacity-file exceed what was counted"""
     host_tables: bool | None = None
-    """voxels, neighbour tables and depth maps are made by the processes that read samples, in place of the step, bit for bit;
-    none: where the step runs on an Ascend NPU, which is slow at it"""
+    """voxels, neighbour tables, depth maps and the cells of the frustums' points are made by the processes that read samples, in
+    place of the step, bit for bit; none: where the step runs on an Ascend NPU, which is slow at it"""
 
     @property
     def grid(self) -> bevfusion.Voxels:
@@ -103,13 +102,6 @@ class Shared(command_line.Config):
 
     def completed(self) -> Self:
         return with_measured(self)
-
-    @property
-    def tables_on_host(self) -> bool:
-        """What host_tables comes to on this machine."""
-        if self.host_tables is None:
-            return distributed.chosen(self.device).startswith("npu")
-        return self.host_tables
 
     @property
     def groups(self) -> tuple[optim.Group, ...]:
@@ -232,7 +224,7 @@ def assemble(config: Shared, splits: source.Source | None, model: bevfusion.Conf
 
 def with_tables(config: Shared, model: bevfusion.Config) -> Callable[..., Batch] | None:
     """The task's `tables`."""
-    return partial(bevfusion.with_tables, config=model) if config.tables_on_host else None
+    return partial(bevfusion.with_tables, config=model) if tasks.on_host(config.host_tables, config.device) else None
 
 
 def sized(config: Shared, model: bevfusion.Config) -> bevfusion.Config:

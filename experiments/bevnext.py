@@ -105,6 +105,9 @@ class Config(command_line.Config):
     """a training sample without any box in range is replaced by another one"""
     depth_loss: float = 3.0
     """weight of the depth loss; 0: no depth maps are read"""
+    host_tables: bool | None = None
+    """the cells of the frustums' points and their order are made by the processes that read samples, in place of the step; none: where
+    the step runs on an Ascend NPU, which is slow without"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,6 +188,7 @@ def task(config: Config, splits: source.Source | None = None) -> tasks.Task:
         start=pretrained.Start(partial(begin, config=config), averages=True),
         unready=unready(config),
         bottom=config.published_z,
+        tables=partial(bevnext.with_tables, config=model) if tasks.on_host(config.host_tables, config.device) else None,
     )
 
 

@@ -117,6 +117,23 @@ def test_earlier_frames_in_one_call_are_frames_one_after_another_in_training():
         close(at_once[0], in_turn[0], 1e-3)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_tables_that_come_with_the_batch_are_those_that_the_model_makes(at_once, training):
+    params, state = initial(3)
+    config, data = replace(tiny(3), frames_at_once=at_once), batch(3)
+    brought = bevnext.with_tables(data, config=config, train=training)
+    brought.validate()
+    assert len(brought.tables) == (3 if not at_once else 2 if training else 1)
+    here, there = (
+        tree.flatten(bevnext.apply(params, state, given, config=config, train=training)) for given in (data, brought)
+    )
+    assert list(here) == list(there) and all(torch.equal(here[k], there[k]) for k in here)
+    if at_once:
+        with pytest.raises(ValueError, match=r"cells of frustum points are \[.*make tables by the config that is run"):
+            bevnext.apply(params, state, brought, config=config, train=not training)
+
+
 def test_key_frame_then_earlier_ones_then_the_key_frames_recomputed_parts_update_the_statistics():
     """As the one-frame model on each frame in turn, whose vehicle stands still and which sees no colours, says."""
     blind = crf.Config(iterations=0)

@@ -336,7 +336,7 @@ def test_flags_that_would_change_nothing_are_refused():
             ValueError, match=f"--kernels {kernels} is of the steps that --execute runs; add --execute 5"
         ):
             graph("bevdepth", scale="mini", kernels=kernels)
-    for experiment, model in (("bevdepth", "bevdepth-2key"), ("matrixvt", "matrixvt"), ("bevnext", "bevnext-stage1")):
-        said = f"--no-host-tables is of BEVFusion's detectors, and {model} has no tables; leave it out"
+    for experiment, model in (("bevdepth", "bevdepth-2key"), ("matrixvt", "matrixvt")):
+        said = f"--no-host-tables is of BEVFusion and BEVNeXt, and {model} has no tables; leave it out"
         with pytest.raises(ValueError, match=said):
             graph(experiment, scale="mini", host_tables=False)

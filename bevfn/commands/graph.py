@@ -49,8 +49,8 @@ def graph(
         kernels: --execute computes by the published meaning of the types, or as an Atlas A2's kernels do where that differs
             (integer selects through float32), or with its HF32 convolutions besides
         checkpoint_activations: blocks are computed again for the gradient
-        host_tables: of BEVFusion's detectors, as a run on an Ascend has it: voxels, neighbour tables and depth maps come with the
-            batch; no: the graph makes them
+        host_tables: of BEVFusion and BEVNeXt, as a run on an Ascend has it: voxels, neighbour tables, depth maps and the cells of
+            the frustums' points come with the batch; no: the graph makes them
         capacities: of BEVFusion's family, voxels of a sample, then active sites at each level of the encoder, such as
             `bevfn data prepare --capacities` counted; none: the recipe's
         opp: an installed CANN (its toolkit's folder, or opp): where each node runs, by its tables instead of our facts

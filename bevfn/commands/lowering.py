@@ -78,11 +78,11 @@ def graph(
     config = of_scale[scale].plain()
     batch_size = batch_size or (config.batch_size if scale == "published" else 1)
     changes: dict[str, Any] = {"batch_size": batch_size, "checkpoint_activations": checkpoint_activations}
-    if catalogue.MODELS[config.model].family == "bevfusion":
+    if catalogue.MODELS[config.model].family in ("bevfusion", "bevnext"):
         changes["host_tables"] = host_tables
     elif not host_tables:
         raise ValueError(
-            f"--no-host-tables is of BEVFusion's detectors, and {config.model} has no tables; leave it out"
+            f"--no-host-tables is of BEVFusion and BEVNeXt, and {config.model} has no tables; leave it out"
         )
     changes |= _rooms(config, capacities)
     config = replace(config, precision=precision, device="cpu", **changes)  # fake tensors, whatever devices are here

@@ -27,7 +27,7 @@ from bevfn.layers import conv_norm, fourier_features
 from bevfn.models import cameras
 from bevfn.necks import lss_fpn, second_fpn
 from bevfn.precision import Policy
-from bevfn.views import lift_splat
+from bevfn.views import camera_grid, lift_splat
 
 POINT_FEATURES = (0, 1, 2, 3, 4)
 """x, y, z (m), intensity, time lag (s)"""
@@ -123,7 +123,7 @@ class Tables:
     depth: Tensor | None
     """[B N H W] float32, of cameras that see LiDAR depth (`lift_splat.lidar_depth_map`)"""
     pool: dict[str, Tensor] | None
-    """of the camera branch, see `lift_splat.pool_tables`"""
+    """of the camera branch, see `camera_grid.pool_tables`"""
 
 
 def lidar_camera() -> Config:
@@ -277,7 +277,7 @@ def with_tables(batch: Batch, *, config: Config, train: bool) -> Batch:
             sites = sparse_encoder.tables(voxels["coords"], voxels["count"] > 0, config=of, grid=grid)
         if config.camera is not None:
             view = config.camera.view
-            pool = lift_splat.pool_tables(batch, view.grid)
+            pool = camera_grid.pool_tables(batch, 0, view.grid)
             if view.lidar_depth:
                 depth = lift_splat.lidar_depth_map(batch, view.grid.image_size, on_host=True)
     return replace(batch, tables=Tables(voxels, sites, depth, pool))

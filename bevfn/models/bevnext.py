@@ -265,10 +265,15 @@ def _frames(
 ) -> tuple[list[dict], dict]:
     """(outputs of every frame that is looked at, the image side's new state)."""
 
+    given = dict(zip(_calls(config, bool(train)), batch.tables or ()))
+
     def run(params: dict, state: dict, frames: tuple[int, ...], train: Train) -> tuple[dict, dict]:
         site = None if key is None else rng.fold(key, frames[0])
         groups = cameras.as_groups(train, len(frames))
-        return _lift(params, state, batch, alike, frames, config=config, train=groups, policy=policy, key=site)
+        tables = given.get(frames)
+        return _lift(
+            params, state, batch, alike, frames, config=config, train=groups, policy=policy, key=site, tables=tables
+        )
 
     weights, before = ({part: made[part] for part in ("image", "view")} for made in (params, state))
     count = config.seen
@@ -297,6 +302,22 @@ def _frames(
     return outputs, now
 
 
+def _calls(config: Config, train: bool) -> list[tuple[int, ...]]:
+    """The frames that `_lift` gets at once, call by call."""
+    every = tuple(range(config.seen))
+    if not config.frames_at_once:
+        return [(t,) for t in every]
+    return [frames for frames in ((every[:1], every[1:]) if train else (every,)) if frames]
+
+
+def with_tables(batch: Batch, *, config: Config, train: bool) -> Batch:
+    """The batch, on the CPU, with the `camera_grid.pool_tables` of every call of `_lift`, which `apply` then does not compute: the
+    same cells, bit for bit. On an Ascend NPU pooling without them is half of a step (docs/ascend.md)."""
+    moments = [cameras.frames_as_samples(batch, frames) for frames in _calls(config, train)]
+    with torch.no_grad():
+        return replace(batch, tables=[camera_grid.pool_tables(moment, 0, config.grid) for moment in moments])
+
+
 def _again(before: dict, after: dict, now: dict) -> dict:
     """The state `now` as `Config.recomputed_statistics` says, from those `before` and `after` the key frame."""
 
@@ -321,6 +342,7 @@ def _lift(
     train: Train,
     policy: Policy,
     key: Tensor | None,
+    tables: dict[str, Tensor] | None,
 ) -> tuple[dict, dict]:
     """Images of some frames to their BEV maps in the key frame's base, frame after frame along the first axis."""
     moment = cameras.frames_as_samples(batch, frames)
@@ -333,8 +355,8 @@ def _lift(
         weights["depth_net"], seen["depth_net"], x, known, config=config.depth, train=train, key=key
     )
     field = crf.apply(weights["crf"], net["logits"], alike, config=config.random_field)
-    place = camera_grid.cells(moment, 0, config.grid)
-    bev = camera_grid.pool(field["depth"], net["context"].float(), place, config.grid)  # T*B C Y X float32
+    place, intervals = camera_grid.located(camera_grid.frustum_points(moment, 0, config.grid), config.grid, tables)
+    bev = camera_grid.pool(field["depth"], net["context"].float(), place, config.grid, intervals)  # T*B C Y X float32
     stages, pre_process = resnet.apply(
         weights["pre_process"], seen["pre_process"], bev.to(policy.compute), config=config.pre_process, train=train
     )

@@ -96,6 +96,11 @@ class Task:
         return self.tables and partial(self.tables, train=train)
 
 
+def on_host(host_tables: bool | None, device: str) -> bool:
+    """What --host-tables comes to on this machine: if it is not given, yes where the step runs on an NPU."""
+    return distributed.chosen(device).startswith("npu") if host_tables is None else host_tables
+
+
 class Family(Protocol):
     """A file of bevfn/models/, as far as a run needs it; the functions are Task's with a network and a policy to bind."""
 

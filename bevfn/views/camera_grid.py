@@ -9,6 +9,7 @@ Sources: BEVDepth bevdepth/layers/backbones/base_lss_fpn.py and ops/voxel_poolin
 projects/BEVFusion/bevfusion/depth_lss.py; golden cases bevdepth_r50_2key, bevfusion_lidar_cam.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from bevfn import geometry
 from bevfn.data.batch import CAMERA_FIELDS, Batch, needed
-from bevfn.kernels.voxel_pool import voxel_pool
-from bevfn.kernels.voxel_pool.intervals import Intervals
+from bevfn.kernels.voxel_pool import intervals, voxel_pool
 
 Bounds = tuple[float, float, float]
 
@@ -105,19 +105,44 @@ def locate(point: geometry.Planes, config: Config) -> Tensor:
     return geometry.bev_cells(config.ordered(point), config.bounds_m, truncate_toward_zero=config.truncate_toward_zero)
 
 
-def pool(depth: Tensor, context: Tensor, cell: Tensor, config: Config, intervals: Intervals | None = None) -> Tensor:
+def pool_tables(batch: Batch, frame: int, config: Config) -> dict[str, Tensor]:
+    """What `pool` can be given of frame t, on the CPU: "cell" [B N D H W], and "points" and "cells" of its `Intervals`."""
+    cell = cells(batch, frame, config)
+    return {"cell": cell, **intervals.made(cell, math.prod(config.cells))._asdict()}
+
+
+def located(
+    point: geometry.Planes, config: Config, tables: dict[str, Tensor] | None
+) -> tuple[Tensor, intervals.Intervals | None]:
+    """The cells [B N D H W] of points and their intervals, of `pool_tables` where they are given.
+
+    Raises ValueError if those are of other points.
+    """
+    if tables is None:
+        return locate(point, config), None
+    if (given := tables["cell"].shape) != point[0].shape:
+        raise ValueError(
+            f"the batch's cells of frustum points are {list(given)}, the model's are {list(point[0].shape)}; make tables by the "
+            "config that is run"
+        )
+    return tables["cell"], intervals.Intervals(tables["points"], tables["cells"])
+
+
+def pool(
+    depth: Tensor, context: Tensor, cell: Tensor, config: Config, of_cell: intervals.Intervals | None = None
+) -> Tensor:
     """Sums depth x context per cell.
 
     Args:
         depth: [B*N D H W] float32, softmax over D; context: [B*N C H W] float32.
-        cell: [B N D H W] int32, see `cells`; intervals: of the same cells, if they are known.
+        cell: [B N D H W] int32, see `cells`; of_cell: its intervals, if they are known.
 
     Returns:
         [B C rows columns] float32; the D x C product is never stored.
     """
     rows, columns = config.cells
     B = cell.shape[0]
-    pooled = voxel_pool(depth, context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns, intervals)
+    pooled = voxel_pool(depth, context.permute(0, 2, 3, 1), cell.flatten(0, 1), B * rows * columns, of_cell)
     return rearrange(pooled, "(b r c) k -> b k r c", b=B, r=rows)
 
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from bevfn import geometry, tree
 from bevfn.data.batch import Batch
 from bevfn.distributed import Train
-from bevfn.kernels.voxel_pool import intervals
-from bevfn.kernels.voxel_pool.intervals import Intervals
 from bevfn.layers import conv, conv_norm, remat
 from bevfn.views import camera_grid
 
@@ -92,7 +90,7 @@ def apply(
 ) -> tuple[dict[str, Tensor], dict]:
     """feature [B*N C H W] of the batch's cameras -> (outputs, new state), float32.
 
-    depth: the `lidar_depth_map` [B N image rows, columns]; pool: `pool_tables`; None: they are made here.
+    depth: the `lidar_depth_map` [B N image rows, columns]; pool: `camera_grid.pool_tables`; None: they are made here.
 
     Outputs: `depth_map` [B*N image rows, columns] (m, 0 = no point) and `depth_transform` [B*N 64 H W] with LiDAR depth;
     `depth_net` [B*N D+C H W] logits and context; `geometry` [B N D H W 3] (m, augmented base frame); `bev_pool`
@@ -124,16 +122,8 @@ def apply(
     x = through("depth_net", x)  # BN D+C H W
     logits, context = x.split([grid.depth_bins, config.channels_out], 1)
     point = camera_grid.frustum_points(batch, 0, grid)  # planes B N D H W
-    if pool is None:
-        cell, given = camera_grid.locate(point, grid), None
-    else:
-        cell, given = pool["cell"], Intervals(pool["points"], pool["cells"])
-        if cell.shape != point[0].shape:
-            raise ValueError(
-                f"the batch's cells of frustum points are {list(cell.shape)}, the model's are {list(point[0].shape)}; make tables by "
-                "the config that is run"
-            )
-    pooled = camera_grid.pool(logits.softmax(1), context, cell, grid, given)  # B C X Y
+    cell, intervals = camera_grid.located(point, grid, pool)
+    pooled = camera_grid.pool(logits.softmax(1), context, cell, grid, intervals)  # B C X Y
     bev = through("downsample", pooled)
     outputs |= {"depth_net": x, "geometry": torch.stack(point, -1), "bev_pool": pooled, "bev": bev}
     return outputs, new
@@ -154,12 +144,6 @@ def lidar_depth_map(batch: Batch, image_size: tuple[int, int], *, on_host: bool 
     fields = camera_grid.of_frame(batch, 0, "undo_base_aug", "base_aug", "image_from_base", "image_aug")
     drawn = geometry.depth_map_on_host if on_host else geometry.depth_map
     return drawn(geometry.project(cloud["points"], **fields), cloud["points_valid"], image_size)
-
-
-def pool_tables(batch: Batch, config: camera_grid.Config) -> dict[str, Tensor]:
-    """On the CPU, the "cell" [B N D H W] of every frustum point (`camera_grid.cells`), and "points" and "cells" of its `Intervals`."""
-    cell = camera_grid.cells(batch, 0, config)
-    return {"cell": cell, **intervals.made(cell, math.prod(config.cells))._asdict()}
 
 
 def _layers(params: dict, state: dict, new: dict, part: str, x: Tensor, *, train: Train, recompute: bool) -> Tensor:
