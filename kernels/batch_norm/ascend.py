@@ -36,7 +36,7 @@ def register() -> None:
 
     def zeroed(x: Any, mask: Any, like: Any) -> Any:
         """x with 0 in the rows that do not count."""
-        return ge.Mul(x, ge.Cast(mask, dst_type=like.dtype))
+        return ge.Mul(x, mask if like.dtype == DataType.DT_FLOAT else ge.Cast(mask, dst_type=like.dtype))
 
     def scaled(sums: list[Any], rows: Any, sizes: list[int]) -> list[Any]:
         """Sums over all rows, of which a mean over those that count is the sum by the number of all."""
