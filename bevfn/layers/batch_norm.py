@@ -114,9 +114,9 @@ def _normalised(
 
 
 def _by_operator(x: Tensor, weight: Tensor) -> bool:
-    """Images; a compiler fuses the closed form that it sees. Not rows: on Ascend the operator's variance is a difference of
-    squares (docs/ascend.md), and rows may be no activations: camera matrices are far off 0."""
-    return x.dim() == 4 and weight.dim() == 1 and not torch.compiler.is_compiling()
+    """Images; a compiler fuses the closed form that it sees. Not rows, to which images of one pixel belong: on Ascend the operator's
+    variance is a difference of squares (docs/ascend.md), and rows may be no activations: camera matrices are far off 0."""
+    return x.dim() == 4 and weight.dim() == 1 and not torch.compiler.is_compiling() and x.shape[2:].numel() > 1
 
 
 def _per_channel(c: Tensor, x: Tensor) -> Tensor:
