@@ -646,6 +646,12 @@ def test_reading_memory_by_strides():
     assert_same(executed(diagonal, random(3, 3)), diagonal(random(3, 3)))
 
 
+@pytest.mark.parametrize("copied", [torch.Tensor.contiguous, torch.Tensor.to, torch.clone])
+def test_a_memory_format_is_refused_by_torchair_with_its_line(copied):
+    said = refused(lambda x: copied(x, memory_format=torch.channels_last) * 2, random(2, 3, 4, 5))
+    assert "memory_format" in said and "test_ascend_fixes.py" in said
+
+
 def test_half_convolutions_are_half_on_the_device_and_round_as_eager():
     from bevfn.layers import conv
 
