@@ -17,6 +17,7 @@ from bevfn.ascend.rates import LARGE_COPIES, PUBLISHED, SCENARIOS
 from bevfn.ascend.uses import FAMILIES, used_by
 from bevfn.commands import lowering
 from bevfn.commands.graph import graph
+from bevfn.kernels import batch_norm as kernel
 
 ge_graphs.need_torchair()
 ROWS, WIDTH, COUNT = 1000, 64, 5000
@@ -68,6 +69,26 @@ def test_tasks_are_counted_by_hand(lowered, tasks):
     )
     assert made.seconds["optimistic"] < made.seconds["middle"] < made.seconds["pessimistic"]
     assert json.loads(json.dumps(made.to_json()))["groups"]["cube"]["tasks"] == 2
+
+
+def test_a_constant_that_is_written_in_place_is_copied_in_every_step(lowered, tasks):
+    """GE folds none that is, and keeps the copy: of the zeros that rows are added to, of batch norm's running statistics."""
+    kinds = {use.name: use.kind for use in lowered[1]}
+    (move,) = [task for task in tasks if kinds[task.name] == "TensorMove"]
+    assert (move.group, move.bytes) == ("copies", 2 * 4 * ROWS * WIDTH)
+    (zeros,) = [use for use in lowered[1] if use.kind == "Fill"]
+    assert zeros.constant and report.report("step", *lowered[:1], None, lowered[1]).bytes["folded"] >= 4 * ROWS * WIDTH
+
+    made = lower(lambda x, w: kernel.batch_norm(x, w, w, 1e-5)[0], (torch.zeros(2, 7, 4, 4), torch.ones(7)))
+    uses = list(used_by(made))
+    moves = [use.traffic for use in uses if use.kind == "TensorMove" and not use.constant]
+    assert moves == [2 * 4 * 7] * 2
+    norm = estimate(made, uses, batch=1, memory={}).groups["batch norm"]
+    assert norm.tasks == 4  # the two copies, BNTrainingReduce and BNTrainingUpdate
+
+    counts = lambda x: x + torch.zeros(5).index_add(0, torch.arange(3), torch.ones(3))  # noqa: E731
+    uses = list(used_by(lower(counts, (torch.zeros(5),))))
+    assert {use.kind for use in uses if not use.constant} == {"Add"}  # where all is constant nothing is copied
 
 
 def test_a_task_takes_the_largest_of_its_bounds():

@@ -103,11 +103,11 @@ def test_batch_norm_in_training_mode(stock):
     assert differs(executed(batch_norm, *BATCH_NORM), batch_norm(*BATCH_NORM))
 
 
-def trained(params, state, x):
+def trained(params, state, x, valid=None):
     """A layer's outputs, statistics and gradients."""
 
     def loss(params, x):
-        y, seen = layer.apply(params, state, x, train=True)
+        y, seen = layer.apply(params, state, x, train=True, valid=valid)
         return torch.sin(y.float()).sum(), (y, seen)
 
     return grad_and_value(loss, argnums=(0, 1), has_aux=True)(params, x)
@@ -138,26 +138,18 @@ def test_batch_norm_of_images_is_four_tasks(dtype, device, monkeypatch):
 @pytest.mark.parametrize("counted", [40, 1, 0])
 def test_batch_norm_of_the_rows_that_count_is_the_same_four_tasks(counted, dtype, device):
     """What the other rows hold does not matter, not even where they are most."""
-
-    def trained_rows(params, state, x, valid):
-        def loss(params, x):
-            y, seen = layer.apply(params, state, x, train=True, valid=valid)
-            return torch.sin(y.float()).sum(), (y, seen)
-
-        return grad_and_value(loss, argnums=(0, 1), has_aux=True)(params, x)
-
     params = {"weight": random(3, seed=1), "bias": random(3, seed=2)}
     state = {"mean": random(3, seed=3), "var": random(3, seed=4).abs()}
     valid = torch.arange(150) % 3 == 0
     valid &= valid.cumsum(0) <= counted
     x = (random(150, 3) * 2 + 1 + 50 * ~valid[:, None]).to(dtype)
     operands = (params, state, x, valid)
-    assert sorted(kind for kind in types(trained_rows, *operands) if kind.startswith("BN")) == FOUR
-    wanted = trained_rows(*operands)
+    assert sorted(kind for kind in types(trained, *operands) if kind.startswith("BN")) == FOUR
+    wanted = trained(*operands)
     assert counted == 0 or not torch.equal(
         wanted[1][1][1]["mean"], layer.apply(params, state, x, train=True)[1]["mean"]
     )
-    assert_same(executed(trained_rows, *operands, device=device), wanted, 2e-5 if dtype == torch.float32 else 2e-3)
+    assert_same(executed(trained, *operands, device=device), wanted, 2e-5 if dtype == torch.float32 else 2e-3)
 
 
 def test_an_a2_loses_the_variance_of_images_far_off_zero_and_no_more_than_that():
@@ -171,9 +163,14 @@ def test_an_a2_loses_the_variance_of_images_far_off_zero_and_no_more_than_that()
     assert_same(a2[1]["mean"], exact[1]["mean"])
 
 
-@pytest.mark.parametrize("rows", [(6, 3), (3, 3, 1, 1)])
-def test_what_is_far_off_zero_is_rows_whose_variance_takes_two_passes(rows):
-    assert any(kind.startswith("BN") for kind in types(trained, *layer.init(3), random(*rows))) == (len(rows) == 4)
+@pytest.mark.parametrize("shape, fused", [((6, 3), False), ((3, 3, 1, 1), False), ((3, 3, 1, 2), True)])
+def test_what_is_far_off_zero_is_rows_whose_variance_takes_two_passes(shape, fused):
+    """Images of one pixel are rows: a pooled branch's."""
+    params, state = layer.init(3)
+    x = 1 + random(*shape) / 100  # a difference of squares is off by 1e-3 of it
+    assert any(kind.startswith("BN") for kind in types(trained, params, state, x)) == fused
+    if not fused:
+        assert_same(executed(trained, params, state, x, device="a2"), trained(params, state, x), 2e-5)
 
 
 LARGE = 2**24
@@ -666,6 +663,12 @@ def test_reading_memory_by_strides():
 
     assert "use permute and reshape" in refused(diagonal, random(3, 3).t())
     assert_same(executed(diagonal, random(3, 3)), diagonal(random(3, 3)))
+
+
+@pytest.mark.parametrize("copied", [torch.Tensor.contiguous, torch.Tensor.to, torch.clone])
+def test_a_memory_format_is_refused_by_torchair_with_its_line(copied):
+    said = refused(lambda x: copied(x, memory_format=torch.channels_last) * 2, random(2, 3, 4, 5))
+    assert "memory_format" in said and "test_ascend_fixes.py" in said
 
 
 def test_half_convolutions_are_half_on_the_device_and_round_as_eager():

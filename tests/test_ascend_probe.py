@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from dataclasses import asdict
+from pathlib import Path
 
 import ge_graphs
 import pytest
@@ -13,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bevfn import choices
 from bevfn.ascend import device, placement, probe
 from bevfn.ascend.interpret import a2
+from bevfn.ascend.lower import lower
 from bevfn.ascend.probe import NEITHER, REFUSED, Found
-from bevfn.ascend.questions import QUESTIONS, ROWS
+from bevfn.ascend.questions import CHANNELS, EPS, QUESTIONS, ROWS
 from bevfn.ascend.rates import L2, SCENARIOS, probed
 from bevfn.commands.ascend import probe as command
 from bevfn.commands.graph import graph
+from bevfn.layers import batch_norm
 
 # What the interpreter says: by the published meanings, and as an A2's kernels do (of hf32-on: with HF32 allowed).
 SAID = {
@@ -36,6 +39,8 @@ SAID = {
     "hf32-on": ("float32", "HF32"),
     "batch-norm": ("float32", "float32"),
     "batch-norm-fused": ("float32", "loses digits"),
+    **dict.fromkeys(("batch-norm-fp32", "batch-norm-fp16"), ("float32", "float32")),
+    **dict.fromkeys(("batch-norm-grad-fp32", "batch-norm-grad-fp16"), ("closed form", "closed form")),
 }
 
 
@@ -45,8 +50,13 @@ def found():
     return [probe.interpreted(question, mode) for question in QUESTIONS.values() for mode in probe.MODES]
 
 
-def test_the_command_line_knows_every_question():
+def test_the_command_line_and_the_docs_know_every_question():
     assert choices.QUESTIONS.split() == list(QUESTIONS)
+    page = (Path(__file__).parents[1] / "docs/ascend.md").read_text()
+    table = page.partition("| an answer that stops you |")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1].strip() for row in table.splitlines()[2:]]
+    assert sorted(name for row in rows for name in row.split(", ")) == sorted(QUESTIONS)
+    assert f" {len(QUESTIONS)} questions" in page
 
 
 def test_every_question_can_be_asked_of_the_interpreter(found):
@@ -69,6 +79,48 @@ def test_answers_can_be_told_apart(name):
     for wrong in ([y + 1 for y in exact], [exact[0].double()], [exact[0].ravel()[:1]]):
         said, then = probe.judged(question, operands, [y * 3 for y in wrong])
         assert said == NEITHER and "from" in then
+
+
+def nodes_of(lowered):
+    """{type: what the node states: attributes but names, dtypes and layouts of operands and results} of batch norm's."""
+    left_out = {"_input_name_key", "_input_name_value", "_output_name_key", "_output_name_value", "_readable_value"}
+    return {
+        op.type: (
+            {k: v.SerializeToString(deterministic=True) for k, v in op.attr.items() if k not in left_out},
+            [(d.name, d.dtype, d.layout) for d in (*op.input_desc, *op.output_desc)],
+        )
+        for op in lowered.graph.op
+        if op.type.startswith("BN")
+    }
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_batch_norm_is_asked_by_the_nodes_of_a_train_step(name):
+    """All four, in their formats; and what is expected of them is what torch computes and derives."""
+    ge_graphs.need_torchair()
+    probe.register()
+    forward, gradient = QUESTIONS[f"batch-norm-{name}"], QUESTIONS[f"batch-norm-grad-{name}"]
+    asked = [lower(probe.step_of(question), question.operands(ROWS)) for question in (forward, gradient)]
+
+    def step(x, weight, bias):
+        def loss(x, weight, bias):
+            y, seen = batch_norm.apply({"weight": weight, "bias": bias}, state, x, train=True)
+            return (y.float() ** 2).sum(), seen
+
+        return torch.func.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weight, bias)
+
+    operands, (_, state) = forward.operands(ROWS), batch_norm.init(CHANNELS)
+    emitted = nodes_of(lower(step, operands))
+    assert len(emitted) == 4 and {**nodes_of(asked[0]), **nodes_of(asked[1])} == emitted
+
+    grad, x, weight, mean, var = gradient.operands(ROWS)
+    wide = [t.double().requires_grad_() for t in (x, weight, operands[2])]
+    y = torch.nn.functional.batch_norm(wide[0], None, None, *wide[1:], training=True, eps=EPS)
+    wanted = (y, *torch.autograd.grad(y, wide, grad.double()))
+    found = forward.answers[0].results(*operands)[0], *gradient.answers[0].results(grad, x, weight, mean, var)
+    assert [t.dtype for t in found] == [x.dtype, x.dtype, torch.float32, torch.float32]
+    for ours, theirs in zip(found, wanted):
+        assert (ours - theirs).norm() <= (1e-3 if ours.dtype == torch.float16 else 1e-5) * theirs.norm()
 
 
 def test_the_command_without_an_npu(capsys, tmp_path):

@@ -60,6 +60,12 @@ def test_links_and_paths_of_a_page_exist(page):
     assert missing == []
 
 
+def test_lines_of_the_ascend_page_are_read_on_a_terminal():
+    """An engineer beside a device has the file and no browser."""
+    lines = (ROOT / "docs/ascend.md").read_text().splitlines()
+    assert [f"{i}: {len(line)} characters" for i, line in enumerate(lines, 1) if len(line) > 120] == []
+
+
 def test_an_extra_is_installed_from_a_clone_as_everybody_says_it():
     """Nothing is on PyPI under our name."""
     sources = [path for room in ("bevfn", "kernels", "experiments") for path in (ROOT / room).rglob("*.py")]

@@ -178,7 +178,7 @@ def text(found: Sequence[Found]) -> str:
 
 
 def _row(name: str, expected: str, said: Sequence[str]) -> str:
-    return f"{name:<18}{expected:<16}{''.join(f'{one:<28}' for one in said)}".rstrip()
+    return f"{name:<22}{expected:<16}{''.join(f'{one:<28}' for one in said)}".rstrip()
 
 
 def _assumed(question: Question) -> str:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from bevfn.ascend.rates import L2
+from bevfn.kernels.batch_norm import ascend as batch_norm
 
 Results = tuple[Tensor | None, ...]
 ROWS = 4096
 """of a rate's graph where no time is taken"""
-FLOAT, INT32, INT64 = 0, 3, 9  # in GE's numbering
+INT32, INT64 = 3, 9  # in GE's numbering
 POINTS = 330_000
 """of a sample of ten sweeps, which voxelization sorts"""
 
@@ -451,38 +452,102 @@ def normalised(x: Tensor) -> tuple[Tensor]:
     return (centred * torch.rsqrt((centred * centred).mean((0, 2, 3), keepdim=True) + EPS),)
 
 
-def fused_norm(ge: Any, x: Any) -> Any:
-    """BNTrainingReduce and BNTrainingUpdate; the running statistics do not matter here."""
-    from torchair._ge_concrete_graph.utils import specific_op_input_layout, specific_op_output_layout
-
-    one, zero = (ge.Const([number] * CHANNELS, dtype=FLOAT) for number in (1.0, 0.0))
-    total, squares = ge.BNTrainingReduce(x)
-    running = ge.TensorMove(zero), ge.TensorMove(one)  # which it writes to
-    made = ge.BNTrainingUpdate(x, total, squares, one, zero, *running, factor=0.1, epsilon=EPS)
-    for node in (total, made[0]):
-        specific_op_input_layout(node, indices=0, layout="NCHW")
-    specific_op_output_layout(made[0], indices=0, layout="NCHW")
-    return [made[0]]
-
-
 CHANNELS = 64
 OFF_CENTRE = 1000.0
 """mean over standard deviation, of which a difference of squares loses most of float32's digits"""
-NORMS = (
-    Answer("float32", lambda x: tuple(y.float() for y in normalised(x.double())), "exact: take what is faster", 3e-3),
-    Answer(
-        "loses digits",
-        lambda x: tuple(y.float() for y in normalised(x.double())),
-        "as read in CANN's source: the variance is a difference of squares, of numbers this far off 0",
-        0.5,
-    ),
+UNFUSE = "set FUSED = False in kernels/batch_norm/ascend.py: batch norm is written out then"
+EXACT, SQUARES = (
+    "exact: take what is faster",
+    "as read in CANN's source: the variance is a difference of squares, of numbers this far off 0",
 )
 
 
-def activations(rows: int) -> tuple[Tensor, ...]:
-    """[N C 128 128] of 2 x 64 images' worth of numbers, far off 0."""
+def activations(rows: int, mean: float = OFF_CENTRE, deviation: float = 1.0) -> Tensor:
+    """[N C 128 128] of 2 x 64 images' worth of numbers."""
     size = 128 if rows > ROWS else 16
-    return (random(2, CHANNELS, size, size) + OFF_CENTRE,)
+    return deviation * random(2, CHANNELS, size, size) + mean
+
+
+def affine() -> tuple[Tensor, Tensor]:
+    """Weight and bias."""
+    return random(CHANNELS) + 2, random(CHANNELS).flip(0)
+
+
+def fused(x: Tensor, weight: Tensor, bias: Tensor, *, half: bool = False) -> Results:
+    """y, mean and biased variance of images, in float64; of statistics that are rounded to float16, if `half`."""
+    wide = x.double()
+    mean = wide.mean((0, 2, 3))
+    var = (wide - _of_channels(mean)).square().mean((0, 2, 3))
+    if half:
+        mean, var = mean.half().double(), var.half().double()
+    h = (wide - _of_channels(mean)) * _of_channels((var + EPS).rsqrt())
+    y = h * _of_channels(weight.double()) + _of_channels(bias.double())
+    return y.to(x.dtype), mean.float(), var.float()
+
+
+def fused_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, *, is_rstd: bool = False
+) -> Results:
+    """Gradients of x, weight and bias in float64; `is_rstd`: if the last operand were 1 / deviation."""
+    dy, rstd = grad.double(), var.double() if is_rstd else (var.double() + EPS).rsqrt()
+    h = (x.double() - _of_channels(mean.double())) * _of_channels(rstd)
+    of_weight, of_bias = (dy * h).sum((0, 2, 3)), dy.sum((0, 2, 3))
+    count = x.numel() // x.shape[1]
+    dx = (dy - _of_channels(of_bias / count) - h * _of_channels(of_weight / count)) * _of_channels(weight * rstd)
+    return dx.to(x.dtype), of_weight.float(), of_bias.float()
+
+
+def _of_channels(c: Tensor) -> Tensor:
+    return c[:, None, None]
+
+
+def _fused(dtype: torch.dtype) -> tuple[Question, Question]:
+    """The four operators by the nodes that a train step has, forward and gradient, of images in `dtype`."""
+    name = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
+
+    def images(rows: int) -> Tensor:
+        return activations(rows, 3.0, 2.0).to(dtype)
+
+    def operands_of_gradient(rows: int) -> tuple[Tensor, ...]:
+        x, (weight, _) = images(rows), affine()
+        wide = x.double()
+        mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
+        return x.flip(0, 2) - 3, x, weight, mean.float(), var.float()
+
+    forward = Question(
+        name=f"batch-norm-{name}",
+        asks=f"Do BNTrainingReduce and BNTrainingUpdate normalise images of {name} by statistics of float32?",
+        assumes="yes, biased ones, which are returned too (kernels/batch_norm/ascend.py)",
+        operands=lambda rows: (images(rows), *affine()),
+        build=lambda ge, x, weight, bias: batch_norm.nodes(x, weight, bias, EPS, CHANNELS),
+        answers=(
+            Answer("float32", fused, "as assumed", 1e-4),
+            Answer(
+                "in float16", lambda *operands: fused(*operands, half=True), f"statistics are inexact: {UNFUSE}", 1e-4
+            ),
+        ),
+        rows=2 * 128 * 128,
+        refused=UNFUSE,
+    )
+    gradient = Question(
+        name=f"batch-norm-grad-{name}",
+        asks=f"Do BNTrainingUpdateGrad and BNTrainingReduceGrad give the gradients for images of {name}?",
+        assumes="yes, of the mean and the variance (kernels/batch_norm/ascend.py)",
+        operands=operands_of_gradient,
+        build=lambda ge, grad, x, weight, mean, var: batch_norm.gradient_nodes(grad, x, weight, mean, var, EPS),
+        answers=(
+            Answer("closed form", fused_gradients, "as assumed", 1e-4),
+            Answer(
+                "of 1 / deviation",
+                lambda *operands: fused_gradients(*operands, is_rstd=True),
+                f"the operand is no variance, as torchair's own converter has it: {UNFUSE}",
+                1e-4,
+            ),
+        ),
+        rows=2 * 128 * 128,
+        refused=UNFUSE,
+    )
+    return forward, gradient
 
 
 FLOATS = (
@@ -503,21 +568,29 @@ FLOATS = (
         name="batch-norm",
         asks="What does batch norm that is written out cost, as bevfn's of rows?",
         assumes="its bytes over 1.49 TB/s and 1 to 5 us a node (ascend/rates.py)",
-        operands=activations,
+        operands=lambda rows: (activations(rows),),
         step=normalised,
-        answers=NORMS,
+        answers=(
+            Answer("float32", lambda x: tuple(y.float() for y in normalised(x.double())), EXACT, 3e-3),
+            Answer("loses digits", lambda x: tuple(y.float() for y in normalised(x.double())), SQUARES, 0.5),
+        ),
         rows=2 * 128 * 128,
     ),
     Question(
         name="batch-norm-fused",
         asks="Do BNTrainingReduce and BNTrainingUpdate normalise as exactly, and faster?",
         assumes="less than batch-norm does, and so used for images; its variance is a difference of squares (docs/ascend.md)",
-        operands=activations,
-        build=fused_norm,
-        answers=NORMS,
+        operands=lambda rows: (activations(rows), *affine()),
+        build=lambda ge, x, weight, bias: batch_norm.nodes(x, weight, bias, EPS, CHANNELS),
+        answers=(
+            Answer("float32", fused, EXACT, 3e-3),
+            Answer("loses digits", lambda *operands: (fused(*operands)[0], None, None), SQUARES, 0.5),
+        ),
         rows=2 * 128 * 128,
-        refused="set FUSED = False in kernels/batch_norm/ascend.py: batch norm is written out then",
+        refused=UNFUSE,
     ),
+    *_fused(torch.float32),
+    *_fused(torch.float16),
 )
 
 QUESTIONS: dict[str, Question] = {question.name: question for question in (*INTEGERS, *WHOLE, *MOVES, *FLOATS)}

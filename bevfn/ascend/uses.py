@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from bevfn.ascend import interpret
+from bevfn.ascend.interpret import Program
 from bevfn.ascend.lower import Lowered
 from bevfn.kernels import ascend as kernels
 
@@ -60,6 +61,7 @@ class Use:
     sources: tuple[tuple[str, int] | None, ...]
     freed: tuple[tuple[str, int], ...]
     constant: bool
+    """computed from constants only, and not copied so that it can be written: GE may do it once"""
     unknown: str = ""
 
     @property
@@ -76,11 +78,11 @@ def used_by(lowered: Lowered) -> Iterator[Use]:
     with mode:
         inputs = {source: torch.empty(v.shape, dtype=v.dtype) for (source, _), v in zip(program.inputs, lowered.inputs)}
     values: dict = {**program.constants, **inputs}
-    constant = set(program.constants)
+    constant = _constant(program)
     for step in program.steps:
         node = step.node
         operands = tuple(None if source is None else values[source] for source in node.sources)
-        fixed = all(source in constant for source in node.sources if source is not None)
+        fixed = node.name in constant
         unknown = ""
         results: tuple = ()
         try:
@@ -95,10 +97,29 @@ def used_by(lowered: Lowered) -> Iterator[Use]:
             return
         for i, result in enumerate(results):
             values[node.name, i] = result
-            if fixed:
-                constant.add((node.name, i))
         for source in step.last_uses:
             values.pop(source, None)
+
+
+def _constant(program: Program) -> set[str]:
+    """Names of the nodes that need not run in every step: all that they read is constant.
+
+    But a constant that is written in place is copied in every step, by the TensorMove in front of the node that writes or, without
+    one, by GE (mirror-cann/ge 6f5451ac, docs/architecture/features/memory_conflict.md, 3.2.2; that it leaves the TensorMove:
+    hicann/ge 08ccb5aa, tensormove_delete.md beside it, scenario 4).
+    """
+    constant = {name for name, _ in program.constants}
+    copies: set[str] = set()
+    for step in program.steps:
+        read = [source[0] for source in step.node.sources if source is not None]
+        if all(name in constant for name in read):
+            constant.add(step.node.name)
+            if step.node.type == "TensorMove":
+                copies.add(step.node.name)
+        else:
+            written = (step.node.sources[place] for place in step.node.written)
+            constant -= {source[0] for source in written if source is not None} & copies
+    return constant
 
 
 class _PassedChecks(TorchFunctionMode):

@@ -124,9 +124,10 @@ def _normalised(
 
 def _by_operator(x: Tensor, weight: Tensor, valid: Tensor | None) -> bool:
     """Images, and rows of which some count, a sparse convolution's; a compiler fuses the closed form that it sees. Not rows of which
-    all do: on Ascend the operator's variance is a difference of squares (docs/ascend.md), and such rows may be no activations:
-    camera matrices are far off 0."""
-    return (x.dim() == 4 or valid is not None) and weight.dim() == 1 and not torch.compiler.is_compiling()
+    all do, to which images of one pixel belong: on Ascend the operator's variance is a difference of squares (docs/ascend.md), and
+    such rows may be no activations: camera matrices are far off 0."""
+    images = x.dim() == 4 and x.shape[2:].numel() > 1
+    return (images or valid is not None) and weight.dim() == 1 and not torch.compiler.is_compiling()
 
 
 def _per_channel(c: Tensor, x: Tensor) -> Tensor:

@@ -48,8 +48,10 @@ def forward(
 
 
 def total(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """Sum of images [... H W] or rows [R C] over `axes`, ascending, in two steps: inductor adds one number to the next, which rounds a mean of
-    10^5 equal numbers by 5e-5 (docs/benchmarks.md); in two it is at 1e-7, as torch's own sum, a tree, in one."""
+    """Sum of images [... H W] or rows [R C] over `axes`, ascending, in two steps: inductor adds one number to the next, which rounds
+    a mean of 10^5 equal numbers by 5e-5 (docs/benchmarks.md); in two it is at 1e-7, as torch's own sum, a tree, in one.
+
+    One step all the same where R has no factor in common with 64, for groups of rows [G R C], and in effect for images of W = 1."""
     if axes[-1] == x.dim() - 1:
         return x.sum(-1).sum(list(axes[:-1]))
     some = math.gcd(len(x), 64)
