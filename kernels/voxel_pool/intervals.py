@@ -12,8 +12,7 @@ from torch import Tensor
 from bevfn.kernels import indices, native
 
 LENGTH = 16
-"""More are fewer rows to add and more places of an interval that are empty; for BEVFusion 8 and 32 cost an eighth more on an Ascend
-(docs/ascend.md)."""
+"""More are fewer rows to add and more places without a point; 8 and 32 cost BEVFusion's step 3 to 4 ms more on an Ascend, on paper."""
 
 
 class Intervals(NamedTuple):
