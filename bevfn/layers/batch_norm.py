@@ -108,11 +108,15 @@ def _normalised(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """x [B C ...] and params [C], or groups [G B C ...] and [G C], to (y, {"mean", unbiased "var"} like the params)."""
     weight, bias = params["weight"], params["bias"]
+    fused = replicas is None and _by_operator(x, weight, valid)
+    if fused and valid is None:
+        y, mean, var = kernel.batch_norm(x, weight, bias, eps)
+        counted = x.numel() // x.shape[1]
+        return y, {"mean": mean, "var": var * (counted / max(counted - 1, 1))}
     mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
     rows = mask.sum() if valid is not None else mask * (x.numel() // weight.numel())
-    if replicas is None and _by_operator(x, weight, valid):
-        own = () if valid is None else (mask, rows.clamp(min=1.0))
-        y, mean, var = kernel.batch_norm(x, weight, bias, eps, *own)
+    if fused:
+        y, mean, var = kernel.batch_norm(x, weight, bias, eps, mask, rows.clamp(min=1.0))
         return y, {"mean": mean, "var": var * (rows / (rows - 1).clamp(min=1.0))}
     # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
     # 2.13, silently): a view of it does not.
