@@ -309,7 +309,7 @@ def test_scenes_that_the_run_was_trained_on_are_told(trained, monkeypatch, capsy
 def test_a_checkpoint_of_another_model_is_refused(trained, monkeypatch, capsys):
     _, checkpoint = trained
     assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", checkpoint, *FAST) == 2
-    assert "of another experiment" in capsys.readouterr().err
+    assert "is of the recipe bevfusion_lidar (bevfusion-lidar), not of " in capsys.readouterr().err
     inside = trained[0].run_dir / "checkpoints" / "step_00000001" / "train_state.safetensors"
     assert (
         bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", inside, *FAST, "--data-root", small_world.index().root)

@@ -79,7 +79,7 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
         compilation.check_backend(backend)
     loggers.check(config.loggers)
     if config.resume:
-        run_folder.check_resumable(config.run_dir)
+        run_folder.check_resumable(config.run_dir, config.model)
     else:  # a checkpoint has all of them
         for path in config.pretrained:
             pretrained.check(path)
