@@ -52,6 +52,8 @@ MISTAKES = [
     ("predict runs/god WORLD --scene all --out out", "runs/god is not there; did you mean runs/good?"),
     ("eval bevdepth --data-root WORLD --checkpoint runs/good", "runs/good is of the recipe bevfusion_lidar (bevfusion-lidar), not of bevdepth: `bevfn eval bevfusion_lidar --checkpoint runs/good`"),
     ("eval runs/good", "eval takes a recipe first: `bevfn eval bevfusion_lidar --checkpoint runs/good`"),
+    ("eval --checkpoint runs/good --split val", "eval takes a recipe first: `bevfn eval bevfusion_lidar --checkpoint runs/good --split val`"),
+    ("eval --checkpoint=runs/god", "eval takes a recipe first: `bevfn eval RECIPE --checkpoint=runs/god`"),
     ("eval runs/good/checkpoints/step_00000001", "eval takes a recipe first: `bevfn eval bevfusion_lidar --checkpoint runs/good/checkpoints/step_00000001`"),
     ("eval other.safetensors", "eval takes a recipe first: `bevfn eval RECIPE --checkpoint other.safetensors`; it is one of bevfusion, "),
     ("eval runs/god", "eval takes a recipe first, and runs/god is not there; did you mean runs/good?"),

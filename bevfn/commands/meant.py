@@ -1,6 +1,7 @@
 """What was meant by a word that a command line does not know: one sentence, with the command that works."""
 
 import difflib
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def check(arguments: list[str], groups: Mapping[str, Collection[str]], commands:
         _check_recipe(typed, first, rest[1:])
     if typed == "eval":
         check_flags(rest, OF_EVAL)
+        _check_named(rest)
 
 
 def _unknown(prog: str, typed: str, known: Collection[str]) -> ValueError:
@@ -98,6 +100,15 @@ def _check_recipe(command: str, name: str, rest: list[str]) -> None:
         working = " ".join(["bevfn", command, meant, *flags, *rest])
         raise ValueError(f"{said} `{working}`" if name in NAMES else f"{said} did you mean `{working}`?")
     raise ValueError(f"{said} it is one of {', '.join(catalogue.EXPERIMENTS)}")
+
+
+def _check_named(rest: list[str]) -> None:
+    """Raises ValueError for `bevfn eval --checkpoint RUN`, which names a run and no recipe."""
+    named = [following for word, following in itertools.pairwise(rest) if word == "--checkpoint"]
+    named += [word.partition("=")[2] for word in rest if word.startswith("--checkpoint=")]
+    if named and not {*catalogue.EXPERIMENTS, "-h", "--help"} & set(rest):
+        of = (_recipe_of(Path(named[-1])) if Path(named[-1]).exists() else "") or "RECIPE"
+        raise ValueError(f"eval takes a recipe first: `bevfn eval {of} {' '.join(rest)}`")
 
 
 def _recipe_of(place: Path) -> str:
