@@ -1,5 +1,6 @@
 """Lines while something takes its time, and none where it does not."""
 
+import json
 import shutil
 import sys
 import time
@@ -8,6 +9,7 @@ import pytest
 import small_world
 
 from bevfn import cli, waiting
+from bevfn.commands import bench
 
 
 def test_what_takes_its_time_is_said_again_and_again():
@@ -87,3 +89,10 @@ def test_no_command_is_silent_while_it_works(tmp_path, monkeypatch, capfd, words
     lines = [line for line in told[on].splitlines() if line.endswith("s so far")]
     assert end.value.code in (0, 1) and all(any(line.startswith(phase) for line in lines) for phase in phases)
     assert "so far" not in told["out" if on == "err" else "err"]
+
+
+def test_the_figures_of_a_benchmark_stay_json(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "EVERY_S", 0.02)
+    bench._report("naps", lambda: {"slept": time.sleep(0.1)}, None)
+    told = capsys.readouterr()
+    assert json.loads(told.out)["figures"] == {"slept": None} and "measuring naps: 0 s so far" in told.err
