@@ -81,7 +81,7 @@ def test_no_command_is_silent_while_it_works(tmp_path, monkeypatch, capfd, words
     """What a report is printed of is left to it: lines about the time go to standard error there."""
     root = shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn"))
     capfd.readouterr()  # of making that world
-    monkeypatch.setattr(waiting, "EVERY_S", 0.02)
+    monkeypatch.setattr(waiting, "EVERY_S", 0.002)
     typed = words.replace("ROOT", str(root)).replace("OUT", str(tmp_path / "out")).split()
     monkeypatch.setattr(sys, "argv", ["bevfn", *typed])
     with pytest.raises(SystemExit) as end:
