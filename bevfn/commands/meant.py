@@ -112,7 +112,7 @@ def _check_named(rest: list[str]) -> None:
 
 
 def _recipe_of(place: Path) -> str:
-    """The recipe of a run that a path lies in, or of an imported file; empty where neither says."""
+    """The recipe of the run that a path lies in; empty where there is none, as of a file."""
     from bevfn.training import run_folder  # and torch, which a right command line need not wait for
 
     for folder in (place, *place.parents[:3]):
