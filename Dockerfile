@@ -1,8 +1,12 @@
 # bevfn with its tests:   docker build -t bevfn . && docker run --rm -it bevfn make test
 # For CUDA:               docker build -t bevfn:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .   (PyPI's build is CUDA's)
 #                         docker run --rm -it --gpus all bevfn:cuda python -m bevfn.experiments.bevfusion --device cuda
-# For Ascend NPUs:        --build-arg BASE=ascendai/cann:TAG --build-arg EXTRAS=npu, on a host with Ascend's driver and Docker
-#                         runtime; TAG names a 910b image with Python 3.11 and the CANN that torch_npu 2.13's notes ask for.
+# For Ascend NPUs (A2):   docker build -t bevfn:npu --build-arg EXTRAS=npu \
+#                             --build-arg BASE=quay.io/ascend/cann:9.1.0-910b-ubuntu22.04-py3.11 .
+#                         on a host with Ascend's driver and Docker runtime. The tag is one of github.com/Ascend/cann-container-image.
+#                         torch_npu 2.13.0 is of TorchNPU 26.2, whose release notes pair it with CANN 9.2.0 and list 8.5 to 9.2 as
+#                         compatible; a 9.2.0 image for 910b was not among the published ones that were looked through (December
+#                         2026): take it once it is there. Not built here: there was neither a registry nor an NPU.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -10,12 +10,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from bevfn import commands, exits
-from bevfn.choices import Experiment
+from bevfn.commands import meant
 from bevfn.export import runtimes
 from bevfn.training import limits
 
@@ -133,6 +133,8 @@ def _checked(command: Callable) -> Callable:
 
 def _run(known: Commands, arguments: list[str], prog: str, description: str) -> int:
     typed = arguments[0] if arguments else ""
+    if typed in known:
+        limits.check_words(get_type_hints(known[typed]), arguments)
     made = {name: _checked(known[name]) if name == typed else known.listed(name) for name in known}
     code = tyro.extras.subcommand_cli_from_dict(made, args=arguments, prog=prog, description=description)
     return code if isinstance(code, int) else 0
@@ -148,9 +150,7 @@ def main() -> None:
             COMMANDS["train"](arguments[1], tuple(arguments[2:]))
         )  # whose flags are the recipe's, and errors a run's
     with exits.one_sentence(RuntimeError), exits.tidy_on_terminate():
-        path = "".join(arguments[1:2])
-        if arguments[:1] == ["eval"] and path not in get_args(Experiment) and Path(path or "-").exists():
-            raise ValueError(f"eval takes a recipe first: `bevfn eval RECIPE --checkpoint {path}`")
+        meant.check(arguments, {name: inside for name, (_, inside) in GROUPS.items()}, COMMANDS)
         if arguments[:1] and arguments[0] in GROUPS:
             sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
         sys.exit(_run(COMMANDS, arguments, "bevfn", ABOUT))

@@ -226,6 +226,11 @@ def run_config(experiment: str, checkpoint: Path, data_root: Path | None, model:
     path = checkpoint.parent.parent / run_folder.CONFIG_FILE
     is_run = checkpoint.is_dir() and path.is_file()
     own = run_folder.read_config(path).get("model") if is_run else None
+    if isinstance(own, str) and own in catalogue.MODELS and catalogue.MODELS[own].experiment != experiment:
+        right, run = catalogue.MODELS[own].experiment, path.parent
+        raise ValueError(
+            f"{run} is of the recipe {right} ({own}), not of {experiment}: `bevfn eval {right} --checkpoint {run}`"
+        )
     known = own if isinstance(own, str) and own in recipes.load(experiment).DEFAULTS else None
     default = source.of_kind(recipes.defaults(experiment, model or known), data_root)
     if not is_run:

@@ -1,37 +1,87 @@
-"""No long silence: while something takes its time, a line now and then says what it is and for how long."""
+"""No long silence: while something takes its time, a line now and then says what it is and for how long.
+
+Blocks may lie inside each other: the innermost alone speaks, and where the one around it does.
+"""
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 EVERY_S = 15.0
+Say = Callable[[str], Any]
+_open: list[tuple[object, Say]] = []
+"""Blocks that have begun and not ended: (which, where it speaks), the innermost last."""
 
 
 def _print(text: str) -> None:
     print(text, flush=True)
 
 
+def aside(text: str) -> None:
+    """For `say` of a command whose standard output is a report."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
-def told(
-    what: str | Callable[[], str], say: Callable[[str], Any] = _print, *, every: float | None = None
-) -> Iterator[None]:
+def told(what: str | Callable[[], str], say: Say | None = None, *, every: float | None = None) -> Iterator[None]:
     """Context manager: `say` gets "WHAT: 30 s so far" every so many seconds (EVERY_S) that the block takes; of a short one
-    nothing. what: a text, or a function that tells it anew."""
-    ended, began, pause = threading.Event(), time.monotonic(), EVERY_S if every is None else every
+    nothing. what: a text, or a function that tells it anew. say: by default that of the block around it, or print."""
+    began, pause = time.monotonic(), EVERY_S if every is None else every
+    with _opened(say) as (me, to):
+        ended = threading.Event()
 
-    def tell() -> None:
-        while not ended.wait(pause):
-            say(f"{what() if callable(what) else what}: {time.monotonic() - began:.0f} s so far")
+        def tell() -> None:
+            while not ended.wait(pause):
+                if _open[-1][0] is me:
+                    to(f"{what() if callable(what) else what}: {time.monotonic() - began:.0f} s so far")
 
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+@contextlib.contextmanager
+def _opened(say: Say | None) -> Iterator[tuple[object, Say]]:
+    me = object(), say or (_open[-1][1] if _open else _print)
+    _open.append(me)
     try:
-        yield
+        yield me
     finally:
-        ended.set()
-        thread.join()
+        _open.remove(me)
+
+
+@contextlib.contextmanager
+def counted(
+    what: str, total: int, unit: str = "key frames", *, done: int = 0, quiet: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Context manager: gives an `advance(count)` for so many of a unit, of which some were done before: a bar in a terminal (on
+    standard error), elsewhere what `told` tells; quiet: neither."""
+    if quiet:
+        yield lambda more: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, seen = Console(stderr=True), [done]
+    if not console.is_terminal:
+
+        def count(more: int) -> None:
+            seen[0] += more
+
+        with told(lambda: f"{what}, {seen[0]:,} of {total:,} {unit}"):
+            yield count
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _opened(None), Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda more: bar.advance(task, more)
 
 
 @contextlib.contextmanager

@@ -272,9 +272,9 @@ def test_a_checkpoint_of_the_other_model_is_refused(trained, monkeypatch, capsys
     folder = config.run_dir / "checkpoints" / "step_00000002"
     other = "matrixvt" if name == "bevdepth" else "bevdepth"
     assert bevfn(monkeypatch, "eval", other, "--checkpoint", folder, *FAST) == 2
-    assert "name" in capsys.readouterr().err
+    assert f"not of {other}: `bevfn eval {name} --checkpoint {config.run_dir}`" in capsys.readouterr().err
     assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", folder, *FAST) == 2
-    assert "of another experiment" in capsys.readouterr().err
+    assert f"not of bevfusion: `bevfn eval {name} --checkpoint {config.run_dir}`" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"step_00000002(,| ).*(which the model lacks|in the model)"):
         start(small(other, pretrained=(folder,)), other)
 

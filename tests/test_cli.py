@@ -11,6 +11,7 @@ import pytest
 import small_root
 
 from bevfn import cli
+from bevfn.commands import meant
 from bevfn.training import limits
 
 
@@ -37,6 +38,7 @@ def test_help_explains(arguments):
 HELPED = """
 import sys
 from bevfn import cli
+from bevfn.commands import meant
 inside = [[group, name] for group, (_, commands) in cli.GROUPS.items() for name in commands]
 for words in ([], *([name] for name in cli.COMMANDS), *inside):
     sys.argv = ["bevfn", *words, "--help"]
@@ -169,3 +171,51 @@ def test_data_prepare_makes_the_index_and_the_database(tmp_path, monkeypatch, ca
     assert code == 0 and "mini_train: index yes; GT-paste database yes" in text
     code, text = call(monkeypatch, capfd, "data", "prepare", root, "--no-published-sweeps", "--no-depth")
     assert code == 0 and "objects (--no-published-sweeps --published-paste)" in text
+
+
+def test_what_is_meant_by_other_tools_words_is_there():
+    known = {"bevfn " + name for name in cli.COMMANDS}
+    known |= {f"bevfn {group} {name}" for group, (_, inside) in cli.GROUPS.items() for name in inside}
+    assert {f"bevfn {word}" for word in meant.ELSEWHERE.values()} <= known
+    assert not {*meant.ELSEWHERE, *meant.NAMES} & set(cli.COMMANDS)
+    flags = {"--" + name.replace("_", "-") for name in inspect.signature(cli.COMMANDS["eval"]).parameters}
+    assert set(meant.OF_EVAL.values()) <= flags and not set(meant.OF_EVAL) & flags
+
+
+HINTS = {
+    "steps": int | None,
+    "lr": float,
+    "sizes": tuple[int, ...],
+    "pair": tuple[int, int] | None,
+    "split": str | None,
+}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--steps 3 --lr=1e-3",
+        "--steps None",
+        "--sizes 1 2 3 --lr inf",
+        "--pair None",
+        "--split two --sizes",
+        "--other x",
+    ],
+)
+def test_words_that_are_numbers_pass(words):
+    limits.check_words(HINTS, words.split())
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--steps 2.5", "--steps 2.5 must be a whole number, at least 1"),
+        ("--lr 0,1", "--lr 0,1 must be a number, above 0"),
+        ("--lr None", "--lr None must be a number, above 0"),
+        ("--sizes 1 x", "--sizes x must be whole numbers"),
+        ("--steps=\x1b", "--steps \\x1b must be a whole number, at least 1"),
+    ],
+)
+def test_words_that_are_none_are_named(words, says):
+    with pytest.raises(ValueError, match=re.escape(says) + "$"):
+        limits.check_words(HINTS, words.split())

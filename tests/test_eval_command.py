@@ -13,7 +13,7 @@ import pytest
 import small_root
 import small_world
 
-from bevfn import cli, detector, distributed
+from bevfn import cli, detector, distributed, waiting
 from bevfn.commands import scoring as evaluate
 from bevfn.data import batch, scene
 from bevfn.evaluation import apart, score
@@ -81,13 +81,15 @@ FAST = ("--backend", "eager", "--workers", "0")
 
 def test_a_checkpoint_scores_as_its_run_did(trained, monkeypatch, capsys, tmp_path):
     config, checkpoint = trained
+    monkeypatch.setattr(waiting, "EVERY_S", 0.02)
     assert bevfn(monkeypatch, "eval", "bevfusion_lidar", "--checkpoint", checkpoint, "--out", tmp_path, *FAST) == 0
     ours, theirs = (
         json.loads((folder / "results_nusc.json").read_text())
         for folder in (tmp_path, config.run_dir / "evaluations" / checkpoint.name)
     )
     assert ours == theirs and (tmp_path / "report.html").is_file()
-    assert "mAP" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "mAP" in told and "scoring: 0 s so far" in told
     counts = json.loads((tmp_path / "metrics.json").read_text())["counts"]
     assert counts["points"] > 3000 and {"bad/points", "empty/points", "overflow/voxels_out"} <= set(counts)
     assert not {"empty/boxes", "overflow/boxes"} & set(counts)  # which tell of what is learned
@@ -307,7 +309,7 @@ def test_scenes_that_the_run_was_trained_on_are_told(trained, monkeypatch, capsy
 def test_a_checkpoint_of_another_model_is_refused(trained, monkeypatch, capsys):
     _, checkpoint = trained
     assert bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", checkpoint, *FAST) == 2
-    assert "of another experiment" in capsys.readouterr().err
+    assert "is of the recipe bevfusion_lidar (bevfusion-lidar), not of " in capsys.readouterr().err
     inside = trained[0].run_dir / "checkpoints" / "step_00000001" / "train_state.safetensors"
     assert (
         bevfn(monkeypatch, "eval", "bevfusion", "--checkpoint", inside, *FAST, "--data-root", small_world.index().root)

@@ -11,7 +11,7 @@ import ge_graphs
 import pytest
 import torch
 
-from bevfn import catalogue
+from bevfn import catalogue, waiting
 from bevfn.ascend import execute
 from bevfn.commands import lowering
 from bevfn.commands.graph import graph
@@ -240,8 +240,11 @@ def test_the_choice_of_operators_is_in_the_report(ops, kind, monkeypatch, capsys
 
     batch = {"context": torch.ones(1, 3, 4, 8), "cell": torch.zeros(1, 2, 3, 4, dtype=torch.int32)}
     monkeypatch.setattr(lowering, "steps", lambda *_, **__: {"train": (train, (torch.ones(1, 2, 3, 4), batch))})
+    monkeypatch.setattr(waiting, "EVERY_S", 0.001)
     assert graph("bevfusion", ops=ops, json_file=tmp_path / "g.json") == 0
-    assert f"custom operators: {ops}" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"custom operators: {ops}" in told.out
+    assert "lowering the train step: 0 s so far" in told.err and "so far" not in told.out
     figures = json.loads((tmp_path / "g.json").read_text())
     assert figures["ops"] == figures["steps"]["train"]["ops"] == ops and kind in figures["steps"]["train"]["types"]
 

@@ -171,15 +171,32 @@ def test_the_summary_names_numbers_and_absent_classes(perfect):
             assert f"Not annotated here, so AP 0 and errors 1 in every mean: {c.name}" in text
 
 
-def test_a_comparison_marks_the_best_of_each_column(perfect):
+def test_a_comparison_marks_the_best_of_each_row(perfect):
     silent = scores(document(lambda _: nothing()))
     text = tables.compare({"untrained": silent, "trained": perfect})
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines()[2:4]}
-    assert "**" not in rows["untrained"] and rows["trained"].count("**") == 2 * 7
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    head, _, *numbers = rows
+    assert head == ["", "untrained", "trained"] and len(numbers) == 7 + sum(c.annotated > 0 for c in perfect.classes)
+    assert all("**" not in first and second.startswith("**") for _, first, second in numbers)
+    assert [numbers[0][2], numbers[1][2]] == [
+        "**" + tables.number(value) + "**" for value in (perfect.nds, perfect.mean_ap)
+    ]
     with pytest.raises(ValueError, match="at least one"):
         tables.compare({})
     with pytest.raises(ValueError, match="a and b were scored on different key frames"):
         tables.compare({"a": perfect, "b": dataclasses.replace(perfect, frames=2)})
+
+
+@pytest.mark.parametrize("width", [30, 80, 160])
+def test_a_comparison_of_many_fits_the_terminal(perfect, width):
+    names = [f"runs/search/trial_{number:03}" for number in range(9)] + ["a" * 200 + "z"]
+    lines = tables.compare(dict.fromkeys(names, perfect), width).splitlines()
+    tables_of = [line for line in lines if line.startswith("|")]
+    wide = max(map(len, tables_of))
+    assert wide <= max(width, 50) and (width < 50 or wide > width - 30)
+    shown = "".join(tables_of)
+    assert shown.count("| NDS") == shown.count("| mAAE") and "z |" in shown
+    assert width < 80 or all(shown.count(name) == 1 for name in names[:9])
 
 
 def test_frames_are_ranked_by_what_was_found():

@@ -1,8 +1,15 @@
 """Lines while something takes its time, and none where it does not."""
 
+import json
+import shutil
+import sys
 import time
 
-from bevfn import waiting
+import pytest
+import small_world
+
+from bevfn import cli, waiting
+from bevfn.commands import bench
 
 
 def test_what_takes_its_time_is_said_again_and_again():
@@ -33,3 +40,60 @@ def test_batches_are_counted(monkeypatch, capsys):
     with waiting.batches("evaluating", 6, quiet=True):
         time.sleep(0.2)
     assert capsys.readouterr().out == ""
+
+
+def test_of_blocks_inside_each_other_the_innermost_speaks_where_the_others_do(monkeypatch):
+    monkeypatch.setattr(waiting, "EVERY_S", 0.05)
+    said: list[str] = []
+    with waiting.told("checking", said.append):
+        time.sleep(0.2)
+        with waiting.counted("files", 1_000, "files", done=10) as advance:
+            advance(2)
+            outer = len(said)
+            time.sleep(0.2)
+        inner = len(said)
+        time.sleep(0.2)
+    assert outer and all(line.startswith("checking: ") for line in said[:outer])
+    assert inner > outer and all(line.startswith("files, 12 of 1,000 files: ") for line in said[outer:inner])
+    assert len(said) > inner and all(line.startswith("checking: ") for line in said[inner:])
+
+
+def test_a_block_that_failed_says_no_more(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "EVERY_S", 0.02)
+    try:
+        with waiting.counted("index", 5):
+            raise ValueError("no such token")
+    except ValueError as error:  # which holds the frames of what it went through
+        capsys.readouterr()
+        time.sleep(0.1)
+        assert error.__traceback__ is not None and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "words, phases, on",
+    [
+        ("data check ROOT", ["looking at tables and values"], "err"),
+        ("data prepare ROOT --workers 1", ["GT-paste database, ", "depth ground truth, "], "out"),
+        ("view ROOT --scene val --samples 2 --out OUT", ["reading the data set", "drawing, "], "out"),
+    ],
+)
+def test_no_command_is_silent_while_it_works(tmp_path, monkeypatch, capfd, words, phases, on):
+    """What a report is printed of is left to it: lines about the time go to standard error there."""
+    root = shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn"))
+    capfd.readouterr()  # of making that world
+    monkeypatch.setattr(waiting, "EVERY_S", 0.002)
+    typed = words.replace("ROOT", str(root)).replace("OUT", str(tmp_path / "out")).split()
+    monkeypatch.setattr(sys, "argv", ["bevfn", *typed])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    told = capfd.readouterr()._asdict()
+    lines = [line for line in told[on].splitlines() if line.endswith("s so far")]
+    assert end.value.code in (0, 1) and all(any(line.startswith(phase) for line in lines) for phase in phases)
+    assert "so far" not in told["out" if on == "err" else "err"]
+
+
+def test_the_figures_of_a_benchmark_stay_json(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "EVERY_S", 0.02)
+    bench._report("naps", lambda: {"slept": time.sleep(0.1)}, None)
+    told = capsys.readouterr()
+    assert json.loads(told.out)["figures"] == {"slept": None} and "measuring naps: 0 s so far" in told.err

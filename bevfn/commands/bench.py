@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bevfn import waiting
 from bevfn.choices import Experiment, ModelName, Precision, Scale
 from bevfn.files import check_json, to_json, write_atomically
 
@@ -278,7 +279,8 @@ def _report(benchmark: str, measure: Callable[[], dict], json_file: Path | None,
     from bevfn import provenance
 
     check_json(json_file)
-    figures = measure()
+    with waiting.told(f"measuring {benchmark}", waiting.aside):
+        figures = measure()
     result = {**provenance.head(device), "benchmark": benchmark, "figures": figures}
     text = to_json(result, indent=1)
     print(text.decode())

@@ -1,5 +1,6 @@
 """`bevfn compare RUN RUN`: training runs beside each other."""
 
+import shutil
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -34,4 +35,6 @@ def compare(runs: Positional[tuple[Path, ...]], *, out: Path = Path("runs/compar
     for run, name in zip(runs, names):
         config = run_folder.read_config(run / run_folder.CONFIG_FILE)
         read.append(side_by_side.read(run, name, {flag: to_json(value).decode() for flag, value in config.items()}))
-    print(f"{side_by_side.write(out, read)}\neverything is in {out / 'compare.html'}")
+    print(
+        f"{side_by_side.write(out, read, shutil.get_terminal_size().columns)}\neverything is in {out / 'compare.html'}"
+    )

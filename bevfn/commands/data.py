@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from bevfn import catalogue
+from bevfn import catalogue, waiting
 from bevfn.choices import ModelName
 from bevfn.data.index import Index
 from bevfn.files import check_json, write_atomically
@@ -84,7 +84,8 @@ def check(
     if found == "mixed":
         raise ValueError(f"{root} is a mixture; check each of its data sets by itself")
     look = {"t4": t4_check.check, "own": own_check.check}.get(found, check.check)
-    report = look(root, version, split, training=train_split, evaluation=eval_split, deep=deep, workers=workers)
+    with waiting.told("looking at tables and values", waiting.aside):
+        report = look(root, version, split, training=train_split, evaluation=eval_split, deep=deep, workers=workers)
     print(report.text(show))
     if json_file is not None:
         write_atomically(json_file, report.json())
@@ -132,16 +133,19 @@ def prepare(
     from bevfn.data.reading import CLASS_NAMES
 
     workers = workers or os.cpu_count() or 1
-    index = source.training(root, version, split, workers=workers)
+    with waiting.told("reading the data set"):
+        index = source.training(root, version, split, workers=workers)
     print(f"{len(index):,} key frames of {index.version} {index.split}")
     if paste:
         folder = pasting.folder(index)
         making = pasting.Making(published_sweeps, published_paste)
         names = CLASS_NAMES if set(CLASS_NAMES) <= set(index.class_names) else index.class_names
-        database = pasting.build(index, folder, class_names=names, making=making, workers=workers)
+        with waiting.told("GT-paste database"):
+            database = pasting.build(index, folder, class_names=names, making=making, workers=workers)
         print(f"{folder}: {len(database):,} objects ({making})")
     if depth:
-        files = ground_truth.build(index, ground_truth.folder(index), workers=workers)
+        with waiting.told("depth ground truth"):
+            files = ground_truth.build(index, ground_truth.folder(index), workers=workers)
         print(f"{files}: depth ground truth of {sum(len(frame.cameras) for frame in index):,} images")
     if capacities is not None:
         print(_count(index, capacities, sweeps, workers))
@@ -149,7 +153,7 @@ def prepare(
 
 def _count(index: Index, model: str, sweeps: int | None, workers: int) -> str:
     """Counts what the samples of a split need, and writes the file; what to say of it."""
-    from bevfn import recipes, waiting
+    from bevfn import recipes
     from bevfn.data import source
     from bevfn.models import bevfusion
     from bevfn.models import capacities as counting

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from bevfn import detector
+from bevfn import detector, waiting
 from bevfn.data import inputs, scene, source
 from bevfn.data.batch import Batch, Sample, collate
 from bevfn.data.reading import Reading
@@ -46,22 +46,26 @@ def export(
     options = _options(to, entry, runtime)
     flags: dict[str, Any] = {"intensity": intensity, "fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
-    made = detector.load(checkpoint, model=model, averages=averages, precision=precision, **flags)
     float32 = None
-    if precision != "fp32":
-        float32 = detector.load(checkpoint, model=model, averages=averages, precision="fp32", **flags)
+    with waiting.told("reading the weights"):
+        made = detector.load(checkpoint, model=model, averages=averages, precision=precision, **flags)
+        if precision != "fp32":
+            float32 = detector.load(checkpoint, model=model, averages=averages, precision="fp32", **flags)
     with _shown(data, made.config.scale) as place:
         made = made.at(place)
         full = made if float32 is None else float32.at(place)  # one object: the detector runs once
-        index = inputs.read(place, scene_name, version, columns)
-        reading = made.ready(index)
-        sample = scene.load(index, 0, reading)
+        with waiting.told("reading the data set"):
+            index = inputs.read(place, scene_name, version, columns)
+            reading = made.ready(index)
+            sample = scene.load(index, 0, reading)
         batch, counts = _collated(sample, reading)
         if to == "autoware" and reading.cameras is not None:
             options["picture"] = _picture(sample)
         what = "a generated key frame" if data is None else f"key frame {sample.token} of {data.resolve().name}"
         try:
-            print(folder(made, full, batch, out, data=what, counts=counts, **options))
+            with waiting.told(f"writing and verifying {to}"):
+                told = folder(made, full, batch, out, data=what, counts=counts, **options)
+            print(told)
         except build.Differs as error:
             print(error)
             return 1

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bevfn import catalogue, provenance, recipes, tree
+from bevfn import catalogue, provenance, recipes, tree, waiting
 from bevfn.data import source
 from bevfn.data.batch import needed
 from bevfn.files import check_json, check_writable
@@ -88,8 +88,11 @@ def graph(
     config = replace(config, precision=precision, device="cpu", **changes)  # fake tensors, whatever devices are here
     made: dict[str, dict] = {}
     complete = True
-    for name, (step, arguments) in steps(experiment, config, comparable=execute > 0).items():
-        lowered = lower(step, arguments, **NAMES[name], ops=ops, strict=False)
+    with waiting.told("making the steps", waiting.aside):
+        both = steps(experiment, config, comparable=execute > 0)
+    for name, (step, arguments) in both.items():
+        with waiting.told(f"lowering the {name} step", waiting.aside):
+            lowered = lower(step, arguments, **NAMES[name], ops=ops, strict=False)
         uses = list(used_by(lowered)) if estimate and not lowered.missing else None
         reported = report(name, lowered, tables, uses)
         print(text(reported), flush=True)
@@ -113,7 +116,8 @@ def graph(
             again = "_recomputed" if checkpoint_activations else ""
             dump.write(lowered.graph, out / f"{model or experiment}_{scale}_{precision}_{name}{again}")
         if execute and name == "train" and reported.complete:
-            comparison = compare(step, lowered, *arguments, steps=execute, device=kernels)
+            with waiting.told(f"executing {execute} steps", waiting.aside):
+                comparison = compare(step, lowered, *arguments, steps=execute, device=kernels)
             print(comparison.text(), flush=True)
             made[name]["execute"] = {"kernels": kernels, **comparison.to_json()}
     if json_file is not None:

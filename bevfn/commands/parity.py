@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bevfn import waiting
 from bevfn.choices import Backend, ModelName
 from bevfn.files import check_json
 from bevfn.names import printable
@@ -45,19 +46,22 @@ def parity(
     check_json(json_file)
     started = time.perf_counter()
     if make is not None:
-        own_case.make(case_dir, make)
+        with waiting.told("making the case", waiting.aside):
+            own_case.make(case_dir, make)
     case = golden.read(case_dir)
     print(f"made by running {printable(case.origin)}")
     table = compare.Table(str(case_dir))
     torch.manual_seed(0)  # nothing here draws random numbers; a difference between runs would be a bug
-    if own_case.OWN in case.manifest:
-        own_case.replay(case, table, only=only, device=device, backend=backend)
-    elif backend != "eager":
+    ours = own_case.OWN in case.manifest
+    if not ours and backend != "eager":
         raise ValueError(
             f"--backend {backend} is for cases that --make made; published ones are compared eagerly, leave it out"
         )
-    else:
-        replay.replay(case, table, only=only, device=device)
+    with waiting.told("computing the case", waiting.aside):
+        if ours:
+            own_case.replay(case, table, only=only, device=device, backend=backend)
+        else:
+            replay.replay(case, table, only=only, device=device)
     failed = [line.name for line in table.lines if not line.ok]
     print(
         f"{len(table.lines) - len(failed)} of {len(table.lines)} ok in {time.perf_counter() - started:.0f} s"

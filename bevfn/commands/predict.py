@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from bevfn import catalogue
+from bevfn import catalogue, waiting
 from bevfn.choices import Backend, Precision, one_of
 from bevfn.files import check_new_folder, new_folder
 
@@ -87,15 +87,17 @@ def predict(
     flags |= {"fuser_kernel": fuser_kernel, "point_capacity": point_capacity}
     flags |= {"voxel_capacity": voxel_capacity, "site_capacity": site_capacity}
     checkpoint = located.whole(checkpoint)
-    index = inputs.read(data, scene, version, columns)
-    made = detector.load(checkpoint, model=model, device=device, averages=averages, **flags).at(data)
-    made.ready(index)
+    with waiting.told("reading the data set"):
+        index = inputs.read(data, scene, version, columns)
+    with waiting.told("reading the weights"):
+        made = detector.load(checkpoint, model=model, device=device, averages=averages, **flags).at(data)
+        made.ready(index)
     how = {"backend": backend, "batch_size": batch_size, "workers": workers}
     found, counts = detector.with_progress(made.over, index, index, **how)
     index, lost = inputs.placed(index)
     reading = made.reading
     pace = (fps or predicted.rate(index)) if video and len(index) > 1 else None
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, waiting.told("writing what was detected"):
         shown = predicted.write(
             folder, index, found, reading, placed=not lost, threshold=score_threshold, pictures=pictures, fps=pace
         )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from bevfn import detector, distributed, host, recipes, tree
+from bevfn import detector, distributed, host, recipes, tree, waiting
 from bevfn.choices import Augmented
 from bevfn.data import source
 from bevfn.evaluation import apart, results, tables
@@ -31,9 +31,10 @@ def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
     checkpoint = located.whole(checkpoint)
     of_task = set(asked) - {"device", "out", "backend", "metric", "against", "batch_size", "workers", "tta"}
     config = _config(experiment, checkpoint, device, {name: asked[name] for name in of_task})
-    task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
-    out = _folder(checkpoint, task.data.evaluation.split) if out is None else _not_the_runs(out)
-    _check(task, out)
+    with waiting.told("reading the data set"):
+        task = _scored_by(metric, recipes.load(experiment).task(config.plain()))
+        out = _folder(checkpoint, task.data.evaluation.split) if out is None else _not_the_runs(out)
+        _check(task, out)
     settings: dict[str, Any] = {
         "batch_size": asked["batch_size"],
         "workers": asked["workers"],
@@ -51,14 +52,16 @@ def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
     found, counts = _found(task, checkpoint, **settings)
     sure = None if reference is None else _found(reference, checkpoint, **settings)[0]
     told: dict[str, Any] = {"title": f"{task.title}, {checkpoint.name}", "counts": counts}
-    if task.score is not None:
-        judgement = measure(found, task.score, out, **told)
-    elif task.data.evaluation.annotated:
-        told |= {"config": command_line.flags(config), "bottom": task.bottom}
-        judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
-    else:
-        _submit(task, found, counts, out)
+    if task.score is None and not task.data.evaluation.annotated:
+        with waiting.told("writing the results"):
+            _submit(task, found, counts, out)
         return _apart(sure, found, out, against, config.precision)
+    with waiting.told("scoring"):
+        if task.score is not None:
+            judgement = measure(found, task.score, out, **told)
+        else:
+            told |= {"config": command_line.flags(config), "bottom": task.bottom}
+            judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
     print(f"{judgement.text}\neverything is in {out}")
     return _apart(sure, found, out, against, config.precision)
 
@@ -129,8 +132,9 @@ def _found(
     """What `detect` (`collect`, where the task has a score) returns of the checkpoint's weights, under a progress bar; settings:
     its others."""
     over = detect if tta is None else partial(augmented.detect, detect, kind=tta)
-    params, state = (tree.to(part, device) for part in pretrained.read_weights(checkpoint, ema=True))
-    detector.check_fits(task, params, state, checkpoint)
+    with waiting.told("reading the weights"):
+        params, state = (tree.to(part, device) for part in pretrained.read_weights(checkpoint, ema=True))
+        detector.check_fits(task, params, state, checkpoint)
     index = task.data.evaluation
     return detector.with_progress(
         *(over if task.score is None else collect, index),

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from bevfn import catalogue
+from bevfn import catalogue, waiting
 from bevfn.choices import one_of
 from bevfn.files import check_new_folder, new_folder, write_atomically
 
@@ -45,18 +45,20 @@ def view(
         range_m: half side of the view from above [m]
     """
     check_new_folder(out)
+    count = 0
     if results is not None and augmented is not None:
         raise ValueError("--results shows detections and --augmented what is trained on; give one of them")
-    if augmented is not None:
-        if scene is not None or columns:
-            raise ValueError("--augmented reads the recipe's training split; leave out --scene and --columns")
-        made = _of_batch(data, augmented, version, samples, seed, range_m)
-    else:
-        made = _of_frames(data, (scene, version, columns), results, samples, score_threshold, range_m)
-    with new_folder(out) as folder:
-        count = 0
-        for count, (name, png) in enumerate(made, start=1):
-            write_atomically(folder / f"{count - 1:04d}_{name}.png", png)
+    if augmented is not None and (scene is not None or columns):
+        raise ValueError("--augmented reads the recipe's training split; leave out --scene and --columns")
+    with waiting.told("reading the data set"):
+        if augmented is not None:
+            made = _of_batch(data, augmented, version, samples, seed, range_m)
+        else:
+            made = _of_frames(data, (scene, version, columns), results, samples, score_threshold, range_m)
+    with new_folder(out) as folder, waiting.told(lambda: f"drawing, {count} pictures done"):
+        for name, png in made:
+            write_atomically(folder / f"{count:04d}_{name}.png", png)
+            count += 1
     print(f"{count} picture{'' if count == 1 else 's'} in {out}")
 
 

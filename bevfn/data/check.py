@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bevfn import waiting
 from bevfn.data import depth, image, nuscenes, paste, points, values
 from bevfn.data import tables as tables_of
 from bevfn.data.columns import parse
@@ -267,17 +266,14 @@ def examine_all(
         return {path: what for path, what in found if what is not None}
 
     chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
-    console = Console(stderr=True)
-    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     problems: dict[str, Finding] = {}
     with (
         ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool,
-        Progress(*shown, console=console, disable=not console.is_terminal, transient=True) as progress,
+        waiting.counted("looking at files", len(files), "files") as advance,
     ):
-        task = progress.add_task("files", total=len(files))
         for chunk, found in zip(chunks, pool.map(look, chunks)):
             problems |= found
-            progress.advance(task, len(chunk))
+            advance(len(chunk))
     return problems
 
 

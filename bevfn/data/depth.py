@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
-from bevfn import host
+from bevfn import host, waiting
 from bevfn.data import building, image, points
 from bevfn.data.index import Camera, Frame, Index
 from bevfn.data.possible import DISTANCE, SIDE
@@ -215,10 +214,11 @@ def build(index: Index, out: Path, *, workers: int = 1, progress: bool = True) -
             files.mkdir()
             bad = set(names)
         todo = [i for i, frame in enumerate(index) if not bad.isdisjoint(_images_of(frame))]
-        with Progress(disable=not progress) as bar:
-            task = bar.add_task("depth ground truth", total=len(index), completed=len(index) - len(todo))
+        with waiting.counted(
+            "depth ground truth", len(index), done=len(index) - len(todo), quiet=not progress
+        ) as advance:
             for frames in host.unordered(_make, _jobs(index, files, todo), workers):
-                bar.advance(task, frames)
+                advance(frames)
         _seal(files, names, {name for i in todo for name in _images_of(index[i])}, workers)
         write_atomically(out / DEPTH, to_json({"files": files.name, "made_of": asdict(origin)}))
         for stale in set(out.glob("files-*")) - {files}:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from bevfn import waiting
 from bevfn.data import faults, stored, tables
 from bevfn.data.index import CAMERAS, Frame, Index, Packed, inverse, pack
 from bevfn.data.rows import Impossible, boxes_of, camera, check_links, check_times, counts, poses, sweeps
@@ -67,12 +66,16 @@ def _build(root: Path, version: str, split: str, scenes: set[str]) -> Packed:
     from nuscenes import NuScenes  # imports for seconds
 
     try:
-        devkit = NuScenes(version=version, dataroot=str(root), verbose=False)
+        with waiting.told(f"index of {version} {split}, reading the tables"):
+            devkit = NuScenes(version=version, dataroot=str(root), verbose=False)
         _check_rows(devkit)
         samples = [s for s in devkit.sample if devkit.get("scene", s["scene_token"])["name"] in scenes]
-        console = Console(stderr=True)
-        steps = track(samples, f"index of {version} {split}", console=console, disable=not console.is_terminal)
-        packed = pack(_frame(devkit, sample) for sample in steps)
+        with waiting.counted(f"index of {version} {split}", len(samples)) as advance:
+            frames = []
+            for sample in samples:
+                frames.append(_frame(devkit, sample))
+                advance(1)
+        packed = pack(frames)
         _tell_of_categories(devkit, root / version)
     except Impossible as error:
         raise ValueError(f"{root / version}: {error}.") from None

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
 
 from bevfn import boxes as overlap
-from bevfn import host
+from bevfn import host, waiting
 from bevfn.data import annotations, building, points, possible, sweeps
 from bevfn.data.index import Frame, Index
 from bevfn.files import checksum, write_atomically, writing
@@ -291,11 +290,10 @@ def build(
             folder = out / "parts" / key
             parts = [folder / f"{positions.start:07d}.npz" for positions in ranges]
             todo = [(part, positions) for part, positions in zip(parts, ranges) if not part.is_file()]
-            with Progress(disable=not progress) as bar:
-                task = bar.add_task("GT-paste database", total=len(index), completed=len(index))
-                bar.update(task, completed=len(index) - sum(len(positions) for _, positions in todo))
+            done = len(index) - sum(len(positions) for _, positions in todo)
+            with waiting.counted("GT-paste database", len(index), done=done, quiet=not progress) as advance:
                 for frames in host.unordered(_make_part, _jobs(index, todo, class_names, making), workers):
-                    bar.advance(task, frames)
+                    advance(frames)
             _merge(out, key, parts, class_names, making, origin)
         made = read(out)
         shutil.rmtree(out / "parts", ignore_errors=True)

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
-from bevfn import host
+from bevfn import host, waiting
 from bevfn.data import faults, points, possible, rows, stored, t4_classes, t4_folders, tables
 from bevfn.data.index import CAMERAS, Frame, Index, Packed, inverse, join, pack
 from bevfn.data.rows import Impossible, Row
@@ -124,11 +122,13 @@ def _header(base: Path, scenes: list[Scene], rules: Rules) -> stored.Header:
 
 
 def _build(base: Path, scenes: list[Scene], rules: Rules, split: str, workers: int) -> Packed:
-    console = Console(stderr=True)
     jobs = [(i, base, scene, rules) for i, scene in enumerate(scenes)]
     done = host.unordered(_numbered, jobs, min(workers, len(jobs)))
-    steps = track(done, f"index of T4 {split}", len(jobs), console=console, disable=not console.is_terminal)
-    found = dict(steps)
+    found = {}
+    with waiting.counted(f"index of T4 {split}", len(jobs), "scenes") as advance:
+        for number, read in done:
+            found[number] = read
+            advance(1)
     reads = [found[i] for i in range(len(scenes))]
     packed = _distinct(join(read.frames for read in reads))
     _tell(base, scenes, reads, rules)

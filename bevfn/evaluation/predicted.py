@@ -9,7 +9,7 @@ OUT/video.mp4
 import errno
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from bevfn import draw
+from bevfn import draw, waiting
 from bevfn.data import annotations
 from bevfn.data.index import Frame, Index
 from bevfn.data.reading import Reading
@@ -106,8 +106,9 @@ def write(
         write_atomically(out / FRAMES / f"{names[-1]}.json", to_json(document, indent=1))
     if pictures:
         made = drawn(index, found, reading, threshold)
-        kept = _written((out / PICTURES / f"{name}.png" for name in names), made)
-        film(out / VIDEO, kept, fps) if fps is not None else list(kept)
+        with waiting.counted("drawing", len(index), "pictures") as advance:
+            kept = _written((out / PICTURES / f"{name}.png" for name in names), made, advance)
+            film(out / VIDEO, kept, fps) if fps is not None else list(kept)
     return count
 
 
@@ -119,9 +120,10 @@ def drawn(index: Index, found: Mapping[str, Detections], reading: Reading, thres
         yield draw.picture(sample, shown.boxes, shown.scores, shown.labels, score_threshold=threshold, range_m=reach)
 
 
-def _written(paths: Iterable[Path], pictures: Iterable[bytes]) -> Iterator[bytes]:
+def _written(paths: Iterable[Path], pictures: Iterable[bytes], advance: Callable[[int], None]) -> Iterator[bytes]:
     for path, picture in zip(paths, pictures):
         write_atomically(path, picture)
+        advance(1)
         yield picture
 
 

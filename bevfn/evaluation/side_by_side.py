@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -92,19 +93,19 @@ def losses(runs: Sequence[One], theme: plots.Theme = plots.LIGHT) -> bytes:
     return plots.curves(curves, "loss", theme)
 
 
-def write(out: Path, runs: Sequence[One]) -> str:
+def write(out: Path, runs: Sequence[One], width: int = 80) -> str:
     """Writes compare.html, losses.png and classes.png (of runs that were scored on the same key frames) into `out`; returns what
-    to print."""
+    to print in a terminal of so many columns."""
     rows = differences(runs)
     text = [
         "the configs say the same" if not rows else "configs:",
-        *(f"  {row[0]}: {' | '.join(row[1:])}" for row in rows),
+        *(_wrapped(f"  {row[0]}: {' | '.join(row[1:])}", width) for row in rows),
     ]
     pictures = {"losses": (losses(runs), losses(runs, plots.DARK))}
     scores, why, by_part = scored(runs), "", list[list[str]]()
     if len(scores) > 1:
         try:
-            text += ["", tables.compare(scores)]
+            text += ["", tables.compare(scores, width)]
             pictures["classes"] = (plots.comparison(scores), plots.comparison(scores, plots.DARK))
             by_part = parts(runs)
         except ValueError as error:
@@ -115,6 +116,12 @@ def write(out: Path, runs: Sequence[One]) -> str:
         write_atomically(out / f"{name}.png", light)
     write_atomically(out / "compare.html", _page(out, runs, rows, pictures, by_part, why).encode())
     return "\n".join([*text, *([why] if why else [])])
+
+
+def _wrapped(line: str, width: int) -> str:
+    """In lines that fit, but for one word that does not, such as a path."""
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * 6}
+    return "\n".join(textwrap.wrap(line, width, **how))
 
 
 def _page(

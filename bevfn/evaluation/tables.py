@@ -1,6 +1,7 @@
 """Scores as Markdown tables: one evaluation, or several side by side."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from bevfn.evaluation.score import ERRORS, UNITS, Scores
 from bevfn.metrics import warnings
 
 LOWER_IS_BETTER = {f"m{name}" for name in ERRORS}
+LEAST = len("**0.123** | ")  # letters of a column
 Rows = list[list[str]]
 """A table as text: the head, then the rows; the first column holds names."""
 
@@ -72,17 +74,20 @@ def note(scores: Scores) -> str:
     return text
 
 
-def compare(scores: Mapping[str, Scores]) -> str:
-    """One row per name, in the order given, with NDS, mAP, errors and the AP of each class; the best of a column bold.
+def compare(scores: Mapping[str, Scores], width: int | None = None) -> str:
+    """A column per name, in the order given, of NDS, mAP, errors and the AP of each class; the best of a row bold. As many columns
+    in one table as fit in `width` letters, the others below; None: all.
 
     Raises ValueError without scores, or if they are not of the same key frames.
     """
     check_comparable(scores)
     first = next(iter(scores.values()))
-    headline = _table([["", *first.headline], *_rows({n: s.headline for n, s in scores.items()}, LOWER_IS_BETTER)])
-    names = [c.name for c in first.classes if c.annotated]
-    aps = {n: {c.name: c.ap for c in s.classes if c.annotated} for n, s in scores.items()}
-    return "\n".join([*headline, "", *_table([["AP", *names], *_rows(aps, set())]), "", note(first), ""])
+    of_all = {what: [one.headline[what] for one in scores.values()] for what in first.headline}
+    for place, one in enumerate(first.classes):
+        if one.annotated:
+            of_all[f"AP {one.name}"] = [s.classes[place].ap for s in scores.values()]
+    rows = [[what, *_marked(values, what in LOWER_IS_BETTER)] for what, values in of_all.items()]
+    return "\n".join([*_beside([["", *scores], *rows], width), "", note(first), ""])
 
 
 def check_comparable(scores: Mapping[str, Scores]) -> None:
@@ -109,13 +114,28 @@ def best(values: list[float], lower: bool) -> str:
     return "" if len(texts) < 2 else (min if lower else max)(texts, key=lambda text: texts[text])
 
 
-def _rows(columns: dict[str, dict[str, float]], lower: set[str]) -> list[list[str]]:
-    """[name, values...] with the best of each column bold."""
-    marks = {k: best([row[k] for row in columns.values()], k in lower) for k in next(iter(columns.values()))}
-    return [
-        [name, *(f"**{number(v)}**" if number(v) == marks[k] else number(v) for k, v in row.items())]
-        for name, row in columns.items()
-    ]
+def _marked(values: list[float], lower: bool) -> list[str]:
+    """The numbers of a row, the best bold."""
+    mark = best(values, lower)
+    return [f"**{text}**" if text == mark else text for text in map(number, values)]
+
+
+def _beside(rows: Rows, width: int | None) -> list[str]:
+    """The table in as many as the width asks for, one below the other, the first column in each; longer heads lose their begin."""
+    name = max(len(row[0]) for row in rows)
+    room = sys.maxsize if width is None else max(width - name - len("|  |"), LEAST)
+    heads = [head if len(head) <= room - 3 else "…" + head[4 - room :] for head in rows[0][1:]]
+    blocks, used = [[0]], 0
+    for column, cells in enumerate(zip(heads, *(row[1:] for row in rows[1:])), start=1):
+        wide = max(map(len, cells)) + len(" | ")
+        if blocks[-1] != [0] and used + wide > room:
+            blocks.append([0])
+            used = 0
+        blocks[-1].append(column)
+        used += wide
+    shown = [["", *heads], *rows[1:]]
+    made = (_table([[row[column] for column in block] for row in shown]) for block in blocks)
+    return [line for number, table in enumerate(made) for line in (*([""] if number else []), *table)]
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bevfn import tree
+from bevfn import tree, waiting
 from bevfn.data.batch import Batch
 from bevfn.detector import Detector
 from bevfn.export import flow
@@ -135,14 +135,18 @@ def folder(
 
     Raises ValueError, one sentence, for what cannot be exported, and Differs.
     """
-    graph = kind.make(detector, batch, entry)
+    with waiting.told("tracing the detector"):
+        graph = kind.make(detector, batch, entry)
     inputs = {name: value.numpy() for name, value in graph.inputs.items()}
     with new_folder(out) as made:
-        run, facts = kind.write(graph, made / kind.file)
-        ours = run(inputs, True)
-        plain = run(inputs, False) if kind.merges else {name: ours[name] for name in graph.outputs}
-        at_boundaries = eager(detector, batch)
-        truth = at_boundaries if reference is detector else eager(reference, batch)
+        with waiting.told(f"writing {kind.file}"):
+            run, facts = kind.write(graph, made / kind.file)
+        with waiting.told(f"running {kind.file} ({kind.runtime})"):
+            ours = run(inputs, True)
+            plain = run(inputs, False) if kind.merges else {name: ours[name] for name in graph.outputs}
+        with waiting.told("running the detector itself"):
+            at_boundaries = eager(detector, batch)
+            truth = at_boundaries if reference is detector else eager(reference, batch)
         compared = Compared(inputs, plain, ours, plain, at_boundaries, truth, graph.outputs, counts)
         how = {"facts": facts, "runtime": kind.runtime, "packages": kind.packages, "data": data}
         verdict, said = judged(detector, made / kind.file, compared, **how)

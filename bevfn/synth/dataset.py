@@ -1,6 +1,5 @@
 """Writes a world to disk in nuScenes' format or in T4's, several key frames at a time in several processes."""
 
-import contextlib
 import errno
 import glob
 import os
@@ -13,17 +12,14 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from rich import get_console
-from rich.progress import track
 
-from bevfn import host
+from bevfn import host, waiting
 from bevfn.files import as_read, read_json, to_json
 from bevfn.synth import camera, lidar, t4, tables
 from bevfn.synth.rig import CAMERAS, LIDAR, Rig, mounted, quaternion
 from bevfn.synth.roads import GROUND_INTENSITY, GROUND_RGB, ground
 from bevfn.synth.tables import Seen
 from bevfn.synth.world import TICK, World, build
-from bevfn.waiting import told
 
 VERSION = "v1.0-trainval"
 DESCRIPTION = "world.json"  # of what was made
@@ -174,18 +170,11 @@ def _fill(root: Path, settings: Settings, workers: int, progress: bool) -> None:
         for first in range(0, settings.frames_per_scene, CHUNK)
     ]
     seen: dict[tuple[int, int], Seen] = {}
-    made = track(
-        host.unordered(_chunk, jobs, min(workers, len(jobs))),
-        "synthetic world",
-        total=len(jobs),
-        disable=not progress,
-        transient=True,
-    )
-    plain = progress and not get_console().is_terminal
     total = settings.scenes * settings.frames_per_scene
-    with told(lambda: f"synthetic world, {len(seen)} of {total} key frames") if plain else contextlib.nullcontext():
-        for found in made:
+    with waiting.counted("synthetic world", total, quiet=not progress) as advance:
+        for found in host.unordered(_chunk, jobs, min(workers, len(jobs))):
             seen.update(found)
+            advance(len(found))
     (_fill_t4 if settings.format == "t4" else _fill_nuscenes)(root, settings, seen)
     (root / DESCRIPTION).write_bytes(to_json(settings.described))
 

@@ -1,23 +1,35 @@
 """The flags that every experiment has, and how a command line chooses between a recipe's defaults for them."""
 
 import dataclasses
+import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import tyro
 
-from bevfn import choices
+from bevfn import catalogue, choices
 from bevfn.data import source
 from bevfn.files import as_read
 from bevfn.precision import Precision
-from bevfn.training import limits, run_folder
+from bevfn.training import limits, located, run_folder
 
 RUNS = Path("runs")
 ELSEWHERE = {
-    "--work-dir": "--run-dir is the run's folder",
+    **dict.fromkeys(
+        ("--work-dir", "--workdir", "--output-dir", "--out-dir", "--log-dir"), "--run-dir is the run's folder"
+    ),
+    **dict.fromkeys(("--learning-rate", "--base-lr"), "--lr is the peak learning rate"),
+    **dict.fromkeys(("--data", "--dataset", "--dataroot"), "--data-root is the data set's folder"),
+    **dict.fromkeys(("--max-steps", "--max-iters", "--iters"), "--steps is their number"),
+    **dict.fromkeys(("--num-workers", "--workers-per-gpu"), "--workers is their number"),
+    **dict.fromkeys(("--samples-per-gpu", "--train-batch-size"), "--batch-size is their number on each device"),
+    **dict.fromkeys(
+        ("--ckpt", "--weights"), "--pretrained takes weights to start from, and `bevfn eval` evaluates a checkpoint"
+    ),
+    **dict.fromkeys(("--fp16", "--bf16"), "--precision fp16 (or bf16) is mixed precision"),
     "--load-from": "--pretrained takes weights to start from, and --resume goes on with the run in --run-dir",
     "--resume-from": "--resume goes on with the run in --run-dir",
     "--auto-resume": "--resume goes on with the run in --run-dir",
@@ -184,22 +196,41 @@ def parse(defaults: Defaults, arguments: list[str], description: str | None = No
     chosen = {name: value for name, value in given.items() if value is not None}
     fitting = (m for m, one in some.items() if all(str(getattr(one, n)) == v for n, v in chosen.items()))
     # Tyro names the choices for an unknown model, the config what contradicts a known one.
+    _check_model(chosen.get("model"), defaults, None if replayed is None else replayed[1])
     of = defaults.get(next(fitting, chosen.get("model", "")), first)
     default = fitting_root(of, None if root is None else Path(root))
     if replayed is not None:
-        stored = run_folder.stored_config(replayed, default)
+        stored = run_folder.stored_config(replayed[0], default)
         default = replace(stored, run_dir=default.run_dir, resume=False, force=False)
     module = sys.modules["__main__"].__spec__
     if prog is None and module:
         prog = f"python -m {module.name}"  # not the file's path, which nobody types
     _hint(default, arguments)
+    limits.check_words(get_type_hints(type(default)), arguments)
     description = f"{description or ''}\n\n--config FILE, a run's config.json or its folder, sets every flag that is not given as it was there."
     return tyro.cli(type(default), default=default, args=arguments, description=description, prog=prog)
 
 
-def _replayed(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """(file of --config, the arguments without it and with what chooses the defaults: the flags of that run). Raises
-    ValueError."""
+def _check_model(model: str | None, defaults: Defaults, replayed: str | None) -> None:
+    """Raises ValueError, with the command that works, for a model of another recipe; replayed: what --config names, if it does."""
+    if model is None or model in defaults:
+        return
+    if model not in catalogue.MODELS:
+        if alike := difflib.get_close_matches(model, [*defaults, *catalogue.MODELS], n=1):
+            meant = f"--model {alike[0]}" if alike[0] in defaults else f"bevfn train {alike[0]}"
+            raise ValueError(
+                f"there is no model {model}; did you mean `{meant}`? Models of this recipe: {', '.join(defaults)}"
+            )
+        return
+    recipe, here = catalogue.MODELS[model].experiment, ", ".join(defaults)
+    if replayed is not None:
+        raise ValueError(f"--config {replayed} is of the recipe {recipe}: `bevfn train {recipe} --config {replayed}`")
+    raise ValueError(f"model {model} is of the recipe {recipe}: `bevfn train {model}`; models of this one are {here}")
+
+
+def _replayed(arguments: list[str]) -> tuple[tuple[Path, str] | None, list[str]]:
+    """((file of --config, as it was typed), the arguments without it and with what chooses the defaults: the flags of that run).
+    Raises ValueError."""
     file = flag(arguments, "--config")
     if file is None:
         return None, arguments
@@ -207,14 +238,18 @@ def _replayed(arguments: list[str]) -> tuple[Path | None, list[str]]:
         raise ValueError(f"--config takes a run's folder, or its {run_folder.CONFIG_FILE}; name one behind it")
     path = Path(file) / run_folder.CONFIG_FILE if Path(file).is_dir() else Path(file)
     if not path.is_file():
-        raise ValueError(f"--config {path} is not there; give a run's folder, or its {run_folder.CONFIG_FILE}")
+        if Path(file).is_dir():
+            why = f"has no {run_folder.CONFIG_FILE}"
+        else:
+            why = f"is not there ({located.near(Path(file))})"
+        raise ValueError(f"--config {file} {why}; give a run's folder, or its {run_folder.CONFIG_FILE}")
     stored = run_folder.read_config(path)
     at = next(place for place, word in enumerate(arguments) if word.partition("=")[0] == "--config")
     rest = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
     for name in ("model", "data_root"):
         if stored.get(name) is not None and flag(rest, f"--{name.replace('_', '-')}") is None:
             rest = [f"--{name.replace('_', '-')}", str(stored[name]), *rest]
-    return path, rest
+    return (path, file), rest
 
 
 def fitting_root(defaults: Mapping[source.Kind, Config], root: Path | None) -> Config:

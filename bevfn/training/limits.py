@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Any, get_args, get_origin
+
+from bevfn.names import printable
 
 MOST = 2**31 - 1
 
@@ -85,3 +87,44 @@ def check(flags: Mapping[str, Any], narrower: Mapping[str, Limit] = MappingProxy
             if type(value) in (int, float) and not limit.fits(value):
                 shown = f"{value:g}" if type(value) is float else str(value)[:40]
                 raise ValueError(f"--{name.replace('_', '-')} {shown} must be {limit.wanted(value)}")
+
+
+def check_words(hints: Mapping[str, Any], arguments: list[str]) -> None:
+    """Raises ValueError naming the flag and what it must be, for a word of a command line that is no number where one belongs.
+
+    hints: types by the names of the flags' fields; arguments: before they are parsed.
+    """
+    for place, word in enumerate(arguments):
+        flag, _, joined = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        kind, several = _number(hints.get(name))
+        if not flag.startswith("--") or kind is None:
+            continue
+        behind = [joined] if joined else arguments[place + 1 :]
+        end = next((i for i, one in enumerate(behind) if one.startswith("--")), len(behind))
+        for value in behind[: end if several else min(end, 1)]:
+            if not _reads(kind, value) and not (value == "None" and NoneType in get_args(hints[name])):
+                what = ("whole number" if kind is int else "number") + "s" * several
+                limit = LIMITS.get(name, Limit())
+                least = f", {limit.wanted(0)}" if limit.least > -math.inf else ""
+                raise ValueError(f"{flag} {printable(value)} must be {'' if several else 'a '}{what}{least}")
+
+
+def _number(hint: Any) -> tuple[type[int] | type[float] | None, bool]:
+    """(int or float, whether it takes several) of a flag's type; None of one that takes no numbers alone."""
+    options = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
+    kinds = [option for option in options if option is not NoneType]
+    if len(kinds) != 1:
+        return None, False
+    if get_origin(kinds[0]) is tuple:
+        inside = set(get_args(kinds[0])) - {Ellipsis}
+        return (inside.pop() if inside in ({int}, {float}) else None), True
+    return (kinds[0] if kinds[0] in (int, float) else None), False
+
+
+def _reads(kind: type[int] | type[float], word: str) -> bool:
+    try:
+        kind(word)
+    except ValueError:
+        return False
+    return True

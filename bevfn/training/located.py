@@ -6,6 +6,7 @@ from pathlib import Path
 from bevfn.training import checkpoint, run_folder
 
 BEST, LATEST = "best", "latest"
+OTHERS = (".pth", ".pt", ".ckpt", ".bin")  # files of weights of other tools
 
 
 def whole(path: Path) -> Path:
@@ -28,6 +29,13 @@ def whole(path: Path) -> Path:
     return found
 
 
+def _folders(path: Path) -> str:
+    """What there is here in the place of a file of weights as other tools write them."""
+    homes = (home for home in (path.parent, path.parent.parent) if _checkpoints(home) != home)
+    home = next(homes, Path("runs/NAME"))
+    return f"a run's checkpoints are folders: give {home} (its best), {home / LATEST}, or {home / run_folder.CHECKPOINTS}/step_..."
+
+
 def near(path: Path) -> str:
     """What a mistyped path may have meant: the first part of it that is not there, and what is there instead of it."""
     missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
@@ -36,6 +44,8 @@ def near(path: Path) -> str:
     there = sorted(entry.name for entry in missing.parent.iterdir() if not entry.name.startswith("."))
     if alike := difflib.get_close_matches(missing.name, there, n=1, cutoff=0.6):
         return f"did you mean {missing.parent / alike[0] / path.relative_to(missing)}?"
+    if path.suffix in OTHERS:
+        return _folders(path)
     return f"{missing.parent.absolute()} has {', '.join(there[-5:]) or 'nothing'}"
 
 

@@ -79,28 +79,25 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
         compilation.check_backend(backend)
     loggers.check(config.loggers)
     if config.resume:
-        run_folder.check_resumable(config.run_dir)
+        run_folder.check_resumable(config.run_dir, config.model)
     else:  # a checkpoint has all of them
         for path in config.pretrained:
             pretrained.check(path)
     replicas = distributed.start(config.device)
     try:
+        leads = replicas is None or replicas.rank == 0
         with distributed.watched(replicas), contextlib.ExitStack() as stack:
-            if replicas is None or replicas.rank == 0:
+            if leads:
                 source.prepare(config.data_root, config.world)
             distributed.gather(None, replicas)  # the others wait for it
-            config = on_device(config.completed(), leads=replicas is None or replicas.rank == 0)
-            with (
-                waiting.told("reading the data set")
-                if replicas is None or replicas.rank == 0
-                else contextlib.nullcontext()
-            ):
+            config = on_device(config.completed(), leads=leads)
+            with waiting.told("reading the data set") if leads else contextlib.nullcontext():
                 task = make_task(config)
-            check(task, whole=config.on_damaged == "stop")
-            if config.on_damaged == "skip":
-                task = on_what_is_there(task, print if replicas is None or replicas.rank == 0 else lambda text: None)
+                check(task, whole=config.on_damaged == "stop")
+                if config.on_damaged == "skip":
+                    task = on_what_is_there(task, print if leads else lambda text: None)
             planned = plan(config, task.data.items, replicas)
-            config = with_backend(config, planned, leads=replicas is None or replicas.rank == 0)
+            config = with_backend(config, planned, leads=leads)
             run = Run(task, config, planned, replicas)
             run = dataclasses.replace(run, facts=facts(run))
             latest = stack.enter_context(open_folder(run)) if run.leads else None

@@ -96,9 +96,19 @@ def open(
         yield latest
 
 
-def check_resumable(run_dir: Path) -> None:
-    """Raises ValueError, with the runs beside it, for a folder that holds no run to go on with."""
-    if (run_dir / CONFIG_FILE).is_file() or _holds_run(run_dir):
+def check_resumable(run_dir: Path, model: str = "") -> None:
+    """Raises ValueError for a folder that holds no run to go on with, with the runs beside it, or one of another recipe than that
+    of `model`, with the command that goes on with it."""
+    if (run_dir / CONFIG_FILE).is_file():
+        theirs = catalogue.MODELS.get(str(read_config(run_dir / CONFIG_FILE).get("model")))
+        ours = catalogue.MODELS.get(model)
+        if theirs and ours and theirs.experiment != ours.experiment:
+            raise ValueError(
+                f"{run_dir} is a run of the recipe {theirs.experiment}, not of {ours.experiment}: `bevfn train {theirs.experiment} "
+                f"--run-dir {run_dir} --resume` goes on with it"
+            )
+        return
+    if _holds_run(run_dir):
         return
     beside = sorted(path.parent.name for path in run_dir.parent.glob(f"*/{CONFIG_FILE}"))
     names = difflib.get_close_matches(run_dir.name, beside, n=1) or beside[-5:]

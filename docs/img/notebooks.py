@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parents[1] / "notebooks"
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-WIDTH, GAP, TITLE = 800, 8, 30  # pixels of a sheet, between its pictures, and of the line above them
-TALLEST = 210  # pixels of a picture, but for one that fills a row alone
-COLOURS = 64  # of a sheet, which is a third of the file that it is without a palette
+WIDTH, GAP, TITLE = 1180, 12, 36  # pixels of a sheet at most, between its pictures, and of the line above them
+COLOURS = 128  # of a sheet, which is half of the file that it is without a palette; of fewer, classes look alike
 
 
 def pictures(notebook: dict) -> Iterator[Image.Image]:
@@ -30,38 +29,33 @@ def pictures(notebook: dict) -> Iterator[Image.Image]:
 
 
 def rows(shown: list[Image.Image]) -> list[list[Image.Image]]:
-    """The pictures in rows of WIDTH, those of a row of one height."""
-    made, row = [], []
+    """The pictures in rows, as large as they are stored, which is how their letters can be read: as many in a row as fit."""
+    made: list[list[Image.Image]] = []
     for picture in shown:
-        row.append(picture)
-        if _height(row) <= TALLEST:
-            made.append(row)
-            row = []
-    made += [row] if row else []
-    return [[_scaled(picture, min(_height(row), TALLEST)) for picture in row] for row in made]
+        if made and sum(one.width + GAP for one in (*made[-1], picture)) + GAP <= WIDTH:
+            made[-1].append(picture)
+        else:
+            made.append([picture])
+    return made
 
 
 def _height(row: list[Image.Image]) -> int:
-    """At which they fill the sheet's width."""
-    return int((WIDTH - GAP * (len(row) + 1)) / sum(picture.width / picture.height for picture in row))
-
-
-def _scaled(picture: Image.Image, height: int) -> Image.Image:
-    return picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.LANCZOS)
+    return max(picture.height for picture in row)
 
 
 def sheet(title: str, shown: list[Image.Image]) -> Image.Image:
     """A title, and the pictures below it."""
     placed = rows(shown)
-    made = Image.new("RGB", (WIDTH, TITLE + sum(row[0].height + GAP for row in placed)), "white")
-    ImageDraw.Draw(made).text((GAP, GAP), title, "black", ImageFont.truetype(FONT, 15))
+    width = max(sum(picture.width + GAP for picture in row) + GAP for row in placed)
+    made = Image.new("RGB", (width, TITLE + sum(_height(row) + GAP for row in placed)), "white")
+    ImageDraw.Draw(made).text((GAP, GAP), title, "black", ImageFont.truetype(FONT, 18))
     top = TITLE
     for row in placed:
         left = GAP
         for picture in row:
             made.paste(picture, (left, top))
             left += picture.width + GAP
-        top += row[0].height + GAP
+        top += _height(row) + GAP
     return made.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -59,14 +60,18 @@ def drawn(screen: pyte.Screen, typed: str) -> Image.Image:
     font = ImageFont.truetype(FONT, SIZE)
     width, height = font.getlength("x"), SIZE * 1.3
     used = max((row for row, line in enumerate(screen.display) if line.strip()), default=0) + 1
-    picture = Image.new("RGB", (round(width * screen.columns) + 20, round(height * (used + 1)) + 20), "#1e1e1e")
+    prompt = textwrap.wrap(f"$ {typed}", screen.columns - 2, break_on_hyphens=False)
+    lines = [f"{line} \\" for line in prompt[:-1]] + prompt[-1:]
+    rows = used + len(lines)
+    picture = Image.new("RGB", (round(width * screen.columns) + 20, round(height * rows) + 20), "#1e1e1e")
     pen = ImageDraw.Draw(picture)
-    pen.text((10, 10), f"$ {typed}"[: screen.columns], COLOURS["white"], font)
+    for row, line in enumerate(lines):
+        pen.text((10, 10 + row * height), line, COLOURS["white"], font)
     for row in range(used):
         for column in range(screen.columns):
             letter = screen.buffer[row][column]
             colour = COLOURS.get(letter.fg.removeprefix("bright"), f"#{letter.fg}")
-            pen.text((10 + column * width, 10 + (row + 1) * height), letter.data, colour, font)
+            pen.text((10 + column * width, 10 + (row + len(lines)) * height), letter.data, colour, font)
     return picture
 
 
