@@ -135,6 +135,7 @@ def test_a_step_is_measured(model, frame):
     assert [name for name in made if "/" in name] == ["train/eager"]
     figures = made["train/eager"]
     assert figures["gflop"] > 1 and figures["seconds"] > 0 and figures["share_of_gemm_peak"] > 0
+    assert figures["first_call_cpu_seconds"] > 0.5
     assert 0.2 < figures["first_call_peak_memory_gb"] <= figures["peak_memory_gb"]
 
 

@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
@@ -223,8 +222,11 @@ class _Sources(TorchDispatchMode):
             finally:
                 self.gradient = before
 
-        with mock.patch.object(torch.autograd, "grad", grad):
+        torch.autograd.grad = grad
+        try:
             yield
+        finally:
+            torch.autograd.grad = original
 
     def _enter(self, source: CodeLine | None) -> Callable:
         def hook(_: Any) -> None:

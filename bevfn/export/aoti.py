@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -86,13 +85,26 @@ def _linked() -> Iterator[dict[str, Any]]:
     """Inductor's options with this package's kernels, in a library that the linker finds meanwhile."""
     with tempfile.TemporaryDirectory(prefix="bevfn-kernels-") as folder:
         kernels.archive(Path(folder) / f"lib{LIBRARY}.a")
-        places = [folder, *filter(None, [os.environ.get("LIBRARY_PATH")])]
-        with mock.patch.dict(os.environ, LIBRARY_PATH=os.pathsep.join(places)):
+        with _searched_for_libraries(folder):
             yield {
                 **OPTIONS,
                 "aot_inductor.custom_ops_to_c_shims": kernels.functions(),
                 "aot_inductor.custom_op_libs": [LIBRARY],
             }
+
+
+@contextlib.contextmanager
+def _searched_for_libraries(folder: str) -> Iterator[None]:
+    """By the linkers that start inside, before the places of this process' own LIBRARY_PATH."""
+    before = os.environ.get("LIBRARY_PATH")
+    os.environ["LIBRARY_PATH"] = folder + (os.pathsep + before if before else "")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LIBRARY_PATH"]
+        else:
+            os.environ["LIBRARY_PATH"] = before
 
 
 def target() -> dict[str, str]:
