@@ -200,7 +200,11 @@ def one_task(few_pixels, monkeypatch):
     ("experiment", "model", "step"),
     [
         ("bevfusion_lidar", None, "train"),
-        ("awml", "awml-camera-lidar", "train"),  # whose kinds of nodes are those of -lidar and -camera, and more: compared once
+        (
+            "awml",
+            "awml-camera-lidar",
+            "train",
+        ),  # whose kinds of nodes are those of -lidar and -camera, and more: compared once
         ("matrixvt", None, "train"),
         ("bevnext", None, "train"),
         ("matrixvt", None, "inference"),
