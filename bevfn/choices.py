@@ -15,7 +15,7 @@ Logger = Literal["wandb", "mlflow"]
 Augmented = Literal["flip", "flip-scale"]
 QUESTIONS = """select floor-div floor-div-small compare mul-wrap sxpy maximum clip reduce-max cumsum cast-narrow cast-wide
 index-add scatter-add gather sort hf32-off hf32-on batch-norm batch-norm-fused batch-norm-fp32 batch-norm-grad-fp32
-batch-norm-fp16 batch-norm-grad-fp16"""
+batch-norm-fp16 batch-norm-grad-fp16 batch-norm-rows"""
 """names of `ascend.questions`"""
 
 

@@ -41,6 +41,7 @@ SAID = {
     "batch-norm-fused": ("float32", "loses digits"),
     **dict.fromkeys(("batch-norm-fp32", "batch-norm-fp16"), ("float32", "float32")),
     **dict.fromkeys(("batch-norm-grad-fp32", "batch-norm-grad-fp16"), ("closed form", "closed form")),
+    "batch-norm-rows": ("those that count", "those that count"),
 }
 
 

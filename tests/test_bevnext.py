@@ -129,9 +129,14 @@ def test_tables_that_come_with_the_batch_are_those_that_the_model_makes(at_once,
         tree.flatten(bevnext.apply(params, state, given, config=config, train=training)) for given in (data, brought)
     )
     assert list(here) == list(there) and all(torch.equal(here[k], there[k]) for k in here)
-    if at_once:
-        with pytest.raises(ValueError, match=r"cells of frustum points are \[.*make tables by the config that is run"):
-            bevnext.apply(params, state, brought, config=config, train=not training)
+    moved = replace(brought, tables=[{**made, "cell": made["cell"][:, :1]} for made in brought.tables])
+    fewer = replace(brought, tables=brought.tables[1:])
+    for wrong, said in (
+        (moved, r"cells of frustum points are \[\d, 1, "),
+        (fewer, r"tables are of \d calls, the model has \d"),
+    ):
+        with pytest.raises(ValueError, match=said + ".*make tables by the config that is run"):
+            bevnext.apply(params, state, wrong, config=config, train=training)
 
 
 def test_key_frame_then_earlier_ones_then_the_key_frames_recomputed_parts_update_the_statistics():

@@ -244,6 +244,8 @@ def test_intervals_change_nothing_on_a_cpu_and_those_of_other_points_are_refused
 
     assert all(torch.equal(a, b) for a, b in zip(slopes(own), slopes(), strict=True))
     assert torch.equal(voxel_pool(depth, context, cell, 30, own), voxel_pool(depth, context, cell, 30))
+    with pytest.raises(ValueError, match=r"cell must be int32, got torch.int64"):
+        intervals.made(cell.unflatten(0, (2, 2)).long(), 15)
     for wrong, sentence in (
         (Intervals(own.points[:, :-1], own.cells), "got .* make them of this cell"),
         (Intervals(own.points.long(), own.cells), "must be int32 on cpu, got torch.int64"),

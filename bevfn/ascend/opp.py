@@ -32,7 +32,8 @@ def read(folder: Path) -> Tables:
     """
     root = next((path for path in (folder / "opp", folder) if (path / "built-in" / "op_impl").is_dir()), None)
     if root is None:
-        raise ValueError(f"--opp {folder} has no built-in/op_impl; give CANN's toolkit folder, or its opp")
+        there = "has no built-in/op_impl" if folder.is_dir() else "is no folder"
+        raise ValueError(f"--opp {folder} {there}; give CANN's toolkit folder, or its opp")
     core_files = [
         *sorted((root / "built-in/op_impl/ai_core/tbe/config" / CHIP).glob("*ops-info*.json")),
         *sorted(root.glob(f"vendors/*/op_impl/ai_core/tbe/config/{CHIP}/*ops-info*.json")),

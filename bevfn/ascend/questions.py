@@ -473,11 +473,14 @@ def affine() -> tuple[Tensor, Tensor]:
     return random(CHANNELS) + 2, random(CHANNELS).flip(0)
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor, *, half: bool = False) -> Results:
-    """y, mean and biased variance of images, in float64; of statistics that are rounded to float16, if `half`."""
+def fused(x: Tensor, weight: Tensor, bias: Tensor, share: float | Tensor = 1.0, *, half: bool = False) -> Results:
+    """y, mean and biased variance of images, in float64; of statistics that are rounded to float16, if `half`.
+
+    share: numbers of a channel over those that count, where the others are 0.
+    """
     wide = x.double()
-    mean = wide.mean((0, 2, 3))
-    var = (wide - _of_channels(mean)).square().mean((0, 2, 3))
+    mean = wide.mean((0, 2, 3)) * share
+    var = wide.square().mean((0, 2, 3)) * share - mean.square()
     if half:
         mean, var = mean.half().double(), var.half().double()
     h = (wide - _of_channels(mean)) * _of_channels((var + EPS).rsqrt())
@@ -486,13 +489,20 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, *, half: bool = False) -> Res
 
 
 def fused_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, *, is_rstd: bool = False
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    share: float | Tensor = 1.0,
+    *,
+    is_rstd: bool = False,
 ) -> Results:
     """Gradients of x, weight and bias in float64; `is_rstd`: if the last operand were 1 / deviation."""
     dy, rstd = grad.double(), var.double() if is_rstd else (var.double() + EPS).rsqrt()
     h = (x.double() - _of_channels(mean.double())) * _of_channels(rstd)
     of_weight, of_bias = (dy * h).sum((0, 2, 3)), dy.sum((0, 2, 3))
-    count = x.numel() // x.shape[1]
+    count = x.numel() // x.shape[1] / share
     dx = (dy - _of_channels(of_bias / count) - h * _of_channels(of_weight / count)) * _of_channels(weight * rstd)
     return dx.to(x.dtype), of_weight.float(), of_bias.float()
 
@@ -550,6 +560,31 @@ def _fused(dtype: torch.dtype) -> tuple[Question, Question]:
     return forward, gradient
 
 
+COUNTED = 4
+"""Of so many rows one counts."""
+
+
+def counted(rows: int) -> tuple[Tensor, ...]:
+    """Gradient and rows [R C 1 1] in float16, 0 where they do not count, weight, bias and R over those that do."""
+    x = activations(rows, 3.0, 2.0).half().permute(0, 2, 3, 1).reshape(-1, CHANNELS, 1, 1)
+    counts = torch.arange(len(x)).view(-1, 1, 1, 1) % COUNTED == 0
+    return (x.flip(0) - 3) * counts, x * counts, *affine(), torch.tensor(float(COUNTED))
+
+
+def of_rows(*operands: Tensor, every: bool = False) -> Results:
+    """What `fused` and `fused_gradients` are of them; every: if all rows counted."""
+    grad, x, weight, bias, share = operands
+    given = torch.ones(()) if every else share
+    y, mean, var = fused(x, weight, bias, given)
+    assert mean is not None and var is not None
+    return y, mean, var, *fused_gradients(grad, x, weight, mean, var, given)
+
+
+def _nodes_of_rows(ge: Any, grad: Any, x: Any, weight: Any, bias: Any, share: Any) -> tuple[Any, ...]:
+    y, mean, var = batch_norm.nodes(x, weight, bias, EPS, CHANNELS, share)
+    return y, mean, var, *batch_norm.gradient_nodes(grad, x, weight, mean, var, EPS, share)
+
+
 FLOATS = (
     _precision(
         "hf32-off",
@@ -566,7 +601,7 @@ FLOATS = (
     ),
     Question(
         name="batch-norm",
-        asks="What does batch norm that is written out cost, as bevfn's of rows?",
+        asks="What does batch norm that is written out cost, as bevfn's of rows that all count?",
         assumes="its bytes over 1.49 TB/s and 1 to 5 us a node (ascend/rates.py)",
         operands=lambda rows: (activations(rows),),
         step=normalised,
@@ -579,7 +614,7 @@ FLOATS = (
     Question(
         name="batch-norm-fused",
         asks="Do BNTrainingReduce and BNTrainingUpdate normalise as exactly, and faster?",
-        assumes="less than batch-norm does, and so used for images; its variance is a difference of squares (docs/ascend.md)",
+        assumes="less than batch-norm does, and so used; its variance is a difference of squares (docs/ascend.md)",
         operands=lambda rows: (activations(rows), *affine()),
         build=lambda ge, x, weight, bias: batch_norm.nodes(x, weight, bias, EPS, CHANNELS),
         answers=(
@@ -591,6 +626,24 @@ FLOATS = (
     ),
     *_fused(torch.float32),
     *_fused(torch.float16),
+    Question(
+        name="batch-norm-rows",
+        asks="Do the four take sums that are multiplied, and rows as images of one pixel?",
+        assumes="yes: rows that do not count are 0, and sums are scaled (kernels/batch_norm/ascend.py)",
+        operands=counted,
+        build=_nodes_of_rows,
+        answers=(
+            Answer("those that count", of_rows, "as assumed", 1e-4),
+            Answer(
+                "all rows",
+                lambda *operands: of_rows(*operands, every=True),
+                f"sums are taken again: {UNFUSE}",
+                1e-4,
+            ),
+        ),
+        rows=2 * 128 * 128,
+        refused=UNFUSE,
+    ),
 )
 
 QUESTIONS: dict[str, Question] = {question.name: question for question in (*INTEGERS, *WHOLE, *MOVES, *FLOATS)}

@@ -105,7 +105,7 @@ def graph(
                 batch=batch_size,
                 memory=reported.bytes,
                 tables=tables,
-                published=PUBLISHED.get(config.model) if of_train else None,
+                published=PUBLISHED.get(config.model) if of_train and scale == "published" else None,
                 profile=profile if of_train else None,
                 scenarios=scenarios,
             )

@@ -265,7 +265,13 @@ def _frames(
 ) -> tuple[list[dict], dict]:
     """(outputs of every frame that is looked at, the image side's new state)."""
 
-    given = dict(zip(_calls(config, bool(train)), batch.tables or ()))
+    calls = _calls(config, bool(train))
+    if batch.tables is not None and len(batch.tables) != len(calls):
+        raise ValueError(
+            f"the batch's tables are of {len(batch.tables)} calls, the model has {len(calls)} of its frames "
+            f"({'training' if train else 'evaluation'}); make tables by the config that is run"
+        )
+    given = dict(zip(calls, batch.tables or ()))
 
     def run(params: dict, state: dict, frames: tuple[int, ...], train: Train) -> tuple[dict, dict]:
         site = None if key is None else rng.fold(key, frames[0])

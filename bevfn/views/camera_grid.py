@@ -116,7 +116,7 @@ def located(
 ) -> tuple[Tensor, intervals.Intervals | None]:
     """The cells [B N D H W] of points and their intervals, of `pool_tables` where they are given.
 
-    Raises ValueError if those are of other points.
+    Raises ValueError if those are of another size; what they say is believed.
     """
     if tables is None:
         return locate(point, config), None

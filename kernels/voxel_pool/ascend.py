@@ -35,7 +35,8 @@ def forward(depth: Tensor, context: Tensor, cell: Tensor, num_cells: int) -> Ten
 def forward_by_intervals(
     depth: Tensor, context: Tensor, cell: Tensor, num_cells: int, points: Tensor, cells: Tensor
 ) -> Tensor:
-    """As `forward`: points [B G P] and cells [B G] int32, see `intervals.Intervals`. A sample at a time, for the memory's sake."""
+    """As `forward` of finite numbers: points [B G P] and cells [B G] int32, see `intervals.Intervals`. A sample at a time, for the
+    memory's sake."""
     (B, G, P), C = points.shape, context.shape[-1]
     nobody = _wide(depth).new_zeros(len(depth), 1, *depth.shape[2:])
     weights = torch.cat([_wide(depth), nobody], 1).unflatten(0, (B, -1))  # B N D+1 H W

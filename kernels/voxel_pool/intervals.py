@@ -31,10 +31,15 @@ def made(cell: Tensor, num_cells: int) -> Intervals:
         cell: [B N D H W] int32 as `voxel_pool` takes it: cells of sample b are b num_cells .. (b + 1) num_cells - 1, the points of
             any other are in no interval.
         num_cells: of one sample.
+
+    Raises:
+        ValueError: cell is not int32, or there are more points or intervals than it can number.
     """
+    if cell.dtype != torch.int32:
+        raise ValueError(f"voxel_pool: cell must be int32, got {cell.dtype}; convert it with .to(torch.int32).")
     B, N, D, H, W = cell.shape
     count = room(N * D * H * W, num_cells)
-    indices.check("voxel_pool", "places of intervals", count * LENGTH, smaller="grid")
+    indices.check("voxel_pool", "places of intervals", max(count * LENGTH, N * (D + 1) * H * W), smaller="grid")
     points = torch.empty(B, count, LENGTH, dtype=torch.int32, device="cpu")
     cells = torch.empty(B, count, dtype=torch.int32, device="cpu")
     native.call(
