@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from bevfn import commands, exits
+from bevfn import commands, exits, waiting
 from bevfn.commands import meant
 from bevfn.export import runtimes
 from bevfn.training import limits
@@ -145,15 +145,15 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments == ["bench", "--list"]:
         arguments = ["bench", "list"]
-    if arguments[:1] == ["train"] and arguments[1:] and arguments[1] not in ("-h", "--help"):
-        sys.exit(
-            COMMANDS["train"](arguments[1], tuple(arguments[2:]))
-        )  # whose flags are the recipe's, and errors a run's
-    with exits.one_sentence(RuntimeError), exits.tidy_on_terminate():
-        meant.check(arguments, {name: inside for name, (_, inside) in GROUPS.items()}, COMMANDS)
-        if arguments[:1] and arguments[0] in GROUPS:
-            sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
-        sys.exit(_run(COMMANDS, arguments, "bevfn", ABOUT))
+    with waiting.from_here():
+        if arguments[:1] == ["train"] and arguments[1:] and arguments[1] not in ("-h", "--help"):
+            # Its flags are the recipe's, and its errors a run's.
+            sys.exit(COMMANDS["train"](arguments[1], tuple(arguments[2:])))
+        with exits.one_sentence(RuntimeError), exits.tidy_on_terminate():
+            meant.check(arguments, {name: inside for name, (_, inside) in GROUPS.items()}, COMMANDS)
+            if arguments[:1] and arguments[0] in GROUPS:
+                sys.exit(COMMANDS[arguments[0]](tuple(arguments[1:])))
+            sys.exit(_run(COMMANDS, arguments, "bevfn", ABOUT))
 
 
 if __name__ == "__main__":

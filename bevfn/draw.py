@@ -22,7 +22,7 @@ from bevfn.data.batch import Base, Batch, Sample, needed
 from bevfn.data.index import CAMERAS, Frame
 from bevfn.data.reading import CLASS_NAMES
 from bevfn.files import write_atomically
-from bevfn.names import printable
+from bevfn.names import lines
 
 # One colour a class, in label order; further classes start over.
 COLOURS = (
@@ -273,7 +273,7 @@ def plain(figure: Drawn) -> Drawn:
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
-        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+        text.set_text(lines(text.get_text()))
     return figure
 
 

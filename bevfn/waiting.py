@@ -11,9 +11,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 EVERY_S = 15.0
+SHORT_S = 2.0
+"""A block that has taken less says nothing, however long ago the last line was."""
 Say = Callable[[str], Any]
 _open: list[tuple[object, Say]] = []
 """Blocks that have begun and not ended: (which, where it speaks), the innermost last."""
+_last: list[float] = []
+"""When the last line was told, or the command began: several short blocks one after another are a long silence too."""
+
+
+@contextlib.contextmanager
+def from_here() -> Iterator[None]:
+    """Context manager: inside, a command has been silent since it began."""
+    _last[:] = [time.monotonic()]
+    try:
+        yield
+    finally:
+        _last.clear()
 
 
 def _print(text: str) -> None:
@@ -33,10 +47,20 @@ def told(what: str | Callable[[], str], say: Say | None = None, *, every: float 
     with _opened(say) as (me, to):
         ended = threading.Event()
 
+        def due() -> float:
+            """Seconds until a line is."""
+            return max((*_last, began)[0] + pause, began + min(SHORT_S, pause)) - time.monotonic()
+
         def tell() -> None:
-            while not ended.wait(pause):
+            wait = due()
+            while not ended.wait(max(wait, 0.0)):
+                wait = pause
                 if _open[-1][0] is me:
-                    to(f"{what() if callable(what) else what}: {time.monotonic() - began:.0f} s so far")
+                    try:
+                        to(f"{what() if callable(what) else what}: {time.monotonic() - began:.0f} s so far")
+                    except BrokenPipeError:  # nobody listens: what the command itself says next ends it (exits.py)
+                        return
+                    _last[:] = [time.monotonic() for _ in _last]
 
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()

@@ -28,6 +28,26 @@ def test_what_is_short_is_not_said(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("short, told", [(0.05, ["reading"]), (9.0, [])])
+def test_short_blocks_one_after_another_are_a_long_silence(short, told, monkeypatch):
+    monkeypatch.setattr(waiting, "SHORT_S", short)
+    said: list[str] = []
+    with waiting.from_here():
+        for part in ("imports", "reading"):
+            with waiting.told(part, said.append, every=0.6):
+                time.sleep(0.4)
+    assert [line.split(":")[0] for line in said] == told
+
+
+def test_who_does_not_listen_ends_the_telling_and_not_the_work(capfd):
+    def unheard(text):
+        raise BrokenPipeError
+
+    with waiting.told("reading", unheard, every=0.02):
+        time.sleep(0.1)
+    assert capfd.readouterr().err == ""
+
+
 def test_batches_are_counted(monkeypatch, capsys):
     monkeypatch.setattr(waiting, "EVERY_S", 0.05)
     with waiting.batches("evaluating", 6) as progress:

@@ -26,7 +26,7 @@ def evaluate(
     published_sweeps: bool | None = None,
     intensity: bool | None = None,
     fuser_kernel: Literal[3, 5] | None = None,
-    backend: Backend = "inductor",
+    backend: Backend | None = None,
     device: str | None = None,
     batch_size: int = 1,
     workers: int = 4,
@@ -60,7 +60,7 @@ def evaluate(
         intensity: of awml-lidar: its weights read the points' intensity; by default the run's, of an imported file what its
             shapes say
         fuser_kernel: of awml-camera-lidar: 3 of AWML's releases up to 2.0; by default as intensity
-        backend: what compiles the forward pass
+        backend: what compiles the forward pass; by default the run's --eval-backend
         device: torch device; by default the run's if it is here, else auto: an NPU, a CUDA device or the CPU, the first that there is
         batch_size: key frames at a time
         workers: processes that read; 0: none

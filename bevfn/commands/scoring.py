@@ -24,7 +24,7 @@ from bevfn.training import command_line, located, pretrained, run_folder, tasks
 
 def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
     """`bevfn eval` of these flags, by name, see `commands.evaluate`: its exit code."""
-    device, out, backend = asked["device"], asked["out"], asked["backend"]
+    device, out = asked["device"], asked["out"]
     metric, against = asked["metric"], asked["against"]
     distributed.check_device(device or distributed.AUTO)
     host.keep_freed_memory()
@@ -38,7 +38,7 @@ def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
     settings: dict[str, Any] = {
         "batch_size": asked["batch_size"],
         "workers": asked["workers"],
-        "backend": backend,
+        "backend": _backend(asked["backend"], config),
         "device": config.device,
         "tta": asked["tta"],
     }
@@ -64,6 +64,19 @@ def evaluate(experiment: str, checkpoint: Path, asked: dict[str, Any]) -> int:
             judgement = judge(task.data.evaluation, found, task.data.eval_reading, out, **told)
     print(f"{judgement.text}\neverything is in {out}")
     return _apart(sure, found, out, against, config.precision)
+
+
+def _backend(asked: str | None, config: command_line.Config) -> str:
+    """What compiles, which is said: as asked, else as the run evaluated itself, if that is of this device."""
+    chosen = asked or config.eval_backend
+    if asked is None and chosen in ("torchair", "npugraph-ex") and not config.device.startswith("npu"):
+        chosen = "eager"
+    if chosen != "eager":
+        print(
+            f"backend {chosen}: the first batch is compiled, which takes minutes; --backend eager does without",
+            flush=True,
+        )
+    return chosen
 
 
 def _other(experiment: str, config: command_line.Config, task: tasks.Task, precision: Precision) -> tasks.Task:

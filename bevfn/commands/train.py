@@ -18,10 +18,10 @@ def train(name: Annotated[Positional[str], one_of(meant.NAMES)], flags: Position
         name: a recipe, or a model
         flags: the recipe's
     """
-    from bevfn import recipes
-    from bevfn.training import run
+    with exits.one_sentence():  # Ctrl-C while torch is imported, too
+        from bevfn import recipes
+        from bevfn.training import run
 
-    with exits.one_sentence():
         recipe, given = meant.recipe(name)
         found = recipes.load(recipe)
     run.cli(found.DEFAULTS, found.task, found.__doc__, arguments=[*given, *flags], prog=f"bevfn train {name}")
