@@ -179,7 +179,7 @@ def test_what_is_meant_by_other_tools_words_is_there():
     assert {f"bevfn {word}" for word in meant.ELSEWHERE.values()} <= known
     assert not {*meant.ELSEWHERE, *meant.NAMES} & set(cli.COMMANDS)
     flags = {"--" + name.replace("_", "-") for name in inspect.signature(cli.COMMANDS["eval"]).parameters}
-    assert set(meant.OF_EVAL.values()) <= flags and not set(meant.OF_EVAL) & flags
+    assert set(re.findall(r"--[\w-]+", " ".join(meant.OF_EVAL.values()))) <= flags and not set(meant.OF_EVAL) & flags
 
 
 HINTS = {
@@ -198,6 +198,10 @@ HINTS = {
         "--steps None",
         "--sizes 1 2 3 --lr inf",
         "--pair None",
+        "--pair None place",
+        "--pair 90 160 place --steps 2",
+        "--sizes 1 2 place",
+        "--steps 3 place",
         "--split two --sizes",
         "--other x",
     ],
@@ -212,7 +216,8 @@ def test_words_that_are_numbers_pass(words):
         ("--steps 2.5", "--steps 2.5 must be a whole number, at least 1"),
         ("--lr 0,1", "--lr 0,1 must be a number, above 0"),
         ("--lr None", "--lr None must be a number, above 0"),
-        ("--sizes 1 x", "--sizes x must be whole numbers"),
+        ("--sizes x 1", "--sizes x must be whole numbers"),
+        ("--pair 1 x place", "--pair x must be whole numbers"),
         ("--steps=\x1b", "--steps \\x1b must be a whole number, at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """The commonest mistakes, and the sentence that each ends in: what is wrong, and what to type instead."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import small_world
 import torch
 
 from bevfn import cli, detector
+from bevfn.commands import meant
 from bevfn.commands import train as command
 from bevfn.data import source
 from bevfn.experiments import awml, bevdepth, bevfusion_lidar, custom
@@ -60,6 +62,23 @@ MISTAKES = [
     (EVAL + "runs/good/best.pth", "runs/good/best.pth is not there; a run's checkpoints are folders: give runs/good (its best), runs/good/latest, or runs/good/checkpoints/step_..."),
     (EVAL + "runs/good/checkpoints/epoch_20.pth", "epoch_20.pth is not there; a run's checkpoints are folders: give runs/good (its best)"),
     (EVAL + "publihsed.pth", "publihsed.pth is not there; did you mean published.pth?"),
+    # flags and files in the wrong place
+    ("eval bevfusion --eval bbox", "there is no flag --eval; scores are always computed, by --metric nuscenes or t4, so leave it out"),
+    ("eval bevfusion --show-dir x", "there is no flag --show-dir; pictures are always written, into --out, so leave it out"),
+    ("parity case --json-file x", "there is no flag --json-file; it is --json here"),
+    ("data check WORLD --json-file x", "there is no flag --json-file; it is --json here"),
+    ("eval bevfusion_lidar runs/good --split val", "eval takes the checkpoint by its flag: `bevfn eval bevfusion_lidar --checkpoint runs/good --split val`"),
+    ("train bevfusion configs/x.py", "configs/x.py is no flag: a recipe takes no config file; its numbers are flags (--help), and --config RUN takes those"),
+    ("train configs/bevfusion/bevfusion_lidar.py", "train takes a recipe by its name, not a file such as configs/bevfusion/bevfusion_lidar.py; did you mean `bevfn train bevfusion_lidar`?"),
+    ("eval configs/bevfusion_lidar-cam_8xb4_nus.py x.pth", "did you mean `bevfn eval bevfusion_lidar`?"),
+    ("train configs/x.py", "train takes a recipe by its name, not a file such as configs/x.py; it is one of bevfusion, "),
+    (EVAL + "runs/good/config.json", "runs/good/config.json holds no weights; a run's checkpoints are folders: give runs/good (its best), runs/good/latest,"),
+    (EVAL + "good/config.json", "good/config.json is not there; a run's checkpoints are folders: give runs/good (its best), runs/good/latest,"),
+    (EVAL + "good", "good is not there; did you mean runs/good?"),
+    (EVAL + "runs/good/step_00000001", "runs/good/step_00000001 is not there; did you mean runs/good/checkpoints/step_00000001?"),
+    (EVAL + "runs/good/beast", "runs/good/beast is not there; did you mean runs/good/best?"),
+    (EVAL + "runs/good/xyz", "runs/good/xyz is not there; the checkpoints there are runs/good/checkpoints/step_00000001, runs/good/latest, runs/good/best"),
+    (EVAL + "runs/good --split vla", "has no scene of the split 'vla'; the splits with scenes there (for --split, or a run's --train-split and --eval-split) are "),
     # going on with a run
     ("train bevfusion_lidar --run-dir runs/god --resume", "runs/god holds no run to go on with (it has no config.json); runs has the runs good; check --run-dir"),
     ("train bevfusion_lidar --resume runs/good", "--resume takes no folder: `--run-dir runs/good --resume` goes on with the run that is there"),
@@ -116,6 +135,22 @@ def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(place, monkeypatch, c
     assert end.value.code == 2 and error.startswith("bevfn: ") and error.count("\n") == 1
     assert says in error and "older bevfn" not in told
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_suggested_command_can_be_pasted_whatever_is_in_its_names(place, monkeypatch):
+    monkeypatch.chdir(place)
+    shutil.copytree("runs/good", "runs/my demo", dirs_exist_ok=True)
+    for words in (["runs/my demo"], ["--checkpoint", "runs/my demo"], ["bevfusion_lidar", "runs/my demo"]):
+        with pytest.raises(ValueError, match="`bevfn eval bevfusion_lidar --checkpoint 'runs/my demo'`"):
+            meant.check(["eval", *words], {}, cli.COMMANDS)
+
+
+def test_a_folder_behind_a_flag_of_two_numbers_is_no_third(tmp_path, monkeypatch):
+    words = ["data", "synth", "--image-size", "45", "80", str(tmp_path / "w3"), "--scenes", "1", "--frames", "1"]
+    monkeypatch.setattr(sys, "argv", ["bevfn", *words, "--workers", "1"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0 and (tmp_path / "w3" / "samples").is_dir()
 
 
 def test_a_misspelt_flag_is_named_with_the_one_that_was_meant(monkeypatch, capfd):

@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,23 @@ ELSEWHERE = {
     "benchmark": "bench",
 }
 """Words that other tools have for our commands."""
+CONFIG = ".py"  # of mmdetection3d
 OF_RECIPES = ("eval", "graph")
 """Commands whose first word is a recipe."""
 OF_EVAL = {
-    **dict.fromkeys(("--resume", "--ckpt", "--weights", "--load-from", "--pretrained", "--model-path"), "--checkpoint"),
-    **dict.fromkeys(("--work-dir", "--workdir", "--run-dir", "--output-dir", "--out-dir"), "--out"),
-    **dict.fromkeys(("--data", "--dataset", "--dataroot"), "--data-root"),
-    **dict.fromkeys(("--num-workers",), "--workers"),
+    **dict.fromkeys(
+        ("--resume", "--ckpt", "--weights", "--load-from", "--pretrained", "--model-path"), "it is --checkpoint here"
+    ),
+    **dict.fromkeys(("--work-dir", "--workdir", "--run-dir", "--output-dir", "--out-dir"), "it is --out here"),
+    **dict.fromkeys(("--data", "--dataset", "--dataroot"), "it is --data-root here"),
+    "--num-workers": "it is --workers here",
+    "--eval": "scores are always computed, by --metric nuscenes or t4, so leave it out",
+    **dict.fromkeys(("--show", "--show-dir"), "pictures are always written, into --out, so leave it out"),
 }
 """Flags that other tools have for those of `bevfn eval`."""
+JSON = {"--json-file": "it is --json here"}
+WITH_JSON = ("parity", "graph", "bench", "ascend", "data check")
+"""Commands that have --json."""
 
 
 def check(arguments: list[str], groups: Mapping[str, Collection[str]], commands: Collection[str]) -> None:
@@ -50,6 +59,9 @@ def check(arguments: list[str], groups: Mapping[str, Collection[str]], commands:
     if typed == "eval":
         check_flags(rest, OF_EVAL)
         _check_named(rest)
+        _check_flagged(rest)
+    if typed in WITH_JSON or f"{typed} {first}" in WITH_JSON:
+        check_flags(rest, JSON)
 
 
 def _unknown(prog: str, typed: str, known: Collection[str]) -> ValueError:
@@ -64,7 +76,7 @@ def check_flags(arguments: Iterable[str], elsewhere: Mapping[str, str]) -> None:
     for word in arguments:
         flag = word.partition("=")[0].replace("_", "-")
         if flag in elsewhere:
-            raise ValueError(f"there is no flag {flag}; it is {elsewhere[flag]} here")
+            raise ValueError(f"there is no flag {flag}; {elsewhere[flag]}")
 
 
 def recipe(name: str) -> tuple[str, list[str]]:
@@ -73,6 +85,8 @@ def recipe(name: str) -> tuple[str, list[str]]:
         return name, []
     if name in catalogue.MODELS:
         return catalogue.MODELS[name].experiment, ["--model", name]
+    if name.endswith(CONFIG):
+        raise ValueError(_no_file(name, "train"))
     alike = _alike(name, NAMES)
     meant = f"did you mean {alike[0]}? It" if alike else "it"
     raise ValueError(f"there is no recipe or model {name}; {meant} is one of {', '.join(NAMES)}")
@@ -82,22 +96,26 @@ def _check_recipe(command: str, name: str, rest: list[str]) -> None:
     """Raises ValueError, with the command that works, unless that is a recipe: a run's folder, a model or a misspelt one is none."""
     if name in catalogue.EXPERIMENTS:
         return
+    if name.endswith(CONFIG):
+        raise ValueError(_no_file(name, command))
     if command == "eval" and Path(name).exists():
         of = _recipe_of(Path(name))
         raise ValueError(
-            f"eval takes a recipe first: `bevfn eval {of or 'RECIPE'} --checkpoint {name}`"
+            f"eval takes a recipe first: `{shlex.join(['bevfn', 'eval', of or 'RECIPE', '--checkpoint', name])}`"
             + ("" if of else f"; it is one of {', '.join(catalogue.EXPERIMENTS)}")
         )
     if "/" in name:
         from bevfn.training import located
 
-        raise ValueError(f"{command} takes a recipe first, and {name} is not there; {located.near(Path(name))}")
+        raise ValueError(
+            f"{command} takes a recipe first, and {name} is not there; {located.near(Path(name), weights=True)}"
+        )
     said = (
         f"{command} takes a recipe, and {name} is a model of one:" if name in NAMES else f"there is no recipe {name};"
     )
     if alike := _alike(name, NAMES):
         meant, flags = recipe(alike[0])
-        working = " ".join(["bevfn", command, meant, *flags, *rest])
+        working = shlex.join(["bevfn", command, meant, *flags, *rest])
         raise ValueError(f"{said} `{working}`" if name in NAMES else f"{said} did you mean `{working}`?")
     raise ValueError(f"{said} it is one of {', '.join(catalogue.EXPERIMENTS)}")
 
@@ -108,7 +126,29 @@ def _check_named(rest: list[str]) -> None:
     named += [word.partition("=")[2] for word in rest if word.startswith("--checkpoint=")]
     if named and not {*catalogue.EXPERIMENTS, "-h", "--help"} & set(rest):
         of = (_recipe_of(Path(named[-1])) if Path(named[-1]).exists() else "") or "RECIPE"
-        raise ValueError(f"eval takes a recipe first: `bevfn eval {of} {' '.join(rest)}`")
+        raise ValueError(f"eval takes a recipe first: `{shlex.join(['bevfn', 'eval', of, *rest])}`")
+
+
+def _check_flagged(rest: list[str]) -> None:
+    """Raises ValueError for `bevfn eval RECIPE RUN`, whose checkpoint has no flag before it."""
+    named = any(word.partition("=")[0] == "--checkpoint" for word in rest)
+    if len(rest) > 1 and not rest[1].startswith("-") and not named:
+        working = shlex.join(["bevfn", "eval", rest[0], "--checkpoint", *rest[1:]])
+        raise ValueError(f"eval takes the checkpoint by its flag: `{working}`")
+
+
+def _no_file(name: str, command: str) -> str:
+    """What to say of mmdetection3d's config in the place of a recipe: the one whose name its file's begins with, or resembles."""
+    stem = Path(name).stem
+    begins = [known for known in NAMES if stem.replace("-", "_").startswith(known.replace("-", "_"))]
+    alike = (
+        max(begins, key=len) if begins else "".join(_alike(stem, NAMES))
+    )  # of equals a recipe, which NAMES begins with
+    ask = f"it is one of {', '.join(catalogue.EXPERIMENTS)}"
+    if alike:
+        meant, flags = recipe(alike)
+        ask = f"did you mean `{' '.join(['bevfn', command, meant, *flags])}`?"
+    return f"{command} takes a recipe by its name, not a file such as {name}; {ask}"
 
 
 def _recipe_of(place: Path) -> str:

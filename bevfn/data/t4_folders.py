@@ -93,7 +93,7 @@ def chosen(root: Path, split: str, revision: str | None = None) -> list[Scene]:
     present = splits(root, revision)
     if split not in present:
         raise ValueError(
-            f"{root} has no scene of the split {split!r}; the splits with scenes there (for --train-split, --eval-split) are "
+            f"{root} has no scene of the split {split!r}; the splits with scenes there (for --split, or a run's --train-split and --eval-split) are "
             f"{', '.join(present)}."
         )
     return present[split]

@@ -185,7 +185,7 @@ def scenes_of(root: Path, version: str, split: str) -> list[str]:
     present = splits(root, version)
     if split not in present:
         has = (
-            f"the splits with scenes there (for --train-split, --eval-split) are {', '.join(present)}"
+            f"the splits with scenes there (for --split, or a run's --train-split and --eval-split) are {', '.join(present)}"
             if present
             else "it has no scene of any split"
         )

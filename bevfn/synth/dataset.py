@@ -98,7 +98,7 @@ def write(
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and _holds(out, settings):
             return out
         raise ValueError(
-            f"{out} cannot be written ({error}); choose a folder on a disk with room that you may write to."
+            f"{out} cannot be written ({error.strerror or error}); choose a folder on a disk with room that you may write to."
         ) from error
     except BrokenProcessPool as error:
         raise ValueError(f"a process that wrote {out} was killed, perhaps for memory; try fewer workers.") from error

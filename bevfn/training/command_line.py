@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from bevfn.files import as_read
 from bevfn.precision import Precision
 from bevfn.training import limits, located, run_folder
 
-RUNS = Path("runs")
+RUNS = located.RUNS
 ELSEWHERE = {
     **dict.fromkeys(
         ("--work-dir", "--workdir", "--output-dir", "--out-dir", "--log-dir"), "--run-dir is the run's folder"
@@ -224,7 +225,9 @@ def _check_model(model: str | None, defaults: Defaults, replayed: str | None) ->
         return
     recipe, here = catalogue.MODELS[model].experiment, ", ".join(defaults)
     if replayed is not None:
-        raise ValueError(f"--config {replayed} is of the recipe {recipe}: `bevfn train {recipe} --config {replayed}`")
+        raise ValueError(
+            f"--config {replayed} is of the recipe {recipe}: `bevfn train {recipe} --config {shlex.quote(replayed)}`"
+        )
     raise ValueError(f"model {model} is of the recipe {recipe}: `bevfn train {model}`; models of this one are {here}")
 
 
@@ -264,9 +267,14 @@ def _hint(default: Config, arguments: list[str]) -> None:
         name = word.partition("=")[0].replace("_", "-")
         if name in ELSEWHERE and not hasattr(default, name[2:].replace("-", "_")):
             raise ValueError(f"there is no flag {name}; {ELSEWHERE[name]}")
+        if word.endswith(".py"):
+            raise ValueError(
+                f"{word} is no flag: a recipe takes no config file; its numbers are flags (--help), and --config RUN takes those "
+                "of another run"
+            )
         if word == "--resume" and not following.startswith("-"):
             raise ValueError(
-                f"--resume takes no folder: `--run-dir {following} --resume` goes on with the run that is there"
+                f"--resume takes no folder: `--run-dir {shlex.quote(following)} --resume` goes on with the run that is there"
             )
 
 

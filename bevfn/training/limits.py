@@ -97,29 +97,33 @@ def check_words(hints: Mapping[str, Any], arguments: list[str]) -> None:
     for place, word in enumerate(arguments):
         flag, _, joined = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        kind, several = _number(hints.get(name))
+        kind, most = _number(hints.get(name))
         if not flag.startswith("--") or kind is None:
             continue
         behind = [joined] if joined else arguments[place + 1 :]
         end = next((i for i, one in enumerate(behind) if one.startswith("--")), len(behind))
-        for value in behind[: end if several else min(end, 1)]:
-            if not _reads(kind, value) and not (value == "None" and NoneType in get_args(hints[name])):
+        if behind[:1] == ["None"] and NoneType in get_args(hints[name]):
+            continue
+        for value in behind[: min(end, most or 1)]:  # of as many as one likes the next may be a positional
+            if not _reads(kind, value):
+                several = most != 1
                 what = ("whole number" if kind is int else "number") + "s" * several
                 limit = LIMITS.get(name, Limit())
                 least = f", {limit.wanted(0)}" if limit.least > -math.inf else ""
                 raise ValueError(f"{flag} {printable(value)} must be {'' if several else 'a '}{what}{least}")
 
 
-def _number(hint: Any) -> tuple[type[int] | type[float] | None, bool]:
-    """(int or float, whether it takes several) of a flag's type; None of one that takes no numbers alone."""
+def _number(hint: Any) -> tuple[type[int] | type[float] | None, int]:
+    """(int or float, how many words it takes, 0: as many as one likes) of a flag's type; None of one that takes no numbers alone."""
     options = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
     kinds = [option for option in options if option is not NoneType]
     if len(kinds) != 1:
-        return None, False
+        return None, 1
     if get_origin(kinds[0]) is tuple:
-        inside = set(get_args(kinds[0])) - {Ellipsis}
-        return (inside.pop() if inside in ({int}, {float}) else None), True
-    return (kinds[0] if kinds[0] in (int, float) else None), False
+        words = get_args(kinds[0])
+        inside = set(words) - {Ellipsis}
+        return (inside.pop() if inside in ({int}, {float}) else None), 0 if Ellipsis in words else len(words)
+    return (kinds[0] if kinds[0] in (int, float) else None), 1
 
 
 def _reads(kind: type[int] | type[float], word: str) -> bool:
