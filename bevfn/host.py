@@ -92,3 +92,26 @@ def _finished(pending: set[Future]) -> list:
     done, _ = wait(pending, return_when=FIRST_COMPLETED)
     pending -= done
     return [future.result() for future in done]
+
+
+@contextlib.contextmanager
+def bounded_memory(more: int) -> Iterator[None]:
+    """Inside, what would take this process more than `more` bytes beyond what it has is a MemoryError (on Linux).
+
+    For readers of files that declare sizes which they may not have. The whole process is bound, so for seconds only.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bounds = [bound for bound in (used + more, soft, hard) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -6,13 +6,11 @@ There is no common error for it: the allocators of CUDA, of NPUs, of the host, n
 import contextlib
 import os
 import re
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory: you tried to allocate", "std::bad_alloc")
 UNITS = {"bytes": 1, **{f"{unit}iB": 1 << 10 * (i + 1) for i, unit in enumerate("KMGTPE")}}
-CONTAINER = Path("/sys/fs/cgroup")  # of this process, where it is in one
 SIZE = r"([\d.]+) (bytes|[KMGTPE]iB)"
 WANTED = re.compile(rf"allocate {SIZE}")
 FREE = re.compile(rf"{SIZE} (?:is )?free")
@@ -33,7 +31,6 @@ def missing(error: BaseException) -> str | None:
     wanted, free, total = _size(WANTED, text), _size(FREE, text), _size(TOTAL, text)
     if free is None or total is None:  # of the host
         free, total = free_and_total()
-        free = min((x for x in (free, left()) if x is not None), default=None)
     there = f"{_gib(free)} of {_gib(total)} GiB are free" if free is not None and total is not None else ""
     more = "" if wanted is None else f"{_gib(wanted)} GiB more are wanted"
     return ": ".join(filter(None, ["there is not enough memory for this", ", ".join(filter(None, [more, there]))]))
@@ -62,65 +59,18 @@ def smaller(batch_size: int, accumulate: int, checkpoint_activations: bool) -> s
     return f"what needs less: {' and '.join(flags)}" + (f" ({share})" if share else "")
 
 
-def free_and_total(container: Path = CONTAINER) -> tuple[int | None, int | None]:
-    """Bytes of the host, or of this process' container, that can still be used, and all; None where the system does not say."""
+def free_and_total() -> tuple[int | None, int | None]:
+    """Bytes of the host that can still be used, and all; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         fields = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
-        free, total = fields["MemAvailable"] + fields["SwapFree"], fields["MemTotal"] + fields["SwapTotal"]
+        return fields["MemAvailable"], fields["MemTotal"]
     except (OSError, KeyError, ValueError, IndexError):
-        try:
-            return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (ValueError, OSError, AttributeError):
-            return None, None
+        pass
     try:
-        most, used, cached = _container(container)
-    except (OSError, KeyError, ValueError):  # no container, or one without a limit, whose word is "max"
-        return free, total
-    return min(free, max(0, most - used + cached)), min(total, most)
-
-
-def _container(folder: Path) -> tuple[int, int, int]:
-    """(most, used, of which files that can be dropped) bytes of a control group, version 2."""
-    lines = (folder / "memory.stat").read_text().splitlines()
-    cached = dict(line.split() for line in lines)["inactive_file"]
-    return int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text()), int(cached)
-
-
-@contextlib.contextmanager
-def bounded(more: int | None) -> Iterator[None]:
-    """Inside, what would take this process' own memory `more` bytes beyond what it has fails (on Linux): a MemoryError, of torch a
-    RuntimeError. None: no bound.
-
-    For readers of files that declare sizes which they may not have, and for a step that may want more than there is: without a
-    bound the system would kill this process, or another, without a word. What is shared and files that are mapped do not count.
-    """
-    used = _private()
-    if more is None or used is None:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    bounds = [bound for bound in (used + more, soft, hard) if bound != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def left() -> int | None:
-    """Bytes that this process may still take of its own, under `bounded`'s bound or a shell's (`ulimit -d`); None: no bound."""
-    used, bound = _private(), resource.getrlimit(resource.RLIMIT_DATA)[0]
-    return None if used is None or bound == resource.RLIM_INFINITY else max(0, bound - used)
-
-
-def _private() -> int | None:
-    """Bytes that RLIMIT_DATA counts of this process; None where the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[5]) * resource.getpagesize()
-    except (OSError, IndexError):
-        return None
+        return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None, None
 
 
 def _size(pattern: re.Pattern, text: str) -> int | None:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -19,7 +20,13 @@ void parallel_workers(int64_t units, int64_t threads, Make make) {
         for (int64_t unit; (unit = next.fetch_add(1)) < units;) work(unit);
     };
     std::vector<std::thread> pool;
-    for (int64_t i = 1; i < std::min(threads, units); ++i) pool.emplace_back(loop);
+    for (int64_t i = 1; i < std::min(threads, units); ++i) {
+        try {
+            pool.emplace_back(loop);
+        } catch (const std::system_error&) {
+            break;  // no more threads here: those that there are do all of it
+        }
+    }
     loop();
     for (auto& thread : pool) thread.join();
 }

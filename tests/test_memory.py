@@ -82,23 +82,3 @@ def test_a_train_step_names_the_flags_that_need_less(capsys, setting, said):
         "bevfn: there is not enough memory for this: 20 GiB more are wanted, 10.1 of 79.2 GiB are free; "
     )
     assert told.endswith(f"{said}\n") and told.count("\n") == 1
-
-
-def test_where_free_memory_ends_there_is_a_sentence_and_no_killed_process():
-    said = r"not enough memory .* 1 GiB more are wanted"
-    with memory.bounded(2**28), pytest.raises(memory.TooLittle, match=said), memory.advised("buy some"):
-        torch.ones(2**28)
-    assert torch.ones(2**28).numel() == 2**28  # the bound is gone
-
-
-def test_what_a_container_may_use_is_what_is_free(tmp_path):
-    words = {
-        "memory.max": "4000\n",
-        "memory.current": "3000\n",
-        "memory.stat": "anon 5\ninactive_file 700\nactive_file 9\n",
-    }
-    for name, text in words.items():
-        (tmp_path / name).write_text(text)
-    assert memory.free_and_total(tmp_path) == (1700, 4000)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_and_total(tmp_path)[1] == memory.free_and_total(tmp_path / "none")[1] > 4000

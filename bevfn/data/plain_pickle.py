@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bevfn import memory
+from bevfn import host
 from bevfn.names import printable, sentence
 
 MEMORY = (2**28, 64)  # bytes that a file may take: so many, and so many times its own
@@ -58,7 +58,7 @@ def read(path: Path) -> Any:
     try:
         # A length that a pickle declares is not yet there, so memory is what tells an honest one. From bytes, not from the
         # file, of which a read of the declared length would be asked.
-        with memory.bounded(MEMORY[0] + MEMORY[1] * len(raw)):
+        with host.bounded_memory(MEMORY[0] + MEMORY[1] * len(raw)):
             return _Unpickler(io.BytesIO(raw)).load()
     except _Refused as refused:
         raise ValueError(

@@ -91,8 +91,6 @@ def main(make_task: Callable[[Any], Task], config: Config) -> dict:
                 source.prepare(config.data_root, config.world)
             distributed.gather(None, replicas)  # the others wait for it
             config = on_device(config.completed(), leads=leads)
-            if config.device.startswith("cpu"):
-                stack.enter_context(memory.bounded(memory.free_and_total()[0]))
             with waiting.told("reading the data set") if leads else contextlib.nullcontext():
                 task = make_task(config)
                 check(task, whole=config.on_damaged == "stop")
