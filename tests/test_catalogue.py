@@ -71,12 +71,15 @@ def test_the_catalogue_imports_nothing_of_ours_and_no_torch():
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones(monkeypatch, capsys):
-    for arguments in (["graph", "bevfussion"], ["bench", "step", "--model", "bevdepth-3key"]):
+    for arguments, known in (
+        (["graph", "bevfussion"], "`bevfn graph bevfusion`"),
+        (["bench", "step", "--model", "bevdepth-3key"], "'bevdepth"),
+    ):
         monkeypatch.setattr(sys, "argv", ["bevfn", *arguments])
         with pytest.raises(SystemExit) as end:
             cli.main()
         said = capsys.readouterr()
-        assert end.value.code == 2 and "'bevdepth" in said.out + said.err
+        assert end.value.code == 2 and known in said.out + said.err
 
 
 def test_plain_switches_off_what_only_training_needs():

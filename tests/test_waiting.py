@@ -101,11 +101,16 @@ def test_no_command_is_silent_while_it_works(tmp_path, monkeypatch, capfd, words
     """What a report is printed of is left to it: lines about the time go to standard error there."""
     root = shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn"))
     capfd.readouterr()  # of making that world
-    monkeypatch.setattr(waiting, "EVERY_S", 0.002)
+    monkeypatch.setattr(waiting, "EVERY_S", 0.001)
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # of a phase of milliseconds the thread that tells gets its share
     typed = words.replace("ROOT", str(root)).replace("OUT", str(tmp_path / "out")).split()
     monkeypatch.setattr(sys, "argv", ["bevfn", *typed])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        sys.setswitchinterval(switching)
     told = capfd.readouterr()._asdict()
     lines = [line for line in told[on].splitlines() if line.endswith("s so far")]
     assert end.value.code in (0, 1) and all(any(line.startswith(phase) for line in lines) for phase in phases)
