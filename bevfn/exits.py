@@ -33,8 +33,8 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except SystemExit:
-        if not _heard():
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError) or not _heard():  # rich's consoles exit so, with 1
             sys.exit(UNHEARD)
         raise
     except KeyboardInterrupt:  # in a run: the second one, see training/signals.py

@@ -1,6 +1,7 @@
 """Too little memory in one sentence: what was wanted, what is there, and what would fit.
 
-There is no common error for it: the allocators of CUDA, of NPUs, of the host, numpy's and C++'s each say it in their own words.
+There is no common error for it: the allocators of CUDA, of NPUs, of the host, numpy's, C++'s, the loader of libraries and
+inductor's workers each say it in their own words.
 """
 
 import contextlib
@@ -9,7 +10,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory: you tried to allocate", "std::bad_alloc")
+SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory: you tried to allocate",
+    "std::bad_alloc",
+    "MemoryError",
+    "failed to map segment from shared object",
+    "unable to mmap",
+)
+SAYS = (RuntimeError, OSError, ImportError)  # any of which may be about something else
 UNITS = {"bytes": 1, **{f"{unit}iB": 1 << 10 * (i + 1) for i, unit in enumerate("KMGTPE")}}
 SIZE = r"([\d.]+) (bytes|[KMGTPE]iB)"
 WANTED = re.compile(rf"allocate {SIZE}")
@@ -22,11 +33,11 @@ class TooLittle(MemoryError):
 
 
 def missing(error: BaseException) -> str | None:
-    """The sentence where an exception says that memory is missing, else None: a RuntimeError may be anything."""
+    """The sentence where an exception says that memory is missing, else None."""
     text = str(error)
     if isinstance(error, TooLittle):
         return text
-    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and any(x in text for x in SIGNS)):
+    if not isinstance(error, MemoryError) and not (isinstance(error, SAYS) and any(x in text for x in SIGNS)):
         return None
     wanted, free, total = _size(WANTED, text), _size(FREE, text), _size(TOTAL, text)
     if free is None or total is None:  # of the host
@@ -41,7 +52,7 @@ def advised(advice: str) -> Iterator[None]:
     """Raises TooLittle, the sentence and behind it `advice`, where memory is missing inside."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, *SAYS) as error:
         if (why := missing(error)) is None:
             raise
         raise TooLittle(f"{why}; {advice}") from error

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,13 +22,13 @@ int64_t submanifold(const int32_t* coords, const uint8_t* valid, int64_t V, cons
 int64_t strided(const int32_t* coords, const uint8_t* valid, int64_t V, const int64_t* kernel, const int64_t* stride,
                 const int64_t* padding, const int64_t* grid, const int64_t* out_grid, int64_t W, int64_t batch,
                 int32_t* out_coords, uint8_t* out_valid, int32_t* table, int32_t* inverse, int32_t* found, int64_t threads);
-void voxelize(const float* points, const uint8_t* valid, int64_t B, int64_t P, int64_t C, const float* lower, const float* size,
-              const int64_t* grid, int64_t max_points, int64_t V, float* features, int32_t* coords, int32_t* count,
-              int32_t* found, int64_t threads);
-void voxel_pool_forward(const float* depth, const float* context, const int32_t* cell, float* out, int64_t M, int64_t D, int64_t H,
-                        int64_t W, int64_t C, int64_t cells, int64_t threads);
-void deform_attn_forward_float(const float* value, const float* locations, const float* weights, const bool* mask, float* out,
-                               const int64_t* numbers, int64_t threads);
+int64_t voxelize(const float* points, const uint8_t* valid, int64_t B, int64_t P, int64_t C, const float* lower,
+                 const float* size, const int64_t* grid, int64_t max_points, int64_t V, float* features, int32_t* coords,
+                 int32_t* count, int32_t* found, int64_t threads);
+int64_t voxel_pool_forward(const float* depth, const float* context, const int32_t* cell, float* out, int64_t M, int64_t D,
+                           int64_t H, int64_t W, int64_t C, int64_t cells, int64_t threads);
+int64_t deform_attn_forward_float(const float* value, const float* locations, const float* weights, const bool* mask,
+                                  float* out, const int64_t* numbers, int64_t threads);
 }
 
 namespace {
@@ -74,8 +75,14 @@ int64_t threads() {
     return n;
 }
 
+// What a kernel returned, unless it found too little memory.
+int64_t done(int64_t result) {
+    if (result == INT64_MIN) throw std::bad_alloc();  // OUT_OF_MEMORY of parallel.h
+    return result;
+}
+
 void check_site(int64_t wrong) {
-    if (wrong >= 0) throw std::runtime_error("bevfn's kernels: voxel " + std::to_string(wrong) + " lies outside the grid");
+    if (done(wrong) >= 0) throw std::runtime_error("bevfn's kernels: voxel " + std::to_string(wrong) + " lies outside the grid");
 }
 
 }  // namespace
@@ -88,7 +95,7 @@ AOTITorchError aoti_torch_cpu_sparse_conv(AtenTensorHandle x, AtenTensorHandle w
     const int64_t V = size(x, 0), W = size(table, 1), strides[] = {channels_in * channels_out, channels_out, 1};
     const float* w = data<float>(weight);
     float* sums = made<float>({W, channels_out}, y);
-    if (sparse_conv(data<float>(x), w, strides, data<int32_t>(table), K, V, W, channels_in, channels_out, sums, threads()))
+    if (done(sparse_conv(data<float>(x), w, strides, data<int32_t>(table), K, V, W, channels_in, channels_out, sums, threads())))
         throw std::runtime_error("bevfn's kernels: a table entry is beyond the features' rows");
     return AOTI_TORCH_SUCCESS;
 }
@@ -128,8 +135,8 @@ AOTITorchError aoti_torch_cpu_voxelize(AtenTensorHandle points, AtenTensorHandle
     std::copy(size_m, size_m + 3, extent);
     float* means = made<float>({B, max_voxels, C}, features);
     int32_t *cells = made<int32_t>({B, max_voxels, 3}, coords), *kept = made<int32_t>({B, max_voxels}, count);
-    voxelize(data<float>(points), data<uint8_t>(valid), B, P, C, corner, extent, grid, max_points, max_voxels, means, cells, kept,
-             made<int32_t>({B}, found), threads());
+    done(voxelize(data<float>(points), data<uint8_t>(valid), B, P, C, corner, extent, grid, max_points, max_voxels, means, cells,
+                  kept, made<int32_t>({B}, found), threads()));
     return AOTI_TORCH_SUCCESS;
 }
 
@@ -137,7 +144,8 @@ AOTITorchError aoti_torch_cpu_voxel_pool(AtenTensorHandle depth, AtenTensorHandl
                                          int64_t num_cells, AtenTensorHandle* sums) {
     const int64_t M = size(depth, 0), D = size(depth, 1), H = size(depth, 2), W = size(depth, 3), C = size(context, 3);
     float* out = made<float>({num_cells, C}, sums);
-    voxel_pool_forward(data<float>(depth), data<float>(context), data<int32_t>(cell), out, M, D, H, W, C, num_cells, threads());
+    done(voxel_pool_forward(data<float>(depth), data<float>(context), data<int32_t>(cell), out, M, D, H, W, C, num_cells,
+                            threads()));
     return AOTI_TORCH_SUCCESS;
 }
 
@@ -149,8 +157,8 @@ AOTITorchError aoti_torch_cpu_deform_attn(AtenTensorHandle value, AtenTensorHand
     numbers.insert(numbers.end(), sizes, sizes + levels2);
     const bool* attends = mask ? reinterpret_cast<const bool*>(data<uint8_t>(*mask)) : nullptr;
     float* out = made<float>({B, Q, h * d}, attended);
-    deform_attn_forward_float(data<float>(value), data<float>(locations), data<float>(weights), attends, out, numbers.data(),
-                              threads());
+    done(deform_attn_forward_float(data<float>(value), data<float>(locations), data<float>(weights), attends, out,
+                                   numbers.data(), threads()));
     return AOTI_TORCH_SUCCESS;
 }
 

@@ -33,6 +33,8 @@ FLAGS = ("-O3", THIS_CPU, "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-co
 # -ffp-contract=off: voxel and cell indices must round exactly as the published code does. Kernels whose inner loop is
 # a dot product call __builtin_fma (or vector intrinsics) where a fused multiply-add is wanted.
 
+OUT_OF_MEMORY = -(2**63)  # what a kernel returns then, see parallel.h
+
 
 def compiler() -> str:
     """Path of the C++ compiler; raises FileNotFoundError, one sentence, if there is none."""
@@ -173,15 +175,19 @@ def call(op: str, name: str, *values: Tensor | int | Sequence[int] | ctypes.Arra
         values: tensors go as their address, numbers as int64, sequences as arrays of int64, None as a null pointer.
 
     Returns:
-        The function's int64; without meaning where it returns nothing.
+        The function's int64.
 
     Raises:
         OSError: the source cannot be built, see `load`.
         ValueError: a tensor is not contiguous or not on the CPU.
+        MemoryError: the function found too little of it.
     """
     function = getattr(load(Path(__file__).parent / op / "cpu.cpp"), name)
     function.restype = ctypes.c_int64  # ctypes would cut it to an int
-    return function(*map(_argument, (*values, torch.get_num_threads())))
+    result = function(*map(_argument, (*values, torch.get_num_threads())))
+    if result == OUT_OF_MEMORY:
+        raise MemoryError(f"out of memory in the CPU kernel {name}")
+    return result
 
 
 def _argument(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 
@@ -72,9 +74,16 @@ def test_extra_memory_is_that_of_the_call_with_its_result_and_without_what_was_t
     assert machine.extra_mib(run) == pytest.approx(48, abs=3)
 
 
-def test_a_dead_benchmark_process_is_one_sentence():
-    with pytest.raises(RuntimeError, match="died"):
-        machine.in_process(sys.exit, 1)
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "target, arguments, said", [(sys.exit, (1,), "failed, as it says above"), (kill_itself, (), "killed.*out of memory")]
+)
+def test_a_dead_benchmark_process_is_one_sentence(target, arguments, said):
+    with pytest.raises(RuntimeError, match=said):
+        machine.in_process(target, *arguments)
 
 
 def test_view_transforms_of_a_benchmark_agree_where_they_are_the_same():

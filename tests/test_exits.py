@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -34,6 +36,15 @@ def test_what_a_user_can_mend_is_one_line_and_a_code(capsys, error, also, code, 
     with pytest.raises(SystemExit) as end, exits.one_sentence(*also):
         raise error
     assert end.value.code == code and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("printer", ["print", "rich.print"])
+def test_a_reader_that_is_gone_is_141_and_nothing_said(printer):
+    lines = f"import rich\nfrom bevfn import exits\nwith exits.one_sentence():\n  for _ in range(99999): {printer}('a line')"
+    with subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", exits.UNHEARD)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -1,5 +1,7 @@
 """Too little memory is one sentence: what was wanted, what is there, what would fit."""
 
+import errno
+import os
 import re
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from bevfn import exits, memory
+from bevfn.kernels.voxel_pool import intervals
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.20 GiB of which 10.06 GiB is free. "
@@ -51,8 +54,31 @@ def test_memory_of_the_host_that_is_not_there(capsys, allocate):
 
 
 def test_what_says_no_size_is_known_too():
-    for error in (MemoryError("std::bad_alloc"), RuntimeError("std::bad_alloc"), MemoryError()):
+    for error in (
+        MemoryError("std::bad_alloc"),
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+        torch._inductor.exc.InductorError(MemoryError(), None),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("unable to mmap 512 bytes from file </tmp/x>: Cannot allocate memory (12)"),
+    ):
         assert str(memory.missing(error)).startswith("there is not enough memory for this")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_kernels_own_allocation(capsys, threads):
+    """Counters of 2^52 cells, which no thread gets, be it the caller's or a worker's."""
+    cells = torch.zeros(2, 1, 1, 1, 8, dtype=torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(SystemExit) as end, exits.one_sentence():
+            intervals.made(cells, 1 << 52)
+    finally:
+        torch.set_num_threads(before)
+    assert end.value.code == exits.REFUSED
+    assert capsys.readouterr().err.startswith("bevfn: there is not enough memory for this")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def _status_kib(field: str) -> int:
 def in_process(target: Callable, *arguments: Any) -> Any:
     """target(*arguments) in a fresh process, whose memory is its own.
 
-    Raises RuntimeError if the process dies.
+    Raises RuntimeError if the process dies; it has said why, unless it was killed.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -70,7 +71,10 @@ def in_process(target: Callable, *arguments: Any) -> Any:
     try:
         return receiver.recv()
     except EOFError:
-        raise RuntimeError(f"the benchmark process of {target.__name__}{arguments} died (out of memory?)") from None
+        process.join()
+        killed = process.exitcode == -signal.SIGKILL
+        why = "was killed, as the system does when it is out of memory" if killed else "failed, as it says above"
+        raise RuntimeError(f"the benchmark process of {target.__name__}{arguments} {why}") from None
     except KeyboardInterrupt:
         process.kill()
         raise

@@ -329,15 +329,17 @@ void backward(const T* grad, const T* value, const T* locations, const T* weight
 // value [B][S][h][d], locations [B][Q][h][L][P][2], weights [B][Q][h][L][P], mask [B][Q] or null, out [B][Q][h][d];
 // numbers: B Q h d P L, then height and width of each level.
 #define ENTRY_POINTS(T)                                                                                              \
-  extern "C" void deform_attn_forward_##T(const T* value, const T* locations, const T* weights, const bool* mask,    \
-                                          T* out, const int64_t* numbers, int64_t threads) {                         \
+  extern "C" int64_t deform_attn_forward_##T(const T* value, const T* locations, const T* weights, const bool* mask, \
+                                             T* out, const int64_t* numbers, int64_t threads) try {                  \
     forward<T>(value, locations, weights, mask, out, Size(numbers), threads);                                        \
-  }                                                                                                                  \
-  extern "C" void deform_attn_backward_##T(const T* grad, const T* value, const T* locations, const T* weights,      \
-                                           const bool* mask, T* grad_value, T* grad_locations, T* grad_weights,      \
-                                           const int64_t* numbers, int64_t threads) {                                \
+    return 0;                                                                                                        \
+  } CATCH_OUT_OF_MEMORY                                                                                              \
+  extern "C" int64_t deform_attn_backward_##T(const T* grad, const T* value, const T* locations, const T* weights,   \
+                                              const bool* mask, T* grad_value, T* grad_locations, T* grad_weights,   \
+                                              const int64_t* numbers, int64_t threads) try {                         \
     backward<T>(grad, value, locations, weights, mask, grad_value, grad_locations, grad_weights, Size(numbers),      \
                 threads);                                                                                            \
-  }
+    return 0;                                                                                                        \
+  } CATCH_OUT_OF_MEMORY
 ENTRY_POINTS(float)
 ENTRY_POINTS(double)

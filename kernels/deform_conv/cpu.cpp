@@ -198,13 +198,16 @@ void spread(const T* pixels, const T* offset, const T* mask, const T* grad_colum
 
 // One image: pixels [H][W][C], offset [D][K][2][P], mask [D][K][P] or null, columns [G][P][K][I].
 #define ENTRY_POINTS(T)                                                                                              \
-  extern "C" void deform_sample_##T(const T* pixels, const T* offset, const T* mask, T* columns, const Size* size,   \
-                                    int64_t threads) {                                                               \
+  extern "C" int64_t deform_sample_##T(const T* pixels, const T* offset, const T* mask, T* columns, const Size* size, \
+                                       int64_t threads) try {                                                        \
     sample(pixels, offset, mask, columns, *size, threads);                                                           \
-  }                                                                                                                  \
-  extern "C" void deform_spread_##T(const T* pixels, const T* offset, const T* mask, const T* grad_columns,          \
-                                    T* grad_pixels, T* grad_offset, T* grad_mask, const Size* size, int64_t threads) {   \
+    return 0;                                                                                                        \
+  } CATCH_OUT_OF_MEMORY                                                                                              \
+  extern "C" int64_t deform_spread_##T(const T* pixels, const T* offset, const T* mask, const T* grad_columns,       \
+                                       T* grad_pixels, T* grad_offset, T* grad_mask, const Size* size,               \
+                                       int64_t threads) try {                                                        \
     spread(pixels, offset, mask, grad_columns, grad_pixels, grad_offset, grad_mask, *size, threads);                 \
-  }
+    return 0;                                                                                                        \
+  } CATCH_OUT_OF_MEMORY
 ENTRY_POINTS(float)
 ENTRY_POINTS(double)

@@ -131,9 +131,10 @@ void solve(Workspace& w, const double* cost, const uint8_t* valid, int64_t Q, in
 
 }  // namespace
 
-extern "C" void linear_assignment(const double* cost, const uint8_t* valid, int64_t* match, int64_t B, int64_t Q,
-                                  int64_t G, int64_t threads) {
+extern "C" int64_t linear_assignment(const double* cost, const uint8_t* valid, int64_t* match, int64_t B, int64_t Q,
+                                     int64_t G, int64_t threads) try {
   parallel_workers(B, threads, [&] {
     return [&, w = Workspace()](int64_t b) mutable { solve(w, cost + b * Q * G, valid + b * G, Q, G, match + b * G); };
   });
-}
+  return 0;
+} CATCH_OUT_OF_MEMORY

@@ -127,7 +127,7 @@ int64_t count_valid(const uint8_t* valid, int64_t V) {
 
 // coords [V 4], valid [V] -> table [K V]. Returns the first valid row outside the grid, or -1 if all are fine.
 extern "C" int64_t submanifold(const int32_t* coords, const uint8_t* valid, int64_t V, const int64_t* kernel,
-                               const int64_t* grid, int32_t* table, int64_t threads) {
+                               const int64_t* grid, int32_t* table, int64_t threads) try {
     const int64_t wrong = misplaced(coords, valid, V, grid, MAX_BATCH);
     if (wrong >= 0) return wrong;
     const int64_t active = count_valid(valid, V), K = kernel[0] * kernel[1] * kernel[2];
@@ -164,13 +164,13 @@ extern "C" int64_t submanifold(const int32_t* coords, const uint8_t* valid, int6
         }
     });
     return -1;
-}
+} CATCH_OUT_OF_MEMORY
 
 // coords [V 4], valid [V] -> out_coords [W 4], out_valid [W], table [K W], inverse [K V], found. Returns as submanifold.
 extern "C" int64_t strided(const int32_t* coords, const uint8_t* valid, int64_t V, const int64_t* kernel, const int64_t* stride,
                            const int64_t* padding, const int64_t* grid, const int64_t* out_grid, int64_t W, int64_t batch,
                            int32_t* out_coords, uint8_t* out_valid, int32_t* table, int32_t* inverse, int32_t* found,
-                           int64_t threads) {
+                           int64_t threads) try {
     const int64_t wrong = misplaced(coords, valid, V, grid, batch);
     if (wrong >= 0) return wrong;
     const int64_t K = kernel[0] * kernel[1] * kernel[2];
@@ -223,4 +223,4 @@ extern "C" int64_t strided(const int32_t* coords, const uint8_t* valid, int64_t 
                 });
     });
     return -1;
-}
+} CATCH_OUT_OF_MEMORY

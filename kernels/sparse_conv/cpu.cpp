@@ -178,7 +178,7 @@ void pack(const float* w, const int64_t* stride, int64_t K, int64_t channels_in,
 
 // x [V C_in], w [K C_in C_out] with strides, table [K W] -> y [W C_out]. Returns 1 if a table entry is >= V.
 extern "C" int64_t sparse_conv(const float* x, const float* w, const int64_t* w_stride, const int32_t* table, int64_t K, int64_t V,
-                           int64_t W, int64_t channels_in, int64_t channels_out, float* y, int64_t threads) {
+                           int64_t W, int64_t channels_in, int64_t channels_out, float* y, int64_t threads) try {
     const int64_t padded = round_up(channels_out, LANES);
     Buffer weights(K * channels_in * padded);
     pack(w, w_stride, K, channels_in, channels_out, weights.data);
@@ -208,11 +208,11 @@ extern "C" int64_t sparse_conv(const float* x, const float* w, const int64_t* w_
         };
     });
     return bad.load();
-}
+} CATCH_OUT_OF_MEMORY
 
 // x [V C_in], grad [W C_out], table [K W] -> g [K C_in C_out]. Returns 1 if a table entry is >= V.
 extern "C" int64_t sparse_conv_weight_grad(const float* x, const float* grad, const int32_t* table, int64_t K, int64_t V, int64_t W,
-                                       int64_t channels_in, int64_t channels_out, float* g, int64_t threads) {
+                                       int64_t channels_in, int64_t channels_out, float* g, int64_t threads) try {
     const int64_t padded = round_up(channels_out, LANES);
     constexpr int64_t CHUNK = 64, STRIP = 4096;
     std::atomic<int> bad{0};
@@ -250,4 +250,4 @@ extern "C" int64_t sparse_conv_weight_grad(const float* x, const float* grad, co
         };
     });
     return bad.load();
-}
+} CATCH_OUT_OF_MEMORY

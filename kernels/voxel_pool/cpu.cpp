@@ -379,8 +379,8 @@ void for_channel_blocks(int64_t C, Work work) {  // work(c0, n, index of the ins
 
 }  // namespace
 
-extern "C" void voxel_pool_forward(const float* depth, const float* context, const int32_t* cell, float* out, int64_t M,
-                                   int64_t D, int64_t H, int64_t W, int64_t C, int64_t cells, int64_t threads) {
+extern "C" int64_t voxel_pool_forward(const float* depth, const float* context, const int32_t* cell, float* out, int64_t M,
+                                      int64_t D, int64_t H, int64_t W, int64_t C, int64_t cells, int64_t threads) try {
   const Size s{M, D, H, W, C, cells};
   advise(out, cells * C, MADV_HUGEPAGE);
   const Plan plan = make_plan(cell, s, threads);
@@ -391,11 +391,12 @@ extern "C" void voxel_pool_forward(const float* depth, const float* context, con
       kPoolRange[i](depth, context, cell, s, plan, c0, n, low, high, out);
     });
   });
-}
+  return 0;
+} CATCH_OUT_OF_MEMORY
 
-extern "C" void voxel_pool_backward(const float* grad, const float* depth, const float* context, const int32_t* cell,
-                                    float* grad_depth, float* grad_context, int64_t M, int64_t D, int64_t H, int64_t W,
-                                    int64_t C, int64_t cells, int64_t threads) {
+extern "C" int64_t voxel_pool_backward(const float* grad, const float* depth, const float* context, const int32_t* cell,
+                                       float* grad_depth, float* grad_context, int64_t M, int64_t D, int64_t H, int64_t W,
+                                       int64_t C, int64_t cells, int64_t threads) try {
   const Size s{M, D, H, W, C, cells};
   const int64_t tiles = M * s.tiles();
   parallel(threads, threads, [&](int64_t thread) {
@@ -404,11 +405,12 @@ extern "C" void voxel_pool_backward(const float* grad, const float* depth, const
         kTileGradient[i](grad, depth, context, cell, s, t, c0, n, grad_depth, grad_context);
       });
   });
-}
+  return 0;
+} CATCH_OUT_OF_MEMORY
 
 // Points of every cell in intervals of `length`, see intervals.py: counted, then put in their places, ascending. A sample a unit.
-extern "C" void voxel_pool_intervals(const int32_t* cell, int32_t* points, int32_t* cells, int64_t B, int64_t N, int64_t D,
-                                     int64_t pixels, int64_t per_sample, int64_t count, int64_t length, int64_t threads) {
+extern "C" int64_t voxel_pool_intervals(const int32_t* cell, int32_t* points, int32_t* cells, int64_t B, int64_t N, int64_t D,
+                                        int64_t pixels, int64_t per_sample, int64_t count, int64_t length, int64_t threads) try {
   parallel(B, threads, [&](int64_t b) {
     const int32_t* own = cell + b * N * D * pixels;
     const int64_t first = b * per_sample;
@@ -435,4 +437,5 @@ extern "C" void voxel_pool_intervals(const int32_t* cell, int32_t* points, int32
           if (c >= 0 && c < per_sample) to[place[c]++] = static_cast<int32_t>((n * (D + 1) + d) * pixels + p);
         }
   });
-}
+  return 0;
+} CATCH_OUT_OF_MEMORY

@@ -82,9 +82,9 @@ void voxelize_sample(const float* points, const uint8_t* valid, const Setting& s
 }  // namespace
 
 // points [B P C], valid [B P] -> features [B V C], coords [B V 3], count [B V], found [B]; grid, lower, size per axis.
-extern "C" void voxelize(const float* points, const uint8_t* valid, int64_t B, int64_t P, int64_t C, const float* lower,
-                         const float* size, const int64_t* grid, int64_t max_points, int64_t V, float* features,
-                         int32_t* coords, int32_t* count, int32_t* found, int64_t threads) {
+extern "C" int64_t voxelize(const float* points, const uint8_t* valid, int64_t B, int64_t P, int64_t C, const float* lower,
+                            const float* size, const int64_t* grid, int64_t max_points, int64_t V, float* features,
+                            int32_t* coords, int32_t* count, int32_t* found, int64_t threads) try {
     Setting s;
     std::memcpy(s.lower, lower, sizeof s.lower);
     std::memcpy(s.size, size, sizeof s.size);
@@ -94,4 +94,5 @@ extern "C" void voxelize(const float* points, const uint8_t* valid, int64_t B, i
     parallel(B, threads, [&](int64_t b) {  // samples share nothing
         voxelize_sample(points + b * P * C, valid + b * P, s, features + b * V * C, coords + b * V * 3, count + b * V, found + b);
     });
-}
+    return 0;
+} CATCH_OUT_OF_MEMORY
