@@ -1,5 +1,6 @@
 """Benchmarks: what they compare computes the same, what they count is right, and files name the machine. No timings."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -299,6 +300,19 @@ def test_on_a_gpu_an_op_that_fails_leaves_the_others_figures(monkeypatch, capsys
     assert figures["deform_conv"] == {"float16": {"gemm": 2.0}, "float32": {"gemm": 4.0}}
     assert asked == [("attention", torch.float16), ("attention", torch.float32), ("indexing", None)]
     assert capsys.readouterr().err.count("IndexError") == 1
+    for name in ("deform_conv", "deform_attn"):
+        assert figures[name].keys() == {"float16", "float32"}
+
+
+def test_figures_of_a_gpu_say_which_kernels_they_are_of(monkeypatch):
+    inside = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: inside.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(ops, "_on_gpu", lambda frame, device: {"of": device})
+    for why in ("bevfn's CUDA kernels need Triton", None):
+        monkeypatch.setattr(ops, "unusable", lambda device, why=why: why)
+        monkeypatch.setattr(ops, "_triton", lambda: "triton 3")
+        assert ops.measure(None, "cuda:1") == {"kernels": why or "triton 3", "of": "cuda:1"}
+    assert inside == ["cuda:1"] * 2
 
 
 def test_ops_measure_the_cpu_unless_a_gpu_is_asked_for(monkeypatch):

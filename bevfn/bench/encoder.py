@@ -112,7 +112,7 @@ def _through(x: Tensor, weights: list[Tensor], made: list[Table]) -> Tensor:
 
 
 def _ours(features: Tensor, sites: Tensor, capacities: tuple[int, ...], layers: list[sparse.Layer]) -> Chain:
-    weights = [layer.weight.to(features).requires_grad_() for layer in layers]
+    weights = [layer.weight.detach().to(features).requires_grad_() for layer in layers]
     x = features.detach().requires_grad_()
 
     def forward() -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bevfn.bench import attention, deform, encoder, indexing, machine, pool, sparse
+from bevfn.kernels.cuda import unusable
 
 DTYPES = ("float16", "float32")  # on a GPU
 
@@ -20,7 +21,7 @@ def measure(frame: Path | None = None, device: str = "cpu") -> dict:
     """
     if device.startswith("cuda"):
         with torch.cuda.device(device):
-            return _on_gpu(frame, device)
+            return {"kernels": unusable(torch.device(device)) or _triton(), **_on_gpu(frame, device)}
     return {
         "gemm_gflops": machine.gemm_gflops(),
         "copy_gbps": machine.copy_gbps(),
@@ -49,6 +50,12 @@ def _on_gpu(frame: Path | None, device: str) -> dict:
     }
     limits = {"gemm_gflops": gemm, "copy_gbps": copy, "frame": None if frame is None else str(frame)}
     return {**limits, **{name: machine.tried(part) for name, part in parts.items()}}
+
+
+def _triton() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
 
 
 def _of_dtypes(part: Callable[[torch.dtype], dict]) -> dict:
