@@ -40,7 +40,8 @@ def measure(
         figures["peer"] = f"torchvision {torchvision.__version__}"
         peers["torchvision"] = lambda x, offset, weight: deform_conv2d(x, offset, weight, padding=1)
     except (ImportError, OSError, RuntimeError) as missing:  # RuntimeError: its library does not load
-        figures["peer"] = f"omitted, torchvision is not usable here ({missing}): pip install -e '.[bench]'"
+        extra = "bench" if device == "cpu" else "bench-cuda"
+        figures["peer"] = f"omitted, torchvision is not usable here ({missing}): pip install -e '.[{extra}]'"
     for name, peer in peers.items():
         figures[name] = _figures(peer, (x, offset, weight), repeats, device)
     product = 2e-9 * weight.numel() * images * ROWS * COLUMNS  # GFLOP, and twice that in the backward pass
