@@ -5,7 +5,9 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -209,7 +211,8 @@ def test_a_gpu_is_timed_by_its_own_clock_with_a_cold_cache_and_what_is_queued(mo
     assert Clock.steps == 8 * ["held 0.0", "record", "run", "record", "wait"]
 
 
-def test_the_encoder_on_a_device_is_measured_without_spconv_too():
+def test_the_encoder_on_a_device_is_measured_without_spconv_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spconv", None)
     features, sites = sparse.voxels(sparse.scan()[0])
     near = torch.argsort(sites[:, 1] * 1440 + sites[:, 2])[8000:8200]
     figures = encoder.figures_of(
@@ -220,7 +223,23 @@ def test_the_encoder_on_a_device_is_measured_without_spconv_too():
     for found in figures.values():
         ours = {"forward", "backward", "train", "tables", "forward, tables given"}
         assert found["ours"]["ms"].keys() == found["ours"]["wall_ms"].keys() == ours and finite(found["ours"])
-        assert "pip install -e '.[bench-cuda]'" in found["spconv"]["omitted"]  # not installed here, or its CPU build
+        assert found["spconv"].keys() == {"omitted"}
+        assert re.fullmatch(
+            r"spconv is not installed \(.*\): pip install -e '.\[bench-cuda\]'", found["spconv"]["omitted"]
+        )
+
+
+@pytest.mark.parametrize("for_cpus", [True, False])
+def test_spconvs_build_for_cpus_is_no_peer_on_a_gpu(monkeypatch, for_cpus):
+    package = types.ModuleType("spconv")
+    package.__version__ = "9.0"
+    package.pytorch = types.ModuleType("spconv.pytorch")
+    constants = types.ModuleType("spconv.cppconstants")
+    constants.CPU_ONLY_BUILD = for_cpus
+    for module in (package, package.pytorch, constants):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    said = "spconv 9.0 is its build for CPUs: pip uninstall spconv, then pip install -e '.[bench-cuda]'"
+    assert encoder.spconv_for_cuda() == ((None, said) if for_cpus else (package.pytorch, "spconv 9.0"))
 
 
 def test_spconv_computes_the_same_from_the_same_weights(monkeypatch):
@@ -228,6 +247,8 @@ def test_spconv_computes_the_same_from_the_same_weights(monkeypatch):
     if os.environ.get("OMP_NUM_THREADS") != "1":
         pytest.skip("spconv's CPU build is wrong with several threads")
     peer = pytest.importorskip("spconv.pytorch")
+    if not pytest.importorskip("spconv.cppconstants").CPU_ONLY_BUILD:
+        pytest.skip("spconv's CUDA build computes such convolutions on a GPU only")
     monkeypatch.setattr("spconv.pytorch.ops.get_current_stream", lambda: 0)
     monkeypatch.setattr(encoder, "spconv_for_cuda", lambda: (peer, "spconv"))
     features, sites = sparse.voxels(sparse.scan()[0])
