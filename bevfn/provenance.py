@@ -5,6 +5,7 @@ Every file of experiments/results/ has this head; `bevfn bench --list` prints th
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def head(device: str = "cpu") -> dict:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+            **(_gpu(device) if device.startswith("cuda") else {"device": device}),
             "system": platform.platform(),
         },
         "versions": {
@@ -62,6 +63,27 @@ def listing(folder: Path = RESULTS) -> str:
         commands = content["command"]
         lines += [f"    {command}" for command in ([commands] if isinstance(commands, str) else commands)]
     return "\n".join(lines) or f"no figures in {folder}: they are in a checkout of bevfn, not in its wheel"
+
+
+def _gpu(device: str) -> dict:
+    """{"device": its name, "capability", "device_memory_gb", "cuda" that torch is built with, "driver"} of a GPU."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "device": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "device_memory_gb": round(found.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+
+
+def _driver(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of NVIDIA's driver, as its kernel module tells it; None where it does not."""
+    try:
+        found = re.search(r"\s(\d+(?:\.\d+)+)\s", told.read_text())
+    except OSError:
+        return None
+    return found and found[1]
 
 
 def _command() -> str:

@@ -1,10 +1,14 @@
 """Benchmarks: what they compare computes the same, what they count is right, and files name the machine. No timings."""
 
+import contextlib
 import importlib.util
 import json
+import math
 import os
+import re
 import signal
 import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +17,21 @@ import small_cameras
 import torch
 
 from bevfn import cli, distributed
-from bevfn.bench import attention, checkpoint, data, deform, machine, pool, sparse, startup, step, views
+from bevfn.bench import (
+    attention,
+    checkpoint,
+    data,
+    deform,
+    encoder,
+    indexing,
+    machine,
+    ops,
+    pool,
+    sparse,
+    startup,
+    step,
+    views,
+)
 from bevfn.commands import bench as commands
 from bevfn.export import bench as deploy
 from bevfn.kernels.deform_conv import deform_conv
@@ -158,6 +176,188 @@ def test_a_step_takes_the_device_that_there_is(monkeypatch, capfd):
     with pytest.raises(ValueError, match="there is no device cuda:99"):
         commands.step(device="cuda:99")
     assert len(asked) == 2
+
+
+def finite(figures: dict) -> bool:
+    """Whether all numbers in figures are, and there are some."""
+    values = [v for v in figures.values() if not isinstance(v, str)]
+    return bool(values) and all(finite(v) if isinstance(v, dict) else math.isfinite(v) for v in values)
+
+
+class Clock:
+    """Stands for the events of a GPU, whose time passes when something of `steps` is done there."""
+
+    steps: list[str] = []  # noqa: RUF012
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Clock.now
+        Clock.steps.append("record")
+
+    def synchronize(self) -> None:
+        Clock.steps.append("wait")
+
+    def elapsed_time(self, end: "Clock") -> float:
+        return end.at - self.at
+
+
+def test_a_gpu_is_timed_by_its_own_clock_with_a_cold_cache_and_what_is_queued(monkeypatch):
+    took = iter([90, 80, 70, 60, 5, 7, 4, 8])  # ms; two rounds that warm up, of two functions
+
+    def run():
+        Clock.steps.append("run")
+        Clock.now += next(took)
+
+    scratch = torch.ones(4)
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Clock.steps.append(f"held {float(scratch.sum())}"))
+    monkeypatch.setattr(torch, "empty", lambda *_, device, **__: scratch if device == "cuda" else None)
+    assert machine.seconds_on("cuda", run, run, repeats=2) == [pytest.approx(4e-3), pytest.approx(7e-3)]
+    assert Clock.steps == 8 * ["held 0.0", "record", "run", "record", "wait"]
+
+
+def test_the_encoder_on_a_device_is_measured_without_spconv_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spconv", None)
+    features, sites = sparse.voxels(sparse.scan()[0])
+    near = torch.argsort(sites[:, 1] * 1440 + sites[:, 2])[8000:8200]
+    figures = encoder.figures_of(
+        "cpu", features[near], sites[near], {"float32": 100.0, "float16": 100.0, "int32": 1.0}, repeats=1
+    )
+    assert figures.pop("voxels") == 200 and figures.pop("gflop") > 0.1
+    assert figures.pop("int32").keys() == {"failed"}
+    for found in figures.values():
+        ours = {"forward", "backward", "train", "tables", "forward, tables given"}
+        assert found["ours"]["ms"].keys() == found["ours"]["wall_ms"].keys() == ours and finite(found["ours"])
+        assert found["spconv"].keys() == {"omitted"}
+        assert re.fullmatch(
+            r"spconv is not installed \(.*\): pip install -e '.\[bench-cuda\]'", found["spconv"]["omitted"]
+        )
+
+
+@pytest.mark.parametrize("for_cpus", [True, False])
+def test_spconvs_build_for_cpus_is_no_peer_on_a_gpu(monkeypatch, for_cpus):
+    package = types.ModuleType("spconv")
+    package.__version__ = "9.0"
+    package.pytorch = types.ModuleType("spconv.pytorch")
+    constants = types.ModuleType("spconv.cppconstants")
+    constants.CPU_ONLY_BUILD = for_cpus
+    for module in (package, package.pytorch, constants):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    said = "spconv 9.0 is its build for CPUs: pip uninstall spconv, then pip install -e '.[bench-cuda]'"
+    assert encoder.spconv_for_cuda() == ((None, said) if for_cpus else (package.pytorch, "spconv 9.0"))
+
+
+def test_spconv_computes_the_same_from_the_same_weights(monkeypatch):
+    """In its CPU build, whose backward pass asks for a CUDA stream."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        pytest.skip("spconv's CPU build is wrong with several threads")
+    peer = pytest.importorskip("spconv.pytorch")
+    if not pytest.importorskip("spconv.cppconstants").CPU_ONLY_BUILD:
+        pytest.skip("spconv's CUDA build computes such convolutions on a GPU only")
+    monkeypatch.setattr("spconv.pytorch.ops.get_current_stream", lambda: 0)
+    monkeypatch.setattr(encoder, "spconv_for_cuda", lambda: (peer, "spconv"))
+    features, sites = sparse.voxels(sparse.scan()[0])
+    near = torch.argsort(sites[:, 1] * 1440 + sites[:, 2])[8000:8200]
+    found = encoder.figures_of("cpu", features[near], sites[near], {"float32": 1.0}, repeats=1)["float32"]["spconv"]
+    assert found.pop("peer") == "spconv" and finite(found)
+    assert found["relative_difference"] < 1e-5 and found["worst_relative_gradient_difference"] < 1e-5
+    assert found["speedup of ms"].keys() == found["wall_ms"].keys() == {"forward", "backward", "train"}
+
+
+def test_a_peer_that_fails_on_this_gpu_is_told_and_ours_stay(monkeypatch, capsys):
+    features, sites = sparse.voxels(sparse.scan()[0])
+    monkeypatch.setattr(encoder, "spconv_for_cuda", lambda: (object(), "spconv 9"))
+    monkeypatch.setattr(encoder, "_theirs", lambda *_: encoder.Chain(lambda: 1 / 0, [], list))
+    found = encoder.figures_of("cpu", features[:50], sites[:50], {"float32": 1.0}, repeats=1)["float32"]
+    assert found["spconv"] == {"omitted": "spconv 9 failed: ZeroDivisionError: division by zero"}
+    assert finite(found["ours"]) and "Traceback" in capsys.readouterr().err
+
+
+def test_chains_that_are_the_same_do_not_differ():
+    features, sites = sparse.voxels(sparse.scan()[0])
+    features, sites = features[:80], sites[:80]
+    capacities = sparse.exact_capacities(sites)
+    layers = sparse.encoder_layers(sparse.tables(sites, capacities)[0])
+    ours, again = (encoder._ours(features, sites, capacities, layers) for _ in range(2))
+    assert set(encoder._differences(ours, again).values()) == {0.0}
+    elsewhere = encoder._ours(features, sites + torch.tensor([0, 8, 0, 0]).int(), capacities, layers)
+    assert set(encoder._differences(ours, elsewhere).values()) == {math.inf}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pooling_on_a_device_is_measured_against_a_copy_there(dtype):
+    cell = torch.randint(-1, 9, (2, 5, 4, 6), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    figures = pool.measure_on("cpu", 10.0, cell, channels=8, num_cells=9, dtype=dtype, repeats=1)
+    assert finite(figures) and figures["points_inside"] == (cell >= 0).sum() and figures["cells_hit"] == 9
+    assert figures["worst_relative_difference"] < (1e-5 if dtype == torch.float32 else 1e-2)
+    elements = 2 * 5 * 4 * 6 + 2 * 4 * 6 * 8 + 9 * 8  # depth, context, map; cells are int32
+    moved = elements * torch.empty(0, dtype=dtype).element_size() + 4 * cell.numel()
+    assert figures["forward_gb_per_s"] * figures["forward_s"] == pytest.approx(1e-9 * moved)
+    assert figures["forward_over_copy"] == pytest.approx(figures["forward_gb_per_s"] / 10)
+
+
+def test_ops_that_make_indices_equal_their_references():
+    figures = indexing.measure("cpu", sparse.scan()[0][::100], matches=((20, 12),), repeats=1)
+    assert figures.keys() == {"voxelize", "neighbours", "linear_assignment"} and finite(figures)
+    for op in ("voxelize", "neighbours"):
+        assert figures[op].keys() == sparse.SWEEPS.keys() and all(found["equal"] for found in figures[op].values())
+    (found,) = figures["linear_assignment"].values()
+    assert found["relative_difference"] < 1e-12 and found["reference_ms"] > 0
+
+
+def test_on_a_gpu_an_op_that_fails_leaves_the_others_figures(monkeypatch, capsys):
+    """What is measured there, in the order and of the sizes that it would be; nothing is."""
+    asked = []
+
+    def told(name, result):
+        return lambda *_, **setting: asked.append((name, setting.get("dtype"))) or result
+
+    monkeypatch.setattr(machine, "gemm_gflops", lambda *, size, dtype, device: float(dtype.itemsize))
+    monkeypatch.setattr(machine, "copy_gbps", lambda *, device: 3.0)
+    monkeypatch.setattr(encoder, "measure", lambda device, points, gemm: gemm)
+    monkeypatch.setattr(pool, "measure_on", lambda *_, dtype: {"s": 1} if dtype == torch.float32 else [][0])
+    monkeypatch.setattr(deform, "measure", lambda *, device, dtype, gemm_gflops: {"gemm": gemm_gflops})
+    monkeypatch.setattr(attention, "measure", told("attention", {"s": 2}))
+    monkeypatch.setattr(indexing, "measure", told("indexing", {"s": 3}))
+    figures = ops._on_gpu(None, "cpu")
+    assert figures["gemm_gflops"] == {"float16": 2.0, "float32": 4.0} and figures["copy_gbps"] == 3
+    assert figures["sparse"]["float16"] == 2 and figures["indexing"]["s"] == 3
+    assert figures["voxel_pool"] == {"float16": {"failed": "IndexError: list index out of range"}, "float32": {"s": 1}}
+    assert figures["deform_conv"] == {"float16": {"gemm": 2.0}, "float32": {"gemm": 4.0}}
+    assert asked == [("attention", torch.float16), ("attention", torch.float32), ("indexing", None)]
+    assert capsys.readouterr().err.count("IndexError") == 1
+    for name in ("deform_conv", "deform_attn"):
+        assert figures[name].keys() == {"float16", "float32"}
+
+
+def test_figures_of_a_gpu_say_which_kernels_they_are_of(monkeypatch):
+    inside = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: inside.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(ops, "_on_gpu", lambda frame, device: {"of": device})
+    for why in ("bevfn's CUDA kernels need Triton", None):
+        monkeypatch.setattr(ops, "unusable", lambda device, why=why: why)
+        monkeypatch.setattr(ops, "_triton", lambda: "triton 3")
+        assert ops.measure(None, "cuda:1") == {"kernels": why or "triton 3", "of": "cuda:1"}
+    assert inside == ["cuda:1"] * 2
+
+
+def test_ops_measure_the_cpu_unless_a_gpu_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "measure", lambda frame, device: asked.append(device) or {})
+    commands.ops()
+    monkeypatch.setattr(distributed, "_count", lambda kind: 0)
+    commands.ops(device="auto")
+    assert asked == ["cpu", "cpu"]
+    with pytest.raises(ValueError, match=r"there is no device cuda:99; .*--device cpu"):
+        commands.ops(device="cuda:99")
+    monkeypatch.setattr(distributed, "_count", lambda kind: int(kind == "npu"))
+    commands.ops(device="auto")
+    with pytest.raises(ValueError, match="measures a CPU or a CUDA device, not npu; use --device cpu"):
+        commands.ops(device="npu")
+    assert asked == ["cpu", "cpu", "cpu"]
 
 
 def test_exported_files_are_measured_beside_the_detector(monkeypatch):

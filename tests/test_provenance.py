@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,24 @@ def test_the_instruction_set_has_a_name_on_every_machine(monkeypatch, machine, t
     monkeypatch.setattr(provenance.platform, "machine", lambda: machine)
     monkeypatch.setattr(provenance.torch.backends.cpu, "get_cpu_capability", lambda: torchs)
     assert provenance.instruction_set() == name
+
+
+def test_a_gpu_is_named_with_its_driver(monkeypatch, tmp_path):
+    gpu = types.SimpleNamespace(name="NVIDIA A100", major=8, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(provenance.torch.cuda, "get_device_properties", lambda device: gpu if device == "cuda:1" else 1)
+    machine = provenance.head("cuda:1")["machine"]
+    assert (machine["device"], machine["capability"], machine["device_memory_gb"]) == ("NVIDIA A100", "8.0", 80.0)
+    assert {"driver", "cuda"} <= machine.keys() and machine.keys() - provenance.head()["machine"].keys() == {
+        "capability", "device_memory_gb", "driver", "cuda"
+    }  # fmt: skip
+    told = tmp_path / "version"
+    assert provenance._driver(told) is None
+    told.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\nGCC version: 12\n"
+    )
+    assert provenance._driver(told) == "550.54.15"
+    told.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n")
+    assert provenance._driver(told) == "535.129.03"
 
 
 def test_the_commit_is_that_of_the_checkout_and_of_no_other_repository(tmp_path, monkeypatch):

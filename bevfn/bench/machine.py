@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 
 from bevfn import host
+
+SCRATCH = 1 << 28  # bytes written before what is timed on a GPU, several times its cache
+HELD = 100_000_000  # cycles, 50 ms or more, for which a GPU waits while the host queues what is timed
 
 
 def best_seconds(run: Callable[[], object], *, repeats: int = 5, warm_up: int = 1) -> float:
@@ -27,9 +31,44 @@ def best_seconds(run: Callable[[], object], *, repeats: int = 5, warm_up: int = 
     return min(seconds)
 
 
+def seconds_on(device: str, *runs: Callable[[], object], repeats: int = 9) -> list[float]:
+    """Least seconds of each of `runs`: `best_seconds` on a CPU, on a GPU by its own clock, where they take turns.
+
+    A GPU's clock starts once the host has queued a call's kernels, so that their launches do not count, and with a cache that
+    holds nothing of the operands. A call that waits for the GPU in between is timed with its waiting.
+    """
+    if not device.startswith("cuda"):
+        return [best_seconds(run, repeats=repeats) for run in runs]
+    scratch = torch.empty(SCRATCH, dtype=torch.uint8, device=device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    best = [float("inf")] * len(runs)
+    for repeat in range(-2, repeats):  # the first rounds compile and choose among kernels
+        for i, run in enumerate(runs):
+            scratch.zero_()
+            torch.cuda._sleep(HELD)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            if repeat >= 0:
+                best[i] = min(best[i], 1e-3 * begin.elapsed_time(end))
+    return best
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def tried(part: Callable[[], dict]) -> dict:
+    """Its figures, or {"failed": why}, with the traceback on standard error."""
+    try:
+        return part()
+    except (
+        Exception
+    ) as error:  # of a kernel, its compiler or a peer: hours of a GPU are not thrown away for one of them
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def extra_mib(run: Callable[[], object]) -> float | None:
@@ -98,5 +137,5 @@ def copy_gbps(*, megabytes: int = 512, device: str = "cpu") -> float:
     """GB/s of a copy between two buffers beyond any cache, read + written bytes."""
     source = torch.zeros(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    seconds = best_seconds(lambda: target.copy_(source), repeats=9)
+    (seconds,) = seconds_on(device, lambda: target.copy_(source))
     return 2 * source.numel() * 4 / seconds / 1e9

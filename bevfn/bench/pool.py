@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bevfn.bench import frame as frames
-from bevfn.bench.machine import best_seconds
+from bevfn.bench.machine import best_seconds, seconds_on
 from bevfn.experiments import bevfusion as recipe
 from bevfn.files import to_json
+from bevfn.kernels.cuda import intervals
 from bevfn.kernels.voxel_pool import cpu, voxel_pool
 from bevfn.models import bevfusion
 from bevfn.views import camera_grid
@@ -146,6 +147,74 @@ def measure(frame: Path | None = None, *, repeats: int = 20) -> dict[str, float]
         "backward_over_copy": 1e-9 * backward_bytes / backward_s / copy_rate,
         "textbook_forward_s": textbook_s,
         "textbook_over_op_forward": textbook_s / op_forward_s,
+    }
+
+
+def measure_on(
+    device: str,
+    copy_gb_per_s: float,
+    cell: Tensor,
+    *,
+    channels: int = CHANNELS,
+    num_cells: int = GRID**2,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 20,
+) -> dict[str, float]:
+    """Figures of the whole op on a GPU, by its clock (`seconds_on`).
+
+    Args:
+        device: of the operands.
+        copy_gb_per_s: of a copy there in the same run.
+        cell: [M D H W] int32, cell of every point: `frustum_cells` or `cells_of`.
+        channels, num_cells, dtype: of the images' features and of the map.
+        repeats: timed ones, of which the best counts.
+
+    Returns: as `measure`. sort: the part of the forward pass that sorts points by cell. textbook: outer product and
+        index_add, forward, and its autograd backward alone, which adds up in the operands' dtype and in no order.
+    """
+    generator = torch.Generator().manual_seed(0)
+    M, D, H, W = cell.shape
+    depth = torch.rand(M, D, H, W, generator=generator).softmax(1).to(device, dtype).requires_grad_()
+    context = torch.randn(M, H, W, channels, generator=generator).to(device, dtype).requires_grad_()
+    grad = torch.randn(num_cells, channels, generator=generator).to(device, dtype)
+    cell = cell.to(device)
+    inside = cell[cell >= 0]
+    points_inside, cells_hit = inside.numel(), inside.unique().numel()
+    operand_bytes = (depth.numel() + context.numel()) * grad.element_size() + cell.numel() * cell.element_size()
+    row_bytes = channels * grad.element_size()
+    forward_bytes = operand_bytes + num_cells * row_bytes
+    backward_bytes = operand_bytes + cells_hit * row_bytes + (depth.numel() + context.numel()) * grad.element_size()
+    leaves, plain = (depth, context), (depth.detach(), context.detach())
+
+    expected = textbook(*leaves, cell, num_cells)
+    forward_s, backward_s, sort_s, textbook_s, textbook_backward_s = seconds_on(
+        device,
+        lambda: voxel_pool(*plain, cell, num_cells),
+        lambda: torch.ops.bevfn.voxel_pool_backward(grad, *plain, cell),
+        lambda: intervals(cell.reshape(-1), num_cells),
+        lambda: textbook(*plain, cell, num_cells),
+        lambda: torch.autograd.grad(expected, leaves, grad, retain_graph=True),
+        repeats=repeats,
+    )
+    found = [voxel_pool(*plain, cell, num_cells), *torch.ops.bevfn.voxel_pool_backward(grad, *plain, cell)]
+    wanted = [expected.detach(), *torch.autograd.grad(expected, leaves, grad)]
+    return {
+        "points_inside": points_inside,
+        "cells_hit": cells_hit,
+        "forward_s": forward_s,
+        "forward_gb_per_s": 1e-9 * forward_bytes / forward_s,
+        "forward_over_copy": 1e-9 * forward_bytes / forward_s / copy_gb_per_s,
+        "sort_s": sort_s,
+        "backward_s": backward_s,
+        "backward_gb_per_s": 1e-9 * backward_bytes / backward_s,
+        "backward_over_copy": 1e-9 * backward_bytes / backward_s / copy_gb_per_s,
+        "textbook_forward_s": textbook_s,
+        "textbook_over_forward": textbook_s / forward_s,
+        "textbook_backward_s": textbook_backward_s,
+        "textbook_over_backward": textbook_backward_s / backward_s,
+        "worst_relative_difference": max(
+            float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, wanted)
+        ),
     }
 
 

@@ -34,6 +34,13 @@ GOLDEN = Path(__file__).parents[2].parent / "shared" / "goldens" / "bevfusion_li
 GRID = (1440, 1440, 41)
 SWEEPS = {"one sweep": 1, "ten sweeps": 10}
 SWEEP_METRES = 0.05  # from one to the next: 1 m/s
+VOXELS: dict[str, Any] = {  # of `voxelize`, in the order of its operator
+    "lower": (-54.0, -54.0, -5.0),
+    "size": (0.075, 0.075, 0.2),
+    "grid": (1440, 1440, 40),
+    "max_points": 10,
+    "max_voxels": 160_000,
+}
 CHANNELS = (16, 32, 64, 128)  # of the four levels; 5 point columns come in
 DOWN = (  # kernel, stride, padding after each level: BEVFusion's encoder at 0.075 m
     ((3, 3, 3), (2, 2, 2), (1, 1, 1)),
@@ -72,21 +79,17 @@ def scan(frame: Path | None = None, golden: Path = GOLDEN) -> tuple[Tensor, str]
     return torch.from_numpy(points), "generated (synth.key_frame)"
 
 
-def voxels(points: Tensor, sweeps: int = 1) -> tuple[Tensor, Tensor]:
-    """(features [V 5], sites [V 4] int32 (b, x, y, z)) of a scan, which also stands for the sweeps before it: moved back as by a
-    car that drives straight on."""
+def swept(points: Tensor, sweeps: int) -> Tensor:
+    """The scan [P 5], and behind it what stands for the sweeps before: itself, moved back as by a car that drives straight on."""
     shift = torch.zeros(5)
     shift[1] = -SWEEP_METRES
-    points = torch.cat([points + k * shift for k in range(sweeps)])
-    features, cells, count, _ = voxelize(
-        points[None],
-        torch.ones(1, len(points), dtype=torch.bool),
-        lower=(-54.0, -54.0, -5.0),
-        size=(0.075, 0.075, 0.2),
-        grid=(1440, 1440, 40),
-        max_points=10,
-        max_voxels=160_000,
-    )
+    return torch.cat([points + k * shift for k in range(sweeps)])
+
+
+def voxels(points: Tensor, sweeps: int = 1) -> tuple[Tensor, Tensor]:
+    """(features [V 5], sites [V 4] int32 (b, x, y, z)) of a scan and of the sweeps before it, see `swept`."""
+    points = swept(points, sweeps)
+    features, cells, count, _ = voxelize(points[None], torch.ones(1, len(points), dtype=torch.bool), **VOXELS)
     V = int((count[0] > 0).sum())
     return features[0, :V].contiguous(), torch.cat([torch.zeros(V, 1, dtype=torch.int32), cells[0, :V]], 1)
 
@@ -154,13 +157,13 @@ def encoder_forward_vs_spconv(features: Tensor, sites: Tensor, repeats: int = 7)
         return {"omitted": f"spconv is not installed ({missing}): pip install -e '.[bench]'"}
     capacities = exact_capacities(sites)
     layers = encoder_layers(tables(sites, capacities)[0])
-    modules = _spconv_modules(peer, layers)
+    modules = spconv_modules(peer, layers)
 
     def ours() -> tuple[Tensor, Tensor]:
         made, out_sites = tables(sites, capacities)
         x = features
         for i, layer in enumerate(layers):
-            table, inverse = made[_TABLE_OF[i]]
+            table, inverse = made[TABLE_OF[i]]
             x = torch.relu(sparse_conv(x, layer.weight, table, inverse))
         return x, out_sites
 
@@ -171,10 +174,10 @@ def encoder_forward_vs_spconv(features: Tensor, sites: Tensor, repeats: int = 7)
             x = x.replace_feature(torch.relu(x.features))
         return x.features, x.indices
 
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), one_thread():
         (y, at), (z, at_peer) = ours(), theirs()
-        same_sites = torch.equal(at[_order(at)], at_peer[_order(at_peer)])
-        error = float((y[_order(at)] - z[_order(at_peer)]).norm() / z.norm()) if same_sites else float("inf")
+        same_sites = torch.equal(at[order(at)], at_peer[order(at_peer)])
+        error = float((y[order(at)] - z[order(at_peer)]).norm() / z.norm()) if same_sites else float("inf")
         table_s, our_s, peer_s = best_of(repeats, lambda: tables(sites, capacities), ours, theirs)
         ideal_s = sum(layer.flops for layer in layers) / _gemm_peak(repeats)
     return {
@@ -213,7 +216,7 @@ def encoder_backward_vs_torch(features: Tensor, sites: Tensor, repeats: int = 5)
             x = torch.relu(y)
         return torch.autograd.grad(x.sum(), leaves)
 
-    with _one_thread():
+    with one_thread():
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(ours(), theirs()))
         our_s, peer_s = best_of(repeats, ours, theirs)
     return {
@@ -230,7 +233,7 @@ def gemm_share(sites: Tensor, repeats: int = 5) -> dict:
     layers = encoder_layers(tables(sites, exact_capacities(sites))[0])
     seconds = {"forward": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
     by_layer = {}
-    with _one_thread():
+    with one_thread():
         peak = _gemm_peak(repeats) / 1e9
         for layer in layers:
             if layer.name not in by_layer:  # equal layers take equal time
@@ -291,11 +294,11 @@ def best_of(repeats: int, *functions: Callable[[], object]) -> list[float]:
     return best
 
 
-_TABLE_OF = [0, *(t for i in range(4) for t in (2 * i, 2 * i, 2 * i, 2 * i, 2 * i + 1))]  # of the 21 layers
+TABLE_OF = [0, *(t for i in range(4) for t in (2 * i, 2 * i, 2 * i, 2 * i, 2 * i + 1))]  # of the 21 layers
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Within: torch and our kernels use one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -311,7 +314,7 @@ def _gemm_peak(repeats: int) -> float:
     return 2 * 2048**3 / best_of(repeats, lambda: square @ square)[0]
 
 
-def _order(sites: Tensor) -> Tensor:
+def order(sites: Tensor) -> Tensor:
     b, x, y, z = sites.long().unbind(1)
     return torch.argsort(((b * GRID[0] + x) * GRID[1] + y) * GRID[2] + z)
 
@@ -332,7 +335,7 @@ def _three_products(layer: Layer) -> list[Callable[[], Tensor]]:
     ]
 
 
-def _spconv_modules(peer: Any, layers: list[Layer]) -> list:
+def spconv_modules(peer: Any, layers: list[Layer]) -> list:
     """spconv's layers with our weights; its kernels are [C_out kx ky kz C_in]."""
     modules = []
     for layer in layers:

@@ -14,20 +14,28 @@ from bevfn.files import check_json, to_json, write_atomically
 Json = Annotated[Path | None, tyro.conf.arg(name="json")]
 
 
-def ops(*, frame: Path | None = None, threads: int = 0, json_file: Json = None) -> None:
+def ops(*, frame: Path | None = None, device: str = "cpu", threads: int = 0, json_file: Json = None) -> None:
     """Sparse convolution against spconv, deformable convolution against torchvision (`pip install -e '.[bench]'`),
     both against plain torch and the machine's GEMM peak; voxel pooling against its copy bandwidth; deformable
-    attention against plain torch and torch's grid_sample.
+    attention against plain torch and torch's grid_sample. On a CUDA device also voxelization, neighbour tables and
+    assignment against plain torch, and spconv's CUDA build is the peer (`pip install -e '.[bench-cuda]'`).
 
     Args:
         frame: folder of a real key frame, whose points and cameras count; what stands for one without it
+        device: torch device, cpu or a CUDA device; auto: a CUDA device where there is one, else the CPU
         threads: CPU threads; 0: all cores (sparse convolution is measured with one)
         json_file: also write the figures there, with the machine named
     """
+    from bevfn import distributed
     from bevfn.bench import ops
 
+    if device == distributed.AUTO:
+        device = "cuda" if distributed.is_there("cuda") else "cpu"
+    distributed.check_device(device)
+    if device.startswith("npu"):
+        raise ValueError(f"bench ops measures a CPU or a CUDA device, not {device}; use --device cpu")
     _threads(threads)
-    _report("ops", partial(ops.measure, frame), json_file)
+    _report("ops", partial(ops.measure, frame, device), json_file, device)
 
 
 def step(
