@@ -9,12 +9,14 @@ Inductor asks whoever writes a device's Python code (`PythonWrapperCodegen`, whi
 `Wrapper` is that with another definition.
 """
 
+import ast
 import contextlib
 import ctypes
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ NUMBERS = {"int64_t": ctypes.c_int64, "long": ctypes.c_int64, "float": ctypes.c_
 ENTRY = re.compile(r'extern "C"\s+void\s+kernel\(')
 
 
-def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
     """Inductor, as `torch.compile` takes a backend. Of other devices than the CPU it is what "inductor" is."""
     if any(x.device.type != "cpu" for x in inputs if isinstance(x, Tensor)):
         return compile_fx(graph, inputs)
@@ -71,7 +73,7 @@ class Group:
 
     def __init__(self) -> None:
         self.sources: list[tuple[list[str], str]] = []
-        self.library: Callable[[], ctypes.CDLL] | None = None
+        self.library: Callable[[], ctypes.CDLL | ModuleType] | None = None
 
     def add(self, types: list[str], source: str) -> int:
         self.sources.append((types, source))
@@ -101,8 +103,8 @@ class Group:
 class Library(CppCodeCache):
     """Compiled files, with the flags and the precompiled header of inductor's kernels."""
 
-    cache: dict[str, Callable[[], ctypes.CDLL]] = {}
-    cpp_compile_command_flags = {"include_pytorch": False, "shared": True}
+    cache: dict[str, Callable[[], ctypes.CDLL | ModuleType]] = {}  # noqa: RUF012, as its base class has it
+    cpp_compile_command_flags: dict[str, Any] = {"include_pytorch": False, "shared": True}  # noqa: RUF012
 
     @classmethod
     def _get_uncompiled_header(cls, device: str) -> str | None:
@@ -116,7 +118,9 @@ def _plain(kind: str) -> str:
 def _file(sources: Sequence[tuple[list[str], str]]) -> str:
     """C++ of kernels as kernel_0, ..., and of run_0, ..., which return what went wrong, or null."""
     lines = [line for _, source in sources for line in source.splitlines()]
-    includes = dict.fromkeys(line for line in lines if line.startswith("#include"))  # once each, first: one is precompiled
+    includes = dict.fromkeys(
+        line for line in lines if line.startswith("#include")
+    )  # once each, first: one is precompiled
     parts = [*includes, "#include <string>", "static thread_local std::string said;"]
     for i, (types, source) in enumerate(sources):
         body = "\n".join(line for line in source.splitlines() if line not in includes)
@@ -149,9 +153,11 @@ class Wrapper(PythonWrapperCodegen):
         self.header.writeline("fused_kernels = Kernels()")
 
     def define_kernel(self, kernel_name: str, kernel_body: str, *arguments: Any, **named: Any) -> None:
-        if kernel_body.startswith("async_compile.cpp_pybinding("):
+        call = "async_compile.cpp_pybinding("
+        if kernel_body.startswith(call):
+            types, source = ast.literal_eval(f"({kernel_body.removeprefix(call)}")
+            self.kernels.cpp_pybinding(types, source)  # the groups that the generated code will ask for: g++ starts now
             kernel_body = kernel_body.replace("async_compile", "fused_kernels", 1)
-            eval(kernel_body, {"fused_kernels": self.kernels})  # the same groups that the code will ask for: g++ starts now
         super().define_kernel(kernel_name, kernel_body, *arguments, **named)
 
 
