@@ -130,6 +130,9 @@ def _compiled(flat: Callable, backend: str) -> Callable:
         return device.compiled(flat, backend)  # type: ignore[arg-type]
     if backend == "inductor":
         ready()
+        from bevfn import fused_kernels  # imports inductor
+
+        return torch.compile(flat, fullgraph=True, dynamic=False, backend=fused_kernels.backend)
     return torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)
 
 

@@ -30,8 +30,12 @@ def key(seed: int) -> Tensor:
 def fold(key: Tensor, site: int | Tensor) -> Tensor:
     """The key of `site` under `key`: a Python int or an int64 [] tensor (such as the step), 0 <= site < 2^32."""
     number: Any = site  # the arithmetic is the same for both
-    folded = _mix(key ^ _mix(number ^ 0x5BD1E995))
-    return torch.stack([folded, folded])[0]  # stored, see _mix
+    return stored(_mix(key ^ _mix(number ^ 0x5BD1E995)))
+
+
+def stored(x: Tensor) -> Tensor:
+    """The same numbers, few of them, which a compiler keeps instead of drawing them again where they are used."""
+    return torch.stack([x, torch.zeros_like(x)])[0]  # see _mix; of twice x inductor makes x again
 
 
 def uniform(key: Tensor, shape: tuple[int, ...], *, first_row: int = 0) -> Tensor:

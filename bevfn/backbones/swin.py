@@ -115,7 +115,7 @@ def apply(params: dict, images: Tensor, *, config: Config, train: Train, key: Te
     outputs: list[Tensor] = []
     index, last = 0, max(sum(config.depths) - 1, 1)
     # [blocks 2 M], one draw for all blocks: a draw for each branch was an eighth of the train step's nodes.
-    noise = None if key is None or not train else rng.uniform(key, (last + 1, 2, len(images)))
+    noise = None if key is None or not train else rng.stored(rng.uniform(key, (last + 1, 2, len(images))))
     for stage, stage_params in enumerate(params["stages"]):
         for place, block in enumerate(stage_params["blocks"]):
             shift = config.window // 2 if place % 2 else 0
