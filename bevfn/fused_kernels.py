@@ -12,6 +12,7 @@ Inductor asks whoever writes a device's Python code (`PythonWrapperCodegen`, whi
 import ast
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -118,9 +119,7 @@ def _plain(kind: str) -> str:
 def _file(sources: Sequence[tuple[list[str], str]]) -> str:
     """C++ of kernels as kernel_0, ..., and of run_0, ..., which return what went wrong, or null."""
     lines = [line for _, source in sources for line in source.splitlines()]
-    includes = dict.fromkeys(
-        line for line in lines if line.startswith("#include")
-    )  # once each, first: one is precompiled
+    includes = dict.fromkeys(line for line in lines if line.startswith("#include"))  # the first is precompiled
     parts = [*includes, "#include <string>", "static thread_local std::string said;"]
     for i, (types, source) in enumerate(sources):
         body = "\n".join(line for line in source.splitlines() if line not in includes)
@@ -193,9 +192,8 @@ def _registered() -> Iterator[None]:
     """`Wrapper` writes the Python for CPUs inside, and what did so before outside."""
     common.init_backend_registration()
     before, before_pass = common.device_codegens["cpu"], common.custom_backend_passes.get("cpu")
-    common.register_backend_for_device(
-        "cpu", before.scheduling, Wrapper, before.cpp_wrapper_codegen, before.fx_wrapper_codegen, Long()
-    )
+    common.device_codegens["cpu"] = dataclasses.replace(before, wrapper_codegen=Wrapper)
+    common.custom_backend_passes["cpu"] = Long()
     try:
         yield
     finally:
