@@ -21,7 +21,7 @@ WRITTEN = re.compile(r"(?:^|-m\s*|\b(?:import|from)\s+)(bevfn\.[\w.]*)")
 # bevfn/ itself is a room too, named by its stem. docs/architecture.md draws the same.
 FLOORS = (
     ("catalogue", "files", "kernels", "memory", "names"),
-    ("bevfn", "boxes", "choices", "exits", "geometry", "host", "metrics", "rng", "tree", "waiting"),
+    ("bevfn", "boxes", "choices", "exits", "fused_kernels", "geometry", "host", "metrics", "rng", "tree", "waiting"),
     ("ascend", "distributed", "precision", "provenance", "synth"),
     ("compile", "data", "layers", "losses"),
     ("backbones", "draw", "heads", "necks"),

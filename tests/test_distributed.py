@@ -369,9 +369,8 @@ def test_replicas_are_accumulations(found):
     assert_close(states(found["local"][0]), states(alone), 1e-6)
     quarters = lambda i: [*halves(small_net.batch(i)), *halves(small_net.batch(100 + i))]  # noqa: E731
     alone = trained(quarters, accumulate=4, dropout=0.25)
-    assert_close(
-        states(found["accumulating"][0]), states(alone), 5e-6
-    )  # the order of the sum, through three AdamW steps
+    # The order of the sum, through three AdamW steps: 5.3e-6 on an EPYC. Other random numbers would be 1e-2.
+    assert_close(states(found["accumulating"][0]), states(alone), 2e-5)
     assert float(found["accumulating"][0]["metrics/loss/total"]) == pytest.approx(float(alone["metrics/loss/total"]))
 
 
