@@ -32,7 +32,8 @@ def one_sentence(*also: type[Exception]) -> Iterator[None]:
     mendable: tuple[type[Exception], ...] = (ValueError, OSError, *also)
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as of a command that is started with it closed
+            sys.stdout.flush()
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError) or not _heard():  # rich's consoles exit so, with 1
             sys.exit(UNHEARD)

@@ -60,7 +60,8 @@ class Kernels:
     def cpp_pybinding(self, types: list[str], source: str) -> Any:
         """What becomes the kernel when `AsyncCompile.wait` has waited for it; `types`: of its arguments, in C++."""
         known = all(kind.endswith("*") or kind in NUMBERS for kind in map(_plain, types))
-        if get_compile_threads() <= 1 or not known or len(ENTRY.findall(source)) != 1:
+        alone = ENTRY.match(_split(source)[1])  # templates have helpers, which are named alike in all of them
+        if get_compile_threads() <= 1 or not known or not alone:
             return self.compiler.cpp_pybinding(types, source)
         group, place = self.group, self.group.add(types, source)
         if len(group.sources) == SIZE:
@@ -116,13 +117,18 @@ def _plain(kind: str) -> str:
     return kind.removeprefix("const ").strip()
 
 
+def _split(source: str) -> tuple[list[str], str]:
+    """A kernel's includes and the rest."""
+    lines = source.strip().splitlines()
+    return [x for x in lines if x.startswith("#include")], "\n".join(x for x in lines if not x.startswith("#include"))
+
+
 def _file(sources: Sequence[tuple[list[str], str]]) -> str:
     """C++ of kernels as kernel_0, ..., and of run_0, ..., which return what went wrong, or null."""
-    lines = [line for _, source in sources for line in source.splitlines()]
-    includes = dict.fromkeys(line for line in lines if line.startswith("#include"))  # the first is precompiled
+    parted = [_split(source) for _, source in sources]
+    includes = dict.fromkeys(line for lines, _ in parted for line in lines)  # the first is precompiled
     parts = [*includes, "#include <string>", "static thread_local std::string said;"]
-    for i, (types, source) in enumerate(sources):
-        body = "\n".join(line for line in source.splitlines() if line not in includes)
+    for i, ((types, _), (_, body)) in enumerate(zip(sources, parted)):
         parts.append(ENTRY.sub(f"static void kernel_{i}(", body))
         names = [f"a{n}" for n in range(len(types))]
         parameters = ", ".join(f"{kind} {name}" for kind, name in zip(types, names))

@@ -1,6 +1,6 @@
 """Too little memory in one sentence: what was wanted, what is there, and what would fit.
 
-There is no common error for it: the allocators of CUDA, of NPUs, of the host, numpy's, C++'s, the loader of libraries and
+There is no common error for it: the allocators of CUDA, of NPUs, of the host, numpy's, C++'s and
 inductor's workers each say it in their own words.
 """
 
@@ -17,7 +17,6 @@ SIGNS = (
     "not enough memory: you tried to allocate",
     "std::bad_alloc",
     "MemoryError",
-    "failed to map segment from shared object",
     "unable to mmap",
 )
 SAYS = (RuntimeError, OSError, ImportError)  # any of which may be about something else

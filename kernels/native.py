@@ -76,7 +76,12 @@ def load(source: Path) -> ctypes.CDLL:
     target = folder / name
     if not _is_whole(target):
         _build(cxx, source, target)
-    return ctypes.CDLL(str(target))
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        if "failed to map segment" not in str(error):
+            raise
+        raise OSError(f"{error}: set BEVFN_CACHE to a folder that is not mounted noexec, as this one may be.") from None
 
 
 def untrusted(path: Path) -> str | None:

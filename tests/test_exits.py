@@ -47,6 +47,12 @@ def test_a_reader_that_is_gone_is_141_and_nothing_said(printer):
         assert (process.stderr.read(), process.wait()) == (b"", exits.UNHEARD)
 
 
+def test_a_command_without_standard_output_ends_well(monkeypatch):
+    monkeypatch.setattr(exits.sys, "stdout", None)
+    with exits.one_sentence():
+        print("nobody hears it")
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="no such op"), exits.one_sentence():
         raise RuntimeError("no such op")

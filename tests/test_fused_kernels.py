@@ -62,6 +62,20 @@ def test_a_kernels_error_is_an_exception():
         compiled(x, torch.tensor([0, 4]))
 
 
+def test_kernels_with_helpers_of_one_name_stay_apart():
+    """As inductor's templates have them."""
+    kernels, made = fused_kernels.Kernels(), []
+    for factor in (2, 3):
+        source = f"""#include <torch/csrc/inductor/cpp_prefix.h>
+        static float scaled(float x) {{ return {factor} * x; }}
+        extern "C" void kernel(float* x) {{ *x = scaled(*x); }}"""
+        made.append(kernels.cpp_pybinding(["float*"], source))
+    x = torch.ones(1)
+    for kernel in made:
+        kernel.result()(x)
+    assert float(x) == 6
+
+
 def test_one_compile_thread_is_inductors_own_way(tmp_path, arguments):
     with config.patch(compile_threads=1):
         x, weights = arguments

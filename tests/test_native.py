@@ -53,6 +53,17 @@ def planted(folder: Path) -> Path:
     return library
 
 
+def test_a_folder_where_nothing_may_run_is_named(cache, monkeypatch):
+    folder, answer = cache
+
+    def refuse(path: str) -> ctypes.CDLL:
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
+    with pytest.raises(OSError, match=rf"^{folder}.*: set BEVFN_CACHE to a folder that is not mounted noexec"):
+        answer()
+
+
 def test_a_library_that_is_not_what_was_built_is_built_again(cache):
     folder, answer = cache
     assert answer() == 42

@@ -111,8 +111,9 @@ def in_process(target: Callable, *arguments: Any) -> Any:
         return receiver.recv()
     except EOFError:
         process.join()
-        killed = process.exitcode == -signal.SIGKILL
-        why = "was killed, as the system does when it is out of memory" if killed else "failed, as it says above"
+        code = process.exitcode or 0
+        why = "failed, as it says above" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        why += ", as the system does when it is out of memory" if code == -signal.SIGKILL else ""
         raise RuntimeError(f"the benchmark process of {target.__name__}{arguments} {why}") from None
     except KeyboardInterrupt:
         process.kill()
