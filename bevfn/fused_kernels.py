@@ -29,7 +29,7 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 
-SIZE = 8  # kernels of a file: measured, see docs/benchmarks.md
+SIZE = 8  # kernels of a file, of whose g++ its header is then a quarter; other sizes were not compared
 MANY = 64  # tensors; not those that models join, which their producers write in place
 NUMBERS = {"int64_t": ctypes.c_int64, "long": ctypes.c_int64, "float": ctypes.c_float}  # arguments that are not tensors
 ENTRY = re.compile(r'extern "C"\s+void\s+kernel\(')
@@ -177,7 +177,7 @@ def _(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(tensors, dim)
 
 
-class Long(CustomGraphModulePass):
+class JoinInACall(CustomGraphModulePass):
     """Joins many tensors in a call: inductor writes, schedules and compiles a loop for each.
 
     A step joins every parameter and every gradient to one vector (`training/optim.py`): 700 of its 1,259 loops.
@@ -199,7 +199,7 @@ def _registered() -> Iterator[None]:
     common.init_backend_registration()
     before, before_pass = common.device_codegens["cpu"], common.custom_backend_passes.get("cpu")
     common.device_codegens["cpu"] = dataclasses.replace(before, wrapper_codegen=Wrapper)
-    common.custom_backend_passes["cpu"] = Long()
+    common.custom_backend_passes["cpu"] = JoinInACall()
     try:
         yield
     finally:

@@ -64,9 +64,7 @@ def tried(part: Callable[[], dict]) -> dict:
     """Its figures, or {"failed": why}, with the traceback on standard error."""
     try:
         return part()
-    except (
-        Exception
-    ) as error:  # of a kernel, its compiler or a peer: hours of a GPU are not thrown away for one of them
+    except Exception as error:  # of a kernel, its compiler or a peer: the others' figures are not thrown away for it
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"}
 
