@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def index() -> Index:
         progress=False,
     )  # fmt: skip
     return nuscenes.index(root, "v1.0-trainval", "val")
+
+
+def copy(to: Path) -> Path:
+    """That world as it was made, in a folder of its own: tests of the same process may have prepared data inside the first."""
+    return Path(shutil.copytree(index().root, to, ignore=shutil.ignore_patterns(".bevfn", "bevfn_*")))
 
 
 @functools.cache

@@ -320,7 +320,7 @@ def test_a_published_checkpoint_is_evaluated_as_the_model_it_is_of(monkeypatch, 
 def test_damaged_images_end_a_run_with_one_sentence(trained, tmp_path):
     """Images of mixed sizes; `on_damaged` "skip" takes the next sample, as for every reader."""
     name, config, _ = trained
-    root = shutil.copytree(config.data_root, tmp_path / "world")
+    root = small_world.copy(tmp_path / "world")
     for path in (root / "samples" / "CAM_BACK").iterdir():
         Image.new("RGB", (80, 45)).save(path)
     broken = replace(config, data_root=root, run_dir=tmp_path / "run")

@@ -332,7 +332,7 @@ def test_a_checkpoint_of_another_model_or_size_is_one_sentence(first, tmp_path):
 
 
 def test_images_of_mixed_sizes_end_a_run_with_one_sentence(tmp_path):
-    root = shutil.copytree(small_world.index().root, tmp_path / "world")
+    root = small_world.copy(tmp_path / "world")
     for path in (root / "samples" / "CAM_BACK").iterdir():
         Image.new("RGB", (80, 45)).save(path)
     config = small(TWO, steps=1, data_root=root, run_dir=tmp_path / "run", from_scratch=True)

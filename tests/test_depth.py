@@ -309,7 +309,7 @@ def test_data_check_finds_a_damaged_file_and_prepare_makes_it_again(root, harm, 
 def test_data_check_finds_a_damaged_database_and_prepare_makes_it_again(index, tmp_path):
     from bevfn.commands import data
 
-    root = Path(shutil.copytree(small_world.training().root, tmp_path / "world"))
+    root = small_world.copy(tmp_path / "world")
     data.prepare(root, depth=False, workers=1)
     (path,) = (root / "bevfn_gt_database").rglob("points-*.bin")
     whole = path.read_bytes()

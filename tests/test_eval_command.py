@@ -144,7 +144,7 @@ def test_a_precision_against_itself_is_refused(trained, monkeypatch, capsys, tmp
 
 def test_what_evaluation_drops_is_printed_and_in_metrics_and_report(trained, monkeypatch, capsys, tmp_path):
     """As of a LiDAR that is denser than the run's, and misses returns; the capacities are flags."""
-    root = Path(shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn")))
+    root = small_world.copy(tmp_path / "world")
     last = root / small_world.index()[2].lidar_path  # no other key frame's sweep
     cloud = np.fromfile(last, "<f4").reshape(-1, 5)
     cloud[5:12, :3] = np.nan
@@ -269,7 +269,7 @@ def occupied(root: Path) -> None:
     "change, says", [(unscorable, "annotates the attribute 'vehicle.flying'"), (occupied, "/out is no folder; choose another")]
 )  # fmt: skip
 def test_what_ends_without_scores_ends_before_the_model_runs(trained, monkeypatch, capsys, tmp_path, change, says):
-    root = Path(shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn")))
+    root = small_world.copy(tmp_path / "world")
     change(root)
     monkeypatch.setattr(evaluate, "detect", lambda *_, **__: pytest.fail("the model ran"))
     arguments = ("eval", "bevfusion_lidar", "--checkpoint", trained[1], *FAST, "--data-root", root)
@@ -295,7 +295,7 @@ def test_where_scoring_fails_the_detections_stay_and_are_no_evaluation(trained, 
 
 @pytest.mark.parametrize("split, trained_on", [("train", True), ("val", False), ("both", True)])
 def test_scenes_that_the_run_was_trained_on_are_told(trained, monkeypatch, capsys, tmp_path, split, trained_on):
-    root = Path(shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn")))
+    root = small_world.copy(tmp_path / "world")
     scenes = [row["name"] for row in json.loads((root / "v1.0-trainval" / "scene.json").read_text())]
     (root / "v1.0-trainval" / "splits.json").write_text(json.dumps({"both": scenes}))
     monkeypatch.setattr(evaluate, "detect", lambda *_, **__: ({}, {}))

@@ -1,7 +1,6 @@
 """Splits and versions with names of their own: trained on, evaluated and scored by their key frames, or refused at once."""
 
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ CONFIG = tiny_experiment.Config(
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """The small world under another version's name, with scenes and splits of other names."""
-    root = Path(shutil.copytree(small_world.index().root, tmp_path_factory.mktemp("own") / "world"))
+    root = small_world.copy(tmp_path_factory.mktemp("own") / "world")
     (root / "v1.0-trainval").rename(root / VERSION)
     path = root / VERSION / "scene.json"
     scenes = json.loads(path.read_text())

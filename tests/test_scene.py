@@ -259,7 +259,7 @@ def test_published_readings_are_the_fact_sheet():
 
 
 def test_frames_whose_files_are_all_there_are_found_and_the_others_named_once(tmp_path):
-    root = shutil.copytree(small_world.index().root, tmp_path / "world")
+    root = small_world.copy(tmp_path / "world")
     first, second, third = small_world.index()
     blind = dataclasses.replace(first, cameras={k: c for k, c in first.cameras.items() if k != "CAM_BACK"})
     index = dataclasses.replace(small_world.index(), root=root, frames=(blind, second, third))

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import sys
 import time
 
@@ -108,7 +107,7 @@ def longer(block):
 )
 def test_no_command_is_silent_while_it_works(tmp_path, monkeypatch, capfd, words, phases, on):
     """What a report is printed of is left to it: lines about the time go to standard error there."""
-    root = shutil.copytree(small_world.index().root, tmp_path / "world", ignore=shutil.ignore_patterns(".bevfn"))
+    root = small_world.copy(tmp_path / "world")
     capfd.readouterr()  # of making that world
     monkeypatch.setattr(waiting, "EVERY_S", 0.001)
     for name in ("told", "counted", "batches"):
