@@ -16,13 +16,6 @@
 #include <sys/mman.h>
 #endif
 
-// Products and sums may fuse here: no index depends on them.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
-
 #include "../lanes.h"
 #include "../parallel.h"
 
@@ -240,7 +233,8 @@ inline void pool_line(const int32_t* cell, const float* depth, const float* cont
     Floats sum[NV];
     for (int v = 0; v < NV; ++v) sum[v] = depth[h] * load(context + (h * NV + v) * kLanes);
     for (++h; h < rows && cell[h] == here; ++h)
-      for (int v = 0; v < NV; ++v) sum[v] += depth[h] * load(context + (h * NV + v) * kLanes);
+      for (int v = 0; v < NV; ++v)
+        sum[v] = fused<float>(all(depth[h]), load(context + (h * NV + v) * kLanes), sum[v]);
     float* row = out + mine * out_stride;
     const float* before = touched[mine] ? row : zeros;  // a select: cheaper than a branch or clearing beforehand
     touched[mine] = 1;
@@ -317,8 +311,8 @@ inline void line_gradient(const float* grad, const Size& s, int64_t last, int64_
       Floats product = {};
       for (int v = 0; v < NV; ++v) {
         const Floats g = v + 1 < NV ? load(row + v * kLanes) : load(row + v * kLanes, last);
-        product += g * feature[v];
-        sum[v] += weight * g;
+        product = fused<float>(g, feature[v], product);
+        sum[v] = fused<float>(all(weight), g, sum[v]);
       }
       weight = sum_lanes(product);
     }
