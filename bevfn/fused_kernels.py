@@ -43,7 +43,7 @@ def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         AsyncCompile.submit(_prepare)  # while the graph is traced
     with _registered():
         # Its patterns are of other models' spellings: the kernels are the same without them.
-        return compile_fx(graph, inputs, config_patches={"pattern_matcher": False})
+        return compile_fx(graph, inputs, config_patches={"pattern_matcher": False, "layout_optimization": False})
 
 
 def _prepare() -> None:

@@ -226,8 +226,8 @@ def _block(
     """relu(norm(conv(relu(norm(conv(x))))) + x), x [V C] on the sites of a submanifold table [K V]."""
     inverse = table.flip(0)  # offset k seen from the other end is offset K-1-k
     y = sparse_conv.convolve(params["conv1"], x, table, inverse, shared)
-    y, norm1 = batch_norm.apply(params["norm1"], state["norm1"], y, valid=active, **norm)
-    y = sparse_conv.convolve(params["conv2"], torch.relu(y), table, inverse, shared)
+    y, norm1 = batch_norm.apply(params["norm1"], state["norm1"], y, valid=active, relu=True, **norm)
+    y = sparse_conv.convolve(params["conv2"], y, table, inverse, shared)
     y, norm2 = batch_norm.apply(params["norm2"], state["norm2"], y, valid=active, **norm)
     return torch.relu(y + x), {"norm1": norm1, "norm2": norm2}
 

@@ -298,8 +298,8 @@ def looked_at(params: dict, state: dict, outputs: dict, *, config: Config) -> Te
 def _encode_position(params: dict, state: dict, position: Tensor, *, train: Train) -> tuple[Tensor, dict]:
     """[B S 2] cells -> [B S C], float32: positions reach 180, where half precision resolves an eighth of a cell."""
     x = linear.apply(params["fc1"], position)
-    x, norm = batch_norm.apply(params["norm"], state["norm"], x.flatten(0, 1), train=train)
-    x = linear.apply(params["fc2"], torch.relu(x))
+    x, norm = batch_norm.apply(params["norm"], state["norm"], x.flatten(0, 1), train=train, relu=True)
+    x = linear.apply(params["fc2"], x)
     return x.view(*position.shape[:2], -1), {"norm": norm}
 
 

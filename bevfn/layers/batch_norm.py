@@ -3,7 +3,7 @@
 Hand-written: the stock Ascend converter of `F.batch_norm(training=True)` returns its outputs in the wrong order
 (torch_npu 2.13.0), and a published model's statistics are state that a step must return. The
 gradient is the closed form: half the graph nodes of differentiating the forward. Images whose statistics are their own
-are an operator (`kernels.batch_norm`), for Ascend's sake.
+are an operator (`kernels.batch_norm`), for Ascend's sake and that of CPUs.
 """
 
 from collections.abc import Container
@@ -17,6 +17,7 @@ from bevfn import tree
 from bevfn.distributed import Groups, Replicas, Train
 from bevfn.kernels import batch_norm as kernel
 from bevfn.kernels import derivatives
+from bevfn.kernels.batch_norm import reference
 
 
 @tree.register
@@ -54,8 +55,10 @@ def apply(
     momentum: float = 0.1,
     eps: float = 1e-5,
     valid: Tensor | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Any]:
-    """Normalises the channels of x: [B C H W], or rows [R C] of which `valid` [R] (bool) marks those that count.
+    """Normalises the channels of x: [B C H W], or rows [R C] of which `valid` [R] (bool) marks those that count; `relu`: and
+    cuts what is below 0.
 
     With `Replicas` as `train` the statistics are those of all replicas' rows (synchronised batch norm): one collective
     forward, one backward. The gradients of weight and bias are this replica's share; the step averages them with all
@@ -65,23 +68,24 @@ def apply(
     the one that normalises is not). A state that is `Held` stays as it is.
     """
     if isinstance(state, Held):
-        y, _ = apply(params, {"mean": state.mean, "var": state.var}, x, train=False, eps=eps, valid=valid)
+        y, _ = apply(params, {"mean": state.mean, "var": state.var}, x, train=False, eps=eps, valid=valid, relu=relu)
         return y, state
     if isinstance(train, Groups):
         if valid is not None or len(x) % train.count:
             raise ValueError(f"{len(x)} rows must be {train.count} groups of equal size, without `valid`")
-        y, seen = _normalised_apart(params, x, train, eps)
+        y, seen = _normalised_apart(params, x, train, eps, relu)
         # r <- r + momentum (s - r) group after group is a sum, since the factors of r and of all s add up to 1.
         powers = [momentum * (1 - momentum) ** i for i in reversed(range(train.count))]
         factors = torch.tensor(powers, device=x.device)[:, None]  # G 1
         return y, {k: state[k] + (factors * (seen[k] - state[k])).sum(0) for k in ("mean", "var")}
     if train:
-        y, seen = _normalised(params, x, valid, eps, train if isinstance(train, Replicas) else None)
+        y, seen = _normalised(params, x, valid, eps, train if isinstance(train, Replicas) else None, relu)
         return y, {k: state[k] + momentum * (seen[k] - state[k]) for k in ("mean", "var")}
     scale = params["weight"] * torch.rsqrt(state["var"] + eps)  # C
     shift = params["bias"] - state["mean"] * scale
     y = x.float() * _per_channel(scale, x) + _per_channel(shift, x)
-    return (y if valid is None else y * valid[:, None]).to(x.dtype), state
+    y = (y if valid is None else y * valid[:, None]).to(x.dtype)
+    return torch.relu(y) if relu else y, state
 
 
 def again(before: Any, after: Any, now: Any, *, momentum: float = 0.1) -> Any:
@@ -92,46 +96,49 @@ def again(before: Any, after: Any, now: Any, *, momentum: float = 0.1) -> Any:
     return tree.map(lambda old, new, last: last + (new - old) - momentum * (last - old), before, after, now)
 
 
-def _normalised_apart(params: dict, x: Tensor, groups: Groups, eps: float) -> tuple[Tensor, dict[str, Tensor]]:
+def _normalised_apart(params: dict, x: Tensor, groups: Groups, eps: float, relu: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """x [B C ...], every group of it by its own statistics, which are [G C]."""
     parts = x.view(groups.count, -1, *x.shape[1:])  # G B/G C ...
     if groups.replicas is None and _by_operator(parts[0], params["weight"], None):
-        each, seen = zip(*(_normalised(params, part, None, eps, None) for part in parts.unbind()))
+        each, seen = zip(*(_normalised(params, part, None, eps, None, relu) for part in parts.unbind()))
         return torch.cat(each), {name: torch.stack([own[name] for own in seen]) for name in ("mean", "var")}
     weights = {name: leaf.expand(groups.count, -1) for name, leaf in params.items()}
-    y, pooled = _normalised(weights, parts, None, eps, groups.replicas)
+    y, pooled = _normalised(weights, parts, None, eps, groups.replicas, relu)
     return y.reshape(x.shape), pooled
 
 
 def _normalised(
-    params: dict, x: Tensor, valid: Tensor | None, eps: float, replicas: Replicas | None
+    params: dict, x: Tensor, valid: Tensor | None, eps: float, replicas: Replicas | None, relu: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """x [B C ...] and params [C], or groups [G B C ...] and [G C], to (y, {"mean", unbiased "var"} like the params)."""
     weight, bias = params["weight"], params["bias"]
     fused = replicas is None and _by_operator(x, weight, valid)
+    inside = fused and relu and torch.compiler.is_compiling()  # Ascend's operators have none
+    after = torch.relu if relu and not inside else lambda y: y
     if fused and valid is None:
-        y, mean, var = kernel.batch_norm(x, weight, bias, eps)
+        y, mean, var = kernel.batch_norm(x, weight, bias, eps, relu=inside)
         counted = x.numel() // x.shape[1]
-        return y, {"mean": mean, "var": var * (counted / max(counted - 1, 1))}
+        return after(y), {"mean": mean, "var": var * (counted / max(counted - 1, 1))}
     mask = torch.ones((), device=x.device) if valid is None else valid[:, None].float()  # R 1
     rows = mask.sum() if valid is not None else mask * (x.numel() // weight.numel())
     if fused:
-        y, mean, var = kernel.batch_norm(x, weight, bias, eps, mask, rows.clamp(min=1.0))
-        return y, {"mean": mean, "var": var * (rows / (rows - 1).clamp(min=1.0))}
+        y, mean, var = kernel.batch_norm(x, weight, bias, eps, mask, rows.clamp(min=1.0), inside)
+        return after(y), {"mean": mean, "var": var * (rows / (rows - 1).clamp(min=1.0))}
     # Under torch.compile, an input of torch.func.grad that goes straight into a Function counts as a constant (torch
     # 2.13, silently): a view of it does not.
     x, weight, bias = (t.view_as(t) for t in (x, weight, bias))
     function = _Normalise if torch.compiler.is_dynamo_compiling() else _NormaliseForward
     y, mean, var, count = function.apply(x, weight, bias, mask, rows, eps, replicas)
-    return y, {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
+    return after(y), {"mean": mean.detach(), "var": var.detach() * (count / (count - 1).clamp(min=1.0))}
 
 
 def _by_operator(x: Tensor, weight: Tensor, valid: Tensor | None) -> bool:
-    """Images, and rows of which some count, a sparse convolution's; a compiler fuses the closed form that it sees. Not rows of which
-    all do, to which images of one pixel belong: on Ascend the operator's variance is a difference of squares (docs/ascend.md), and
+    """Images, and rows of which some count, a sparse convolution's. In eager mode, which traces for Ascend too, and compiled for a
+    CPU; a compiler for GPUs fuses the closed form that it sees. Not rows of which all count, to which images of one pixel belong: on Ascend the operator's variance is a difference of squares (docs/ascend.md), and
     such rows may be no activations: camera matrices are far off 0."""
     images = x.dim() == 4 and x.shape[2:].numel() > 1
-    return (images or valid is not None) and weight.dim() == 1 and not torch.compiler.is_compiling()
+    here = x.device.type == "cpu" or not torch.compiler.is_compiling()
+    return (images or valid is not None) and weight.dim() == 1 and here
 
 
 def _per_channel(c: Tensor, x: Tensor) -> Tensor:
@@ -220,9 +227,9 @@ class _NormaliseForward(_Normalise):
 
 def _moments(wide: Tensor, mask: Tensor, count: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, biased variance, masked wide - mean) over `dims`, in two passes: no cancellation."""
-    mean = kernel.total(_masked(wide, mask), dims) / count
+    mean = reference.total(_masked(wide, mask), dims) / count
     centred = _masked(wide - _per_channel(mean, wide), mask)
-    return mean, kernel.total(centred * centred, dims) / count, centred
+    return mean, reference.total(centred * centred, dims) / count, centred
 
 
 def _pooled(mean: Tensor, var: Tensor, rows: Tensor, replicas: Replicas) -> tuple[Tensor, Tensor, Tensor]:

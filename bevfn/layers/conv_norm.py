@@ -76,8 +76,9 @@ def finish(
 
     `valid` [R] (bool) marks the rows that count; the others become zero.
     """
-    y, norm = batch_norm.apply(params["norm"], state["norm"], y, train=train, momentum=momentum, eps=eps, valid=valid)
-    return torch.relu(y) if relu else y, {"norm": norm}
+    how = {"train": train, "momentum": momentum, "eps": eps, "valid": valid, "relu": relu}
+    y, norm = batch_norm.apply(params["norm"], state["norm"], y, **how)
+    return y, {"norm": norm}
 
 
 def chain(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bevfn.kernels.batch_norm import backward, forward
+from bevfn.kernels.batch_norm import reference
 
 FUSED = True
 """Whether they are used. If not, the closed form is, which is slower on paper: for who finds them wrong or slow on a device."""
@@ -21,7 +21,7 @@ _OPERATORS = torch.ops.bevfn.batch_norm.default, torch.ops.bevfn.batch_norm_back
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """{operator: the same in aten operators}, none where Ascend's are used."""
-    return {} if FUSED else dict(zip(_OPERATORS, (forward, backward)))
+    return {} if FUSED else dict(zip(_OPERATORS, (reference.forward, reference.backward)))
 
 
 def nodes(x: Any, weight: Any, bias: Any, eps: float, channels: int, share: Any = None) -> tuple[Any, Any, Any]:
