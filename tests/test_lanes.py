@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bevfn.kernels import deform_attn, deform_conv, native, sparse_conv, voxel_pool  # noqa: F401  (defines their operators)
+from bevfn.kernels import batch_norm, deform_attn, deform_conv, native, sparse_conv, voxel_pool  # noqa: F401  (defines their operators)
 
 HERE = Path(__file__).parent
 OPS = torch.ops.bevfn
@@ -53,19 +53,39 @@ def run_deform_attn(channels: int) -> dict[str, Tensor]:
     return {"attn": OPS.deform_attn(*operands), **dict(zip(("attn value", "attn locations", "attn weights"), slopes))}
 
 
+def run_batch_norm(channels: int) -> dict[str, Tensor]:
+    rows, images, made = normal(90, channels), normal(2, channels, 9, 7), {}
+    for name, x, mask in (("norm rows", rows, (normal(90, 1) > -1).float()), ("norm", images, None)):
+        weight, bias, count = normal(channels), normal(channels + 1)[1:], None if mask is None else mask.sum()
+        y, mean, var = OPS.batch_norm(x, weight, bias, 1e-3, mask, count, True)
+        slopes = OPS.batch_norm_backward(normal(*x.shape), x, weight, mean, var, 1e-3, mask, count, bias)
+        made |= {name: y, f"{name} mean": mean, f"{name} var": var}
+        made |= dict(zip((f"{name} x", f"{name} weight", f"{name} bias"), slopes))
+    return made
+
+
 def results() -> dict[str, Tensor]:
     """By names, of numbers of channels below, at and beyond whole vectors of every width."""
     made = {}
     for channels in (3, 8, 20, 80, 130):
-        for op in (run_voxel_pool, run_sparse_conv, run_deform_conv, run_deform_attn):
+        for op in (run_voxel_pool, run_sparse_conv, run_deform_conv, run_deform_attn, run_batch_norm):
             made |= {f"{name} {channels}": x for name, x in op(channels).items()}
     return made
 
 
-FILES = ("voxel_pool", "sparse_conv", "deform_conv", "deform_attn", "voxelize", "neighbours", "linear_assignment")
+FILES = (
+    "batch_norm",
+    "voxel_pool",
+    "sparse_conv",
+    "deform_conv",
+    "deform_attn",
+    "voxelize",
+    "neighbours",
+    "linear_assignment",
+)
 # What says nothing about arm64: torch's compiler, which builds for this machine, and tests of builds and benchmarks.
 NOT_EMULATED = "not compil and not bench and not torchs_own_checks"
-LANES_ARE_SUMMED = ("pool depth", "attn locations", "attn weights")  # the others: one lane, one result
+LANES_ARE_SUMMED = ("pool depth", "attn locations", "attn weights", "norm")  # the others: one lane, one result
 # Products and sums outside vectors, which a compiler fuses as it likes: for Sapphire Rapids otherwise than for Haswell (4e-8).
 FUSED_ELSEWHERE = ("deform offset", "deform mask")
 

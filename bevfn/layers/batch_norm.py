@@ -96,7 +96,9 @@ def again(before: Any, after: Any, now: Any, *, momentum: float = 0.1) -> Any:
     return tree.map(lambda old, new, last: last + (new - old) - momentum * (last - old), before, after, now)
 
 
-def _normalised_apart(params: dict, x: Tensor, groups: Groups, eps: float, relu: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def _normalised_apart(
+    params: dict, x: Tensor, groups: Groups, eps: float, relu: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     """x [B C ...], every group of it by its own statistics, which are [G C]."""
     parts = x.view(groups.count, -1, *x.shape[1:])  # G B/G C ...
     if groups.replicas is None and _by_operator(parts[0], params["weight"], None):
@@ -113,7 +115,7 @@ def _normalised(
     """x [B C ...] and params [C], or groups [G B C ...] and [G C], to (y, {"mean", unbiased "var"} like the params)."""
     weight, bias = params["weight"], params["bias"]
     fused = replicas is None and _by_operator(x, weight, valid)
-    inside = fused and relu and torch.compiler.is_compiling()  # Ascend's operators have none
+    inside = fused and relu and torch.compiler.is_compiling()  # in eager mode not: Ascend's operators have none
     after = torch.relu if relu and not inside else lambda y: y
     if fused and valid is None:
         y, mean, var = kernel.batch_norm(x, weight, bias, eps, relu=inside)
@@ -133,9 +135,10 @@ def _normalised(
 
 
 def _by_operator(x: Tensor, weight: Tensor, valid: Tensor | None) -> bool:
-    """Images, and rows of which some count, a sparse convolution's. In eager mode, which traces for Ascend too, and compiled for a
-    CPU; a compiler for GPUs fuses the closed form that it sees. Not rows of which all count, to which images of one pixel belong: on Ascend the operator's variance is a difference of squares (docs/ascend.md), and
-    such rows may be no activations: camera matrices are far off 0."""
+    """Images, and rows of which some count, a sparse convolution's: in eager mode, in which a step is traced for Ascend too, and
+    compiled for a CPU; a compiler for GPUs fuses the closed form that it sees. Not rows of which all count, to which images of one
+    pixel belong: on Ascend the operator's variance is a difference of squares (docs/ascend.md), and such rows may be no
+    activations: camera matrices are far off 0."""
     images = x.dim() == 4 and x.shape[2:].numel() > 1
     here = x.device.type == "cpu" or not torch.compiler.is_compiling()
     return (images or valid is not None) and weight.dim() == 1 and here

@@ -21,8 +21,8 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    "batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, Tensor? mask,"
-    " Tensor? rows, bool relu) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor var, float eps, Tensor? mask, Tensor? rows,"
+    " Tensor? relu_bias) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -62,12 +62,20 @@ def _gradients(
     mean: Tensor,
     var: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.bevfn.batch_norm_backward(grad, x, weight, bias, mean, var, eps, mask, rows, relu)
+    relu_bias = bias if relu else None
+    gradients = torch.ops.bevfn.batch_norm_backward(grad, x, weight, mean, var, eps, mask, rows, relu_bias)
     return *gradients, None, None, None, None, None, None
 
 
 def _plain(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mask: Tensor | None, rows: Tensor | None, relu: bool, *_: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    relu: bool,
+    *_: Tensor,
 ) -> Tensor:
     return reference.forward(x, weight, bias, eps, mask, rows, relu)[0]
 
@@ -81,9 +89,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *_: Any) -> tuple
 
 
 @torch.library.register_fake("bevfn::batch_norm_backward", lib=_library)
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 

@@ -85,8 +85,16 @@ def register() -> None:
 
     @torchair.register_fx_node_ge_converter(_OPERATORS[0])
     def convert(
-        x: Any, weight: Any, bias: Any, eps: float, mask: Any = None, rows: Any = None, meta_outputs: Any = None
+        x: Any,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        mask: Any = None,
+        rows: Any = None,
+        relu: bool = False,
+        meta_outputs: Any = None,
     ) -> Any:
+        assert not relu, "a step that is traced for Ascend has its ReLUs behind the norms (layers/batch_norm.py)"
         like, channels = meta_outputs[0], meta_outputs[1].size[0]
         if mask is None:
             return nodes(x, weight, bias, eps, channels)
@@ -103,8 +111,10 @@ def register() -> None:
         eps: float,
         mask: Any = None,
         rows: Any = None,
+        relu_bias: Any = None,
         meta_outputs: Any = None,
     ) -> Any:
+        assert relu_bias is None
         like = meta_outputs[0]
         if mask is None:
             return gradient_nodes(grad, x, weight, mean, var, eps)

@@ -121,7 +121,7 @@ void normalise_planes(const Call& call, const float* mean, const float* var, flo
 void gradients_of_planes(const Call& call, const float* mean, const float* var, const float* grad, float* of_x,
                          float* of_weight, float* of_bias) {
   parallel(call.C, threads_for(call.numbers(), call.threads), [&](int64_t c) {
-    const Channel of = channel(mean[c], var[c], call.weight[c], call.bias[c], call.eps);
+    const Channel of = channel(mean[c], var[c], call.weight[c], call.relu ? call.bias[c] : 0, call.eps);
     const float rstd = 1 / std::sqrt(var[c] + call.eps);
     const Floats middle = all(of.mean), scale = all(of.scale), bias = all(of.bias), by = all(rstd);
     auto slope = [&](const float* x, const float* dy, int64_t some, Floats& h) {
@@ -292,7 +292,8 @@ void gradients_of_rows(const Call& call, const float* mean, const float* var, co
 
 }  // namespace
 
-// x [B C P] or, where `rows`, [B P C]; mask [B P] or null; weight, bias, mean and var [C]. Sizes: B, C, P, rows, relu.
+// x [B C P] or, where `rows`, [B P C]; mask [B P] or null; weight, bias, mean and var [C], bias null in a gradient without ReLU.
+// Sizes: B, C, P, rows, relu.
 extern "C" int64_t batch_norm_forward(const float* x, const float* weight, const float* bias, const float* mask, double eps,
                                       const int64_t* sizes, float* y, float* mean, float* var, int64_t threads) try {
   const Call call = {x, weight, bias, mask, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], float(eps), threads};
@@ -302,8 +303,8 @@ extern "C" int64_t batch_norm_forward(const float* x, const float* weight, const
 }
 CATCH_OUT_OF_MEMORY
 
-extern "C" int64_t batch_norm_backward(const float* grad, const float* x, const float* weight, const float* bias,
-                                       const float* mean, const float* var, const float* mask, double eps,
+extern "C" int64_t batch_norm_backward(const float* grad, const float* x, const float* weight, const float* mean,
+                                       const float* var, const float* bias, const float* mask, double eps,
                                        const int64_t* sizes, float* of_x, float* of_weight, float* of_bias,
                                        int64_t threads) try {
   const Call call = {x, weight, bias, mask, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], float(eps), threads};

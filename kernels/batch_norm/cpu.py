@@ -26,20 +26,20 @@ def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
     mask: Tensor | None,
     rows: Tensor | None,
-    relu: bool,
+    relu_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes as in `reference.backward`."""
     if x.dtype == torch.float64 or x.numel() == 0:
-        return reference.backward(grad, x, weight, bias, mean, var, eps, mask, rows, relu)
-    memory, channels = _memory(x, x), [t.contiguous() for t in (weight, bias, mean, var)]
+        return reference.backward(grad, x, weight, mean, var, eps, mask, rows, relu_bias)
+    memory, channels = _memory(x, x), [t.contiguous() for t in (weight, mean, var)]
     of_x, of_weight, of_bias = torch.empty_like(memory), torch.empty_like(channels[0]), torch.empty_like(channels[0])
-    operands = _memory(grad, x), memory, *channels, mask, ctypes.c_double(eps), _sizes(x, relu)
+    bias = None if relu_bias is None else relu_bias.contiguous()
+    operands = _memory(grad, x), memory, *channels, bias, mask, ctypes.c_double(eps), _sizes(x, bias is not None)
     native.call("batch_norm", "batch_norm_backward", *operands, of_x, of_weight, of_bias)
     return _like(x, of_x), of_weight, of_bias
 

@@ -40,18 +40,19 @@ def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
     mask: Tensor | None,
     rows: Tensor | None,
-    relu: bool,
+    relu_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias: with h = (x - mean) rstd, dx = weight rstd (dy - mean(dy) - h mean(dy h))."""
+    """Gradients of x, weight and bias: with h = (x - mean) rstd, dx = weight rstd (dy - mean(dy) - h mean(dy h)).
+
+    relu_bias: the bias, where a ReLU follows, which is known by it; else None."""
     centred, count = x.float() - _per_channel(mean, x), _count(x, rows)
-    if relu:
-        grad = torch.where(_scaled(centred, weight, bias, var, eps) <= 0, 0.0, grad)
+    if relu_bias is not None:
+        grad = torch.where(_scaled(centred, weight, relu_bias, var, eps) <= 0, 0.0, grad)
     dy = _masked(grad.float(), mask)
     rstd = torch.rsqrt(var + eps)
     h = centred * _per_channel(rstd, x)
