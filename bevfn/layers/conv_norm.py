@@ -76,8 +76,9 @@ def finish(
 
     `valid` [R] (bool) marks the rows that count; the others become zero.
     """
-    how = {"train": train, "momentum": momentum, "eps": eps, "valid": valid, "relu": relu}
-    y, norm = batch_norm.apply(params["norm"], state["norm"], y, **how)
+    y, norm = batch_norm.apply(
+        params["norm"], state["norm"], y, train=train, momentum=momentum, eps=eps, valid=valid, relu=relu
+    )
     return y, {"norm": norm}
 
 
