@@ -171,13 +171,13 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def call(op: str, name: str, *values: Tensor | int | Sequence[int] | ctypes.Array | ctypes.c_double | None) -> int:
+def call(op: str, name: str, *values: Tensor | int | Sequence[int] | ctypes.Array | None) -> int:
     """Runs a C function of `kernels/<op>/cpu.cpp`, whose last argument is torch's number of threads.
 
     Args:
         op: the folder.
         name: the function.
-        values: tensors go as their address, numbers as int64, those of ctypes as they are, sequences as arrays of int64, None as a null pointer.
+        values: tensors go as their address, numbers as int64, sequences as arrays of int64, None as a null pointer.
 
     Returns:
         The function's int64.

@@ -55,7 +55,7 @@ def run_deform_attn(channels: int) -> dict[str, Tensor]:
 
 def run_batch_norm(channels: int) -> dict[str, Tensor]:
     rows, images, made = normal(90, channels), normal(2, channels, 9, 7), {}
-    for name, x, mask in (("norm rows", rows, (normal(90, 1) > -1).float()), ("norm", images, None)):
+    for name, x, mask in (("norm of rows", rows, (normal(90, 1) > -1).float()), ("norm of images", images, None)):
         weight, bias, count = normal(channels), normal(channels + 1)[1:], None if mask is None else mask.sum()
         y, mean, var = OPS.batch_norm(x, weight, bias, 1e-3, mask, count, True)
         slopes = OPS.batch_norm_backward(normal(*x.shape), x, weight, mean, var, 1e-3, mask, count, bias)
@@ -85,7 +85,12 @@ FILES = (
 )
 # What says nothing about arm64: torch's compiler, which builds for this machine, and tests of builds and benchmarks.
 NOT_EMULATED = "not compil and not bench and not torchs_own_checks"
-LANES_ARE_SUMMED = ("pool depth", "attn locations", "attn weights", "norm")  # the others: one lane, one result
+LANES_ARE_SUMMED = (
+    "pool depth",
+    "attn locations",
+    "attn weights",
+    "norm of images",
+)  # the others: one lane, one result
 # Products and sums outside vectors, which a compiler fuses as it likes: for Sapphire Rapids otherwise than for Haswell (4e-8).
 FUSED_ELSEWHERE = ("deform offset", "deform mask")
 

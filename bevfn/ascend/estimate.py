@@ -304,7 +304,7 @@ def _group(use: Use, source: str) -> str:
         return "index_add"
     if use.kind in FAMILIES["sorting"]:
         return "sort"
-    if "batch_norm." in source:
+    if "batch_norm." in source and use.kind not in ("Relu", "ReluGrad"):
         return "batch norm"
     if "rng." in source:
         return "random numbers"

@@ -2,7 +2,7 @@
 
 Hand-written: the stock Ascend converter of `F.batch_norm(training=True)` returns its outputs in the wrong order
 (torch_npu 2.13.0), and a published model's statistics are state that a step must return. The
-gradient is the closed form: half the graph nodes of differentiating the forward. Images whose statistics are their own
+gradient is the closed form: half the graph nodes of differentiating the forward. Images and masked rows whose statistics are their own
 are an operator (`kernels.batch_norm`), for Ascend's sake and that of CPUs.
 """
 

@@ -14,7 +14,7 @@ from bevfn.kernels.batch_norm import cpu, reference
 from bevfn.kernels.derivatives import differentiable
 
 _library = torch.library.Library("bevfn", "FRAGMENT")
-_TAGS = (torch.Tag.flexible_layout,)  # inductor's convolutions lie channels last: no copy of theirs
+_TAGS = (torch.Tag.flexible_layout,)  # the kernel takes images that lie channels last: no copy
 _library.define(
     "batch_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? mask, Tensor? rows, bool relu)"
     " -> (Tensor, Tensor, Tensor)",
@@ -85,12 +85,18 @@ _batch_norm = differentiable(_operator, _gradients, _plain)
 
 @torch.library.register_fake("bevfn::batch_norm", lib=_library)
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
+    return torch.empty_like(x), *_of_channels(x)
 
 
 @torch.library.register_fake("bevfn::batch_norm_backward", lib=_library)
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    return torch.empty_like(x), *_of_channels(x)
+
+
+def _of_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32, whatever x and the weight are."""
+    one, two = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    return one, two
 
 
 _library.impl("batch_norm", reference.forward, "CompositeExplicitAutograd")

@@ -2,7 +2,7 @@
 // rows [R C], of which a mask may count some, and which images are too that lie channels last.
 //
 // Sums run over chunks that fit a cache, in float32, and chunks are combined in double precision and in order: no result depends on
-// how many threads there are, and a mean of 10^6 equal numbers is that number.
+// how many threads there are, and a mean of 10^6 equal numbers is off by a rounding or ten.
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -159,7 +159,7 @@ void gradients_of_planes(const Call& call, const float* mean, const float* var, 
 
 // ------------------------------------------------------------------------------------------------------------------ rows
 
-// Per channel of every unit `pair` numbers in double precision: work(unit's first row, row behind its last, numbers [2 C]); then
+// Two numbers a channel of every unit, in double precision: work(unit, its first row, the row behind its last, numbers [2 C]); then
 // join(unit, numbers) in order.
 template <class Work, class Join>
 void reduce_rows(const Call& call, Work work, Join join) {
@@ -294,9 +294,9 @@ void gradients_of_rows(const Call& call, const float* mean, const float* var, co
 
 // x [B C P] or, where `rows`, [B P C]; mask [B P] or null; weight, bias, mean and var [C], bias null in a gradient without ReLU.
 // Sizes: B, C, P, rows, relu.
-extern "C" int64_t batch_norm_forward(const float* x, const float* weight, const float* bias, const float* mask, double eps,
-                                      const int64_t* sizes, float* y, float* mean, float* var, int64_t threads) try {
-  const Call call = {x, weight, bias, mask, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], float(eps), threads};
+extern "C" int64_t batch_norm_forward(const float* x, const float* weight, const float* bias, const float* mask,
+                                      const float* eps, const int64_t* sizes, float* y, float* mean, float* var, int64_t threads) try {
+  const Call call = {x, weight, bias, mask, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], *eps, threads};
   (call.rows ? moments_of_rows : moments_of_planes)(call, mean, var);
   (call.rows ? normalise_rows : normalise_planes)(call, mean, var, y);
   return 0;
@@ -304,10 +304,10 @@ extern "C" int64_t batch_norm_forward(const float* x, const float* weight, const
 CATCH_OUT_OF_MEMORY
 
 extern "C" int64_t batch_norm_backward(const float* grad, const float* x, const float* weight, const float* mean,
-                                       const float* var, const float* bias, const float* mask, double eps,
+                                       const float* var, const float* bias, const float* mask, const float* eps,
                                        const int64_t* sizes, float* of_x, float* of_weight, float* of_bias,
                                        int64_t threads) try {
-  const Call call = {x, weight, bias, mask, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], float(eps), threads};
+  const Call call = {x, weight, bias, mask, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], *eps, threads};
   (call.rows ? gradients_of_rows : gradients_of_planes)(call, mean, var, grad, of_x, of_weight, of_bias);
   return 0;
 }
