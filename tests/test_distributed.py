@@ -434,8 +434,8 @@ def test_one_process_needs_no_replicas():
 
 # Metrics, worst and median leaf as test_bevfusion measures them. Sums over one sample and over two are rounded differently, and
 # inductor's again: 4e-4 on a bias that starts at 0, of a norm in front of a ReLU that equal pixels of the depth image cross
-# together; 5e-6 on the next leaf. Measured: 18 s with aot_eager, 8 minutes with inductor, which compiles on both processes.
-DETECTOR = {"eager": (1e-6, 1e-3, 1e-7), "aot_eager": (1e-6, 1e-3, 1e-7), "inductor": (2e-3, 2e-2, 2e-3)}
+# together; 5e-6 on the next leaf. One process takes a CPU's kernel for batch norm, two the closed form: 3e-6 of a metric. Measured: 18 s with aot_eager, 8 minutes with inductor, which compiles on both processes.
+DETECTOR = {"eager": (1e-5, 1e-3, 1e-6), "aot_eager": (1e-5, 1e-3, 1e-6), "inductor": (2e-3, 2e-2, 2e-3)}
 
 
 @pytest.mark.parametrize(
