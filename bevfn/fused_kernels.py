@@ -43,8 +43,9 @@ def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         AsyncCompile.submit(_prepare)  # while the graph is traced
     with _registered():
         # Its patterns are of other models' spellings: the kernels are the same without them. Its layout optimisation copies every
-        # convolution's operands and weights, forward and for the gradient, and brings the convolutions 1.04x (docs/benchmarks.md).
-        return compile_fx(graph, inputs, config_patches={"pattern_matcher": False, "layout_optimization": False})
+        # convolution's operands and weights, forward and for the gradient: it pays where there are no gradients.
+        off = {"pattern_matcher": False, "layout_optimization": not torch.is_grad_enabled()}
+        return compile_fx(graph, inputs, config_patches=off)
 
 
 def _prepare() -> None:
