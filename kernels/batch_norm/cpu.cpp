@@ -7,13 +7,6 @@
 #include <cstdint>
 #include <vector>
 
-// Products and sums may fuse here: no index depends on them.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
-
 #include "../lanes.h"
 #include "../parallel.h"
 
@@ -151,7 +144,7 @@ void gradients_of_planes(const Call& call, const float* mean, const float* var, 
       Floats h;
       vectors(call.P, [&](int64_t at, int64_t some, int) {
         const Floats g = slope(call.x + start + at, grad + start + at, some, h);
-        store<float>(of_x + start + at, (g - level - h * tilt) * scale, some);
+        store<float>(of_x + start + at, fused<float>(-h, tilt, g - level) * scale, some);
       });
     }
   });
@@ -284,7 +277,8 @@ void gradients_of_rows(const Call& call, const float* mean, const float* var, co
     vectors(C, [&](int64_t c, int64_t some, int) {
       Floats h;
       const Floats g = slope(row, c, some, h);
-      const Floats made = g - load<float>(level.data() + c, some) - h * load<float>(tilt.data() + c, some);
+      const Floats made =
+          fused<float>(-h, load<float>(tilt.data() + c, some), g - load<float>(level.data() + c, some));
       store<float>(of_x + row * C + c, counts ? made * load<float>(scale.data() + c, some) : Floats{}, some);
     });
   });
